@@ -1,0 +1,34 @@
+"""Which learning rate suits each family of the quickstart: seven rates at the smallest and the largest width.
+
+    python launch.py sweep experiments/quickstart_rates.py --out runs/quickstart-rates
+
+About ten minutes on 2 CPU cores. Its runs table, cut to the columns that matter, is results/quickstart_rates.csv. The
+quickstart takes, at either width, each family's smallest rate within 0.01 nats of the best (a trunk at constant rate is
+better off below an optimum than above it), and between them the power law of the width; a test holds it to the table.
+"""
+
+import dataclasses
+
+from experiments.quickstart import FAMILIES, WIDTHS, base_run
+from mmfree_jax.sweep.experiment import Study
+
+GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+STEPS = 512
+
+
+def study() -> Study:
+    """One run with warm-up and decay for every rate, width and family."""
+    runs = []
+    for width in (WIDTHS[0], WIDTHS[-1]):
+        for family in FAMILIES:
+            for rate in GRID:
+                base = base_run(family, width, rate)
+                optim = dataclasses.replace(base.optim, decay_steps=STEPS // 5)
+                runs.append(dataclasses.replace(base, name=f"{base.name}-lr{rate:g}", steps=STEPS, optim=optim))
+    return Study(
+        name="quickstart-rates",
+        title="Learning rates of the quickstart",
+        runs=tuple(runs),
+        baseline="transformer++",
+        challenger="matmul-free",
+    )

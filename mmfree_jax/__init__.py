@@ -1,0 +1,1 @@
+"""Train MatMul-free language models and the baselines they are judged against."""

@@ -1,0 +1,219 @@
+"""The commands behind launch.py that train: typed arguments in, exit status out."""
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+
+from mmfree_jax.config import ConfigError, RunConfig
+from mmfree_jax.flops import parameters
+from mmfree_jax.training.folder import check_data
+
+T = TypeVar("T")
+SIGNS = re.compile(r"[╭╮╰╯│─┌┐└┘]")
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepArguments:
+    """Run an experiment: every run that is not done yet, resuming those half done."""
+
+    experiment: tyro.conf.Positional[Path]
+    """Python file that defines study()."""
+    out: Path
+    """Folder for the runs; a folder that holds this sweep already is continued."""
+    slots: int = 0
+    """Workers at once (0: one a GPU, or one a CPU core)."""
+    dry_run: bool = False
+    """Print what would be run, and stop."""
+    status: bool = False
+    """Print where each run stands, and stop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments:
+    """Train one run; an --out that holds it already resumes it. Any field of the preset can be overridden."""
+
+    out: Path
+    """Folder of the run."""
+    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArguments:
+    """Held-out loss of a model: a run directory, an imported folder or a Hugging Face folder."""
+
+    model: tyro.conf.Positional[Path]
+    """Folder of the model."""
+    corpus: str = ""
+    """Corpus or folder of a token set (default: the run's own)."""
+    sequence: int = 0
+    """Tokens in a window (default: the run's own, else 2048)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportArguments:
+    """Read a Hugging Face folder (hgrn_bit or Llama) into a model that `train --init` and `evaluate` take."""
+
+    source: tyro.conf.Positional[Path]
+    """Hugging Face folder: config.json and safetensors."""
+    out: Path
+    """New folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportArguments:
+    """Write a model as a Hugging Face folder."""
+
+    model: tyro.conf.Positional[Path]
+    """Folder of the model."""
+    out: Path
+    """New folder."""
+    format: Literal["huggingface"] = "huggingface"
+    """The layout to write."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the tensors on disk."""
+
+
+def parse(kind: type[T], arguments: list[str], prog: str, default: Any = tyro.MISSING_NONPROP) -> T:
+    """Typed arguments of a command. Raises ConfigError with one line for a wrong one; --help prints and exits."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(kind, args=arguments, prog=prog, default=default)
+    except SystemExit as end:
+        if end.code:
+            raise ConfigError(one_line(shown.getvalue(), prog)) from None
+        raise
+
+
+def one_line(panel: str, prog: str) -> str:
+    """The gist of tyro's error panel: what is wrong, what may have been meant, where help is."""
+    lines = [line for raw in panel.splitlines() if (line := SIGNS.sub("", raw).strip())]
+    wrong = lines[1] if len(lines) > 1 else "wrong usage"
+    for marker, template in (("Perhaps you meant", "{0} (did you mean {1}?)"), ("Missing from", "{1} is required")):
+        at = next((i for i, line in enumerate(lines[:-1]) if line.startswith(marker)), None)
+        if at is not None:
+            return template.format(wrong, lines[at + 1].split()[0])
+    return f"{wrong} (see {prog} --help)"
+
+
+def study(arguments: list[str]) -> int:
+    """Sweep, fit, report."""
+    return _sweep("study", arguments)
+
+
+def sweep(arguments: list[str]) -> int:
+    """Just the runs."""
+    return _sweep("sweep", arguments)
+
+
+def _sweep(verb: str, arguments: list[str]) -> int:
+    from mmfree_jax.sweep import study as flow
+    from mmfree_jax.sweep.experiment import load_study
+
+    chosen = parse(SweepArguments, arguments, f"launch.py {verb}")
+    declared = load_study(chosen.experiment)
+    if chosen.dry_run:
+        print("\n".join(flow.plan_lines(declared, chosen.slots)))
+        return 0
+    if chosen.status:
+        print("\n".join(flow.status_lines(declared, chosen.out)))
+        return 0
+    run = flow.run_study if verb == "study" else flow.sweep
+    return run(declared, chosen.out, Console(), chosen.slots)
+
+
+def train(arguments: list[str]) -> int:
+    """One run from a preset."""
+    from mmfree_jax.presets import PRESETS, run_preset
+
+    if not arguments or arguments[0].startswith("-"):
+        print(f"usage: launch.py train PRESET --out DIR [overrides]\n\npresets: {', '.join(PRESETS)}\n")
+        print("launch.py train PRESET --help lists what can be overridden")
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 1
+    preset, *rest = arguments
+    default = TrainArguments(out=tyro.MISSING, run=run_preset(preset))
+    chosen = parse(TrainArguments, rest, f"launch.py train {preset}", default)
+    run = chosen.run
+    if run.init:
+        from mmfree_jax.weights import model_config
+
+        run = dataclasses.replace(run, init=str(Path(run.init).resolve()), model=model_config(Path(run.init)))
+    return _train(run, chosen.out)
+
+
+def _train(config: RunConfig, out: Path) -> int:
+    from mmfree_jax.data.corpora import cache_folder, resolve_corpus
+    from mmfree_jax.devices import use_compile_cache
+    from mmfree_jax.sweep.view import follow
+    from mmfree_jax.training.interrupt import Interrupted
+    from mmfree_jax.training.loop import train as train_run
+
+    console = Console()
+    say = lambda line: console.print(line, highlight=False, soft_wrap=True)
+    token_set = resolve_corpus(config.data.corpus, config.data.vocab, progress=say)
+    use_compile_cache(cache_folder() / "compiled")
+
+    try:
+        with follow(config, out, console):
+            result = train_run(config, out, token_set)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.status
+    scored = result["loss"] is not None
+    held_out = f"held-out loss {result['loss']:.4f} nats a token, {result['bpb']:.4f} bits a byte" if scored else "done"
+    say(f"{held_out} · {out}")
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Held-out loss of a model."""
+    chosen = parse(EvaluateArguments, arguments, "launch.py evaluate")
+    from flax import nnx
+
+    from mmfree_jax import evaluation
+    from mmfree_jax.data.corpora import resolve_corpus
+    from mmfree_jax.training.step import make_program, program_key
+    from mmfree_jax.weights import load_model, run_config
+
+    run = run_config(chosen.model)
+    data = dataclasses.replace(
+        run.data, corpus=chosen.corpus or run.data.corpus, sequence=chosen.sequence or run.data.sequence
+    )
+    token_set = resolve_corpus(data.corpus, data.vocab)
+    check_data(dataclasses.replace(run, data=data), token_set)
+    program = make_program(program_key(run))
+    params = nnx.state(load_model(chosen.model), nnx.Param)
+    scores = evaluation.evaluate(program, params, token_set, data.sequence)
+    print("\n".join(f"{name} {value:.6g}" for name, value in scores.items()))
+    return 0
+
+
+def import_model(arguments: list[str]) -> int:
+    """Hugging Face -> our folder."""
+    chosen = parse(ImportArguments, arguments, "launch.py import")
+    from mmfree_jax.interop import load_huggingface
+    from mmfree_jax.weights import save_model
+
+    model = load_huggingface(chosen.source)
+    save_model(model, chosen.out)
+    print(f"{model.config.family}, {parameters(model.config).total:,} parameters · {chosen.out}")
+    return 0
+
+
+def export_model(arguments: list[str]) -> int:
+    """A model -> Hugging Face folder."""
+    chosen = parse(ExportArguments, arguments, "launch.py export")
+    from mmfree_jax.interop import save_huggingface
+    from mmfree_jax.weights import load_model
+
+    model = load_model(chosen.model)
+    save_huggingface(model, chosen.out, chosen.dtype)
+    print(f"{model.config.family}, {parameters(model.config).total:,} parameters · {chosen.out}")
+    return 0

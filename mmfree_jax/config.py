@@ -1,0 +1,359 @@
+"""What a run is: frozen dataclasses, validated on construction, with a JSON round trip and a fingerprint.
+
+Nothing here imports JAX, so that reading, checking and printing configs is instant.
+Shape letters used throughout the project: B batch, T time, D model width, F GLU width, V vocabulary, L layers,
+H heads, K head width.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Mixer = Literal["attention", "mlgru", "rwkv4"]
+Linear = Literal["dense", "ternary"]
+Schedule = Literal["constant", "wsd", "cosine", "cosine-halving"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+
+FAMILIES: dict[str, tuple[Mixer, Linear]] = {
+    "transformer++": ("attention", "dense"),
+    "bitnet": ("attention", "ternary"),
+    "matmul-free": ("mlgru", "ternary"),
+    "matmul-free-rwkv4": ("rwkv4", "ternary"),
+    "hgrn": ("mlgru", "dense"),
+}
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run. The message says what to change."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError(message) unless condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def check_choices(config: Any) -> None:
+    """Check every Literal-typed field of a dataclass instance against its allowed values."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is Literal:
+            value, allowed = getattr(config, name), typing.get_args(hint)
+            require(value in allowed, f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. A family is `mixer` x `linear`; the other switches are ablations of it.
+
+    Sizes are element counts. `heads` and `kv_heads` matter to attention only: the MLGRU is element-wise, so heads
+    would change nothing there. Switches that a family does not have must keep their defaults.
+    """
+
+    mixer: Mixer = "mlgru"
+    linear: Linear = "ternary"
+    vocab: int = 32000
+    width: int = 1024
+    depth: int = 24
+    glu_width: int = 2816
+    heads: int = 1
+    kv_heads: int = 0  # 0: as many as heads; fewer is grouped-query attention (Ainslie et al. 2023)
+    tie_embeddings: bool = False
+    dense_head: bool = False  # keep the head of a ternary model dense (BitNet b1.58); MatMul-free's own is ternary
+    linear_norm: bool = True  # "double norm": a ternary layer owns an RMSNorm besides the block's
+    sublayer_norm: bool = False  # BitNet b1.58: RMSNorm before the output and down projections
+    output_gate: Literal["official", "paper"] = "official"  # which branch is normed (MLGRU only)
+    lower_bounds: bool = True  # learned floors of the forget gate, cumulative over depth (MLGRU only)
+    activation_bits: Literal[0, 4, 8] = 8  # 0: activations are not quantised (ternary layers only)
+    weight_scale: Literal["tensor", "channel"] = "tensor"  # one absmean scale a matrix, or one an output channel
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("vocab", "width", "depth", "glu_width", "heads"):
+            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: must be at least 1")
+        require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps}: must be positive")
+        require(self.init_std > 0, f"model.init_std={self.init_std}: must be positive")
+        self._check_attention() if self.mixer == "attention" else self._check_recurrent()
+        if self.linear == "dense":
+            self._keeps_default(
+                "activation_bits", "weight_scale", "linear_norm", "dense_head", why="linear=dense has no quantiser"
+            )
+        if self.mixer != "mlgru":
+            self._keeps_default("output_gate", "lower_bounds", why=f"mixer={self.mixer} has no such gate")
+
+    def _check_attention(self) -> None:
+        heads, kv = self.heads, self.kv_heads
+        near = [h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0]
+        require(
+            self.width % heads == 0 and (self.width // heads) % 2 == 0,
+            f"model.heads={heads} does not divide model.width={self.width} into even heads (rotary embeddings "
+            f"turn pairs of channels): use one of {_closest(heads, near)}",
+        )
+        require(
+            kv == 0 or (0 < kv <= heads and heads % kv == 0),
+            f"model.kv_heads={kv} must divide model.heads={heads} (0: as many)",
+        )
+
+    def _check_recurrent(self) -> None:
+        self._keeps_default("heads", "kv_heads", why=f"mixer={self.mixer} is element-wise and has no heads")
+
+    def _keeps_default(self, *names: str, why: str) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in names:
+            value = getattr(self, name)
+            require(value == defaults[name], f"model.{name}={value!r} would do nothing: {why}; leave it out")
+
+    @property
+    def family(self) -> str:
+        """The family's name, or mixer+linear where it has none."""
+        pair = (self.mixer, self.linear)
+        return next((name for name, key in FAMILIES.items() if key == pair), f"{self.mixer}+{self.linear}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read: a corpus ("embedded", or the folder of a prepared token set) cut into windows.
+
+    `sequence` is in tokens; `batch` is the number of sequences in one optimizer step over all devices and all
+    accumulation steps. Windows are shuffled by `seed`, so two runs with equal DataConfig see equal data in equal order.
+    """
+
+    corpus: str = "embedded"
+    vocab: int = 2048  # of the tokenizer that is trained when the corpus is "embedded"
+    sequence: int = 256
+    batch: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(bool(self.corpus), "data.corpus is empty: name a corpus or the folder of a token set")
+        require(self.sequence >= 2, f"data.sequence={self.sequence}: needs at least 2 tokens")
+        require(self.batch >= 1, f"data.batch={self.batch}: needs at least 1 sequence")
+        require(self.vocab >= 257, f"data.vocab={self.vocab}: 256 bytes and the end of a document need at least 257")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step trains on."""
+        return self.batch * self.sequence
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its learning-rate schedule. Durations are in optimizer steps.
+
+    wsd: warm-up, constant, linear decay to `final_lr` x peak over the last `decay_steps` (Hu et al. 2024; Hägele et
+    al. 2024). cosine: to `final_lr` x peak. cosine-halving: the same, halved from mid-run on (Zhu et al. 2024).
+    `lr` is never part of the compiled program, so runs that differ in it share one.
+    """
+
+    lr: float = 3e-3
+    schedule: Schedule = "wsd"
+    warmup_steps: int = 50
+    decay_steps: int = 0
+    final_lr: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices and embeddings; never on gains or lower bounds
+    clip: float = 1.0  # of the global gradient norm; 0: none
+    accumulate: int = 1  # micro-batches an optimizer step
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        require(self.lr > 0 and math.isfinite(self.lr), f"optim.lr={self.lr}: must be a positive number")
+        require(0 <= self.beta1 < 1, f"optim.beta1={self.beta1}: must lie in [0, 1)")
+        require(0 <= self.beta2 < 1, f"optim.beta2={self.beta2}: must lie in [0, 1)")
+        require(self.eps > 0, f"optim.eps={self.eps}: must be positive")
+        require(0 <= self.final_lr <= 1, f"optim.final_lr={self.final_lr}: is a fraction of the peak, in [0, 1]")
+        for name in ("warmup_steps", "decay_steps", "weight_decay", "clip"):
+            require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)}: must not be negative")
+        require(self.accumulate >= 1, f"optim.accumulate={self.accumulate}: must be at least 1")
+        require(
+            self.decay_steps == 0 or self.schedule == "wsd",
+            f"optim.decay_steps={self.decay_steps} would do nothing with schedule={self.schedule}",
+        )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; their product must be the number of devices that the run uses."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in dataclasses.asdict(self).items():
+            require(size >= 1, f"mesh.{name}={size}: must be at least 1")
+
+    @property
+    def devices(self) -> int:
+        """How many devices the mesh needs."""
+        return self.data * self.fsdp * self.tensor * self.sequence
+
+    @property
+    def batch_shards(self) -> int:
+        """Over how many devices the batch is split."""
+        return self.data * self.fsdp
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Start from another run's checkpoint: its run id (a sibling folder) and the step to leave it at."""
+
+    run: str
+    step: int
+
+    def __post_init__(self) -> None:
+        require(bool(self.run), "branch.run is empty: name the run to branch from")
+        require(self.step >= 1, f"branch.step={self.step}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run, entirely: two runs with equal fingerprints compute the same thing.
+
+    `steps` counts from the very start, also for a run that branches off another: a decay branch is the WSD run of the
+    same length whose first `branch.step` steps were computed by its trunk. `milestones` are steps whose checkpoints
+    are kept for good. `checkpoint_every`, `log_every` and `diagnose_every` are in steps; 0 means at the end only
+    (never, for diagnose_every).
+    """
+
+    name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    steps: int = 1000
+    seed: int = 0
+    branch: Branch | None = None
+    init: str = (
+        ""  # folder of a model to start from (its weights; the optimizer starts afresh) instead of random weights
+    )
+    milestones: tuple[int, ...] = ()
+    precision: Precision = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU; weights are float32
+    remat: Remat = "none"
+    unroll: int = 1  # layers per iteration of the scan over layers; depth: no loop at all
+    evaluate: bool = True  # on the whole held-out split at the end
+    log_every: int = 10
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    diagnose_every: int = 0
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        require(bool(self.name) and "/" not in self.name, f"name={self.name!r}: must be a plain file name")
+        require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
+        require(self.unroll >= 1, f"unroll={self.unroll}: must be at least 1")
+        require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints}: must be at least 1")
+        for name in ("log_every", "checkpoint_every", "diagnose_every"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
+        self._check_lengths()
+        self._check_batch()
+
+    def _check_lengths(self) -> None:
+        optim = self.optim
+        require(not (self.init and self.branch), "init and branch exclude each other: a branch continues its trunk")
+        require(
+            optim.warmup_steps + optim.decay_steps <= self.steps,
+            f"optim.warmup_steps={optim.warmup_steps} + optim.decay_steps={optim.decay_steps} exceed "
+            f"steps={self.steps}: raise steps or shorten them",
+        )
+        for step in self.milestones:
+            require(0 < step <= self.steps, f"milestones: {step} is outside 1..{self.steps}")
+        if self.branch is not None:
+            last = self.steps - optim.decay_steps
+            require(
+                self.branch.step <= last,
+                f"branch.step={self.branch.step} lies inside the decay, which begins at step {last}",
+            )
+
+    def _check_batch(self) -> None:
+        rows, shards = self.data.batch, self.mesh.batch_shards * self.optim.accumulate
+        require(
+            rows % shards == 0,
+            f"data.batch={rows} is not divisible by mesh.data x mesh.fsdp x optim.accumulate = {shards}: "
+            f"use {max(1, rows // shards) * shards}",
+        )
+        size = self.mesh.sequence
+        require(
+            self.data.sequence % size == 0,
+            f"data.sequence={self.data.sequence} is not divisible by mesh.sequence={size}",
+        )
+        require(
+            self.model.depth % self.unroll == 0,
+            f"unroll={self.unroll} does not divide model.depth={self.model.depth}",
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on by the end, a branch's trunk included (the D of a scaling law)."""
+        return self.steps * self.data.tokens_per_step
+
+    @property
+    def first_step(self) -> int:
+        """Steps already done when the run begins: those of its trunk."""
+        return self.branch.step if self.branch else 0
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change whenever anything that the run computes or writes changes."""
+        return hashlib.sha256(to_json(self).encode()).hexdigest()[:16]
+
+
+def to_json(config: Any) -> str:
+    """The canonical JSON text of a config: sorted keys, tuples as lists."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=1)
+
+
+def from_json(cls: type, text: str) -> Any:
+    """Inverse of to_json. Raises ConfigError for unknown keys (naming the nearest), wrong types, bad values."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON: {error}") from None
+    return from_dict(cls, values)
+
+
+def from_dict(cls: type, values: Any, where: str = "") -> Any:
+    """Build dataclass `cls` from plain values, recursively, checking names and types."""
+    require(isinstance(values, dict), f"{where or cls.__name__}: expected an object, found {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        require(key in hints, f"{where}{key}: no such key{_suggest(key, hints)}")
+    return cls(**{key: _coerce(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        inner = [h for h in typing.get_args(hint) if h is not type(None)]
+        return None if value is None else _coerce(inner[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where + ".")
+    if typing.get_origin(hint) is tuple:
+        require(isinstance(value, list | tuple), f"{where}: expected a list, found {value!r}")
+        item = typing.get_args(hint)[0]
+        return tuple(_coerce(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if typing.get_origin(hint) is Literal:
+        return value  # the dataclass checks its own choices
+    if hint is float and type(value) is int:
+        return float(value)
+    require(type(value) is hint, f"{where}: expected {hint.__name__}, found {value!r}")
+    return value
+
+
+def _suggest(key: str, known: Any) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})"
+
+
+def _closest(value: int, options: list[int]) -> str:
+    return ", ".join(str(option) for option in sorted(sorted(options, key=lambda o: abs(o - value))[:4]))

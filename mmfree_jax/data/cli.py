@@ -1,0 +1,179 @@
+"""`corpus`: build, look at, check, pack and measure token sets."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmfree_jax.data import card as cards
+from mmfree_jax.data import tokenization
+from mmfree_jax.data.bench import measure
+from mmfree_jax.data.build import Recipe, build, train_tokenizer
+from mmfree_jax.data.corpora import EMBEDDED, build_embedded
+from mmfree_jax.data.distributions import TIERS
+from mmfree_jax.data.foreign import convert
+from mmfree_jax.data.inputs import Reading, Unit, plan
+from mmfree_jax.data.packing import pack
+from mmfree_jax.data.prepare import bytes_by_source, prepare
+from mmfree_jax.data.spill import documents_of, spill
+from mmfree_jax.data.tiers import build_tier
+from mmfree_jax.data.token_set import READABLE_CARD, TokenSet
+from mmfree_jax.data.tokenization import Tokenizer
+from mmfree_jax.data.workers import WorkerError
+from mmfree_jax.files import LockedError
+
+_EXPECTED = (ValueError, OSError, KeyError, WorkerError, LockedError, ImportError)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _tokenizer(options: argparse.Namespace, units: Sequence[Unit], recipe: Recipe) -> Tokenizer:
+    if options.tokenizer:
+        return tokenization.named(options.tokenizer)
+    _say(f"training a tokenizer of {options.vocab} tokens")
+    return train_tokenizer(units, recipe, options.vocab)
+
+
+def _without_repetitions(
+    options: argparse.Namespace, units: Sequence[Unit], reading: Reading
+) -> tuple[list[Unit], dict]:
+    """Units and card of the input after `prepare`, which needs all of its text in memory."""
+    _say("reading everything to remove repetitions")
+    documents = documents_of(units, reading, english=options.english, shortest=options.shortest)
+    prepared = prepare(documents, held_out=options.held_out)
+    spilled = spill(prepared, options.out.with_name(f".{options.out.name}.documents"))
+    names = list(bytes_by_source(documents))
+    steps = {name: {step: left.get(name, 0) for step, left in prepared.left.items()} for name in names}
+    counts = {name: sum(d.source == name for d in prepared.train + prepared.valid) for name in names}
+    return spilled, {"sources": [cards.source_row(n, "", "not stated", counts[n], steps[n]) for n in names]}
+
+
+def _build_input(options: argparse.Namespace) -> TokenSet:
+    reading = Reading(options.key, options.skip_bad)
+    recipe = Recipe(reading, not options.raw, options.english, options.shortest, options.held_out)
+    units = plan(options.what)
+    card = {"name": options.out.name, "description": f"Built from {', '.join(options.what)}.", "sources": []}
+    if options.dedup:
+        units, more = _without_repetitions(options, units, reading)
+        recipe, card = Recipe(clean=False), card | more
+    tokenizer = _tokenizer(options, units, recipe)
+    return build(options.out, units, tokenizer, recipe, card, processes=options.processes, progress=_say)
+
+
+def _build(options: argparse.Namespace) -> None:
+    if options.what == [EMBEDDED]:
+        result = build_embedded(options.out, options.vocab, processes=options.processes, progress=_say)
+    elif len(options.what) == 1 and options.what[0] in TIERS:
+        result = build_tier(options.what[0], options.out, options.vocab, processes=options.processes, progress=_say)
+    else:
+        result = _build_input(options)
+    for name, split in result.splits.items():
+        print(
+            f"{name}: {len(split):,} tokens, {split.documents:,} documents, {result.text_bytes(name):,} bytes of text"
+        )
+
+
+def _info(options: argparse.Namespace) -> None:
+    print((TokenSet.open(options.set).path / READABLE_CARD).read_text(encoding="utf-8"))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    began = time.monotonic()
+    TokenSet.open(options.set).verify()
+    print(f"{options.set} is complete and undamaged ({time.monotonic() - began:.1f} s)")
+
+
+def _pack(options: argparse.Namespace) -> None:
+    packed = pack(TokenSet.open(options.set), options.out, options.sequence).split("train")
+    print(f"{len(packed):,} tokens in {len(packed) // options.sequence:,} rows of {options.sequence} at {options.out}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    files = {"train": options.train} | ({"valid": options.valid} if options.valid else {})
+    result = convert(files, tokenization.named(options.tokenizer), options.out, options.dtype)
+    for name, split in result.splits.items():
+        print(f"{name}: {len(split):,} tokens, {split.documents:,} documents")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    sets = [TokenSet.open(path) for path in options.sets]
+    for sequence, batch in ((128, 32), (512, 32), (2048, 8), (2048, 64)):
+        print(measure(sets, sequence, batch, options.seconds))
+
+
+def _add_convert(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("convert", help="a token set from .bin files of nanoGPT, llm.c or Megatron")
+    parser.set_defaults(run=_convert)
+    parser.add_argument("train", type=Path, help="the .bin file to train on; Megatron's .idx lies beside it")
+    parser.add_argument("--valid", type=Path, help="the .bin file to evaluate on")
+    parser.add_argument(
+        "--tokenizer", required=True, help="what the tokens were made with: mistral, or a tokenizer.json or .model"
+    )
+    parser.add_argument(
+        "--dtype", default="uint16", choices=["uint16", "uint32", "int32"], help="of plain files [uint16]"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the token set, which must not exist")
+
+
+def _add_build(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("build", help="a token set from a named corpus or from files")
+    parser.set_defaults(run=_build)
+    parser.add_argument("what", nargs="+", help=f"{EMBEDDED}, s, m, l, or files, folders and hf:NAME[:CONFIG]")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the token set, which must not exist")
+    parser.add_argument("--vocab", type=int, default=2048, help="size of the BPE vocabulary to train [2048]")
+    parser.add_argument(
+        "--tokenizer", help="bytes, mistral, or a tokenizer.json or SentencePiece .model, instead of training one"
+    )
+    parser.add_argument("--key", default="text", help="field that holds the text of JSON lines and Parquet [text]")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be read and count them")
+    parser.add_argument("--raw", action="store_true", help="take text as it is, without cleaning line ends and spaces")
+    parser.add_argument("--english", action="store_true", help="leave out documents that do not read as English")
+    parser.add_argument("--shortest", type=int, default=1, help="characters a document must have [1]")
+    parser.add_argument("--dedup", action="store_true", help="remove exact and near repetitions (text held in memory)")
+    parser.add_argument("--held-out", type=float, default=0.01, help="share of the documents to evaluate on [0.01]")
+    parser.add_argument("--processes", type=int, help="worker processes [all cores]")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="corpus", description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="bench|build|convert|info|verify|pack")
+    _add_build(verbs)
+    _add_convert(verbs)
+    for name, run, words in [
+        ("info", _info, "show the data card"),
+        ("verify", _verify, "read it all, compare checksums"),
+    ]:
+        verb = verbs.add_parser(name, help=words)
+        verb.set_defaults(run=run)
+        verb.add_argument("set", type=Path, help="folder of a token set")
+    verb = verbs.add_parser("pack", help="arrange training documents so that windows do not cut them")
+    verb.set_defaults(run=_pack)
+    verb.add_argument("set", type=Path, help="folder of a token set")
+    verb.add_argument("--sequence", type=int, required=True, help="tokens in a window")
+    verb.add_argument("--out", type=Path, required=True, help="folder of the packed set, which must not exist")
+    verb = verbs.add_parser("bench", help="how fast batches come out of token sets, shuffled and mixed equally")
+    verb.set_defaults(run=_bench)
+    verb.add_argument("sets", type=Path, nargs="+", help="folders of token sets")
+    verb.add_argument("--seconds", type=float, default=3.0, help="how long each setting is measured [3]")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `corpus` with the given arguments. Returns 0, or 1 after one line on stderr that says what is wrong."""
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse ends with 2 on wrong usage; the program's own code for that is 1
+        return 1 if stop.code else 0
+    try:
+        options.run(options)
+    except _EXPECTED as error:
+        _say(f"corpus: {error.args[0] if isinstance(error, KeyError) else error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,130 @@
+"""Token files that people already have (nanoGPT and llm.c .bin, Megatron .bin with .idx) made into token sets."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mmfree_jax.data.token_set import Shard, TokenSet
+from mmfree_jax.data.token_writer import SHARD_TOKENS, ShardWriter, finish, publish, split_entry
+from mmfree_jax.data.tokenization import Tokenizer
+
+_LLMC_MAGIC, _LLMC_HEADER = 20240520, 1024  # first number, and bytes, of the header of llm.c's token files
+_MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+_MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+def _plain(path: Path, dtype: str) -> np.ndarray:
+    """Tokens of a nanoGPT file (nothing but numbers) or an llm.c one (256 int32 of header, then uint16)."""
+    with path.open("rb") as file:
+        start = file.read(12)
+    head = np.frombuffer(start if len(start) == 12 else bytes(12), "<i4")
+    if head[0] == _LLMC_MAGIC:
+        tokens = np.memmap(path, "<u2", "r", offset=_LLMC_HEADER)
+        if len(tokens) != head[2]:
+            raise ValueError(f"{path} is cut off: {len(tokens)} tokens instead of {head[2]}")
+        return tokens
+    size = np.dtype(dtype).itemsize
+    if path.stat().st_size % size or not path.stat().st_size:
+        raise ValueError(f"{path} is cut off or not of type {dtype}: {path.stat().st_size} bytes")
+    return np.memmap(path, dtype, "r")
+
+
+def _plain_blocks(tokens: np.ndarray, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, document starts) of runs of whole documents, SHARD_TOKENS at a time; every document ends with `end`."""
+    at = 0
+    while at < len(tokens):
+        block = np.asarray(tokens[at : at + SHARD_TOKENS])
+        ends = np.flatnonzero(block == end)
+        if at + len(block) == len(tokens):
+            block = block if len(ends) and ends[-1] == len(block) - 1 else np.append(block, end)
+            ends = np.flatnonzero(block == end)
+        elif len(ends):  # what follows the last document end belongs to the next block
+            block = block[: ends[-1] + 1]
+        yield block, np.concatenate([[0], ends[:-1] + 1]) if len(ends) else np.zeros(1, np.int64)
+        at += len(block)
+
+
+def _megatron_documents(path: Path) -> Iterator[np.ndarray]:
+    """Tokens of each document of a Megatron-LM indexed data set (version 1)."""
+    index = path.with_suffix(".idx").read_bytes()
+    if index[:9] != _MEGATRON_MAGIC:
+        raise ValueError(f"{path.with_suffix('.idx')} is not an index of Megatron-LM")
+    version, code, sequences, bounds = struct.unpack_from("<QBQQ", index, 9)
+    if version != 1 or code not in _MEGATRON_DTYPES:
+        raise ValueError(f"{path.with_suffix('.idx')} has version {version} and type {code}, which are not known")
+    dtype = np.dtype(_MEGATRON_DTYPES[code])
+    if len(index) < 34 + 12 * sequences + 8 * bounds:
+        raise ValueError(f"{path.with_suffix('.idx')} is cut off")
+    sizes = np.frombuffer(index, "<i4", sequences, 34)
+    pointers = np.frombuffer(index, "<i8", sequences, 34 + 4 * sequences)
+    documents = np.frombuffer(index, "<i8", bounds, 34 + 12 * sequences)
+    data = np.memmap(path, np.uint8, "r")
+    if sequences and int(pointers[-1]) + int(sizes[-1]) * dtype.itemsize > len(data):
+        raise ValueError(f"{path} is cut off: its index expects more than {len(data)} bytes")
+    for first, last in zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True):
+        if last > first:
+            stop = int(pointers[last - 1]) + int(sizes[last - 1]) * dtype.itemsize
+            yield data[int(pointers[first]) : stop].view(dtype)
+
+
+def _megatron_blocks(path: Path, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    held: list[np.ndarray] = []
+    size = 0
+    for document in _megatron_documents(path):
+        held.append(document if document[-1] == end else np.append(document, end))
+        size += len(held[-1])
+        if size >= SHARD_TOKENS:
+            yield np.concatenate(held), np.cumsum([0] + [len(one) for one in held[:-1]])
+            held, size = [], 0
+    if held:
+        yield np.concatenate(held), np.cumsum([0] + [len(one) for one in held[:-1]])
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes of text that each token stands for, int64 [vocab_size]; 0 for special tokens."""
+    special = set(tokenizer.backend.get_added_tokens_decoder())
+    lengths = np.zeros(tokenizer.vocab_size, np.int64)
+    byte_level = "ByteLevel" in str(tokenizer.backend.decoder)
+    for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items():
+        if number not in special:
+            one_byte = token.startswith("<0x") and token.endswith(">")
+            plain = len(token) if byte_level else len(token.replace("\u2581", " ").encode())
+            lengths[number] = 1 if one_byte and not byte_level else plain
+    return lengths
+
+
+def _write_split(folder: Path, name: str, path: Path, tokenizer: Tokenizer, dtype: str) -> dict:
+    end = tokenizer.end_of_document
+    is_megatron = path.with_suffix(".idx").exists()
+    blocks = _megatron_blocks(path, end) if is_megatron else _plain_blocks(_plain(path, dtype), end)
+    lengths = token_bytes(tokenizer)
+    shards: list[Shard] = []
+    size = 0
+    for tokens, starts in blocks:
+        if int(tokens.max()) >= tokenizer.vocab_size or int(tokens.min()) < 0:
+            raise ValueError(
+                f"{path} has tokens outside the vocabulary of {tokenizer.vocab_size}: another tokenizer or type?"
+            )
+        writer = ShardWriter(folder, f"{name}-{len(shards):05d}", tokenizer.dtype)
+        writer.add_many(tokens, starts)
+        shards.append(writer.close())
+        size += int(lengths[tokens].sum())
+    return split_entry(shards, size)
+
+
+def convert(files: dict[str, Path], tokenizer: Tokenizer, path: Path, dtype: str = "<u2") -> TokenSet:
+    """A token set at `path` from token files: split name -> .bin (with a .idx beside it for Megatron).
+
+    tokenizer: the one that made the tokens; dtype: of nanoGPT files, which do not say. Raises ValueError naming a file
+    that is cut off, of another type or made with another tokenizer.
+    """
+    names = ", ".join(file.name for file in files.values())
+    card = {"name": path.name, "description": f"Converted from {names}.", "sources": []}
+
+    def fill(folder: Path) -> None:
+        entries = {name: _write_split(folder, name, file, tokenizer, dtype) for name, file in files.items()}
+        finish(folder, entries, tokenizer, card)
+
+    return publish(path, fill)

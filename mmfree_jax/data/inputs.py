@@ -1,0 +1,335 @@
+"""Documents out of files: plain text, JSON lines (also compressed), Parquet, ArrayRecord, Hugging Face datasets.
+
+Input is cut into units that do not depend on how many processes read them. Every error names the file and the place.
+"""
+
+import gzip
+import importlib
+import itertools
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+from mmfree_jax.data.text import decode
+
+UNIT_BYTES = 64_000_000  # of input in a unit: some ten seconds of work, a shard of about 40 MB
+LARGE_TEXT = (
+    1_000_000  # bytes of a plain text file that are one document; larger files are cut, or nothing could be held out
+)
+PART_BYTES = 65_536  # of a document cut out of a large text file
+_BLOCK = 1 << 20  # bytes read at once
+_TEXT, _JSON = (".txt", ".md", ".rst", ".text"), (".jsonl", ".ndjson")
+_COMPRESSED = (".gz", ".zst", ".xz")
+_ENDINGS = "use .txt, .md, .rst, .jsonl, .parquet or .array_record; text and JSON lines also with .gz, .zst or .xz"
+_PARQUET, _ARRAY_RECORD = (".parquet",), (".array_record", ".arrayrecord")
+HUGGING_FACE = "hf:"
+_READERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": lambda raw: gzip.GzipFile(fileobj=raw), ".xz": lzma.LZMAFile}
+
+
+class InputError(ValueError):
+    """Input that cannot be read; the message names the file and the place in it."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the input that one worker reads: whole files, or [start, stop) of one.
+
+    The range counts bytes of JSON lines and of large plain text, row groups of Parquet, records of ArrayRecord, shards
+    of a Hugging Face dataset.
+    """
+
+    kind: str
+    files: tuple[str, ...]
+    start: int = 0
+    stop: int | None = None
+    split: str | None = None  # where its documents go; by lot when not given
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are taken out of records."""
+
+    key: str = "text"  # the field of a JSON object or Parquet row that holds the text
+    skip_bad: bool = False  # leave out bad records and count them, instead of failing at the first
+
+
+def _need(module: str, package: str, what: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{what} needs the package {package}: pip install {package} ({error})") from None
+
+
+def _kind(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    last = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED else suffixes[-1] if suffixes else ""
+    kinds = {"text": _TEXT, "jsonl": _JSON, "parquet": _PARQUET, "arrayrecord": _ARRAY_RECORD}
+    return next((kind for kind, endings in kinds.items() if last in endings), None)
+
+
+def _slices(kind: str, path: str, total: int, step: int) -> list[Unit]:
+    return [Unit(kind, (path,), start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def _units_of_file(path: Path, kind: str) -> list[Unit]:
+    size = path.stat().st_size
+    if (kind == "jsonl" or (kind == "text" and size > LARGE_TEXT)) and path.suffix.lower() not in _COMPRESSED:
+        return _slices(kind, str(path), size, UNIT_BYTES)
+    if kind == "parquet":
+        groups = _parquet_file(str(path)).metadata.num_row_groups
+        return _slices(kind, str(path), groups, max(1, groups * UNIT_BYTES // max(size, 1)))
+    if kind == "arrayrecord":
+        records = _array_record(str(path)).num_records()
+        return _slices(kind, str(path), records, max(1, records * UNIT_BYTES // max(size, 1)))
+    return [Unit(kind, (str(path),))]
+
+
+def _units_of_dataset(name: str) -> list[Unit]:
+    return [Unit("hf", (name,), i, i + 1) for i in range(_dataset(name).num_shards)]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+        if not found:
+            raise InputError(f"{path} holds no file that can be read: {_ENDINGS}")
+        return found
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    if _kind(path) is None:
+        raise InputError(f"{path} has an unknown ending: {_ENDINGS}")
+    return [path]
+
+
+def plan(inputs: Sequence[str]) -> list[Unit]:
+    """Units of files, folders (searched through, in sorted order) and `hf:NAME[:CONFIG]` datasets, in the order given.
+
+    Raises InputError for what does not exist or has an unknown ending.
+    """
+    units: list[Unit] = []
+    for name in inputs:
+        if name.startswith(HUGGING_FACE):
+            units += _units_of_dataset(name.removeprefix(HUGGING_FACE))
+            continue
+        for path in _files(Path(name)):
+            units += _units_of_file(path, str(_kind(path)))
+    return _together(units)
+
+
+def _together(units: Sequence[Unit]) -> list[Unit]:
+    """Neighbouring small text files as one unit."""
+    merged: list[Unit] = []
+    room = 0
+    for unit in units:
+        whole = unit.kind == "text" and unit.stop is None
+        size = Path(unit.files[0]).stat().st_size if whole else UNIT_BYTES
+        if whole and size <= room:
+            merged[-1] = Unit("text", (*merged[-1].files, *unit.files))
+            room -= size
+        else:
+            merged.append(unit)
+            room = UNIT_BYTES - size if whole else 0
+    return merged
+
+
+def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
+    zstandard = _need("zstandard", "zstandard", ".zst")
+    begin = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+    frame, started = begin(), False
+    while block := file.read(_BLOCK):
+        while block:
+            frame, started = (begin() if frame.eof else frame), True
+            try:
+                yield frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
+            block = frame.unused_data if frame.eof else b""
+    if started and not frame.eof:
+        raise EOFError("the last frame is not complete")
+
+
+def _decompressed(path: str, file: BinaryIO) -> Iterator[bytes]:
+    ending = Path(path).suffix.lower()
+    if ending == ".zst":
+        return _zstd_blocks(file)
+    plain = _READERS.get(ending, lambda raw: raw)(file)
+    return iter(lambda: plain.read(_BLOCK), b"")
+
+
+def blocks(path: str) -> Iterator[bytes]:
+    """The decompressed content of a file in blocks. Raises InputError when the file is cut off or damaged."""
+    done = 0
+    with open(path, "rb") as file:
+        try:
+            for block in _decompressed(path, file):
+                yield block
+                done += len(block)
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise InputError(f"{path} is cut off or damaged after {done} bytes of content: {error}") from None
+
+
+def _lines(stream: Iterator[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in stream:
+        pieces = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
+        rest = pieces.pop()
+        yield from pieces
+    if rest:
+        yield rest
+
+
+def _text_documents(lines: Iterator[bytes], is_slice: bool) -> Iterator[str]:
+    """One document; or, of a large file or a slice of one, documents of PART_BYTES cut at blank lines."""
+    held: list[bytes] = []
+    size = 0
+    while not is_slice and size <= LARGE_TEXT:
+        line = next(lines, None)
+        if line is None:
+            yield decode(b"\n".join(held))
+            return
+        held.append(line)
+        size += len(line) + 1
+    for part in _parts(itertools.chain(held, lines)):
+        yield decode(b"\n".join(part))
+
+
+def _parts(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+    part: list[bytes] = []
+    size = 0
+    for line in lines:
+        part.append(line)
+        size += len(line) + 1
+        if size >= 2 * PART_BYTES or (size >= PART_BYTES and not line.strip()):
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _slice_lines(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of the lines that begin in bytes [start, stop)."""
+    with open(path, "rb") as file:
+        file.seek(max(start - 1, 0))
+        if start:
+            file.readline()
+        while (offset := file.tell()) < stop and (line := file.readline()):
+            yield offset, line.rstrip(b"\n")
+
+
+def _line_number(path: str, offset: int) -> int:
+    with open(path, "rb") as file:
+        return 1 + sum(file.read(min(_BLOCK, offset - at)).count(b"\n") for at in range(0, offset, _BLOCK))
+
+
+def _numbered_lines(unit: Unit) -> Iterator[tuple[int | None, int, bytes]]:
+    """(line number or None, byte offset, line)."""
+    if unit.stop is None:
+        for number, line in enumerate(_lines(blocks(unit.files[0])), 1):
+            yield number, 0, line
+    else:
+        for offset, line in _slice_lines(unit.files[0], unit.start, unit.stop):
+            yield None, offset, line
+
+
+def _text_of(record: Any, key: str) -> str:
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    if key not in record:
+        raise ValueError(f"no field {key!r}, only {', '.join(map(repr, list(record)[:9]))}")
+    if not isinstance(record[key], str):
+        raise ValueError(f"field {key!r} is not text")
+    return record[key]
+
+
+class Documents:
+    """An iterator over the texts of a unit; `bad` lists the records left out, as `FILE, line N: why`."""
+
+    def __init__(self, unit: Unit, reading: Reading):
+        self.unit, self.reading = unit, reading
+        self.bad: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return getattr(self, f"_{self.unit.kind}")()
+
+    def _refuse(self, where: str, error: Exception) -> None:
+        if not self.reading.skip_bad:
+            raise InputError(f"{where}: {error} (such records can be skipped on request)")
+        self.bad.append(f"{where}: {error}")
+
+    def _text(self) -> Iterator[str]:
+        for file in self.unit.files:
+            stop = self.unit.stop
+            lines = (
+                _lines(blocks(file))
+                if stop is None
+                else (line for _, line in _slice_lines(file, self.unit.start, stop))
+            )
+            yield from _text_documents(lines, is_slice=stop is not None)
+
+    def _jsonl(self) -> Iterator[str]:
+        path = self.unit.files[0]
+        for number, offset, line in _numbered_lines(self.unit):
+            if not line.strip():
+                continue
+            try:
+                text = _text_of(json.loads(decode(line)), self.reading.key)
+            except (ValueError, RecursionError) as error:
+                self._refuse(f"{path}, line {number or _line_number(path, offset)}", error)
+                continue
+            yield text
+
+    def _parquet(self) -> Iterator[str]:
+        path = self.unit.files[0]
+        table = _parquet_file(path)
+        try:
+            if self.reading.key not in table.schema_arrow.names:
+                names = ", ".join(table.schema_arrow.names)
+                raise InputError(f"{path} has no column {self.reading.key!r}, only {names}")
+            groups = list(range(self.unit.start, self.unit.stop or table.metadata.num_row_groups))
+            for batch in table.iter_batches(1024, row_groups=groups, columns=[self.reading.key]):
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        except _need("pyarrow", "pyarrow", "Parquet").ArrowException as error:
+            raise InputError(f"{path} is cut off or damaged: {error}") from None
+
+    def _arrayrecord(self) -> Iterator[str]:
+        path = self.unit.files[0]
+        reader = _array_record(path)
+        for number in range(self.unit.start, self.unit.stop or reader.num_records()):
+            record = decode(reader.read([number])[0])
+            try:
+                yield _text_of(json.loads(record), self.reading.key) if record.startswith("{") else record
+            except ValueError as error:
+                self._refuse(f"{path}, record {number}", error)
+
+    def _hf(self) -> Iterator[str]:
+        name = self.unit.files[0]
+        whole = _dataset(name)
+        for number, row in enumerate(whole.shard(num_shards=whole.num_shards, index=self.unit.start)):
+            try:
+                yield _text_of(row, self.reading.key)
+            except ValueError as error:
+                self._refuse(f"{HUGGING_FACE}{name}, shard {self.unit.start}, row {number}", error)
+
+
+def _parquet_file(path: str) -> Any:
+    module = _need("pyarrow.parquet", "pyarrow", "Parquet")
+    try:
+        return module.ParquetFile(path)
+    except _need("pyarrow", "pyarrow", "Parquet").ArrowException as error:
+        raise InputError(f"{path} is cut off or damaged: {error}") from None
+
+
+def _array_record(path: str) -> Any:
+    module = _need("array_record.python.array_record_module", "array_record", "ArrayRecord")
+    return module.ArrayRecordReader(path)
+
+
+def _dataset(name: str) -> Any:
+    repository, _, config = name.partition(":")
+    module = _need("datasets", "datasets", "a Hugging Face dataset")
+    return module.load_dataset(repository, config or None, split="train", streaming=True)

@@ -1,0 +1,146 @@
+"""Batches for training and evaluation. Everything is a pure function of one integer, the number of examples consumed.
+
+An example is a window of `sequence + 1` tokens; windows start every `sequence` tokens, so every token but the first is
+a target exactly once an epoch. Grain shuffles and mixes the windows with random access, so any host can compute its
+rows of any batch, and a run goes on from an integer on any number of hosts, with any batch size.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmfree_jax.data.prefetch import Prefetched
+from mmfree_jax.data.token_set import Split, TokenSet
+
+if TYPE_CHECKING:
+    import grain
+
+
+class Windows:
+    """The windows of one split, for Grain to read from: `len`, and `[i]` -> int32 [sequence + 1]."""
+
+    def __init__(self, split: Split, sequence: int):
+        self.split, self.sequence = split, sequence
+        if len(split) < sequence + 1:
+            raise ValueError(
+                f"split {split.name!r} has {len(split)} tokens, fewer than one window of {sequence} + 1: "
+                "use a shorter sequence or more text"
+            )
+
+    def __len__(self) -> int:
+        return (len(self.split) - 1) // self.sequence
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = index * self.sequence
+        return self.split[start : start + self.sequence + 1].astype(np.int32)
+
+
+def examples(sources: Sequence[Windows], weights: Sequence[float], seed: int) -> "grain.MapDataset":
+    """All examples of a run in order, endless: every source shuffled anew each epoch, mixed in exact proportion."""
+    import grain  # here, because it takes a second to load and few uses of this package read batches
+
+    if len(sources) != len(weights) or not sources:
+        raise ValueError(f"{len(sources)} sources but {len(weights)} weights")
+    if any(weight <= 0 for weight in weights):
+        raise ValueError(f"mixture weights must be positive, not {list(weights)}")
+    endless = [
+        grain.MapDataset.source(windows).seed(seed + i).shuffle().repeat(None) for i, windows in enumerate(sources)
+    ]
+    return endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, list(weights))
+
+
+class Batches:
+    """An endless iterator of this host's rows, int32 [batch // hosts, sequence + 1], made ahead of time by a thread.
+
+    `state` is the number of examples that all hosts together have been given: pass it as `start` to go on, on any
+    number of hosts and with any batch size. Use as a context manager, or call `close`, to stop the thread.
+    """
+
+    def __init__(self, dataset: "grain.MapDataset", batch: int, start: int, host: int, hosts: int, ahead: int):
+        if batch <= 0 or hosts <= 0 or batch % hosts or not 0 <= host < hosts:
+            raise ValueError(f"batch {batch} must be a positive multiple of hosts {hosts}, and host {host} one of them")
+        if start < 0:
+            raise ValueError(f"start {start} must not be negative")
+        self.dataset, self.batch, self.state = dataset, batch, start
+        rows = batch // hosts
+        self._rows = range(host * rows, (host + 1) * rows)
+        self._ahead = Prefetched(self._generate(start), ahead)
+
+    def _generate(self, start: int) -> Iterator[np.ndarray]:
+        while True:
+            yield np.stack([self.dataset[start + row] for row in self._rows])
+            start += self.batch
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> np.ndarray:
+        tokens = next(self._ahead)
+        self.state += self.batch
+        return tokens
+
+    def close(self) -> None:
+        """Stop working ahead. The iterator must not be used afterwards."""
+        self._ahead.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def batches(
+    token_set: TokenSet | Sequence[TokenSet],
+    *,
+    sequence: int,
+    batch: int,
+    seed: int,
+    start: int = 0,
+    host: int = 0,
+    hosts: int = 1,
+    split: str = "train",
+    weights: Sequence[float] | None = None,
+    ahead: int = 4,
+) -> Batches:
+    """Shuffled training batches of one token set, or of a mixture of several with `weights` (equal when not given).
+
+    batch: windows over all hosts; host h gets rows [h, h + 1) * batch / hosts of the global batch. start: examples
+    consumed before (`Batches.state`). ahead: batches prepared in advance, at least 1. Raises ValueError for impossible
+    sizes and for sets of different vocabularies.
+    """
+    sets = [token_set] if isinstance(token_set, TokenSet) else list(token_set)
+    if len({one.vocab_hash for one in sets}) > 1:
+        raise ValueError(
+            f"token sets of different vocabularies cannot be mixed: {', '.join(str(one.path) for one in sets)}"
+        )
+    sources = [Windows(one.split(split), sequence) for one in sets]
+    return Batches(
+        examples(sources, weights if weights is not None else [1] * len(sets), seed), batch, start, host, hosts, ahead
+    )
+
+
+def evaluation_windows(
+    token_set: TokenSet, sequence: int, batch: int, split: str = "valid"
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The whole split once, in order: tokens int32 [batch, sequence + 1] and a mask bool [batch, sequence].
+
+    Every token but the first is a target (mask True) exactly once; what fills up the last batch is False.
+    """
+    tokens = token_set.split(split)
+    targets = len(tokens) - 1
+    if targets < 1 or sequence < 1 or batch < 1:
+        raise ValueError(f"nothing to evaluate: {len(tokens)} tokens, sequence {sequence}, batch {batch}")
+    for first in range(0, targets, sequence * batch):
+        chunk = tokens[first : first + sequence * batch + 1].astype(np.int32)
+        padded = np.zeros(sequence * batch + 1, np.int32)
+        padded[: len(chunk)] = chunk
+        starts = np.arange(batch)[:, None] * sequence
+        mask = np.arange(sequence * batch).reshape(batch, sequence) < len(chunk) - 1
+        yield padded[starts + np.arange(sequence + 1)], mask
+
+
+def evaluation_batches(token_set: TokenSet, sequence: int, batch: int, split: str = "valid") -> int:
+    """How many batches `evaluation_windows` yields."""
+    return -(-(len(token_set.split(split)) - 1) // (sequence * batch))

@@ -1,0 +1,166 @@
+"""Tiers S, M and L: large corpora of English from distribution packages, package by package and resumable."""
+
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmfree_jax.data import card as cards
+from mmfree_jax.data.build import Recipe, build, train_tokenizer
+from mmfree_jax.data.corpora import Progress
+from mmfree_jax.data.distributions import TIERS, Source, fetch, members, version_of
+from mmfree_jax.data.extraction import from_sword, paragraphs_of
+from mmfree_jax.data.inputs import Unit
+from mmfree_jax.data.prepare import Document, Prepared, prepare
+from mmfree_jax.data.spill import spill
+from mmfree_jax.data.token_set import TokenSet
+from mmfree_jax.data.workers import available_cores, run_parts
+from mmfree_jax.files import locked, read_json, write_atomically
+
+HELD_OUT = 0.01  # of the bytes
+DOCUMENT_BYTES = 65_536  # a longer file (a dictionary, a whole book) becomes several documents
+_SKIPPED = re.compile(
+    r"/(_static|_images|images?|fonts?|css|js|locale|LC_MESSAGES|_sources|testdata|testsuite/gcc.target)/"
+    r"|/(changelog|copyright|NEWS)\.?(Debian)?(\.gz)?$|/(search|genindex|py-modindex)[^/]*\.html"
+    r"|[/.](ar|bg|ca|cs|da|de|el|es|et|eu|fa|fi|fr|gl|he|hr|hu|id|it|ja|ko|lt|nb|nl|nn|pl|pt|pt[-_]BR|ro|ru|sk|sl|sr|sv|th|tr"
+    r"|uk|vi|zh|zh[-_]CN|zh[-_]TW)(/|\.html)"
+)
+_DESCRIPTION = (
+    "English from distribution packages (tier {tier}), paragraph by paragraph; the text belongs to its authors."
+)
+_STEPS = {
+    "read": "paragraphs of running English",
+    "exact": "without exact copies",
+    "near": "without paragraphs of Jaccard similarity 0.7 or more to an earlier one",
+    "protected": "without training paragraphs that share a quarter of their 8-word runs with held-out text",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One package to be turned into documents; run in a worker."""
+
+    source: Source
+    folder: str  # where the result goes
+    archive: str | None = None  # an archive that is there already, instead of a download
+
+
+def _file_name(source: Source) -> str:
+    return re.sub(r"[^\w.+-]", "_", f"{source.client}-{source.package}")
+
+
+def _parts(name: str, paragraphs: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Documents of at most about DOCUMENT_BYTES."""
+    part: list[str] = []
+    size = number = 0
+    for i, paragraph in enumerate(paragraphs, 1):
+        part.append(paragraph)
+        size += len(paragraph)
+        if size >= DOCUMENT_BYTES or i == len(paragraphs):
+            yield f"{name}#{number}", part
+            part, size, number = [], 0, number + 1
+
+
+def _files(source: Source, archive: Path) -> Iterator[tuple[str, list[str]]]:
+    wanted = re.compile(source.only)
+    for name, data in members(archive):
+        if wanted.search(f"/{name}") and not _SKIPPED.search(f"/{name}"):
+            yield name, paragraphs_of(f"/{name}", data, comments=source.comments, pdf=source.pdf)
+
+
+def read_archive(source: Source, archive: Path) -> Iterator[tuple[str, list[str]]]:
+    """(name, paragraphs) of the documents in a package."""
+    files = from_sword(dict(members(archive))) if source.sword else _files(source, archive)
+    for name, paragraphs in files:
+        yield from _parts(name, paragraphs)
+
+
+def collect(task: Task) -> dict[str, Any]:
+    """Download one package and write its documents; the file appears only when it is complete."""
+    began = time.monotonic()
+    if task.source.pdf and not shutil.which("pdftotext"):
+        raise RuntimeError(f"{task.source.package} holds PDFs: install pdftotext (apt-get install poppler-utils)")
+    path = Path(task.folder) / f"{_file_name(task.source)}.jsonl"
+    with tempfile.TemporaryDirectory(dir=task.folder) as scratch:
+        archive = Path(task.archive) if task.archive else fetch(task.source, Path(scratch))
+        head = {"source": asdict(task.source), "version": version_of(archive)}
+        documents = [json.dumps(document) for document in read_archive(task.source, archive)]
+    write_atomically(path, "\n".join([json.dumps(head), *documents]) + "\n")
+    return {"bytes": path.stat().st_size, "documents": len(documents), "seconds": time.monotonic() - began}
+
+
+def _collect_all(sources: Sequence[Source], folder: Path, processes: int | None, progress: Progress) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [source for source in sources if not (folder / f"{_file_name(source)}.jsonl").exists()]
+    progress(f"{len(sources) - len(todo)} of {len(sources)} packages are here already")
+
+    def done(number: int, result: dict[str, Any]) -> None:
+        size, seconds = result["bytes"] / 1e6, result["seconds"]
+        progress(f"{todo[number].package}: {result['documents']} documents, {size:.1f} MB, {seconds:.0f} s")
+
+    if todo:
+        run_parts(__name__, "collect", [Task(source, str(folder)) for source in todo], processes, done)
+
+
+def _read(sources: Sequence[Source], folder: Path) -> tuple[list[Document], list[dict[str, Any]]]:
+    documents, heads = [], []
+    for source in sources:
+        with (folder / f"{_file_name(source)}.jsonl").open(encoding="utf-8") as file:
+            heads.append(json.loads(file.readline()))
+            documents += [Document(source.package, name, tuple(passages)) for name, passages in map(json.loads, file)]
+    return documents, heads
+
+
+def _card(tier: str, heads: Iterable[dict[str, Any]], prepared: Prepared) -> dict[str, Any]:
+    counts: dict[str, int] = {}
+    for document in prepared.train + prepared.valid:
+        counts[document.source] = counts.get(document.source, 0) + 1
+    rows = []
+    for head in heads:
+        name, licence = head["source"]["package"], head["source"]["licence"]
+        steps = {step: prepared.left[step].get(name, 0) for step in _STEPS}
+        rows.append(cards.source_row(name, head["version"], licence, counts.get(name, 0), steps))
+    description = _DESCRIPTION.format(tier=tier.upper())
+    return {"name": f"tier {tier.upper()}", "description": description, "steps": _STEPS, "sources": rows}
+
+
+def _prepared(tier: str, work: Path, processes: int, progress: Progress) -> tuple[list[Unit], dict[str, Any]]:
+    """Units and card of a tier, from the work of an earlier call as far as there is any."""
+    record = work / "prepared.json"
+    if not record.exists():
+        _collect_all(TIERS[tier], work, processes, progress)
+        documents, heads = _read(TIERS[tier], work)
+        progress(f"removing repetitions from {len(documents)} documents")
+        prepared = prepare(documents, held_out=HELD_OUT)
+        units = spill(prepared, work / "prepared")
+        whole = {"units": [asdict(unit) for unit in units], "card": _card(tier, heads, prepared)}
+        write_atomically(record, json.dumps(whole))
+    known = read_json(record)
+    return [Unit(**{**unit, "files": tuple(unit["files"])}) for unit in known["units"]], known["card"]
+
+
+def build_tier(
+    tier: str, path: Path, vocab_size: int, *, processes: int | None = None, progress: Progress = print
+) -> TokenSet:
+    """Build tier "s", "m" or "l" at `path`; what was fetched is kept beside it, so that a second call goes on.
+
+    Raises WorkerError naming the package that cannot be fetched or read, FileExistsError when `path` exists.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: remove it or choose another folder")
+    work = path.with_name(f".{path.name}.packages")
+    processes = processes or available_cores()
+    with locked(work):
+        units, card = _prepared(tier, work, processes, progress)
+        size = cards.totals(card["sources"])["protected"] / 1e6
+        progress(f"training a tokenizer of {vocab_size} tokens on {size:.0f} MB of text")
+        recipe = Recipe(clean=False)
+        tokenizer = train_tokenizer(units, recipe, vocab_size)
+        result = build(path, units, tokenizer, recipe, card, processes=processes, progress=progress)
+        shutil.rmtree(work)
+    return result

@@ -1,0 +1,43 @@
+"""How good a model is on text that it was not trained on."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from mmfree_jax.data import TokenSet, evaluation_windows
+from mmfree_jax.training.step import Program
+
+EVALUATION_BATCH = 16  # sequences a device: enough to keep it busy, few enough for a laptop's memory
+
+
+def evaluate(program: Program, params: Any, token_set: TokenSet, sequence: int) -> dict[str, float]:
+    """Mean loss over the whole held-out split, every token but the first predicted once.
+
+    Returns `loss` (nats a token), `loss_se` (its standard error from the spread between batches, which are blocks of
+    consecutive text: tokens within a document are not independent), `bpb` (bits per byte of text) and `tokens`.
+    """
+    shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    batch = EVALUATION_BATCH * shards
+    sums = [
+        program.evaluate(params, program.place(tokens_BT), program.place(mask_BT))
+        for tokens_BT, mask_BT in evaluation_windows(token_set, sequence, batch)
+    ]
+    nats, counts = np.array([[float(n), float(c)] for n, c in sums]).T
+    loss = nats.sum() / counts.sum()
+    bits_per_token = loss / math.log(2)
+    return {
+        "loss": float(loss),
+        "loss_se": _ratio_standard_error(nats, counts),
+        "bpb": float(bits_per_token / token_set.bytes_per_token("valid")),
+        "tokens": int(counts.sum()),
+    }
+
+
+def _ratio_standard_error(nats: np.ndarray, counts: np.ndarray) -> float:
+    """Standard error of sum(nats)/sum(counts) over blocks (Cochran 1977, eq. 6.9); NaN-free for a single block."""
+    blocks = len(nats)
+    if blocks < 2:
+        return 0.0
+    residual = nats - nats.sum() / counts.sum() * counts
+    return float(math.sqrt(blocks / (blocks - 1) * (residual**2).sum()) / counts.sum())

@@ -1,0 +1,75 @@
+"""Files that are never half written, and folders that only one process writes."""
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class LockedError(RuntimeError):
+    """Another process holds the folder. The message names it."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to a sibling of `path` and rename it into place: a reader sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically. Raises ValueError for NaN and infinities, which JSON does not have."""
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; the error names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def last_line(path: Path, window: int = 65536) -> str:
+    """The last complete line of a text file that may be being written ("" if there is none), read from its end."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - window))
+        tail = file.read()
+    complete = tail[: tail.rfind(b"\n") + 1].splitlines()
+    return complete[-1].decode("utf-8", "replace") if complete else ""
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the folder for this process; the system lets go of it however the process ends.
+
+    Raises LockedError if another process still holds it after `wait_s` seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_s
+    with (folder / ".lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise LockedError(f"{folder}: another process is working here") from None
+                time.sleep(0.1)
+        yield

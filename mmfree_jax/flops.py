@@ -1,0 +1,193 @@
+"""Exact counts from a ModelConfig: parameters, operations by class, bytes of decoding state. Needs no JAX.
+
+Conventions. A product or an accumulation of n weights counts 2n, also where the weights are ternary: "each operation
+is treated identically between MatMul-free LM and Transformer++" (Zhu et al. 2024, arXiv 2406.02528, section 4.2).
+`N` counts the matrices, head included, input-embedding lookup excluded, so that families of equal shape have equal N.
+The backward pass of every product is two products of its size; that of element-wise work is taken as twice its forward.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from mmfree_jax.config import ModelConfig
+
+# Element-wise operations per element (an exponential, logarithm, root or division counts as one).
+SIGMOID, SILU = 3, 4
+GATES = SIGMOID + 3 + SILU + 2  # forget gate, its floor, candidate, candidate times (1 - f)
+RECURRENCE = 2
+RMS = 4  # square, sum, scale, gain
+QUANTISE = 5  # magnitude, maximum, scale, round, clip; once more the scale of the product
+SOFTMAX = 5  # scale, maximum, exponential, sum, division
+WKV = 22  # exponents and their maxima, two recurrences, the weighted average
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters of each kind a model has."""
+
+    embedding: int
+    head: int  # 0 when tied: the embedding is the head
+    mixer: int  # matrices of the token mixers
+    glu: int  # matrices of the channel mixing
+    gains: int  # of every norm
+    other: int  # forget-gate floors; mixes, decays and bonuses of RWKV-4
+    tied: bool
+
+    @property
+    def total(self) -> int:
+        """Every trained number."""
+        return self.embedding + self.head + self.mixer + self.glu + self.gains + self.other
+
+    @property
+    def N_nonemb(self) -> int:
+        """Matrices of the blocks."""
+        return self.mixer + self.glu
+
+    @property
+    def N(self) -> int:
+        """Matrices of the blocks and of the head: what takes part in products or accumulations."""
+        return self.N_nonemb + (self.embedding if self.tied else self.head)
+
+
+@dataclass(frozen=True)
+class OpCounts:
+    """Operations per token by class."""
+
+    dense: float = 0  # multiplications and additions with dense block weights
+    ternary: float = 0  # additions and subtractions with ternary block weights, counted as if they were products
+    attention: float = 0  # scores and weighted values
+    head: float = 0
+    elementwise: float = 0
+    norm_quant: float = 0
+
+    @property
+    def products(self) -> float:
+        """All that a matrix unit would do."""
+        return self.dense + self.ternary + self.attention + self.head
+
+    @property
+    def total(self) -> float:
+        """All classes."""
+        return self.products + self.elementwise + self.norm_quant
+
+    def times(self, factor: float) -> "OpCounts":
+        """Every class multiplied."""
+        return OpCounts(**{name: value * factor for name, value in dataclasses.asdict(self).items()})
+
+
+def _kv_width(config: ModelConfig) -> int:
+    """Width of the keys, and of the values."""
+    return config.width // config.heads * (config.kv_heads or config.heads)
+
+
+def _mixer_matrices(config: ModelConfig) -> int:
+    """Weights of one layer's token mixer."""
+    D = config.width
+    return 2 * D * D + 2 * D * _kv_width(config) if config.mixer == "attention" else 4 * D * D
+
+
+def _layer_gains(config: ModelConfig) -> int:
+    """Norm gains of one layer."""
+    D, F = config.width, config.glu_width
+    gains = 2 * D + (D if config.mixer == "mlgru" else 0)
+    if config.linear == "ternary" and config.linear_norm:
+        gains += (3 + 1 + 1) * D + F  # three inputs and the output of the mixer; gate and up share one; down
+    return gains + (D + F if config.sublayer_norm else 0)
+
+
+def _other(config: ModelConfig) -> int:
+    """Parameters of one layer that are neither matrices nor gains."""
+    if config.mixer == "mlgru":
+        return config.width if config.lower_bounds else 0
+    return 5 * config.width if config.mixer == "rwkv4" else 0
+
+
+def _ternary_head(config: ModelConfig) -> bool:
+    return config.linear == "ternary" and not config.dense_head
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Exact parameter counts; their total equals the leaves of the initialised model."""
+    D, L, V = config.width, config.depth, config.vocab
+    head_gain = D if _ternary_head(config) and config.linear_norm else 0
+    return Parameters(
+        embedding=V * D,
+        head=0 if config.tie_embeddings else V * D,
+        mixer=L * _mixer_matrices(config),
+        glu=L * 3 * D * config.glu_width,
+        gains=L * _layer_gains(config) + D + head_gain,
+        other=L * _other(config),
+        tied=config.tie_embeddings,
+    )
+
+
+def flops_per_token(config: ModelConfig, sequence: int, *, causal: bool = True) -> OpCounts:
+    """Forward operations per token, averaged over a window of `sequence` tokens.
+
+    Attention counts the visible pairs, (sequence + 1) / 2 a token; with `causal=False` all `sequence`, which is what a
+    kernel that does not skip the masked half computes.
+    """
+    count = parameters(config)
+    seen = (sequence + 1) / 2 if causal else sequence
+    attention, softmax = 0.0, 0.0
+    if config.mixer == "attention":
+        attention = 4.0 * config.depth * config.width * seen
+        softmax = SOFTMAX * config.depth * config.heads * seen
+    blocks = 2.0 * count.N_nonemb
+    return OpCounts(
+        dense=blocks if config.linear == "dense" else 0.0,
+        ternary=blocks if config.linear == "ternary" else 0.0,
+        attention=attention,
+        head=2.0 * config.vocab * config.width,
+        elementwise=softmax + config.depth * _layer_elementwise(config) + SOFTMAX * config.vocab,
+        norm_quant=config.depth * _layer_norm_quant(config) + _head_norm_quant(config),
+    )
+
+
+def train_flops_per_token(config: ModelConfig, sequence: int, *, causal: bool = True) -> OpCounts:
+    """Operations per token of a training step, forward and backward: three times the forward.
+
+    Recomputed activations (remat) and the optimizer are not counted: they are not the model's work.
+    """
+    return flops_per_token(config, sequence, causal=causal).times(3)
+
+
+def decode_state_bytes(config: ModelConfig, tokens: int, element_bytes: int = 2) -> int:
+    """Bytes that decoding keeps for one sequence of `tokens` tokens.
+
+    Attention keeps keys, values and an int32 document id per token; the recurrences a state whose size does not
+    depend on the tokens, in float32. `element_bytes` is the width of activations (2: bfloat16).
+    """
+    D, L = config.width, config.depth
+    if config.mixer == "attention":
+        return L * tokens * (2 * _kv_width(config) * element_bytes + 4)
+    return L * D * 4 if config.mixer == "mlgru" else L * D * (3 * 4 + element_bytes)
+
+
+def _layer_elementwise(config: ModelConfig) -> float:
+    """Element-wise operations of one layer on one token, softmax aside."""
+    D, F = config.width, config.glu_width
+    glu_and_residuals = (SILU + 1) * F + 2 * D
+    if config.mixer == "attention":
+        return glu_and_residuals + 3 * (D + _kv_width(config))  # rotary: two products and a sum
+    if config.mixer == "rwkv4":
+        return glu_and_residuals + (3 * 3 + WKV + SIGMOID + 1) * D
+    return glu_and_residuals + (GATES + RECURRENCE + SILU + 1) * D
+
+
+def _layer_norm_quant(config: ModelConfig) -> float:
+    """Operations of one layer's norms and quantisers on one token."""
+    D, F = config.width, config.glu_width
+    total = RMS * _layer_gains(config)
+    if config.linear == "dense" or config.activation_bits == 0:
+        return total
+    own_inputs = 3 if config.linear_norm or config.mixer == "rwkv4" else 1  # codes shared where the norm is
+    return total + QUANTISE * (own_inputs * D + D + D + F)
+
+
+def _head_norm_quant(config: ModelConfig) -> float:
+    """Operations of the final norm and of the head's own."""
+    D = config.width
+    if not _ternary_head(config):
+        return RMS * D
+    return RMS * D * (2 if config.linear_norm else 1) + (QUANTISE * D if config.activation_bits else 0)

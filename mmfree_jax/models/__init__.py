@@ -1,0 +1,1 @@
+"""The models: token mixers, channel mixing, and the one LanguageModel that stacks them."""

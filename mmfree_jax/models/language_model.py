@@ -1,0 +1,245 @@
+"""One language model for every family: embedding, scan over blocks, remat, head, loss and decoding state."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmfree_jax.config import ModelConfig, Remat
+from mmfree_jax.models.attention import Attention, rotary
+from mmfree_jax.models.glu import GLU
+from mmfree_jax.models.layers import Context, RMSNorm, gain, normal, recipe
+from mmfree_jax.models.mlgru import MLGRU, floors
+from mmfree_jax.models.rwkv4 import RWKV4
+from mmfree_jax.ops.bit_linear import bit_linear
+from mmfree_jax.ops.cross_entropy import head_loss, head_nats
+from mmfree_jax.ops.ternary import wide
+from mmfree_jax.sharding import constrain, partitioned
+
+MIXERS: dict[str, Any] = {"mlgru": MLGRU, "attention": Attention, "rwkv4": RWKV4}
+
+
+def remat_policy(remat: Remat) -> Callable[[Any], Any]:
+    """Wraps the body of the scan over layers: what the backward pass keeps of each block.
+
+    none: whatever autodiff needs; dots: the projections' outputs; full: only the residual stream.
+    """
+    if remat == "none":
+        return lambda body: body
+    if remat == "dots":
+        policy = jax.checkpoint_policies.save_only_these_names("projection")
+        return lambda body: jax.checkpoint(body, policy=policy)
+    return jax.checkpoint
+
+
+def document_starts(segments_BT: jax.Array, before_B: jax.Array | None = None) -> jax.Array:
+    """True at each row's first token and wherever the document id differs from the token before.
+
+    `before_B` is the id of the token before the first, when the row continues one.
+    """
+    first_B1 = jnp.ones_like(segments_BT[:, :1], bool)
+    if before_B is not None:
+        first_B1 = segments_BT[:, :1] != before_B[:, None]
+    return jnp.concatenate([first_B1, segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """All that is kept of the tokens read so far.
+
+    `mixers`: each layer's state, stacked with layers in front. `position`: how many tokens, an int32 scalar.
+    `segment_B`: the document that each row's last token belongs to.
+    """
+
+    mixers: Any
+    position: jax.Array
+    segment_B: jax.Array
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: x + mixer(norm(x)), then x + glu(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: jax.Array, *, rngs: nnx.Rngs, param_dtype: Any):
+        kwargs = {"rngs": rngs, "param_dtype": param_dtype}
+        self.mixer_norm = RMSNorm(config.width, config.norm_eps, param_dtype)
+        self.mixer = MIXERS[config.mixer](config, layer, **kwargs)
+        self.glu_norm = RMSNorm(config.width, config.norm_eps, param_dtype)
+        self.glu = GLU(config, **kwargs)
+
+    def __call__(self, x_BTD: jax.Array, context: Context, floor_D: jax.Array | None, state: Any) -> tuple:
+        """[B, T, D] -> [B, T, D] and the mixer's state after the last token."""
+        y_BTD, state = self.mixer(self.mixer_norm(x_BTD), context, floor_D, state)
+        x_BTD = constrain(x_BTD + y_BTD, "batch", "time", None)
+        return constrain(x_BTD + self.glu(self.glu_norm(x_BTD)), "batch", "time", None), state
+
+
+class LanguageModel(nnx.Module):
+    """Every family of `config.FAMILIES` (see docs/models.md for the equations).
+
+    Parameters are `param_dtype` and carry logical axis names; those of the blocks are stacked with layers in front.
+    Leaves named `kernel` and `embedding` are matrices, all others gains and floors. Activations are `dtype`; norms,
+    quantisers, recurrences and the loss compute in at least float32.
+
+    `remat` is what the backward pass keeps of a block (`remat_policy`), `unroll` how many blocks one iteration of the
+    scan holds.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        remat: Remat = "none",
+        unroll: int = 1,
+    ):
+        self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
+        V, D, L = config.vocab, config.width, config.depth
+        init = normal(config.init_std)
+        self.embedding = nnx.Param(partitioned(init, "vocab", "embed")(rngs.params(), (V, D), param_dtype))
+        zeros = partitioned(nnx.initializers.zeros, "layers", "norm")
+        has_floors = config.mixer == "mlgru" and config.lower_bounds
+        self.lower_bounds = nnx.Param(zeros(rngs.params(), (L, D), param_dtype)) if has_floors else None
+
+        def block(rngs: nnx.Rngs, layer: jax.Array) -> Block:
+            return Block(config, layer, rngs=rngs, param_dtype=param_dtype)
+
+        stacked = nnx.vmap(nnx.transform_metadata(block, partition="layers"))
+        self.blocks = stacked(rngs.split(L), jnp.arange(L))
+        self.norm = RMSNorm(D, config.norm_eps, param_dtype)
+        self.head = Head(config, init=init, rngs=rngs, param_dtype=param_dtype)
+
+    def __call__(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        """Logits of the next token, [B, T, V], in at least float32.
+
+        `segments_BT` are document ids: neither state nor attention crosses from one to another. Padding is a
+        document of its own, so left-padded rows are segments such as 0 0 0 1 1 1.
+        """
+        x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
+        return constrain(self.head.logits(x_BTD, self.embedding[...]), "batch", "time", "vocab")
+
+    def loss(
+        self,
+        tokens_BT: jax.Array,
+        targets_BT: jax.Array,
+        mask_BT: jax.Array | None = None,
+        *,
+        segments_BT: jax.Array | None = None,
+        z_loss: float = 0.0,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sum of the targets' cross-entropies in nats, and how many targets there are; scalars in at least float32.
+
+        mask_BT weighs the targets (0 leaves one out); z_loss is described at `cross_entropy.head_loss`.
+        """
+        x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
+        operands = self.head.operands(self.embedding[...])
+        total = head_loss(self.head.recipe, x_BTD, *operands, targets_BT, mask_BT, z_loss=z_loss)
+        count = targets_BT.size if mask_BT is None else jnp.sum(mask_BT.astype(total.dtype))
+        return total, jnp.asarray(count, total.dtype)
+
+    def nats(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        """Cross-entropy of each target in nats, [B, T], in at least float32. Chunked, for evaluation."""
+        x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
+        return head_nats(self.head.recipe, x_BTD, *self.head.operands(self.embedding[...]), targets_BT)
+
+    def hidden(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        """Normed output of the last block, [B, T, D] of `dtype`."""
+        starts_BT = None if segments_BT is None else document_starts(segments_BT)
+        context = Context(starts_BT, segments_BT, self._rotary(jnp.arange(tokens_BT.shape[1])))
+
+        def body(x_BTD, layer):
+            block, floor_D = layer
+            return block(x_BTD, context, floor_D, None)[0], None
+
+        body = remat_policy(self.remat)(body)
+        x_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), (self.blocks, self._floors()), unroll=self.unroll)
+        return self.norm(x_BTD)
+
+    def start(self, batch: int, capacity: int = 0) -> DecodeState:
+        """The state before the first token of `batch` sequences.
+
+        `capacity` is how many tokens, padding included, an attention cache can hold; recurrent mixers need none.
+        """
+        one = self.blocks.mixer.start(batch, capacity, self.config, self.dtype)
+        mixers = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.config.depth, *a.shape)), one)
+        return DecodeState(mixers, jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32))
+
+    def extend(
+        self,
+        tokens_BT: jax.Array,
+        state: DecodeState,
+        *,
+        segments_BT: jax.Array | None = None,
+        last_only: bool = False,
+    ) -> tuple[jax.Array, DecodeState]:
+        """Read on from a state: a whole prompt, a piece of one, or one token.
+
+        Args:
+            tokens_BT: the next tokens.
+            state: from `start` or an earlier call.
+            segments_BT: document ids, as in `__call__`; None continues each row's document. Left-padded prompts of
+                different lengths are segments such as 0 0 1 1.
+            last_only: logits of the last token only, [B, 1, V].
+
+        Returns:
+            logits [B, T, V] in at least float32 and the state after the tokens. Beyond the cache's capacity all
+            logits are NaN.
+        """
+        B, T = tokens_BT.shape
+        if segments_BT is None:
+            segments_BT = jnp.broadcast_to(state.segment_B[:, None], (B, T))
+        turn = self._rotary(state.position + jnp.arange(T))
+        context = Context(document_starts(segments_BT, state.segment_B), segments_BT, turn, state.position)
+
+        def body(x_BTD, layer):
+            block, floor_D, mixer_state = layer
+            return block(x_BTD, context, floor_D, mixer_state)
+
+        layers = (self.blocks, self._floors(), state.mixers)
+        x_BTD, mixers = jax.lax.scan(body, self._embed(tokens_BT), layers, unroll=self.unroll)
+        x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
+        after = DecodeState(mixers, state.position + T, segments_BT[:, -1])
+        return self.head.logits(x_BTD, self.embedding[...]), after
+
+    def _floors(self) -> jax.Array | None:
+        return None if self.lower_bounds is None else floors(self.lower_bounds[...])
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        table_VD = constrain(self.embedding[...], "vocab", None)  # gathered over fsdp here, before the lookup
+        return constrain(jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype), "batch", "time", None)
+
+    def _rotary(self, positions_T: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        if self.config.mixer != "attention":
+            return None
+        return rotary(positions_T, self.config.width // self.config.heads, self.config.rope_theta, self.dtype)
+
+
+class Head(nnx.Module):
+    """The language-model head: a projection of its own, or with `tie_embeddings` the transposed embedding."""
+
+    def __init__(self, config: ModelConfig, *, init: Any, rngs: nnx.Rngs, param_dtype: Any):
+        axes = ("embed", "vocab")
+        shape = (config.width, config.vocab)
+        make = lambda: nnx.Param(partitioned(init, *axes)(rngs.params(), shape, param_dtype))
+        self.recipe = None if config.linear == "dense" or config.dense_head else recipe(config, axes)
+        self.kernel = None if config.tie_embeddings else make()
+        has_norm = self.recipe is not None and config.linear_norm
+        self.gain = gain((config.width,), param_dtype) if has_norm else None
+
+    def operands(self, table_VD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Kernel [D, V] and the gain of the head's own norm, if it has one."""
+        kernel_DV = table_VD.T if self.kernel is None else self.kernel[...]
+        return kernel_DV, None if self.gain is None else self.gain[...]
+
+    def logits(self, x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, V] in at least float32."""
+        kernel_DV, gain_D = self.operands(table_VD)
+        exact = wide(x_BTD.dtype)
+        if self.recipe is None:
+            return jnp.matmul(x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=exact)
+        return bit_linear(self.recipe, x_BTD, kernel_DV[None], gain_D)[0].astype(exact)

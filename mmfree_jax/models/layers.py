@@ -1,0 +1,125 @@
+"""Parameters of the parts that every family shares: norms, projections, and what a block is told about its tokens."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.ops.bit_linear import Recipe, bit_linear
+from mmfree_jax.ops.rms_norm import rms_norm
+from mmfree_jax.sharding import partitioned
+
+Initializer = Any  # (key, shape, dtype) -> array
+
+
+class Context(NamedTuple):
+    """What a mixer may know about the tokens besides their activations; None where it does not apply.
+
+    `starts_BT`: true at the first token of a document. `segments_BT`: document ids. `rotary`: cosines and sines
+    [T, K/2] of the positions. `position`: how many tokens the decoding state already holds (an int32 scalar).
+    """
+
+    starts_BT: jax.Array | None = None
+    segments_BT: jax.Array | None = None
+    rotary: tuple[jax.Array, jax.Array] | None = None
+    position: jax.Array | None = None
+
+
+def normal(std: float) -> Initializer:
+    """N(0, std)."""
+    return nnx.initializers.normal(std)
+
+
+def small_xavier() -> Initializer:
+    """Xavier-uniform with gain 2^-2.5 over the last two axes: the official code's choice for i, f, g and o.
+
+    mmfreelm/models/hgrn_bit/modeling_hgrn_bit.py of github.com/ridgerchu/matmulfreellm; the gain is RetNet's (Sun et
+    al. 2023, arXiv 2307.08621).
+    """
+
+    def init(key, shape, dtype):
+        bound = 2**-2.5 * math.sqrt(6 / (shape[-2] + shape[-1]))
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def mixer_inits(config: ModelConfig) -> tuple[Initializer, Initializer]:
+    """Initialisers of a mixer's input and output projections.
+
+    Recurrent mixers: `small_xavier` for both, never rescaled (the official code, with the transformers version of
+    the paper's time). Attention: N(0, init_std), the output projection times 1/sqrt(2 L) (GPT-2, Radford et al. 2019,
+    section 2.3).
+    """
+    if config.mixer == "attention":
+        return normal(config.init_std), normal(config.init_std / math.sqrt(2 * config.depth))
+    return small_xavier(), small_xavier()
+
+
+def gain(shape: tuple[int, ...], param_dtype: Any) -> nnx.Param:
+    """Gains of one norm, or of one a group; they start at one."""
+    names = (None,) * (len(shape) - 1) + ("norm",)
+    return nnx.Param(partitioned(nnx.initializers.ones, *names)(jax.random.key(0), shape, param_dtype))
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm with a gain that starts at one; no bias."""
+
+    def __init__(self, width: int, eps: float, param_dtype: Any):
+        self.eps = eps
+        self.gain = gain((width,), param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D], in x's type."""
+        return rms_norm(x, self.gain[...], self.eps)
+
+
+class Projection(nnx.Module):
+    """One linear layer, or `groups` of them on the same input; dense, or ternary with its own norm (BitLinear).
+
+    Ternary: one weight scale a matrix, or one for all groups with `joint` (they are one tensor in the official
+    checkpoints: the gate and up halves of the GLU); likewise one norm gain a matrix, or one for all.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        inputs: int,
+        outputs: int,
+        *,
+        rngs: nnx.Rngs,
+        init: Initializer,
+        axes: tuple[str, str],
+        groups: int = 0,
+        joint: bool = False,
+        param_dtype: Any = jnp.float32,
+        dense: bool = False,
+    ):
+        shape = (groups, inputs, outputs) if groups else (inputs, outputs)
+        names = (None, *axes) if groups else axes
+        self.groups = groups
+        self.kernel = nnx.Param(partitioned(init, *names)(rngs.params(), shape, param_dtype))
+        self.recipe = None if dense or config.linear == "dense" else recipe(config, axes, joint)
+        has_norm = self.recipe is not None and config.linear_norm
+        own = (groups, inputs) if groups and not joint else (inputs,)
+        self.gain = gain(own, param_dtype) if has_norm else None
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """[..., D] -> one [..., F] for each group (a tuple of one without groups)."""
+        w_GDF = self.kernel[...] if self.groups else self.kernel[...][None]
+        if self.recipe is None:
+            ys = tuple(jnp.matmul(x, w_GDF[g].astype(x.dtype)) for g in range(w_GDF.shape[0]))
+        else:
+            ys = bit_linear(self.recipe, x, w_GDF, None if self.gain is None else self.gain[...])
+        return tuple(checkpoint_name(y, "projection") for y in ys)
+
+
+def recipe(config: ModelConfig, axes: tuple[str, str], joint: bool = False) -> Recipe:
+    """What the ternary layers of a model compute."""
+    per_matrix = (-2,) if config.weight_scale == "channel" else (-2, -1)
+    across = (-3, *per_matrix) if joint and config.weight_scale == "tensor" else per_matrix
+    return Recipe(config.activation_bits, across, config.norm_eps, axes)

@@ -1,0 +1,71 @@
+"""The MatMul-free linear GRU (Zhu et al. 2024, arXiv 2406.02528, section 3.2), as the official code computes it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
+from mmfree_jax.ops.gated_recurrence import gated_recurrence
+from mmfree_jax.ops.ternary import wide
+from mmfree_jax.sharding import constrain
+
+
+def floors(lower_bounds_LD: jax.Array) -> jax.Array:
+    """Floor of each layer's forget gate: softmax over depth, summed up to but without the first layer.
+
+    Zero in the first layer and rising with depth (HGRN, Qin et al. 2023, arXiv 2311.04823, section 3.1); in the
+    official code, not in the MatMul-free paper. Computed in at least float32.
+    """
+    share_LD = jax.nn.softmax(lower_bounds_LD.astype(wide(lower_bounds_LD.dtype)), axis=0)
+    return jnp.cumsum(share_LD, axis=0) - share_LD[0]
+
+
+class MLGRU(nnx.Module):
+    """f = sigmoid(W_f u), c = silu(W_i u); h_t = f_t h_{t-1} + (1 - f_t) c_t; then an output gate and W_o.
+
+    The official gate norms W_g u and multiplies it by silu(h); the paper's multiplies sigmoid(W_g u) by h, normed here
+    so that both have the same parameters (`config.output_gate`).
+    """
+
+    def __init__(self, config: ModelConfig, layer: jax.Array, *, rngs: nnx.Rngs, param_dtype: Any):
+        D = config.width
+        into, out = mixer_inits(config)
+        kwargs = {"rngs": rngs, "param_dtype": param_dtype}
+        self.official = config.output_gate == "official"
+        self.gates = Projection(config, D, D, init=into, axes=("embed", "heads"), groups=3, **kwargs)
+        self.gate_norm = RMSNorm(D, config.norm_eps, param_dtype)
+        self.norm = RMSNorm(D, config.norm_eps, param_dtype) if config.sublayer_norm else None
+        self.out = Projection(config, D, D, init=out, axes=("heads", "embed"), **kwargs)
+
+    def __call__(
+        self, u_BTD: jax.Array, context: Context, floor_D: jax.Array | None, state: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Mix over time.
+
+        Args:
+            u_BTD: normed activations.
+            context: `starts_BT` resets the state at documents' first tokens.
+            floor_D: of the forget gate; None for no floor.
+            state: h_BD to continue from, in at least float32; None for zeros.
+
+        Returns:
+            [B, T, D] of u's type, and the state after the last token.
+        """
+        i_BTD, f_BTD, g_BTD = self.gates(u_BTD)
+        i_BTD, f_BTD = (constrain(a, "batch", "time", "channels") for a in (i_BTD, f_BTD))
+        h_BTD, last_BD = gated_recurrence(i_BTD, f_BTD, floor_D, state, resets_BT=context.starts_BT)
+        y_BTD = self._output_gate(g_BTD, h_BTD)
+        return self.out(y_BTD if self.norm is None else self.norm(y_BTD))[0], last_BD
+
+    @staticmethod
+    def start(batch: int, capacity: int, config: ModelConfig, dtype: Any) -> jax.Array:
+        """The state before the first token: zeros [B, D], in at least float32."""
+        return jnp.zeros((batch, config.width), wide(dtype))
+
+    def _output_gate(self, g_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
+        if self.official:
+            return self.gate_norm(g_BTD) * jax.nn.silu(h_BTD)
+        return jax.nn.sigmoid(g_BTD) * self.gate_norm(h_BTD)

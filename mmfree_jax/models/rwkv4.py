@@ -1,0 +1,87 @@
+"""RWKV-4 time mixing (Peng et al. 2023, arXiv 2305.13048, sections 3.1 and 3.2, appendix D for the initial values).
+
+With ternary projections and the GLU of the other families as channel mixing this is the MatMul-free RWKV-4 that Zhu et
+al. 2024 (arXiv 2406.02528, table 1) compare with; they published no code for it.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
+from mmfree_jax.ops.wkv import WKVState, empty, wkv
+from mmfree_jax.sharding import constrain, partitioned
+
+
+class TimeMixState(NamedTuple):
+    """The last token's input [B, D] and the WKV state."""
+
+    last_BD: jax.Array
+    wkv: WKVState
+
+
+def shifted(u_BTD: jax.Array, last_BD: jax.Array | None, starts_BT: jax.Array | None) -> jax.Array:
+    """Each token's predecessor in its own document; zero where there is none."""
+    first_BD = jnp.zeros_like(u_BTD[:, 0]) if last_BD is None else last_BD.astype(u_BTD.dtype)
+    before_BTD = jnp.concatenate([first_BD[:, None], u_BTD[:, :-1]], axis=1)
+    return before_BTD if starts_BT is None else jnp.where(starts_BT[..., None], 0, before_BTD)
+
+
+def initial_mix(width: int, depth: int, layer: jax.Array) -> jax.Array:
+    """Shares of the current token in r, k and v, [3, D]: more of the past in deeper layers and early channels."""
+    through = layer / max(depth - 1, 1)  # 0 in the first layer, 1 in the last
+    key_D = (jnp.arange(width) / width) ** (1 - layer / depth)
+    return jnp.stack([0.5 * key_D, key_D, key_D + 0.3 * through])
+
+
+def initial_decay(width: int, depth: int, layer: jax.Array) -> jax.Array:
+    """log of the decay per step, from -5 to 3 over the channels."""
+    through = layer / max(depth - 1, 1)
+    return -5 + 8 * (jnp.arange(width) / max(width - 1, 1)) ** (0.7 + 1.3 * through)
+
+
+def initial_bonus(width: int) -> jax.Array:
+    """log 0.3, plus a zigzag of -0.5, 0, 0.5 over the channels."""
+    return math.log(0.3) + 0.5 * ((jnp.arange(width) + 1) % 3 - 1)
+
+
+class RWKV4(nnx.Module):
+    """r = W_r x_r, k = W_k x_k, v = W_v x_v of inputs mixed with the token before; W_o (sigmoid(r) * wkv(k, v))."""
+
+    def __init__(self, config: ModelConfig, layer: jax.Array, *, rngs: nnx.Rngs, param_dtype: Any):
+        D, L = config.width, config.depth
+        into, out = mixer_inits(config)
+        project = lambda init, axes: Projection(config, D, D, init=init, axes=axes, rngs=rngs, param_dtype=param_dtype)
+        vector = lambda value, *axes: nnx.Param(partitioned(lambda: value.astype(param_dtype), *axes)())
+        self.mix = vector(initial_mix(D, L, layer), None, "norm")
+        self.decay = vector(initial_decay(D, L, layer), "norm")
+        self.bonus = vector(initial_bonus(D), "norm")
+        self.receptance, self.key, self.value = (project(into, ("embed", "heads")) for _ in range(3))
+        self.norm = RMSNorm(D, config.norm_eps, param_dtype) if config.sublayer_norm else None
+        self.out = project(out, ("heads", "embed"))
+
+    def __call__(
+        self, u_BTD: jax.Array, context: Context, floor_D: None, state: TimeMixState | None
+    ) -> tuple[jax.Array, TimeMixState]:
+        """Mix over time: [B, T, D] -> [B, T, D] and the state after the last token."""
+        before_BTD = shifted(u_BTD, None if state is None else state.last_BD, context.starts_BT)
+        mix = self.mix[...].astype(u_BTD.dtype)
+        r_BTD, k_BTD, v_BTD = (
+            constrain(layer(u_BTD * share_D + before_BTD * (1 - share_D))[0], "batch", "time", "channels")
+            for layer, share_D in zip((self.receptance, self.key, self.value), mix, strict=True)
+        )
+        decay_D = jnp.exp(self.decay[...])
+        before = None if state is None else state.wkv
+        y_BTD, after = wkv(decay_D, self.bonus[...], k_BTD, v_BTD, before, resets_BT=context.starts_BT)
+        y_BTD = jax.nn.sigmoid(r_BTD) * y_BTD.astype(u_BTD.dtype)
+        y_BTD = self.out(y_BTD if self.norm is None else self.norm(y_BTD))[0]
+        return y_BTD, TimeMixState(u_BTD[:, -1], after)
+
+    @staticmethod
+    def start(batch: int, capacity: int, config: ModelConfig, dtype: Any) -> TimeMixState:
+        """The state before the first token."""
+        return TimeMixState(jnp.zeros((batch, config.width), dtype), empty(batch, config.width, dtype))

@@ -1,0 +1,90 @@
+"""The MLGRU's gates and recurrence as one op: F = floor + (1 - floor) sigmoid(f), h_t = F_t h_{t-1} + (1 - F_t) silu(c)
+(Zhu et al. 2024, arXiv 2406.02528, section 3.2; the floor is HGRN's, Qin et al. 2023, arXiv 2311.04823)."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from mmfree_jax.ops.kernels.choice import on_hopper, one_device
+from mmfree_jax.ops.recurrence import recurrence
+from mmfree_jax.ops.ternary import wide
+
+Form = Literal["auto", "reference", "kernel"]
+
+
+def gated_recurrence(
+    c_BTD: jax.Array,
+    f_BTD: jax.Array,
+    floor_D: jax.Array | None,
+    h_BD: jax.Array | None = None,
+    *,
+    resets_BT: jax.Array | None = None,
+    impl: Form = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """All states, and the last one.
+
+    Args:
+        c_BTD, f_BTD: projections for candidate and forget gate.
+        floor_D: of the forget gate; None is zero.
+        h_BD: state before the first step, in at least float32; None is zero.
+        resets_BT: true where the state before the step is forgotten (the first token of a document).
+        impl: "reference" gates in XLA and then `recurrence`; "kernel" is one pass over memory on Hopper GPUs; "auto"
+            takes the kernel where it serves.
+
+    Returns:
+        h_BTD in c's type and the last state [B, D] in at least float32. Gates and carry are at least float32.
+    """
+    if impl == "kernel" or (impl == "auto" and _kernel_serves(c_BTD)):
+        return _kernel(c_BTD, f_BTD, floor_D, h_BD, resets_BT)
+    factor_BTD, x_BTD = gates(c_BTD, f_BTD, floor_D)
+    out_BTD = recurrence(factor_BTD, x_BTD, h_BD, resets_BT=resets_BT)
+    return out_BTD.astype(c_BTD.dtype), out_BTD[:, -1]
+
+
+def gates(c_BTD: jax.Array, f_BTD: jax.Array, floor_D: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Forget factors F and gated candidates (1 - F) silu(c), in at least float32."""
+    exact = wide(c_BTD.dtype)
+    factor_BTD = jax.nn.sigmoid(f_BTD.astype(exact))
+    if floor_D is not None:
+        factor_BTD = floor_D + (1 - floor_D) * factor_BTD
+    return factor_BTD, jax.nn.silu(c_BTD.astype(exact)) * (1 - factor_BTD)
+
+
+def _kernel_serves(c_BTD: jax.Array) -> bool:
+    if not (on_hopper() and one_device()):
+        return False
+    from mmfree_jax.ops.kernels import gated_recurrence as kernel
+
+    return kernel.supports(c_BTD.shape, c_BTD.dtype)
+
+
+def _kernel(c_BTD, f_BTD, floor_D, h_BD, resets_BT) -> tuple[jax.Array, jax.Array]:
+    B, T, D = c_BTD.shape
+    floor_D = jnp.zeros(D, jnp.float32) if floor_D is None else floor_D.astype(jnp.float32)
+    h_BD = jnp.zeros((B, D), jnp.float32) if h_BD is None else h_BD.astype(jnp.float32)
+    keep_BT = jnp.ones((B, T), jnp.float32) if resets_BT is None else 1 - resets_BT.astype(jnp.float32)
+    return _fused(c_BTD, f_BTD, floor_D, h_BD, keep_BT)
+
+
+@jax.custom_vjp
+def _fused(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
+    return _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT)[0]
+
+
+def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
+    # Imported here: only machines with such a GPU need to have what the kernel language needs.
+    from mmfree_jax.ops.kernels import gated_recurrence as kernel
+
+    results = tuple(kernel.forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT))
+    return results, (c_BTD, f_BTD, floor_D, h_BD, keep_BT, results[0])
+
+
+def _backward(saved, dresults):
+    from mmfree_jax.ops.kernels import gated_recurrence as kernel
+
+    dc_BTD, df_BTD, dfloor_BD, dh_BD = kernel.backward(*(*saved, *dresults))
+    return dc_BTD, df_BTD, dfloor_BD.sum(axis=0), dh_BD, None
+
+
+_fused.defvjp(_forward, _backward)

@@ -1,0 +1,1 @@
+"""Many runs: declared by an experiment, executed by workers, watched and collected from their folders alone."""

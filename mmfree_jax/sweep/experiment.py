@@ -1,0 +1,114 @@
+"""What an experiment file declares, and the building blocks for declaring it."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mmfree_jax import flops
+from mmfree_jax.config import Branch, ConfigError, RunConfig, require
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A set of runs and the comparison that they are for.
+
+    `baseline` and `challenger` are family names; `notes` goes into the report's provenance as it stands (how the
+    learning rates were chosen, say). Runs must be named uniquely and listed after the trunks they branch from.
+    """
+
+    name: str
+    title: str
+    runs: tuple[RunConfig, ...]
+    baseline: str
+    challenger: str
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [run.name for run in self.runs]
+        require(bool(names), f"study {self.name}: has no runs")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"study {self.name}: run names are used twice: {', '.join(twice)}")
+        seen: dict[str, RunConfig] = {}
+        for run in self.runs:
+            if run.branch is not None:
+                trunk = seen.get(run.branch.run)
+                require(trunk is not None, f"{run.name}: its trunk {run.branch.run} is not listed before it")
+                _check_branch(run, run.branch, seen[run.branch.run])
+            seen[run.name] = run
+        corpora = {(run.data.corpus, run.data.vocab) for run in self.runs}
+        require(len(corpora) == 1, f"study {self.name}: its runs use several corpora: {sorted(corpora)}")
+
+
+def _check_branch(run: RunConfig, branch: Branch, trunk: RunConfig) -> None:
+    require(
+        branch.step == trunk.steps or branch.step in trunk.milestones,
+        f"{run.name}: branches at step {branch.step}, which is not among the milestones of {trunk.name}",
+    )
+    shared = ("model", "data", "seed", "precision")
+    for name in shared:
+        require(getattr(run, name) == getattr(trunk, name), f"{run.name}: its {name} differs from its trunk's")
+
+
+def trunk_and_decays(base: RunConfig, budgets: Sequence[int], decay: float = 0.2) -> list[RunConfig]:
+    """One constant-rate trunk and, for each budget (steps), a branch that decays over its last `decay` fraction.
+
+    Every branch is the WSD run of that budget, for the price of its decay alone (Hägele et al. 2024, arXiv
+    2405.18392; Hu et al. 2024, arXiv 2404.06395), so its end point is comparable with any other, which a point inside
+    a cosine run is not. The trunk is named NAME-trunk, the branches NAME-<tokens>.
+    """
+    require(0 < decay < 1, f"decay={decay}: must be a fraction in (0, 1)")
+    lengths = {steps: max(1, round(steps * decay)) for steps in sorted(budgets)}
+    stems = [steps - tail for steps, tail in lengths.items()]
+    optim = dataclasses.replace(base.optim, schedule="wsd", decay_steps=0)
+    trunk = dataclasses.replace(
+        base, name=f"{base.name}-trunk", steps=max(stems), milestones=tuple(stems), optim=optim, evaluate=False
+    )
+    return [trunk] + [
+        dataclasses.replace(
+            base,
+            name=f"{base.name}-{_short(steps * base.data.tokens_per_step)}",
+            steps=steps,
+            optim=dataclasses.replace(optim, decay_steps=tail),
+            branch=Branch(trunk.name, steps - tail),
+        )
+        for steps, tail in lengths.items()
+    ]
+
+
+def _short(tokens: int) -> str:
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= scale:
+            return f"{tokens / scale:.3g}{unit}"
+    return str(tokens)
+
+
+def run_flops(run: RunConfig) -> float:
+    """FLOPs that this run itself will spend: its own steps, without its trunk's."""
+    steps = run.steps - run.first_step
+    return flops.train_flops_per_token(run.model, run.data.sequence).products * run.data.tokens_per_step * steps
+
+
+def chains(runs: Iterable[RunConfig]) -> list[list[RunConfig]]:
+    """Runs grouped by trunk, each trunk first: the unit of work of one worker, which compiles once for all of them."""
+    groups: dict[str, list[RunConfig]] = {}
+    for run in runs:
+        groups.setdefault(run.branch.run if run.branch else run.name, []).append(run)
+    return list(groups.values())
+
+
+def load_study(path: Path) -> Study:
+    """Run an experiment file and return what its `study()` declares. Raises ConfigError if there is no such thing."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such experiment file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    declare = getattr(module, "study", None)
+    if not callable(declare):
+        raise ConfigError(f"{path}: defines no function study() that returns a Study")
+    study = declare()
+    require(isinstance(study, Study), f"{path}: study() returned {type(study).__name__}, not a Study")
+    return study

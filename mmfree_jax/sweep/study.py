@@ -1,0 +1,101 @@
+"""The main job: corpus -> sweep -> runs table -> fit -> report, resumable at any point."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mmfree_jax.config import require
+from mmfree_jax.data import TokenSet, resolve_corpus
+from mmfree_jax.files import locked, write_atomically, write_json
+from mmfree_jax.sweep.experiment import Study, chains, run_flops
+from mmfree_jax.sweep.local import execute, find_slots
+from mmfree_jax.sweep.status import collect, run_folder, status
+from mmfree_jax.sweep.view import View, describe
+from mmfree_jax.training.folder import check_data, claim
+
+
+def sweep(study: Study, out: Path, console: Console, slots: int = 0) -> int:
+    """Run what is not done yet and write runs.csv; returns the exit status (0 done, 1 a run failed, 75, 130)."""
+    with locked(out):
+        token_set = prepare(study, out, console)
+        places = find_slots(slots)
+        say = lambda line: console.print(line, highlight=False, soft_wrap=True)
+        say(f"{len(study.runs)} runs in {len(chains(study.runs))} chains on {len(places)} workers")
+        with View([(run, run_folder(out, run)) for run in study.runs], console) as view:
+            code = execute(out, study.runs, places, view.update)
+        table = collect(out, study.runs)
+        for run in study.runs:
+            if (found := status(run_folder(out, run), run)).state == "failed":
+                console.print(f"[red]failed[/red]  {describe(found)}\n        see {run_folder(out, run) / 'log.txt'}")
+        say(f"runs table: {table} (corpus {token_set.fingerprint[:16]})")
+        return code
+
+
+def prepare(study: Study, out: Path, console: Console) -> TokenSet:
+    """Resolve the corpus, check every run against it and against what `out` holds, and give each its config.json.
+
+    Raises ConfigError before anything is run.
+    """
+    data = study.runs[0].data
+    token_set = resolve_corpus(data.corpus, data.vocab, progress=lambda line: console.print(line, highlight=False))
+    for run in study.runs:
+        check_data(run, token_set)
+        claim(run, run_folder(out, run))
+    write_json(out / "sweep.json", {"study": study.name, "runs": [run.name for run in study.runs]})
+    for name in ("data_card.json", "data_card.md"):
+        write_atomically(out / name, (token_set.path / name).read_text(encoding="utf-8"))
+    return token_set
+
+
+def run_study(study: Study, out: Path, console: Console, slots: int = 0) -> int:
+    """The sweep, then the report on it. Returns the exit status of the sweep, or 0."""
+    if code := sweep(study, out, console, slots):
+        return code
+    # Imported here, because plotting libraries take longer to load than a finished sweep takes to check.
+    from scaling.curves import sweep_curves
+    from scaling.report import write_report
+    from scaling.runs import Runs
+    from scaling.sensitivity import delta_from_noise
+
+    runs = Runs.read(out / "runs.csv")
+    report = write_report(
+        runs,
+        out / "report",
+        curves=sweep_curves(out),
+        title=study.title,
+        provenance=provenance(study),
+        delta=delta_from_noise(runs),
+    )
+    console.print(report.terminal_summary(console.width), highlight=False, markup=False)
+    console.print(f"\nreport: {out / 'report' / 'report.html'}", highlight=False)
+    return 0
+
+
+def provenance(study: Study) -> dict[str, Any]:
+    """What the report says about where its numbers come from."""
+    data = study.runs[0].data
+    return {
+        "study": study.name,
+        "corpus": f"{data.corpus}, vocabulary {data.vocab}",
+        "sequence": f"{data.sequence} tokens",
+        "batch": f"{data.tokens_per_step} tokens a step",
+        **study.notes,
+    }
+
+
+def plan_lines(study: Study, slots: int = 0) -> list[str]:
+    """What a sweep would do, without doing it (--dry-run)."""
+    total = sum(run_flops(run) for run in study.runs)
+    lines = [
+        f"{run.name}: steps {run.first_step}..{run.steps}, {run.tokens:,} tokens, lr {run.optim.lr:g}, "
+        f"{run_flops(run):.3g} FLOP" + (f", after {run.branch.run}" if run.branch else "")
+        for run in study.runs
+    ]
+    return [*lines, f"{len(study.runs)} runs, {total:.3g} FLOP, {len(find_slots(slots))} workers"]
+
+
+def status_lines(study: Study, out: Path) -> list[str]:
+    """One line a run: its state, step and loss (--status)."""
+    require(out.is_dir(), f"{out}: no such sweep folder")
+    return [f"{(s := status(run_folder(out, run), run)).state:>7}  {describe(s)}" for run in study.runs]

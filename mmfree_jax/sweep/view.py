@@ -1,0 +1,153 @@
+"""The live table of a sweep: one line a run, and when all of it will be done."""
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from mmfree_jax.config import RunConfig
+from mmfree_jax.sweep.experiment import run_flops
+from mmfree_jax.sweep.status import RunStatus, status
+
+REFRESH_SECONDS = 1.0
+PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal to redraw
+STYLE = {"done": "green", "running": "bold cyan", "failed": "bold red", "stopped": "yellow", "waiting": "dim"}
+
+
+@dataclasses.dataclass
+class View:
+    """Watches a sweep and shows it: a table on a terminal, a line now and then elsewhere. Use as a context manager."""
+
+    runs: Sequence[tuple[RunConfig, Path]]  # with their folders
+    console: Console
+
+    def __post_init__(self) -> None:
+        self.began = self.read_at = self.shown_at = time.monotonic()
+        self.statuses = self._read({})
+        self.flops_total = sum(run_flops(run) for run, _ in self.runs)
+        self.flops_before = self._flops_done()
+        self.live: Live | None = None
+
+    def __enter__(self) -> "View":
+        if self.console.is_terminal:
+            self.live = Live(self.render(), console=self.console, auto_refresh=False)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.update(self.render(), refresh=True)
+            self.live.stop()
+
+    def update(self) -> None:
+        """Read the folders again and show what changed, at most once in a while."""
+        now = time.monotonic()
+        if now - self.read_at < REFRESH_SECONDS:
+            return
+        before, self.read_at = self.statuses, now
+        self.statuses = self._read(before)
+        if self.live:
+            self.live.update(self.render(), refresh=True)
+            return
+        for old, new in zip(before.values(), self.statuses.values(), strict=True):
+            if new.state != old.state and new.state in ("done", "failed"):
+                self.console.print(f"{new.state:>7}  {describe(new)}", highlight=False, soft_wrap=True)
+        if now - self.shown_at >= PLAIN_SECONDS:
+            self.console.print(self.summary(), highlight=False)
+            self.shown_at = now
+
+    def _read(self, known: dict[str, RunStatus]) -> dict[str, RunStatus]:
+        # A finished run does not change any more, so its folder is not read again.
+        done = {name: s for name, s in known.items() if s.state == "done"}
+        return {run.name: done.get(run.name) or status(folder, run) for run, folder in self.runs}
+
+    def _flops_done(self) -> float:
+        return sum(run_flops(s.config) * _fraction(s) for s in self.statuses.values())
+
+    def eta_seconds(self) -> float | None:
+        """Time until the last run ends, at the rate seen since this process began; None before there is one."""
+        elapsed, done = time.monotonic() - self.began, self._flops_done()
+        if done <= self.flops_before:
+            return None
+        return (self.flops_total - done) * elapsed / (done - self.flops_before)
+
+    def summary(self) -> str:
+        """One line: how many runs are in which state, the share of the work done, the time left."""
+        states = [s.state for s in self.statuses.values()]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in STYLE if state in states)
+        share = self._flops_done() / self.flops_total
+        eta = self.eta_seconds()
+        left = "" if share >= 1 else f" · {clock(eta)} left" if eta is not None else " · time left not known yet"
+        return f"{counts} · {share:.0%} of the FLOPs · {clock(time.monotonic() - self.began)} gone{left}"
+
+    def render(self) -> Table:
+        """The table, cut to the terminal: finished runs give way first, then waiting ones."""
+        room = max(6, self.console.height - 6)
+        shown = _fit(list(self.statuses.values()), room)
+        table = Table(title=self.summary(), title_justify="left", expand=False, pad_edge=False)
+        for name, justify in (
+            ("run", "left"),
+            ("state", "left"),
+            ("step", "right"),
+            ("loss", "right"),
+            ("tok/s", "right"),
+        ):
+            table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
+        for s in shown:
+            loss = "" if s.loss is None else f"{s.loss:.4f}"
+            rate = f"{s.tokens_per_s:,.0f}" if s.tokens_per_s and s.state == "running" else ""
+            table.add_row(s.config.name, s.state, f"{s.step}/{s.config.steps}", loss, rate, style=STYLE[s.state])
+        if len(shown) < len(self.statuses):
+            table.caption = f"{len(self.statuses) - len(shown)} more do not fit this terminal"
+        return table
+
+
+@contextlib.contextmanager
+def follow(config: RunConfig, folder: Path, console: Console) -> Iterator[None]:
+    """Show the progress of a run that this very process trains, from a thread."""
+    ended = threading.Event()
+    with View([(config, folder)], console) as view:
+
+        def watch() -> None:
+            while not ended.wait(REFRESH_SECONDS):
+                view.update()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def _fraction(s: RunStatus) -> float:
+    own = s.config.steps - s.config.first_step
+    return max(0.0, s.step - s.config.first_step) / own
+
+
+def _fit(statuses: list[RunStatus], room: int) -> list[RunStatus]:
+    keep = set(range(len(statuses)))
+    for state in ("done", "waiting", "stopped", "running", "failed"):
+        for i in [i for i in sorted(keep) if statuses[i].state == state][: max(0, len(keep) - room)]:
+            keep.discard(i)
+    return [statuses[i] for i in sorted(keep)]
+
+
+def describe(s: RunStatus) -> str:
+    """One line about a run."""
+    loss = "" if s.loss is None else f" loss {s.loss:.4f}"
+    return f"{s.config.name}  step {s.step}/{s.config.steps}{loss}{'  ' + s.error if s.error else ''}"
+
+
+def clock(seconds: float) -> str:
+    """m:ss, or h:mm:ss from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

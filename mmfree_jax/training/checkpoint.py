@@ -1,0 +1,77 @@
+"""Checkpoints of a run: Orbax, asynchronous, atomic; the latest few and every milestone are kept.
+
+Restoring always goes into an abstract tree built from the config, never into what was saved, so a checkpoint moves to
+any mesh. Beside the state lies a small JSON object with everything else that a resumed run needs.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+from mmfree_jax.training.step import TrainState
+
+_keep = ocp.training.preservation_policies
+
+# Orbax reports every step of every save at INFO and warns about defaults; a run's own log says what matters.
+for _name in ("absl", "orbax"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing or cannot be read. The message names it."""
+
+
+class Checkpoints:
+    """The checkpoint folder of one run. Use as a context manager: leaving waits for a save in progress."""
+
+    def __init__(self, folder: Path, keep: int = 1, milestones: tuple[int, ...] = ()):
+        policies = [_keep.LatestN(keep), _keep.CustomSteps(list(milestones))]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._orbax = ocp.training.Checkpointer(
+            folder.resolve(), preservation_policy=_keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._orbax.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+
+    def save(self, state: Any, meta: dict[str, Any], step: int) -> None:
+        """Begin to save a tree of arrays; returns once they are copied. `meta` must be plain JSON."""
+        self._orbax.save_checkpointables_async(step, {"state": state, "meta": meta}, force=True)
+
+    def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """State and meta of the newest checkpoint. Raises CheckpointError when there is none."""
+        return _load(self._orbax, self.folder, abstract_state, None)
+
+
+def restore(folder: Path, abstract_state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+    """State and meta of `step` (default: the newest) in a checkpoint folder that this process does not write.
+
+    The arrays are placed as `abstract_state` says. Raises CheckpointError when there is no such checkpoint.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist: there is no checkpoint to read")
+    with ocp.training.Checkpointer(folder.resolve(), preservation_policy=_keep.PreserveAll()) as orbax:
+        return _load(orbax, folder, abstract_state, step)
+
+
+def _load(
+    orbax: ocp.training.Checkpointer, folder: Path, abstract_state: TrainState, step: int | None
+) -> tuple[TrainState, dict[str, Any]]:
+    steps = sorted(checkpoint.step for checkpoint in orbax.checkpoints)
+    if not steps or (step is not None and step not in steps):
+        raise CheckpointError(f"{folder} has no checkpoint of step {step or 'any'} (it has: {steps or 'none'})")
+    found = orbax.load_checkpointables(
+        steps[-1] if step is None else step, abstract_checkpointables={"state": abstract_state, "meta": None}
+    )
+    return found["state"], found["meta"]

@@ -1,0 +1,51 @@
+"""The folder of a run: which config it belongs to, and whether the corpus suits it. Nothing here imports JAX."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmfree_jax.config import ConfigError, RunConfig, from_json, require, to_json
+from mmfree_jax.data import TokenSet
+from mmfree_jax.files import write_atomically
+
+
+def check_data(config: RunConfig, token_set: TokenSet) -> None:
+    """Refuse a corpus that the run cannot be trained on. Raises ConfigError before anything is compiled."""
+    require(
+        config.model.vocab == token_set.vocab_size,
+        f"model.vocab={config.model.vocab}, but the corpus has {token_set.vocab_size} tokens: set model.vocab to that",
+    )
+    for split in ("train", "valid"):
+        have = len(token_set.split(split))
+        require(
+            have > config.data.sequence,
+            f"data.sequence={config.data.sequence} is longer than the {split} split ({have} tokens): shorten it",
+        )
+
+
+def claim(config: RunConfig, folder: Path) -> None:
+    """Write config.json into a new folder; check it in one that holds a run. Raises ConfigError if it is another."""
+    path = folder / "config.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, to_json(config) + "\n")
+        return
+    held = from_json(RunConfig, path.read_text(encoding="utf-8"))
+    if held != config:
+        raise ConfigError(f"{folder} holds another run ({differences(held, config)}): choose another folder")
+
+
+def differences(held: Any, wanted: Any) -> str:
+    """The first few fields in which two configs of one kind differ, and how."""
+    old, new = (dict(_leaves(json.loads(to_json(c)))) for c in (held, wanted))
+    changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} is {old.get(key)}, not {new.get(key)}" for key in sorted(changed)[:4])
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

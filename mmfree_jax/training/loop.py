@@ -1,0 +1,196 @@
+"""The training loop: a straight line from a config to a result.json."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mmfree_jax import flops
+from mmfree_jax.config import RunConfig, require, to_json
+from mmfree_jax.data import TokenSet, batches
+from mmfree_jax.devices import peak_memory_bytes
+from mmfree_jax.evaluation import evaluate
+from mmfree_jax.files import locked, read_json, write_json
+from mmfree_jax.training.checkpoint import Checkpoints, restore
+from mmfree_jax.training.diagnostics import Diagnostics
+from mmfree_jax.training.folder import check_data, claim, differences
+from mmfree_jax.training.interrupt import Interrupted, StopFlag
+from mmfree_jax.training.metrics import Interval, Progress, RunLog
+from mmfree_jax.training.optim import learning_rate
+from mmfree_jax.training.step import Program, TrainState, compute_dtype, make_program, program_key
+
+
+def train(config: RunConfig, folder: Path, token_set: TokenSet) -> dict[str, Any]:
+    """Train `config` in `folder`, or take up what is there, and return the row of result.json.
+
+    A finished run is returned as it stands.
+    Raises ConfigError (the folder holds another run, the corpus does not fit), Diverged, or Interrupted once the state
+    has been saved after a signal.
+    """
+    check_data(config, token_set)
+    with locked(folder, wait_s=30):
+        claim(config, folder)
+        if (folder / "result.json").exists():
+            return read_json(folder / "result.json")
+        with StopFlag() as stop:
+            return _train(config, folder, token_set, stop)
+
+
+def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag) -> dict[str, Any]:
+    program = make_program(program_key(config))
+    milestones = (*config.milestones, config.steps)
+    per_token = flops.train_flops_per_token(config.model, config.data.sequence).products
+
+    with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
+        state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
+        data = config.data
+        rows = batches(token_set, sequence=data.sequence, batch=data.batch, seed=data.seed, start=progress.data)
+        with RunLog(folder, marks) as log, rows, jax.set_mesh(program.mesh):
+            _describe(config, log, progress)
+            diagnostics = Diagnostics(config, program, log)
+            interval = Interval(config, progress, per_token * data.tokens_per_step, log)
+
+            for step in range(progress.step, config.steps):
+                tokens_BT = interval.timed_next(rows)
+                rate = np.float32(learning_rate(config.optim, config.steps, step))
+                diagnostics.before(step, state)
+                state, metrics = program.train_step(state, program.place(tokens_BT), jax.device_put(rate))
+                diagnostics.after(step, state)
+                # Only now, with this step already queued, are the metrics of the steps before it fetched.
+                interval.flush_if_due()
+                interval.add(step, metrics, float(rate))
+
+                progress.step, progress.data = step + 1, rows.state
+                stopping, due = stop.signal is not None, _save_due(config, step + 1)
+                if stopping or due:
+                    interval.flush() if due else interval.hold()
+                    checkpoints.save(state, _meta(config, token_set, progress, log), step + 1)
+                if stopping:
+                    log.event(f"stopped by signal {stop.signal} after step {step + 1}; saved")
+                    raise Interrupted(stop.status, f"{config.name}: stopped after step {step + 1}, saved in {folder}")
+
+            scores = evaluate(program, state.params, token_set, data.sequence) if config.evaluate else {}
+            log.event(f"finished after {config.steps} steps" + "".join(f", {k} {v:.6g}" for k, v in scores.items()))
+
+    result = result_row(config, token_set, progress, scores)
+    write_json(folder / "result.json", result)
+    return result
+
+
+def _begin(
+    config: RunConfig, folder: Path, program: Program, checkpoints: Checkpoints, token_set: TokenSet
+) -> tuple[TrainState, Progress, dict[str, int]]:
+    """Where to start, in this order: the folder's own newest checkpoint, the branch point, `init`, random weights."""
+    if checkpoints.steps:
+        state, meta = checkpoints.restore(program.abstract_state)
+        _check_corpus(meta, token_set, folder)
+        progress = Progress(**meta["progress"])
+        progress.attempts += 1
+        return state, progress, meta["marks"]
+    if config.branch is not None:
+        trunk = folder.parent / config.branch.run / "checkpoints"
+        state, meta = restore(trunk, program.abstract_state, config.branch.step)
+        _check_corpus(meta, token_set, trunk)
+        return state, dataclasses.replace(Progress(**meta["progress"]), attempts=1), {}
+    with jax.set_mesh(program.mesh):
+        state = program.init(jax.random.key(config.seed))
+    return _with_weights(state, config) if config.init else state, Progress(attempts=1), {}
+
+
+def _with_weights(state: TrainState, config: RunConfig) -> TrainState:
+    """`state` with the parameters of the model that `config.init` names, in the places of those that it has."""
+    # Imported here: a model on disk may be a run, so that module needs this package.
+    from mmfree_jax.weights import load_model
+
+    model = load_model(Path(config.init))
+    require(
+        model.config == config.model,
+        f"init={config.init} holds another architecture ({differences(model.config, config.model)})",
+    )
+    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), nnx.state(model, nnx.Param), state.params)
+    return dataclasses.replace(state, params=params)
+
+
+def _check_corpus(meta: dict[str, Any], token_set: TokenSet, where: Path) -> None:
+    require(
+        meta["corpus"] == token_set.fingerprint,
+        f"{where} was trained on corpus {meta['corpus']}, but this one is {token_set.fingerprint}: "
+        "the packages it is made of have changed; start again in a new folder",
+    )
+
+
+def _meta(config: RunConfig, token_set: TokenSet, progress: Progress, log: RunLog) -> dict[str, Any]:
+    return {
+        "config": json.loads(to_json(config)),
+        "fingerprint": config.fingerprint(),
+        "corpus": token_set.fingerprint,
+        "progress": dataclasses.asdict(progress),
+        "marks": log.mark(),
+    }
+
+
+def _save_due(config: RunConfig, step: int) -> bool:
+    every = config.checkpoint_every
+    return step == config.steps or step in config.milestones or (every > 0 and step % every == 0)
+
+
+def _describe(config: RunConfig, log: RunLog, progress: Progress) -> None:
+    devices = jax.devices()
+    log.event(
+        f"{'start' if progress.attempts == 1 else 'resume'} {config.name} at step {progress.step} of {config.steps} "
+        f"on {config.mesh.devices} x {devices[0].device_kind} (jax {jax.__version__})"
+    )
+    if progress.attempts == 1:
+        log.describe("config", to_json(config))
+
+
+def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, scores: dict[str, float]) -> dict[str, Any]:
+    """Everything that a row of the runs table needs. `loss` is null for a run that was not evaluated (a trunk)."""
+    size = flops.parameters(config.model)
+    data, optim = config.data, config.optim
+    spent = flops.train_flops_per_token(config.model, data.sequence).times(config.tokens)
+    return {
+        "run_id": config.name,
+        "family": config.model.family,
+        "N": size.N,
+        "N_nonemb": size.N_nonemb,
+        "N_total": size.total,
+        "D": config.tokens,
+        "U": min(config.tokens, len(token_set.split("train"))),
+        "loss": scores.get("loss"),
+        "loss_se": scores.get("loss_se"),
+        "bpb": scores.get("bpb"),
+        "val_set": f"{token_set.fingerprint}:valid",
+        "val_tokens": scores.get("tokens"),
+        "tokenizer": token_set.vocab_hash,
+        "vocab": token_set.vocab_size,
+        "seq_len": data.sequence,
+        "flops": spent.products,
+        "flops_rule": "exact products",
+        **{f"flops_{name}": count for name, count in dataclasses.asdict(spent).items()},
+        "schedule": {"constant": "const", "cosine-halving": "cosine"}.get(optim.schedule, optim.schedule),
+        "ended": True,
+        "lr": optim.lr,
+        "batch_tokens": data.tokens_per_step,
+        "warmup_tokens": optim.warmup_steps * data.tokens_per_step,
+        "decay_tokens": optim.decay_steps * data.tokens_per_step,
+        "weight_decay": optim.weight_decay,
+        "seed": config.seed,
+        "cluster": config.branch.run if config.branch else config.name,
+        "width": config.model.width,
+        "depth": config.model.depth,
+        "precision": str(compute_dtype(config.precision)),
+        "train_loss": progress.train_loss,
+        "seconds": progress.seconds,
+        "joules": progress.joules,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "attempts": progress.attempts,
+        "device": jax.devices()[0].device_kind,
+        "devices": config.mesh.devices,
+        "jax": jax.__version__,
+        "fingerprint": config.fingerprint(),
+    }

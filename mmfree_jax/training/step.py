@@ -1,0 +1,145 @@
+"""The compiled programs of a run: initialise, train one step, evaluate one batch, read the ternary codes.
+
+A `Program` depends on the shape of a run only: not on its learning rate, schedule, length or seed. Runs that agree in
+`program_key` share one, so a sweep compiles once per (family, size).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmfree_jax.config import MeshConfig, ModelConfig, OptimConfig, Precision, Remat, RunConfig
+from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.sharding import batch_sharding, make_mesh, shardings
+from mmfree_jax.training.optim import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that an optimizer step reads and replaces: step int32 [], float32 parameters, AdamW moments."""
+
+    step: jax.Array
+    params: nnx.State
+    opt: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramKey:
+    """What a compiled step depends on; equal keys share a Program."""
+
+    model: ModelConfig
+    optim: OptimConfig
+    mesh: MeshConfig
+    precision: Precision
+    remat: Remat
+    unroll: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Jitted functions over an explicit mesh. Shapes: tokens_BT int32 [B, T+1], mask_BT bool [B, T]."""
+
+    mesh: jax.sharding.Mesh
+    graphdef: nnx.GraphDef  # with parameters it makes a LanguageModel again: nnx.merge(graphdef, params)
+    abstract_state: TrainState  # ShapeDtypeStructs that carry shardings: what a checkpoint is restored into
+    init: Callable[[jax.Array], TrainState]  # key -> state, made directly in its sharded place
+    train_step: Callable[[TrainState, jax.Array, float], tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[[nnx.State, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+    def place(self, array: Any) -> jax.Array:
+        """Put a [B, ...] host array where the step expects it."""
+        return jax.device_put(array, batch_sharding(self.mesh))
+
+
+def program_key(config: RunConfig) -> ProgramKey:
+    """The part of a run that its compiled program depends on: rate, schedule and durations are reset."""
+    neutral = OptimConfig()
+    optim = dataclasses.replace(
+        config.optim,
+        lr=neutral.lr,
+        schedule="constant",
+        warmup_steps=neutral.warmup_steps,
+        decay_steps=0,
+        final_lr=neutral.final_lr,
+    )
+    return ProgramKey(config.model, optim, config.mesh, config.precision, config.remat, config.unroll)
+
+
+def compute_dtype(precision: Precision) -> jnp.dtype:
+    """bfloat16 on accelerators and float32 on CPU, unless the config says which."""
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
+
+
+@functools.cache
+def make_program(key: ProgramKey) -> Program:
+    """Build the programs for a key; nothing is compiled before its first call."""
+    mesh = make_mesh(key.mesh)
+    dtype = compute_dtype(key.precision)
+    build = lambda rngs: LanguageModel(key.model, rngs=rngs, dtype=dtype, remat=key.remat, unroll=key.unroll)
+    optimizer = make_optimizer(key.optim)
+
+    def init(rng: jax.Array) -> TrainState:
+        params = nnx.state(build(nnx.Rngs(rng)), nnx.Param)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    place = shardings(mesh, shapes)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, place)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    rows, scalar = batch_sharding(mesh), NamedSharding(mesh, P())
+
+    train_step = jax.jit(
+        functools.partial(_train_step, graphdef, optimizer, key.optim.accumulate),
+        donate_argnums=0,
+        in_shardings=(place, rows, None),
+        out_shardings=(place, scalar),
+    )
+    evaluate = jax.jit(
+        functools.partial(_evaluate, graphdef), in_shardings=(place.params, rows, rows), out_shardings=scalar
+    )
+    # Random number generators compile slowly and run once: optimising their code is not worth the wait.
+    start = jax.jit(init, out_shardings=place, compiler_options={"xla_backend_optimization_level": 0})
+    return Program(mesh, graphdef, abstract, start, train_step, evaluate)
+
+
+def _train_step(
+    graphdef: Any, optimizer: Any, accumulate: int, state: TrainState, tokens_BT: jax.Array, rate: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    def mean_loss(params: nnx.State, rows_BT: jax.Array) -> jax.Array:
+        nats, count = nnx.merge(graphdef, params).loss(rows_BT[:, :-1], rows_BT[:, 1:])
+        return nats / count
+
+    loss, grads = _accumulated(jax.value_and_grad(mean_loss), state.params, tokens_BT, accumulate)
+    updates, opt = optimizer.update(grads, state.opt, state.params)
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    return TrainState(state.step + 1, params, opt), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+
+
+def _accumulated(loss_and_grad: Callable, params: nnx.State, tokens_BT: jax.Array, steps: int) -> tuple:
+    """Mean loss and gradient over `steps` micro-batches of equal size, one after another."""
+    if steps == 1:
+        return loss_and_grad(params, tokens_BT)
+    # Striding rather than cutting keeps every row on the device that holds it.
+    tokens_ABT = tokens_BT.reshape(-1, steps, tokens_BT.shape[1]).swapaxes(0, 1)
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(loss_and_grad, params, tokens_ABT[0]))
+    add = lambda total, rows: (jax.tree.map(jnp.add, total, loss_and_grad(params, rows)), None)
+    total, _ = jax.lax.scan(add, zero, tokens_ABT)
+    return jax.tree.map(lambda a: a / steps, total)
+
+
+def _evaluate(
+    graphdef: Any, params: nnx.State, tokens_BT: jax.Array, mask_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of nats, number of targets) over the positions where the mask is true."""
+    return nnx.merge(graphdef, params).loss(tokens_BT[:, :-1], tokens_BT[:, 1:], mask_BT)

@@ -1,0 +1,73 @@
+"""A model on disk, of whichever kind: a run directory, an imported folder, or a Hugging Face folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmfree_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, from_json, to_json
+from mmfree_jax.files import read_json, write_atomically
+from mmfree_jax.interop import load_huggingface, read_config
+from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.training.checkpoint import Checkpoints, restore
+from mmfree_jax.training.step import make_program, program_key
+
+MODEL = "model.json"  # what an imported folder has in place of a run's config.json
+
+
+def model_config(path: Path) -> ModelConfig:
+    """The architecture of a model on disk. Raises ConfigError for a folder that is none of the known kinds."""
+    if (path / MODEL).exists():
+        return from_json(ModelConfig, (path / MODEL).read_text(encoding="utf-8"))
+    if not (path / "config.json").exists():
+        raise ConfigError(f"{path} is not a model: it has neither {MODEL} nor config.json")
+    if _is_run(path):
+        return run_config(path).model
+    return read_config(path)
+
+
+def run_config(path: Path) -> RunConfig:
+    """The run that made a model, on one device; for a model that no run here made, a bare one with its architecture."""
+    if _is_run(path):
+        return from_json(RunConfig, json.dumps(read_json(path / "config.json") | {"mesh": {}}))
+    model = model_config(path)
+    return RunConfig(path.name or "model", model, DataConfig(vocab=max(257, model.vocab), sequence=2048))
+
+
+def load_model(path: Path, dtype: str = "float32") -> LanguageModel:
+    """Read a model with float32 parameters and activations of `dtype`; of a run, its newest checkpoint.
+
+    Raises ConfigError (not a model), CheckpointError (a run without a checkpoint, a damaged folder).
+    """
+    config = model_config(path)
+    if not (path / MODEL).exists() and not _is_run(path):
+        return load_huggingface(path, dtype)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))))
+    return nnx.merge(graph, _run_params(path) if _is_run(path) else restore(path / "checkpoints", _here(shapes))[0])
+
+
+def save_model(model: LanguageModel, path: Path) -> None:
+    """Write parameters and architecture into a new folder. Raises ConfigError if it holds something already."""
+    if path.exists() and any(path.iterdir()):
+        raise ConfigError(f"{path} exists and is not an empty folder: choose another")
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        checkpoints.save(nnx.state(model, nnx.Param), {"kind": "weights"}, 0)
+    write_atomically(path / MODEL, to_json(model.config) + "\n")  # last: a folder without it is not a model
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.json").exists() and "model_type" not in json.loads((path / "config.json").read_text())
+
+
+def _run_params(path: Path) -> nnx.State:
+    program = make_program(program_key(run_config(path)))
+    return restore(path / "checkpoints", program.abstract_state)[0].params
+
+
+def _here(shapes: Any) -> Any:
+    """The shapes, placed on this process's first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)

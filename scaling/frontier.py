@@ -1,0 +1,99 @@
+"""The compute-optimal frontier of a fitted law: best loss at each budget, with the FLOP cost that the runs measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling.laws import Law
+from scaling.runs import Runs
+
+GOLDEN = (np.sqrt(5) - 1) / 2
+SEARCH_STEPS = 42  # golden sections; 60 e-folds of N shrink to 1e-7, and the loss is flat to second order there
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOP per parameter and token against log N, from a family's own rows; constant beyond the measured sizes.
+
+    Small models pay relatively more for attention and element-wise work, so a single factor of 6 would shift the two
+    families against each other by different amounts.
+    """
+
+    log_n: np.ndarray
+    log_cost: np.ndarray
+
+    @classmethod
+    def of(cls, runs: Runs, spent: np.ndarray | None = None) -> Cost:
+        """Geometric mean of cost / (N D) over the rows of each size; `spent` (n,) is flops unless given."""
+        sizes, place = np.unique(np.log(runs["N"]).round(6), return_inverse=True)
+        ratio = np.log((runs["flops"] if spent is None else spent) / (runs["N"] * runs["D"]))
+        return cls(sizes, np.bincount(place, ratio) / np.bincount(place))
+
+    def log_tokens(self, log_n: np.ndarray, log_flops: np.ndarray) -> np.ndarray:
+        """log D that spends the whole budget at size log N."""
+        return log_flops - log_n - np.interp(log_n, self.log_n, self.log_cost)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Along budgets: loss (K, M) nats, log N and log D (K, M) of the best allocation."""
+
+    log_flops: np.ndarray
+    loss: np.ndarray
+    log_n: np.ndarray
+    log_d: np.ndarray
+
+
+def fixed_ratio(
+    law: Law, theta: np.ndarray, centre: np.ndarray, cost: Cost, log_flops: np.ndarray, ratio: float
+) -> Frontier:
+    """Loss along budgets at a fixed number of tokens per parameter."""
+    log_n = (log_flops - np.log(ratio) - cost.log_cost.mean()) / 2
+    for _ in range(60):  # cost per parameter and token varies slowly with N, so this contracts
+        log_n = (log_flops - np.log(ratio) - np.interp(log_n, cost.log_n, cost.log_cost)) / 2
+    return along(law, theta, centre, log_flops, log_n, log_n + np.log(ratio))
+
+
+def fixed_size(
+    law: Law, theta: np.ndarray, centre: np.ndarray, cost: Cost, log_flops: np.ndarray, size: float
+) -> Frontier:
+    """Loss along budgets at a fixed number of parameters."""
+    log_n = np.full_like(log_flops, np.log(size))
+    return along(law, theta, centre, log_flops, log_n, cost.log_tokens(log_n, log_flops))
+
+
+def along(
+    law: Law, theta: np.ndarray, centre: np.ndarray, log_flops: np.ndarray, log_n: np.ndarray, log_d: np.ndarray
+) -> Frontier:
+    """A prescribed path (M,) evaluated for every vector."""
+    shape = (len(theta), len(log_flops))
+    loss = np.exp(law.value(theta, law.features_at(log_n, log_d, centre, log_flops)))
+    return Frontier(log_flops, loss, np.broadcast_to(log_n, shape), np.broadcast_to(log_d, shape))
+
+
+def frontier(law: Law, theta: np.ndarray, centre: np.ndarray, cost: Cost, log_flops: np.ndarray) -> Frontier:
+    """Minimises the loss over N at each budget, by golden section for all K vectors and M budgets at once.
+
+    theta: (K, p) one family's centred vectors; log_flops: (M,). The loss is a sum of exponentials in log N along a
+    budget, hence convex there, so the search cannot end in a wrong valley.
+    """
+    shape = (len(theta), len(log_flops))
+    low = np.full(shape, np.log(10.0))
+    high = np.broadcast_to(log_flops - cost.log_cost.max() - np.log(10.0), shape).copy()
+
+    def log_loss(log_n: np.ndarray) -> np.ndarray:
+        return law.value(theta, law.features_at(log_n, cost.log_tokens(log_n, log_flops), centre, log_flops))
+
+    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    at_left, at_right = log_loss(left), log_loss(right)
+    for _ in range(SEARCH_STEPS):
+        down = at_left < at_right
+        high, low = np.where(down, right, high), np.where(down, low, left)
+        probe = np.where(down, high - GOLDEN * (high - low), low + GOLDEN * (high - low))
+        seen = log_loss(probe)
+        left, right = np.where(down, probe, right), np.where(down, left, probe)
+        at_left, at_right = np.where(down, seen, at_right), np.where(down, at_left, seen)
+    best = (low + high) / 2
+    return Frontier(log_flops, np.exp(log_loss(best)), best, cost.log_tokens(best, log_flops))

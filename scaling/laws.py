@@ -1,0 +1,242 @@
+"""Scaling laws: log-loss and its analytic Jacobian in centred coordinates, for a batch of parameter vectors at once.
+
+Centring log N and log D (u = log A - alpha * mean log N) takes the condition number of the Chinchilla fit from 4e6 to
+4e3, which is why the fits here reach the optimum from any start. Shapes: K parameter vectors, P parameters, n rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling.runs import FLOPS_PER_PARAMETER_TOKEN, Runs, ScalingError
+
+EXPONENT_BOUNDS = (-0.5, 3.0)
+FLOOR_DEPTH = 12.0  # the floor may fall to exp(-12) of the lowest loss before it counts as absent
+
+
+@dataclass(frozen=True)
+class Term:
+    """One additive part of the loss, exp(theta[intercept] - theta[slope] * features[feature]); no slope = the floor."""
+
+    intercept: int
+    slope: int | None = None
+    feature: int | None = None
+
+
+class Law(ABC):
+    """What a law must offer; a new one is one small subclass.
+
+    names: raw parameters that users see; exponents: those of them that are exponents; inputs: what it is a function of
+    ("N", "D" or "C"). Centred vectors (K, P) have the order of `names`; features (inputs, n) are centred logarithms.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    exponents: tuple[str, ...]
+    inputs: tuple[str, ...] = ("N", "D")
+    terms: tuple[Term, ...] = ()  # filled by sums of powers only, which a second, separable solver can take apart
+
+    @abstractmethod
+    def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """(K, n) log loss."""
+
+    @abstractmethod
+    def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(K, n) log loss and (K, P, n) derivatives with respect to the centred parameters."""
+
+    @abstractmethod
+    def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """(K, P) parameters as users know them."""
+
+    @abstractmethod
+    def bounds(self, log_loss: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper box in centred coordinates, (P,) each: wide enough that only a runaway fit touches it."""
+
+    @abstractmethod
+    def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(count, P) random starts."""
+
+    def features(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
+        """(inputs, n) features of a table's rows."""
+        return self.logarithms(np.log(runs["N"]), np.log(runs["D"]), np.log(runs["flops"]), centre)
+
+    def features_at(
+        self, log_n: np.ndarray, log_d: np.ndarray, centre: np.ndarray, log_c: np.ndarray | None = None
+    ) -> np.ndarray:
+        """(inputs, ...) features at any points, broadcast together; (inputs, K, n) gives each vector its own points.
+
+        Compute is 6 N D unless `log_c` says otherwise.
+        """
+        log_c = np.log(FLOPS_PER_PARAMETER_TOKEN) + log_n + log_d if log_c is None else log_c
+        return self.logarithms(log_n, log_d, log_c, centre)
+
+    def logarithms(self, log_n: np.ndarray, log_d: np.ndarray, log_c: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """The law's inputs, centred and stacked."""
+        at, middle = {"N": log_n, "D": log_d, "C": log_c}, middles(centre)
+        return np.stack(np.broadcast_arrays(*(at[name] - middle[name] for name in self.inputs)))
+
+
+def middles(centre: np.ndarray) -> dict[str, float]:
+    """Where each input is centred; compute at 6 N D of the centres of N and D."""
+    return {"N": centre[0], "D": centre[1], "C": np.log(FLOPS_PER_PARAMETER_TOKEN) + centre[0] + centre[1]}
+
+
+def centre_of(runs: Runs) -> np.ndarray:
+    """(mean log N, mean log D) of a table."""
+    return np.array([np.log(runs["N"]).mean(), np.log(runs["D"]).mean()])
+
+
+class SumOfPowers(Law):
+    """L = sum of terms, each a constant or a power; log L is the log-sum-exp of terms linear in the parameters.
+
+    Subclasses set `name`, `names`, `exponents`, `inputs` and `terms`.
+    """
+
+    def logits(self, theta: np.ndarray, features: np.ndarray) -> list[np.ndarray]:
+        """Logarithm of each term, (K, n) or (K, 1)."""
+        return [
+            theta[:, [t.intercept]]
+            if t.slope is None or t.feature is None
+            else theta[:, [t.intercept]] - theta[:, [t.slope]] * features[t.feature]
+            for t in self.terms
+        ]
+
+    def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """(K, n) log loss."""
+        logits = self.logits(theta, features)
+        top = np.broadcast_to(logits[0], (len(theta), features.shape[-1]))
+        for logit in logits[1:]:
+            top = np.maximum(top, logit)
+        total = np.zeros_like(top)
+        for logit in logits:
+            total += np.exp(logit - top)
+        return top + np.log(total)
+
+    def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(K, n) log loss and (K, P, n) derivatives: the softmax shares of the terms, times their features."""
+        value = self.value(theta, features)
+        jacobian = np.zeros((len(theta), len(self.names), features.shape[-1]))
+        for term, logit in zip(self.terms, self.logits(theta, features), strict=True):
+            share = np.exp(logit - value)
+            jacobian[:, term.intercept] += share
+            if term.slope is not None and term.feature is not None:
+                jacobian[:, term.slope] -= share * features[term.feature]
+        return value, jacobian
+
+    def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """(K, P) user parameters: coefficients un-centred and exponentiated, exponents as they are."""
+        middle = middles(centre)
+        raw = np.array(theta, dtype=np.float64)
+        for term in self.terms:
+            shift: float | np.ndarray = 0.0
+            if term.slope is not None and term.feature is not None:
+                shift = theta[:, term.slope] * middle[self.inputs[term.feature]]
+            raw[:, term.intercept] = np.exp(theta[:, term.intercept] + shift)
+        return raw
+
+    def bounds(self, log_loss: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper box in centred coordinates, (P,) each: wide enough that only a runaway fit touches it."""
+        low, high = np.empty(len(self.names)), np.empty(len(self.names))
+        for term in self.terms:
+            low[term.intercept] = log_loss.min() - FLOOR_DEPTH
+            high[term.intercept] = log_loss.max() + 1.0
+            if term.slope is not None:
+                low[term.slope], high[term.slope] = EXPONENT_BOUNDS
+        return low, high
+
+    def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(count, P) random starts: exponents log-uniform over 0.05-1.5, the median loss split at random by term."""
+        theta = np.empty((count, len(self.names)))
+        split = rng.dirichlet(np.ones(len(self.terms)), count)
+        for k, term in enumerate(self.terms):
+            theta[:, term.intercept] = np.log(np.maximum(split[:, k], 1e-3)) + np.median(log_loss)
+            if term.slope is not None:
+                theta[:, term.slope] = np.exp(rng.uniform(np.log(0.05), np.log(1.5), count))
+        return theta
+
+
+@dataclass(frozen=True)
+class Model:
+    """A law bound to the rows it is fitted to, so that solvers see only parameter vectors.
+
+    `index` (families, P of the law) says which joint parameter each family's law parameter is; one family = the
+    identity. `rows` lists each family's row numbers. Shared terms are joint parameters that several families point to.
+    """
+
+    law: Law
+    features: np.ndarray
+    index: np.ndarray
+    rows: tuple[np.ndarray, ...]
+    names: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.names)
+
+    def value(self, theta: np.ndarray) -> np.ndarray:
+        """(K, n) log loss."""
+        if len(self.rows) == 1:
+            return self.law.value(theta, self.features)
+        out = np.empty((len(theta), self.features.shape[1]))
+        for columns, rows in zip(self.index, self.rows, strict=True):
+            out[:, rows] = self.law.value(theta[:, columns], self.features[:, rows])
+        return out
+
+    def value_jacobian(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(K, n) log loss, (K, P, n) Jacobian."""
+        if len(self.rows) == 1:
+            return self.law.value_jacobian(theta, self.features)
+        out = np.empty((len(theta), self.features.shape[1]))
+        jacobian = np.zeros((len(theta), self.size, self.features.shape[1]))
+        for columns, rows in zip(self.index, self.rows, strict=True):
+            value, part = self.law.value_jacobian(theta[:, columns], self.features[:, rows])
+            out[:, rows] = value
+            jacobian[:, columns[:, None], rows[None, :]] = part
+        return out, jacobian
+
+    def scatter(self, per_family: Sequence[np.ndarray]) -> np.ndarray:
+        """Joint vectors (K, P) from each family's own (K, p): shared entries take the first family's value."""
+        theta = np.empty((len(per_family[0]), self.size))
+        for columns, own in reversed(list(zip(self.index, per_family, strict=True))):
+            theta[:, columns] = own
+        return theta
+
+
+def single_model(law: Law, runs: Runs, centre: np.ndarray) -> Model:
+    """One law for the whole table."""
+    every = np.arange(len(runs))
+    return Model(law, law.features(runs, centre), np.arange(len(law.names))[None], (every,), law.names)
+
+
+def joint_model(law: Law, runs: Runs, families: Sequence[str], share: Sequence[str], centre: np.ndarray) -> Model:
+    """One law per family with the parameters in `share` common to all; raises ScalingError on a meaningless tie."""
+    check_share(law, share)
+    names: list[str] = []
+    index = np.empty((len(families), len(law.names)), dtype=int)
+    for f, family in enumerate(families):
+        for p, name in enumerate(law.names):
+            label = name if name in share else f"{name}[{family}]"
+            if label not in names:
+                names.append(label)
+            index[f, p] = names.index(label)
+    rows = tuple(np.flatnonzero(runs["family"] == family) for family in families)
+    return Model(law, law.features(runs, centre), index, rows, tuple(names))
+
+
+def check_share(law: Law, share: Sequence[str]) -> None:
+    """A coefficient is shared in centred coordinates, which equals sharing it in raw ones only with its exponent."""
+    for name in share:
+        if name not in law.names:
+            raise ScalingError(f"cannot share {name!r}: law {law.name!r} has {', '.join(law.names)}")
+    for term in law.terms:
+        if term.slope is not None and law.names[term.intercept] in share and law.names[term.slope] not in share:
+            raise ScalingError(
+                f"sharing {law.names[term.intercept]} needs {law.names[term.slope]} shared too: "
+                "a coefficient has no meaning apart from its exponent"
+            )
+    if not law.terms and set(share) - {"E"} and set(share) != set(law.names):
+        raise ScalingError(f"law {law.name!r} can share E, or everything, or nothing")

@@ -1,0 +1,297 @@
+"""The table of runs: one row per end-of-schedule point, read from CSV, JSONL or a sweep directory and validated."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaling.readers import ScalingError, read_rows
+
+REQUIRED = ("run_id", "family", "N", "D", "loss")
+POSITIVE = ("N", "D", "loss", "N_nonemb", "U", "flops", "bpb", "batch_tokens", "seq_len", "vocab", "joules", "seconds")
+NUMERIC = (*POSITIVE, "loss_se", "lr", "warmup_tokens", "width", "depth")
+TEXT = ("run_id", "family", "val_set", "tokenizer", "flops_rule", "schedule", "cluster", "precision", "reason")
+BOOLEAN = ("ended", "excluded")
+KNOWN = (*NUMERIC, *TEXT, *BOOLEAN, "seed")
+FLOPS_PER_PARAMETER_TOKEN = 6.0  # forward 2, backward 4 (Kaplan et al. 2020, section 2.1)
+LARGEST = 1e60  # beyond any run; keeps products of two columns finite
+MISSING_WORDS = frozenset({"", "na", "n/a", "nan", "none", "null"})
+TRUE_WORDS, FALSE_WORDS = frozenset({"true", "1", "1.0", "yes"}), frozenset({"false", "0", "0.0", "no"})
+COMPARISONS = {
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A validated table of runs.
+
+    `columns` maps a name to an array of one entry per row: float64 for numbers (NaN where missing), object (str) for
+    text. Always there: run_id, family, cluster (text); N, D, loss, flops (float64; parameters, tokens, nats per token,
+    floating-point operations). `notes` says what was derived rather than read; `set_aside` keeps the rows that the
+    `excluded` column removed.
+    """
+
+    columns: dict[str, np.ndarray]
+    source: str = "memory"
+    sha256: str = ""
+    notes: tuple[str, ...] = ()
+    set_aside: tuple[dict[str, Any], ...] = field(default=())
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path,
+        columns: Mapping[str, str] | None = None,
+        where: Iterable[str] | Mapping[str, Any] = (),
+        constants: Mapping[str, str] | None = None,
+        allow_midrun: bool = False,
+    ) -> Runs:
+        """Reads a CSV, JSONL or Parquet file, a sweep directory (its `runs.csv`, or else `runs/*/result.json`), or a
+        folder of Weights & Biases or TensorBoard runs.
+
+        `columns` maps our name to the table's ("N" -> "params"); `constants` adds a column of one value; `where` keeps
+        the rows for which every condition holds ("family=llama", "flops>=1e19", or a mapping name -> value).
+        Raises ScalingError on anything that would make a fit meaningless.
+        """
+        rows, digest = read_rows(Path(path))
+        rows = rename_columns(rows, columns or {})
+        rows = [row | dict(constants or {}) for row in rows]
+        rows = [row for row in rows if all(holds(row, condition) for condition in parse_where(where))]
+        return replace(cls.from_rows(rows, allow_midrun), source=Path(path).name, sha256=digest)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]], allow_midrun: bool = False) -> Runs:
+        """Builds and validates a table from row mappings; raises ScalingError."""
+        if not rows:
+            raise ScalingError("the table has no rows (or the --where conditions removed them all)")
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        raw = {name: [row.get(name) for row in rows] for name in names}
+        notes = derive_columns(raw)
+        check_present(raw)
+        table = {name: parse_column(name, values) for name, values in raw.items()}
+        excluded = table.get("excluded", np.zeros(len(rows))) == 1.0
+        aside = tuple(
+            {
+                "run_id": str(raw["run_id"][i]),
+                "reason": str(raw.get("reason", [""] * len(rows))[i] or "no reason given"),
+            }
+            for i in np.flatnonzero(excluded)
+        )
+        if excluded.all():
+            raise ScalingError("every row is marked as excluded")
+        runs = cls({name: values[~excluded] for name, values in table.items()}, notes=tuple(notes), set_aside=aside)
+        check_values(runs)
+        if not allow_midrun:
+            check_end_points(runs)
+        return runs.with_defaults()
+
+    @classmethod
+    def of(cls, family: str = "all", **columns: Any) -> Runs:
+        """Builds a table from arrays or scalars: Runs.of(N=[...], D=[...], loss=[...]) with run_id = row number."""
+        length = max(np.size(value) for value in columns.values())
+        spread = {name: np.broadcast_to(np.asarray(value), (length,)).tolist() for name, value in columns.items()}
+        names = {"run_id": [f"{family}-{i + 1}" for i in range(length)], "family": [family] * length} | spread
+        return cls.from_rows([dict(zip(names, row, strict=True)) for row in zip(*names.values(), strict=True)])
+
+    def with_defaults(self) -> Runs:
+        """Fills in cluster (= run_id) and flops (= 6 N D), noting it."""
+        table, notes = dict(self.columns), list(self.notes)
+        given = table.get("cluster", np.full(len(self), "", dtype=object))
+        table["cluster"] = np.where(given == "", table["run_id"], given)
+        flops = table.get("flops", np.full(len(self), np.nan))
+        absent = np.isnan(flops)
+        if absent.any():
+            how_many = "every row" if absent.all() else f"{absent.sum()} of {len(self)} rows"
+            notes.append(f"flops derived as 6*N*D for {how_many}")
+            flops = np.where(absent, FLOPS_PER_PARAMETER_TOKEN * table["N"] * table["D"], flops)
+        return replace(self, columns=table | {"flops": flops}, notes=tuple(notes))
+
+    def __len__(self) -> int:
+        return len(self.columns["run_id"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.columns:
+            raise ScalingError(f"the table has no column {name!r}{nearest(name, self.columns)}")
+        return self.columns[name]
+
+    @property
+    def families(self) -> list[str]:
+        """Family names in order of first appearance."""
+        return list(dict.fromkeys(self.columns["family"].tolist()))
+
+    def select(self, rows: np.ndarray) -> Runs:
+        """The rows picked by a boolean mask or an index array."""
+        return replace(self, columns={name: values[rows] for name, values in self.columns.items()})
+
+    def family(self, name: str) -> Runs:
+        """The rows of one family; raises ScalingError naming the nearest one when there are none."""
+        rows = self.columns["family"] == name
+        if not rows.any():
+            raise ScalingError(f"no rows of family {name!r}{nearest(name, self.families)}")
+        return self.select(rows)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Rows as plain dictionaries (NaN becomes an empty string), in table order."""
+        for i in range(len(self)):
+            row = {name: values[i] for name, values in self.columns.items()}
+            yield {k: "" if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
+
+    def write_csv(self, path: Path) -> None:
+        """Writes the table, defaults included, in full precision."""
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(self.columns), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(
+                {k: repr(float(v)) if isinstance(v, float) else v for k, v in row.items()} for row in self.records()
+            )
+
+
+def rename_columns(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Gives the table's columns our names; a column that already had one of those names is dropped."""
+    present = set().union(*(row.keys() for row in rows)) if rows else set()
+    for ours, theirs in columns.items():
+        if theirs not in present:
+            raise ScalingError(
+                f"--column {ours}={theirs}: the table has no column {theirs!r}{nearest(theirs, present)}"
+            )
+    taken = set(columns) | set(columns.values())
+    return [
+        {k: v for k, v in row.items() if k not in taken} | {ours: row.get(theirs) for ours, theirs in columns.items()}
+        for row in rows
+    ]
+
+
+def parse_where(where: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Conditions as (column, comparison, value)."""
+    if isinstance(where, Mapping):
+        return [(name, "=", str(value)) for name, value in where.items()]
+    parsed = []
+    for text in [where] if isinstance(where, str) else where:
+        sign = next((s for s in COMPARISONS if s in text), None)
+        if sign is None:
+            raise ScalingError(f"--where {text!r} is not COLUMN=VALUE (also !=, <, <=, >, >=)")
+        name, _, value = text.partition(sign)
+        parsed.append((name.strip(), sign, value.strip()))
+    return parsed
+
+
+def holds(row: Mapping[str, Any], condition: tuple[str, str, str]) -> bool:
+    """Whether a row meets a condition, as numbers where both sides are numbers."""
+    name, sign, value = condition
+    if name not in row:
+        raise ScalingError(f"--where: the table has no column {name!r}{nearest(name, row)}")
+    have, want = as_number(row[name]), as_number(value)
+    if have is not None and want is not None:
+        return bool(COMPARISONS[sign](have, want))
+    if sign not in {"=", "!="}:
+        return False
+    return bool(COMPARISONS[sign](str(row[name]).lower(), value.lower()))
+
+
+def as_number(value: Any) -> float | None:
+    """The value as a float, NaN where it is blank, None where it is text."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in MISSING_WORDS):
+        return float("nan")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """', did you mean ...' for a message, or the names there are when none is close."""
+    names = [str(n) for n in names]
+    close = difflib.get_close_matches(name, names, 1, 0.4) or [n for n in names if n.lower() == name.lower()]
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names[:12])}"
+
+
+def derive_columns(raw: dict[str, list[Any]]) -> list[str]:
+    """Adds run_id (row number) and D (flops / 6 N) where the table lacks them; returns the notes that say so."""
+    notes = []
+    count = len(next(iter(raw.values())))
+    if "run_id" not in raw:
+        raw["run_id"] = [f"row-{i + 1}" for i in range(count)]
+        notes.append("run_id absent: rows are numbered")
+    if "D" not in raw and "flops" in raw and "N" in raw:
+        flops, n = parse_column("flops", raw["flops"]), parse_column("N", raw["N"])
+        raw["D"] = (flops / (FLOPS_PER_PARAMETER_TOKEN * n)).tolist()
+        notes.append("D absent: derived as flops / (6 N)")
+    return notes
+
+
+def check_present(raw: Mapping[str, list[Any]]) -> None:
+    for name in REQUIRED:
+        if name not in raw:
+            remedy = "--set family=NAME" if name == "family" else f"--column {name}=THEIR_NAME"
+            raise ScalingError(f"the table has no column {name!r}{nearest(name, raw)} (use {remedy})")
+
+
+def parse_column(name: str, values: Sequence[Any]) -> np.ndarray:
+    """float64 for numbers and booleans, object (str) for text; an unknown column is numeric if all of it parses."""
+    if name in BOOLEAN:
+        return np.array([parse_boolean(name, v, i) for i, v in enumerate(values)])
+    if name in TEXT:
+        return np.array(["" if v is None else str(v).strip() for v in values], dtype=object)
+    numbers = [as_number(v) for v in values]
+    bad = next((i for i, v in enumerate(numbers) if v is None), None)
+    if bad is None:
+        return np.array(numbers, dtype=np.float64)
+    if name in NUMERIC:
+        raise ScalingError(f"column {name!r} holds text in row {bad + 1}: {str(values[bad])[:40]!r}")
+    return np.array(["" if v is None else str(v) for v in values], dtype=object)
+
+
+def parse_boolean(name: str, value: Any, row: int) -> float:
+    word = str(value).strip().lower()
+    if word in TRUE_WORDS:
+        return 1.0
+    if word in FALSE_WORDS:
+        return 0.0
+    if word in MISSING_WORDS:
+        return float("nan")
+    raise ScalingError(f"column {name!r} row {row + 1} is neither true nor false: {str(value)[:40]!r}")
+
+
+def check_values(runs: Runs) -> None:
+    """Refuses values that no run can have; the message names the first rows at fault."""
+    for name in REQUIRED[:2]:
+        if (runs[name] == "").any():
+            raise ScalingError(f"column {name!r} is blank in row {int(np.argmax(runs[name] == '')) + 1}")
+    for name in POSITIVE:
+        if name not in runs.columns:
+            continue
+        values = runs[name]
+        missing = np.isnan(values) if name in REQUIRED else np.zeros(len(runs), bool)
+        faulty = missing | (values <= 0) | (values > LARGEST)
+        if faulty.any():
+            shown = ", ".join(
+                f"{i}: {v:g}" for i, v in list(zip(runs["run_id"][faulty], values[faulty], strict=True))[:3]
+            )
+            raise ScalingError(f"column {name!r} must be positive and below 1e60; {faulty.sum()} are not ({shown})")
+
+
+def check_end_points(runs: Runs) -> None:
+    """Refuses points read off before a schedule ended: they are not comparable with runs that ended there."""
+    hint = "fit end-of-schedule losses (or pass --allow-midrun)"
+    if "ended" in runs.columns and (runs["ended"] == 0).any():
+        unfinished = runs["run_id"][runs["ended"] == 0]
+        raise ScalingError(f"{len(unfinished)} run(s) have ended=false, first {unfinished[0]!r}: {hint}")
+    names, counts = np.unique(runs["run_id"].astype(str), return_counts=True)
+    if (counts > 1).any():
+        worst = int(np.argmax(counts))
+        raise ScalingError(
+            f"run_id {str(names[worst])!r} appears {counts[worst]} times, as points inside one run do: {hint}"
+        )

@@ -1,0 +1,90 @@
+"""How far the answer moves with choices nobody can defend to the digit: the objective, and which rows are left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling.fit import Fit, bounds_of, fit
+from scaling.forms import law_named
+from scaling.runs import Runs
+from scaling.solve import refit
+
+OBJECTIVES = ("huber", "lad", "log-ls", "raw-ls")
+MAD_TO_SD = 1.4826  # of a normal distribution
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One refit: objective, rows left out, parameters, optimal-allocation exponent (NaN for laws without one)."""
+
+    objective: str
+    dropped: str
+    rows: int
+    params: dict[str, float]
+    allocation: float
+
+
+def sensitivity(
+    runs: Runs, law: str = "chinchilla", delta: float = 1e-3, top: tuple[int, ...] = (1, 3, 5), starts: int = 24
+) -> list[Variant]:
+    """One family refitted under each objective, without its highest losses, and without its cheapest tenth.
+
+    Variants that leave too few rows are left out.
+    """
+    order = np.argsort(-runs["loss"], kind="stable")
+    cuts = {"none": np.arange(len(runs))}
+    cuts |= {"highest loss" if k == 1 else f"{k} highest losses": np.sort(order[k:]) for k in top}
+    cuts["cheapest tenth"] = np.flatnonzero(runs["flops"] > np.quantile(runs["flops"], 0.1))
+    out = []
+    for dropped, rows in cuts.items():
+        for objective in OBJECTIVES if dropped == "none" else OBJECTIVES[:1]:
+            found = variant(runs.select(rows), law, objective, delta, dropped, starts)
+            out += [found] if found else []
+    return out
+
+
+def variant(runs: Runs, law: str, objective: str, delta: float, dropped: str, starts: int) -> Variant | None:
+    """One refit, or nothing where the rows that are left do not support the law."""
+    if len(runs) <= len(law_named(law).names) or min(len(np.unique(runs[x])) for x in ("N", "D")) < 2:
+        return None
+    params = fit(runs, law, objective, delta, starts).params
+    both = params.get("alpha", np.nan) + params.get("beta", np.nan)
+    return Variant(objective, dropped, len(runs), params, float(params.get("beta", np.nan) / both))
+
+
+def robust_delta(residuals: np.ndarray, multiple: float = 1.345) -> float:
+    """Huber threshold from the data: 1.345 robust sds, 95 % efficient for normal noise (Huber 1981)."""
+    return float(multiple * MAD_TO_SD * np.median(np.abs(residuals - np.median(residuals))))
+
+
+def delta_from_noise(runs: Runs, law: str = "chinchilla", smallest: float = 1e-3) -> float:
+    """Huber threshold that suits the noise of a table: `robust_delta` of each family's least-squares residuals.
+
+    Far below the noise a Huber fit is a least-absolute-deviations fit, which passes exactly through as many points as
+    it has parameters: with a dozen runs a family it follows whichever those are. Residuals are enlarged for the
+    degrees of freedom that the fit has used up. Never below `smallest`, the customary threshold for large ladders.
+    """
+    scaled = []
+    for family in runs.families:
+        squares = fit(runs.family(family), law, "log-ls")
+        rows, used = len(squares.runs), len(squares.law.names)
+        scaled.append(squares.residuals() * np.sqrt(rows / (rows - used)))
+    return max(smallest, robust_delta(np.concatenate(scaled)))
+
+
+def influence(fitted: Fit) -> np.ndarray:
+    """(n,) relative change of the loss predicted at ten times the largest run when each row is left out in turn.
+
+    Exact refits rather than a linear approximation, which fails just where a row matters. The point of prediction
+    keeps the largest run's ratio of tokens to parameters.
+    """
+    count = len(fitted.runs)
+    weight = 1.0 - np.eye(count)
+    target = fitted.objective.target(fitted.runs["loss"])
+    start = np.repeat(fitted.theta[None], count, axis=0)
+    theta = refit(fitted.model, fitted.objective, target, weight, start, bounds_of(fitted.model, fitted.runs["loss"]))
+    largest = int(np.argmax(fitted.runs["flops"]))
+    n, d = (fitted.runs[name][largest] * np.sqrt(10.0) for name in ("N", "D"))
+    return fitted.predict_theta(theta, n, d)[:, 0] / fitted.predict(n, d)[0] - 1

@@ -1,0 +1,162 @@
+"""Ladders drawn from known laws: whether intervals cover what they promise, and what a ladder could decide.
+
+`python -m scaling.simulate --ladders 1000 --out FILE` writes the coverage table: share of simulated ladders whose
+nominal 95 % interval holds the truth, by design, noise and bootstrap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from scaling.fit import fit
+from scaling.runs import FLOPS_PER_PARAMETER_TOKEN, Runs
+from scaling.uncertainty import Draws, bootstrap, interval
+
+LAW = ("E", "A", "B", "alpha", "beta")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviations on log loss: of a run, of a trunk (all decays of one size), of a cell common to families;
+    and of lack of fit, a smooth wave along log N and log D that the law cannot follow."""
+
+    run: float = 0.003
+    trunk: float = 0.0
+    common: float = 0.0
+    misfit: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Sizes (parameters) and tokens per parameter; each size is one trunk with a decay per ratio."""
+
+    sizes: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+    @property
+    def flops(self) -> float:
+        """Cost of one family: each trunk is trained once, to its largest budget, as decays branch off it."""
+        return FLOPS_PER_PARAMETER_TOKEN * sum(n * n * max(self.ratios) for n in self.sizes)
+
+
+Truths = Mapping[str, Sequence[float]]
+
+
+def true_loss(law: Sequence[float], n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Loss of (E, A, B, alpha, beta) at n parameters and d tokens."""
+    floor, a, b, alpha, beta = law
+    return floor + a / n**alpha + b / d**beta
+
+
+def draw(truths: Truths, ladder: Ladder, noise: Noise, rng: np.random.Generator, clustered: bool = True) -> Runs:
+    """One simulated table of all families on the ladder's grid."""
+    n = np.repeat(ladder.sizes, len(ladder.ratios))
+    d = n * np.tile(ladder.ratios, len(ladder.sizes))
+    trunk = np.repeat(np.arange(len(ladder.sizes)), len(ladder.ratios))
+    shared = noise.common * rng.normal(size=len(n))
+    rows = []
+    for family, law in truths.items():
+        error = noise.run * rng.normal(size=len(n)) + noise.trunk * rng.normal(size=len(ladder.sizes))[trunk]
+        loss = true_loss(law, n, d) * np.exp(error + shared + misfit(noise.misfit, n, d, rng))
+        for k in range(len(n)):
+            cluster = f"{family}-trunk-{trunk[k]}" if clustered else ""
+            cell = {"N": n[k], "D": d[k], "loss": loss[k], "cluster": cluster}
+            rows.append({"run_id": f"{family}-{k}", "family": family} | cell)
+    return Runs.from_rows(rows)
+
+
+def misfit(size: float, n: np.ndarray, d: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random wave with a period of two to four decades in N and in D, rms `size`."""
+    if size == 0:
+        return np.zeros(len(n))
+    period, phase = rng.uniform(2, 4, 2), rng.uniform(0, 2 * np.pi, 2)
+    turns = [np.log10(x) / period[k] for k, x in enumerate((n, d))]
+    return size * sum(np.sin(2 * np.pi * turn + phase[k]) for k, turn in enumerate(turns))
+
+
+def coverage(
+    truths: Truths,
+    ladder: Ladder,
+    noise: Noise,
+    ladders: int,
+    draws: int = 400,
+    method: str = "auto",
+    objective: str = "huber",
+    clustered: bool = True,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Share of ladders whose 95 % interval holds the truth, for parameters, predictions and the difference.
+
+    Predictions are at the largest size and budget ("inside") and at ten times that compute ("beyond").
+    """
+    hits: dict[str, list[bool]] = {}
+    for k in range(ladders):
+        runs = draw(truths, ladder, noise, np.random.default_rng([seed, k]), clustered)
+        fitted = fit(runs, objective=objective, starts=4, seed=k, share=("E",))
+        sampled = bootstrap(fitted, draws, k, method)
+        for name, (values, truth) in quantities(truths, ladder, sampled).items():
+            low, high = interval(values)
+            hits.setdefault(name, []).append(low <= truth <= high)
+    return {name: float(np.mean(found)) for name, found in hits.items()}
+
+
+def quantities(truths: Truths, ladder: Ladder, sampled: Draws) -> dict[str, tuple[np.ndarray, float]]:
+    """Draws (K,) and truth of everything whose coverage is counted."""
+    raw, families = sampled.raw(), list(truths)
+    out = {"E": (raw["E"], truths[families[0]][0])}
+    for name in ("alpha", "beta"):
+        out[name] = raw[f"{name}[{families[1]}]"], truths[families[1]][LAW.index(name)]
+    for label, reach in (("inside", 1.0), ("beyond", np.sqrt(10.0))):
+        n, d = max(ladder.sizes) * reach, max(ladder.sizes) * max(ladder.ratios) * reach
+        drawn = [sampled.predict(n, d, f)[:, 0] for f in families]
+        true = [float(true_loss(truths[f], np.array(n), np.array(d))) for f in families]
+        out[f"loss {label}"] = drawn[0], true[0]
+        out[f"difference {label}"] = drawn[1] - drawn[0], true[1] - true[0]
+    return out
+
+
+TRUTHS: Truths = {"A": (1.8, 180.0, 420.0, 0.34, 0.37), "B": (1.8, 320.0, 420.0, 0.36, 0.37)}
+FOUR = Ladder((1.6e5, 3e5, 6e5, 1.1e6), (10, 20, 40))
+SIX = Ladder(tuple(np.geomspace(1e6, 1e8, 6)), (5, 10, 20, 40, 80))
+FOURTEEN = Ladder(tuple(np.geomspace(1e6, 1e9, 14)), (5, 10, 20, 80))
+SIXTY = Ladder(tuple(np.geomspace(1e6, 1e9, 10)), (2, 5, 10, 20, 80, 160))
+CASES = (
+    ("4 trunks x 3, run noise", FOUR, Noise(0.003), "parametric", True),
+    ("4 trunks x 3, trunk noise", FOUR, Noise(0.001, 0.003), "parametric", True),
+    ("4 trunks x 3, trunk noise", FOUR, Noise(0.001, 0.003), "wild", True),
+    ("6 trunks x 5, run noise", SIX, Noise(0.003), "parametric", True),
+    ("6 trunks x 5, trunk noise", SIX, Noise(0.001, 0.003), "parametric", True),
+    ("6 trunks x 5, trunk noise", SIX, Noise(0.001, 0.003), "wild", True),
+    ("14 trunks x 4, trunk noise", FOURTEEN, Noise(0.001, 0.003), "pairs", True),
+    ("60 single runs, run noise", SIXTY, Noise(0.003), "pairs", False),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ladders", type=int, default=1000)
+    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--out", type=Path, required=True)
+    a = parser.parse_args()
+    with a.out.open("w", newline="") as stream:
+        writer: csv.DictWriter[str] | None = None
+        for name, ladder, noise, method, clustered in CASES:
+            shares = coverage(TRUTHS, ladder, noise, a.ladders, a.draws, method, clustered=clustered)
+            row: dict[str, object] = {"case": name, "bootstrap": method, "ladders": a.ladders, "nominal": 0.95}
+            row |= {quantity: f"{share:.3f}" for quantity, share in shares.items()}
+            if writer is None:
+                writer = csv.DictWriter(stream, list(row), lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(row)
+            stream.flush()
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""The solver: batched damped IRLS/Newton from many starts, then a Newton polish.
+
+It minimises the *sum* over rows of rho(residual), never the mean, and does not rely on a library's stopping rule:
+the published fits that went wrong did so there. Shapes: K problems solved at once, P
+parameters, n rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling.laws import Model
+from scaling.runs import ScalingError
+
+CHUNK_ELEMENTS = 250_000  # rows x problems solved together; keeps the Jacobian within a few MB of cache
+CONTINUATION = (3e-2, 5e-3)  # wide Huber thresholds passed through on the way from a cold start to a narrow one
+LAD_CONTINUATION = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+LAD_DELTA = 1e-8  # least absolute deviations, as the limit of a Huber threshold far below any residual
+MEETING = 1e-3  # centred distance within which two starts are on the same way to the same optimum
+MAX_DAMPING = 1e12
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Sum of Huber(residual, delta); residuals of log loss (`log`) or of nats; delta = inf is least squares."""
+
+    name: str
+    log: bool
+    delta: float
+
+    def rho(self, residual: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """(K,) objective: sum over rows of weight * rho."""
+        if np.isinf(self.delta):
+            return 0.5 * (weight * residual * residual).sum(-1)
+        size = np.abs(residual)
+        inner = np.minimum(size, self.delta)
+        return (weight * inner * (size - 0.5 * inner)).sum(-1)
+
+    def target(self, loss: np.ndarray) -> np.ndarray:
+        """What the model is compared with."""
+        return np.log(loss) if self.log else loss
+
+    def with_delta(self, delta: float) -> Objective:
+        return Objective(self.name, self.log, max(self.delta, delta))
+
+
+def objective_named(name: str, delta: float = 1e-3) -> Objective:
+    """huber (log loss, threshold delta), lad (log), log-ls, raw-ls; raises ScalingError."""
+    if not delta > 0:
+        raise ScalingError(f"delta must be positive, got {delta:g}")
+    choices = {
+        "huber": Objective("huber", True, delta),
+        "lad": Objective("lad", True, LAD_DELTA),
+        "log-ls": Objective("log-ls", True, np.inf),
+        "raw-ls": Objective("raw-ls", False, np.inf),
+    }
+    if name not in choices:
+        raise ScalingError(f"unknown objective {name!r}; choose from {', '.join(choices)}")
+    return choices[name]
+
+
+def predicted(model: Model, objective: Objective, theta: np.ndarray) -> np.ndarray:
+    """(K, n) model value in the objective's space."""
+    value = model.value(theta)
+    return value if objective.log else np.exp(value)
+
+
+def linearised(model: Model, objective: Objective, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Model value (K, n) and Jacobian (K, P, n) in the objective's space."""
+    value, jacobian = model.value_jacobian(theta)
+    if objective.log:
+        return value, jacobian
+    return np.exp(value), jacobian * np.exp(value)[:, None, :]
+
+
+def evaluate(
+    model: Model, objective: Objective, theta: np.ndarray, target: np.ndarray, weight: np.ndarray
+) -> np.ndarray:
+    """(K,) objective values."""
+    return objective.rho(predicted(model, objective, theta) - target, weight)
+
+
+def gradient(
+    model: Model, objective: Objective, theta: np.ndarray, target: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradient (K, P) and its scale-free size (K,): the largest cosine between the clipped residuals and a column.
+
+    The second is MINPACK's gtol measure: unchanged by units, weights or duplicated rows.
+    """
+    value, jacobian = linearised(model, objective, theta)
+    clipped = np.clip(value - target, -objective.delta, objective.delta)
+    slope = np.einsum("kpn,kn->kp", jacobian, weight * clipped)
+    norms = np.sqrt(np.einsum("kpn,kn->kp", jacobian**2, np.broadcast_to(weight, clipped.shape)))
+    size = np.sqrt((weight * clipped**2).sum(-1))[:, None]
+    return slope, np.max(np.abs(slope) / np.maximum(norms * size, 1e-300), axis=1)
+
+
+def damped_steps(
+    jacobian: np.ndarray, residual: np.ndarray, weight: np.ndarray, delta: float, damping: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (K, P) of the IRLS-weighted and of the Newton-weighted damped Gauss-Newton systems.
+
+    IRLS weights delta/|r| are safe far away; Newton weights (1 inside the threshold, 0 outside) are fast near the end.
+    """
+    size = np.abs(residual)
+    outer = delta / np.maximum(size, delta) if np.isfinite(delta) else np.ones_like(size)
+    slope = np.einsum("kpn,kn->kp", jacobian, weight * residual * outer)
+    count = jacobian.shape[1]
+    moved = np.swapaxes(jacobian, 1, 2)
+    irls = (jacobian * (weight * outer)[:, None, :]) @ moved
+    scale = np.einsum("kpp->kp", irls)
+    floor = scale + 1e-12 * scale.max(axis=1, keepdims=True) + 1e-300
+    ridge = (damping[:, None] * floor)[:, :, None] * np.eye(count) + 1e-13 * floor[:, :, None] * np.eye(count)
+    first = -np.linalg.solve(irls + ridge, slope[:, :, None])[:, :, 0]
+    if np.isinf(delta):
+        return first, first
+    newton = (jacobian * (weight * (size <= delta))[:, None, :]) @ moved
+    # Fewer rows inside the threshold than parameters leave this system singular, hence the larger ridge.
+    second = -np.linalg.solve(newton + ridge + 1e-9 * floor[:, :, None] * np.eye(count), slope[:, :, None])[:, :, 0]
+    return first, second
+
+
+def minimise(
+    model: Model,
+    objective: Objective,
+    target: np.ndarray,
+    weight: np.ndarray,
+    theta: np.ndarray,
+    bounds: tuple[np.ndarray, np.ndarray],
+    iterations: int = 80,
+    tolerance: float = 1e-11,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Solves K problems from the starts `theta` (K, P); returns the final (K, P) and objectives (K,).
+
+    `target` and `weight` are (n,) for one problem from many starts or (K, n) for many problems. A problem stops when
+    three accepted steps in a row gain less than `tolerance` of its objective, or its damping runs away.
+    """
+    final, value = np.array(theta, dtype=np.float64), np.empty(len(theta))
+    rows = model.features.shape[1]
+    chunk = max(1, CHUNK_ELEMENTS // rows)
+    target, weight = np.broadcast_to(target, (len(theta), rows)), np.broadcast_to(weight, (len(theta), rows))
+    for begin in range(0, len(theta), chunk):
+        part = slice(begin, begin + chunk)
+        final[part], value[part] = minimise_chunk(
+            model, objective, target[part], weight[part], final[part], bounds, iterations, tolerance
+        )
+    return final, value
+
+
+def minimise_chunk(
+    model: Model,
+    objective: Objective,
+    target: np.ndarray,
+    weight: np.ndarray,
+    theta: np.ndarray,
+    bounds: tuple[np.ndarray, np.ndarray],
+    iterations: int,
+    tolerance: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    theta = np.clip(theta, *bounds)
+    best = evaluate(model, objective, theta, target, weight)
+    damping, idle = np.full(len(theta), 1e-3), np.zeros(len(theta), dtype=int)
+    active = np.arange(len(theta))
+    for _ in range(iterations):
+        if not len(active):
+            break
+        now, goal, mass = theta[active], target[active], weight[active]
+        value, jacobian = linearised(model, objective, now)
+        steps = damped_steps(jacobian, value - goal, mass, objective.delta, damping[active])
+        trials = [np.clip(now + step, *bounds) for step in (steps if np.isfinite(objective.delta) else steps[:1])]
+        scores = np.stack([evaluate(model, objective, trial, goal, mass) for trial in trials])
+        scores = np.where(np.isnan(scores), np.inf, scores)
+        pick = scores.argmin(axis=0)
+        score = scores[pick, np.arange(len(active))]
+        gain = best[active] - score
+        better = gain > 0
+        theta[active[better]] = np.stack(trials)[pick, np.arange(len(active))][better]
+        best[active[better]] = score[better]
+        damping[active] = np.where(better, damping[active] / 5, damping[active] * 6).clip(1e-14, 10 * MAX_DAMPING)
+        idle[active] = np.where(gain > tolerance * np.abs(score), 0, idle[active] + 1)
+        active = active[((idle[active] < 3) | ~better & (idle[active] < 12)) & (damping[active] < MAX_DAMPING)]
+    return theta, best
+
+
+def multistart(
+    model: Model,
+    objective: Objective,
+    loss: np.ndarray,
+    weight: np.ndarray,
+    starts: np.ndarray,
+    bounds: tuple[np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every start carried to the end through easier problems; (K, P) finals, (K,) objectives.
+
+    Starts that have met on the way go on as one.
+    """
+    target, theta, origin = objective.target(loss), starts, np.arange(len(starts))
+    for stage in narrowing(objective, cold=True):
+        theta, _ = minimise(model, stage, target, weight, theta, bounds, iterations=25, tolerance=1e-4)
+        theta, place = merged(theta)
+        origin = place[origin]
+    theta, value = minimise(model, objective, target, weight, theta, bounds, iterations=200)
+    return theta[origin], value[origin]
+
+
+def merged(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (K, P) without those within MEETING of an earlier one, and which of them each became (K,)."""
+    kept: list[int] = []
+    place = np.empty(len(theta), dtype=int)
+    for k, vector in enumerate(theta):
+        near = np.flatnonzero(np.abs(theta[kept] - vector).max(axis=1) < MEETING) if kept else place[:0]
+        if not len(near):
+            kept.append(k)
+        place[k] = near[0] if len(near) else len(kept) - 1
+    return theta[kept], place
+
+
+def narrowing(objective: Objective, cold: bool) -> list[Objective]:
+    """Easier problems on the way: wide thresholds for a cold start, and for least absolute deviations down to none."""
+    steps = (*(CONTINUATION if cold else ()), *(LAD_CONTINUATION if objective.delta <= LAD_DELTA else ()))
+    return [objective.with_delta(step) for step in steps if step > objective.delta]
+
+
+def refit(
+    model: Model,
+    objective: Objective,
+    target: np.ndarray,
+    weight: np.ndarray,
+    theta: np.ndarray,
+    bounds: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """(K, P) optima of K resampled problems from a common warm start; `target` and `weight` as for `minimise`."""
+    for stage in narrowing(objective, cold=False):
+        theta, _ = minimise(model, stage, target, weight, theta, bounds, iterations=20, tolerance=1e-4)
+    return minimise(model, objective, target, weight, theta, bounds, iterations=60, tolerance=1e-7)[0]
+
+
+def polish(
+    model: Model,
+    objective: Objective,
+    target: np.ndarray,
+    weight: np.ndarray,
+    theta: np.ndarray,
+    bounds: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Full Newton steps (curvature of the law included) on one vector (P,), until the gradient is at rounding level."""
+    best = evaluate(model, objective, theta[None], target, weight)[0]
+    for _ in range(20):
+        slope, size = gradient(model, objective, theta[None], target, weight)
+        if size[0] < 1e-12:
+            break
+        curvature = numeric_hessian(model, objective, target, weight, theta)
+        step = -np.linalg.lstsq(curvature, slope[0], rcond=1e-14)[0]
+        trials = np.clip(theta + step * (0.5 ** np.arange(12))[:, None], *bounds)
+        scores = evaluate(model, objective, trials, target, weight)
+        pick = int(np.nanargmin(scores))
+        # Near the optimum the objective is flat to rounding: there a smaller gradient decides.
+        smaller = gradient(model, objective, trials[[pick]], target, weight)[1][0] < size[0]
+        if not (scores[pick] < best or (scores[pick] <= best * (1 + 1e-14) and smaller)):
+            break
+        theta, best = trials[pick], min(best, scores[pick])
+    return theta
+
+
+def numeric_hessian(
+    model: Model, objective: Objective, target: np.ndarray, weight: np.ndarray, theta: np.ndarray
+) -> np.ndarray:
+    """(P, P) Hessian by central differences of the analytic gradient."""
+    step = 1e-5
+    shifted = np.concatenate([theta + step * np.eye(len(theta)), theta - step * np.eye(len(theta))])
+    slope, _ = gradient(model, objective, shifted, target, weight)
+    hessian = (slope[: len(theta)] - slope[len(theta) :]) / (2 * step)
+    return 0.5 * (hessian + hessian.T)

@@ -1,0 +1,253 @@
+"""Resampling by cluster: what the fit would have been with other runs, trunk by trunk, family by family.
+
+A cluster is everything that shares randomness: all decays off one trunk, all checkpoints of a run. With 12 clusters or
+more the clusters themselves are resampled ("pairs"). With fewer, such draws often lose a whole size and with it the
+law, and multiplying each cluster's residuals by a random sign ("wild") covers too little, because the fit has absorbed
+most of what so few clusters could show (`python -m scaling.simulate` measures it for every method). There the
+noise is drawn from a model of it instead ("parametric"): an effect of the trunk, one of the cell common to paired
+families, one of the run, with all that the residuals leave open about their sizes averaged over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from scaling.fit import LARGE_TABLE, Fit, bounds_of, subset
+from scaling.runs import Runs, ScalingError
+from scaling.solve import Objective, linearised, minimise, refit
+
+MIN_CLUSTERS_FOR_PAIRS = 12
+WEBB = np.sqrt([1.5, 1.0, 0.5, 0, 0, 0]) - np.sqrt(
+    [0, 0, 0, 0.5, 1.0, 1.5]
+)  # six-point weights, variance 1 (Webb 2014)
+MATCH_N, MATCH_D = np.log(1.3), np.log(1.05)  # how close two families' cells must be to count as the same cell
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Refits of one fit: theta (K, P) centred; method; clusters per family; paired: same multipliers across families.
+
+    freedom: degrees of freedom of the residual scale that widens the draws (inf for pairs).
+    """
+
+    fit: Fit
+    theta: np.ndarray
+    method: str
+    clusters: tuple[int, ...]
+    paired: bool
+    freedom: float
+    seed: int
+
+    def raw(self) -> dict[str, np.ndarray]:
+        """Raw parameters (K,) by joint name."""
+        return self.fit.raw(self.theta)
+
+    def intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
+        """Percentile intervals of the raw parameters by joint name."""
+        return {name: interval(values, level) for name, values in self.raw().items()}
+
+    def predict(self, N: np.ndarray | float, D: np.ndarray | float, family: str | None = None) -> np.ndarray:
+        """(K, n) losses of the mean curve in each draw."""
+        return self.fit.predict_theta(self.theta, N, D, family)
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Equal-tailed percentile interval; infinite values count."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="nearest")
+    return float(low), float(high)
+
+
+def bootstrap(fit: Fit, draws: int = 2000, seed: int = 0, method: str = "auto") -> Draws:
+    """Refits `draws` times by cluster. method: auto, pairs, parametric or wild; raises ScalingError on another name.
+
+    Families whose designs match cell by cell get common draws, so that noise they share cancels from their difference.
+    """
+    if len(fit.runs) > LARGE_TABLE:
+        return bootstrap_large(fit, draws, seed, method)
+    labels, paired = cluster_labels(fit.runs, fit.families)
+    counts = tuple(len(np.unique(labels[fit.runs["family"] == family])) for family in fit.families)
+    if method == "auto":
+        method = "pairs" if min(counts) >= MIN_CLUSTERS_FOR_PAIRS else "parametric"
+    rng = np.random.default_rng(seed)
+    loss, freedom, weight = fit.runs["loss"], np.inf, np.ones(len(fit.runs))
+    target: np.ndarray = fit.objective.target(loss)
+    if method == "pairs":
+        weight = pair_weights(labels, fit.runs["family"], paired, draws, rng)
+    elif method in ("parametric", "wild"):
+        noise, freedom = (parametric_noise if method == "parametric" else wild_noise)(fit, labels, paired, draws, rng)
+        shifted = fit.model.value(fit.theta[None]) + noise
+        target = shifted if fit.objective.log else np.exp(shifted)
+    else:
+        raise ScalingError(f"unknown bootstrap {method!r}; choose from auto, pairs, parametric, wild")
+    start = np.repeat(fit.theta[None], draws, axis=0)
+    theta = refit(fit.model, fit.objective, target, weight, start, bounds_of(fit.model, loss))
+    return Draws(fit, theta, method, counts, paired, freedom, seed)
+
+
+def bootstrap_large(fit: Fit, draws: int, seed: int, method: str) -> Draws:
+    """Draws of a random subset of the clusters, their deviations shrunk by sqrt(m / n): m out of n bootstrap (Bickel,
+    Goetze & van Zwet 1997). A table this large has small errors, and refits of all its rows would take hours."""
+    rng = np.random.default_rng(seed)
+    names, place = np.unique(fit.runs["cluster"].astype(str), return_inverse=True)
+    kept = np.isin(place, rng.permutation(len(names))[: max(1, len(names) * LARGE_TABLE // len(fit.runs))])
+    rows = np.flatnonzero(kept)[:LARGE_TABLE]
+    model, loss = subset(fit.model, rows), fit.runs["loss"][rows]
+    target, weight = fit.objective.target(loss), np.ones(len(rows))
+    theta, _ = minimise(model, fit.objective, target, weight, fit.theta[None], bounds_of(model, loss), 100)
+    part = replace(fit, runs=fit.runs.select(rows), model=model, theta=theta[0])
+    drawn = bootstrap(part, draws, seed, method)
+    shrink = np.sqrt(len(rows) / len(fit.runs))
+    return replace(drawn, fit=fit, theta=fit.theta + shrink * (drawn.theta - theta[0]))
+
+
+def cluster_labels(runs: Runs, families: tuple[str, ...]) -> tuple[np.ndarray, bool]:
+    """(n,) integer clusters; matching clusters of different families share one when all designs pair up."""
+    ordered = [sorted_clusters(runs, family) for family in families]
+    paired = len(families) > 1 and all(same_design(runs, ordered[0], other) for other in ordered[1:])
+    labels = np.empty(len(runs), dtype=int)
+    count = 0
+    for clusters in ordered:
+        for k, rows in enumerate(clusters):
+            labels[rows] = k if paired else count
+            count += 1
+    return labels, paired
+
+
+def sorted_clusters(runs: Runs, family: str) -> list[np.ndarray]:
+    """Row numbers of each cluster of a family, clusters in order of (N, D), rows within in order of (N, D)."""
+    rows = np.flatnonzero(runs["family"] == family)
+    rows = rows[np.lexsort((runs["D"][rows], runs["N"][rows]))]
+    groups: dict[str, list[int]] = {}
+    for row in rows:
+        groups.setdefault(runs["cluster"][row], []).append(int(row))
+    return [np.array(group) for group in groups.values()]
+
+
+def same_design(runs: Runs, first: list[np.ndarray], second: list[np.ndarray]) -> bool:
+    """Whether two families' clusters hold the same cells: N within 30 % (counts differ by family), D within 5 %."""
+    if [len(c) for c in first] != [len(c) for c in second]:
+        return False
+    one, two = np.concatenate(first), np.concatenate(second)
+    gap_n = np.abs(np.log(runs["N"][one] / runs["N"][two]))
+    gap_d = np.abs(np.log(runs["D"][one] / runs["D"][two]))
+    return bool((gap_n < MATCH_N).all() and (gap_d < MATCH_D).all())
+
+
+def pair_weights(
+    labels: np.ndarray, families: np.ndarray, paired: bool, draws: int, rng: np.random.Generator
+) -> np.ndarray:
+    """(draws, n) how often each row's cluster was drawn; stratified by family unless the families share draws."""
+    weight = np.empty((draws, len(labels)))
+    strata = [np.arange(len(labels))] if paired else [np.flatnonzero(families == f) for f in dict.fromkeys(families)]
+    for rows in strata:
+        names, place = np.unique(labels[rows], return_inverse=True)
+        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+        weight[:, rows] = counts[:, place]
+    return weight
+
+
+def least_squares_residuals(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+    """Log residuals (n,) about the least-squares fit of the same rows, and an orthonormal basis (n, q) of its tangent.
+
+    Not about the fit itself: a Huber fit with a threshold below the noise passes through P points exactly, and its
+    residuals say nothing about the noise there.
+    """
+    squares = Objective("log-ls", True, np.inf)
+    log_loss = np.log(fit.runs["loss"])
+    box = bounds_of(fit.model, fit.runs["loss"])
+    theta, _ = minimise(fit.model, squares, log_loss, np.ones(len(log_loss)), fit.theta[None], box, 200)
+    value, jacobian = linearised(fit.model, squares, theta)
+    design = jacobian[0].T
+    left, spectrum, _ = np.linalg.svd(design / (np.linalg.norm(design, axis=0) + 1e-300), full_matrices=False)
+    return log_loss - value[0], left[:, spectrum > 1e-7 * spectrum[0]]
+
+
+def parametric_noise(
+    fit: Fit, labels: np.ndarray, paired: bool, draws: int, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
+    """(draws, n) noise on log loss, and the residual degrees of freedom.
+
+    Restricted likelihood (Patterson & Thompson 1971) of the shares of variance due to run, trunk and common cell, on
+    a grid; the prior is proportional to the trunk's share, since decays off one trunk share their seed, their data and
+    nine tenths of their steps, and flat otherwise. The scale given shares is inverse chi-squared. Each draw takes
+    its own shares and scale, so that what four trunks cannot tell about themselves widens the draws.
+    """
+    residual, frame = least_squares_residuals(fit)
+    members, has_trunks = noise_members(fit, labels, paired)
+    null = np.linalg.qr(frame, mode="complete")[0][:, frame.shape[1] :]
+    contrasts, freedom = null.T @ residual, null.shape[1]
+    if freedom < 1:
+        raise ScalingError("no degrees of freedom are left to judge the noise: more runs are needed")
+    parts = [null.T @ (m @ m.T) @ null for m in members]
+    shares = simplex(len(members))
+    scores, sizes = np.array([restricted_likelihood(parts, share, contrasts) for share in shares]).T
+    chance = np.exp(scores - scores.max())
+    if has_trunks:
+        chance = chance * shares[:, 1]
+    pick = rng.choice(len(shares), draws, p=chance / chance.sum())
+    scale = sizes[pick] / rng.chisquare(freedom, draws)
+    noise = np.zeros((draws, len(residual)))
+    for k, member in enumerate(members):
+        effect = rng.normal(size=(draws, member.shape[1])) * np.sqrt(shares[pick, k] * scale)[:, None]
+        noise += effect @ member.T
+    return noise, float(freedom)
+
+
+def noise_members(fit: Fit, labels: np.ndarray, paired: bool) -> tuple[list[np.ndarray], bool]:
+    """Indicator matrices (n, groups) of the noise effects run, trunk within family, cell common to paired families;
+    and whether there are trunks, i.e. clusters of more than one run."""
+    rows = len(labels)
+    trunk = np.unique([f"{f}|{k}" for f, k in zip(fit.runs["family"], labels, strict=True)], return_inverse=True)[1]
+    members = [np.eye(rows)]
+    has_trunks = bool(trunk.max() + 1 < rows)
+    if has_trunks:
+        members.append(np.eye(trunk.max() + 1)[trunk])
+    if paired:
+        cell = np.empty(rows, dtype=int)
+        for family in fit.families:
+            ordered = np.concatenate(sorted_clusters(fit.runs, family))
+            cell[ordered] = np.arange(len(ordered))
+        members.append(np.eye(cell.max() + 1)[cell])
+    return members, has_trunks
+
+
+def simplex(parts: int, steps: int = 12) -> np.ndarray:
+    """(points, parts) shares that sum to one on a regular grid; the first is kept above zero."""
+    if parts == 1:
+        return np.ones((1, 1))
+    grid = (
+        np.stack(np.meshgrid(*[np.arange(steps + 1)] * (parts - 1), indexing="ij"), -1).reshape(-1, parts - 1) / steps
+    )
+    grid = grid[grid.sum(axis=1) <= 1]
+    shares = np.column_stack([1 - grid.sum(axis=1), grid])
+    return 0.98 * shares + 0.02 * np.eye(parts)[0]
+
+
+def restricted_likelihood(parts: list[np.ndarray], share: np.ndarray, contrasts: np.ndarray) -> tuple[float, float]:
+    """Log marginal likelihood of the shares with the scale integrated out (prior 1 / scale), and the quadratic form."""
+    covariance = sum(s * part for s, part in zip(share, parts, strict=True))
+    _, log_determinant = np.linalg.slogdet(covariance)
+    size = max(float(contrasts @ np.linalg.solve(covariance, contrasts)), 1e-30)
+    return -0.5 * log_determinant - 0.5 * len(contrasts) * np.log(size), size
+
+
+def wild_noise(
+    fit: Fit, labels: np.ndarray, paired: bool, draws: int, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
+    """(draws, n) noise on log loss: each cluster's residuals times a Webb weight; and the residual degrees of freedom.
+
+    Residuals are enlarged by their cluster's leverage (CV2: Bell & McCaffrey 2002), and each draw by
+    sqrt(f / chi2_f), since their scale is itself uncertain. Paired families share labels, hence weights.
+    """
+    residual, frame = least_squares_residuals(fit)
+    corrected = np.empty_like(residual)
+    names, place = np.unique(labels, return_inverse=True)
+    for name in names:
+        rows = np.flatnonzero(labels == name)
+        spectrum, turn = np.linalg.eigh(np.eye(len(rows)) - frame[rows] @ frame[rows].T)
+        corrected[rows] = turn @ np.diag(np.maximum(spectrum, 1e-2) ** -0.5) @ turn.T @ residual[rows]
+    freedom = max(len(residual) - frame.shape[1], 1)
+    widen = np.sqrt(freedom / rng.chisquare(freedom, draws))
+    return rng.choice(WEBB, (draws, len(names)))[:, place] * corrected * widen[:, None], float(freedom)

@@ -1,0 +1,69 @@
+"""The command line as a user meets it: exit statuses, one-line errors, help."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(*arguments, **env) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "launch.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **{k: str(v) for k, v in env.items()}},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("study", "--help"), ("train", "--help"), ("fit", "--help")])
+def test_help_explains_itself(arguments):
+    done = launch(*arguments)
+    assert done.returncode == 0
+    assert "usage" in done.stdout.lower()
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("studdy",), "no verb 'studdy'"),
+        (("study", "experiments/quickstart.py"), "--out is required"),
+        (("study", "experiments/none.py", "--out", "x"), "no such experiment file"),
+        (("study", "experiments/quickstart.py", "--out", "x", "--slotss", "3"), "did you mean --slots?"),
+        (("train", "matmul-free-tinny", "--out", "x"), "matmul-free-tiny"),
+        (("train", "matmul-free-tiny", "--out", "x", "--optim.lrr", "1"), "did you mean --optim.lr?"),
+        (
+            ("train", "matmul-free-tiny", "--out", "x", "--optim.lr", "fast"),
+            "could not convert string to float: 'fast'",
+        ),
+        (("train", "transformer++-tiny", "--out", "x", "--model.heads", "3"), "model.heads=3 does not divide"),
+        (("train", "matmul-free-tiny", "--out", "x", "--mesh.data", "3"), "data.batch=16 is not divisible"),
+        (("train", "matmul-free-tiny", "--out", "x", "--data.corpus", "nowhere"), "no corpus 'nowhere'"),
+    ],
+)
+def test_wrong_usage_is_one_clear_line_and_status_1(arguments, says):
+    done = launch(*arguments)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (ROOT / "x").exists()
+
+
+def test_debug_shows_the_traceback():
+    done = launch("study", "experiments/none.py", "--out", "x", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    done = launch("study", "experiments/quickstart.py", "--out", tmp_path / "out", "--dry-run")
+    assert done.returncode == 0
+    assert "matmul-free-w144-1.05M: steps 819..1024" in done.stdout
+    assert "32 runs" in done.stdout
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,61 @@
+"""What the tests share: a small token set, and small runs of both main families on it."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+# Tests compile many small programs and run each a few times: unoptimised code is faster overall. Set before JAX loads.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests run beside each other: waiting threads would spin
+
+import hypothesis
+import numpy as np
+import pytest
+
+from mmfree_jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from mmfree_jax.data import TokenSet
+from mmfree_jax.data.token_writer import write_token_set
+from mmfree_jax.data.tokenization import byte_tokenizer
+
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+MAIN_FAMILIES = ("transformer++", "matmul-free")
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Documents of made-up text with some structure to learn."""
+    rng = np.random.default_rng(seed)
+    words = "the loss of a model falls with compute while data and parameters grow together in time".split()
+    return [" ".join(rng.choice(words, rng.integers(20, 80))) + "." for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def token_set(tmp_path_factory) -> TokenSet:
+    """About 60 thousand training and 6 thousand held-out byte tokens."""
+    path = tmp_path_factory.mktemp("corpus") / "tiny"
+    texts = {"train": sentences(250, 0), "valid": sentences(25, 1)}
+    return write_token_set(path, texts, byte_tokenizer(), {"name": "tiny", "description": "made up", "sources": []})
+
+
+def tiny_model(family: str, **changes) -> ModelConfig:
+    """Two layers of width 16 over bytes."""
+    shape = {"vocab": 257, "width": 16, "depth": 2, "glu_width": 32, **changes}
+    if family == "transformer++":
+        return ModelConfig(mixer="attention", linear="dense", **{"heads": 2, **shape})
+    assert family == "matmul-free"
+    return ModelConfig(mixer="mlgru", linear="ternary", **shape)
+
+
+def tiny_run(family: str, corpus: Path, **changes) -> RunConfig:
+    """Twelve steps of 4 x 32 tokens, a checkpoint every five."""
+    run = RunConfig(
+        name=f"{family}-tiny",
+        model=tiny_model(family),
+        data=DataConfig(corpus=str(corpus), vocab=257, sequence=32, batch=4),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2, decay_steps=4),
+        steps=12,
+        log_every=2,
+        checkpoint_every=5,
+    )
+    return dataclasses.replace(run, **changes)

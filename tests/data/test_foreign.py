@@ -1,0 +1,109 @@
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up import passage
+
+from mmfree_jax.data import foreign
+from mmfree_jax.data.cli import main
+from mmfree_jax.data.foreign import convert, token_bytes
+from mmfree_jax.data.token_set import TokenSet
+from mmfree_jax.data.tokenization import Tokenizer, byte_tokenizer, train_bpe
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    rng = random.Random(0)
+    return train_bpe([passage(rng) for _ in range(200)], 400)
+
+
+def made_up_texts() -> list[str]:
+    rng = random.Random(1)
+    return [passage(rng, rng.randint(1, 9)) + " naïve 数学" for _ in range(50)]
+
+
+def tokens_of(tokenizer: Tokenizer) -> list[np.ndarray]:
+    return [np.append(tokenizer.encode(text), 0) for text in made_up_texts()]
+
+
+def check(token_set: TokenSet, tokenizer: Tokenizer) -> None:
+    token_set.verify()
+    expected = tokens_of(tokenizer)
+    train = token_set.split("train")
+    np.testing.assert_array_equal(train[:], np.concatenate(expected))
+    np.testing.assert_array_equal(train.document_starts(), np.cumsum([0] + [len(one) for one in expected[:-1]]))
+    assert token_set.text_bytes("train") == sum(len(text.encode()) for text in made_up_texts())
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<i4"])
+def test_nanogpt_files_are_divided_into_their_documents(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(foreign, "SHARD_TOKENS", 2000)
+    np.concatenate(tokens_of(tokenizer))[:-1].astype(dtype).tofile(
+        tmp_path / "train.bin"
+    )  # the last end may be missing
+    token_set = convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "set", dtype)
+    assert len(token_set.split("train").shards) > 2
+    check(token_set, tokenizer)
+
+
+def test_llmc_files_are_recognised_by_their_header(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokens = np.concatenate(tokens_of(tokenizer))
+    head = np.zeros(256, "<i4")
+    head[:3] = 20240520, 1, len(tokens)
+    (tmp_path / "train.bin").write_bytes(head.tobytes() + tokens.astype("<u2").tobytes())
+    check(convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "set"), tokenizer)
+    (tmp_path / "train.bin").write_bytes(head.tobytes() + tokens.astype("<u2").tobytes()[:-2])
+    with pytest.raises(ValueError, match=r"train\.bin is cut off"):
+        convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "other")
+
+
+def write_megatron(path: Path, documents: list[list[np.ndarray]]) -> None:
+    """An indexed data set; every document is a list of sequences."""
+    sequences = [sequence.astype("<u2") for document in documents for sequence in document]
+    sizes = np.array([len(one) for one in sequences], "<i4")
+    pointers = np.concatenate([[0], np.cumsum(2 * sizes[:-1].astype("<i8"))]).astype("<i8")
+    bounds = np.cumsum([0] + [len(document) for document in documents]).astype("<i8")
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(sizes), len(bounds))
+    path.with_suffix(".idx").write_bytes(head + sizes.tobytes() + pointers.tobytes() + bounds.tobytes())
+    path.write_bytes(b"".join(one.tobytes() for one in sequences))
+
+
+@pytest.mark.parametrize("with_end", [True, False])
+def test_megatron_files_keep_their_documents(tokenizer: Tokenizer, tmp_path: Path, with_end: bool) -> None:
+    documents = [one if with_end else one[:-1] for one in tokens_of(tokenizer)]
+    write_megatron(tmp_path / "train.bin", [[one[:5], one[5:]] for one in documents])
+    check(convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "set"), tokenizer)
+    (tmp_path / "train.bin").write_bytes((tmp_path / "train.bin").read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"train\.bin is cut off"):
+        convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "other")
+
+
+def test_wrong_types_and_tokenizers_are_noticed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    np.array([5, 70, 399, 0], "<u2").tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match="outside the vocabulary of 257"):
+        convert({"train": tmp_path / "train.bin"}, byte_tokenizer(), tmp_path / "set")
+    with pytest.raises(ValueError, match="outside the vocabulary of 400"):
+        convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "set", "<u4")
+    (tmp_path / "train.bin").write_bytes(b"abc")
+    with pytest.raises(ValueError, match="not of type <u2"):
+        convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_token_lengths_add_up_to_the_bytes_of_the_text(tokenizer: Tokenizer) -> None:
+    lengths = token_bytes(tokenizer)
+    for text in made_up_texts():
+        assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+    assert lengths[tokenizer.end_of_document] == 0
+
+
+def test_the_command_converts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    np.concatenate(tokens_of(tokenizer)).astype("<u2").tofile(tmp_path / "train.bin")
+    command = ["convert", str(tmp_path / "train.bin"), "--valid", str(tmp_path / "train.bin")]
+    assert main([*command, "--tokenizer", str(tmp_path), "--out", str(tmp_path / "set")]) == 0
+    check(TokenSet.open(tmp_path / "set"), tokenizer)

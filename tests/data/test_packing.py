@@ -1,0 +1,78 @@
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up import passage
+
+from mmfree_jax.data import token_writer
+from mmfree_jax.data.packing import best_fit, document_ids, pack
+from mmfree_jax.data.pipeline import batches
+from mmfree_jax.data.token_set import TokenSet
+from mmfree_jax.data.tokenization import byte_tokenizer
+
+SEQUENCE = 256
+
+
+@pytest.fixture(scope="module")
+def loose(tmp_path_factory: pytest.TempPathFactory) -> TokenSet:
+    rng = random.Random(0)
+    texts = [passage(rng, 20)[: rng.randint(1, 600)] for _ in range(300)]
+    card = {"name": "test", "description": "Made up.", "sources": []}
+    folder = tmp_path_factory.mktemp("packing") / "loose"
+    return token_writer.write_token_set(folder, {"train": texts, "valid": texts[:9]}, byte_tokenizer(), card)
+
+
+def documents(tokens: np.ndarray, end: int) -> list[bytes]:
+    pieces = np.split(tokens, np.flatnonzero(tokens == end) + 1)
+    return [piece.tobytes() for piece in pieces if len(piece) > 1]
+
+
+def test_every_row_is_within_capacity_and_every_item_once() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 101, 2000)
+    rows = best_fit(lengths, 100)
+    assert sorted(item for row in rows for item in row) == list(range(2000))
+    assert max(lengths[row].sum() for row in rows) <= 100
+    assert len(rows) <= 1.02 * np.ceil(lengths.sum() / 100)  # best fit decreasing is nearly perfect on such lengths
+
+
+def test_documents_that_fit_a_row_are_whole_in_one_row(loose: TokenSet, tmp_path: Path) -> None:
+    packed = pack(loose, tmp_path / "packed", SEQUENCE)
+    packed.verify()
+    rows = packed.split("train")[:].reshape(-1, SEQUENCE)
+    fitting = [d for d in documents(loose.split("train")[:], 0) if len(d) <= 2 * SEQUENCE]
+    found = [d for row in rows for d in documents(row, 0)]
+    assert len(fitting) > 50
+    for document in set(fitting):
+        assert found.count(document) >= fitting.count(document)
+    padding = packed.split("train")[:].size - len(loose.split("train"))
+    assert 0 <= padding < 0.03 * rows.size
+
+
+def test_long_documents_lose_nothing_and_held_out_text_is_untouched(loose: TokenSet, tmp_path: Path) -> None:
+    packed = pack(loose, tmp_path / "packed", SEQUENCE)
+    count = lambda some: np.bincount(some.split("train")[:], minlength=257)[1:]
+    np.testing.assert_array_equal(count(packed), count(loose))
+    np.testing.assert_array_equal(packed.split("valid")[:], loose.split("valid")[:])
+    assert packed.text_bytes("train") == loose.text_bytes("train")
+    assert packed.fingerprint != loose.fingerprint
+
+
+def test_windows_of_a_packed_set_are_its_rows(loose: TokenSet, tmp_path: Path) -> None:
+    packed = pack(loose, tmp_path / "packed", SEQUENCE)
+    rows = {row.tobytes() for row in packed.split("train")[:].reshape(-1, SEQUENCE).astype(np.int32)}
+    with batches(packed, sequence=SEQUENCE, batch=8, seed=0) as source:
+        assert all(row[:-1].tobytes() in rows for row in next(source))
+
+
+def test_document_ids_change_at_documents_and_mark_padding() -> None:
+    tokens = np.array([[5, 6, 0, 7, 0, 0, 0, 8, 9], [0, 1, 2, 0, 0, 0, 3, 0, 0]])
+    expected = [[1, 1, 1, 2, 2, 0, 0, 3, 3], [1, 2, 2, 2, 0, 0, 3, 3, 0]]
+    assert document_ids(tokens, 0).tolist() == expected
+
+
+def test_packing_twice_is_refused(loose: TokenSet, tmp_path: Path) -> None:
+    packed = pack(loose, tmp_path / "packed", SEQUENCE)
+    with pytest.raises(ValueError, match="packed already, for 256 tokens"):
+        pack(packed, tmp_path / "again", SEQUENCE)

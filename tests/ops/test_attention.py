@@ -1,0 +1,42 @@
+"""All forms of attention compute the same thing, and documents do not see each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmfree_jax.ops.attention import attend, causal_attention
+
+SEGMENTS = jnp.repeat(jnp.array([[0, 1, 2], [5, 5, 3]]), jnp.array([30, 50, 70]), axis=1)
+
+
+def operands(heads=4, kv_heads=2, time=150):
+    shapes = ((2, time, heads, 8), (2, time, kv_heads, 8), (2, time, kv_heads, 8))
+    return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one document", "documents"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_rows_equal_full_with_their_gradients(kv_heads, segments):
+    def run(impl):
+        score = lambda *a: jnp.sum(jnp.sin(causal_attention(*a, segments_BT=segments, impl=impl)))
+        return jax.jit(jax.value_and_grad(score, argnums=(0, 1, 2)))(*operands(kv_heads=kv_heads))
+
+    for a, b in zip(jax.tree.leaves(run("rows")), jax.tree.leaves(run("full")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+def test_documents_are_separate_sequences():
+    q, k, v = operands()
+    whole = causal_attention(q, k, v, segments_BT=SEGMENTS)
+    alone = causal_attention(q[:1, 30:80], k[:1, 30:80], v[:1, 30:80])
+    np.testing.assert_allclose(whole[:1, 30:80], alone, atol=1e-6)
+
+
+def test_attention_is_the_written_out_formula():
+    q, k, v = operands(heads=1, kv_heads=1, time=9)
+    scores = np.array(q[0, :, 0] @ k[0, :, 0].T) / 8**0.5
+    scores[np.triu_indices(9, 1)] = -np.inf
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(causal_attention(q, k, v)[0, :, 0], weights @ v[0, :, 0], atol=1e-6)
+    np.testing.assert_allclose(attend(q, k, v, jnp.tri(9, dtype=bool))[0, :, 0], weights @ v[0, :, 0], atol=1e-6)

@@ -1,0 +1,98 @@
+"""Facts about the quantisers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from mmfree_jax.ops.ternary import (
+    dequantise,
+    quantise_activations,
+    quantise_weights,
+    straight_through,
+)
+
+VALUES = st.floats(-1e4, 1e4, width=32)
+MATRICES = arrays(np.float32, (5, 7), elements=VALUES)
+GAUSSIAN = jax.random.normal(jax.random.key(0), (256, 256))
+
+
+@settings(max_examples=50, deadline=None)
+@given(MATRICES)
+def test_weight_codes_are_ternary_and_follow_the_published_formula(w):
+    codes, scale = quantise_weights(jnp.asarray(w), (-2, -1))
+    assert codes.dtype == jnp.int8
+    assert set(np.unique(codes)) <= {-1, 0, 1}
+    mean = max(np.abs(w).mean(dtype=np.float64), 1e-5)
+    np.testing.assert_allclose(scale, [[mean]], rtol=35 * 2**-23)  # a float32 sum of 35 terms, in any order
+    clear = np.abs(np.abs(w / mean) - 0.5) > 1e-5  # not within rounding of the threshold
+    np.testing.assert_array_equal(np.asarray(codes)[clear], np.clip(np.round(w / mean), -1, 1)[clear])
+
+
+@settings(max_examples=50, deadline=None)
+@given(MATRICES, st.sampled_from([4, 8]))
+def test_activation_codes_use_the_whole_range_of_each_token(x, bits):
+    codes, scale = quantise_activations(jnp.asarray(x), bits)
+    top = 2 ** (bits - 1) - 1
+    largest = np.abs(x).max(-1, keepdims=True)
+    np.testing.assert_array_equal(np.abs(np.asarray(codes)).max(-1)[largest[:, 0] > 1e-5], top)
+    assert (np.abs(np.asarray(codes) * np.asarray(scale) - x) <= 0.5001 * np.asarray(scale)).all()
+
+
+def test_rounding_is_half_to_even():
+    x = jnp.array([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
+    np.testing.assert_array_equal(quantise_activations(x, 8).codes, [[127, 0, 2, 2, 0, -2]])
+    w = jnp.array([[1.0, 1.5, 1.0, 0.5]])  # mean 1: 0.5 is a tie
+    np.testing.assert_array_equal(quantise_weights(w, (-2, -1)).codes, [[1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_inputs_are_quantised_in_float32(dtype):
+    x = GAUSSIAN.astype(dtype)
+    for low, full in (
+        (quantise_activations(x, 8), quantise_activations(x.astype(jnp.float32), 8)),
+        (quantise_weights(x, (-2, -1)), quantise_weights(x.astype(jnp.float32), (-2, -1))),
+    ):
+        np.testing.assert_array_equal(low.codes, full.codes)
+        np.testing.assert_array_equal(low.scale, full.scale)
+        assert low.scale.dtype == jnp.float32
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)))
+        assert quantise_weights(w, (-2, -1)).scale.dtype == jnp.float64
+        assert quantise_activations(w, 8).scale.dtype == jnp.float64
+
+
+def test_quantising_twice_shrinks_the_scale_by_the_share_of_non_zeros():
+    once = quantise_weights(GAUSSIAN, (-2, -1))
+    twice = quantise_weights(dequantise(once, jnp.float32), (-2, -1))
+    share = float(jnp.mean(once.codes != 0))
+    assert 0.65 < share < 0.73
+    np.testing.assert_allclose(twice.scale / once.scale, [[share]], rtol=1e-5)
+
+
+def test_scales_cover_the_axes_they_are_asked_to():
+    w = GAUSSIAN * jnp.linspace(1, 3, 256)
+    per_channel = quantise_weights(w, (-2,))
+    assert per_channel.scale.shape == (1, 256)
+    np.testing.assert_allclose(per_channel.scale[0], np.abs(np.asarray(w)).mean(0), rtol=1e-5)
+    assert (per_channel.codes != quantise_weights(w, (-2, -1)).codes).any()
+
+
+def test_no_bits_leaves_activations_alone():
+    q = quantise_activations(GAUSSIAN, 0)
+    assert q.codes is GAUSSIAN
+    assert q.scale is None
+
+
+def test_straight_through_has_the_quantised_value_and_the_identity_gradient():
+    quantised = lambda w: straight_through(w, quantise_weights(w, (-2, -1)))
+    np.testing.assert_allclose(
+        quantised(GAUSSIAN), dequantise(quantise_weights(GAUSSIAN, (-2, -1)), jnp.float32), atol=1e-6
+    )
+    np.testing.assert_array_equal(jax.grad(lambda w: quantised(w).sum())(GAUSSIAN), 1)

@@ -1,0 +1,100 @@
+"""`python -m scaling` as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import DATA, ROOT, ladder_rows, write_csv
+
+WIDE = {"sizes": tuple(np.geomspace(1e6, 2.5e8, 7)), "ratios": (5, 10, 20, 80), "noise": 0.002}
+
+
+def call(*arguments):
+    command = [sys.executable, "-m", "scaling", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tables")
+    small = write_csv(folder / "small.csv", ladder_rows(noise=0.003))
+    return small, write_csv(folder / "wide.csv", ladder_rows(**WIDE)), folder
+
+
+def test_importing_scaling_never_imports_jax():
+    code = "import sys, scaling, scaling.__main__, scaling.report; print([m for m in sys.modules if m.split('.')[0] in "
+    code += "('jax', 'jaxlib', 'flax', 'mmfree_jax')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_fit_passes_on_a_wide_ladder_and_gates_on_a_small_one(tables):
+    good = call("fit", tables[1], "--draws", 100, "--json")
+    assert good.returncode == 0, good.stderr
+    assert json.loads(good.stdout)["families"]["matmul-free"]["parameters"]["alpha"] == pytest.approx(0.36, rel=0.1)
+    bad = call("fit", tables[0], "--draws", 100)
+    assert bad.returncode == 2
+    assert "GATE ladder" in bad.stdout
+
+
+def test_compare_prints_its_verdict(tables):
+    done = call("compare", tables[0], "--a", "transformer++", "--b", "matmul-free", "--draws", 100)
+    assert done.returncode == 2
+    assert done.stdout.startswith("The crossing is not determined")
+
+
+def test_report_then_predict(tables):
+    out = tables[2] / "out"
+    done = call("report", tables[0], "--out", out, "--draws", 100)
+    assert done.returncode == 0, done.stderr
+    assert "VERDICT" in done.stdout
+    assert (out / "report.html").is_file()
+    guess = call("predict", out, "--N", "2e6", "--D", "4e7", "--family", "matmul-free", "--json")
+    assert guess.returncode == 0, guess.stderr
+    entry = json.loads(guess.stdout)["matmul-free"]
+    assert entry["low"] < entry["loss"] < entry["high"]
+    assert entry["extrapolation"] > 1
+
+
+def test_plot_and_lint(tables):
+    picture = tables[2] / "curves.png"
+    assert call("plot", tables[0], "--x", "flops", "--out", picture).returncode == 0
+    assert picture.stat().st_size > 5_000
+    linted = call("lint", tables[0])
+    assert linted.returncode == 0
+    assert "ladder too small" in linted.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fit", "absent.csv"], "no such file"),
+        (["fit", "{small}", "--where", "family=nobody"], "no rows"),
+        (["fit", "{small}", "--column", "N=parms"], "no column 'parms'"),
+        (["compare", "{small}", "--b", "matmul"], "did you mean 'matmul-free'"),
+        (["fit", "{small}", "--draws", "0"], "not a positive count"),
+        (["nonsense"], "invalid choice"),
+        (["report", "{small}"], "--out"),
+        (["predict", "{folder}", "--N", "1e6", "--D", "1e7"], "no fit.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_one(tables, arguments, said):
+    done = call(*(a.format(small=tables[0], folder=tables[2]) for a in arguments))
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback():
+    assert "Traceback" in call("fit", "absent.csv", "--debug").stderr
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the public tables are not at ../shared/data")
+def test_verify_agrees_with_the_published_numbers():
+    done = call("verify", "--data", DATA)
+    assert done.returncode == 0, done.stdout
+    assert "FAIL" not in done.stdout
+    assert done.stdout.count("published") >= 14

@@ -1,0 +1,76 @@
+"""Cost axes, fixed paths and the break-even price."""
+
+import numpy as np
+import pytest
+from conftest import ladder_rows
+
+from scaling import Runs, ScalingError, compare
+from scaling.compare import break_even
+from scaling.costs import ENERGY_PJ, arithmetic_energy, axis_cost
+
+BASE = (1.8, 180.0, 420.0, 0.34, 0.34)
+RHO = 0.5
+
+
+@pytest.fixture(scope="module")
+def half_worth():
+    """A family whose parameters are worth half, with 80 % of its operations ternary."""
+    truth = {"a": BASE, "b": (1.8, 180.0 * RHO**-0.34, 420.0, 0.34, 0.34)}
+    rows = ladder_rows(sizes=tuple(np.geomspace(1e6, 1e9, 7)), ratios=(5, 10, 20, 80), truth=truth, noise=2e-4)
+    for row in rows:
+        ternary = 0.8 if row["family"] == "b" else 0.0
+        row |= {"flops_dense": (1 - ternary) * row["flops"], "flops_ternary": ternary * row["flops"], "seconds": 3600.0}
+    return Runs.from_rows(rows)
+
+
+def test_constant_efficiency_never_crosses_in_flops_but_wins_in_energy(half_worth):
+    flops = compare(half_worth, "a", "b", draws=200)
+    assert flops.crossover.p_none > 0.9
+    energy = compare(half_worth, "a", "b", draws=200, axis="energy")
+    assert energy.unit == "J of arithmetic"
+    assert energy.crossover.p_always > 0.95
+
+
+def test_break_even_price_is_the_closed_form(half_worth):
+    """Half the worth of a parameter costs twice the compute at equal loss: 0.2 + 0.8 kappa = 1/2, kappa = 0.375."""
+    c = compare(half_worth, "a", "b", draws=200)
+    found = break_even(c, 1e18)
+    assert found.share == pytest.approx(0.8)
+    assert found.low < 0.375 < found.high
+    assert found.high - found.low < 0.1
+    assert "80% of all" in found.sentence("a", "b")
+
+
+def test_fixed_paths_evaluate_the_law(half_worth):
+    ratio = compare(half_worth, "a", "b", draws=20, along="ratio=20")
+    size = compare(half_worth, "a", "b", draws=20, along="size=1e8")
+    for c in (ratio, size):
+        path = c.frontiers["a"]
+        n, d = np.exp(path.log_n[0]), np.exp(path.log_d[0])
+        np.testing.assert_allclose(6 * n * d, c.flops, rtol=1e-9)
+        np.testing.assert_allclose(path.loss[0], c.fit.predict(n, d, "a"), rtol=1e-12)
+    np.testing.assert_allclose(np.exp(ratio.frontiers["a"].log_d - ratio.frontiers["a"].log_n), 20, rtol=1e-9)
+    best = compare(half_worth, "a", "b", draws=20)
+    assert (best.frontiers["a"].loss <= ratio.frontiers["a"].loss + 1e-9).all()
+
+
+def test_energy_table_is_editable(half_worth):
+    cheap = arithmetic_energy(half_worth, ENERGY_PJ)
+    dear = arithmetic_energy(half_worth, ENERGY_PJ | {"ternary": ENERGY_PJ["dense"]})
+    np.testing.assert_allclose(dear, 0.75e-12 * half_worth["flops"])
+    assert (cheap[half_worth["family"] == "b"] < 0.3 * dear[half_worth["family"] == "b"]).all()
+    with pytest.raises(ScalingError, match="no operation class 'quantum'"):
+        axis_cost(half_worth, "energy", {"quantum": 1.0})
+
+
+def test_money_is_hours_times_price(half_worth):
+    np.testing.assert_allclose(axis_cost(half_worth, "usd", usd_per_hour=2.5), 2.5)
+    with pytest.raises(ScalingError, match="needs a price"):
+        axis_cost(half_worth, "usd")
+
+
+def test_axis_without_its_column_is_refused(half_worth):
+    with pytest.raises(ScalingError, match="no column 'joules'"):
+        compare(half_worth, "a", "b", draws=10, axis="joules")
+    with pytest.raises(ScalingError, match="unknown path"):
+        compare(half_worth, "a", "b", draws=10, along="ratio=-1")

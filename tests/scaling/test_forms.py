@@ -1,0 +1,110 @@
+"""Every law: its Jacobian, and its truth recovered from data that obey it exactly."""
+
+import numpy as np
+import pytest
+
+from scaling import Runs, ScalingError, fit
+from scaling.forms import LAWS, bits_of
+from scaling.laws import centre_of
+
+N = np.repeat(np.geomspace(1e6, 1e9, 7), 5)
+D = (N.reshape(7, 5) * np.array([2, 8, 20, 80, 320])).ravel()
+C = 6 * N * D
+UNIQUE = np.minimum(D, 4e9)
+BITS = np.tile([16, 8, 4, 3, 16], 7).astype(float)
+
+
+def repeated(tokens, half):
+    return UNIQUE * (1 + half * -np.expm1(-(tokens / UNIQUE - 1) / half))
+
+
+TRUTHS = {
+    "power": ({"A": 60.0, "alpha": 0.05}, 60.0 / C**0.05),
+    "power-floor": ({"E": 1.8, "A": 800.0, "alpha": 0.16}, 1.8 + 800.0 / C**0.16),
+    "chinchilla": (
+        {"E": 1.8, "A": 180.0, "B": 420.0, "alpha": 0.34, "beta": 0.37},
+        1.8 + 180 / N**0.34 + 420 / D**0.37,
+    ),
+    "tied": ({"E": 1.8, "A": 300.0, "B": 900.0, "alpha": 0.35}, 1.8 + 300 / N**0.35 + 900 / D**0.35),
+    "kaplan": (
+        {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095},
+        ((8.8e13 / N) ** (0.076 / 0.095) + 5.4e13 / D) ** 0.095,
+    ),
+    "gamma": (
+        {"E": 1.8, "A": 180.0, "B": 420.0, "alpha": 0.34, "beta": 0.37, "gamma": 1.2},
+        1.8 + (180 / N**0.34 + 420 / D**0.37) ** 1.2,
+    ),
+    "data-constrained": (
+        {"E": 1.8, "A": 180.0, "B": 420.0, "alpha": 0.34, "beta": 0.37, "R_D": 15.0},
+        1.8 + 180 / N**0.34 + 420 / repeated(D, 15.0) ** 0.37,
+    ),
+    "precision": (
+        {"E": 1.8, "A": 180.0, "B": 420.0, "alpha": 0.34, "beta": 0.37, "gamma": 2.5},
+        1.8 + 180 / (N * -np.expm1(-BITS / 2.5)) ** 0.34 + 420 / D**0.37,
+    ),
+    "broken-power": (
+        {"E": 1.0, "A": 60.0, "c0": 0.05, "c1": 0.12, "d1": 1e18, "f1": 0.7},
+        1.0 + 60 * C**-0.05 * (1 + (C / 1e18) ** (1 / 0.7)) ** (-0.12 * 0.7),
+    ),
+}
+
+
+def table(name):
+    return Runs.of(N=N, D=D, loss=TRUTHS[name][1], U=UNIQUE, precision=BITS)
+
+
+def test_every_law_is_tested():
+    assert set(TRUTHS) == set(LAWS)
+
+
+@pytest.mark.parametrize("name", sorted(LAWS))
+def test_jacobian_is_the_derivative(name):
+    runs, law = table(name), LAWS[name]()
+    centre = centre_of(runs)
+    features = law.features(runs, centre)
+    theta = law.starts(4, np.log(runs["loss"]), features, np.random.default_rng(3))
+    value, jacobian = law.value_jacobian(theta, features)
+    np.testing.assert_allclose(value, law.value(theta, features), rtol=1e-12)
+    for p in range(theta.shape[1]):
+        step = np.zeros(theta.shape[1])
+        step[p] = 1e-6
+        numeric = (law.value(theta + step, features) - law.value(theta - step, features)) / 2e-6
+        np.testing.assert_allclose(jacobian[:, p], numeric, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(LAWS))
+def test_truth_is_recovered_and_both_solvers_agree(name):
+    fitted = fit(table(name), law=name, objective="log-ls")
+    truth = TRUTHS[name][0]
+    np.testing.assert_allclose(fitted.residuals(), 0, atol=1e-6)
+    tolerance = 0.05 if name in ("broken-power", "gamma") else 5e-3  # their parameters trade off along a ridge
+    for parameter, value in truth.items():
+        assert fitted.params[parameter] == pytest.approx(value, rel=tolerance), parameter
+
+
+@pytest.mark.parametrize("name", ["gamma", "kaplan"])
+def test_second_solver_confirms_noisy_fits(name):
+    rng = np.random.default_rng(0)
+    runs = Runs.of(N=N, D=D, loss=TRUTHS[name][1] * np.exp(0.003 * rng.normal(size=len(N))))
+    fitted = fit(runs, law=name)
+    assert abs(fitted.certificate.second_solver_gap) < 1e-6
+
+
+def test_prediction_uses_the_same_coordinates_as_the_fit():
+    for name in ("kaplan", "power-floor", "broken-power"):
+        runs = table(name)
+        fitted = fit(runs, law=name, objective="log-ls")
+        np.testing.assert_allclose(fitted.predict(N, D), runs["loss"], rtol=1e-5)
+
+
+def test_columns_that_a_law_needs_are_asked_for():
+    with pytest.raises(ScalingError, match="no column 'U'"):
+        fit(Runs.of(N=N, D=D, loss=TRUTHS["chinchilla"][1]), law="data-constrained")
+
+
+def test_bits_by_name():
+    assert bits_of("ternary") == pytest.approx(1.585, abs=1e-3)
+    assert bits_of("int8") == 8.0
+    assert bits_of("bf16") == 16.0
+    with pytest.raises(ScalingError, match="no number of bits"):
+        bits_of("wide")

@@ -1,0 +1,87 @@
+"""Trunks and decays, the checks of a study, and loading one from a file."""
+
+import dataclasses
+
+import pytest
+
+from mmfree_jax.config import Branch, ConfigError
+from mmfree_jax.sweep.experiment import Study, chains, load_study, run_flops, trunk_and_decays
+from mmfree_jax.training.optim import learning_rate
+from tests.conftest import MAIN_FAMILIES, tiny_run
+
+BASE = tiny_run("matmul-free", "corpus", steps=100)
+
+
+def study(*runs, **changes) -> Study:
+    return Study(**{"name": "s", "title": "t", "runs": runs, "baseline": "a", "challenger": "b", **changes})
+
+
+def test_one_trunk_carries_every_budget():
+    trunk, *branches = trunk_and_decays(BASE, (100, 25, 50), decay=0.2)
+    assert [branch.steps for branch in branches] == [25, 50, 100]
+    assert [branch.branch for branch in branches] == [Branch(trunk.name, step) for step in (20, 40, 80)]
+    assert trunk.steps == 80
+    assert trunk.milestones == (20, 40, 80)
+    assert not trunk.evaluate
+    study(trunk, *branches)  # is a valid study
+
+
+def test_every_branch_follows_its_trunk_until_its_decay_and_ends_near_zero():
+    trunk, *branches = trunk_and_decays(BASE, (25, 50, 100))
+    for run in branches:
+        for step in range(run.branch.step):
+            assert learning_rate(run.optim, run.steps, step) == learning_rate(trunk.optim, trunk.steps, step)
+        last = [learning_rate(run.optim, run.steps, step) for step in range(run.branch.step, run.steps)]
+        assert last == sorted(last, reverse=True)
+        assert last[-1] == pytest.approx(run.optim.lr / len(last))
+
+
+def test_branches_cost_their_decays_only():
+    trunk, *branches = trunk_and_decays(BASE, (25, 50, 100))
+    whole = run_flops(dataclasses.replace(BASE, steps=100, branch=None))
+    assert run_flops(trunk) == pytest.approx(0.8 * whole)
+    assert sum(map(run_flops, branches)) == pytest.approx(0.2 * 1.75 * whole)
+    assert [r.tokens for r in branches] == [steps * 4 * 32 for steps in (25, 50, 100)]
+
+
+def test_chains_keep_a_trunk_with_its_branches():
+    runs = [run for family in MAIN_FAMILIES for run in trunk_and_decays(tiny_run(family, "c", steps=100), (50, 100))]
+    assert [[run.name for run in chain] for chain in chains(runs)] == [
+        [r.name for r in runs[:3]],
+        [r.name for r in runs[3:]],
+    ]
+
+
+TRUNK, SHORT, LONG = trunk_and_decays(BASE, (50, 100))
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        ((), "has no runs"),
+        ((TRUNK, TRUNK), f"used twice: {TRUNK.name}"),
+        ((SHORT, TRUNK), "is not listed before it"),
+        (
+            (TRUNK, dataclasses.replace(SHORT, branch=Branch(TRUNK.name, 7))),
+            "step 7, which is not among the milestones",
+        ),
+        ((TRUNK, dataclasses.replace(SHORT, seed=3)), "its seed differs from its trunk's"),
+        ((TRUNK, dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, corpus="x"))), "several corpora"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_refused(runs, says):
+    with pytest.raises(ConfigError, match=says):
+        study(*runs)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("x = 1\n", r"defines no function study\(\)"), ("def study(): return 3\n", "returned int, not a Study")],
+)
+def test_a_file_that_declares_no_study_is_named(tmp_path, text, says):
+    path = tmp_path / "e.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load_study(path)
+    with pytest.raises(ConfigError, match="no such experiment file"):
+        load_study(tmp_path / "none.py")

@@ -1,0 +1,121 @@
+"""Sweeps: what fails is named and does not take the rest with it; what is done stays done."""
+
+import csv
+import dataclasses
+import io
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mmfree_jax.config import ConfigError
+from mmfree_jax.files import locked
+from mmfree_jax.sweep.experiment import Study, trunk_and_decays
+from mmfree_jax.sweep.local import Slot, execute
+from mmfree_jax.sweep.status import collect, run_folder, status
+from mmfree_jax.sweep.study import sweep
+from mmfree_jax.sweep.view import View
+from mmfree_jax.training.folder import claim
+from mmfree_jax.training.loop import train
+from tests.conftest import tiny_run
+
+SLOTS = [Slot("one", {"JAX_PLATFORMS": "cpu"}, frozenset(os.sched_getaffinity(0)))]
+
+
+def states(out, runs) -> list[str]:
+    return [status(run_folder(out, run), run).state for run in runs]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.slow
+def test_a_failing_trunk_takes_its_branches_with_it_and_nothing_else(token_set, tmp_path):
+    bad = tiny_run("transformer++", token_set.path, name="bad")
+    bad = dataclasses.replace(bad, optim=dataclasses.replace(bad.optim, lr=1e30, clip=0.0, warmup_steps=0))
+    good = tiny_run("matmul-free", token_set.path, name="good", steps=8)
+    runs = (
+        *trunk_and_decays(bad, (6, 12)),
+        dataclasses.replace(good, optim=dataclasses.replace(good.optim, decay_steps=0)),
+    )
+    study = Study("s", "t", runs, "a", "b")
+    text = io.StringIO()
+    assert sweep(study, tmp_path / "out", Console(file=text, width=200)) == 1
+    assert states(tmp_path / "out", runs) == ["failed", "failed", "failed", "done"]
+    trunk, branch = (status(run_folder(tmp_path / "out", run), run).error for run in runs[:2])
+    assert "Diverged: bad-trunk: loss" in trunk
+    assert branch == "not started: its trunk bad-trunk failed"
+    assert "lower optim.lr" in text.getvalue()
+    with (tmp_path / "out" / "runs.csv").open() as file:
+        assert [row["run_id"] for row in csv.DictReader(file)] == ["good"]
+
+
+def test_a_worker_killed_twice_is_reported_with_its_signal(token_set, tmp_path, monkeypatch):
+    """As the kernel does to a process that takes too much memory."""
+    run = tiny_run("matmul-free", token_set.path)
+    claim(run, run_folder(tmp_path, run))
+    started = []
+
+    def kill_it() -> None:
+        for process in os.listdir("/proc"):
+            command = f"/proc/{process}/cmdline"
+            if process.isdigit() and os.path.exists(command):
+                words = Path(command).read_bytes().split(b"\0")
+                if b"mmfree_jax.sweep.worker" in words and str(tmp_path).encode() in words and process not in started:
+                    started.append(process)
+                    os.kill(int(process), signal.SIGKILL)
+
+    assert execute(tmp_path, [run], SLOTS, kill_it) == 1
+    assert len(started) == 2
+    found = status(run_folder(tmp_path, run), run)
+    assert found.state == "failed"
+    assert "was killed by SIGKILL" in found.error
+
+
+def test_a_run_in_progress_is_seen_from_outside_and_a_stopped_one_is_not_running(token_set, tmp_path):
+    run = tiny_run("matmul-free", token_set.path)
+    folder = run_folder(tmp_path, run)
+    claim(run, folder)
+    assert status(folder, run).state == "waiting"
+    with locked(folder):
+        assert status(folder, run).state == "running"
+        (folder / "metrics.jsonl").write_text('{"step": 4, "loss": 2.5, "tokens_per_s": 10.0}\n{"step": 6, "lo')
+        found = status(folder, run)
+        assert (found.step, found.loss, found.tokens_per_s) == (4, 2.5, 10.0)
+    assert status(folder, run).state == "stopped"
+
+
+def test_a_finished_sweep_runs_nothing_and_an_edited_one_is_refused(token_set, tmp_path):
+    run = tiny_run("matmul-free", token_set.path, steps=6)
+    study = Study("s", "t", (run,), "a", "b")
+    train(run, run_folder(tmp_path, run), token_set)
+    before = collect(tmp_path, study.runs).read_text()
+    console = Console(file=io.StringIO())
+    assert sweep(study, tmp_path, console) == 0
+    assert (tmp_path / "runs.csv").read_text() == before
+    assert not (tmp_path / "workers").exists()
+    edited = Study("s", "t", (dataclasses.replace(run, seed=1),), "a", "b")
+    with pytest.raises(ConfigError, match=r"holds another run \(seed is 0, not 1\)"):
+        sweep(edited, tmp_path, console)
+
+
+def test_the_table_shows_a_line_a_run_and_fits_the_terminal(token_set, tmp_path):
+    runs = [tiny_run("matmul-free", token_set.path, name=f"run-{i}") for i in range(30)]
+    entries = [(run, run_folder(tmp_path, run)) for run in runs]
+    for _, folder in entries[:10]:
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text('{"loss": 1.5, "train_loss": 1.0}')
+    for height, shown in ((80, 30), (20, 14)):
+        console = Console(file=io.StringIO(), width=120, height=height, force_terminal=True)
+        view = View(entries, console)
+        console.print(view.render())
+        text = console.file.getvalue()
+        rows = [line for line in text.splitlines() if "run-" in line]
+        assert len(rows) == shown
+        assert "10 done, 20 waiting" in text
+        assert "33% of the FLOPs" in text
+        assert "run-29" in rows[-1]

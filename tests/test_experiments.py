@@ -1,0 +1,54 @@
+"""The committed experiments: what they promise about themselves, and that their constants come from their tables."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from experiments import quickstart, quickstart_rates
+from mmfree_jax import flops
+from mmfree_jax.sweep.experiment import run_flops
+
+RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+END_POINTS = [run for run in quickstart.study().runs if run.evaluate]
+
+
+@pytest.mark.parametrize("family", quickstart.FAMILIES)
+def test_the_quickstart_ladder_is_as_wide_as_it_says(family):
+    runs = [run for run in END_POINTS if run.model.family == family]
+    sizes = {flops.parameters(run.model).N_nonemb for run in runs}
+    assert len(sizes) >= 4
+    assert max(sizes) >= 16 * min(sizes)
+    for size in sizes:
+        budgets = {run.tokens for run in runs if flops.parameters(run.model).N_nonemb == size}
+        assert len(budgets) >= 3
+        assert max(budgets) >= 4 * min(budgets)
+
+
+def test_both_families_see_the_same_data_and_have_the_same_sizes():
+    first, second = ([run for run in END_POINTS if run.model.family == f] for f in quickstart.FAMILIES)
+    assert [run.data for run in first] == [run.data for run in second]
+    assert [run.seed for run in first] == [run.seed for run in second]
+    for a, b in zip(first, second, strict=True):
+        assert a.tokens == b.tokens
+        assert flops.parameters(a.model).N == flops.parameters(b.model).N
+
+
+def test_the_quickstart_costs_what_it_says():
+    assert sum(map(run_flops, quickstart.study().runs)) == pytest.approx(2.1e13, rel=0.1)
+
+
+@pytest.mark.parametrize("family", quickstart.FAMILIES)
+def test_the_rates_are_those_that_the_committed_table_gives(family):
+    with (RESULTS / "quickstart_rates.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["family"] == family]
+    ends = quickstart.WIDTHS[0], quickstart.WIDTHS[-1]
+    for width, best in zip(ends, quickstart.BEST_RATES[family], strict=True):
+        tried = {float(row["lr"]): float(row["loss"]) for row in rows if int(row["width"]) == width}
+        assert set(tried) == set(quickstart_rates.GRID)
+        assert min(rate for rate, loss in tried.items() if loss < min(tried.values()) + 0.01) == best
+        assert quickstart.rate(family, width) == pytest.approx(best)
+    inside = [quickstart.rate(family, width) for width in quickstart.WIDTHS]
+    assert inside == sorted(inside, reverse=True)
+    assert all(math.isfinite(rate) for rate in inside)

@@ -1,0 +1,85 @@
+"""Models on disk: imported, trained on, exported, evaluated; through the commands that users type."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmfree_jax.config import ConfigError
+from mmfree_jax.interop import load_huggingface, save_huggingface
+from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.training.loop import train
+from mmfree_jax.weights import load_model, model_config, save_model
+from tests.conftest import MAIN_FAMILIES, tiny_model, tiny_run
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(*arguments) -> subprocess.CompletedProcess:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "launch.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def parameters(model: nnx.Module) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+
+
+def assert_equal(one: nnx.Module, other: nnx.Module) -> None:
+    for a, b in zip(parameters(one), parameters(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+def test_a_saved_model_comes_back_to_the_last_bit(family, tmp_path):
+    model = LanguageModel(tiny_model(family), rngs=nnx.Rngs(3))
+    save_model(model, tmp_path / "m")
+    assert model_config(tmp_path / "m") == model.config
+    assert_equal(load_model(tmp_path / "m"), model)
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        save_model(model, tmp_path / "m")
+    with pytest.raises(ConfigError, match="is not a model"):
+        load_model(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+def test_imported_weights_are_trained_on_and_exported(family, token_set, tmp_path):
+    save_huggingface(LanguageModel(tiny_model(family), rngs=nnx.Rngs(3)), tmp_path / "hf")
+    done = launch("import", tmp_path / "hf", "--out", tmp_path / "ours")
+    assert done.returncode == 0, done.stderr
+    assert family in done.stdout
+    assert_equal(load_model(tmp_path / "ours"), load_huggingface(tmp_path / "hf"))
+
+    # A rate of almost nothing: the weights trained on are those that were imported, not fresh ones.
+    settings = ["--data.corpus", token_set.path, "--data.sequence", 32, "--data.batch", 4, "--steps", 2]
+    settings += ["--optim.warmup-steps", 0, "--optim.decay-steps", 0, "--optim.lr", 1e-12, "--diagnose-every", 0]
+    done = launch("train", f"{family}-tiny", "--out", tmp_path / "run", "--init", tmp_path / "ours", *settings)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(parameters(load_model(tmp_path / "run")), parameters(load_model(tmp_path / "ours")), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+
+    done = launch("export", tmp_path / "run", "--out", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    assert_equal(load_huggingface(tmp_path / "back"), load_model(tmp_path / "run"))
+
+
+def test_evaluating_a_run_gives_the_loss_of_its_result(token_set, tmp_path):
+    result = train(tiny_run("matmul-free", token_set.path), tmp_path / "run", token_set)
+    done = launch("evaluate", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    scores = dict(line.split() for line in done.stdout.splitlines())
+    assert float(scores["loss"]) == pytest.approx(result["loss"], rel=1e-5)
+    assert int(scores["tokens"]) == result["val_tokens"]
+
+
+def test_weights_of_another_architecture_are_refused(token_set, tmp_path):
+    save_model(LanguageModel(tiny_model("matmul-free", width=24), rngs=nnx.Rngs(3)), tmp_path / "m")
+    config = tiny_run("matmul-free", token_set.path, init=str(tmp_path / "m"))
+    with pytest.raises(ConfigError, match=r"another architecture \(width is 24, not 16\)"):
+        train(config, tmp_path / "run", token_set)

@@ -1,0 +1,170 @@
+"""Runs: resumed, branched, split over devices and accumulated, they compute the same thing."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from mmfree_jax.config import Branch, ConfigError, OptimConfig
+from mmfree_jax.data.token_writer import write_token_set
+from mmfree_jax.data.tokenization import byte_tokenizer
+from mmfree_jax.files import read_json
+from mmfree_jax.training.checkpoint import CheckpointError
+from mmfree_jax.training.interrupt import Interrupted
+from mmfree_jax.training.loop import train
+from mmfree_jax.training.metrics import Diverged, read_metrics
+from tests.conftest import MAIN_FAMILIES, sentences, tiny_run
+
+NUMBERS = ("loss", "loss_se", "bpb", "train_loss", "N", "D", "flops", "val_tokens")
+
+
+def numbers(result: dict) -> dict:
+    return {key: result[key] for key in NUMBERS}
+
+
+def curve(folder) -> list[tuple]:
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in read_metrics(folder)]
+
+
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+def test_a_run_learns_and_leaves_what_it_promises(family, token_set, tmp_path):
+    config = tiny_run(family, token_set.path, steps=60, checkpoint_every=25, milestones=(30,), diagnose_every=30)
+    result = train(config, tmp_path, token_set)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == sorted({*range(2, 61, 2), 25})
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+    assert result["loss"] == pytest.approx(rows[-1]["loss"], abs=0.3)
+    tokens_per_byte = len(token_set.split("valid")) / token_set.text_bytes("valid")
+    assert result["bpb"] == pytest.approx(result["loss"] / np.log(2) * tokens_per_byte)
+    assert result["val_tokens"] == len(token_set.split("valid")) - 1
+    assert read_json(tmp_path / "result.json") == result
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["width"] == 16
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [30, 50, 60]
+    assert list((tmp_path / "tb").glob("events.*"))
+    assert train(config, tmp_path, token_set) == result  # a finished run is not run again
+
+
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+def test_a_run_stopped_at_any_step_resumes_to_the_same_numbers(family, token_set, tmp_path):
+    config = tiny_run(family, token_set.path)
+    whole = train(config, tmp_path / "whole", token_set)
+    folder = tmp_path / "stopped"
+    attempts = 0
+    while not (folder / "result.json").exists():
+        attempts += 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mmfree_jax.training.loop.Diagnostics", stop_after(3))
+            if attempts < 5:
+                with pytest.raises(Interrupted) as stop:
+                    train(config, folder, token_set)
+                assert stop.value.status == 75
+            else:
+                train(config, folder, token_set)
+    assert attempts == 5  # four times three steps of the twelve, then the evaluation
+    assert numbers(read_json(folder / "result.json")) == numbers(whole)
+    assert curve(folder) == curve(tmp_path / "whole")
+    assert read_json(folder / "result.json")["attempts"] == 5
+
+
+def stop_after(steps: int):
+    """A stand-in for Diagnostics that sends this process SIGTERM in the course of its n-th step."""
+
+    class Stopper:
+        def __init__(self, *_):
+            self.seen = 0
+
+        def before(self, *_):
+            self.seen += 1
+            if self.seen == steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def after(self, *_):
+            pass
+
+    return Stopper
+
+
+def test_logs_written_after_the_last_checkpoint_are_cut_off_on_resume(token_set, tmp_path):
+    """As after SIGKILL: the logs are ahead of the checkpoint, by a torn line too."""
+    config = tiny_run("matmul-free", token_set.path)
+    whole = train(config, tmp_path / "a", token_set)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "12")
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    assert numbers(train(config, tmp_path / "b", token_set)) == numbers(whole)
+    assert curve(tmp_path / "b") == curve(tmp_path / "a")
+    assert "resume" in (tmp_path / "b" / "log.txt").read_text()
+    assert (tmp_path / "b" / "log.txt").read_text().count("finished") == 1
+
+
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+def test_a_branch_equals_the_whole_run_it_stands_for(family, token_set, tmp_path):
+    """Trunk to step 8, then the decay 8..12, against the same 12 steps in one go: equal to the last bit."""
+    whole = tiny_run(family, token_set.path)
+    flat = dataclasses.replace(whole.optim, decay_steps=0)
+    trunk = dataclasses.replace(whole, name="trunk", steps=10, milestones=(8,), optim=flat, evaluate=False)
+    branch = dataclasses.replace(whole, name="branch", branch=Branch("trunk", 8))
+    expected = train(whole, tmp_path / "whole", token_set)
+    assert train(trunk, tmp_path / "trunk", token_set)["loss"] is None
+    found = train(branch, tmp_path / "branch", token_set)
+    assert numbers(found) == numbers(expected)
+    assert found["cluster"] == "trunk"
+    assert [row["step"] for row in read_metrics(tmp_path / "branch")] == [10, 12]
+
+
+def test_a_branch_without_its_trunk_names_what_is_missing(token_set, tmp_path):
+    config = tiny_run("matmul-free", token_set.path, branch=Branch("nowhere", 8))
+    with pytest.raises(CheckpointError, match=r"nowhere/checkpoints does not exist"):
+        train(config, tmp_path / "b", token_set)
+
+
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+def test_accumulation_changes_nothing_but_rounding(family, token_set, tmp_path):
+    config = tiny_run(family, token_set.path, steps=4, optim=OptimConfig(lr=1e-3, warmup_steps=1))
+    split = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulate=2))
+    train(config, tmp_path / "one", token_set)
+    train(split, tmp_path / "two", token_set)
+    one, two = (np.array(curve(tmp_path / name))[:, 1] for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, rtol=2e-4)
+
+
+def test_a_diverging_run_says_so(token_set, tmp_path):
+    config = tiny_run("transformer++", token_set.path, optim=OptimConfig(lr=1e30, warmup_steps=0, clip=0.0))
+    with pytest.raises(Diverged, match=r"lower optim\.lr"):
+        train(config, tmp_path, token_set)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_folder_with_another_run_is_refused(token_set, tmp_path):
+    config = tiny_run("matmul-free", token_set.path, steps=6)
+    train(config, tmp_path, token_set)
+    with pytest.raises(ConfigError, match=r"holds another run \(optim.lr is 0.01, not 0.5\)"):
+        train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5)), tmp_path, token_set)
+
+
+def test_a_changed_corpus_is_refused(token_set, tmp_path):
+    config = tiny_run("matmul-free", token_set.path)
+    train(config, tmp_path / "run", token_set)
+    (tmp_path / "run" / "result.json").unlink()
+    texts = {"train": sentences(250, 2), "valid": sentences(25, 3)}
+    card = {"name": "other", "description": "made up", "sources": []}
+    other = write_token_set(tmp_path / "other", texts, byte_tokenizer(), card)
+    with pytest.raises(ConfigError, match="start again in a new folder"):
+        train(config, tmp_path / "run", other)
+
+
+def test_data_that_does_not_fit_is_refused_before_anything_is_written(token_set, tmp_path):
+    config = tiny_run("matmul-free", token_set.path)
+    long = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence=1 << 20))
+    with pytest.raises(ConfigError, match="longer than the train split"):
+        train(long, tmp_path / "run", token_set)
+    wrong = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=300))
+    with pytest.raises(ConfigError, match=r"model.vocab=300, but the corpus has 257"):
+        train(wrong, tmp_path / "run", token_set)
+    assert not (tmp_path / "run").exists()
