@@ -1,7 +1,7 @@
 """Scaling-law fits from a table of runs: `Runs.read`, `fit`, `compare`. NumPy, SciPy, Matplotlib and Plotly only."""
 
-from scaling.compare import compare
-from scaling.fit import fit
-from scaling.runs import Runs, ScalingError
+from scaling.fitting.fit import fit
+from scaling.tables.runs import Runs, ScalingError
+from scaling.verdict.compare import compare
 
 __all__ = ["Runs", "ScalingError", "compare", "fit"]

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from scaling.compare import Comparison, break_even, compare, headline
-from scaling.costs import AXES
-from scaling.fit import Fit, Gate, fit, ladder_gate
-from scaling.forms import LAWS, law_named
+from scaling.fitting.fit import Fit, Gate, fit, ladder_gate
+from scaling.laws.forms import LAWS, law_named
 from scaling.lint import lint
-from scaling.runs import Runs, ScalingError, as_number
-from scaling.sensitivity import delta_from_noise
-from scaling.uncertainty import Draws, bootstrap, interval
+from scaling.tables.runs import Runs, ScalingError, as_number
+from scaling.uncertainty.bootstrap import Draws, bootstrap, interval
+from scaling.uncertainty.sensitivity import delta_from_noise
+from scaling.verdict.compare import Comparison, break_even, compare, headline
+from scaling.verdict.costs import AXES
 from scaling.verify import verify
 
 OK, ERROR, GATE = 0, 1, 2
@@ -227,7 +227,7 @@ def run_fit(a: argparse.Namespace) -> int:
         results[family] = fitted, bootstrap(fitted, a.draws, a.seed)
     gates = [g for f, _ in results.values() for g in f.gates] + [ladder_gate(runs, f) for f in runs.families]
     if a.json:
-        from scaling.artefact import family_json
+        from scaling.report.artefact import family_json
 
         print_json(
             {"families": {name: family_json(*pair) for name, pair in results.items()}, "notes": list(runs.notes)}
@@ -275,7 +275,7 @@ def run_compare(a: argparse.Namespace) -> int:
         return full_report(a, runs, share=shared(a), baseline=a.a, gate=True)
     c = comparison(a)
     if a.json:
-        from scaling.artefact import comparison_json
+        from scaling.report.artefact import comparison_json
 
         print_json(comparison_json(c) | {"gates": [asdict(g) for g in c.gates]})
         return exit_code(c.gates)
@@ -289,7 +289,7 @@ def run_compare(a: argparse.Namespace) -> int:
 def run_crossover(a: argparse.Namespace) -> int:
     c = comparison(a)
     if a.json:
-        from scaling.artefact import comparison_json
+        from scaling.report.artefact import comparison_json
 
         print_json(comparison_json(c)["crossover"])
         return OK
@@ -302,8 +302,8 @@ def run_crossover(a: argparse.Namespace) -> int:
 
 
 def run_plan(a: argparse.Namespace) -> int:
-    from scaling.experiment_file import write_experiment
-    from scaling.plan import candidates, cheapest, next_values
+    from scaling.verdict.experiment_file import write_experiment
+    from scaling.verdict.plan import candidates, cheapest, next_values
 
     c = comparison(a)
     ratios = [positive_setting(text, "--ratios") for text in a.ratios.split(",")]
@@ -330,7 +330,7 @@ def run_plan(a: argparse.Namespace) -> int:
 
 
 def run_predict(a: argparse.Namespace) -> int:
-    from scaling.artefact import read_draws, read_fit_json
+    from scaling.report.artefact import read_draws, read_fit_json
 
     data, draws = read_fit_json(a.artefact), read_draws(a.artefact)
     names = [a.family] if a.family else list(data["families"])
@@ -363,9 +363,9 @@ def predict_entry(entry: dict[str, Any], draws: np.ndarray, n: float, d: float) 
 
 
 def run_plot(a: argparse.Namespace) -> int:
-    from scaling.curves import sweep_curves
-    from scaling.plot import runs_figure, save
-    from scaling.views import runs_views
+    from scaling.report.plot import runs_figure, save
+    from scaling.report.views import runs_views
+    from scaling.tables.curves import sweep_curves
 
     if a.out.suffix not in {".png", ".svg", ".pdf"}:
         raise ScalingError(f"--out {a.out} must end in .png, .svg or .pdf")
@@ -395,8 +395,8 @@ def run_report(a: argparse.Namespace) -> int:
 
 def full_report(a: argparse.Namespace, runs: Runs, gate: bool = False, **options: Any) -> int:
     """Writes the report folder; `fit` and `compare` answer with their gates, `report` prints them as verdicts."""
-    from scaling.curves import sweep_curves
-    from scaling.report import write_report
+    from scaling.report.write import write_report
+    from scaling.tables.curves import sweep_curves
 
     settings = {"law": a.law, "objective": a.objective, "delta": delta_of(a, runs), "draws": a.draws, "seed": a.seed}
     report = write_report(runs, a.out, curves=sweep_curves(a.runs), provenance={}, **settings, **options)

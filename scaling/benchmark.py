@@ -12,10 +12,10 @@ from collections.abc import Callable
 import numpy as np
 from scipy.optimize import minimize
 
-from scaling.fit import bounds_of, fit, starts_of
-from scaling.runs import Runs
-from scaling.solve import evaluate, gradient, multistart
-from scaling.uncertainty import bootstrap
+from scaling.fitting.fit import bounds_of, fit, starts_of
+from scaling.fitting.solve import evaluate, gradient, multistart
+from scaling.tables.runs import Runs
+from scaling.uncertainty.bootstrap import bootstrap
 
 ROWS, STARTS, SCIPY_PROBLEMS = 240, 64, 40
 

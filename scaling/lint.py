@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.fit import ladder_gate
-from scaling.runs import Runs
-from scaling.uncertainty import cluster_labels
+from scaling.fitting.fit import ladder_gate
+from scaling.tables.runs import Runs
+from scaling.uncertainty.bootstrap import cluster_labels
 
 NEAR = 0.005  # two runs of one family whose N and D agree this closely are near duplicates
 WARMUP_SHARE = 0.2  # Porian et al. 2024: longer warm-ups bias small runs

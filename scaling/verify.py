@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling.approaches import isoflop
-from scaling.fit import fit
-from scaling.runs import Runs, ScalingError
-from scaling.uncertainty import bootstrap
+from scaling.fitting.approaches import isoflop
+from scaling.fitting.fit import fit
+from scaling.tables.runs import Runs, ScalingError
+from scaling.uncertainty.bootstrap import bootstrap
 
 EPOCH_DROPPED = 5  # Besiroglu et al. 2024 leave out the five highest losses
 

@@ -53,10 +53,10 @@ def run_study(study: Study, out: Path, console: Console, slots: int = 0) -> int:
     if code := sweep(study, out, console, slots):
         return code
     # Imported here, because plotting libraries take longer to load than a finished sweep takes to check.
-    from scaling.curves import sweep_curves
-    from scaling.report import write_report
-    from scaling.runs import Runs
-    from scaling.sensitivity import delta_from_noise
+    from scaling.report.write import write_report
+    from scaling.tables.curves import sweep_curves
+    from scaling.tables.runs import Runs
+    from scaling.uncertainty.sensitivity import delta_from_noise
 
     runs = Runs.read(out / "runs.csv")
     report = write_report(

@@ -5,9 +5,9 @@ import pytest
 from conftest import ladder_rows
 
 from scaling import Runs, ScalingError, compare
-from scaling.compare import crossover
-from scaling.forms import Chinchilla
-from scaling.frontier import Cost, frontier
+from scaling.laws.forms import Chinchilla
+from scaling.verdict.compare import crossover
+from scaling.verdict.frontier import Cost, frontier
 
 SIZES = tuple(np.geomspace(1e6, 1e9, 8))
 

@@ -5,8 +5,8 @@ import pytest
 from conftest import ladder_rows
 
 from scaling import Runs, ScalingError, compare
-from scaling.compare import break_even
-from scaling.costs import ENERGY_PJ, arithmetic_energy, axis_cost
+from scaling.verdict.compare import break_even
+from scaling.verdict.costs import ENERGY_PJ, arithmetic_energy, axis_cost
 
 BASE = (1.8, 180.0, 420.0, 0.34, 0.34)
 RHO = 0.5

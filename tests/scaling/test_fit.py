@@ -7,12 +7,12 @@ import pytest
 from conftest import TRUTH, ladder_rows
 
 from scaling import Runs, ScalingError, fit
-from scaling.fit import count_sizes
-from scaling.forms import Chinchilla
-from scaling.laws import centre_of, single_model
-from scaling.solve import evaluate, multistart, objective_named
+from scaling.fitting.fit import count_sizes
+from scaling.fitting.solve import evaluate, multistart, objective_named
+from scaling.laws.base import centre_of, single_model
+from scaling.laws.forms import Chinchilla
 
-fit_module = importlib.import_module("scaling.fit")  # the package exports a function of that name
+fit_module = importlib.import_module("scaling.fitting.fit")  # the package exports a function of that name
 FAR_SIZES = tuple(np.geomspace(1e6, 1e9, 6))
 
 

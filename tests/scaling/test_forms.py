@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from scaling import Runs, ScalingError, fit
-from scaling.forms import LAWS, bits_of
-from scaling.laws import centre_of
+from scaling.laws.base import centre_of
+from scaling.laws.forms import LAWS, bits_of
 
 N = np.repeat(np.geomspace(1e6, 1e9, 7), 5)
 D = (N.reshape(7, 5) * np.array([2, 8, 20, 80, 320])).ravel()

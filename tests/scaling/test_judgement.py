@@ -5,10 +5,10 @@ import pytest
 from conftest import DATA, ladder_rows
 
 from scaling import Runs, fit
-from scaling.approaches import envelope, isoflop
-from scaling.backtest import DIFFERENCE, LEVELS, BackTest, Held, backtest
-from scaling.nested import nested
-from scaling.sensitivity import delta_from_noise, influence, robust_delta, sensitivity
+from scaling.fitting.approaches import envelope, isoflop
+from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest, Held, backtest
+from scaling.uncertainty.sensitivity import delta_from_noise, influence, robust_delta, sensitivity
+from scaling.verdict.nested import nested
 
 SIX = tuple(np.geomspace(1e6, 1e8, 6))
 RATIOS = (5, 10, 20, 40, 80)

@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 
 from scaling import Runs, ScalingError, compare
-from scaling.experiment_file import write_experiment
-from scaling.plan import (
+from scaling.uncertainty.simulate import Ladder, Noise, draw
+from scaling.verdict.experiment_file import write_experiment
+from scaling.verdict.plan import (
     Trunk,
     candidates,
     cheapest,
@@ -21,7 +22,6 @@ from scaling.plan import (
     spread,
     trunk_information,
 )
-from scaling.simulate import Ladder, Noise, draw
 
 TRUTH = {"transformer++": (1.8, 180.0, 420.0, 0.34, 0.37), "matmul-free": (1.8, 320.0, 420.0, 0.365, 0.37)}
 PILOT = Ladder(tuple(np.geomspace(1e6, 3e7, 5)), (5, 10, 20, 40))

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from scaling.curves import sweep_curves
-from scaling.report import write_report
+from scaling.report.write import write_report
+from scaling.tables.curves import sweep_curves
 
 
 @pytest.fixture(scope="module")

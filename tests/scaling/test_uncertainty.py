@@ -5,7 +5,7 @@ import pytest
 from conftest import ladder_rows
 
 from scaling import Runs, ScalingError, fit
-from scaling.uncertainty import bootstrap, cluster_labels, pair_weights, parametric_noise
+from scaling.uncertainty.bootstrap import bootstrap, cluster_labels, pair_weights, parametric_noise
 
 
 def test_epoch_intervals(epoch_runs):

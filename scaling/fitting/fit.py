@@ -7,11 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scaling.forms import law_named
-from scaling.laws import Law, Model, centre_of, joint_model, single_model
-from scaling.runs import Runs, ScalingError
-from scaling.second import second_solution
-from scaling.solve import (
+from scaling.fitting.second import second_solution
+from scaling.fitting.solve import (
     Objective,
     evaluate,
     gradient,
@@ -21,6 +18,9 @@ from scaling.solve import (
     objective_named,
     polish,
 )
+from scaling.laws.base import Law, Model, centre_of, joint_model, single_model
+from scaling.laws.forms import law_named
+from scaling.tables.runs import Runs, ScalingError
 
 AGREEMENT = 1e-6  # relative gap in objective within which two optima are the same one
 GRADIENT_LIMIT = 1e-6

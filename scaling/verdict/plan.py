@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.compare import Comparison, compare, overtakes
-from scaling.fit import Fit
-from scaling.frontier import Cost, frontier
-from scaling.runs import FLOPS_PER_PARAMETER_TOKEN, Runs, ScalingError
-from scaling.simulate import Ladder, Noise, Truths, draw
-from scaling.uncertainty import cluster_labels, parametric_noise
+from scaling.fitting.fit import Fit
+from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, Runs, ScalingError
+from scaling.uncertainty.bootstrap import cluster_labels, parametric_noise
+from scaling.uncertainty.simulate import Ladder, Noise, Truths, draw
+from scaling.verdict.compare import Comparison, compare, overtakes
+from scaling.verdict.frontier import Cost, frontier
 
 DECAY_SHARE = 0.2  # steps of a decay off a trunk, relative to its budget
 BYTES_PER_PARAMETER = 16.0  # weights, gradient and two AdamW moments in 4 bytes each

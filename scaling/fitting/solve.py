@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.laws import Model
-from scaling.runs import ScalingError
+from scaling.laws.base import Model
+from scaling.tables.runs import ScalingError
 
 CHUNK_ELEMENTS = 250_000  # rows x problems solved together; keeps the Jacobian within a few MB of cache
 CONTINUATION = (3e-2, 5e-3)  # wide Huber thresholds passed through on the way from a cold start to a narrow one

@@ -7,10 +7,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from scaling.backtest import DIFFERENCE, LEVELS, BackTest
-from scaling.fit import Fit
-from scaling.plot import Curves, difference_limits
-from scaling.views import PALETTE, AllocationView, DifferenceView, FamilyView, loss_limits, loss_ticks, short, thin
+from scaling.fitting.fit import Fit
+from scaling.report.plot import Curves, difference_limits
+from scaling.report.views import (
+    PALETTE,
+    AllocationView,
+    DifferenceView,
+    FamilyView,
+    loss_limits,
+    loss_ticks,
+    short,
+    thin,
+)
+from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest
 
 HOVERED = ("N", "D", "flops", "lr", "batch_tokens", "schedule", "seed", "cluster")
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import scipy
 
-from scaling.fit import Fit
-from scaling.runs import Runs
-from scaling.uncertainty import Draws
+from scaling.fitting.fit import Fit
+from scaling.tables.runs import Runs
+from scaling.uncertainty.bootstrap import Draws
 
 FROM_TABLE = (
     "tokenizer",

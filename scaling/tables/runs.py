@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling.readers import ScalingError, read_rows
+from scaling.tables.readers import ScalingError, read_rows
 
 REQUIRED = ("run_id", "family", "N", "D", "loss")
 POSITIVE = ("N", "D", "loss", "N_nonemb", "U", "flops", "bpb", "batch_tokens", "seq_len", "vocab", "joules", "seconds")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from scaling.runs import Runs, ScalingError
+from scaling.tables.runs import Runs, ScalingError
 
 AXES = {
     "flops": "FLOP",

@@ -3,9 +3,9 @@
 A cluster is everything that shares randomness: all decays off one trunk, all checkpoints of a run. With 12 clusters or
 more the clusters themselves are resampled ("pairs"). With fewer, such draws often lose a whole size and with it the
 law, and multiplying each cluster's residuals by a random sign ("wild") covers too little, because the fit has absorbed
-most of what so few clusters could show (`python -m scaling.simulate` measures it for every method). There the
-noise is drawn from a model of it instead ("parametric"): an effect of the trunk, one of the cell common to paired
-families, one of the run, with all that the residuals leave open about their sizes averaged over.
+most of what so few clusters could show (`python -m scaling.uncertainty.simulate` measures it for every method).
+There the noise is drawn from a model of it instead ("parametric"): an effect of the trunk, one of the cell common to
+paired families, one of the run, with all that the residuals leave open about their sizes averaged over.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scaling.fit import LARGE_TABLE, Fit, bounds_of, subset
-from scaling.runs import Runs, ScalingError
-from scaling.solve import Objective, linearised, minimise, refit
+from scaling.fitting.fit import LARGE_TABLE, Fit, bounds_of, subset
+from scaling.fitting.solve import Objective, linearised, minimise, refit
+from scaling.tables.runs import Runs, ScalingError
 
 MIN_CLUSTERS_FOR_PAIRS = 12
 WEBB = np.sqrt([1.5, 1.0, 0.5, 0, 0, 0]) - np.sqrt(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling.plan import Plan
-from scaling.runs import Runs, ScalingError
+from scaling.tables.runs import Runs, ScalingError
+from scaling.verdict.plan import Plan
 
 TEMPLATE = '''"""Planned ladder: {families}; {flops:.2e} FLOP in all.
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from scaling.backtest import BackTest
-from scaling.compare import Comparison
-from scaling.fit import Fit, Gate
-from scaling.runs import ScalingError
-from scaling.uncertainty import Draws
+from scaling.fitting.fit import Fit, Gate
+from scaling.tables.runs import ScalingError
+from scaling.uncertainty.backtest import BackTest
+from scaling.uncertainty.bootstrap import Draws
+from scaling.verdict.compare import Comparison
 
 
 def fit_json(

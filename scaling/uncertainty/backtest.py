@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from scaling.fit import count_sizes, fit
-from scaling.forms import law_named
-from scaling.runs import Runs
-from scaling.uncertainty import Draws, bootstrap, cluster_labels, sorted_clusters
+from scaling.fitting.fit import count_sizes, fit
+from scaling.laws.forms import law_named
+from scaling.tables.runs import Runs
+from scaling.uncertainty.bootstrap import Draws, bootstrap, cluster_labels, sorted_clusters
 
 ORIGINS = (2.0, 4.0, 10.0, 30.0, 100.0)
 BINS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # decades beyond the fit, in which factors are pooled

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.runs import FLOPS_PER_PARAMETER_TOKEN, Runs, ScalingError
+from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, Runs, ScalingError
 
 EXPONENT_BOUNDS = (-0.5, 3.0)
 FLOOR_DEPTH = 12.0  # the floor may fall to exp(-12) of the lowest loss before it counts as absent

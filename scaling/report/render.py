@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from scaling import interactive, page
-from scaling.backtest import DIFFERENCE, LEVELS
-from scaling.fit import Fit
-from scaling.nested import MEANING, Nested
-from scaling.plot import Curves
-from scaling.report import Report, pair_tail
-from scaling.runs import Runs
-from scaling.summary import figures_of, interval_text, paired_rows, parameter_table
-from scaling.views import short
+from scaling.fitting.fit import Fit
+from scaling.report import interactive, page
+from scaling.report.plot import Curves
+from scaling.report.summary import figures_of, interval_text, paired_rows, parameter_table
+from scaling.report.views import short
+from scaling.report.write import Report, pair_tail
+from scaling.tables.runs import Runs
+from scaling.uncertainty.backtest import DIFFERENCE, LEVELS
+from scaling.verdict.nested import MEANING, Nested
 
 RUN_COLUMNS = ("run_id", "family", "N", "D", "flops", "loss", "loss_se", "bpb", "lr", "cluster", "schedule", "seed")
 INFLUENTIAL = 5  # rows shown of the influence table, per family

@@ -1,7 +1,7 @@
 """Ladders drawn from known laws: whether intervals cover what they promise, and what a ladder could decide.
 
-`python -m scaling.simulate --ladders 1000 --out FILE` writes the coverage table: share of simulated ladders whose
-nominal 95 % interval holds the truth, by design, noise and bootstrap.
+`python -m scaling.uncertainty.simulate --ladders 1000 --out FILE` writes the coverage table: share of simulated
+ladders whose nominal 95 % interval holds the truth, by design, noise and bootstrap.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling.fit import fit
-from scaling.runs import FLOPS_PER_PARAMETER_TOKEN, Runs
-from scaling.uncertainty import Draws, bootstrap, interval
+from scaling.fitting.fit import fit
+from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, Runs
+from scaling.uncertainty.bootstrap import Draws, bootstrap, interval
 
 LAW = ("E", "A", "B", "alpha", "beta")
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.costs import AXES, axis_cost, ternary_share
-from scaling.fit import Fit, Gate, fit, ladder_gate
-from scaling.frontier import Cost, Frontier, fixed_ratio, fixed_size, frontier
-from scaling.runs import Runs, ScalingError, as_number
-from scaling.uncertainty import Draws, bootstrap, interval, sorted_clusters
+from scaling.fitting.fit import Fit, Gate, fit, ladder_gate
+from scaling.tables.runs import Runs, ScalingError, as_number
+from scaling.uncertainty.bootstrap import Draws, bootstrap, interval, sorted_clusters
+from scaling.verdict.costs import AXES, axis_cost, ternary_share
+from scaling.verdict.frontier import Cost, Frontier, fixed_ratio, fixed_size, frontier
 
 HORIZON_DECADES = 6.0  # how far beyond the largest run a crossing is looked for, unless told otherwise
 POINTS_PER_DECADE = 8

@@ -6,8 +6,8 @@ import numpy as np
 from scipy.optimize import least_squares, nnls
 from scipy.stats import qmc
 
-from scaling.laws import EXPONENT_BOUNDS, Model
-from scaling.solve import LAD_DELTA, MAX_DAMPING, Objective, evaluate, linearised, predicted
+from scaling.fitting.solve import LAD_DELTA, MAX_DAMPING, Objective, evaluate, linearised, predicted
+from scaling.laws.base import EXPONENT_BOUNDS, Model
 
 TRUST_REGION_STARTS = 12
 

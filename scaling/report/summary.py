@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from scaling.fit import Fit
-from scaling.runs import Runs
-from scaling.uncertainty import Draws, sorted_clusters
-from scaling.views import short
+from scaling.fitting.fit import Fit
+from scaling.report.views import short
+from scaling.tables.runs import Runs
+from scaling.uncertainty.bootstrap import Draws, sorted_clusters
 
 TERMINAL_SENTENCES = 4  # the rest of the verdict is in the report
 LONG_TABLE = 40  # rows beyond which the terminal shows only how many there are

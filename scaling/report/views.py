@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.backtest import DIFFERENCE, BackTest
-from scaling.compare import POINTS_PER_DECADE, Comparison, compute_grid, family_frontier
-from scaling.fit import Fit
-from scaling.frontier import Cost
-from scaling.runs import Runs
-from scaling.uncertainty import Draws
+from scaling.fitting.fit import Fit
+from scaling.tables.runs import Runs
+from scaling.uncertainty.backtest import DIFFERENCE, BackTest
+from scaling.uncertainty.bootstrap import Draws
+from scaling.verdict.compare import POINTS_PER_DECADE, Comparison, compute_grid, family_frontier
+from scaling.verdict.frontier import Cost
 
 # Okabe & Ito 2008: distinguishable under every common colour-vision deficiency, on white and on near-black.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -8,12 +8,21 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from scaling.approaches import IsoFlop
-from scaling.backtest import DIFFERENCE, LEVELS, BackTest
-from scaling.fit import Fit
-from scaling.plot import AXIS_NAMES, SHAPES, SIZE, STYLE, hatched_band, log_loss_axis, mark_extrapolation, new_figure
-from scaling.sensitivity import Variant
-from scaling.views import PALETTE, AllocationView, FamilyView
+from scaling.fitting.approaches import IsoFlop
+from scaling.fitting.fit import Fit
+from scaling.report.plot import (
+    AXIS_NAMES,
+    SHAPES,
+    SIZE,
+    STYLE,
+    hatched_band,
+    log_loss_axis,
+    mark_extrapolation,
+    new_figure,
+)
+from scaling.report.views import PALETTE, AllocationView, FamilyView
+from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest
+from scaling.uncertainty.sensitivity import Variant
 
 
 def backtest_figure(test: BackTest) -> Figure:

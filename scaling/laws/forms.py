@@ -7,8 +7,8 @@ import re
 import numpy as np
 from scipy.special import expit
 
-from scaling.laws import EXPONENT_BOUNDS, FLOOR_DEPTH, Law, SumOfPowers, Term, middles
-from scaling.runs import Runs, ScalingError
+from scaling.laws.base import EXPONENT_BOUNDS, FLOOR_DEPTH, Law, SumOfPowers, Term, middles
+from scaling.tables.runs import Runs, ScalingError
 
 TERNARY_BITS = float(np.log2(3))
 NAMED_BITS = {"ternary": TERNARY_BITS, "1.58bit": TERNARY_BITS, "binary": 1.0, "bf16": 16.0, "fp16": 16.0, "fp32": 32.0}

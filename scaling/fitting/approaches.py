@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.runs import Runs
+from scaling.tables.runs import Runs
 
 SAME_BUDGET = 0.06  # runs whose compute agrees this closely form one IsoFLOP curve (natural log)
 MIN_POINTS = 4

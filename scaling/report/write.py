@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from scaling import diagnostics, plot
-from scaling.approaches import IsoFlop, isoflop
-from scaling.artefact import fit_json
-from scaling.backtest import DIFFERENCE, LEVELS, BackTest, backtest
-from scaling.compare import Comparison, compare
-from scaling.fit import Fit, Gate, fit, ladder_gate
+from scaling.fitting.approaches import IsoFlop, isoflop
+from scaling.fitting.fit import Fit, Gate, fit, ladder_gate
 from scaling.lint import Finding, lint
-from scaling.nested import Nested, nested
-from scaling.provenance import provenance_block
-from scaling.runs import Runs
-from scaling.sensitivity import Variant, influence, sensitivity
-from scaling.summary import terminal_summary
-from scaling.uncertainty import Draws, bootstrap
-from scaling.views import AllocationView, DifferenceView, FamilyView, difference_view, family_view
+from scaling.report import diagnostics, plot
+from scaling.report.artefact import fit_json
+from scaling.report.provenance import provenance_block
+from scaling.report.summary import terminal_summary
+from scaling.report.views import AllocationView, DifferenceView, FamilyView, difference_view, family_view
+from scaling.tables.runs import Runs
+from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest, backtest
+from scaling.uncertainty.bootstrap import Draws, bootstrap
+from scaling.uncertainty.sensitivity import Variant, influence, sensitivity
+from scaling.verdict.compare import Comparison, compare
+from scaling.verdict.nested import Nested, nested
 
 BASELINE = "transformer++"
 NESTED_DRAWS = 200
@@ -83,7 +83,7 @@ def write_report(
     `provenance` holds what the table cannot tell (how rates were tuned, which data); what is absent is listed as
     missing. Equal input gives equal bytes.
     """
-    from scaling.render import html_page, markdown
+    from scaling.report.render import html_page, markdown
 
     report = analyse(runs, Path(out_dir), title, provenance or {}, draws, seed, law, objective, delta, share, baseline)
     out = report.out_dir

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from scaling.fit import Fit
-from scaling.views import PALETTE, DifferenceView, FamilyView, loss_limits, loss_ticks, thin
+from scaling.fitting.fit import Fit
+from scaling.report.views import PALETTE, DifferenceView, FamilyView, loss_limits, loss_ticks, thin
 
 SHAPES = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "x": "X"}
 Curves = Mapping[str, Mapping[str, np.ndarray]]

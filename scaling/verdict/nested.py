@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.fit import Fit, bounds_of, fit
-from scaling.runs import Runs
-from scaling.solve import evaluate, refit
-from scaling.uncertainty import bootstrap, cluster_labels, interval, parametric_noise
+from scaling.fitting.fit import Fit, bounds_of, fit
+from scaling.fitting.solve import evaluate, refit
+from scaling.tables.runs import Runs
+from scaling.uncertainty.bootstrap import bootstrap, cluster_labels, interval, parametric_noise
 
 MODELS: dict[str, tuple[str, ...]] = {
     "M0": ("E", "A", "B", "alpha", "beta"),

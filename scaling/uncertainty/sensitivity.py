@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.fit import Fit, bounds_of, fit
-from scaling.forms import law_named
-from scaling.runs import Runs
-from scaling.solve import refit
+from scaling.fitting.fit import Fit, bounds_of, fit
+from scaling.fitting.solve import refit
+from scaling.laws.forms import law_named
+from scaling.tables.runs import Runs
 
 OBJECTIVES = ("huber", "lad", "log-ls", "raw-ls")
 MAD_TO_SD = 1.4826  # of a normal distribution

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.laws import Law
-from scaling.runs import Runs
+from scaling.laws.base import Law
+from scaling.tables.runs import Runs
 
 GOLDEN = (np.sqrt(5) - 1) / 2
 SEARCH_STEPS = 42  # golden sections; 60 e-folds of N shrink to 1e-7, and the loss is flat to second order there

@@ -1,0 +1,1 @@
+"""Laws to tables: objectives, two independent solvers, certificates."""

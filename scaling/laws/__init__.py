@@ -1,0 +1,1 @@
+"""Loss as a function of parameters and tokens: values and derivatives in centred coordinates."""

@@ -1,0 +1,1 @@
+"""How far a fit can be believed: bootstraps, back-tests, sensitivity, simulated ladders."""
