@@ -1,0 +1,135 @@
+"""Flags that several verbs share, and the values they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaling.commands.output import ERROR
+from scaling.laws.forms import LAWS
+from scaling.tables.runs import Runs, ScalingError, as_number
+from scaling.uncertainty.sensitivity import delta_from_noise
+from scaling.verdict.costs import AXES
+
+OBJECTIVES = ("huber", "lad", "log-ls", "raw-ls")
+Run = Callable[[argparse.Namespace], int]
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Wrong usage is an error like any other: one line, exit code 1 (argparse would say 2, which means a gate)."""
+
+    def error(self, message: str) -> Any:
+        print(f"error: {self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(ERROR)
+
+
+def new_verb(verbs: Any, name: str, run: Run, text: str) -> argparse.ArgumentParser:
+    """A verb's parser with the flags that every verb has."""
+    verb = verbs.add_parser(name, help=text, description=text)
+    verb.set_defaults(run=run)
+    verb.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+    verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return verb
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not (np.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def threshold(text: str) -> float | None:
+    """A positive number, or None for auto."""
+    return None if text == "auto" else positive(text)
+
+
+def count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive count")
+    return int(text)
+
+
+def table_arguments(verb: argparse.ArgumentParser) -> None:
+    """The table of runs and what is read from it: see `read_table`."""
+    verb.add_argument("runs", type=Path, help="CSV, JSONL or Parquet table, or a folder of runs")
+    verb.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="e.g. N=params")
+    verb.add_argument("--set", action="append", default=[], metavar="COLUMN=VALUE", help="a column of one value")
+    verb.add_argument(
+        "--where", action="append", default=[], metavar="CONDITION", help="keep rows: family=llama, N>=1e8"
+    )
+    verb.add_argument("--allow-midrun", action="store_true", help="accept points inside a run (they mislead fits)")
+
+
+def fit_arguments(verb: argparse.ArgumentParser) -> None:
+    """Law, objective and bootstrap."""
+    verb.add_argument("--law", default="chinchilla", choices=sorted(LAWS))
+    verb.add_argument("--objective", default="huber", choices=OBJECTIVES)
+    verb.add_argument(
+        "--delta",
+        type=threshold,
+        default=1e-3,
+        help="Huber threshold on log loss, or auto: from the noise (default 1e-3)",
+    )
+    verb.add_argument("--draws", type=count, default=2000, help="bootstrap draws (default 2000)")
+    verb.add_argument("--seed", type=int, default=0)
+
+
+def pair_arguments(verb: argparse.ArgumentParser) -> None:
+    """Two families, what they share, and the axis they are compared on."""
+    verb.add_argument("--a", help="baseline family (default: the table's first)")
+    verb.add_argument("--b", help="the family compared with it (default: the table's second)")
+    share_argument(verb)
+    verb.add_argument("--horizon", type=positive, help="cost up to which a crossing is looked for")
+    verb.add_argument("--axis", default="flops", choices=sorted(AXES), help="what is compared at equal amounts")
+    verb.add_argument("--along", default="optimal", help="optimal, ratio=20 (tokens a parameter) or size=1e9")
+    verb.add_argument("--energy", action="append", default=[], metavar="CLASS=PJ", help="picojoules per operation")
+    verb.add_argument("--usd-per-hour", type=positive, help="price of an accelerator, for --axis usd")
+
+
+def share_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--share", default="E", help="parameters common to both, e.g. E or E,B,beta; '' for none")
+
+
+def out_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--out", type=Path, help="folder for the full report (HTML, figures, fit.json)")
+
+
+def assignments(pairs: Sequence[str], flag: str) -> dict[str, str]:
+    """NAME=VALUE flags as a mapping; raises ScalingError."""
+    out = {}
+    for text in pairs:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise ScalingError(f"{flag} {text!r} is not NAME=VALUE")
+        out[name.strip()] = value.strip()
+    return out
+
+
+def positive_setting(text: str, flag: str) -> float:
+    """A positive number from inside a flag's value; raises ScalingError."""
+    value = as_number(text)
+    if value is None or not value > 0:
+        raise ScalingError(f"{flag}: {text!r} is not a positive number")
+    return value
+
+
+def delta_of(a: argparse.Namespace, runs: Runs) -> float:
+    """The Huber threshold asked for."""
+    return delta_from_noise(runs, a.law) if a.delta is None else a.delta
+
+
+def read_table(a: argparse.Namespace, allow_midrun: bool = False) -> Runs:
+    """The table that --column, --set and --where describe."""
+    columns, constants = assignments(a.column, "--column"), assignments(a.set, "--set")
+    return Runs.read(a.runs, columns, a.where, constants, a.allow_midrun or allow_midrun)
+
+
+def shared(a: argparse.Namespace) -> tuple[str, ...]:
+    """The names in --share."""
+    return tuple(name.strip() for name in a.share.split(",") if name.strip())

@@ -1,0 +1,32 @@
+"""`scaling plot RUNS --out FILE`: end points and whole curves."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from scaling.commands.arguments import new_verb, read_table, table_arguments
+from scaling.commands.output import OK
+from scaling.tables.curves import sweep_curves
+from scaling.tables.runs import ScalingError
+
+
+def add(verbs: Any) -> None:
+    verb = new_verb(verbs, "plot", run, "draw end points and whole curves")
+    table_arguments(verb)
+    verb.add_argument("--x", default="flops", choices=("flops", "D", "N"))
+    verb.add_argument("--out", type=Path, required=True, help="PNG, SVG or PDF file")
+
+
+def run(a: argparse.Namespace) -> int:
+    from scaling.report.plot import runs_figure, save
+    from scaling.report.views import runs_views
+
+    if a.out.suffix not in {".png", ".svg", ".pdf"}:
+        raise ScalingError(f"--out {a.out} must end in .png, .svg or .pdf")
+    runs = read_table(a, allow_midrun=True)
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    save(runs_figure(runs_views(runs), a.x, sweep_curves(a.runs)), a.out)
+    print(a.out)
+    return OK
