@@ -188,7 +188,7 @@ def evaluate(arguments: list[str]) -> int:
     )
     token_set = resolve_corpus(data.corpus, data.vocab)
     check_data(dataclasses.replace(run, data=data), token_set)
-    program = make_program(program_key(run))
+    program = make_program(program_key(run, token_set.end_of_document))
     params = nnx.state(load_model(chosen.model), nnx.Param)
     scores = evaluation.evaluate(program, params, token_set, data.sequence)
     print("\n".join(f"{name} {value:.6g}" for name, value in scores.items()))

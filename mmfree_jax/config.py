@@ -19,7 +19,7 @@ Mixer = Literal["attention", "mlgru", "rwkv4"]
 Linear = Literal["dense", "ternary"]
 Schedule = Literal["constant", "wsd", "cosine", "cosine-halving"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "products", "codes", "full"]
 
 FAMILIES: dict[str, tuple[Mixer, Linear]] = {
     "transformer++": ("attention", "dense"),
@@ -132,6 +132,7 @@ class DataConfig:
     sequence: int = 256
     batch: int = 16
     seed: int = 0
+    separate_documents: bool = False  # neither state nor attention crosses from one document to the next
 
     def __post_init__(self) -> None:
         require(bool(self.corpus), "data.corpus is empty: name a corpus or the folder of a token set")

@@ -63,7 +63,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _run_params(path: Path) -> nnx.State:
-    program = make_program(program_key(run_config(path)))
+    program = make_program(program_key(run_config(path), None))
     return restore(path / "checkpoints", program.abstract_state)[0].params
 
 

@@ -32,7 +32,7 @@ for shape in ((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 4, 1, 2)):
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, batch=8), mesh=MeshConfig(*shape))
     folder = out / run.name
     result = train(run, folder, TokenSet.open(corpus))
-    state = make_program(program_key(run)).abstract_state
+    state = make_program(program_key(run, None)).abstract_state
     leaves = jax.tree.leaves(state.params)
     here = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     curve = [row["loss"] for row in read_metrics(folder)]

@@ -2,6 +2,11 @@
 
 Best-fit packing (Ding et al. 2024, arXiv 2404.10830): documents that fit a window are never truncated. The result is an
 ordinary token set whose windows of one length are the packed rows; what no document fills is end-of-document tokens.
+
+The last target of a window is the first token of the next row. After an end of document, as almost everywhere, that is
+some document's first token predicted from nothing, as at every other document start. Of a document longer than a row
+the rest lies elsewhere: two targets of such a document are wrong, the one after its last full row and the first of the
+rest.
 """
 
 from pathlib import Path
@@ -9,23 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from mmfree_jax.data.token_set import Split, TokenSet
+from mmfree_jax.data.token_set import PACKED, Split, TokenSet
 from mmfree_jax.data.token_writer import ShardWriter, finish, publish, split_entry
 
-PACKED = "packed_sequence"  # key of the index: the window length that a set is packed for
 SHARD_ROWS_TOKENS = 1 << 27  # tokens in a shard, rounded down to whole rows
 
 
-def document_ids(tokens: np.ndarray, end_of_document: int) -> np.ndarray:
-    """Which document of its row each token belongs to: int32 like `tokens` ([..., T]), from 1; 0 for padding.
+def document_ids(tokens: Any, end_of_document: int) -> Any:
+    """Which document of its row each input token belongs to: int32 like `tokens` ([..., T]), NumPy or JAX.
 
-    An end-of-document token belongs to the document that it ends; one that directly follows another is padding. A model
-    resets its state wherever the number changes, and must not count a target whose number is 0.
+    An end-of-document token belongs to the document that it stands before: as an input it is all that this document's
+    first token is predicted from, as a target it is predicted from the document that it ends.
     """
-    ends = np.asarray(tokens) == end_of_document
-    before = np.zeros_like(ends)
-    before[..., 1:] = ends[..., :-1]
-    return np.where(ends & before, 0, 1 + np.cumsum(before & ~ends, axis=-1)).astype(np.int32)
+    return (tokens == end_of_document).cumsum(axis=-1).astype(np.int32)
+
+
+def is_target(tokens: Any, end_of_document: int) -> Any:
+    """Which targets of windows ([..., T + 1]) are text, bool [..., T]: all but an end of document after another."""
+    ends = tokens == end_of_document
+    return ~(ends[..., 1:] & ends[..., :-1])
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -86,8 +93,8 @@ def pack(token_set: TokenSet, path: Path, sequence: int) -> TokenSet:
     Held-out text keeps its order: it is read as a whole. Train on the result with the same `sequence`; any other cuts
     documents as usual. Raises FileExistsError when `path` exists and ValueError for a set that is packed already.
     """
-    if PACKED in token_set.index:
-        raise ValueError(f"{token_set.path} is packed already, for {token_set.index[PACKED]} tokens")
+    if token_set.packed_sequence:
+        raise ValueError(f"{token_set.path} is packed already, for {token_set.packed_sequence} tokens")
 
     def fill(folder: Path) -> None:
         splits = {name: _write(folder, token_set, name, sequence) for name in token_set.splits if name != "valid"}

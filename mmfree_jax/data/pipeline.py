@@ -5,8 +5,8 @@ a target exactly once an epoch. Grain shuffles and mixes the windows with random
 rows of any batch, and a run goes on from an integer on any number of hosts, with any batch size.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from mmfree_jax.data.token_set import Split, TokenSet
 
 if TYPE_CHECKING:
     import grain
+
+Put = Callable[[np.ndarray], Any]
 
 
 class Windows:
@@ -51,31 +53,34 @@ def examples(sources: Sequence[Windows], weights: Sequence[float], seed: int) ->
 
 
 class Batches:
-    """An endless iterator of this host's rows, int32 [batch // hosts, sequence + 1], made ahead of time by a thread.
+    """An endless iterator of this host's rows, int32 [batch // hosts, sequence + 1], made ahead of time by a thread
+    that also takes them where `put` says.
 
     `state` is the number of examples that all hosts together have been given: pass it as `start` to go on, on any
     number of hosts and with any batch size. Use as a context manager, or call `close`, to stop the thread.
     """
 
-    def __init__(self, dataset: "grain.MapDataset", batch: int, start: int, host: int, hosts: int, ahead: int):
+    def __init__(
+        self, dataset: "grain.MapDataset", batch: int, start: int, host: int, hosts: int, ahead: int, put: Put
+    ):
         if batch <= 0 or hosts <= 0 or batch % hosts or not 0 <= host < hosts:
             raise ValueError(f"batch {batch} must be a positive multiple of hosts {hosts}, and host {host} one of them")
         if start < 0:
             raise ValueError(f"start {start} must not be negative")
-        self.dataset, self.batch, self.state = dataset, batch, start
+        self.dataset, self.batch, self.state, self.put = dataset, batch, start, put
         rows = batch // hosts
         self._rows = range(host * rows, (host + 1) * rows)
         self._ahead = Prefetched(self._generate(start), ahead)
 
-    def _generate(self, start: int) -> Iterator[np.ndarray]:
+    def _generate(self, start: int) -> Iterator[Any]:
         while True:
-            yield np.stack([self.dataset[start + row] for row in self._rows])
+            yield self.put(np.stack([self.dataset[start + row] for row in self._rows]))
             start += self.batch
 
     def __iter__(self) -> "Batches":
         return self
 
-    def __next__(self) -> np.ndarray:
+    def __next__(self) -> Any:
         tokens = next(self._ahead)
         self.state += self.batch
         return tokens
@@ -103,12 +108,13 @@ def batches(
     split: str = "train",
     weights: Sequence[float] | None = None,
     ahead: int = 4,
+    put: Put = lambda rows: rows,
 ) -> Batches:
     """Shuffled training batches of one token set, or of a mixture of several with `weights` (equal when not given).
 
     batch: windows over all hosts; host h gets rows [h, h + 1) * batch / hosts of the global batch. start: examples
-    consumed before (`Batches.state`). ahead: batches prepared in advance, at least 1. Raises ValueError for impossible
-    sizes and for sets of different vocabularies.
+    consumed before (`Batches.state`). ahead: batches prepared in advance, at least 1. put: done to each batch in advance,
+    such as the copy to a device. Raises ValueError for impossible sizes and for sets of different vocabularies.
     """
     sets = [token_set] if isinstance(token_set, TokenSet) else list(token_set)
     if len({one.vocab_hash for one in sets}) > 1:
@@ -116,9 +122,8 @@ def batches(
             f"token sets of different vocabularies cannot be mixed: {', '.join(str(one.path) for one in sets)}"
         )
     sources = [Windows(one.split(split), sequence) for one in sets]
-    return Batches(
-        examples(sources, weights if weights is not None else [1] * len(sets), seed), batch, start, host, hosts, ahead
-    )
+    shuffled = examples(sources, weights if weights is not None else [1] * len(sets), seed)
+    return Batches(shuffled, batch, start, host, hosts, ahead, put)
 
 
 def evaluation_windows(

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -56,13 +56,3 @@ class Prefetched(Generic[T]):
                 self._ready.get_nowait()
             except queue.Empty:
                 self._thread.join(timeout=0.05)
-
-
-def to_device(items: Iterator[T], put: Callable[[T], T], ahead: int = 2) -> Iterator[T]:
-    """Items moved with `put` (say `jax.device_put`) `ahead` of their use, so that copies overlap with compute."""
-    waiting: list[T] = []
-    for item in items:
-        waiting.append(put(item))
-        if len(waiting) > ahead:
-            yield waiting.pop(0)
-    yield from waiting

@@ -20,6 +20,7 @@ from mmfree_jax.data import tokenization
 
 FORMAT = "mmfree-token-set"
 VERSION = 1
+PACKED = "packed_sequence"  # key of the index: the window length that a set is packed for
 INDEX, TOKENIZER, CARD, READABLE_CARD = "index.json", "tokenizer.json", "data_card.json", "data_card.md"
 _BLOCK = 1 << 22  # bytes read at once for checksums
 
@@ -114,6 +115,7 @@ class TokenSet:
         self.vocab_hash: str = index["vocab_hash"]
         self.fingerprint: str = index["fingerprint"]
         self.end_of_document: int = index["end_of_document"]
+        self.packed_sequence: int | None = index.get(PACKED)
         dtype = np.dtype(index["dtype"]).newbyteorder("<")
         shards = {name: [Shard(**shard) for shard in split["shards"]] for name, split in index["splits"].items()}
         self.splits = {name: Split(path, name, dtype, some) for name, some in shards.items()}

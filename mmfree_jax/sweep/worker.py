@@ -4,6 +4,7 @@ The runs of one chain share a compiled step, so a chain given to one worker comp
 finished runs are passed over, half-done ones taken up. Exit status: 0 all done, 1 a run failed, 75 or 130 stopped.
 """
 
+import functools
 import sys
 import traceback
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmfree_jax.training.loop import train
 def main(out: Path, names: list[str]) -> int:
     """Train the named runs of the sweep in `out`, in order."""
     use_compile_cache(cache_folder() / "compiled")
+    resolve = functools.cache(resolve_corpus)  # the runs of a chain read one corpus: it is opened once
     failed: set[str] = set()
     for name in names:
         folder = out / "runs" / name
@@ -29,7 +31,7 @@ def main(out: Path, names: list[str]) -> int:
             failed.add(name)
             continue
         try:
-            train(config, folder, resolve_corpus(config.data.corpus, config.data.vocab))
+            train(config, folder, resolve(config.data.corpus, config.data.vocab))
         except Interrupted as stop:
             return stop.status
         except Exception as error:  # one bad run must not take the rest of its chain with it

@@ -22,6 +22,11 @@ def check_data(config: RunConfig, token_set: TokenSet) -> None:
             have > config.data.sequence,
             f"data.sequence={config.data.sequence} is longer than the {split} split ({have} tokens): shorten it",
         )
+    packed = token_set.packed_sequence
+    require(
+        packed is None or (packed == config.data.sequence and config.data.separate_documents),
+        f"{token_set.path} is packed: it needs data.sequence={packed} and data.separate_documents=True",
+    )
 
 
 def claim(config: RunConfig, folder: Path) -> None:

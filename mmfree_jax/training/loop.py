@@ -41,14 +41,15 @@ def train(config: RunConfig, folder: Path, token_set: TokenSet) -> dict[str, Any
 
 
 def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag) -> dict[str, Any]:
-    program = make_program(program_key(config))
+    program = make_program(program_key(config, token_set.end_of_document))
     milestones = (*config.milestones, config.steps)
     per_token = flops.train_flops_per_token(config.model, config.data.sequence).products
 
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         data = config.data
-        rows = batches(token_set, sequence=data.sequence, batch=data.batch, seed=data.seed, start=progress.data)
+        place, start = program.place, progress.data
+        rows = batches(token_set, sequence=data.sequence, batch=data.batch, seed=data.seed, start=start, put=place)
         with RunLog(folder, marks) as log, rows, jax.set_mesh(program.mesh):
             _describe(config, log, progress)
             diagnostics = Diagnostics(config, program, log)
@@ -58,7 +59,7 @@ def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag)
                 tokens_BT = interval.timed_next(rows)
                 rate = np.float32(learning_rate(config.optim, config.steps, step))
                 diagnostics.before(step, state)
-                state, metrics = program.train_step(state, program.place(tokens_BT), jax.device_put(rate))
+                state, metrics = program.train_step(state, tokens_BT, jax.device_put(rate))
                 diagnostics.after(step, state)
                 # Only now, with this step already queued, are the metrics of the steps before it fetched.
                 interval.flush_if_due()

@@ -123,7 +123,7 @@ class Interval:
         self.untimed = len(self.pending)  # pending steps that ran before the clock did
         self.began: float | None = None  # unknown until the first step of this process has been compiled and run
 
-    def timed_next(self, rows: Iterator[np.ndarray]) -> np.ndarray:
+    def timed_next(self, rows: Iterator[jax.Array]) -> jax.Array:
         """The next batch; the time that the device may have had to wait for it is logged."""
         start = time.perf_counter()
         tokens_BT = next(rows)

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import MeshConfig, ModelConfig, OptimConfig, Precision, Remat, RunConfig
+from mmfree_jax.data.packing import document_ids, is_target
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.sharding import batch_sharding, make_mesh, shardings
 from mmfree_jax.training.optim import make_optimizer
@@ -42,6 +43,7 @@ class ProgramKey:
     precision: Precision
     remat: Remat
     unroll: int
+    separator: int | None  # the token after which a document begins, where documents are kept apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +62,11 @@ class Program:
         return jax.device_put(array, batch_sharding(self.mesh))
 
 
-def program_key(config: RunConfig) -> ProgramKey:
-    """The part of a run that its compiled program depends on: rate, schedule and durations are reset."""
+def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:
+    """The part of a run that its compiled program depends on: rate, schedule and durations are reset.
+
+    end_of_document: of the corpus; None where nothing is computed from tokens.
+    """
     neutral = OptimConfig()
     optim = dataclasses.replace(
         config.optim,
@@ -71,7 +76,8 @@ def program_key(config: RunConfig) -> ProgramKey:
         decay_steps=0,
         final_lr=neutral.final_lr,
     )
-    return ProgramKey(config.model, optim, config.mesh, config.precision, config.remat, config.unroll)
+    separator = end_of_document if config.data.separate_documents else None
+    return ProgramKey(config.model, optim, config.mesh, config.precision, config.remat, config.unroll, separator)
 
 
 def compute_dtype(precision: Precision) -> jnp.dtype:
@@ -100,25 +106,46 @@ def make_program(key: ProgramKey) -> Program:
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, P())
 
     train_step = jax.jit(
-        functools.partial(_train_step, graphdef, optimizer, key.optim.accumulate),
+        functools.partial(_train_step, graphdef, optimizer, key.optim.accumulate, key.separator),
         donate_argnums=0,
         in_shardings=(place, rows, None),
         out_shardings=(place, scalar),
     )
     evaluate = jax.jit(
-        functools.partial(_evaluate, graphdef), in_shardings=(place.params, rows, rows), out_shardings=scalar
+        functools.partial(_evaluate, graphdef, key.separator),
+        in_shardings=(place.params, rows, rows),
+        out_shardings=scalar,
     )
     # Random number generators compile slowly and run once: optimising their code is not worth the wait.
     start = jax.jit(init, out_shardings=place, compiler_options={"xla_backend_optimization_level": 0})
     return Program(mesh, graphdef, abstract, start, train_step, evaluate)
 
 
+def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """Document ids of the inputs of windows [B, T+1] and which targets count; None where documents are joined."""
+    if separator is None:
+        return None, None
+    return document_ids(tokens_BT[:, :-1], separator), is_target(tokens_BT, separator)
+
+
 def _train_step(
-    graphdef: Any, optimizer: Any, accumulate: int, state: TrainState, tokens_BT: jax.Array, rate: jax.Array
+    graphdef: Any,
+    optimizer: Any,
+    accumulate: int,
+    separator: int | None,
+    state: TrainState,
+    tokens_BT: jax.Array,
+    rate: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
+    counted_BT = _documents(tokens_BT, separator)[1]
+    # Of all micro-batches together: each target weighs the same, whichever micro-batch it is in.
+    count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
+
     def mean_loss(params: nnx.State, rows_BT: jax.Array) -> jax.Array:
-        nats, count = nnx.merge(graphdef, params).loss(rows_BT[:, :-1], rows_BT[:, 1:])
-        return nats / count
+        segments_BT, mask_BT = _documents(rows_BT, separator)
+        model = nnx.merge(graphdef, params)
+        nats, _ = model.loss(rows_BT[:, :-1], rows_BT[:, 1:], mask_BT, segments_BT=segments_BT)
+        return nats / (count / accumulate)
 
     loss, grads = _accumulated(jax.value_and_grad(mean_loss), state.params, tokens_BT, accumulate)
     updates, opt = optimizer.update(grads, state.opt, state.params)
@@ -139,7 +166,9 @@ def _accumulated(loss_and_grad: Callable, params: nnx.State, tokens_BT: jax.Arra
 
 
 def _evaluate(
-    graphdef: Any, params: nnx.State, tokens_BT: jax.Array, mask_BT: jax.Array
+    graphdef: Any, separator: int | None, params: nnx.State, tokens_BT: jax.Array, mask_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of nats, number of targets) over the positions where the mask is true."""
-    return nnx.merge(graphdef, params).loss(tokens_BT[:, :-1], tokens_BT[:, 1:], mask_BT)
+    segments_BT, _ = _documents(tokens_BT, separator)
+    model = nnx.merge(graphdef, params)
+    return model.loss(tokens_BT[:, :-1], tokens_BT[:, 1:], mask_BT, segments_BT=segments_BT)

@@ -6,7 +6,7 @@ import pytest
 from made_up import passage
 
 from mmfree_jax.data import token_writer
-from mmfree_jax.data.packing import best_fit, document_ids, pack
+from mmfree_jax.data.packing import best_fit, document_ids, is_target, pack
 from mmfree_jax.data.pipeline import batches
 from mmfree_jax.data.token_set import TokenSet
 from mmfree_jax.data.tokenization import byte_tokenizer
@@ -66,10 +66,11 @@ def test_windows_of_a_packed_set_are_its_rows(loose: TokenSet, tmp_path: Path) -
         assert all(row[:-1].tobytes() in rows for row in next(source))
 
 
-def test_document_ids_change_at_documents_and_mark_padding() -> None:
-    tokens = np.array([[5, 6, 0, 7, 0, 0, 0, 8, 9], [0, 1, 2, 0, 0, 0, 3, 0, 0]])
-    expected = [[1, 1, 1, 2, 2, 0, 0, 3, 3], [1, 2, 2, 2, 0, 0, 3, 3, 0]]
-    assert document_ids(tokens, 0).tolist() == expected
+def test_documents_begin_with_the_end_before_them_and_only_padding_is_no_target() -> None:
+    windows = np.array([[5, 6, 0, 7, 0, 0, 0, 8, 9, 1], [0, 1, 2, 0, 0, 0, 3, 0, 0, 4]])
+    expected = [[0, 0, 1, 1, 2, 3, 4, 4, 4], [1, 1, 1, 2, 3, 4, 4, 5, 6]]
+    assert document_ids(windows[:, :-1], 0).tolist() == expected
+    assert is_target(windows, 0).astype(int).tolist() == [[1, 1, 1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1, 0, 1]]
 
 
 def test_packing_twice_is_refused(loose: TokenSet, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from made_up import passage, run_python
 from mmfree_jax.data import token_writer
 from mmfree_jax.data.bench import measure
 from mmfree_jax.data.pipeline import batches, evaluation_batches, evaluation_windows
-from mmfree_jax.data.prefetch import Prefetched, to_device
+from mmfree_jax.data.prefetch import Prefetched
 from mmfree_jax.data.token_set import TokenSet
 from mmfree_jax.data.tokenization import Tokenizer, byte_tokenizer, train_bpe
 
@@ -193,12 +193,19 @@ def test_prefetching_passes_errors_on_and_ends_its_thread() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "data-prefetch" and thread.is_alive()]
 
 
-def test_device_copies_are_started_ahead_of_use() -> None:
-    put: list[int] = []
-    moved = to_device(iter(range(5)), lambda x: put.append(x) or x, ahead=2)
-    assert next(moved) == 0
-    assert put == [0, 1, 2]
-    assert list(moved) == [1, 2, 3, 4]
+def test_batches_are_taken_to_the_device_ahead_of_use(tokens: TokenSet) -> None:
+    placed: list[int] = []
+
+    def put(rows: np.ndarray) -> list[list[int]]:
+        placed.append(len(rows))
+        return rows.tolist()
+
+    with batches(tokens, sequence=SEQUENCE, batch=BATCH, seed=5, ahead=3, put=put) as source:
+        assert next(source) == take(1, tokens)[0].tolist()
+        deadline = time.monotonic() + 5
+        while len(placed) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert placed[:5] == [BATCH] * 5  # one used, three waiting, one in hand
 
 
 def test_batches_come_faster_than_any_trainer_takes_them(tmp_path: Path) -> None:
