@@ -113,7 +113,7 @@ def batches(
     """Shuffled training batches of one token set, or of a mixture of several with `weights` (equal when not given).
 
     batch: windows over all hosts; host h gets rows [h, h + 1) * batch / hosts of the global batch. start: examples
-    consumed before (`Batches.state`). ahead: batches prepared in advance, at least 1. put: done to each batch in advance,
+    consumed before (`Batches.state`). ahead: batches prepared in advance, at least 1. put: done to each batch ahead,
     such as the copy to a device. Raises ValueError for impossible sizes and for sets of different vocabularies.
     """
     sets = [token_set] if isinstance(token_set, TokenSet) else list(token_set)
