@@ -5,25 +5,32 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mmfree_jax.data import card as cards
 from mmfree_jax.data import tokenization
 from mmfree_jax.data.bench import measure
 from mmfree_jax.data.build import Recipe, build, train_tokenizer
-from mmfree_jax.data.corpora import EMBEDDED, build_embedded
+from mmfree_jax.data.corpora import EMBEDDED, build_embedded, resolve_corpus, tier_folder
 from mmfree_jax.data.distributions import TIERS
 from mmfree_jax.data.foreign import convert
 from mmfree_jax.data.inputs import Reading, Unit, plan
 from mmfree_jax.data.packing import pack
-from mmfree_jax.data.prepare import bytes_by_source, prepare
+from mmfree_jax.data.prepare import STEPS, bytes_by_source, prepare
 from mmfree_jax.data.spill import documents_of, spill
 from mmfree_jax.data.tiers import build_tier
 from mmfree_jax.data.token_set import READABLE_CARD, TokenSet
 from mmfree_jax.data.tokenization import Tokenizer
-from mmfree_jax.data.workers import WorkerError
-from mmfree_jax.files import LockedError
 
-_EXPECTED = (ValueError, OSError, KeyError, WorkerError, LockedError, ImportError)
+NAMED = (EMBEDDED, *TIERS)
+_OWN_INPUT = ("key", "skip_bad", "raw", "english", "shortest", "dedup", "held_out")  # options of `build`
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is an error like any other: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def _say(message: str) -> None:
@@ -48,7 +55,8 @@ def _without_repetitions(
     names = list(bytes_by_source(documents))
     steps = {name: {step: left.get(name, 0) for step, left in prepared.left.items()} for name in names}
     counts = {name: sum(d.source == name for d in prepared.train + prepared.valid) for name in names}
-    return spilled, {"sources": [cards.source_row(n, "", "not stated", counts[n], steps[n]) for n in names]}
+    rows = [cards.source_row(name, "", "not stated", counts[name], steps[name]) for name in names]
+    return spilled, {"steps": STEPS, "sources": rows}
 
 
 def _build_input(options: argparse.Namespace) -> TokenSet:
@@ -63,17 +71,34 @@ def _build_input(options: argparse.Namespace) -> TokenSet:
     return build(options.out, units, tokenizer, recipe, card, processes=options.processes, progress=_say)
 
 
+def _build_named(options: argparse.Namespace) -> TokenSet:
+    name, out = options.what[0], options.out
+    given = [f"--{key.replace('_', '-')}" for key in _OWN_INPUT if getattr(options, key) != options.default(key)]
+    if given:
+        raise ValueError(f"{', '.join(given)}: for input of your own; how corpus {name!r} is prepared is fixed")
+    if options.tokenizer and out is None:
+        raise ValueError("--tokenizer needs --out: only sets with a vocabulary trained on them are found by name")
+    settings = {
+        "tokenizer": tokenization.named(options.tokenizer) if options.tokenizer else None,
+        "processes": options.processes,
+        "progress": _say,
+    }
+    if name != EMBEDDED:
+        return build_tier(name, out or tier_folder(name, options.vocab), options.vocab, **settings)
+    return build_embedded(out, options.vocab, **settings) if out else resolve_corpus(name, options.vocab, progress=_say)
+
+
 def _build(options: argparse.Namespace) -> None:
-    if options.what == [EMBEDDED]:
-        result = build_embedded(options.out, options.vocab, processes=options.processes, progress=_say)
-    elif len(options.what) == 1 and options.what[0] in TIERS:
-        result = build_tier(options.what[0], options.out, options.vocab, processes=options.processes, progress=_say)
+    if len(options.what) == 1 and options.what[0] in NAMED:
+        result = _build_named(options)
+    elif options.out is None:
+        raise ValueError("--out is required: the folder of the new token set")
     else:
         result = _build_input(options)
     for name, split in result.splits.items():
-        print(
-            f"{name}: {len(split):,} tokens, {split.documents:,} documents, {result.text_bytes(name):,} bytes of text"
-        )
+        size = result.text_bytes(name)
+        print(f"{name}: {len(split):,} tokens, {split.documents:,} documents, {size:,} bytes of text")
+    print(result.path)
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -120,11 +145,16 @@ def _add_convert(verbs: argparse._SubParsersAction) -> None:
 
 def _add_build(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("build", help="a token set from a named corpus or from files")
-    parser.set_defaults(run=_build)
-    parser.add_argument("what", nargs="+", help=f"{EMBEDDED}, s, m, l, or files, folders and hf:NAME[:CONFIG]")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the token set, which must not exist")
-    parser.add_argument("--vocab", type=int, default=2048, help="size of the BPE vocabulary to train [2048]")
+    parser.set_defaults(run=_build, default=parser.get_default)
+    parser.add_argument("what", nargs="+", help=f"{', '.join(NAMED)}, or files, folders and hf:NAME[:CONFIG]")
     parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the token set, which must not exist; a named corpus goes without it where runs find it by name",
+    )
+    words = parser.add_mutually_exclusive_group()
+    words.add_argument("--vocab", type=int, default=2048, help="size of the BPE vocabulary to train [2048]")
+    words.add_argument(
         "--tokenizer", help="bytes, mistral, or a tokenizer.json or SentencePiece .model, instead of training one"
     )
     parser.add_argument("--key", default="text", help="field that holds the text of JSON lines and Parquet [text]")
@@ -132,13 +162,15 @@ def _add_build(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--raw", action="store_true", help="take text as it is, without cleaning line ends and spaces")
     parser.add_argument("--english", action="store_true", help="leave out documents that do not read as English")
     parser.add_argument("--shortest", type=int, default=1, help="characters a document must have [1]")
-    parser.add_argument("--dedup", action="store_true", help="remove exact and near repetitions (text held in memory)")
+    parser.add_argument(
+        "--dedup", action="store_true", help="remove boiler plate, exact and near repetitions (text held in memory)"
+    )
     parser.add_argument("--held-out", type=float, default=0.01, help="share of the documents to evaluate on [0.01]")
     parser.add_argument("--processes", type=int, help="worker processes [all cores]")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="corpus", description=__doc__)
+def _parser() -> _Parser:
+    parser = _Parser(prog="launch.py corpus", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="bench|build|convert|info|verify|pack")
     _add_build(verbs)
     _add_convert(verbs)
@@ -162,18 +194,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `corpus` with the given arguments. Returns 0, or 1 after one line on stderr that says what is wrong."""
-    try:
-        options = _parser().parse_args(argv)
-    except SystemExit as stop:  # argparse ends with 2 on wrong usage; the program's own code for that is 1
-        return 1 if stop.code else 0
-    try:
-        options.run(options)
-    except _EXPECTED as error:
-        _say(f"corpus: {error.args[0] if isinstance(error, KeyError) else error}")
-        return 1
+    """Run `corpus` with the given arguments. Raises ValueError for wrong usage, and what the verbs raise."""
+    options = _parser().parse_args(argv)
+    options.run(options)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""A corpus by name or path -> an opened token set; the embedded corpus is built once per machine and cached."""
+"""A corpus by name or path -> an opened token set; named corpora live in the cache, one for each vocabulary."""
 
 import hashlib
 import json
@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmfree_jax.data import card as cards
+from mmfree_jax.data.distributions import TIERS
 from mmfree_jax.data.embedded import SHORTEST, Package, extract_packages, installed_packages, installed_versions
 from mmfree_jax.data.prepare import Document, Prepared, prepare
 from mmfree_jax.data.token_set import TokenSet
 from mmfree_jax.data.token_writer import write_token_set
-from mmfree_jax.data.tokenization import train_bpe
+from mmfree_jax.data.tokenization import Tokenizer, train_bpe
 from mmfree_jax.files import locked
 
 EMBEDDED = "embedded"
@@ -82,20 +83,25 @@ def build_embedded(
     vocab_size: int,
     *,
     packages: Sequence[Package] | None = None,
+    tokenizer: Tokenizer | None = None,
     processes: int | None = None,
     progress: Progress = _quiet,
 ) -> TokenSet:
-    """Build the corpus of `packages` (the installed ones) at `path`, which must not exist."""
+    """Build the corpus of `packages` (the installed ones) at `path`, which must not exist.
+
+    tokenizer: instead of one of `vocab_size` tokens trained on the text.
+    """
     began = time.monotonic()
     say = lambda message: progress(f"{message} [{time.monotonic() - began:.0f} s]")
     packages = installed_packages() if packages is None else packages
     say(f"reading the documentation of {len(packages)} packages")
     documents, left = collect(packages, processes)
     say(f"removing repetitions from {len(documents)} documents")
-    prepared = prepare(documents, held_out=HELD_OUT, shortest=SHORTEST)
+    prepared = prepare(documents, held_out=HELD_OUT, shortest=SHORTEST, keep_boilerplate=True)
     train, valid = ([document.text for document in some] for some in (prepared.train, prepared.valid))
-    say(f"training a tokenizer of {vocab_size} tokens")
-    tokenizer = train_bpe(train, vocab_size)
+    if tokenizer is None:
+        say(f"training a tokenizer of {vocab_size} tokens")
+        tokenizer = train_bpe(train, vocab_size)
     say("writing tokens")
     card = embedded_card(packages, prepared, left)
     result = write_token_set(path, {"train": train, "valid": valid}, tokenizer, card)
@@ -112,16 +118,35 @@ def _cached_embedded(cache: Path, vocab_size: int, progress: Progress) -> TokenS
     return TokenSet.open(path)
 
 
+def tier_folder(tier: str, vocab_size: int, cache: Path | None = None) -> Path:
+    """Where a tier is built unless told otherwise, and where runs that name it look for it."""
+    return (cache or cache_folder()) / f"tier-{tier}-{vocab_size}"
+
+
+def _built_tier(tier: str, vocab_size: int, cache: Path | None) -> TokenSet:
+    path = tier_folder(tier, vocab_size, cache)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"corpus {tier!r} with {vocab_size} tokens has not been built here (there is no {path}): "
+            f"python launch.py corpus build {tier} --vocab {vocab_size}"
+        )
+    return TokenSet.open(path)
+
+
 def resolve_corpus(
     name_or_path: str | Path, vocab_size: int = 2048, cache: Path | None = None, progress: Progress = _quiet
 ) -> TokenSet:
-    """The corpus "embedded" (built on first use, about half a minute), or the token set at a path.
+    """The corpus "embedded" (built on first use, about half a minute), a tier that was built, or the set at a path.
 
-    vocab_size: of the embedded corpus; a token set at a path has its own. Raises FileNotFoundError for a path without a
-    set.
+    vocab_size: of a named corpus; a token set at a path has its own. Raises FileNotFoundError for a path without a set,
+    and for a tier that has to be built first, with the command.
     """
-    if str(name_or_path) == EMBEDDED:
+    name = str(name_or_path)
+    if name == EMBEDDED:
         return _cached_embedded(cache or cache_folder(), vocab_size, progress)
-    if not Path(name_or_path).exists():
-        raise FileNotFoundError(f"no corpus {str(name_or_path)!r}: use {EMBEDDED!r} or the folder of a token set")
-    return TokenSet.open(name_or_path)
+    if name in TIERS:
+        return _built_tier(name, vocab_size, cache)
+    if not Path(name).exists():
+        known = ", ".join(map(repr, (EMBEDDED, *TIERS)))
+        raise FileNotFoundError(f"no corpus {name!r}: use {known} or the folder of a token set")
+    return TokenSet.open(name)

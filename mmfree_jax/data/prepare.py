@@ -10,9 +10,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mmfree_jax.data import boilerplate
 from mmfree_jax.data.dedup import drop_repeated, near_duplicates, overlap
 from mmfree_jax.data.text import paragraphs
 
+STEPS = {
+    "read": "what was read",
+    "lines": f"without lines of {boilerplate.SHORTEST} characters or more that stand in very many documents",
+    "exact": "without exact copies",
+    "near": "without paragraphs of Jaccard similarity 0.7 or more to an earlier one",
+    "protected": "without training paragraphs that share a quarter of their 8-word runs with held-out text",
+}
 REPEATED_PARAGRAPH = 100  # characters; shorter repeated paragraphs (headings, "Examples") hold a text together
 LARGEST_HELD_OUT = 0.1  # of the held-out text: one long document must not decide what the held-out loss measures
 
@@ -51,6 +59,13 @@ def bytes_by_source(documents: Iterable[Document]) -> dict[str, int]:
     for document in documents:
         sizes[document.source] = sizes.get(document.source, 0) + utf8_bytes(document.passages)
     return sizes
+
+
+def drop_boilerplate(documents: Sequence[Document]) -> list[Document]:
+    """Without the lines and sentences that stand in very many documents (`boilerplate.recurring`)."""
+    keys = boilerplate.recurring([document.passages for document in documents])
+    thinned = [replace(d, passages=boilerplate.without(d.passages, keys)) for d in documents]
+    return [document for document in thinned if document.passages]
 
 
 def _keep(documents: Sequence[Document], keep: np.ndarray) -> list[Document]:
@@ -121,16 +136,20 @@ def protect(train: Sequence[Document], valid: Sequence[Document], most: float = 
     return _keep(train, overlap(_passages(train), _passages(valid)) <= most)
 
 
-def prepare(documents: Sequence[Document], *, held_out: float, shortest: int = 0) -> Prepared:
-    """Drop exact and near duplicates, divide by document, then clear training text of what is held out.
+def prepare(
+    documents: Sequence[Document], *, held_out: float, shortest: int = 0, keep_boilerplate: bool = False
+) -> Prepared:
+    """Drop boiler plate, exact and near duplicates, divide by document, then clear training text of what is held out.
 
     documents: in a fixed order (the earlier of two copies is kept); held_out: share of the bytes in (0, 1);
-    shortest: characters a shortened passage needs to stay. The result is a function of the arguments alone.
+    shortest: characters a shortened passage needs to stay; keep_boilerplate: for text that repeats lines by convention.
+    The result is a function of the arguments alone.
     """
-    exact = drop_exact(documents, shortest=shortest)
+    cleaned = documents if keep_boilerplate else drop_boilerplate(documents)
+    exact = drop_exact(cleaned, shortest=shortest)
     unique = drop_near(exact)
     candidates, valid = hold_out(unique, held_out)
     train = protect(candidates, valid)
-    steps = {"read": documents, "exact": exact, "near": unique, "protected": train + valid}
+    steps = {"read": documents, "lines": cleaned, "exact": exact, "near": unique, "protected": train + valid}
     left = {step: bytes_by_source(some) for step, some in steps.items()}
     return Prepared(tuple(train), tuple(valid), left)

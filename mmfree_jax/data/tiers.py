@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +17,10 @@ from mmfree_jax.data.corpora import Progress
 from mmfree_jax.data.distributions import TIERS, Source, fetch, members, version_of
 from mmfree_jax.data.extraction import from_sword, paragraphs_of
 from mmfree_jax.data.inputs import Unit
-from mmfree_jax.data.prepare import Document, Prepared, prepare
+from mmfree_jax.data.prepare import STEPS, Document, Prepared, prepare
 from mmfree_jax.data.spill import spill
 from mmfree_jax.data.token_set import TokenSet
+from mmfree_jax.data.tokenization import Tokenizer
 from mmfree_jax.data.workers import available_cores, run_parts
 from mmfree_jax.files import locked, read_json, write_atomically
 
@@ -33,12 +35,8 @@ _SKIPPED = re.compile(
 _DESCRIPTION = (
     "English from distribution packages (tier {tier}), paragraph by paragraph; the text belongs to its authors."
 )
-_STEPS = {
-    "read": "paragraphs of running English",
-    "exact": "without exact copies",
-    "near": "without paragraphs of Jaccard similarity 0.7 or more to an earlier one",
-    "protected": "without training paragraphs that share a quarter of their 8-word runs with held-out text",
-}
+_STEPS = STEPS | {"read": "paragraphs of running English"}
+_SCRATCH = ".fetching-"  # prefix of the folders that packages are fetched into
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,8 @@ def read_archive(source: Source, archive: Path) -> Iterator[tuple[str, list[str]
 def collect(task: Task) -> dict[str, Any]:
     """Download one package and write its documents; the file appears only when it is complete."""
     began = time.monotonic()
-    if task.source.pdf and not shutil.which("pdftotext"):
-        raise RuntimeError(f"{task.source.package} holds PDFs: install pdftotext (apt-get install poppler-utils)")
     path = Path(task.folder) / f"{_file_name(task.source)}.jsonl"
-    with tempfile.TemporaryDirectory(dir=task.folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=task.folder, prefix=_SCRATCH) as scratch:
         archive = Path(task.archive) if task.archive else fetch(task.source, Path(scratch))
         head = {"source": asdict(task.source), "version": version_of(archive)}
         documents = [json.dumps(document) for document in read_archive(task.source, archive)]
@@ -94,9 +90,21 @@ def collect(task: Task) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "documents": len(documents), "seconds": time.monotonic() - began}
 
 
+def _need_programs(sources: Sequence[Source]) -> None:
+    """Said before the first download, not an hour later. Raises RuntimeError naming what to install."""
+    clients = {"apt": "apt-get", "pip": sys.executable, "npm": "npm"}
+    needed = {clients[source.client] for source in sources} | {"dpkg-deb" for s in sources if s.client == "apt"}
+    needed |= {"pdftotext" for source in sources if source.pdf}
+    missing = sorted(program for program in needed if not shutil.which(program))
+    if missing:
+        raise RuntimeError(f"not installed: {', '.join(missing)} (pdftotext is in poppler-utils)")
+
+
 def _collect_all(sources: Sequence[Source], folder: Path, processes: int | None, progress: Progress) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    for scratch in folder.glob(f"{_SCRATCH}*"):  # of a process that was killed
+        shutil.rmtree(scratch)
     todo = [source for source in sources if not (folder / f"{_file_name(source)}.jsonl").exists()]
+    _need_programs(todo)
     progress(f"{len(sources) - len(todo)} of {len(sources)} packages are here already")
 
     def done(number: int, result: dict[str, Any]) -> None:
@@ -144,12 +152,26 @@ def _prepared(tier: str, work: Path, processes: int, progress: Progress) -> tupl
     return [Unit(**{**unit, "files": tuple(unit["files"])}) for unit in known["units"]], known["card"]
 
 
+def _tokenizer(units: Sequence[Unit], card: dict[str, Any], vocab_size: int, progress: Progress) -> Tokenizer:
+    size = cards.totals(card["sources"])["protected"] / 1e6
+    progress(f"training a tokenizer of {vocab_size} tokens on {size:.0f} MB of text")
+    return train_tokenizer(units, Recipe(clean=False), vocab_size)
+
+
 def build_tier(
-    tier: str, path: Path, vocab_size: int, *, processes: int | None = None, progress: Progress = print
+    tier: str,
+    path: Path,
+    vocab_size: int,
+    *,
+    tokenizer: Tokenizer | None = None,
+    processes: int | None = None,
+    progress: Progress = print,
 ) -> TokenSet:
     """Build tier "s", "m" or "l" at `path`; what was fetched is kept beside it, so that a second call goes on.
 
-    Raises WorkerError naming the package that cannot be fetched or read, FileExistsError when `path` exists.
+    tokenizer: instead of one of `vocab_size` tokens trained on the text.
+    Raises RuntimeError naming the package that cannot be fetched or read, or a program that is not installed;
+    FileExistsError when `path` exists.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists already: remove it or choose another folder")
@@ -157,10 +179,8 @@ def build_tier(
     processes = processes or available_cores()
     with locked(work):
         units, card = _prepared(tier, work, processes, progress)
-        size = cards.totals(card["sources"])["protected"] / 1e6
-        progress(f"training a tokenizer of {vocab_size} tokens on {size:.0f} MB of text")
+        tokenizer = tokenizer or _tokenizer(units, card, vocab_size, progress)
         recipe = Recipe(clean=False)
-        tokenizer = train_tokenizer(units, recipe, vocab_size)
         result = build(path, units, tokenizer, recipe, card, processes=processes, progress=progress)
         shutil.rmtree(work)
     return result

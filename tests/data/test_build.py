@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from made_up import ROOT, passage
 
+import launch
 from mmfree_jax.data import inputs
 from mmfree_jax.data.build import Recipe, build, split_by_lot, train_tokenizer
 from mmfree_jax.data.cli import main
@@ -238,6 +239,10 @@ def test_the_command_removes_repetitions(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["build", "nothing.txt", "--out", "x"], "nothing.txt does not exist"),
+        (["build", "nothing.txt"], "--out is required"),
+        (["build", "s", "--english", "--key", "x"], "--key, --english: for input of your own"),
+        (["build", "embedded", "--tokenizer", "bytes"], "--tokenizer needs --out"),
+        (["build", "x.txt", "--out", "x", "--tokenizer", "bytes", "--vocab", "300"], "not allowed with argument"),
         (["info", "."], "is not a token set"),
         (["build"], "required"),
         (["dance"], "invalid choice"),
@@ -246,5 +251,7 @@ def test_the_command_removes_repetitions(tmp_path: Path) -> None:
 def test_errors_are_one_line_and_status_1(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments) == 1
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert launch.main(["corpus", *arguments]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert message in said[0]

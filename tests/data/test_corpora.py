@@ -125,8 +125,15 @@ def test_a_build_killed_at_any_moment_leaves_nothing_to_open_and_the_next_succee
 
 
 def test_an_unknown_corpus_is_answered_with_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="use 'embedded' or the folder of a token set"):
+    with pytest.raises(FileNotFoundError, match="use 'embedded', 's', 'm', 'l' or the folder of a token set"):
         corpora.resolve_corpus(tmp_path / "nothing")
+
+
+def test_a_tier_is_found_by_name_once_it_is_built(built: TokenSet, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"python launch\.py corpus build m --vocab 500"):
+        corpora.resolve_corpus("m", 500, tmp_path)
+    corpora.tier_folder("m", 500, tmp_path).symlink_to(built.path)
+    assert corpora.resolve_corpus("m", 500, tmp_path).fingerprint == built.fingerprint
 
 
 def test_importing_the_package_is_cheap_and_brings_no_jax() -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from made_up import passage
 
+import launch
 from mmfree_jax.data import tiers
 from mmfree_jax.data.distributions import TIERS, Source, members, version_of
 from mmfree_jax.data.extraction import from_sword, is_prose, paragraphs_of
+from mmfree_jax.data.token_set import TokenSet
 from mmfree_jax.data.workers import WorkerError
 
 SENTENCE = "This is what the program does with the file that is given to it, and it is not an error when there is none."
@@ -159,7 +161,10 @@ def test_a_tier_is_built_resumed_and_described(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(WorkerError, match=r"two failed: E: Unable to locate package two .*apt-get update"):
         tiers.build_tier("s", tmp_path / "set", 300, processes=1, progress=lambda _: None)
     deb_of(archives, "two", second)
-    built = tiers.build_tier("s", tmp_path / "set", 300, processes=1, progress=lambda _: None)
+    (tmp_path / ".set.packages" / ".fetching-killed").mkdir()
+    assert launch.main(["corpus", "build", "s", "--out", str(tmp_path / "set"), "--tokenizer", "bytes"]) == 0
+    built = TokenSet.open(tmp_path / "set")
+    assert built.vocab_size == 257
     built.verify()
     assert (archives / "asked").read_text().split() == ["one", "two", "two"]  # what was there was not fetched again
     assert [(s["source"], s["version"], s["licence"]) for s in built.card["sources"]] == [
@@ -170,6 +175,14 @@ def test_a_tier_is_built_resumed_and_described(tmp_path: Path, monkeypatch: pyte
     assert left["read"] - left["exact"] >= 0.9 * left["read"] / 41  # the copy of a page of package one is gone
     assert built.split("valid").documents >= 1
     assert not list(tmp_path.glob(".set*"))
+
+
+def test_a_missing_program_is_named_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launch.main(["corpus", "build", "l", "--out", str(tmp_path / "set")]) == 1
+    assert "not installed: apt-get, dpkg-deb, npm, pdftotext" in capsys.readouterr().err
 
 
 def test_the_tiers_name_every_package_once_with_a_licence() -> None:
