@@ -14,7 +14,7 @@ from scaling.commands.output import ERROR
 from scaling.laws.forms import LAWS
 from scaling.tables.runs import Runs, ScalingError, as_number
 from scaling.uncertainty.sensitivity import delta_from_noise
-from scaling.verdict.costs import AXES
+from scaling.verdict.costs import AXES, Prices
 
 OBJECTIVES = ("huber", "lad", "log-ls", "raw-ls")
 Run = Callable[[argparse.Namespace], int]
@@ -88,8 +88,19 @@ def pair_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--horizon", type=positive, help="cost up to which a crossing is looked for")
     verb.add_argument("--axis", default="flops", choices=sorted(AXES), help="what is compared at equal amounts")
     verb.add_argument("--along", default="optimal", help="optimal, ratio=20 (tokens a parameter) or size=1e9")
+    price_arguments(verb)
+
+
+def price_arguments(verb: argparse.ArgumentParser) -> None:
+    """What operations and hours cost."""
     verb.add_argument("--energy", action="append", default=[], metavar="CLASS=PJ", help="picojoules per operation")
-    verb.add_argument("--usd-per-hour", type=positive, help="price of an accelerator, for --axis usd")
+    verb.add_argument("--usd-per-hour", type=positive, help="price of an accelerator, for the axis usd")
+
+
+def prices_of(a: argparse.Namespace) -> Prices:
+    """The cited energies with what --energy replaces, and the price of an hour."""
+    energies = {name: positive_setting(value, "--energy") for name, value in assignments(a.energy, "--energy").items()}
+    return Prices.of(energies, a.usd_per_hour)
 
 
 def share_argument(verb: argparse.ArgumentParser) -> None:

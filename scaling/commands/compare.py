@@ -9,22 +9,24 @@ from typing import Any
 import numpy as np
 
 from scaling.commands.arguments import (
-    assignments,
     delta_of,
     fit_arguments,
     new_verb,
     out_argument,
     pair_arguments,
-    positive_setting,
+    prices_of,
     read_table,
     shared,
     table_arguments,
 )
 from scaling.commands.output import OK, exit_code, print_gates, print_json
 from scaling.commands.report import full_report
-from scaling.report.artefact import comparison_json
+from scaling.report.artefact import comparison_json, crossover_json
 from scaling.tables.runs import ScalingError
-from scaling.verdict.compare import Comparison, break_even, compare, headline
+from scaling.verdict.break_even import break_even
+from scaling.verdict.compare import Comparison, compare
+from scaling.verdict.profile import profile_crossing
+from scaling.verdict.words import crossing_sentence, headline, short_ladders, verdict
 
 
 def add(verbs: Any) -> None:
@@ -48,35 +50,45 @@ def comparison(a: argparse.Namespace) -> Comparison:
     rest = [name for name in names if name != first]
     if not a.b and not rest:
         raise ScalingError(f"the table holds one family, {names[0]!r}; a comparison needs two")
-    energy = {name: positive_setting(value, "--energy") for name, value in assignments(a.energy, "--energy").items()}
     options = {"law": a.law, "objective": a.objective, "delta": delta_of(a, runs), "horizon": a.horizon}
-    axes = {"axis": a.axis, "along": a.along, "energy": energy, "usd_per_hour": a.usd_per_hour}
+    axes = {"axis": a.axis, "along": a.along, "prices": prices_of(a)}
     return compare(runs, first, a.b or rest[0], shared(a), a.draws, a.seed, **options, **axes)
 
 
 def run_compare(a: argparse.Namespace) -> int:
     if a.out:
         runs = read_table(a)
-        return full_report(a, runs, share=shared(a), baseline=a.a, gate=True)
+        return full_report(a, runs, share=shared(a), baseline=a.a, prices=prices_of(a), gate=True)
     c = comparison(a)
+    price = break_even(c) if c.axis == "flops" else None
     if a.json:
-        print_json(comparison_json(c) | {"gates": [asdict(g) for g in c.gates]})
+        print_json(comparison_json(c, price=price) | {"gates": [asdict(g) for g in c.gates]})
         return exit_code(c.gates)
-    print("\n".join(c.verdict))
-    if c.axis == "flops" and c.along == "optimal":
-        print(break_even(c, c.measured[1]).sentence(c.a, c.b))
+    print("\n".join(verdict(c)))
+    if price:
+        print(price.sentence(c.measured[1]))
     print_gates(c.gates)
     return exit_code(c.gates)
 
 
 def run_crossover(a: argparse.Namespace) -> int:
     c = comparison(a)
+    profile = profile_crossing(c, seed=a.seed)
     if a.json:
-        print_json(comparison_json(c)["crossover"])
+        print_json(crossover_json(c, profile))
         return OK
     x = c.crossover
-    print(c.verdict[0] if any(not g.passed for g in c.gates if g.name.startswith("ladder")) else headline(c))
+    print(headline(c))
+    if short_ladders(c):
+        print(f"What the draws would say of a larger ladder: {crossing_sentence(c)}")
+    print(profile.sentence(c.a, c.b, c.unit))
     print(f"share of draws in which the order never changes before {x.horizon:.1e} {c.unit}: {x.p_none:.3f}")
+    print(f"one-sided 95 % bounds, {c.unit}: above {bound_text(x.lower_bound())}; by {bound_text(x.upper_bound())}")
     for flops in 10.0 ** np.arange(np.ceil(np.log10(c.measured[0])), np.log10(x.horizon) + 1e-9):
         print(f"  P({c.b} leads for good by {flops:.0e} {c.unit}) = {x.p_before(flops):.3f}")
     return OK
+
+
+def bound_text(value: float) -> str:
+    """A bound, its two open ends in words."""
+    return "the horizon" if np.isinf(value) else "the cheapest run" if value == 0 else f"{value:.1e}"

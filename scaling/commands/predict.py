@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from scaling.commands.arguments import new_verb, positive
 from scaling.commands.output import OK, print_json
-from scaling.laws.forms import law_named
 from scaling.report.artefact import read_draws, read_fit_json
-from scaling.tables.runs import ScalingError
-from scaling.uncertainty.bootstrap import interval
+from scaling.report.forecast import Forecaster, Prediction
+from scaling.report.ledger import FILE, holds_cell, made_of, read_ledger, record, write_ledger
+from scaling.tables.runs import Runs, ScalingError
 
 
 def add(verbs: Any) -> None:
@@ -27,29 +28,30 @@ def add(verbs: Any) -> None:
 def run(a: argparse.Namespace) -> int:
     data, draws = read_fit_json(a.artefact), read_draws(a.artefact)
     names = [a.family] if a.family else list(data["families"])
-    out = {}
-    for name in names:
-        if name not in data["families"]:
-            raise ScalingError(f"fit.json has no family {name!r}; it has {', '.join(data['families'])}")
-        entry = data["families"][name]
-        out[name] = predict_entry(entry, draws[name], a.N, a.D)
+    unknown = [name for name in names if name not in data["families"]]
+    if unknown:
+        raise ScalingError(f"fit.json has no family {unknown[0]!r}; it has {', '.join(data['families'])}")
+    out = {name: Forecaster.of(data["families"][name], draws[name]).at(a.N, a.D) for name in names}
+    folder = a.artefact if a.artefact.is_dir() else a.artefact.parent
+    recorded = remember(folder, data["table"], out, a.N, a.D)
     if a.json:
-        print_json(out)
+        print_json({name: asdict(p) for name, p in out.items()})
         return OK
-    for name, result in out.items():
-        ratio = result["extrapolation"]
-        beyond = "within the fitted range" if ratio <= 1 else f"{ratio:.3g} times the largest fitted compute"
-        print(
-            f"{name}: {result['loss']:.4f} nats per token, 95 % {result['low']:.4f} to {result['high']:.4f}; {beyond}"
-        )
+    for name, p in out.items():
+        within = p.extrapolation <= 1
+        beyond = "within the fitted range" if within else f"{p.extrapolation:.3g} times the largest fitted compute"
+        print(f"{name}: {p.loss:.4f} nats per token, 95 % {p.low:.4f} to {p.high:.4f}; {beyond}")
+        widened = f", widened {p.factor:.2f} times by the back-test" if p.factor > 1 else ""
+        print(f"  a new run there: 95 % {p.run_low:.4f} to {p.run_high:.4f}{widened}")
+    if recorded:
+        print(f"recorded in {folder / FILE}, to be scored when the run is in a report's table")
     return OK
 
 
-def predict_entry(entry: dict[str, Any], draws: np.ndarray, n: float, d: float) -> dict[str, float]:
-    """Prediction of one family's entry of a fit.json, with the interval of its stored draws."""
-    law, centre = law_named(entry["law"]), np.array(entry["centre"])
-    features = law.features_at(np.log([n]), np.log([d]), centre)
-    loss = np.exp(law.value(np.array([entry["theta"]]), features))[0, 0]
-    low, high = interval(np.exp(law.value(draws, features))[:, 0])
-    ratio = 6 * n * d / entry["largest_flops_6nd"]
-    return {"loss": float(loss), "low": low, "high": high, "extrapolation": float(ratio)}
+def remember(folder: Path, table: str, found: Mapping[str, Prediction], n: float, d: float) -> bool:
+    """Adds the forecasts of runs that do not exist yet to the ledger beside the fit; whether there were any."""
+    runs = Runs.read(folder / "runs.csv")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    new = [made_of(p, now, table, family, n, d) for family, p in found.items() if not holds_cell(runs, family, n, d)]
+    write_ledger(folder, record(read_ledger(folder), new))
+    return bool(new)

@@ -10,6 +10,8 @@ from scaling.commands.arguments import (
     delta_of,
     fit_arguments,
     new_verb,
+    price_arguments,
+    prices_of,
     read_table,
     share_argument,
     shared,
@@ -28,10 +30,12 @@ def add(verbs: Any) -> None:
     verb.add_argument("--title", default="Loss against compute")
     verb.add_argument("--baseline", help="family that the others are compared with")
     share_argument(verb)
+    price_arguments(verb)
 
 
 def run(a: argparse.Namespace) -> int:
-    return full_report(a, read_table(a), share=shared(a), baseline=a.baseline, title=a.title)
+    options = {"share": shared(a), "baseline": a.baseline, "title": a.title, "prices": prices_of(a)}
+    return full_report(a, read_table(a), **options)
 
 
 def full_report(a: argparse.Namespace, runs: Runs, gate: bool = False, **options: Any) -> int:

@@ -3,39 +3,65 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scaling.fitting.fit import Fit, Gate
+from scaling.fitting.fit import Fit
+from scaling.report.analysis import Analysis, Pair
+from scaling.report.forecast import calibration_steps, run_noise
+from scaling.report.ledger import Forecast, digest_of, scores
 from scaling.tables.runs import ScalingError
 from scaling.uncertainty.backtest import BackTest
 from scaling.uncertainty.bootstrap import Draws
+from scaling.verdict.break_even import BreakEven
 from scaling.verdict.compare import Comparison
+from scaling.verdict.nested import Nested
+from scaling.verdict.profile import Profile
+from scaling.verdict.words import verdict
 
 
-def fit_json(
-    fits: Mapping[str, Fit],
-    draws: Mapping[str, Draws],
-    comparisons: Sequence[Comparison],
-    tests: Sequence[BackTest],
-    gates: Sequence[Gate],
-    verdict: Sequence[str],
-    provenance: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Full-precision parameters, intervals and certificates, per family and per pair, with everything they rest on."""
+def fit_json(found: Analysis, ledger: Sequence[Forecast]) -> dict[str, Any]:
+    """The verdict, then full-precision parameters, intervals and certificates, with everything they rest on."""
     return {
-        "schema": 1,
-        "families": {f: family_json(fits[f], draws[f]) for f in fits},
-        "comparisons": [comparison_json(c) for c in comparisons],
-        "backtests": [backtest_json(t) for t in tests],
-        "gates": [asdict(g) for g in gates],
-        "verdict": list(verdict),
-        "provenance": dict(provenance),
+        "schema": 2,
+        "verdict": list(found.verdict),
+        "table": digest_of(found.runs),
+        "families": {f: family_json(found.fits[f], found.draws[f], found.test_of(f)) for f in found.fits},
+        "comparisons": [pair_json(pair) for pair in found.pairs],
+        "other_pairs": [comparison_json(c) for c in found.others],
+        "nested": nested_json(found.steps) if found.steps else None,
+        "backtests": [backtest_json(test) for test in found.tests],
+        "forecasts_scored": [asdict(f) | scores(f) for f in ledger if f.scored],
+        "gates": [asdict(g) for g in found.gates],
+        "provenance": found.provenance,
     }
+
+
+def pair_json(pair: Pair) -> dict[str, Any]:
+    """A pair in FLOP, with the profile of its crossing and the break-even price; then its other cost axes."""
+    main = comparison_json(pair.main, pair.profile, pair.price)
+    keep = ("axis", "unit", "measured", "crossover", "difference")
+    other = [{name: comparison_json(c)[name] for name in keep} for axis, c in pair.axes.items() if axis != "flops"]
+    return main | {"other_axes": other}
+
+
+def nested_json(found: Nested) -> dict[str, Any]:
+    """Nested models without their fits."""
+    skipped = ("fit",)
+    steps = [{k: plain(v) for k, v in vars(s).items() if k not in skipped} for s in found.steps]
+    worth = {f: {"rho": rho, "interval": [low, high]} for f, (rho, low, high) in found.efficiencies.items()}
+    return {"baseline": found.baseline, "chosen": found.chosen.name, "efficiency": worth, "steps": steps}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON takes it: tuples as lists, NaN and infinity as None."""
+    if isinstance(value, tuple):
+        return list(value)
+    return finite(value) if isinstance(value, float) else value
 
 
 def backtest_json(test: BackTest) -> dict[str, Any]:
@@ -53,7 +79,8 @@ def backtest_json(test: BackTest) -> dict[str, Any]:
     return {"summary": summary, "skipped": list(test.skipped), "held": [asdict(h) for h in test.held]}
 
 
-def family_json(fitted: Fit, draws: Draws) -> dict[str, Any]:
+def family_json(fitted: Fit, draws: Draws, test: BackTest | None = None) -> dict[str, Any]:
+    """One family's fit in full precision, with what a forecast needs."""
     family = fitted.families[0]
     return {
         "law": fitted.law.name,
@@ -66,6 +93,8 @@ def family_json(fitted: Fit, draws: Draws) -> dict[str, Any]:
         "largest_flops_6nd": float(6 * (fitted.runs["N"] * fitted.runs["D"]).max()),
         "centre": fitted.centre.tolist(),
         "theta": fitted.theta.tolist(),
+        "run_noise": run_noise(fitted),
+        "calibration": calibration_steps(test) if test else [],
         "gates": [asdict(g) for g in fitted.gates],
     }
 
@@ -97,35 +126,58 @@ def finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def comparison_json(c: Comparison) -> dict[str, Any]:
-    x = c.crossover
+def comparison_json(c: Comparison, profile: Profile | None = None, price: BreakEven | None = None) -> dict[str, Any]:
     low, high = c.band(c.difference_draws)
     return {
+        "verdict": verdict(c),
         "a": c.a,
         "b": c.b,
+        "axis": c.axis,
+        "unit": c.unit,
+        "along": c.along,
         "share": list(c.fit.share),
         "parameters": c.fit.params,
         "intervals": {name: list(ends) for name, ends in c.draws.intervals().items()},
         "certificate": asdict(c.fit.certificate),
         "bootstrap": bootstrap_json(c.draws),
-        "measured_flops": list(c.measured),
-        "crossover": {
-            "estimate": finite(x.estimate),
-            "interval": [finite(x.low), finite(x.high)],
-            "p_none": x.p_none,
-            "p_always": x.p_always,
-            "p_reverse": x.p_reverse,
-            "horizon": x.horizon,
-        },
+        "measured": list(c.measured),
+        "crossover": crossover_json(c, profile),
+        "break_even": break_even_json(price) if price else None,
         "difference": {
-            "flops": c.flops.tolist(),
+            "budget": c.flops.tolist(),
             "value": c.difference.tolist(),
             "low": low.tolist(),
             "high": high.tolist(),
             "p_b_better": c.p_b_better.tolist(),
         },
-        "verdict": list(c.verdict),
     }
+
+
+def crossover_json(c: Comparison, profile: Profile | None = None) -> dict[str, Any]:
+    """Intervals and probabilities over every draw; None where an end is open."""
+    x = c.crossover
+    out = {
+        "estimate": finite(x.estimate),
+        "interval": [finite(x.low), finite(x.high)],
+        "one_sided": [finite(x.lower_bound()), finite(x.upper_bound())],
+        "p_none": x.p_none,
+        "p_always": x.p_always,
+        "p_reverse": x.p_reverse,
+        "p_never": x.p_never,
+        "p_before": [[float(budget), x.p_before(float(budget))] for budget in c.flops],
+        "horizon": x.horizon,
+        "unit": c.unit,
+    }
+    if profile is None:
+        return out
+    shape = {"budget": profile.budgets.tolist(), "log_ratio": profile.ratio.tolist(), "critical": profile.critical}
+    return out | {"profile": {"interval": [finite(profile.low), finite(profile.high)]} | shape}
+
+
+def break_even_json(price: BreakEven) -> dict[str, Any]:
+    """kappa* along compute; None where B does not reach A's loss before the horizon."""
+    curves = {name: [finite(v) for v in getattr(price, name)] for name in ("flops", "estimate", "low", "high")}
+    return {"ternary_share": price.share} | curves
 
 
 def read_draws(path: Path) -> dict[str, np.ndarray]:

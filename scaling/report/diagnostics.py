@@ -15,14 +15,18 @@ from scaling.report.plot import (
     SHAPES,
     SIZE,
     STYLE,
-    hatched_band,
+    draw_band,
+    draw_line,
     log_loss_axis,
     mark_extrapolation,
     new_figure,
 )
-from scaling.report.views import PALETTE, AllocationView, FamilyView
+from scaling.report.views import PALETTE, SLACK, AllocationView, FamilyView, break_even_limits
 from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest
 from scaling.uncertainty.sensitivity import Variant
+from scaling.verdict.break_even import BreakEven
+from scaling.verdict.compare import Comparison
+from scaling.verdict.profile import Profile
 
 
 def backtest_figure(test: BackTest) -> Figure:
@@ -43,6 +47,36 @@ def backtest_figure(test: BackTest) -> Figure:
     return figure
 
 
+def profile_figure(profile: Profile, c: Comparison) -> Figure:
+    """How far the sum of squares rises when the frontiers are made to meet at each compute, and what is too far."""
+    figure, axes = new_figure(3.4)
+    axes.plot(profile.budgets, np.sqrt(profile.ratio / profile.critical), color=PALETTE[3], lw=2)
+    axes.axhline(1, color="0.3", lw=1, ls="--", label="95 % limit, simulated")
+    axes.set_xscale("log")
+    axes.set_ylim(0, min(4.0, 1.1 * max(1.5, float(np.sqrt(profile.ratio.max() / profile.critical)))))
+    mark_extrapolation(axes, c.measured[1], profile.budgets[-1])
+    axes.set_xlabel(f"compute at which {c.a} and {c.b} are made to meet (FLOP)")
+    axes.set_ylabel("signal: √(ratio / limit)")
+    axes.legend(loc="upper right", frameon=False, fontsize=9)
+    return figure
+
+
+def break_even_figure(price: BreakEven, edge: float) -> Figure:
+    """kappa* along compute with its 95 % band; below zero no price is low enough."""
+    figure, axes = new_figure(3.4)
+    draw_line(axes, price.flops, price.estimate, price.flops <= edge * SLACK, PALETTE[4])
+    draw_band(axes, price.flops, price.low, price.high, price.flops <= edge * SLACK, PALETTE[4])
+    for level, text in ((0.0, ""), (1.0, "a multiply-accumulate")):
+        axes.axhline(level, color="0.4", lw=0.8)
+        axes.text(price.flops[0], level, text, fontsize=8, color="0.35", va="bottom")
+    axes.set_xscale("log")
+    axes.set_ylim(*break_even_limits(price))
+    mark_extrapolation(axes, edge, price.flops[-1])
+    axes.set_xlabel(f"compute of {price.a} (FLOP)")
+    axes.set_ylabel("break-even cost κ* of a\nternary operation")
+    return figure
+
+
 def allocation_figure(views: Sequence[AllocationView]) -> Figure:
     """Best N, best D and their ratio along compute, with 95 % bands."""
     with matplotlib.rc_context(STYLE):
@@ -50,17 +84,15 @@ def allocation_figure(views: Sequence[AllocationView]) -> Figure:
         panels = figure.subplots(1, 3)
     for view in views:
         for panel, (point, low, high) in zip(panels, view.series(), strict=True):
-            inside, outside = slice(0, view.split + 1), slice(view.split, None)
-            panel.plot(view.flops[inside], point[inside], color=view.colour, lw=2, label=view.name)
-            panel.plot(view.flops[outside], point[outside], color=view.colour, lw=2, ls=(0, (4, 2)))
-            panel.fill_between(view.flops[inside], low[inside], high[inside], color=view.colour, alpha=0.2, lw=0)
-            hatched_band(panel, view.flops[outside], low[outside], high[outside], view.colour)
+            draw_line(panel, view.flops, point, view.measured, view.colour)
+            draw_band(panel, view.flops, low, high, view.measured, view.colour)
+            panel.plot([], [], color=view.colour, lw=2, label=view.name)
     for panel, label in zip(panels, ("best parameters N*", "best tokens D*", "D* / N*"), strict=True):
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_title(label, fontsize=10)
         panel.set_xlabel(AXIS_NAMES["flops"])
-        mark_extrapolation(panel, max(v.flops[v.split] for v in views), max(v.flops[-1] for v in views), words="")
+        mark_extrapolation(panel, max(v.edge for v in views), max(v.flops[-1] for v in views), words="")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(views), frameon=False)
     return figure
 

@@ -8,18 +8,24 @@ import numpy as np
 import plotly.graph_objects as go
 
 from scaling.fitting.fit import Fit
-from scaling.report.plot import Curves, difference_limits
+from scaling.report.plot import Curves, axis_label, difference_limits
 from scaling.report.views import (
     PALETTE,
+    SLACK,
     AllocationView,
     DifferenceView,
     FamilyView,
+    break_even_limits,
     loss_limits,
     loss_ticks,
+    segments,
     short,
     thin,
 )
 from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest
+from scaling.verdict.break_even import BreakEven
+from scaling.verdict.compare import Comparison
+from scaling.verdict.profile import Profile
 
 HOVERED = ("N", "D", "flops", "lr", "batch_tokens", "schedule", "seed", "cluster")
 
@@ -46,30 +52,36 @@ def faded(colour: str, alpha: float) -> str:
     return f"rgba({red},{green},{blue},{alpha})"
 
 
-def band(x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, beyond: bool) -> go.Scatter:
-    """A closed band; hatched where there are no data."""
+def bands(x: np.ndarray, low: np.ndarray, high: np.ndarray, measured: np.ndarray, colour: str) -> list[go.Scatter]:
+    """Closed bands; hatched where no run stands behind them."""
     hatch = {"shape": "/", "size": 7, "solidity": 0.25, "fgcolor": faded(colour, 0.55), "bgcolor": "rgba(0,0,0,0)"}
-    return go.Scatter(
-        x=np.concatenate([x, x[::-1]]),
-        y=np.concatenate([high, low[::-1]]),
-        fill="toself",
-        line={"width": 0},
-        mode="lines",
-        hoverinfo="skip",
-        showlegend=False,
-        **({"fillpattern": hatch, "fillcolor": faded(colour, 0.3)} if beyond else {"fillcolor": faded(colour, 0.22)}),
-    )
-
-
-def line_pair(x: np.ndarray, y: np.ndarray, split: int, colour: str, name: str, hover: str) -> list[go.Scatter]:
-    """Solid within the data, dashed beyond."""
-    common = {"mode": "lines", "hovertemplate": hover, "legendgroup": name, "name": name}
+    hatched, filled = {"fillpattern": hatch, "fillcolor": faded(colour, 0.3)}, {"fillcolor": faded(colour, 0.22)}
     return [
-        go.Scatter(x=x[: split + 1], y=y[: split + 1], line={"color": colour, "width": 3}, **common),
         go.Scatter(
-            x=x[split:], y=y[split:], line={"color": colour, "width": 2.5, "dash": "dash"}, showlegend=False, **common
-        ),
+            x=np.concatenate([x[part], x[part][::-1]]),
+            y=np.concatenate([high[part], low[part][::-1]]),
+            fill="toself",
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            showlegend=False,
+            **(filled if inside else hatched),
+        )
+        for part, inside in segments(measured)
     ]
+
+
+def lines(
+    x: np.ndarray, y: np.ndarray, measured: np.ndarray, colour: str, name: str, hover: str, width: float = 3
+) -> list[go.Scatter]:
+    """Solid where runs stand behind the line, dashed elsewhere; one entry in the legend."""
+    solid, dashed = {"color": colour, "width": width}, {"color": colour, "width": 0.8 * width, "dash": "dash"}
+    common = {"mode": "lines", "hovertemplate": hover, "legendgroup": name, "name": name}
+    traces = [
+        go.Scatter(x=x[part], y=y[part], line=solid if inside else dashed, showlegend=False, **common)
+        for part, inside in segments(measured)
+    ]
+    return [*traces, go.Scatter(x=[None], y=[None], line=solid, showlegend=True, **common)]
 
 
 def mark_edge(figure: go.Figure, edge: float) -> None:
@@ -91,18 +103,16 @@ def loss_figure(views: Sequence[FamilyView], curves: Curves | None = None) -> go
     figure = go.Figure()
     for view in views:
         add_curves(figure, view, curves or {})
-        inside, outside = slice(0, view.split + 1), slice(view.split, None)
-        figure.add_trace(band(view.flops[inside], view.low[inside], view.high[inside], view.colour, False))
-        figure.add_trace(band(view.flops[outside], view.low[outside], view.high[outside], view.colour, True))
+        figure.add_traces(bands(view.flops, view.low, view.high, view.measured, view.colour))
         for flops, loss in view.size_lines:
             thin_line = {"color": faded(view.colour, 0.6), "width": 1}
             figure.add_trace(
                 go.Scatter(x=flops, y=loss, mode="lines", line=thin_line, hoverinfo="skip", showlegend=False)
             )
         hover = f"{view.name}, best allocation<br>%{{x:.3g}} FLOP: %{{y:.4f}} nats<extra></extra>"
-        figure.add_traces(line_pair(view.flops, view.loss, view.split, view.colour, view.name, hover))
+        figure.add_traces(lines(view.flops, view.loss, view.measured, view.colour, view.name, hover))
         figure.add_trace(end_points(view))
-    mark_edge(figure, max(view.runs["flops"].max() for view in views))
+    mark_edge(figure, max(view.edge for view in views))
     low, high = loss_limits(views)
     left, right = min(view.flops[0] for view in views) / 2, max(view.flops[-1] for view in views)
     layout(figure, "training compute (FLOP)", "held-out loss (nats per token)", 520)
@@ -155,14 +165,12 @@ def describe(name: str, value: object) -> str:
 def difference_figure(view: DifferenceView) -> go.Figure:
     """B minus A with band, zero line and the crossing's interval."""
     figure, colour = go.Figure(), PALETTE[3]
-    inside, outside = slice(0, view.split + 1), slice(view.split, None)
-    figure.add_trace(band(view.flops[inside], view.low[inside], view.high[inside], colour, False))
-    figure.add_trace(band(view.flops[outside], view.low[outside], view.high[outside], colour, True))
+    figure.add_traces(bands(view.flops, view.low, view.high, view.measured, colour))
     figure.add_hline(y=0, line={"color": "#888", "width": 1.5})
     if view.calibrated is not None:
-        add_calibrated(figure, view, outside, colour)
-    hover = "%{x:.3g} FLOP: %{y:+.4f} nats<extra></extra>"
-    figure.add_traces(line_pair(view.flops, view.value, view.split, colour, f"{view.b} − {view.a}", hover))
+        add_calibrated(figure, view, colour)
+    hover = f"%{{x:.3g}} {view.unit}: %{{y:+.4f}} nats<extra></extra>"
+    figure.add_traces(lines(view.flops, view.value, view.measured, colour, f"{view.b} − {view.a}", hover))
     low, high = (float(np.clip(end, view.flops[0], view.flops[-1])) for end in view.crossover)
     if low < high:
         bar = {"color": "rgba(128,128,128,0.75)", "width": 7}
@@ -180,14 +188,15 @@ def difference_figure(view: DifferenceView) -> go.Figure:
             yanchor=anchor,
             xshift=6,
         )
-    mark_edge(figure, view.flops[view.split])
-    layout(figure, "training compute (FLOP)", f"{view.b} − {view.a} (nats per token)")
+    mark_edge(figure, view.edge)
+    layout(figure, axis_label(view.unit), f"{view.b} − {view.a} (nats per token)")
     figure.update_yaxes(range=list(difference_limits(view)))
     return figure
 
 
-def add_calibrated(figure: go.Figure, view: DifferenceView, outside: slice, colour: str) -> None:
+def add_calibrated(figure: go.Figure, view: DifferenceView, colour: str) -> None:
     """Dotted edges of the band that the back-test asks for."""
+    outside = view.flops >= view.edge / SLACK
     for k, edge in enumerate(view.calibrated or ()):
         look = {"color": colour, "width": 1.5, "dash": "dot"}
         name = "band widened by the back-test"
@@ -200,30 +209,57 @@ def add_calibrated(figure: go.Figure, view: DifferenceView, outside: slice, colo
 def probability_figure(view: DifferenceView) -> go.Figure:
     """P(B better) along compute."""
     figure = go.Figure()
-    hover = "%{x:.3g} FLOP: P = %{y:.2f}<extra></extra>"
-    figure.add_traces(line_pair(view.flops, view.p_better, view.split, PALETTE[2], f"P({view.b} better)", hover))
+    hover = f"%{{x:.3g}} {view.unit}: P = %{{y:.2f}}<extra></extra>"
+    figure.add_traces(lines(view.flops, view.p_better, view.measured, PALETTE[2], f"P({view.b} better)", hover))
     figure.add_hline(y=0.5, line={"color": "#888", "width": 1})
-    mark_edge(figure, view.flops[view.split])
-    layout(figure, "training compute (FLOP)", f"P({view.b} better)", 340)
+    mark_edge(figure, view.edge)
+    layout(figure, axis_label(view.unit), f"P({view.b} better)", 340)
     figure.update_layout(showlegend=False)
     figure.update_yaxes(range=[-0.03, 1.2], tickvals=[0, 0.25, 0.5, 0.75, 1])
     return figure
+
+
+def profile_figure(profile: Profile, c: Comparison) -> go.Figure:
+    """How far the squares rise when the frontiers are made to meet at each compute; one is the simulated limit."""
+    figure = go.Figure()
+    signal = np.sqrt(profile.ratio / profile.critical)
+    hover = "meeting at %{x:.3g} FLOP: %{y:.2f} of the limit<extra></extra>"
+    look = {"color": PALETTE[3], "width": 3}
+    figure.add_trace(go.Scatter(x=profile.budgets, y=signal, mode="lines", line=look, hovertemplate=hover))
+    figure.add_hline(y=1, line={"color": "#888", "width": 1.5, "dash": "dash"})
+    mark_edge(figure, c.measured[1])
+    layout(figure, f"compute at which {c.a} and {c.b} are made to meet (FLOP)", "√(ratio / 95 % limit)", 340)
+    figure.update_layout(showlegend=False)
+    figure.update_xaxes(dtick=None, range=np.log10(profile.budgets[[0, -1]]).tolist())
+    return figure.update_yaxes(range=[0, min(4.0, 1.15 * max(1.5, float(signal.max())))])
+
+
+def break_even_figure(price: BreakEven, edge: float) -> go.Figure:
+    """kappa* along compute with its band."""
+    figure = go.Figure()
+    measured = price.flops <= edge * SLACK
+    figure.add_traces(bands(price.flops, price.low, price.high, measured, PALETTE[4]))
+    hover = "%{x:.3g} FLOP: κ* = %{y:.3f}<extra></extra>"
+    figure.add_traces(lines(price.flops, price.estimate, measured, PALETTE[4], "κ*", hover))
+    for level in (0, 1):
+        figure.add_hline(y=level, line={"color": "#888", "width": 1})
+    mark_edge(figure, edge)
+    layout(figure, f"compute of {price.a} (FLOP)", "break-even cost κ*", 340)
+    figure.update_layout(showlegend=False)
+    return figure.update_yaxes(range=list(break_even_limits(price)))
 
 
 def allocation_figure(views: Sequence[AllocationView]) -> go.Figure:
     """Best number of parameters and of tokens along compute."""
     figure = go.Figure()
     for view in views:
-        inside, outside = slice(0, view.split + 1), slice(view.split, None)
         for (point, low, high), what in zip(view.series()[:2], ("N*", "D*"), strict=True):
-            figure.add_trace(band(view.flops[inside], low[inside], high[inside], view.colour, False))
-            figure.add_trace(band(view.flops[outside], low[outside], high[outside], view.colour, True))
+            figure.add_traces(bands(view.flops, low, high, view.measured, view.colour))
             hover = f"{view.name}<br>%{{x:.3g}} FLOP: {what} = %{{y:.3g}}<extra></extra>"
-            lines = line_pair(view.flops, point, view.split, view.colour, f"{view.name}: {what}", hover)
-            for line in lines if what == "D*" else []:
-                line.update(line={"width": 1.5})
-            figure.add_traces(lines)
-    mark_edge(figure, max(view.flops[view.split] for view in views))
+            width = 3 if what == "N*" else 1.5
+            name = f"{view.name}: {what}"
+            figure.add_traces(lines(view.flops, point, view.measured, view.colour, name, hover, width))
+    mark_edge(figure, max(view.edge for view in views))
     layout(figure, "training compute (FLOP)", "best N* (thick), D* (thin)")
     return figure.update_yaxes(type="log", exponentformat="power", dtick=1)
 

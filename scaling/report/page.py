@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 import plotly.io
@@ -22,7 +22,12 @@ p{margin:6px 0}.soft{color:var(--soft);font-size:.92rem}
 .verdict{background:var(--card);border-left:5px solid var(--soft);border-radius:4px;padding:14px 18px;margin:18px 0}
 .verdict p:first-child{font-size:1.14rem;font-weight:600;margin-top:0}
 .scroll{overflow-x:auto;margin:10px 0;max-width:100%}
-.scroll:focus-visible,summary:focus-visible,a:focus-visible{outline:2px solid #0072B2;outline-offset:2px}
+.choose{display:inline-block;margin:6px 0;font-weight:600}
+select{font:inherit;padding:4px 8px;margin-left:6px;color:var(--ink);background:var(--card);
+border:1px solid var(--soft);border-radius:4px;max-width:100%}
+h3{font-size:1rem;margin:22px 0 4px}
+.scroll:focus-visible,select:focus-visible,summary:focus-visible,a:focus-visible{
+outline:2px solid #0072B2;outline-offset:2px}
 .tall{max-height:420px;overflow-y:auto}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;min-width:100%}
 th,td{padding:5px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
@@ -50,7 +55,16 @@ function dress(){
     Plotly.relayout(d,u);
   });
 }
+function choose(control){
+  document.querySelectorAll('[data-group="'+control.dataset.choose+'"] > .panel').forEach(panel=>{
+    panel.hidden=panel.dataset.key!==control.value;
+    if(!panel.hidden)panel.querySelectorAll('.js-plotly-plot').forEach(d=>Plotly.Plots.resize(d));
+  });
+}
 addEventListener('load',dress);
+addEventListener('load',()=>document.querySelectorAll('select[data-choose]').forEach(control=>{
+  control.addEventListener('change',()=>choose(control)); choose(control);
+}));
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change',dress);
 matchMedia('(max-width: 600px)').addEventListener('change',dress);
 """
@@ -94,6 +108,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], wrap: Sequence[i
         f'<div class="{kind}" tabindex="0" role="region" aria-label="{escape(header[0])} table"><table>'
         f"<thead><tr>{cells('th', [escape(h) for h in header])}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def chooser(group: str, label: str, names: Mapping[str, str], panels: Mapping[str, str]) -> str:
+    """Panels of which one is shown, and the control that says which; it works by keyboard as any select does."""
+    options = "".join(f'<option value="{escape(key)}">{escape(name)}</option>' for key, name in names.items())
+    first = next(iter(panels))
+    bodies = "".join(
+        f'<div class="panel" data-key="{escape(key)}"{"" if key == first else " hidden"}>{body}</div>'
+        for key, body in panels.items()
+    )
+    control = f'<label class="choose">{escape(label)} <select data-choose="{group}">{options}</select></label>'
+    return f'{control if len(panels) > 1 else ""}<div data-group="{group}">{bodies}</div>'
+
+
+def details(title: str, body: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
 
 
 def mark(passed: bool) -> str:

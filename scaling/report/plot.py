@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from scaling.fitting.fit import Fit
-from scaling.report.views import PALETTE, DifferenceView, FamilyView, loss_limits, loss_ticks, thin
+from scaling.report.views import PALETTE, SLACK, DifferenceView, FamilyView, loss_limits, loss_ticks, segments, thin
 
 SHAPES = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "x": "X"}
 Curves = Mapping[str, Mapping[str, np.ndarray]]
@@ -29,6 +30,11 @@ STYLE: Any = {
     "hatch.linewidth": 0.6,
     "svg.hashsalt": "scaling",
 }
+
+
+def axis_label(unit: str) -> str:
+    """Name of a cost axis."""
+    return AXIS_NAMES["flops"] if unit == "FLOP" else f"training cost ({unit})"
 
 
 def new_figure(height: float = SIZE[1]) -> tuple[Figure, Axes]:
@@ -52,8 +58,7 @@ def loss_figure(views: Sequence[FamilyView], curves: Curves | None = None) -> Fi
     for view in views:
         draw_curves(axes, view, curves or {})
         draw_family(axes, view)
-    edge = max(view.runs["flops"].max() for view in views)
-    mark_extrapolation(axes, edge, max(view.flops[-1] for view in views))
+    mark_extrapolation(axes, max(view.edge for view in views), max(view.flops[-1] for view in views))
     axes.set_xlim(left=min(view.flops[0] for view in views) / 2)
     log_loss_axis(axes, *loss_limits(views))
     axes.set_xlabel(AXIS_NAMES["flops"])
@@ -67,11 +72,24 @@ def draw_family(axes: Axes, view: FamilyView) -> None:
         axes.plot(flops, loss, color=view.colour, lw=0.8, alpha=0.6)
     shape = SHAPES[view.marker]
     axes.plot(view.runs["flops"], view.runs["loss"], shape, color=view.colour, ms=5, mec="white", mew=0.6, zorder=4)
-    inside, outside = slice(0, view.split + 1), slice(view.split, None)
-    axes.plot(view.flops[inside], view.loss[inside], color=view.colour, lw=2.2, label=view.name, marker=shape, ms=0)
-    axes.plot(view.flops[outside], view.loss[outside], color=view.colour, lw=2.0, ls=(0, (4, 2)))
-    axes.fill_between(view.flops[inside], view.low[inside], view.high[inside], color=view.colour, alpha=0.2, lw=0)
-    hatched_band(axes, view.flops[outside], view.low[outside], view.high[outside], view.colour)
+    draw_line(axes, view.flops, view.loss, view.measured, view.colour)
+    draw_band(axes, view.flops, view.low, view.high, view.measured, view.colour)
+    axes.plot([], [], color=view.colour, lw=2.2, label=view.name, marker=shape, ms=5, mec="white", mew=0.6)
+
+
+def draw_line(axes: Axes, x: np.ndarray, y: np.ndarray, measured: np.ndarray, colour: str) -> None:
+    """Solid where runs stand behind the line, dashed elsewhere."""
+    for part, inside in segments(measured):
+        axes.plot(x[part], y[part], color=colour, lw=2.2 if inside else 1.8, ls="-" if inside else (0, (4, 2)))
+
+
+def draw_band(axes: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, measured: np.ndarray, colour: str) -> None:
+    """Filled where runs stand behind the band, hatched elsewhere."""
+    for part, inside in segments(measured):
+        if inside:
+            axes.fill_between(x[part], low[part], high[part], color=colour, alpha=0.22, lw=0)
+        else:
+            hatched_band(axes, x[part], low[part], high[part], colour)
 
 
 def hatched_band(axes: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> None:
@@ -106,13 +124,10 @@ def log_loss_axis(axes: Axes, low: float, high: float) -> None:
 def difference_figure(view: DifferenceView) -> Figure:
     """Loss of B minus loss of A along the frontiers, with band and zero line: the main figure."""
     figure, axes = new_figure()
-    inside, outside = slice(0, view.split + 1), slice(view.split, None)
-    colour = PALETTE[3]
+    colour, outside = PALETTE[3], view.flops >= view.edge / SLACK
     axes.axhline(0, color="0.25", lw=1)
-    axes.plot(view.flops[inside], view.value[inside], color=colour, lw=2.2)
-    axes.plot(view.flops[outside], view.value[outside], color=colour, lw=2.0, ls=(0, (4, 2)))
-    axes.fill_between(view.flops[inside], view.low[inside], view.high[inside], color=colour, alpha=0.25, lw=0)
-    hatched_band(axes, view.flops[outside], view.low[outside], view.high[outside], colour)
+    draw_line(axes, view.flops, view.value, view.measured, colour)
+    draw_band(axes, view.flops, view.low, view.high, view.measured, colour)
     if view.calibrated is not None:
         for edge in view.calibrated:
             axes.plot(view.flops[outside], edge[outside], color=colour, lw=1, ls=":")
@@ -120,8 +135,9 @@ def difference_figure(view: DifferenceView) -> Figure:
     axes.set_xscale("log")
     axes.set_ylim(*difference_limits(view))
     draw_crossover(axes, view)
-    mark_extrapolation(axes, view.flops[view.split], view.flops[-1])
-    axes.set_xlabel(AXIS_NAMES["flops"])
+    mark_extrapolation(axes, view.edge, view.flops[-1])
+    axes.set_title("\n".join(textwrap.wrap(view.headline, 92)), fontsize=9.5, loc="left", pad=18)
+    axes.set_xlabel(axis_label(view.unit))
     axes.set_ylabel(f"loss difference (nats per token)\n{view.b} minus {view.a}")
     for height, side, name in ((0.985, "top", view.a), (0.075, "bottom", view.b)):
         axes.text(0.012, height, f"{name} better", transform=axes.transAxes, fontsize=9, color="0.3", va=side)
@@ -129,8 +145,8 @@ def difference_figure(view: DifferenceView) -> Figure:
 
 
 def difference_limits(view: DifferenceView) -> tuple[float, float]:
-    """Vertical range: all of the measured part, and of the rest as much as leaves that part readable; zero included."""
-    inside = slice(0, view.split + 1)
+    """Vertical range: zero, all up to the largest run, and of the rest as much as leaves that part readable."""
+    inside = view.flops <= view.edge * SLACK
     reach = max(np.abs(view.low[inside]).max(), np.abs(view.high[inside]).max(), 1e-4)
     low = max(view.low.min(), -2.5 * reach, view.value.min() - 2.5 * reach)
     high = min(view.high.max(), max(2.5 * reach, view.value.max() * 1.2))
@@ -153,14 +169,12 @@ def draw_crossover(axes: Axes, view: DifferenceView) -> None:
 def probability_figure(view: DifferenceView) -> Figure:
     """Share of draws in which B's frontier lies below A's."""
     figure, axes = new_figure(3.4)
-    inside, outside = slice(0, view.split + 1), slice(view.split, None)
     axes.axhline(0.5, color="0.6", lw=0.8)
-    axes.plot(view.flops[inside], view.p_better[inside], color=PALETTE[2], lw=2.2)
-    axes.plot(view.flops[outside], view.p_better[outside], color=PALETTE[2], lw=2.0, ls=(0, (4, 2)))
+    draw_line(axes, view.flops, view.p_better, view.measured, PALETTE[2])
     axes.set_xscale("log")
     axes.set_ylim(-0.03, 1.03)
-    mark_extrapolation(axes, view.flops[view.split], view.flops[-1])
-    axes.set_xlabel(AXIS_NAMES["flops"])
+    mark_extrapolation(axes, view.edge, view.flops[-1])
+    axes.set_xlabel(axis_label(view.unit))
     axes.set_ylabel(f"P({view.b} better)")
     return figure
 

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 
 from scaling.fitting.fit import Fit
-from scaling.report.views import short
+from scaling.report.ledger import Forecast
+from scaling.report.views import DifferenceView, short
 from scaling.tables.runs import Runs
 from scaling.uncertainty.bootstrap import Draws, sorted_clusters
+from scaling.verdict.compare import Comparison
+from scaling.verdict.profile import Profile
 
 TERMINAL_SENTENCES = 4  # the rest of the verdict is in the report
 LONG_TABLE = 40  # rows beyond which the terminal shows only how many there are
@@ -59,6 +62,81 @@ def paired_rows(runs: Runs) -> tuple[list[str], list[list[str]]]:
     ], rows
 
 
+def difference_rows(view: DifferenceView) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the difference, its band and P(better) along the budgets shown."""
+    kinds = ["runs" if inside else "law" for inside in view.measured]
+    rows = [
+        [f"{x:.2e}", f"{d:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{p:.3f}", kind]
+        for x, d, low, high, p, kind in zip(
+            view.flops, view.value, view.low, view.high, view.p_better, kinds, strict=True
+        )
+    ]
+    return [view.unit, f"{view.b} − {view.a}", "95 % band", f"P({view.b} better)", "rests on"], rows
+
+
+def crossing_rows(c: Comparison, profile: Profile) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: every way to put the crossing, none of them a bare point."""
+    x, unit = c.crossover, c.unit
+    rows = [
+        ["95 % interval, draws", ends_text(x.low, x.high, unit)],
+        ["95 % interval, profile likelihood", ends_text(profile.low, profile.high, unit)],
+        [f"{c.b} takes the lead above (95 % one-sided)", ends_text(x.lower_bound(), np.inf, unit)],
+        [f"{c.b} leads by (95 % one-sided)", ends_text(0.0, x.upper_bound(), unit)],
+        [f"P(no crossing before {x.horizon:.0e} {unit})", f"{x.p_none:.3f}"],
+        [f"P({c.b} leads throughout)", f"{x.p_always:.3f}"],
+        [f"P({c.b} does not lead at {x.horizon:.0e} {unit})", f"{x.p_never:.3f}"],
+    ]
+    tens = 10.0 ** np.arange(np.ceil(np.log10(c.measured[0])), np.log10(x.horizon) + 1e-9)
+    chances = [[f"P({c.b} leads for good by {at:.0e} {unit})", f"{x.p_before(at):.3f}"] for at in tens]
+    return ["crossing", "value"], rows + chances
+
+
+def ends_text(low: float, high: float, unit: str) -> str:
+    """An interval whose open ends are said to be open."""
+    if np.isnan(low):
+        return "empty: no crossing fits the runs"
+    left = "from below the cheapest run" if low == 0 else "none before the horizon" if np.isinf(low) else f"{low:.2e}"
+    right = "open" if np.isinf(high) else "below the cheapest run" if high == 0 else f"{high:.2e} {unit}"
+    return left if np.isinf(low) else f"{left} to {right}"
+
+
+def pair_rows(every: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: each pair at the largest compute that both reached, and its crossing."""
+    rows = []
+    for c in every:
+        k = int(np.argmin(np.abs(np.log(c.flops / c.measured[1]))))
+        low, high = (float(v[k]) for v in c.band(c.difference_draws))
+        crossing = ends_text(c.crossover.low, c.crossover.high, c.unit)
+        difference = f"{c.difference[k]:+.4f} [{low:+.4f}, {high:+.4f}]"
+        rows.append([f"{c.b} − {c.a}", f"{c.flops[k]:.1e}", difference, f"{c.p_b_better[k]:.3f}", crossing])
+    return ["pair", "FLOP", "difference, 95 %", "P(first better)", "crossing, 95 %"], rows
+
+
+def forecast_rows(ledger: Sequence[Forecast], scored: bool) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of scored forecasts, or of those that wait."""
+    header = ["family", "N", "D", "forecast", "95 % interval of a run", "from table"]
+    rows = [
+        [f.family, short(f.N), short(f.D), f"{f.loss:.4f}", f"[{f.low:.4f}, {f.high:.4f}]", f.table[:8]] for f in ledger
+    ]
+    if not scored:
+        return header, rows
+    outcomes = [
+        [
+            f.made,
+            f.run_id,
+            f"{f.observed:.4f}",
+            f"{100 * f.error:+.2f} %",
+            "yes" if f.covered else "no",
+            f"{f.log_score:+.2f}",
+            f"{f.interval_score:.4f}",
+            f"{f.pit:.2f}",
+        ]
+        for f in ledger
+    ]
+    told = ["made", "run", "observed", "error", "covered", "log score", "interval score", "PIT"]
+    return header + told, [one + two for one, two in zip(rows, outcomes, strict=True)]
+
+
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
     """Aligned text columns; too wide a table is set one field a line."""
     widths = [max(len(str(r[i])) for r in [header, *rows]) for i in range(len(header))]
@@ -73,9 +151,14 @@ def stacked(header: Sequence[str], row: Sequence[str]) -> list[str]:
 
 
 def terminal_summary(
-    runs: Runs, fits: Mapping[str, Fit], draws: Mapping[str, Draws], verdict: Sequence[str], width: int
+    runs: Runs,
+    fits: Mapping[str, Fit],
+    draws: Mapping[str, Draws],
+    verdict: Sequence[str],
+    forecasts: str,
+    width: int,
 ) -> str:
-    """Runs, fitted parameters with intervals, verdict; lines no longer than `width`."""
+    """Runs, fitted parameters with intervals, verdict, how forecasts did; lines no longer than `width`."""
     header, rows = paired_rows(runs)
     out = ["RUNS  held-out loss, nats per token"]
     if len(rows) <= LONG_TABLE:
@@ -89,6 +172,7 @@ def terminal_summary(
     out += ["", "VERDICT"]
     for line in verdict[:TERMINAL_SENTENCES]:
         out += textwrap.wrap(line, width)
+    out += ["", "FORECASTS", *textwrap.wrap(forecasts, width)]
     return "\n".join(line[:width] for line in out)
 
 

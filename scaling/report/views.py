@@ -11,20 +11,23 @@ from scaling.fitting.fit import Fit
 from scaling.tables.runs import Runs
 from scaling.uncertainty.backtest import DIFFERENCE, BackTest
 from scaling.uncertainty.bootstrap import Draws
-from scaling.verdict.compare import POINTS_PER_DECADE, Comparison, compute_grid, family_frontier
-from scaling.verdict.frontier import Cost
+from scaling.verdict.break_even import BreakEven
+from scaling.verdict.compare import Comparison, compute_grid, family_frontier
+from scaling.verdict.frontier import Cost, Frontier
+from scaling.verdict.words import headline
 
 # Okabe & Ito 2008: distinguishable under every common colour-vision deficiency, on white and on near-black.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 SHOWN_DECADES = 2.0  # how far beyond the largest run the figures extend
 CURVE_POINTS = 200
+SLACK = 1 + 1e-9  # against rounding at the ends of a range
 
 
 @dataclass(frozen=True)
 class FamilyView:
-    """One family: its runs and its frontier over `flops` (M,) with a pointwise 95 % band; `split` = index of the last
-    point within the family's own data."""
+    """One family: its runs and its frontier over `flops` (M,) with a pointwise 95 % band. measured (M,): where the best
+    allocation is one that runs support, see `supported`; edge: compute of the largest run."""
 
     name: str
     colour: str
@@ -34,22 +37,27 @@ class FamilyView:
     loss: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    split: int
+    measured: np.ndarray
+    edge: float
     size_lines: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 @dataclass(frozen=True)
 class DifferenceView:
-    """Difference of two frontiers, nats, and the share of draws in which B is better, over `flops` (M,)."""
+    """Difference of two frontiers, nats, and the share of draws in which B is better, over budgets `flops` (M,) in
+    `unit`. measured (M,): where both best allocations are ones that runs support."""
 
     a: str
     b: str
+    unit: str
+    headline: str
     flops: np.ndarray
     value: np.ndarray
     low: np.ndarray
     high: np.ndarray
     p_better: np.ndarray
-    split: int
+    measured: np.ndarray
+    edge: float
     crossover: tuple[float, float]
     calibrated: tuple[np.ndarray, np.ndarray] | None
 
@@ -61,7 +69,8 @@ class AllocationView:
     name: str
     colour: str
     flops: np.ndarray
-    split: int
+    measured: np.ndarray
+    edge: float
     point: tuple[np.ndarray, np.ndarray]
     drawn: tuple[np.ndarray, np.ndarray]
 
@@ -82,7 +91,7 @@ def family_view(draws: Draws, family: str, place: int) -> tuple[FamilyView, Allo
     point = family_frontier(fit, fit.theta[None], family, cost, log_c)
     drawn = family_frontier(fit, draws.theta, family, cost, log_c)
     low, high = np.quantile(drawn.loss, [0.025, 0.975], axis=0)
-    split = int(np.searchsorted(log_c, np.log(high_c) + 1e-9)) - 1
+    measured = supported(runs, point, (low_c, high_c))
     view = FamilyView(
         family,
         PALETTE[place % len(PALETTE)],
@@ -92,12 +101,32 @@ def family_view(draws: Draws, family: str, place: int) -> tuple[FamilyView, Allo
         point.loss[0],
         low,
         high,
-        split,
+        measured,
+        float(high_c),
         tuple(size_lines(fit, runs, family, cost)),
     )
     best = np.exp(point.log_n[0]), np.exp(point.log_d[0])
     spread = np.exp(drawn.log_n), np.exp(drawn.log_d)
-    return view, AllocationView(family, view.colour, view.flops, split, best, spread)
+    return view, AllocationView(family, view.colour, view.flops, measured, view.edge, best, spread)
+
+
+def supported(runs: Runs, found: Frontier, span: tuple[float, float]) -> np.ndarray:
+    """(M,) whether runs stand behind the frontier at each budget: the budget lies within `span`, and the best size
+    within the sizes that were trained (10 % to spare)."""
+    budget, log_n = np.exp(found.log_flops), found.log_n[0]
+    inside = (budget >= span[0] / SLACK) & (budget <= span[1] * SLACK)
+    sizes = np.log(runs["N"])
+    return inside & (log_n >= sizes.min() - np.log(1.1)) & (log_n <= sizes.max() + np.log(1.1))
+
+
+def segments(measured: np.ndarray) -> list[tuple[slice, bool]]:
+    """Runs of equal flags as slices; those outside the data reach to their neighbours, so that lines join."""
+    edges = np.flatnonzero(np.diff(measured.astype(int)))
+    pairs = zip([0, *(edges + 1)], [*edges, len(measured) - 1], strict=True)
+    return [
+        (slice(start, end + 1), True) if measured[start] else (slice(max(start - 1, 0), end + 2), False)
+        for start, end in pairs
+    ]
 
 
 def size_lines(fit: Fit, runs: Runs, family: str, cost: Cost) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -125,7 +154,8 @@ def runs_views(runs: Runs) -> list[FamilyView]:
             nothing,
             nothing,
             nothing,
-            0,
+            nothing,
+            0.0,
             (),
         )
         for i, f in enumerate(runs.families)
@@ -136,7 +166,8 @@ def difference_view(c: Comparison, test: BackTest | None = None) -> DifferenceVi
     """The difference from the lowest common compute to two decades beyond the largest, widened by the back-test."""
     keep = c.flops <= c.measured[1] * 10**SHOWN_DECADES * 1.01
     low, high = c.band(c.difference_draws[:, keep])
-    split = int(np.searchsorted(c.flops, c.measured[1] * (1 + 1e-9))) - 1
+    sides = [supported(c.fit.runs.family(f), c.frontiers[f], c.measured) for f in (c.a, c.b)]
+    measured = (sides[0] & sides[1])[keep]
     ends = (c.crossover.low, c.crossover.high)
     flops, value = c.flops[keep], c.difference[keep]
     wider = None
@@ -144,7 +175,10 @@ def difference_view(c: Comparison, test: BackTest | None = None) -> DifferenceVi
         factor = test.factors(DIFFERENCE, np.log10(flops / c.measured[1]))
         if factor.max() > 1:
             wider = value + factor * (low - value), value + factor * (high - value)
-    return DifferenceView(c.a, c.b, flops, value, low, high, c.p_b_better[keep], split, ends, wider)
+    chance = c.p_b_better[keep]
+    return DifferenceView(
+        c.a, c.b, c.unit, headline(c), flops, value, low, high, chance, measured, c.measured[1], ends, wider
+    )
 
 
 def thin(curve: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -161,9 +195,14 @@ def thin(curve: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 def loss_limits(views: Sequence[FamilyView]) -> tuple[float, float]:
     """Vertical range of loss against compute: all runs, and the frontiers one decade beyond the data."""
-    ahead = [view.loss[min(view.split + POINTS_PER_DECADE, len(view.loss) - 1)] for view in views]
+    ahead = [float(np.interp(np.log(10 * view.edge), np.log(view.flops), view.loss)) for view in views]
     losses = np.concatenate([view.runs["loss"] for view in views])
     return float(min(losses.min(), *ahead) * 0.97), float(losses.max() * 1.06)
+
+
+def break_even_limits(price: BreakEven) -> tuple[float, float]:
+    """Vertical range of kappa*: zero and one always, and as much of the band as leaves them readable."""
+    return max(min(float(price.low.min()), 0.0) - 0.1, -1.0), min(max(float(price.high.max()), 1.0) + 0.1, 3.0)
 
 
 def loss_ticks(low: float, high: float) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,57 +18,102 @@ AXES = {
     "seconds": "accelerator-seconds",
     "usd": "$",
 }
-# Picojoules per counted operation; a multiply-accumulate counts two. 45 nm, Horowitz, ISSCC 2014, figure 1.1.9: FP16
-# multiply 1.1 and add 0.4, hence 0.75; FP32 add 0.9; INT32 add 0.1 for a ternary accumulation that counts two, hence
-# 0.05. Arithmetic alone, no memory traffic, and as if the backward pass of ternary layers accumulated too: a bound.
-ENERGY_PJ = {"dense": 0.75, "attention": 0.75, "head": 0.75, "elementwise": 0.9, "ternary": 0.05}
+NEEDS = {"flops": "flops", "flops-6nd-nonemb": "N_nonemb", "joules": "joules", "seconds": "seconds", "usd": "seconds"}
 
 
-def axis_cost(
-    runs: Runs, axis: str, energy: Mapping[str, float] | None = None, usd_per_hour: float | None = None
-) -> np.ndarray:
-    """(n,) cost of each run on the named axis; raises ScalingError when the table lacks what the axis needs.
+@dataclass(frozen=True)
+class Energy:
+    """Picojoules of one counted operation (a multiply-accumulate counts two), and where the number is from."""
 
-    `energy` overrides picojoules per operation class; `usd_per_hour` is the price of an accelerator.
-    """
-    if axis not in AXES:
-        raise ScalingError(f"unknown axis {axis!r}; choose from {', '.join(AXES)}")
+    picojoules: float
+    source: str
+
+
+# Arithmetic alone, without memory traffic, and as if the backward pass of ternary layers accumulated too: a bound.
+HOROWITZ = "45 nm, 0.9 V: Horowitz, Computing's energy problem, ISSCC 2014, figure 1.1.9"
+FP16_MAC = Energy(0.75, f"half of FP16 multiply 1.1 and add 0.4; {HOROWITZ}")
+ENERGIES = {
+    "dense": FP16_MAC,
+    "attention": FP16_MAC,
+    "head": FP16_MAC,
+    "elementwise": Energy(0.9, f"FP32 add 0.9; {HOROWITZ}"),
+    "ternary": Energy(0.05, f"half of INT32 add 0.1, one accumulation counts two; {HOROWITZ}"),
+}
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What operations and hours cost: energy by operation class, dollars per accelerator-hour (None: not known)."""
+
+    energies: Mapping[str, Energy] = field(default_factory=lambda: ENERGIES)
+    usd_per_hour: float | None = None
+
+    @classmethod
+    def of(cls, picojoules: Mapping[str, float] | None = None, usd_per_hour: float | None = None) -> Prices:
+        """The cited table with some classes replaced (pJ per counted operation); raises ScalingError on another one."""
+        given = {name: Energy(value, "given by the user") for name, value in (picojoules or {}).items()}
+        unknown = sorted(set(given) - set(ENERGIES))
+        if unknown:
+            raise ScalingError(f"no operation class {unknown[0]!r}; there are {', '.join(ENERGIES)}")
+        return cls(ENERGIES | given, usd_per_hour)
+
+
+CITED = Prices()
+
+
+def axis_cost(runs: Runs, axis: str, prices: Prices = CITED) -> np.ndarray:
+    """(n,) cost of each run on the named axis; raises ScalingError when the table lacks what the axis needs."""
+    reason = lacking(runs, axis, prices)
+    if reason:
+        raise ScalingError(f"axis {axis!r} {reason}")
     if axis == "flops-6nd":
         return 6 * runs["N"] * runs["D"]
     if axis == "flops-6nd-nonemb":
-        return 6 * complete(runs, "N_nonemb", axis) * runs["D"]
+        return 6 * runs["N_nonemb"] * runs["D"]
     if axis == "energy":
-        return arithmetic_energy(runs, dict(ENERGY_PJ) | dict(energy or {}))
+        return arithmetic_energy(runs, prices)
     if axis == "usd":
-        if usd_per_hour is None:
-            raise ScalingError("axis usd needs a price: --usd-per-hour")
-        return complete(runs, "seconds", axis) * usd_per_hour / 3600
-    return complete(runs, axis, axis)
+        return runs["seconds"] * (prices.usd_per_hour or 0.0) / 3600
+    return runs[axis]
 
 
-def complete(runs: Runs, column: str, axis: str) -> np.ndarray:
-    """A column that every run must have."""
-    values = runs[column]
-    if np.isnan(values).any():
-        missing = runs["run_id"][np.isnan(values)][0]
-        raise ScalingError(f"axis {axis!r} needs {column} for every run; {missing!r} lacks it")
-    return values
+def lacking(runs: Runs, axis: str, prices: Prices = CITED) -> str:
+    """What a table lacks for an axis, in words; nothing where the axis can be had."""
+    if axis not in AXES:
+        return f"is unknown; choose from {', '.join(AXES)}"
+    if axis == "usd" and prices.usd_per_hour is None:
+        return "needs a price: --usd-per-hour"
+    needed = counted_classes(runs) if axis == "energy" else [NEEDS[axis]] if axis in NEEDS else []
+    if axis == "energy" and not needed:
+        return "needs operation counts by class: columns flops_dense, flops_ternary, ..."
+    for column in needed:
+        if column not in runs.columns:
+            return f"needs a column {column!r}"
+        absent = np.isnan(runs[column])
+        if absent.any():
+            return f"needs {column} for every run; {runs['run_id'][absent][0]!r} lacks it"
+    return ""
 
 
-def arithmetic_energy(runs: Runs, table: Mapping[str, float]) -> np.ndarray:
-    """(n,) joules of arithmetic from the columns flops_CLASS; all classes of the table that have a column count."""
-    unknown = set(table) - set(ENERGY_PJ)
-    if unknown:
-        raise ScalingError(f"no operation class {sorted(unknown)[0]!r}; there are {', '.join(ENERGY_PJ)}")
-    present = [name for name in table if f"flops_{name}" in runs.columns]
-    if not present:
-        raise ScalingError("axis 'energy' needs operation counts by class: columns flops_dense, flops_ternary, ...")
-    counts = np.stack([complete(runs, f"flops_{name}", "energy") for name in present])
-    return 1e-12 * np.array([table[name] for name in present]) @ counts
+def available_axes(runs: Runs, prices: Prices = CITED) -> list[str]:
+    """Axes that the table can be put on, the first being its own FLOP count."""
+    return [axis for axis in AXES if not lacking(runs, axis, prices)]
+
+
+def counted_classes(runs: Runs) -> list[str]:
+    """Columns of operation counts by class."""
+    return [f"flops_{name}" for name in ENERGIES if f"flops_{name}" in runs.columns]
+
+
+def arithmetic_energy(runs: Runs, prices: Prices = CITED) -> np.ndarray:
+    """(n,) joules of arithmetic from the columns flops_CLASS; every class that has a column counts."""
+    present: Sequence[str] = counted_classes(runs)
+    picojoules = [prices.energies[column.removeprefix("flops_")].picojoules for column in present]
+    return 1e-12 * np.array(picojoules) @ np.stack([runs[column] for column in present])
 
 
 def ternary_share(runs: Runs) -> float:
     """Share of operations that are ternary accumulations (median over runs); 1 where nothing is counted by class."""
     if "flops_ternary" not in runs.columns:
         return 1.0
-    return float(np.median(complete(runs, "flops_ternary", "energy") / runs["flops"]))
+    return float(np.nanmedian(runs["flops_ternary"] / runs["flops"]))

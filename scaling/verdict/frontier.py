@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.laws.base import Law
-from scaling.tables.runs import Runs
+from scaling.tables.runs import Runs, ScalingError, as_number
 
 GOLDEN = (np.sqrt(5) - 1) / 2
 SEARCH_STEPS = 42  # golden sections; 60 e-folds of N shrink to 1e-7, and the loss is flat to second order there
@@ -38,7 +38,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Along budgets: loss (K, M) nats, log N and log D (K, M) of the best allocation."""
+    """Along budgets: loss (K, M) nats, log N and log D (K, M) of the best allocation, or of the one prescribed."""
 
     log_flops: np.ndarray
     loss: np.ndarray
@@ -46,40 +46,52 @@ class Frontier:
     log_d: np.ndarray
 
 
-def fixed_ratio(
-    law: Law, theta: np.ndarray, centre: np.ndarray, cost: Cost, log_flops: np.ndarray, ratio: float
+def is_positive(text: str) -> bool:
+    value = as_number(text)
+    return value is not None and 0 < value < np.inf
+
+
+def frontier_along(
+    path: str, law: Law, theta: np.ndarray, centre: np.ndarray, cost: Cost, log_flops: np.ndarray
 ) -> Frontier:
-    """Loss along budgets at a fixed number of tokens per parameter."""
+    """The frontier on a named path: "optimal", "ratio=20" (tokens per parameter) or "size=1e9" (parameters).
+
+    theta: (K, p) one family's centred vectors; log_flops: (M,), or (K, 1) for a budget of its own for every vector.
+    Raises ScalingError on another path.
+    """
+    if path == "optimal":
+        return frontier(law, theta, centre, cost, log_flops)
+    kind, _, number = path.partition("=")
+    if kind not in ("ratio", "size") or not is_positive(number):
+        raise ScalingError(f"unknown path {path!r}; choose optimal, ratio=TOKENS_PER_PARAMETER or size=PARAMETERS")
+    follow = fixed_ratio if kind == "ratio" else fixed_size
+    log_n, log_d = follow(cost, log_flops, float(number))
+    shape = np.broadcast_shapes((len(theta), 1), log_flops.shape)
+    loss = np.exp(law.value(theta, law.features_at(log_n, log_d, centre, log_flops)))
+    return Frontier(log_flops, loss, np.broadcast_to(log_n, shape), np.broadcast_to(log_d, shape))
+
+
+def fixed_ratio(cost: Cost, log_flops: np.ndarray, ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """log N and log D along budgets at a fixed number of tokens per parameter."""
     log_n = (log_flops - np.log(ratio) - cost.log_cost.mean()) / 2
     for _ in range(60):  # cost per parameter and token varies slowly with N, so this contracts
         log_n = (log_flops - np.log(ratio) - np.interp(log_n, cost.log_n, cost.log_cost)) / 2
-    return along(law, theta, centre, log_flops, log_n, log_n + np.log(ratio))
+    return log_n, log_n + np.log(ratio)
 
 
-def fixed_size(
-    law: Law, theta: np.ndarray, centre: np.ndarray, cost: Cost, log_flops: np.ndarray, size: float
-) -> Frontier:
-    """Loss along budgets at a fixed number of parameters."""
+def fixed_size(cost: Cost, log_flops: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
+    """log N and log D along budgets at a fixed number of parameters."""
     log_n = np.full_like(log_flops, np.log(size))
-    return along(law, theta, centre, log_flops, log_n, cost.log_tokens(log_n, log_flops))
-
-
-def along(
-    law: Law, theta: np.ndarray, centre: np.ndarray, log_flops: np.ndarray, log_n: np.ndarray, log_d: np.ndarray
-) -> Frontier:
-    """A prescribed path (M,) evaluated for every vector."""
-    shape = (len(theta), len(log_flops))
-    loss = np.exp(law.value(theta, law.features_at(log_n, log_d, centre, log_flops)))
-    return Frontier(log_flops, loss, np.broadcast_to(log_n, shape), np.broadcast_to(log_d, shape))
+    return log_n, cost.log_tokens(log_n, log_flops)
 
 
 def frontier(law: Law, theta: np.ndarray, centre: np.ndarray, cost: Cost, log_flops: np.ndarray) -> Frontier:
     """Minimises the loss over N at each budget, by golden section for all K vectors and M budgets at once.
 
-    theta: (K, p) one family's centred vectors; log_flops: (M,). The loss is a sum of exponentials in log N along a
-    budget, hence convex there, so the search cannot end in a wrong valley.
+    theta: (K, p) one family's centred vectors; log_flops: (M,) or (K, 1). The loss is a sum of exponentials in log N
+    along a budget, hence convex there, so the search cannot end in a wrong valley.
     """
-    shape = (len(theta), len(log_flops))
+    shape = np.broadcast_shapes((len(theta), 1), log_flops.shape)
     low = np.full(shape, np.log(10.0))
     high = np.broadcast_to(log_flops - cost.log_cost.max() - np.log(10.0), shape).copy()
 

@@ -1,6 +1,6 @@
-"""Nested models of two families: the same law, a constant parameter efficiency, shared terms, or nothing in common.
+"""Nested models of families: the same law, a constant parameter efficiency, shared terms, or nothing in common.
 
-M0 one law for both; M1 a parameter of B is worth rho of A's (N -> rho N, Kumar et al. 2024: A differs, nothing else),
+M0 one law for all; M1 a parameter of B is worth rho of A's (N -> rho N, Kumar et al. 2024: A differs, nothing else),
 and the frontiers never cross in compute; M2 own A and alpha; M3 shared E; M4 separate. M1 against M2 is the question
 of a crossover. Each step is tested against noise drawn as the runs' own, trunk by trunk, not against a chi-squared that
 takes decays of one trunk for independent runs.
@@ -8,6 +8,7 @@ takes decays of one trunk for independent runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,8 @@ import numpy as np
 from scaling.fitting.fit import Fit, bounds_of, fit
 from scaling.fitting.solve import evaluate, refit
 from scaling.tables.runs import Runs
-from scaling.uncertainty.bootstrap import bootstrap, cluster_labels, interval, parametric_noise
+from scaling.uncertainty.bootstrap import bootstrap, interval
+from scaling.verdict.null import null_noise
 
 MODELS: dict[str, tuple[str, ...]] = {
     "M0": ("E", "A", "B", "alpha", "beta"),
@@ -33,6 +35,7 @@ MEANING = {
 }
 REJECTION = 0.05
 HELD_OUT_ORIGIN = 4.0  # the held-out test fits the runs below a quarter of the largest compute
+HELD_OUT_ROWS = 8  # of each family, below which that fit is not made
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Nested:
-    """All steps, the parameter efficiency rho of B under M1 with its 95 % interval, and the words."""
+    """All steps; the parameter efficiency rho of every other family against the baseline under M1, with its 95 %
+    interval: {family: (rho, low, high)}."""
 
-    a: str
-    b: str
+    baseline: str
     steps: tuple[Step, ...]
-    rho: float
-    rho_interval: tuple[float, float]
+    efficiencies: dict[str, tuple[float, float, float]]
 
     @property
     def chosen(self) -> Step:
@@ -67,30 +69,37 @@ class Nested:
 
     def sentence(self) -> str:
         """Parameter efficiency in words, with its standing."""
-        low, high = self.rho_interval
-        text = f"One {self.b} parameter is worth {self.rho:.2f} ({low:.2f}-{high:.2f}) {self.a} parameters"
+        worth = [f"{rho:.2f} ({low:.2f}-{high:.2f})" for rho, low, high in self.efficiencies.values()]
+        parts = [f"one {b} parameter is worth {w}" for b, w in zip(self.efficiencies, worth, strict=True)]
+        text = f"{', '.join(parts)} {self.baseline} parameters"
+        text = text[0].upper() + text[1:]
         first = next(s for s in self.steps if s.name == "M1")
         if self.steps[0].p_value >= REJECTION:
-            return text + "; the two families cannot be told apart (M0 is not rejected)."
+            return text + "; the families cannot be told apart (M0 is not rejected)."
         if first.p_value < REJECTION:
             return text + f", if that worth is constant, which these runs reject (p = {first.p_value:.3f})."
         return text + f"; that it is constant is not rejected (p = {first.p_value:.2f})."
 
 
-def nested(runs: Runs, a: str, b: str, draws: int = 400, seed: int = 0) -> Nested:
-    """Fits M0-M4 by least squares on log loss and tests each against the next; `draws` simulations per test."""
-    both = runs.select(np.concatenate([np.flatnonzero(runs["family"] == f) for f in (a, b)]))
+def nested(runs: Runs, families: Sequence[str], draws: int = 400, seed: int = 0) -> Nested:
+    """Fits M0-M4 to two or more families, the baseline first, by least squares on log loss, and tests each model
+    against the next; `draws` simulations per test."""
+    chosen = runs.select(np.concatenate([np.flatnonzero(runs["family"] == f) for f in families]))
     fits = {
-        name: fit(both, "chinchilla", "log-ls", starts=24, seed=seed, share=share) for name, share in MODELS.items()
+        name: fit(chosen, "chinchilla", "log-ls", starts=24, seed=seed, share=share) for name, share in MODELS.items()
     }
     names = list(MODELS)
     steps = []
     for name, richer in zip(names, [*names[1:], None], strict=True):
         p = simulated_p(fits[name], fits[richer], draws, seed) if richer else float("nan")
-        steps.append(step(name, fits[name], p, held_out_error(both, a, b, MODELS[name], seed)))
-    rho = efficiency(fits["M1"], fits["M1"].theta[None], a, b)
-    drawn = efficiency(fits["M1"], bootstrap(fits["M1"], max(draws, 1000), seed).theta, a, b)
-    return Nested(a, b, tuple(steps), float(rho[0]), interval(drawn))
+        steps.append(step(name, fits[name], p, held_out_error(chosen, families, MODELS[name], seed)))
+    constant = fits["M1"]
+    sampled = bootstrap(constant, max(draws, 1000), seed).theta
+    found = {}
+    for other in families[1:]:
+        point = float(efficiency(constant, constant.theta[None], families[0], other)[0])
+        found[other] = (point, *interval(efficiency(constant, sampled, families[0], other)))
+    return Nested(families[0], tuple(steps), found)
 
 
 def step(name: str, fitted: Fit, p_value: float, held_out: float) -> Step:
@@ -106,10 +115,7 @@ def simulated_p(small: Fit, large: Fit, draws: int, seed: int) -> float:
 
     Noise is drawn with the trunk and cell structure that the larger fit's residuals show.
     """
-    rng = np.random.default_rng(seed)
-    labels, paired = cluster_labels(large.runs, large.families)
-    noise, _ = parametric_noise(large, labels, paired, draws, rng)
-    simulated = small.model.value(small.theta[None]) + noise
+    simulated = small.model.value(small.theta[None]) + null_noise(large, draws, np.random.default_rng(seed))
     weight, loss = np.ones(simulated.shape[1]), small.runs["loss"]
     ends = []
     for one in (small, large):
@@ -135,16 +141,17 @@ def efficiency(fitted: Fit, theta: np.ndarray, a: str, b: str) -> np.ndarray:
     return (raw[f"A[{a}]"] / raw[f"A[{b}]"]) ** (1 / raw["alpha"])
 
 
-def held_out_error(runs: Runs, a: str, b: str, share: tuple[str, ...], seed: int) -> float:
-    """Rms error in nats of the difference at the held-out cells of a fit on C <= C_max / 4; NaN with too few rows."""
+def held_out_error(runs: Runs, families: Sequence[str], share: tuple[str, ...], seed: int) -> float:
+    """Rms error in nats, over all families but the first, of the difference from the first at the held-out cells of a
+    fit on C <= C_max / 4; NaN with too few rows or unequal designs."""
     inside = runs["flops"] <= runs["flops"].max() / HELD_OUT_ORIGIN
-    counts = [(inside & (runs["family"] == f)).sum() for f in (a, b)]
-    outside = [np.flatnonzero(~inside & (runs["family"] == f)) for f in (a, b)]
-    if min(counts) < 8 or len(outside[0]) != len(outside[1]) or not len(outside[0]):
+    counts = [(inside & (runs["family"] == f)).sum() for f in families]
+    outside = [np.flatnonzero(~inside & (runs["family"] == f)) for f in families]
+    if min(counts) < HELD_OUT_ROWS or len({len(rows) for rows in outside}) > 1 or not len(outside[0]):
         return float("nan")
     early = fit(runs.select(inside), "chinchilla", "log-ls", starts=16, seed=seed, share=share)
     gaps = []
-    for family, rows in zip((a, b), outside, strict=True):
+    for family, rows in zip(families, outside, strict=True):
         order = rows[np.lexsort((runs["D"][rows], runs["N"][rows]))]
         gaps.append(runs["loss"][order] - early.predict(runs["N"][order], runs["D"][order], family))
-    return float(np.sqrt(np.mean((gaps[1] - gaps[0]) ** 2)))
+    return float(np.sqrt(np.mean((np.array(gaps[1:]) - gaps[0]) ** 2)))

@@ -16,7 +16,8 @@ from scaling.fitting.fit import Fit
 from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, Runs, ScalingError
 from scaling.uncertainty.bootstrap import cluster_labels, parametric_noise
 from scaling.uncertainty.simulate import Ladder, Noise, Truths, draw
-from scaling.verdict.compare import Comparison, compare, overtakes
+from scaling.verdict.compare import Comparison, compare
+from scaling.verdict.crossing import overtakes
 from scaling.verdict.frontier import Cost, frontier
 
 DECAY_SHARE = 0.2  # steps of a decay off a trunk, relative to its budget

@@ -6,8 +6,9 @@ from conftest import ladder_rows
 
 from scaling import Runs, ScalingError, compare
 from scaling.laws.forms import Chinchilla
-from scaling.verdict.compare import crossover
+from scaling.verdict.crossing import crossover
 from scaling.verdict.frontier import Cost, frontier
+from scaling.verdict.words import verdict
 
 SIZES = tuple(np.geomspace(1e6, 1e9, 8))
 
@@ -48,8 +49,8 @@ def test_known_crossing_is_found():
     assert c.crossover.low < 1e21 < c.crossover.high
     assert c.crossover.high / c.crossover.low < 30
     assert c.crossover.p_none < 0.01
-    assert "overtakes" in c.verdict[0]
-    assert f"{c.crossover.low:.1e}" in c.verdict[0]
+    assert "overtakes" in verdict(c)[0]
+    assert f"{c.crossover.low:.1e}" in verdict(c)[0]
 
 
 def test_parallel_laws_do_not_cross():
@@ -82,8 +83,9 @@ def test_draws_that_never_cross_count():
 def test_small_ladder_determines_no_crossing(small_ladder):
     """Four sizes allow no claim, whatever the fit says."""
     c = compare(small_ladder, "transformer++", "matmul-free", draws=200)
-    assert c.verdict[0].startswith("The crossing is not determined")
-    assert any("12 of 12 cells" in line or "of 12 cells" in line for line in c.verdict)
+    said = verdict(c)
+    assert said[0].startswith("The crossing is not determined")
+    assert any("12 of 12 cells" in line for line in said)
     assert {g.name for g in c.gates if not g.passed} >= {"ladder [transformer++]", "ladder [matmul-free]"}
 
 

@@ -5,8 +5,8 @@ import pytest
 from conftest import ladder_rows
 
 from scaling import Runs, ScalingError, compare
-from scaling.verdict.compare import break_even
-from scaling.verdict.costs import ENERGY_PJ, arithmetic_energy, axis_cost
+from scaling.verdict.break_even import break_even
+from scaling.verdict.costs import Prices, arithmetic_energy, available_axes, axis_cost
 
 BASE = (1.8, 180.0, 420.0, 0.34, 0.34)
 RHO = 0.5
@@ -34,11 +34,17 @@ def test_constant_efficiency_never_crosses_in_flops_but_wins_in_energy(half_wort
 def test_break_even_price_is_the_closed_form(half_worth):
     """Half the worth of a parameter costs twice the compute at equal loss: 0.2 + 0.8 kappa = 1/2, kappa = 0.375."""
     c = compare(half_worth, "a", "b", draws=200)
-    found = break_even(c, 1e18)
+    found = break_even(c)
     assert found.share == pytest.approx(0.8)
-    assert found.low < 0.375 < found.high
-    assert found.high - found.low < 0.1
-    assert "80% of all" in found.sentence("a", "b")
+    _, low, high = found.at(1e18)
+    assert low < 0.375 < high
+    assert high - low < 0.1
+    assert ((found.low <= found.estimate) & (found.estimate <= found.high)).all()
+    assert "80% of all" in found.sentence(1e18)
+
+
+def test_a_family_without_ternary_operations_has_no_break_even_price(half_worth):
+    assert break_even(compare(half_worth, "b", "a", draws=10)) is None
 
 
 def test_fixed_paths_evaluate_the_law(half_worth):
@@ -55,22 +61,27 @@ def test_fixed_paths_evaluate_the_law(half_worth):
 
 
 def test_energy_table_is_editable(half_worth):
-    cheap = arithmetic_energy(half_worth, ENERGY_PJ)
-    dear = arithmetic_energy(half_worth, ENERGY_PJ | {"ternary": ENERGY_PJ["dense"]})
+    cheap = arithmetic_energy(half_worth)
+    dear = arithmetic_energy(half_worth, Prices.of({"ternary": 0.75}))
     np.testing.assert_allclose(dear, 0.75e-12 * half_worth["flops"])
     assert (cheap[half_worth["family"] == "b"] < 0.3 * dear[half_worth["family"] == "b"]).all()
     with pytest.raises(ScalingError, match="no operation class 'quantum'"):
-        axis_cost(half_worth, "energy", {"quantum": 1.0})
+        Prices.of({"quantum": 1.0})
 
 
 def test_money_is_hours_times_price(half_worth):
-    np.testing.assert_allclose(axis_cost(half_worth, "usd", usd_per_hour=2.5), 2.5)
+    np.testing.assert_allclose(axis_cost(half_worth, "usd", Prices.of(usd_per_hour=2.5)), 2.5)
     with pytest.raises(ScalingError, match="needs a price"):
         axis_cost(half_worth, "usd")
 
 
+def test_axes_are_those_the_table_can_be_put_on(half_worth):
+    assert available_axes(half_worth) == ["flops", "flops-6nd", "energy", "seconds"]
+    assert available_axes(half_worth, Prices.of(usd_per_hour=2.0))[-1] == "usd"
+
+
 def test_axis_without_its_column_is_refused(half_worth):
-    with pytest.raises(ScalingError, match="no column 'joules'"):
+    with pytest.raises(ScalingError, match="needs a column 'joules'"):
         compare(half_worth, "a", "b", draws=10, axis="joules")
     with pytest.raises(ScalingError, match="unknown path"):
         compare(half_worth, "a", "b", draws=10, along="ratio=-1")

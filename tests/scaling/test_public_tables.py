@@ -5,6 +5,7 @@ import pytest
 from conftest import DATA
 
 from scaling import compare, fit
+from scaling.verdict.words import verdict
 from scaling.verify import gadre_rows, gadre_table, verify, xlstm_table
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the public tables are not at ../shared/data")
@@ -33,4 +34,4 @@ def test_xlstm_has_the_lower_loss_over_the_measured_range():
     assert (c.difference[inside] < 0).all()
     assert (c.p_b_better[inside] > 0.95).all()
     assert np.log10(c.measured[1] / c.measured[0]) < 1.5
-    assert c.verdict[0].startswith("The crossing is not determined")
+    assert verdict(c)[0].startswith("The crossing is not determined")

@@ -41,7 +41,7 @@ def test_stored_parameters_predict_to_full_precision(written):
     for family, entry in json.loads((folder / "fit.json").read_text())["families"].items():
         p = entry["parameters"]
         loss = p["E"] + p["A"] / 1e6 ** p["alpha"] + p["B"] / 2e7 ** p["beta"]
-        assert report.fits[family].predict(1e6, 2e7)[0] == pytest.approx(loss, rel=1e-12)
+        assert report.found.fits[family].predict(1e6, 2e7)[0] == pytest.approx(loss, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["fit.json", "report.md", "report.html", "runs.csv", "difference.png", "draws.npz"])
@@ -57,14 +57,16 @@ def test_page_opens_offline_and_is_small(written):
     assert not re.search(r"""(src|href)=["']https?:""", shell)
     assert "A &lt;title&gt;" in shell
     assert (
-        shell.index("The crossing is not determined") < shell.index("figure-difference-0") < shell.index("figure-loss")
+        shell.index("The crossing is not determined")
+        < shell.index("figure-difference-0-flops")
+        < shell.index("figure-loss")
     )
 
 
 def test_unrecorded_provenance_is_listed_as_missing(written):
     (report, _), (folder, _) = written
-    assert report.provenance["tuning"] == "three rates a family"
-    assert report.provenance["hardware"] is None
+    assert report.found.provenance["tuning"] == "three rates a family"
+    assert report.found.provenance["hardware"] is None
     assert "| hardware | missing |" in (folder / "report.md").read_text()
 
 
@@ -80,7 +82,7 @@ def test_terminal_summary_has_runs_parameters_and_verdict(written, width):
 
 def test_lone_family_gets_a_report(tmp_path, wide_ladder):
     report = write_report(wide_ladder.family("matmul-free"), tmp_path, draws=50)
-    assert not report.comparisons
+    assert not report.found.pairs
     assert "no second family" in report.verdict[0]
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 

@@ -1,0 +1,136 @@
+"""The verdict in words; it never claims more than the ladder and the draws support."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from scaling.uncertainty.bootstrap import Draws, sorted_clusters
+from scaling.verdict.compare import Comparison, family_frontier
+from scaling.verdict.crossing import LEVEL
+from scaling.verdict.frontier import Cost
+
+
+def verdict(c: Comparison) -> list[str]:
+    """The answer, the headline first."""
+    short = short_ladders(c)
+    lines = [headline(c), *on_matched_cells(c), at_measured(c), p_measured(c), *outside_sizes(c), beyond(c)]
+    failed = [g for g in c.gates if not g.passed and g.message not in short]
+    if failed:
+        lines.append(f"{len(failed)} of {len(c.gates)} checks fail; the first: {failed[0].message}.")
+    return lines
+
+
+def short_ladders(c: Comparison) -> list[str]:
+    """What is missing from ladders that are too small for any claim beyond the runs."""
+    return [g.message for g in c.gates if g.name.startswith("ladder") and not g.passed]
+
+
+def headline(c: Comparison) -> str:
+    """One sentence on the crossing; an interval or a one-sided bound, never a bare point."""
+    short = short_ladders(c)
+    return f"The crossing is not determined: {short[0]}." if short else crossing_sentence(c)
+
+
+def crossing_sentence(c: Comparison) -> str:
+    """What the draws say of the crossing, whatever the ladder."""
+    x = c.crossover
+    if x.p_always > LEVEL:
+        span = f"{c.measured[0]:.1e} to {x.horizon:.0e} {c.unit}"
+        return f"{c.b} has the lower loss at every budget from {span} (P = {x.p_always:.2f})."
+    if np.isinf(x.lower_bound()):
+        return f"{c.b} does not overtake {c.a} before {x.horizon:.0e} {c.unit} (P = {x.p_never:.2f})."
+    if np.isinf(x.high):
+        bound = x.lower_bound()
+        if bound == 0:
+            return f"The crossing is not determined: the draws range from {c.b} leading throughout to never leading."
+        return (
+            f"{c.b} overtakes {c.a}, if at all, above {bound:.1e} {c.unit} (95 % one-sided); "
+            f"it never does before {x.horizon:.0e} in {x.p_never:.0%} of draws."
+        )
+    if x.low == 0:
+        return f"{c.b} leads {c.a} by {x.upper_bound():.1e} {c.unit} at the latest (95 % one-sided)."
+    where = (
+        "within the measured range"
+        if x.high <= c.measured[1]
+        else "beyond the largest run"
+        if x.low > c.measured[1]
+        else "near the largest run"
+    )
+    return f"{c.b} overtakes {c.a} between {x.low:.1e} and {x.high:.1e} {c.unit} (95 % interval), {where}."
+
+
+def on_matched_cells(c: Comparison) -> list[str]:
+    """What needs no law at all: runs of equal size and tokens, side by side."""
+    if not c.draws.paired:
+        return []
+    runs = c.fit.runs
+    first, second = (np.concatenate(sorted_clusters(runs, family)) for family in (c.a, c.b))
+    gaps = runs["loss"][second] - runs["loss"][first]
+    worse = int((gaps > 0).sum())
+    return [
+        f"Run against run, at equal size and tokens, {c.b} has the higher loss in {worse} of {len(gaps)} cells; "
+        f"the difference goes from {gaps.min():+.3f} to {gaps.max():+.3f} nats."
+    ]
+
+
+def at_measured(c: Comparison) -> str:
+    """The difference where there are data: at the largest budget that both families reached."""
+    k = int(np.argmin(np.abs(np.log(c.flops / c.measured[1]))))
+    low, high = (float(v[k]) for v in c.band(c.difference_draws))
+    value = float(c.difference[k])
+    side = "higher" if value > 0 else "lower"
+    clear = "" if low * high > 0 else ", which does not tell the two apart"
+    return (
+        f"At {c.flops[k]:.1e} {c.unit}, the largest measured, {c.b} has a loss {abs(value):.3f} nats {side} "
+        f"than {c.a} (95 % interval of the difference {low:+.3f} to {high:+.3f}){clear}."
+    )
+
+
+def p_measured(c: Comparison) -> str:
+    """P(B better) over the budgets that were measured."""
+    chance = c.p_b_better[c.within]
+    low, high = f"{chance.min():.2f}", f"{chance.max():.2f}"
+    span = low if low == high else f"{low} to {high}"
+    return f"P({c.b} better) is {span} over the measured range, {c.measured[0]:.1e} to {c.measured[1]:.1e} {c.unit}."
+
+
+def outside_sizes(c: Comparison) -> list[str]:
+    """Where the best allocation asks for sizes that were not trained, though the budget itself was measured."""
+    asked = []
+    for family in (c.a, c.b):
+        best = np.exp(c.frontiers[family].log_n[0][c.within])
+        sizes = c.fit.runs.family(family)["N"]
+        if best.min() < sizes.min() / 1.1:
+            asked.append(f"{family} down to {best.min():.1e} parameters (smallest trained {sizes.min():.1e})")
+        if best.max() > sizes.max() * 1.1:
+            asked.append(f"{family} up to {best.max():.1e} parameters (largest trained {sizes.max():.1e})")
+    if not asked:
+        return []
+    return [
+        f"Within the measured budgets the best allocation leaves the sizes that were trained, for {', '.join(asked)}: "
+        "there the frontier is the law's word, not a run's."
+    ]
+
+
+def ranking(joint: Draws, families: Sequence[str]) -> list[str]:
+    """Several families at the largest compute that all of them reached: the chance that each has the lowest loss."""
+    runs = joint.fit.runs
+    top = min(float(runs.family(f)["flops"].max()) for f in families)
+    at = np.log([top])
+    drawn = [family_frontier(joint.fit, joint.theta, f, Cost.of(runs.family(f)), at).loss[:, 0] for f in families]
+    first = np.argmin(drawn, axis=0)
+    chances = sorted(((float((first == k).mean()), f) for k, f in enumerate(families)), reverse=True)
+    listed = ", ".join(f"{f} {p:.2f}" for p, f in chances)
+    return [f"Of {len(families)} families at {top:.1e} FLOP, the largest that all reached, P(lowest loss): {listed}."]
+
+
+def beyond(c: Comparison) -> str:
+    """What the extrapolated draws say, with the share that never cross."""
+    x = c.crossover
+    return (
+        f"Extrapolated to {x.horizon:.0e} {c.unit} ({np.log10(x.horizon / c.measured[1]):.0f} decades beyond data), "
+        f"the order of the two changes in {1 - x.p_none:.0%} of {len(x.draws)} draws; {c.b} ends ahead in "
+        f"{1 - x.p_never:.0%}. These shares assume that the law holds that far, which no run here can show."
+    )
