@@ -4,8 +4,7 @@ A cluster is everything that shares randomness: all decays off one trunk, all ch
 more the clusters themselves are resampled ("pairs"). With fewer, such draws often lose a whole size and with it the
 law, and multiplying each cluster's residuals by a random sign ("wild") covers too little, because the fit has absorbed
 most of what so few clusters could show (`python -m scaling.uncertainty.simulate` measures it for every method).
-There the noise is drawn from a model of it instead ("parametric"): an effect of the trunk, one of the cell common to
-paired families, one of the run, with all that the residuals leave open about their sizes averaged over.
+There the noise is drawn from a model of it instead ("parametric": noise.py).
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scaling.fitting.fit import LARGE_TABLE, Fit, bounds_of, subset
-from scaling.fitting.solve import Objective, linearised, minimise, refit
+from scaling.fitting.solve import minimise, refit
 from scaling.tables.runs import Runs, ScalingError
+from scaling.uncertainty.noise import least_squares_residuals, parametric_noise, sorted_clusters
 
 MIN_CLUSTERS_FOR_PAIRS = 12
 WEBB = np.sqrt([1.5, 1.0, 0.5, 0, 0, 0]) - np.sqrt(
@@ -115,16 +115,6 @@ def cluster_labels(runs: Runs, families: tuple[str, ...]) -> tuple[np.ndarray, b
     return labels, paired
 
 
-def sorted_clusters(runs: Runs, family: str) -> list[np.ndarray]:
-    """Row numbers of each cluster of a family, clusters in order of (N, D), rows within in order of (N, D)."""
-    rows = np.flatnonzero(runs["family"] == family)
-    rows = rows[np.lexsort((runs["D"][rows], runs["N"][rows]))]
-    groups: dict[str, list[int]] = {}
-    for row in rows:
-        groups.setdefault(runs["cluster"][row], []).append(int(row))
-    return [np.array(group) for group in groups.values()]
-
-
 def same_design(runs: Runs, first: list[np.ndarray], second: list[np.ndarray]) -> bool:
     """Whether two families' clusters hold the same cells: N within 30 % (counts differ by family), D within 5 %."""
     if [len(c) for c in first] != [len(c) for c in second]:
@@ -146,91 +136,6 @@ def pair_weights(
         counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
         weight[:, rows] = counts[:, place]
     return weight
-
-
-def least_squares_residuals(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
-    """Log residuals (n,) about the least-squares fit of the same rows, and an orthonormal basis (n, q) of its tangent.
-
-    Not about the fit itself: a Huber fit with a threshold below the noise passes through P points exactly, and its
-    residuals say nothing about the noise there.
-    """
-    squares = Objective("log-ls", True, np.inf)
-    log_loss = np.log(fit.runs["loss"])
-    box = bounds_of(fit.model, fit.runs["loss"])
-    theta, _ = minimise(fit.model, squares, log_loss, np.ones(len(log_loss)), fit.theta[None], box, 200)
-    value, jacobian = linearised(fit.model, squares, theta)
-    design = jacobian[0].T
-    left, spectrum, _ = np.linalg.svd(design / (np.linalg.norm(design, axis=0) + 1e-300), full_matrices=False)
-    return log_loss - value[0], left[:, spectrum > 1e-7 * spectrum[0]]
-
-
-def parametric_noise(
-    fit: Fit, labels: np.ndarray, paired: bool, draws: int, rng: np.random.Generator
-) -> tuple[np.ndarray, float]:
-    """(draws, n) noise on log loss, and the residual degrees of freedom.
-
-    Restricted likelihood (Patterson & Thompson 1971) of the shares of variance due to run, trunk and common cell, on
-    a grid; the prior is proportional to the trunk's share, since decays off one trunk share their seed, their data and
-    nine tenths of their steps, and flat otherwise. The scale given shares is inverse chi-squared. Each draw takes
-    its own shares and scale, so that what four trunks cannot tell about themselves widens the draws.
-    """
-    residual, frame = least_squares_residuals(fit)
-    members, has_trunks = noise_members(fit, labels, paired)
-    null = np.linalg.qr(frame, mode="complete")[0][:, frame.shape[1] :]
-    contrasts, freedom = null.T @ residual, null.shape[1]
-    if freedom < 1:
-        raise ScalingError("no degrees of freedom are left to judge the noise: more runs are needed")
-    parts = [null.T @ (m @ m.T) @ null for m in members]
-    shares = simplex(len(members))
-    scores, sizes = np.array([restricted_likelihood(parts, share, contrasts) for share in shares]).T
-    chance = np.exp(scores - scores.max())
-    if has_trunks:
-        chance = chance * shares[:, 1]
-    pick = rng.choice(len(shares), draws, p=chance / chance.sum())
-    scale = sizes[pick] / rng.chisquare(freedom, draws)
-    noise = np.zeros((draws, len(residual)))
-    for k, member in enumerate(members):
-        effect = rng.normal(size=(draws, member.shape[1])) * np.sqrt(shares[pick, k] * scale)[:, None]
-        noise += effect @ member.T
-    return noise, float(freedom)
-
-
-def noise_members(fit: Fit, labels: np.ndarray, paired: bool) -> tuple[list[np.ndarray], bool]:
-    """Indicator matrices (n, groups) of the noise effects run, trunk within family, cell common to paired families;
-    and whether there are trunks, i.e. clusters of more than one run."""
-    rows = len(labels)
-    trunk = np.unique([f"{f}|{k}" for f, k in zip(fit.runs["family"], labels, strict=True)], return_inverse=True)[1]
-    members = [np.eye(rows)]
-    has_trunks = bool(trunk.max() + 1 < rows)
-    if has_trunks:
-        members.append(np.eye(trunk.max() + 1)[trunk])
-    if paired:
-        cell = np.empty(rows, dtype=int)
-        for family in fit.families:
-            ordered = np.concatenate(sorted_clusters(fit.runs, family))
-            cell[ordered] = np.arange(len(ordered))
-        members.append(np.eye(cell.max() + 1)[cell])
-    return members, has_trunks
-
-
-def simplex(parts: int, steps: int = 12) -> np.ndarray:
-    """(points, parts) shares that sum to one on a regular grid; the first is kept above zero."""
-    if parts == 1:
-        return np.ones((1, 1))
-    grid = (
-        np.stack(np.meshgrid(*[np.arange(steps + 1)] * (parts - 1), indexing="ij"), -1).reshape(-1, parts - 1) / steps
-    )
-    grid = grid[grid.sum(axis=1) <= 1]
-    shares = np.column_stack([1 - grid.sum(axis=1), grid])
-    return 0.98 * shares + 0.02 * np.eye(parts)[0]
-
-
-def restricted_likelihood(parts: list[np.ndarray], share: np.ndarray, contrasts: np.ndarray) -> tuple[float, float]:
-    """Log marginal likelihood of the shares with the scale integrated out (prior 1 / scale), and the quadratic form."""
-    covariance = sum(s * part for s, part in zip(share, parts, strict=True))
-    _, log_determinant = np.linalg.slogdet(covariance)
-    size = max(float(contrasts @ np.linalg.solve(covariance, contrasts)), 1e-30)
-    return -0.5 * log_determinant - 0.5 * len(contrasts) * np.log(size), size
 
 
 def wild_noise(
