@@ -1,6 +1,8 @@
 """Documents out of files: plain text, JSON lines (also compressed), Parquet, ArrayRecord, Hugging Face datasets.
 
 Input is cut into units that do not depend on how many processes read them. Every error names the file and the place.
+Text and JSON lines are never held whole: a long text file becomes documents of PART_BYTES, cut at blank lines, else at
+ends of lines, else between words; a JSON line above LONGEST_RECORD is a bad record.
 """
 
 import gzip
@@ -18,10 +20,9 @@ from typing import Any, BinaryIO
 from mmfree_jax.data.text import decode
 
 UNIT_BYTES = 64_000_000  # of input in a unit: some ten seconds of work, a shard of about 40 MB
-LARGE_TEXT = (
-    1_000_000  # bytes of a plain text file that are one document; larger files are cut, or nothing could be held out
-)
+LARGE_TEXT = 1_000_000  # bytes of a text file that are one document; of a larger one nothing could be held out
 PART_BYTES = 65_536  # of a document cut out of a large text file
+LONGEST_RECORD = 64_000_000  # bytes of a JSON line: what one worker can hold several times over
 _BLOCK = 1 << 20  # bytes read at once
 _TEXT, _JSON = (".txt", ".md", ".rst", ".text"), (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst", ".xz")
@@ -173,12 +174,24 @@ def blocks(path: str) -> Iterator[bytes]:
             raise InputError(f"{path} is cut off or damaged after {done} bytes of content: {error}") from None
 
 
-def _lines(stream: Iterator[bytes]) -> Iterator[bytes]:
+def _word_end(data: bytes, limit: int) -> int:
+    """How many bytes, at most `limit`, end with a space; without one, where a character ends."""
+    cut = data.rfind(b" ", 0, limit) + 1 or limit
+    while cut > 1 and cut < len(data) and data[cut] & 0xC0 == 0x80:  # in the middle of a character of UTF-8
+        cut -= 1
+    return cut
+
+
+def _lines(stream: Iterable[bytes], longest: int) -> Iterator[bytes]:
+    """Lines with their ends. What goes on for `longest` bytes or more without one comes in pieces without ends."""
     rest = b""
     for block in stream:
-        pieces = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
-        rest = pieces.pop()
-        yield from pieces
+        *whole, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
+        yield from (line + b"\n" for line in whole)
+        while len(rest) >= longest:
+            cut = _word_end(rest, longest)
+            yield rest[:cut]
+            rest = rest[cut:]
     if rest:
         yield rest
 
@@ -190,12 +203,12 @@ def _text_documents(lines: Iterator[bytes], is_slice: bool) -> Iterator[str]:
     while not is_slice and size <= LARGE_TEXT:
         line = next(lines, None)
         if line is None:
-            yield decode(b"\n".join(held))
+            yield decode(b"".join(held).removesuffix(b"\n"))
             return
         held.append(line)
-        size += len(line) + 1
+        size += len(line)
     for part in _parts(itertools.chain(held, lines)):
-        yield decode(b"\n".join(part))
+        yield decode(b"".join(part).removesuffix(b"\n"))
 
 
 def _parts(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
@@ -203,7 +216,7 @@ def _parts(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
     size = 0
     for line in lines:
         part.append(line)
-        size += len(line) + 1
+        size += len(line)
         if size >= 2 * PART_BYTES or (size >= PART_BYTES and not line.strip()):
             yield part
             part, size = [], 0
@@ -211,14 +224,34 @@ def _parts(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield part
 
 
-def _slice_lines(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of the lines that begin in bytes [start, stop)."""
+def _line_start(file: BinaryIO, at: int, whole_lines: bool) -> int:
+    """Offset of the first line that begins at byte `at` or later; or, where the next _BLOCK bytes hold no line end and
+    whole lines are not needed, of a word."""
+    done = max(at - 1, 0)
+    file.seek(done)
+    while at and (block := file.read(_BLOCK)):
+        found = block.find(b"\n")
+        if found < 0 and not whole_lines:
+            found = block.find(b" ")
+        if found >= 0:
+            return done + found + 1
+        done += len(block)
+    return done
+
+
+def _slice_range(unit: Unit, whole_lines: bool) -> tuple[int, int]:
+    """Where the lines that begin in the unit's range begin and end in the file."""
+    assert unit.stop is not None
+    with open(unit.files[0], "rb") as file:
+        return _line_start(file, unit.start, whole_lines), _line_start(file, unit.stop, whole_lines)
+
+
+def _range_blocks(path: str, start: int, stop: int) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        file.seek(max(start - 1, 0))
-        if start:
-            file.readline()
-        while (offset := file.tell()) < stop and (line := file.readline()):
-            yield offset, line.rstrip(b"\n")
+        file.seek(start)
+        while start < stop and (block := file.read(min(_BLOCK, stop - start))):
+            yield block
+            start += len(block)
 
 
 def _line_number(path: str, offset: int) -> int:
@@ -226,14 +259,18 @@ def _line_number(path: str, offset: int) -> int:
         return 1 + sum(file.read(min(_BLOCK, offset - at)).count(b"\n") for at in range(0, offset, _BLOCK))
 
 
-def _numbered_lines(unit: Unit) -> Iterator[tuple[int | None, int, bytes]]:
-    """(line number or None, byte offset, line)."""
-    if unit.stop is None:
-        for number, line in enumerate(_lines(blocks(unit.files[0])), 1):
-            yield number, 0, line
-    else:
-        for offset, line in _slice_lines(unit.files[0], unit.start, unit.stop):
-            yield None, offset, line
+def _records(stream: Iterable[bytes]) -> Iterator[tuple[bytes | None, int]]:
+    """(line, its bytes with the end) of JSON lines; None instead of a line longer than LONGEST_RECORD, never held."""
+    rest, passed = b"", 0
+    for block in stream:
+        *whole, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
+        for line in whole:
+            yield None if passed else line, passed + len(line) + 1
+            passed = 0
+        if passed or len(rest) > LONGEST_RECORD:
+            rest, passed = b"", passed + len(rest)
+    if rest or passed:
+        yield None if passed else rest, passed + len(rest)
 
 
 def _text_of(record: Any, key: str) -> str:
@@ -244,6 +281,16 @@ def _text_of(record: Any, key: str) -> str:
     if not isinstance(record[key], str):
         raise ValueError(f"field {key!r} is not text")
     return record[key]
+
+
+def _text_of_line(line: bytes | None, size: int, key: str) -> str | None:
+    """The text of a JSON line; None for a blank one."""
+    if line is None:
+        most = LONGEST_RECORD / 1e6
+        raise ValueError(
+            f"a record of {size / 1e6:.0f} MB; up to {most:.0f} MB fit, longer documents go into text files"
+        )
+    return _text_of(json.loads(decode(line)), key) if line.strip() else None
 
 
 class Documents:
@@ -262,26 +309,24 @@ class Documents:
         self.bad.append(f"{where}: {error}")
 
     def _text(self) -> Iterator[str]:
+        sliced = self.unit.stop is not None
         for file in self.unit.files:
-            stop = self.unit.stop
-            lines = (
-                _lines(blocks(file))
-                if stop is None
-                else (line for _, line in _slice_lines(file, self.unit.start, stop))
-            )
-            yield from _text_documents(lines, is_slice=stop is not None)
+            stream = _range_blocks(file, *_slice_range(self.unit, whole_lines=False)) if sliced else blocks(file)
+            yield from _text_documents(_lines(stream, 2 * PART_BYTES), is_slice=sliced)
 
     def _jsonl(self) -> Iterator[str]:
-        path = self.unit.files[0]
-        for number, offset, line in _numbered_lines(self.unit):
-            if not line.strip():
-                continue
+        path, sliced = self.unit.files[0], self.unit.stop is not None
+        offset, stop = _slice_range(self.unit, whole_lines=True) if sliced else (0, 0)
+        stream = _range_blocks(path, offset, stop) if sliced else blocks(path)
+        for number, (line, size) in enumerate(_records(stream), 1):
             try:
-                text = _text_of(json.loads(decode(line)), self.reading.key)
+                text = _text_of_line(line, size, self.reading.key)
             except (ValueError, RecursionError) as error:
-                self._refuse(f"{path}, line {number or _line_number(path, offset)}", error)
-                continue
-            yield text
+                self._refuse(f"{path}, line {_line_number(path, offset) if sliced else number}", error)
+            else:
+                if text is not None:
+                    yield text
+            offset += size
 
     def _parquet(self) -> Iterator[str]:
         path = self.unit.files[0]
