@@ -88,13 +88,20 @@ def _build_named(options: argparse.Namespace) -> TokenSet:
     return build_embedded(out, options.vocab, **settings) if out else resolve_corpus(name, options.vocab, progress=_say)
 
 
-def _build(options: argparse.Namespace) -> None:
+def _build_any(options: argparse.Namespace) -> TokenSet:
     if len(options.what) == 1 and options.what[0] in NAMED:
-        result = _build_named(options)
-    elif options.out is None:
+        return _build_named(options)
+    if options.out is None:
         raise ValueError("--out is required: the folder of the new token set")
-    else:
-        result = _build_input(options)
+    return _build_input(options)
+
+
+def _build(options: argparse.Namespace) -> None:
+    try:
+        result = _build_any(options)
+    except KeyboardInterrupt:
+        _say("interrupted: the same command goes on from here")
+        raise
     for name, split in result.splits.items():
         size = result.text_bytes(name)
         print(f"{name}: {len(split):,} tokens, {split.documents:,} documents, {size:,} bytes of text")

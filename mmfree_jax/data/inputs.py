@@ -286,10 +286,8 @@ def _text_of(record: Any, key: str) -> str:
 def _text_of_line(line: bytes | None, size: int, key: str) -> str | None:
     """The text of a JSON line; None for a blank one."""
     if line is None:
-        most = LONGEST_RECORD / 1e6
-        raise ValueError(
-            f"a record of {size / 1e6:.0f} MB; up to {most:.0f} MB fit, longer documents go into text files"
-        )
+        most = f"{LONGEST_RECORD / 1e6:.0f} MB"
+        raise ValueError(f"a record of {size / 1e6:.0f} MB, more than {most}: a document that long needs a text file")
     return _text_of(json.loads(decode(line)), key) if line.strip() else None
 
 
@@ -312,7 +310,7 @@ class Documents:
         sliced = self.unit.stop is not None
         for file in self.unit.files:
             stream = _range_blocks(file, *_slice_range(self.unit, whole_lines=False)) if sliced else blocks(file)
-            yield from _text_documents(_lines(stream, 2 * PART_BYTES), is_slice=sliced)
+            yield from _text_documents(_lines(stream, PART_BYTES), is_slice=sliced)
 
     def _jsonl(self) -> Iterator[str]:
         path, sliced = self.unit.files[0], self.unit.stop is not None

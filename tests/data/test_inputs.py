@@ -84,6 +84,39 @@ def test_the_line_number_is_right_in_every_slice(tmp_path: Path, monkeypatch: py
         read(tmp_path / "a.jsonl")
 
 
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_record_too_long_to_hold_is_a_bad_one(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "LONGEST_RECORD", 100_000)
+    monkeypatch.setattr(inputs, "UNIT_BYTES", 1_000_000)
+    long = json.dumps({"text": "long " * 700_000}).encode() + b"\n"
+    file = tmp_path / f"a.jsonl{ending}"
+    file.write_bytes(COMPRESS[ending](LINES + long + LINES + long + LINES))
+    with pytest.raises(InputError, match=r", line 7: a record of 4 MB, more than 0 MB: .*text file"):
+        read(file)
+    every = [Documents(unit, Reading(skip_bad=True)) for unit in plan([str(file)])]
+    assert [text for documents in every for text in documents] == 3 * TEXTS
+    assert [bad.split(":")[0] for documents in every for bad in documents.bad] == [
+        f"{file}, line 7",
+        f"{file}, line 14",
+    ]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("space", ["", " "])
+def test_one_endless_line_is_cut_between_words_or_characters(
+    tmp_path: Path, space: str, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "UNIT_BYTES", 1_000_000)
+    words = [f"Wörter数学🙂{i}{space}" for i in range(200_000)]
+    (tmp_path / f"a.txt{ending}").write_bytes(COMPRESS[ending]("".join(words).encode()))
+    found = read(tmp_path / f"a.txt{ending}")
+    assert "".join(found) == "".join(words)
+    assert max(len(text.encode()) for text in found) <= 3 * inputs.PART_BYTES
+    assert len(found) > 20
+    if space:
+        assert all(text.endswith(" ") for text in found)
+
+
 def test_invalid_utf8_is_marked_and_kept(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
