@@ -192,8 +192,8 @@ def solve(
 
     On a large table both solvers work on a random subset of the rows, and their optimum is finished on all of them.
     """
-    chosen = screened_rows(model, seed)
-    small, seen = (subset(model, chosen), loss[chosen]) if len(chosen) < len(loss) else (model, loss)
+    chosen = model.sample(LARGE_TABLE, seed)
+    small, seen = (model.subset(chosen), loss[chosen]) if len(chosen) < len(loss) else (model, loss)
     weight, target = np.ones(len(seen)), objective.target(seen)
     box, first = bounds_of(small, seen), starts_of(small, seen, starts, seed)
     finals, values = solve_starts(small, objective, seen, first, box)
@@ -229,26 +229,11 @@ def finish(
     return best, replace(measured, condition=condition, correlation=correlation)
 
 
-def screened_rows(model: Model, seed: int) -> np.ndarray:
-    """Sorted row numbers to search on: all of them, or a random LARGE_TABLE, an equal part from each family."""
-    if model.features.shape[1] <= LARGE_TABLE:
-        return np.arange(model.features.shape[1])
-    rng = np.random.default_rng(seed)
-    part = LARGE_TABLE // len(model.rows)
-    return np.sort(np.concatenate([rng.choice(rows, min(len(rows), part), replace=False) for rows in model.rows]))
-
-
 def solve_starts(
     model: Model, objective: Objective, loss: np.ndarray, first: np.ndarray, box: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """All starts carried to the end: finals (K, P), objectives (K,)."""
     return multistart(model, objective, loss, np.ones(len(loss)), first, box)
-
-
-def subset(model: Model, chosen: np.ndarray) -> Model:
-    """The model on some of its rows."""
-    rows = tuple(np.flatnonzero(np.isin(chosen, r)) for r in model.rows)
-    return replace(model, features=model.features[:, chosen], rows=rows)
 
 
 def certify(

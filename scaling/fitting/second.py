@@ -10,6 +10,7 @@ from scaling.fitting.solve import LAD_DELTA, MAX_DAMPING, Objective, evaluate, l
 from scaling.laws.base import EXPONENT_BOUNDS, Model
 
 TRUST_REGION_STARTS = 12
+GRID_RANGE, GRID_POINTS = (0.02, 1.6), 32  # exponents that VarPro looks at first, and how many of them for each
 
 
 def second_solution(
@@ -102,14 +103,7 @@ def varpro(
     `minimise` beyond the definition of rho.
     """
     which = slope_parameters(model)
-    low, high = 0.02, 1.6
-    grid = (
-        np.exp(qmc.Halton(len(which), seed=0).random(256) * np.log(high / low) + np.log(low))
-        if len(which)
-        else np.zeros((1, 0))
-    )
-    scored = [(projected(model, s, which, loss, weight / loss**2)[2], i) for i, s in enumerate(grid)]
-    slopes, damping, idle = grid[min(scored)[1]], 1e-3, 0
+    slopes, damping, idle = first_slopes(model, which, loss, weight / loss**2), 1e-3, 0
     coefficients, fitted, _ = projected(model, slopes, which, loss, weight / loss**2)
     best = varpro_objective(objective, fitted, loss, weight)
     for _ in range(iterations):
@@ -126,6 +120,16 @@ def varpro(
         if idle > 10 or damping > MAX_DAMPING:
             break
     return varpro_vector(model, slopes, which, coefficients), best
+
+
+def first_slopes(model: Model, which: np.ndarray, loss: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """The best exponents by weighted least squares among points spread evenly over their plausible range."""
+    if not len(which):
+        return np.empty(0)
+    low, high = np.log(GRID_RANGE)
+    grid = np.exp(low + (high - low) * qmc.Halton(len(which), seed=0).random(GRID_POINTS * len(which)))
+    norms = [projected(model, slopes, which, loss, mass)[2] for slopes in grid]
+    return grid[int(np.argmin(norms))]
 
 
 def projected(

@@ -18,6 +18,8 @@ CHUNK_ELEMENTS = 250_000  # rows x problems solved together; keeps the Jacobian 
 CONTINUATION = (3e-2, 5e-3)  # wide Huber thresholds passed through on the way from a cold start to a narrow one
 LAD_CONTINUATION = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 LAD_DELTA = 1e-8  # least absolute deviations, as the limit of a Huber threshold far below any residual
+SEARCH_ROWS = 12  # for each parameter, while thresholds are wide
+ROUND = 8  # iterations after which starts are looked through for pairs that have met
 MEETING = 1e-3  # centred distance within which two starts are on the same way to the same optimum
 MAX_DAMPING = 1e12
 
@@ -106,7 +108,7 @@ def damped_steps(
     """
     size = np.abs(residual)
     outer = delta / np.maximum(size, delta) if np.isfinite(delta) else np.ones_like(size)
-    slope = np.einsum("kpn,kn->kp", jacobian, weight * residual * outer)
+    slope = (jacobian @ (weight * residual * outer)[:, :, None])[:, :, 0]
     count = jacobian.shape[1]
     moved = np.swapaxes(jacobian, 1, 2)
     irls = (jacobian * (weight * outer)[:, None, :]) @ moved
@@ -194,14 +196,18 @@ def multistart(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every start carried to the end through easier problems; (K, P) finals, (K,) objectives.
 
-    Starts that have met on the way go on as one.
+    The wide thresholds at the beginning only lead the way, and see a sample of the rows. Starts that have met go on as
+    one.
     """
-    target, theta, origin = objective.target(loss), starts, np.arange(len(starts))
-    for stage in narrowing(objective, cold=True):
-        theta, _ = minimise(model, stage, target, weight, theta, bounds, iterations=25, tolerance=1e-4)
+    theta, origin = starts, np.arange(len(starts))
+    seen = model.sample(SEARCH_ROWS * model.size)
+    rounds = [(stage, rows) for stage in narrowing(objective, cold=True) for rows in (seen, seen, None)]
+    for stage, rows in [*rounds, (objective, None)]:
+        part, goal, mass = (model, loss, weight) if rows is None else (model.subset(rows), loss[rows], weight[rows])
+        theta, _ = minimise(part, stage, objective.target(goal), mass, theta, bounds, ROUND, 1e-4)
         theta, place = merged(theta)
         origin = place[origin]
-    theta, value = minimise(model, objective, target, weight, theta, bounds, iterations=200)
+    theta, value = minimise(model, objective, objective.target(loss), weight, theta, bounds, 200, 1e-9)
     return theta[origin], value[origin]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -105,23 +105,26 @@ class SumOfPowers(Law):
             for t in self.terms
         ]
 
-    def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """(K, n) log loss."""
+    def shares(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(K, n) log loss, and each term times one unknown factor; the factor's reciprocal comes last."""
         logits = self.logits(theta, features)
         top = np.broadcast_to(logits[0], (len(theta), features.shape[-1]))
         for logit in logits[1:]:
             top = np.maximum(top, logit)
-        total = np.zeros_like(top)
-        for logit in logits:
-            total += np.exp(logit - top)
-        return top + np.log(total)
+        parts = [np.exp(logit - top) for logit in logits]
+        total = sum(parts[1:], start=parts[0])
+        return top + np.log(total), [*parts, 1 / total]
+
+    def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """(K, n) log loss."""
+        return self.shares(theta, features)[0]
 
     def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(K, n) log loss and (K, P, n) derivatives: the softmax shares of the terms, times their features."""
-        value = self.value(theta, features)
+        value, (*parts, scale) = self.shares(theta, features)
         jacobian = np.zeros((len(theta), len(self.names), features.shape[-1]))
-        for term, logit in zip(self.terms, self.logits(theta, features), strict=True):
-            share = np.exp(logit - value)
+        for term, part in zip(self.terms, parts, strict=True):
+            share = part * scale
             jacobian[:, term.intercept] += share
             if term.slope is not None and term.feature is not None:
                 jacobian[:, term.slope] -= share * features[term.feature]
@@ -197,6 +200,18 @@ class Model:
             out[:, rows] = value
             jacobian[:, columns[:, None], rows[None, :]] = part
         return out, jacobian
+
+    def subset(self, chosen: np.ndarray) -> Model:
+        """The model on some of its rows, given as sorted row numbers."""
+        rows = tuple(np.flatnonzero(np.isin(chosen, r)) for r in self.rows)
+        return replace(self, features=self.features[:, chosen], rows=rows)
+
+    def sample(self, limit: int, seed: int = 0) -> np.ndarray:
+        """Sorted row numbers: all of them, or `limit` at random, an equal part from each family."""
+        if self.features.shape[1] <= limit:
+            return np.arange(self.features.shape[1])
+        rng, part = np.random.default_rng(seed), limit // len(self.rows)
+        return np.sort(np.concatenate([rng.choice(rows, min(len(rows), part), replace=False) for rows in self.rows]))
 
     def scatter(self, per_family: Sequence[np.ndarray]) -> np.ndarray:
         """Joint vectors (K, P) from each family's own (K, p): shared entries take the first family's value."""

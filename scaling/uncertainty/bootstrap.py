@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scaling.fitting.fit import LARGE_TABLE, Fit, bounds_of, subset
+from scaling.fitting.fit import LARGE_TABLE, Fit, bounds_of
 from scaling.fitting.solve import minimise, refit
 from scaling.tables.runs import Runs, ScalingError
 from scaling.uncertainty.noise import least_squares_residuals, parametric_noise, sorted_clusters
@@ -93,7 +93,7 @@ def bootstrap_large(fit: Fit, draws: int, seed: int, method: str) -> Draws:
     names, place = np.unique(fit.runs["cluster"].astype(str), return_inverse=True)
     kept = np.isin(place, rng.permutation(len(names))[: max(1, len(names) * LARGE_TABLE // len(fit.runs))])
     rows = np.flatnonzero(kept)[:LARGE_TABLE]
-    model, loss = subset(fit.model, rows), fit.runs["loss"][rows]
+    model, loss = fit.model.subset(rows), fit.runs["loss"][rows]
     target, weight = fit.objective.target(loss), np.ones(len(rows))
     theta, _ = minimise(model, fit.objective, target, weight, fit.theta[None], bounds_of(model, loss), 100)
     part = replace(fit, runs=fit.runs.select(rows), model=model, theta=theta[0])
