@@ -1,6 +1,6 @@
 """Resampling by cluster: what the fit would have been with other runs, trunk by trunk, family by family.
 
-A cluster is everything that shares randomness: all decays off one trunk, all checkpoints of a run. With 12 clusters or
+A cluster is everything that shares randomness: all decays off one trunk, all checkpoints of a run. With 20 clusters or
 more the clusters themselves are resampled ("pairs"). With fewer, such draws often lose a whole size and with it the
 law, and multiplying each cluster's residuals by a random sign ("wild") covers too little, because the fit has absorbed
 most of what so few clusters could show (`python -m scaling.uncertainty.simulate` measures it for every method).
@@ -18,7 +18,7 @@ from scaling.fitting.solve import minimise, refit
 from scaling.tables.runs import Runs, ScalingError
 from scaling.uncertainty.noise import least_squares_residuals, parametric_noise, sorted_clusters
 
-MIN_CLUSTERS_FOR_PAIRS = 12
+MIN_CLUSTERS_FOR_PAIRS = 20
 WEBB = np.sqrt([1.5, 1.0, 0.5, 0, 0, 0]) - np.sqrt(
     [0, 0, 0, 0.5, 1.0, 1.5]
 )  # six-point weights, variance 1 (Webb 2014)

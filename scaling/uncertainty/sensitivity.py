@@ -59,7 +59,7 @@ def robust_delta(residuals: np.ndarray, multiple: float = 1.345) -> float:
     return float(multiple * MAD_TO_SD * np.median(np.abs(residuals - np.median(residuals))))
 
 
-def delta_from_noise(runs: Runs, law: str = "chinchilla", smallest: float = 1e-3) -> float:
+def delta_from_noise(runs: Runs, law: str = "chinchilla", smallest: float = 1e-3, starts: int = 64) -> float:
     """Huber threshold that suits the noise of a table: `robust_delta` of each family's least-squares residuals.
 
     Far below the noise a Huber fit is a least-absolute-deviations fit, which passes exactly through as many points as
@@ -68,7 +68,7 @@ def delta_from_noise(runs: Runs, law: str = "chinchilla", smallest: float = 1e-3
     """
     scaled = []
     for family in runs.families:
-        squares = fit(runs.family(family), law, "log-ls")
+        squares = fit(runs.family(family), law, "log-ls", starts=starts)
         rows, used = len(squares.runs), len(squares.law.names)
         scaled.append(squares.residuals() * np.sqrt(rows / (rows - used)))
     return max(smallest, robust_delta(np.concatenate(scaled)))
