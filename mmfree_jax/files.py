@@ -30,6 +30,17 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+@contextlib.contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """An OSError that names no file, as a full disk gives one, names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(folder)) from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically. Raises ValueError for NaN and infinities, which JSON does not have."""
     write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

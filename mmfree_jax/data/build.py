@@ -16,10 +16,11 @@ from mmfree_jax.data.token_set import TOKENIZER, TokenSet
 from mmfree_jax.data.token_writer import finish, join_entries, write_texts
 from mmfree_jax.data.tokenization import Tokenizer, load, train_bpe
 from mmfree_jax.data.workers import available_cores, run_parts
-from mmfree_jax.files import locked, read_json, write_json
+from mmfree_jax.files import locked, naming, read_json, write_json
 
 TRAINING_SAMPLE = 80_000_000  # characters that a tokenizer is trained on at most
 SPLITS = ("train", "valid")
+PLAN = "plan.json"
 Progress = Callable[[str], None]
 
 
@@ -85,9 +86,10 @@ def tokenise(job: Job) -> dict[str, Any]:
     documents = Documents(job.unit, job.recipe.reading)
     labelled = texts(job.unit, job.recipe, documents)
     tokenizer = load(folder / TOKENIZER)
-    splits = write_texts(folder, labelled, tokenizer, SPLITS, suffix=f"-{job.number:05d}")
-    record = {"splits": splits, "bad": len(documents.bad), "bad_examples": documents.bad[:5]}
-    write_json(_record_path(folder, job.number), record)
+    with naming(folder):
+        splits = write_texts(folder, labelled, tokenizer, SPLITS, suffix=f"-{job.number:05d}")
+        record = {"splits": splits, "bad": len(documents.bad), "bad_examples": documents.bad[:5]}
+        write_json(_record_path(folder, job.number), record)
     return record
 
 
@@ -102,7 +104,7 @@ def _identity(units: Sequence[Unit], recipe: Recipe, vocab_hash: str) -> dict[st
 
 def _begin(folder: Path, identity: dict[str, Any], tokenizer: Tokenizer, progress: Progress) -> None:
     """An empty building folder, or the one of an earlier, interrupted build of the same input."""
-    plan = folder / "plan.json"
+    plan = folder / PLAN
     if plan.exists() and read_json(plan) == identity:
         progress("going on with an interrupted build")
         return
@@ -130,14 +132,13 @@ def _tokenise_all(jobs: Sequence[Job], processes: int, progress: Progress) -> li
 
 
 def _publish(folder: Path, path: Path, records: Sequence[dict[str, Any]], card: Mapping[str, Any]) -> None:
-    """Complete the set in `folder`: leave out empty shards and the records of the build, write the index, rename."""
+    """Complete the set in `folder`: write the index, leave out the records of the build, rename."""
     splits = {name: join_entries([record["splits"][name] for record in records]) for name in SPLITS}
-    for file in folder.glob("*.json"):
-        if file.name != TOKENIZER:
-            file.unlink()
     bad = {"bad_records": sum(record["bad"] for record in records)}
     bad |= {"bad_record_examples": [example for record in records for example in record["bad_examples"]][:20]}
     finish(folder, splits, load(folder / TOKENIZER), {**card, **bad})
+    for file in [folder / PLAN, *folder.glob("unit-*.json")]:  # only now: until here a failure costs nothing
+        file.unlink()
     os.rename(folder, path)
 
 
@@ -161,7 +162,7 @@ def build(
     if not units:
         raise ValueError("there is nothing to build from")
     work = path.with_name(f".{path.name}.building")
-    with locked(work):
+    with locked(work), naming(work):
         folder = work / "set"
         _begin(folder, _identity(units, recipe, tokenizer.vocab_hash), tokenizer, progress)
         jobs = [Job(str(folder), number, unit, recipe) for number, unit in enumerate(units)]

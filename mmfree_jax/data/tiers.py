@@ -22,7 +22,7 @@ from mmfree_jax.data.spill import spill
 from mmfree_jax.data.token_set import TokenSet
 from mmfree_jax.data.tokenization import Tokenizer
 from mmfree_jax.data.workers import available_cores, run_parts
-from mmfree_jax.files import locked, read_json, write_atomically
+from mmfree_jax.files import locked, naming, read_json, write_atomically
 
 HELD_OUT = 0.01  # of the bytes
 DOCUMENT_BYTES = 65_536  # a longer file (a dictionary, a whole book) becomes several documents
@@ -82,11 +82,11 @@ def collect(task: Task) -> dict[str, Any]:
     """Download one package and write its documents; the file appears only when it is complete."""
     began = time.monotonic()
     path = Path(task.folder) / f"{_file_name(task.source)}.jsonl"
-    with tempfile.TemporaryDirectory(dir=task.folder, prefix=_SCRATCH) as scratch:
+    with naming(path.parent), tempfile.TemporaryDirectory(dir=task.folder, prefix=_SCRATCH) as scratch:
         archive = Path(task.archive) if task.archive else fetch(task.source, Path(scratch))
         head = {"source": asdict(task.source), "version": version_of(archive)}
         documents = [json.dumps(document) for document in read_archive(task.source, archive)]
-    write_atomically(path, "\n".join([json.dumps(head), *documents]) + "\n")
+        write_atomically(path, "\n".join([json.dumps(head), *documents]) + "\n")
     return {"bytes": path.stat().st_size, "documents": len(documents), "seconds": time.monotonic() - began}
 
 
@@ -177,7 +177,7 @@ def build_tier(
         raise FileExistsError(f"{path} exists already: remove it or choose another folder")
     work = path.with_name(f".{path.name}.packages")
     processes = processes or available_cores()
-    with locked(work):
+    with locked(work), naming(work):
         units, card = _prepared(tier, work, processes, progress)
         tokenizer = tokenizer or _tokenizer(units, card, vocab_size, progress)
         recipe = Recipe(clean=False)

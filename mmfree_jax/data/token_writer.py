@@ -25,7 +25,7 @@ from mmfree_jax.data.token_set import (
     shard_record,
 )
 from mmfree_jax.data.tokenization import Tokenizer
-from mmfree_jax.files import locked
+from mmfree_jax.files import locked, naming
 
 SHARD_TOKENS = 1 << 27  # a shard is closed at the first document end after this many tokens (256 MB of uint16)
 
@@ -60,11 +60,12 @@ class ShardWriter:
 
     def close(self) -> Shard:
         """Write everything to the disk and describe it."""
-        with self._file as file:
-            file.flush()
-            os.fsync(file.fileno())
         starts = np.array(self._starts, "<u8").tobytes()
-        self.path.with_suffix(".docs").write_bytes(starts)
+        with self._file as tokens, self.path.with_suffix(".docs").open("wb") as documents:
+            documents.write(starts)
+            for file in (tokens, documents):
+                file.flush()
+                os.fsync(file.fileno())
         sums = self._sum.hexdigest(), hashlib.sha256(starts).hexdigest()
         return Shard(self.path.name, self.tokens, len(self._starts), *sums)
 
@@ -172,7 +173,7 @@ def publish(path: Path, fill: Callable[[Path], None]) -> TokenSet:
     if path.exists():
         raise FileExistsError(f"{path} exists already: remove it or choose another folder")
     work = path.with_name(f".{path.name}.building")
-    with locked(work):
+    with locked(work), naming(work):
         folder = work / "set"
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
         folder.mkdir()
