@@ -26,7 +26,7 @@ from scaling.tables.runs import ScalingError
 from scaling.verdict.break_even import break_even
 from scaling.verdict.compare import Comparison, compare
 from scaling.verdict.profile import profile_crossing
-from scaling.verdict.words import crossing_sentence, headline, short_ladders, verdict
+from scaling.verdict.words import bound_text, crossing_sentence, headline, short_ladders, verdict
 
 
 def add(verbs: Any) -> None:
@@ -83,12 +83,8 @@ def run_crossover(a: argparse.Namespace) -> int:
         print(f"What the draws would say of a larger ladder: {crossing_sentence(c)}")
     print(profile.sentence(c.a, c.b, c.unit))
     print(f"share of draws in which the order never changes before {x.horizon:.1e} {c.unit}: {x.p_none:.3f}")
-    print(f"one-sided 95 % bounds, {c.unit}: above {bound_text(x.lower_bound())}; by {bound_text(x.upper_bound())}")
+    above, by = (bound_text(bound, c.unit) for bound in (x.lower_bound(), x.upper_bound()))
+    print(f"one-sided 95 % bounds: {c.b} takes the lead above {above}; it leads by {by}")
     for flops in 10.0 ** np.arange(np.ceil(np.log10(c.measured[0])), np.log10(x.horizon) + 1e-9):
         print(f"  P({c.b} leads for good by {flops:.0e} {c.unit}) = {x.p_before(flops):.3f}")
     return OK
-
-
-def bound_text(value: float) -> str:
-    """A bound, its two open ends in words."""
-    return "the horizon" if np.isinf(value) else "the cheapest run" if value == 0 else f"{value:.1e}"

@@ -28,7 +28,7 @@ from scaling.verdict.break_even import BreakEven, break_even
 from scaling.verdict.compare import Comparison, contrast, joint_draws, pick_families
 from scaling.verdict.costs import CITED, Prices, available_axes
 from scaling.verdict.nested import Nested, nested
-from scaling.verdict.profile import Profile, profile_crossing
+from scaling.verdict.profile import SIMULATIONS, Profile, profile_crossing
 from scaling.verdict.words import ranking, verdict
 
 BASELINE = "transformer++"
@@ -171,7 +171,7 @@ def pair_analysis(joint: Draws, a: str, b: str, s: Settings) -> Pair:
     axes = {axis: contrast(joint, a, b, axis, prices=s.prices) for axis in available_axes(runs, s.prices)}
     test, main = tested(runs, s), axes["flops"]
     views = {axis: difference_view(c, test if axis == "flops" else None) for axis, c in axes.items()}
-    return Pair(axes, test, profile_crossing(main, seed=s.seed), break_even(main), views)
+    return Pair(axes, test, profile_crossing(main, min(SIMULATIONS, s.draws), s.seed), break_even(main), views)
 
 
 def report_gates(runs: Runs, fits: Mapping[str, Fit], joint: Draws | None, pairs: Sequence[Pair]) -> tuple[Gate, ...]:

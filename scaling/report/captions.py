@@ -4,6 +4,7 @@ UNSUPPORTED = "Dashed and hatched: no run stands behind it, the budget or the si
 CAPTIONS = {
     "difference": "Difference of the two frontiers with its 95 % band. Below zero the second family is better. "
     f"{UNSUPPORTED} Dotted: the band as the back-test would have it.",
+    "axes": "The same difference on every cost axis that the table has, from the same draws.",
     "probability": "Share of bootstrap draws in which the second family has the lower loss.",
     "profile": "How much worse the joint law fits when the two frontiers are made to meet at a given compute; computes "
     "under the dashed line are compatible with the runs.",

@@ -55,7 +55,7 @@ def profile_figure(profile: Profile, c: Comparison) -> Figure:
     axes.set_xscale("log")
     axes.set_ylim(0, min(4.0, 1.1 * max(1.5, float(np.sqrt(profile.ratio.max() / profile.critical)))))
     mark_extrapolation(axes, c.measured[1], profile.budgets[-1])
-    axes.set_xlabel(f"compute at which {c.a} and {c.b} are made to meet (FLOP)")
+    axes.set_xlabel("compute at which the two are made to meet (FLOP)")
     axes.set_ylabel("signal: √(ratio / limit)")
     axes.legend(loc="upper right", frameon=False, fontsize=9)
     return figure

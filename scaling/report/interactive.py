@@ -228,7 +228,7 @@ def profile_figure(profile: Profile, c: Comparison) -> go.Figure:
     figure.add_trace(go.Scatter(x=profile.budgets, y=signal, mode="lines", line=look, hovertemplate=hover))
     figure.add_hline(y=1, line={"color": "#888", "width": 1.5, "dash": "dash"})
     mark_edge(figure, c.measured[1])
-    layout(figure, f"compute at which {c.a} and {c.b} are made to meet (FLOP)", "√(ratio / 95 % limit)", 340)
+    layout(figure, "compute at which the two are made to meet (FLOP)", "√(ratio / 95 % limit)", 340)
     figure.update_layout(showlegend=False)
     figure.update_xaxes(dtick=None, range=np.log10(profile.budgets[[0, -1]]).tolist())
     return figure.update_yaxes(range=[0, min(4.0, 1.15 * max(1.5, float(signal.max())))])

@@ -21,6 +21,7 @@ def markdown(found: Analysis, title: str, ledger: Sequence[Forecast]) -> str:
         for name in ("difference", "probability", "profile", *(["break-even"] if pair.price else [])):
             out += [picture(name, f"{name}{tail}"), ""]
         out += [*markdown_table(*crossing_rows(c, pair.profile)), ""]
+        out += [picture("axes", f"axes{tail}"), ""] if len(pair.axes) > 1 else []
         other = [[AXES[axis], headline(other)] for axis, other in pair.axes.items() if axis != "flops"]
         out += [*markdown_table(["cost axis", "verdict"], other), ""]
     if found.others:

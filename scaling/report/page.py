@@ -9,6 +9,8 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
+TOOLS = ["toImage", "zoomIn2d", "zoomOut2d", "resetScale2d"]  # each is a stop of the Tab key, hence few
+VERDICT_LINES = 4  # sentences of the verdict that are shown at once
 CSS = """
 :root{--bg:#fff;--ink:#1c2024;--soft:#5b6570;--line:#d9dee3;--card:#f5f7f9;--good:#00704e;--bad:#b3400a}
 @media (prefers-color-scheme:dark){:root{--bg:#14171a;--ink:#e7eaed;--soft:#a3adb7;--line:#343b42;--card:#1d2226;
@@ -26,8 +28,8 @@ p{margin:6px 0}.soft{color:var(--soft);font-size:.92rem}
 select{font:inherit;padding:4px 8px;margin-left:6px;color:var(--ink);background:var(--card);
 border:1px solid var(--soft);border-radius:4px;max-width:100%}
 h3{font-size:1rem;margin:22px 0 4px}
-.scroll:focus-visible,select:focus-visible,summary:focus-visible,a:focus-visible{
-outline:2px solid #0072B2;outline-offset:2px}
+.scroll:focus-visible,button:focus-visible,select:focus-visible,summary:focus-visible,a:focus-visible{
+outline:2px solid #0072B2!important;outline-offset:2px}
 .tall{max-height:420px;overflow-y:auto}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;min-width:100%}
 th,td{padding:5px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
@@ -88,7 +90,7 @@ def document(title: str, body: str) -> str:
 
 def figure(name: str, plot: go.Figure, caption: str) -> str:
     """One interactive figure with its caption, which is also its text alternative."""
-    settings = {"responsive": True, "displaylogo": False, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
+    settings = {"responsive": True, "displaylogo": False, "modeBarButtons": [TOOLS]}
     inner = plotly.io.to_html(plot, include_plotlyjs=False, full_html=False, div_id=f"figure-{name}", config=settings)
     label = escape(caption)
     return f'<div class="figure" role="group" aria-label="{label}">{inner}</div><p class="soft">{label}</p>'
@@ -135,4 +137,7 @@ def section(title: str, *parts: str) -> str:
 
 
 def verdict_box(lines: Sequence[str]) -> str:
-    return f'<div class="verdict">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>'
+    """The headline and what carries it; the rest of the sentences one key press away."""
+    said = [f"<p>{escape(line)}</p>" for line in lines]
+    rest = details("More of the verdict", "".join(said[VERDICT_LINES:])) if said[VERDICT_LINES:] else ""
+    return f'<div class="verdict">{"".join(said[:VERDICT_LINES])}{rest}</div>'

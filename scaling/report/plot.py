@@ -144,6 +144,24 @@ def difference_figure(view: DifferenceView) -> Figure:
     return figure
 
 
+def axes_figure(views: Sequence[DifferenceView]) -> Figure:
+    """The difference on every cost axis side by side, from the same draws."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.6 * len(views) + 0.6, 3.2), layout="constrained")
+        panels = figure.subplots(1, len(views), sharey=True, squeeze=False)[0]
+    for panel, view in zip(panels, views, strict=True):
+        panel.axhline(0, color="0.25", lw=1)
+        draw_line(panel, view.flops, view.value, view.measured, PALETTE[3])
+        draw_band(panel, view.flops, view.low, view.high, view.measured, PALETTE[3])
+        panel.set_xscale("log")
+        panel.set_xlabel(view.unit)
+        mark_extrapolation(panel, view.edge, view.flops[-1], words="")
+    limits = [difference_limits(view) for view in views]
+    panels[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    panels[0].set_ylabel(f"{views[0].b} − {views[0].a}\n(nats per token)")
+    return figure
+
+
 def difference_limits(view: DifferenceView) -> tuple[float, float]:
     """Vertical range: zero, all up to the largest run, and of the rest as much as leaves that part readable."""
     inside = view.flops <= view.edge * SLACK

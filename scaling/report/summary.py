@@ -15,6 +15,7 @@ from scaling.tables.runs import Runs
 from scaling.uncertainty.bootstrap import Draws, sorted_clusters
 from scaling.verdict.compare import Comparison
 from scaling.verdict.profile import Profile
+from scaling.verdict.words import bound_text
 
 TERMINAL_SENTENCES = 4  # the rest of the verdict is in the report
 LONG_TABLE = 40  # rows beyond which the terminal shows only how many there are
@@ -80,8 +81,8 @@ def crossing_rows(c: Comparison, profile: Profile) -> tuple[list[str], list[list
     rows = [
         ["95 % interval, draws", ends_text(x.low, x.high, unit)],
         ["95 % interval, profile likelihood", ends_text(profile.low, profile.high, unit)],
-        [f"{c.b} takes the lead above (95 % one-sided)", ends_text(x.lower_bound(), np.inf, unit)],
-        [f"{c.b} leads by (95 % one-sided)", ends_text(0.0, x.upper_bound(), unit)],
+        [f"{c.b} takes the lead above (95 % one-sided)", bound_text(x.lower_bound(), unit)],
+        [f"{c.b} leads by (95 % one-sided)", bound_text(x.upper_bound(), unit)],
         [f"P(no crossing before {x.horizon:.0e} {unit})", f"{x.p_none:.3f}"],
         [f"P({c.b} leads throughout)", f"{x.p_always:.3f}"],
         [f"P({c.b} does not lead at {x.horizon:.0e} {unit})", f"{x.p_never:.3f}"],
@@ -95,9 +96,11 @@ def ends_text(low: float, high: float, unit: str) -> str:
     """An interval whose open ends are said to be open."""
     if np.isnan(low):
         return "empty: no crossing fits the runs"
-    left = "from below the cheapest run" if low == 0 else "none before the horizon" if np.isinf(low) else f"{low:.2e}"
-    right = "open" if np.isinf(high) else "below the cheapest run" if high == 0 else f"{high:.2e} {unit}"
-    return left if np.isinf(low) else f"{left} to {right}"
+    if np.isinf(low) or (low == 0 and np.isinf(high)):
+        return "no crossing before the horizon" if np.isinf(low) else "anything, or none"
+    if np.isinf(high):
+        return f"above {low:.2e} {unit}, or none"
+    return f"below {bound_text(high, unit)}" if low == 0 else f"{low:.2e} to {high:.2e} {unit}"
 
 
 def pair_rows(every: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:

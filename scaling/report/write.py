@@ -134,10 +134,10 @@ def write_figures(found: Analysis, out: Path, curves: plot.Curves | None) -> Non
     }
     for pair in found.pairs:
         tail = found.tail(pair.main.b)
-        for axis, view in pair.views.items():
-            own = tail if axis == "flops" else f"{tail}-{axis}"
-            figures[f"difference{own}"] = plot.difference_figure(view)
-            figures[f"probability{own}"] = plot.probability_figure(view)
+        figures[f"difference{tail}"] = plot.difference_figure(pair.views["flops"])
+        figures[f"probability{tail}"] = plot.probability_figure(pair.views["flops"])
+        if len(pair.views) > 1:
+            figures[f"axes{tail}"] = plot.axes_figure(list(pair.views.values()))
         figures[f"profile{tail}"] = diagnostics.profile_figure(pair.profile, pair.main)
         if pair.price:
             figures[f"break-even{tail}"] = diagnostics.break_even_figure(pair.price, pair.main.measured[1])

@@ -10,7 +10,7 @@ from scaling.laws.base import Law
 from scaling.tables.runs import Runs, ScalingError, as_number
 
 GOLDEN = (np.sqrt(5) - 1) / 2
-SEARCH_STEPS = 42  # golden sections; 60 e-folds of N shrink to 1e-7, and the loss is flat to second order there
+SEARCH_STEPS = 34  # golden sections; 60 e-folds of N shrink to 5e-6, and the loss is flat to second order there
 
 
 @dataclass(frozen=True)

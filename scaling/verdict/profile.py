@@ -23,8 +23,8 @@ from scaling.verdict.null import null_noise
 
 SQUARES = Objective("log-ls", True, np.inf)
 STIFFNESS = 1e6  # weight of the constraint beside a row's weight of one: the frontiers meet to about 1e-6
-PER_DECADE = 5
-REFINEMENTS, POINTS_BETWEEN = 3, 6
+PER_DECADE = 4
+REFINEMENTS, POINTS_BETWEEN = 2, 10
 SIMULATIONS = 300
 
 
@@ -118,7 +118,7 @@ def refined_grid(c: Comparison, free: np.ndarray, target: np.ndarray) -> tuple[n
     a precise ladder's whole interval may lie between two points."""
     low, high = np.log(c.flops[[0, -1]])
     grid = np.linspace(low, high, max(9, int(PER_DECADE * (high - low) / np.log(10)) + 1))
-    met = constrained(c, np.repeat(free, len(grid), axis=0), grid, target)
+    met = smoothed(c, grid, constrained(c, np.repeat(free, len(grid), axis=0), grid, target), target)
     for _ in range(REFINEMENTS):
         best = int(np.argmin(squares(c.fit.model, met, target)))
         left, right = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
@@ -129,11 +129,21 @@ def refined_grid(c: Comparison, free: np.ndarray, target: np.ndarray) -> tuple[n
     return grid, met
 
 
+def smoothed(c: Comparison, grid: np.ndarray, met: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Each budget's fit once more from both neighbours' optima, the best kept: far from the unconstrained optimum one
+    start may end in a worse valley, and a profile has no jumps."""
+    starts = np.concatenate([np.roll(met, shift, axis=0) for shift in (1, -1)])
+    again = constrained(c, starts, np.tile(grid, 2), target)
+    tries = [met, again[: len(grid)], again[len(grid) :]]
+    best = np.argmin([squares(c.fit.model, theta, target) for theta in tries], axis=0)
+    return np.stack(tries)[best, np.arange(len(grid))]
+
+
 def free_fit(fitted: Fit, target: np.ndarray) -> np.ndarray:
     """(K, P) unconstrained least-squares fits to the log losses `target` (K, n)."""
     start = np.repeat(fitted.theta[None], len(target), axis=0)
     box = bounds_of(fitted.model, fitted.runs["loss"])
-    return minimise(fitted.model, SQUARES, target, np.ones(target.shape[1]), start, box, 100)[0]
+    return minimise(fitted.model, SQUARES, target, np.ones(target.shape[1]), start, box, 100, 1e-8)[0]
 
 
 def constrained(c: Comparison, start: np.ndarray, log_budget: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -144,7 +154,7 @@ def constrained(c: Comparison, start: np.ndarray, log_budget: np.ndarray, target
     box = np.append(low, -np.inf), np.append(high, np.inf)
     goal = np.column_stack([np.broadcast_to(target, (len(start), target.shape[1])), np.zeros(len(start))])
     weight = np.append(np.ones(target.shape[1]), STIFFNESS)
-    theta, _ = minimise(model, SQUARES, goal, weight, np.column_stack([start, log_budget]), box, 200)
+    theta, _ = minimise(model, SQUARES, goal, weight, np.column_stack([start, log_budget]), box, 60, 1e-8)
     return theta[:, :-1]
 
 

@@ -61,6 +61,11 @@ def crossing_sentence(c: Comparison) -> str:
     return f"{c.b} overtakes {c.a} between {x.low:.1e} and {x.high:.1e} {c.unit} (95 % interval), {where}."
 
 
+def bound_text(value: float, unit: str) -> str:
+    """A one-sided bound; its two ends stand for what happened in none of the budgets searched."""
+    return "beyond the horizon" if np.isinf(value) else "the cheapest run" if value == 0 else f"{value:.2e} {unit}"
+
+
 def on_matched_cells(c: Comparison) -> list[str]:
     """What needs no law at all: runs of equal size and tokens, side by side."""
     if not c.draws.paired:

@@ -77,3 +77,27 @@ def epoch_runs():
     from scaling.verify import epoch_table
 
     return epoch_table(path)
+
+
+def with_costs(rows):
+    """Rows with what the cost axes need: operations by class, 80 % of matmul-free's ternary; joules and seconds."""
+    out = []
+    for row in rows:
+        ternary = 0.8 * row["flops"] if row["family"] == "matmul-free" else 0.0
+        counts = {"flops_dense": row["flops"] - ternary, "flops_ternary": ternary}
+        out.append(row | counts | {"joules": 1e-10 * row["flops"], "seconds": 1e-12 * row["flops"]})
+    return out
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """The same small report written twice: (reports, folders)."""
+    from scaling.report.write import write_report
+
+    runs = Runs.from_rows(with_costs(ladder_rows(noise=0.003)))
+    steps = np.linspace(1e5, 4e6, 500)
+    curves = {"matmul-free-0-20": {"tokens": steps, "flops": 1e6 * steps, "loss": 9 - np.log10(steps)}}
+    folders = [tmp_path_factory.mktemp("report") for _ in range(2)]
+    known = {"tuning": "three rates a family"}
+    reports = [write_report(runs, f, curves=curves, title="A <title>", provenance=known, draws=100) for f in folders]
+    return reports, folders

@@ -3,26 +3,10 @@
 import json
 import re
 
-import numpy as np
 import pytest
 
 from scaling.report.write import write_report
 from scaling.tables.curves import sweep_curves
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    from conftest import ladder_rows
-
-    from scaling import Runs
-
-    runs = Runs.from_rows(ladder_rows(noise=0.003))
-    steps = np.linspace(1e5, 4e6, 500)
-    curves = {"matmul-free-0-20": {"tokens": steps, "flops": 1e6 * steps, "loss": 9 - np.log10(steps)}}
-    folders = [tmp_path_factory.mktemp("report") for _ in range(2)]
-    known = {"tuning": "three rates a family"}
-    reports = [write_report(runs, f, curves=curves, title="A <title>", provenance=known, draws=200) for f in folders]
-    return reports, folders
 
 
 def test_fit_json_keeps_its_contract(written):
