@@ -18,9 +18,9 @@ from scaling.fitting.fit import Fit, bounds_of
 from scaling.fitting.solve import Objective, linearised, minimise
 from scaling.tables.runs import Runs, ScalingError
 
-RATIO_STEP = 0.4  # of the grid of log variance ratios
-TRUNK_RATIOS = np.arange(-3.2, 7.21, RATIO_STEP)  # up to 1,300: trunks may vary 20 times as much as runs
-COMMON_RATIOS = np.arange(-3.2, 4.01, RATIO_STEP)
+RATIO_STEP = 0.5  # of the grid of log variance ratios
+TRUNK_RATIOS = np.arange(-3.0, 25.1, RATIO_STEP)  # so far that single runs without any noise are no special case
+COMMON_RATIOS = np.arange(-3.0, 8.1, RATIO_STEP)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,15 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class Cells:
+    """The runs of one family: sizes n and tokens d, and which of them are decays off one trunk; all (n,)."""
+
+    n: np.ndarray
+    d: np.ndarray
+    trunk: np.ndarray
+
+
+@dataclass(frozen=True)
 class Ladder:
     """Sizes (parameters) and tokens per parameter; each size is one trunk with a decay per ratio."""
 
@@ -44,6 +53,13 @@ class Ladder:
     def flops(self) -> float:
         """Cost of one family: each trunk is trained once, to its largest budget, as decays branch off it."""
         return FLOPS_PER_PARAMETER_TOKEN * sum(n * n * max(self.ratios) for n in self.sizes)
+
+    @property
+    def cells(self) -> Cells:
+        """Every size with every ratio."""
+        n = np.repeat(self.sizes, len(self.ratios))
+        trunk = np.repeat(np.arange(len(self.sizes)), len(self.ratios))
+        return Cells(n, n * np.tile(self.ratios, len(self.sizes)), trunk)
 
 
 @dataclass(frozen=True)
@@ -67,15 +83,13 @@ def true_loss(law: Sequence[float], n: np.ndarray, d: np.ndarray) -> np.ndarray:
     return floor + a / n**alpha + b / d**beta
 
 
-def draw(truths: Truths, ladder: Ladder, noise: Noise, rng: np.random.Generator, clustered: bool = True) -> Runs:
-    """One simulated table of all families on the ladder's grid."""
-    n = np.repeat(ladder.sizes, len(ladder.ratios))
-    d = n * np.tile(ladder.ratios, len(ladder.sizes))
-    trunk = np.repeat(np.arange(len(ladder.sizes)), len(ladder.ratios))
+def draw(truths: Truths, cells: Cells, noise: Noise, rng: np.random.Generator, clustered: bool = True) -> Runs:
+    """One simulated table of all families on the same cells."""
+    n, d, trunk = cells.n, cells.d, cells.trunk
     shared = noise.common * rng.normal(size=len(n))
     rows = []
     for family, law in truths.items():
-        error = noise.run * rng.normal(size=len(n)) + noise.trunk * rng.normal(size=len(ladder.sizes))[trunk]
+        error = noise.run * rng.normal(size=len(n)) + noise.trunk * rng.normal(size=trunk.max() + 1)[trunk]
         loss = true_loss(law, n, d) * np.exp(error + shared + misfit(noise.misfit, n, d, rng))
         for k in range(len(n)):
             cluster = f"{family}-trunk-{trunk[k]}" if clustered else ""
@@ -112,7 +126,7 @@ def coverage(
     """
     hits: dict[str, list[bool]] = {}
     for k in range(ladders):
-        runs = draw(truths, ladder, noise, np.random.default_rng([seed, k]), clustered)
+        runs = draw(truths, ladder.cells, noise, np.random.default_rng([seed, k]), clustered)
         threshold = delta_from_noise(runs, starts=4) if delta is None else delta
         fitted = fit(runs, objective=objective, delta=threshold, starts=4, seed=k, share=("E",))
         sampled = bootstrap(fitted, draws, k, method)
