@@ -77,7 +77,6 @@ _LARGE = (
     *(Source("apt", f"texlive-{name}", "LPPL and other free licences", pdf=True) for name in _TEX),
     Source("apt", "glibc-source", "LGPL-2.1+", comments=True),
     Source("apt", "golang-1.19-src", "BSD-3-Clause", comments=True),
-    Source("apt", "acl2-books-source", "BSD-3-Clause, MIT"),
 )
 TIERS = {"s": _SMALL, "m": _MEDIUM, "l": _LARGE}
 

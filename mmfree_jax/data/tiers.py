@@ -86,6 +86,8 @@ def collect(task: Task) -> dict[str, Any]:
         archive = Path(task.archive) if task.archive else fetch(task.source, Path(scratch))
         head = {"source": asdict(task.source), "version": version_of(archive)}
         documents = [json.dumps(document) for document in read_archive(task.source, archive)]
+        if not documents:
+            raise RuntimeError(f"{archive.name} holds no prose that can be read: it has changed, leave it out")
         write_atomically(path, "\n".join([json.dumps(head), *documents]) + "\n")
     return {"bytes": path.stat().st_size, "documents": len(documents), "seconds": time.monotonic() - began}
 

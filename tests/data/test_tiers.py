@@ -144,7 +144,9 @@ cp {archives}/"$3"_* . || {{ echo "E: Unable to locate package $3" >&2; exit 100
 
 
 @needs_dpkg
-def test_a_tier_is_built_resumed_and_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tier_is_built_resumed_and_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rng = random.Random(0)
     page = lambda: "\n\n".join(passage(rng, 3) for _ in range(12)).encode()
     first = {f"usr/share/doc/one/{i:02d}.txt": page() for i in range(40)}
@@ -160,13 +162,21 @@ def test_a_tier_is_built_resumed_and_described(tmp_path: Path, monkeypatch: pyte
     deb_of(archives, "one", first)
     with pytest.raises(WorkerError, match=r"two failed: E: Unable to locate package two .*apt-get update"):
         tiers.build_tier("s", tmp_path / "set", 300, processes=1, progress=lambda _: None)
+    deb_of(archives, "two", {"usr/share/doc/two/picture.png": b"PNG"})
+    assert launch.main(["corpus", "build", "s", "--out", str(tmp_path / "set")]) == 1
+    assert "two_1%3a2.5-3_all.deb holds no prose that can be read" in capsys.readouterr().err
     deb_of(archives, "two", second)
     (tmp_path / ".set.packages" / ".fetching-killed").mkdir()
     assert launch.main(["corpus", "build", "s", "--out", str(tmp_path / "set"), "--tokenizer", "bytes"]) == 0
     built = TokenSet.open(tmp_path / "set")
     assert built.vocab_size == 257
     built.verify()
-    assert (archives / "asked").read_text().split() == ["one", "two", "two"]  # what was there was not fetched again
+    assert (archives / "asked").read_text().split() == [
+        "one",
+        "two",
+        "two",
+        "two",
+    ]  # what was there was not fetched again
     assert [(s["source"], s["version"], s["licence"]) for s in built.card["sources"]] == [
         ("one", "1:2.5-3", "MIT"),
         ("two", "1:2.5-3", "GPL-2.0"),
