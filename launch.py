@@ -10,6 +10,7 @@ VERBS = {
     "evaluate": ("mmfree_jax.cli", "evaluate", "held-out loss of a model"),
     "import": ("mmfree_jax.cli", "import_model", "a Hugging Face folder into a model to train on"),
     "export": ("mmfree_jax.cli", "export_model", "a model into a Hugging Face folder"),
+    "bench": ("mmfree_jax.bench.cli", "main", "time the operations and the training step on this machine"),
     "corpus": ("mmfree_jax.data.cli", "main", "build, check, pack and measure token sets"),
 }
 SCALING = {
@@ -18,6 +19,7 @@ SCALING = {
     "crossover": "the compute at which two families meet, with its interval",
     "predict": "the loss of a run that has not been made",
     "plan": "the cheapest ladder that would decide which family wins",
+    "power": "what a proposed ladder would show, before it is run",
     "plot": "draw a runs table",
     "lint": "list what is wrong with a runs table",
     "report": "write the report on a runs table",

@@ -8,9 +8,9 @@ every size, and a report which says that a ladder this small does not determine 
 
 import math
 
-from mmfree_jax import config
-from mmfree_jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from mmfree_jax.config import DataConfig, OptimConfig, RunConfig
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
+from mmfree_jax.sweep.shapes import ladder_model
 
 WIDTHS = (32, 56, 88, 144)
 BUDGETS = (256, 512, 1024)  # optimizer steps
@@ -30,26 +30,12 @@ def rate(family: str, width: int) -> float:
     return small * (large / small) ** share
 
 
-def model(family: str, width: int) -> ModelConfig:
-    """The shape rule: two layers; GLU width 8/3 of the width, rounded up to a multiple of 16; heads of about 32."""
-    mixer, linear = config.FAMILIES[family]
-    return ModelConfig(
-        mixer,
-        linear,
-        vocab=DATA.vocab,
-        width=width,
-        depth=2,
-        glu_width=-(-width * 8 // 48) * 16,
-        heads=max(1, width // 32) if mixer == "attention" else 1,
-    )
-
-
 def base_run(family: str, width: int, lr: float) -> RunConfig:
     """What all runs of one size and family share."""
     optim = OptimConfig(lr=lr, warmup_steps=64, weight_decay=0.1)
     return RunConfig(
         name=f"{family}-w{width}",
-        model=model(family, width),
+        model=ladder_model(family, width, DATA.vocab, depth=2),
         data=DATA,
         optim=optim,
         steps=max(BUDGETS),

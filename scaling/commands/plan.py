@@ -1,8 +1,9 @@
-"""`scaling plan RUNS --budget FLOP`: the next runs."""
+"""`scaling plan RUNS --budget FLOP` and `scaling power RUNS --sizes …`: the next runs, and what a ladder would show."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,55 +11,110 @@ from typing import Any
 import numpy as np
 
 from scaling.commands.arguments import (
+    count,
     fit_arguments,
     new_verb,
     pair_arguments,
     positive,
     positive_setting,
+    shared,
     table_arguments,
 )
 from scaling.commands.compare import comparison
 from scaling.commands.output import GATE, OK, print_json
+from scaling.fitting.fit import Fit
+from scaling.tables.runs import ScalingError
 from scaling.verdict.experiment_file import write_experiment
-from scaling.verdict.plan import candidates, cheapest, next_values
+from scaling.verdict.plan import MISFIT, Question, Trunk, candidates, cheapest, next_values, noise_of, question
+from scaling.verdict.power import Power, cells_of, joined, own_cells, power, truths_of
+
+ENOUGH = {"log10 C*": 0.3, "difference": 0.002}  # sd of what is asked that decides: decades; nats
+SIZES_OFFERED = 24
+VALUES_SHOWN = 5
 
 
 def add(verbs: Any) -> None:
-    verb = new_verb(verbs, "plan", run, "the cheapest ladder that would decide the crossing")
+    plan = new_verb(verbs, "plan", run_plan, "the cheapest ladder that would decide the crossing")
+    common_arguments(plan)
+    plan.add_argument("--budget", type=positive, required=True, help="FLOP for all planned runs of both families")
+    plan.add_argument("--target-sd", type=positive, help="sd that is enough (default 0.3 decades, or 0.002 nats)")
+    plan.add_argument("--max-run", type=positive, default=float("inf"), help="FLOP that one run may cost")
+    plan.add_argument("--max-memory", type=positive, default=float("inf"), help="bytes of weights and optimizer state")
+    plan.add_argument("--max-hours", type=positive, default=float("inf"), help="hours that one run may take")
+    plan.add_argument("--flops-per-second", type=positive, default=1e14, help="training speed, for --max-hours")
+    plan.add_argument("--ratios", default="5,10,20,40,80,160", help="tokens per parameter to choose from")
+    plan.add_argument("--fresh", action="store_true", help="do not count on the runs of the table")
+    plan.add_argument("--experiment", type=Path, help="write the plan as an experiment file for launch.py sweep")
+    proposed = new_verb(verbs, "power", run_power, "what a proposed ladder would show, before it is run")
+    common_arguments(proposed)
+    proposed.add_argument("--sizes", required=True, help="parameters of each size, e.g. 1e7,3e7,1e8")
+    proposed.add_argument("--ratios", required=True, help="tokens per parameter of each size, e.g. 5,20,80")
+
+
+def common_arguments(verb: argparse.ArgumentParser) -> None:
     table_arguments(verb)
     fit_arguments(verb)
     pair_arguments(verb)
-    verb.add_argument("--budget", type=positive, required=True, help="FLOP for all planned runs of both families")
-    verb.add_argument("--target-sd", type=positive, default=0.3, help="sd of log10 C* that is enough (default 0.3)")
     verb.add_argument("--target", type=positive, help="FLOP at which the difference is asked for, not the crossing")
-    verb.add_argument("--max-run", type=positive, default=float("inf"), help="FLOP that one run may cost")
-    verb.add_argument("--max-memory", type=positive, default=float("inf"), help="bytes of weights and optimizer state")
-    verb.add_argument("--max-hours", type=positive, default=float("inf"), help="hours that one run may take")
-    verb.add_argument("--flops-per-second", type=positive, default=1e14, help="training speed, for --max-hours")
-    verb.add_argument("--ratios", default="5,10,20,40,80,160", help="tokens per parameter to choose from")
-    verb.add_argument("--experiment", type=Path, help="write the plan as an experiment file for launch.py sweep")
+    verb.add_argument("--misfit", type=positive, default=MISFIT, help="rms lack of fit to allow for (default 0.005)")
+    verb.add_argument("--ladders", type=count, default=20, help="ladders simulated for the power (default 20)")
 
 
-def run(a: argparse.Namespace) -> int:
+def numbers(text: str, flag: str) -> list[float]:
+    """A comma-separated flag, sorted."""
+    return sorted(positive_setting(part, flag) for part in text.split(","))
+
+
+def run_plan(a: argparse.Namespace) -> int:
     c = comparison(a)
-    ratios = [positive_setting(text, "--ratios") for text in a.ratios.split(",")]
+    q = question(c.fit, noise_of(c.fit, misfit=a.misfit), a.target)
+    ratios = numbers(a.ratios, "--ratios")
     low = float(c.fit.runs["N"].min())
-    sizes = np.geomspace(low, max(np.sqrt(a.budget / (6 * min(ratios))), 2 * low), 24)
+    sizes = np.geomspace(low, max(np.sqrt(a.budget / (6 * min(ratios))), 2 * low), SIZES_OFFERED)
     cap = min(a.max_run, a.max_hours * 3600 * a.flops_per_second)
-    options = candidates(sizes.tolist(), sorted(ratios), cap, a.max_memory)
-    plan = cheapest(c, options, a.budget, a.target_sd, a.target)
-    enough = plan.sd_then <= a.target_sd
+    options = candidates(sizes.tolist(), ratios, cap, a.max_memory)
+    enough_at = a.target_sd or ENOUGH[q.asked]
+    plan = cheapest(q, options, a.budget, enough_at, not a.fresh)
+    enough = plan.sd_then <= enough_at
     if a.experiment:
         write_experiment(plan, c.fit.runs, (c.a, c.b), a.experiment)
+    found = power_of(a, c.fit, q, plan.trunks, not a.fresh)
     if a.json:
-        print_json(asdict(plan) | {"enough": enough})
+        print_json(asdict(plan) | {"enough": enough, "power": asdict(found)})
         return OK if enough else GATE
-    print("\n".join(plan.lines()))
-    print("value of the next trunk, best per FLOP first:")
-    for value in next_values(c, options, a.target)[:5]:
-        ratio_text = ", ".join(f"{r:g}" for r in value.trunk.ratios)
-        gain = f"sd falls by {value.shrink:.3f} for {value.trunk.flops:.1e} FLOP"
-        print(f"  N {value.trunk.n:.3g} at {ratio_text} tokens a parameter: {gain}")
+    print("\n".join([*plan.lines(), *found.lines()]))
+    print_values(q, options)
     if not enough:
-        print(f"GATE plan: the budget leaves an sd of {plan.sd_then:.2f}; {a.target_sd:g} was asked for")
+        print(f"GATE plan: the budget leaves an sd of {plan.sd_then:.3g}; {enough_at:g} was asked for")
     return OK if enough else GATE
+
+
+def print_values(q: Question, options: Sequence[Trunk]) -> None:
+    """What each of the best next trunks alone would add."""
+    print("value of the next trunk, best per FLOP first:")
+    for value in next_values(q, options)[:VALUES_SHOWN]:
+        ratio_text = ", ".join(f"{r:g}" for r in value.trunk.ratios)
+        gain = f"sd falls by {value.shrink:.3g} for {value.trunk.flops:.1e} FLOP"
+        print(f"  N {value.trunk.n:.3g} at {ratio_text} tokens a parameter: {gain}")
+
+
+def run_power(a: argparse.Namespace) -> int:
+    c = comparison(a)
+    ratios = tuple(numbers(a.ratios, "--ratios"))
+    trunks = [Trunk(n, ratios) for n in numbers(a.sizes, "--sizes")]
+    if len(trunks) < 2 or len(ratios) < 2:
+        raise ScalingError("a ladder needs two sizes and two ratios at least")
+    q = question(c.fit, noise_of(c.fit, misfit=a.misfit), a.target)
+    found = power_of(a, c.fit, q, trunks, keep=False)
+    if a.json:
+        print_json(asdict(found))
+        return OK
+    print(f"{len(trunks)} sizes at {len(ratios)} budgets, {sum(t.flops for t in trunks):.2e} FLOP for both families")
+    print("\n".join(found.lines()))
+    return OK
+
+
+def power_of(a: argparse.Namespace, fitted: Fit, q: Question, trunks: Sequence[Trunk], keep: bool) -> Power:
+    """Power of trunks, with the runs at hand if they count, under the fitted laws and the noise found."""
+    cells = joined(own_cells(fitted), cells_of(trunks)) if keep else cells_of(trunks)
+    return power(truths_of(fitted), cells, q.noise, q.target, a.ladders, a.seed, shared(a))

@@ -32,7 +32,7 @@ def interval_holds(ends: Sequence[float], truth: float) -> bool:
 
 def ends_of(truths: Truths, noise: Noise, seed: int) -> dict[str, tuple[float, float]]:
     """95 % intervals of one simulated ladder's crossing, by method."""
-    runs = draw(truths, Ladder(SIZES, (5, 20, 80, 160)), noise, np.random.default_rng([seed, 1]))
+    runs = draw(truths, Ladder(SIZES, (5, 20, 80, 160)).cells, noise, np.random.default_rng([seed, 1]))
     c = compare(runs, "A", "B", ("E", "B", "beta"), draws=400, seed=seed, objective="log-ls", starts=4)
     profile = profile_crossing(c, simulations=200, seed=seed)
     return {"bootstrap": (c.crossover.low, c.crossover.high), "profile": (profile.low, profile.high)}

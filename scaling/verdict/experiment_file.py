@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from scaling.tables.runs import Runs, ScalingError
 from scaling.verdict.plan import Plan
 
-TEMPLATE = '''"""Planned ladder: {families}; {flops:.2e} FLOP in all.
+TEMPLATE = '''"""Planned ladder: {names}; {flops:.2e} FLOP in all.
 
     python launch.py sweep {path} --out runs/{name}
 
-Written by `scaling plan` from {source}: sd of log10 C* {sd_now:.2f} before, {sd_then:.2f} expected with these runs.
+Written by `scaling plan` from {source}: sd of {asked} {sd_now:.3g} before, {sd_then:.3g} expected with these runs.
 Learning rates are the power law in N through the rates of that table; check them before a large run.
+The largest run reads {tokens:.1e} tokens: name a corpus that holds them.
 """
 
-from mmfree_jax import config, flops
-from mmfree_jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from mmfree_jax.config import DataConfig, OptimConfig, RunConfig
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
+from mmfree_jax.sweep.shapes import nearest_model
 
 DATA = DataConfig(corpus={corpus!r}, vocab={vocab}, sequence={sequence}, batch={batch})
 FAMILIES = {families!r}
-TRUNKS = {trunks!r}  # parameters: tokens per parameter of each decay
-RATES = {rates!r}  # family: (coefficient, exponent) of lr = coefficient * N ** exponent
-
-
-def model(family: str, width: int) -> ModelConfig:
-    """The shape rule: one layer per 64 of width, at least two; GLU width 8/3 of the width; heads of 32."""
-    mixer, linear = config.FAMILIES[family]
-    return ModelConfig(
-        mixer,
-        linear,
-        vocab=DATA.vocab,
-        width=width,
-        depth=max(2, width // 64),
-        glu_width=-(-width * 8 // 48) * 16,
-        heads=max(1, width // 32) if mixer == "attention" else 1,
-    )
-
-
-def nearest(family: str, size: float) -> ModelConfig:
-    """The model of the shape rule whose parameter count is nearest to a planned size."""
-    models = [model(family, width) for width in range(32, 8193, 32)]
-    return min(models, key=lambda m: abs(flops.parameters(m).N - size))
+TRUNKS = {{  # parameters: tokens per parameter of each decay
+{trunks}
+}}
+RATES = {{  # family: (coefficient, exponent) of lr = coefficient * N ** exponent
+{rates}
+}}
 
 
 def study() -> Study:
@@ -57,7 +44,8 @@ def study() -> Study:
             warmup = min(64, min(budgets) // 8)
             optim = OptimConfig(lr=coefficient * size**exponent, warmup_steps=warmup, weight_decay=0.1)
             name = f"{{family}}-{{size:.0f}}"
-            base = RunConfig(name=name, model=nearest(family, size), data=DATA, optim=optim, steps=max(budgets))
+            shape = nearest_model(family, size, DATA.vocab)
+            base = RunConfig(name=name, model=shape, data=DATA, optim=optim, steps=max(budgets))
             runs += trunk_and_decays(base, sorted(set(budgets)))
     return Study(name={name!r}, title="Planned ladder", runs=tuple(runs), baseline=FAMILIES[0], challenger=FAMILIES[1])
 '''
@@ -69,20 +57,28 @@ def write_experiment(plan: Plan, runs: Runs, families: tuple[str, str], path: Pa
     batch = max(1, round(common(runs, "batch_tokens", 8 * sequence) / sequence))
     text = TEMPLATE.format(
         families=families,
+        names=" and ".join(families),
+        tokens=max(t.n * max(t.ratios) for t in plan.trunks),
         flops=plan.flops,
         path=path,
         name=path.stem,
         source=runs.source,
         sd_now=plan.sd_now,
         sd_then=plan.sd_then,
+        asked=plan.asked if plan.asked == "log10 C*" else f"the difference at {plan.target:.1e} FLOP",
         corpus="embedded",
         vocab=round(common(runs, "vocab", 2048.0)),
         sequence=round(sequence),
         batch=batch,
-        trunks={float(f"{t.n:.4g}"): t.ratios for t in plan.trunks},
-        rates={family: rate_law(runs.family(family)) for family in families},
+        trunks=entries({float(f"{t.n:.4g}"): t.ratios for t in plan.trunks}),
+        rates=entries({family: rate_law(runs.family(family)) for family in families}),
     )
     path.write_text(text, encoding="utf-8")
+
+
+def entries(values: Mapping[Any, Any]) -> str:
+    """The lines of a dict's literal."""
+    return "\n".join(f"    {key!r}: {value!r}," for key, value in values.items())
 
 
 def common(runs: Runs, column: str, otherwise: float) -> float:
@@ -98,6 +94,6 @@ def rate_law(part: Runs) -> tuple[float, float]:
     known = ~np.isnan(part["lr"])
     log_n, log_rate = np.log(part["N"][known]), np.log(part["lr"][known])
     if np.ptp(log_n) == 0:
-        return float(np.exp(log_rate.mean())), 0.0
+        return float(f"{np.exp(log_rate.mean()):.6g}"), 0.0
     slope, level = np.polyfit(log_n, log_rate, 1)
-    return float(np.exp(level)), float(slope)
+    return float(f"{np.exp(level):.6g}"), round(float(slope), 6)

@@ -1,8 +1,10 @@
-"""Which runs would decide: the runs' noise, the cheapest ladder for the crossing, a ladder's power before it runs.
+"""Which runs would decide: the cheapest ladder under caps on one run, and what one more trunk is worth.
 
-The criterion is c-optimal (Elfving 1952): the standard deviation of log10 C*, propagated from a linearised joint fit
-with run, trunk and lack-of-fit variance. Lack of fit grows with the distance from the target compute, so that the
-cheapest runs, which the law alone would favour, count for less. Both families get the same grid.
+The criterion is c-optimal (Elfving 1952): the standard deviation of log10 C*, or of the difference at a target compute.
+It is that of the least-squares fit which will be made, under noise of runs and trunks and under lack of fit: a smooth
+departure of each family from its law, correlated over half a decade in N and in D, that the fit knows nothing of. A
+criterion that trusts the law would put everything on two far ends; this one pays for runs between them.
+Both families get the same grid.
 """
 
 from __future__ import annotations
@@ -13,16 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.fitting.fit import Fit
-from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, Runs, ScalingError
+from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, ScalingError
 from scaling.uncertainty.bootstrap import cluster_labels, parametric_noise
-from scaling.uncertainty.simulate import Ladder, Noise, Truths, draw
-from scaling.verdict.compare import Comparison, compare
+from scaling.uncertainty.simulate import Noise
 from scaling.verdict.crossing import overtakes
 from scaling.verdict.frontier import Cost, frontier
 
 DECAY_SHARE = 0.2  # steps of a decay off a trunk, relative to its budget
 BYTES_PER_PARAMETER = 16.0  # weights, gradient and two AdamW moments in 4 bytes each
-MISFIT_PER_DECADE = 0.0005  # sd of log loss that lack of fit adds per decade between a run and the target
+MISFIT = 0.005  # rms lack of fit of log loss that a plan allows for
+MISFIT_REACH = 0.5  # decades of N or D over which a departure from the law keeps its sign
+PRIOR_SD = 1.0  # of every centred parameter before any run: exponents to +-1, terms to a factor of e
 SEARCH_DECADES = 12.0
 STEP = 1e-4
 
@@ -48,35 +51,60 @@ class Trunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """Trunks chosen, what they cost in FLOP, sd of log10 C* now (inf without runs to count on) and with them."""
+    """Trunks chosen, what they cost in FLOP, sd of what is asked now and with them, and where it is asked: the compute
+    at which the fitted frontiers cross, or the target (`asked` = "log10 C*" or "difference")."""
 
     trunks: tuple[Trunk, ...]
     flops: float
     sd_now: float
     sd_then: float
     target: float
+    asked: str
 
     def lines(self) -> list[str]:
         """The plan as text, one trunk a line."""
         out = [f"{'N':>10}  {'tokens per parameter':<28}{'FLOP, both families':>20}"]
         for t in self.trunks:
             out.append(f"{t.n:>10.3g}  {', '.join(f'{r:g}' for r in t.ratios):<28}{t.flops:>20.2e}")
-        change = f"{self.sd_now:.2f} now, {self.sd_then:.2f} with these runs"
-        out.append(f"total {self.flops:.2e} FLOP; sd of what is to be known: {change}")
+        change = f"{self.sd_now:.3g} now, {self.sd_then:.3g} with these runs"
+        what = "log10 C*" if self.asked == "log10 C*" else f"the difference at {self.target:.1e} FLOP (nats)"
+        out.append(f"total {self.flops:.2e} FLOP; sd of {what}: {change}")
         return out
 
 
 @dataclass(frozen=True)
 class Value:
-    """What one more trunk buys: the shrink of sd(log10 C*) and that per FLOP."""
+    """What one more trunk buys: the shrink of the sd of what is asked, and that per FLOP."""
 
     trunk: Trunk
     shrink: float
     per_flop: float
 
 
-def noise_of(fitted: Fit, seed: int = 0) -> Noise:
-    """Run and trunk standard deviations of log loss, medians over noise drawn with the residuals' own structure."""
+@dataclass(frozen=True)
+class Question:
+    """What is to be known, linearised about a fit of two families: slope (P,) of log10 C* or of the difference at
+    `target` FLOP along the centred parameters; noise of the runs, lack of fit included."""
+
+    fit: Fit
+    slope: np.ndarray
+    target: float
+    asked: str
+    noise: Noise
+
+
+def question(fitted: Fit, noise: Noise, target: float | None = None) -> Question:
+    """The crossing of the fitted frontiers, or their difference at `target`. Raises ScalingError where there is no
+    crossing to ask for."""
+    if target is not None:
+        return Question(fitted, sensitivity_of_difference(fitted, target), target, "difference", noise)
+    point, slope = sensitivity_of_crossing(fitted, float(fitted.runs["flops"].min()))
+    return Question(fitted, slope, 10**point, "log10 C*", noise)
+
+
+def noise_of(fitted: Fit, seed: int = 0, misfit: float = MISFIT) -> Noise:
+    """Run and trunk standard deviations of log loss, medians over noise drawn with the residuals' own structure, and
+    the lack of fit to allow for, which no table can show beyond its own range."""
     labels, paired = cluster_labels(fitted.runs, fitted.families)
     noise, _ = parametric_noise(fitted, labels, paired, 2000, np.random.default_rng(seed))
     groups = [
@@ -85,30 +113,28 @@ def noise_of(fitted: Fit, seed: int = 0) -> Noise:
     groups = [rows for rows in groups if len(rows) > 1]
     total = float(np.median((noise**2).mean(axis=1)))
     if not groups:
-        return Noise(np.sqrt(total))
+        return Noise(np.sqrt(total), misfit=misfit)
     within = np.mean([noise[:, rows].var(axis=1, ddof=1) for rows in groups], axis=0)
     inside = min(float(np.median(within)), total)
-    return Noise(np.sqrt(inside), np.sqrt(total - inside))
+    return Noise(np.sqrt(inside), np.sqrt(total - inside), misfit=misfit)
 
 
-def log_crossing(fitted: Fit, theta: np.ndarray, low: float) -> np.ndarray:
-    """(K,) log10 FLOP at which the second family's frontier passes below the first's; inf where it never does."""
-    log_c = np.linspace(np.log(low), np.log(low) + SEARCH_DECADES * np.log(10), 241)
+def frontier_losses(fitted: Fit, theta: np.ndarray, log_c: np.ndarray) -> list[np.ndarray]:
+    """Each family's best loss (K, M) for joint vectors (K, P), at 6 FLOP per parameter and token."""
     cost = Cost(np.zeros(1), np.log([FLOPS_PER_PARAMETER_TOKEN]))
-    ends = [frontier(fitted.law, theta[:, index], fitted.centre, cost, log_c).loss for index in fitted.model.index]
-    values, _ = overtakes(log_c, ends[1] - ends[0])
-    with np.errstate(divide="ignore"):
-        return np.log10(values)
+    return [frontier(fitted.law, theta[:, index], fitted.centre, cost, log_c).loss for index in fitted.model.index]
 
 
 def sensitivity_of_crossing(fitted: Fit, low: float) -> tuple[float, np.ndarray]:
-    """log10 C* and its gradient (P,) by central differences; raises ScalingError where the fit has no crossing."""
+    """log10 C* above `low` FLOP and its gradient (P,) by central differences; raises ScalingError if there is none."""
     steps = STEP * np.eye(len(fitted.theta))
     shifted = np.concatenate([fitted.theta[None], fitted.theta + steps, fitted.theta - steps])
-    found = log_crossing(fitted, shifted, low)
-    if not np.isfinite(found).all():
-        raise ScalingError("the fitted laws do not cross: give an assumed law or a target compute (--target)")
-    half = len(steps)
+    log_c = np.linspace(np.log(low), np.log(low) + SEARCH_DECADES * np.log(10), 241)
+    first, second = frontier_losses(fitted, shifted, log_c)
+    crossing, _ = overtakes(log_c, second - first)
+    if not (np.isfinite(crossing) & (crossing > 0)).all():
+        raise ScalingError("the fitted laws do not cross: give a target compute (--target)")
+    found, half = np.log10(crossing), len(steps)
     return float(found[0]), (found[1 : half + 1] - found[half + 1 :]) / (2 * STEP)
 
 
@@ -116,33 +142,73 @@ def sensitivity_of_difference(fitted: Fit, flops: float) -> np.ndarray:
     """Gradient (P,) of the difference of the frontiers at one compute, for a target where the fit has no crossing."""
     steps = STEP * np.eye(len(fitted.theta))
     shifted = np.concatenate([fitted.theta + steps, fitted.theta - steps])
-    cost = Cost(np.zeros(1), np.log([FLOPS_PER_PARAMETER_TOKEN]))
-    log_c = np.log([flops])
-    ends = [frontier(fitted.law, shifted[:, i], fitted.centre, cost, log_c).loss[:, 0] for i in fitted.model.index]
-    gap = ends[1] - ends[0]
+    first, second = frontier_losses(fitted, shifted, np.log([flops]))
+    gap = (second - first)[:, 0]
     return (gap[: len(steps)] - gap[len(steps) :]) / (2 * STEP)
 
 
-def trunk_information(fitted: Fit, trunk: Trunk, noise: Noise, target: float) -> np.ndarray:
-    """(P, P) Fisher information of one trunk in both families, rows correlated by their trunk's own noise."""
-    n, d = np.full(len(trunk.ratios), trunk.n), trunk.n * np.array(trunk.ratios)
+@dataclass(frozen=True)
+class Rows:
+    """Runs that exist or could be made: jacobian (P, n) of log loss, covariance (n, n) of log loss about the law."""
+
+    jacobian: np.ndarray
+    covariance: np.ndarray
+
+    def spread(self, q: Question, chosen: np.ndarray) -> float:
+        """Sd of what is asked from a least-squares fit of the chosen rows (indices), by the sandwich formula; the prior
+        counts as one more observation of every parameter."""
+        jacobian = self.jacobian[:, chosen] / q.noise.run
+        covariance = self.covariance[np.ix_(chosen, chosen)] / q.noise.run**2
+        weight = np.linalg.solve(jacobian @ jacobian.T + np.eye(len(q.slope)) / PRIOR_SD**2, q.slope)
+        along = jacobian.T @ weight
+        return float(np.sqrt(along @ covariance @ along + weight @ weight / PRIOR_SD**2))
+
+
+def rows_of(q: Question, families: Sequence[np.ndarray], n: np.ndarray, d: np.ndarray, trunk: np.ndarray) -> Rows:
+    """Rows with sizes n, tokens d and trunk numbers (all (n,)); `families` says which rows are which family's."""
+    fitted = q.fit
     features = fitted.law.features_at(np.log(n), np.log(d), fitted.centre)
-    distance = np.abs(np.log10(target / (FLOPS_PER_PARAMETER_TOKEN * n * d)))
-    covariance = np.diag(noise.run**2 + (MISFIT_PER_DECADE * distance) ** 2) + noise.trunk**2
-    information = np.zeros((len(fitted.theta), len(fitted.theta)))
-    for index in fitted.model.index:
-        _, own = fitted.law.value_jacobian(fitted.theta[None, index], features)
-        information[np.ix_(index, index)] += own[0] @ np.linalg.solve(covariance, own[0].T)
-    return information
+    jacobian = np.zeros((len(fitted.theta), len(n)))
+    covariance = q.noise.run**2 * np.eye(len(n))
+    for index, rows in zip(fitted.model.index, families, strict=True):
+        _, own = fitted.law.value_jacobian(fitted.theta[None, index], features[:, rows])
+        jacobian[np.ix_(index, rows)] = own[0]
+        same = trunk[rows][:, None] == trunk[rows]
+        near = sum(
+            np.exp(-0.5 * ((np.log10(x[rows])[:, None] - np.log10(x[rows])) / MISFIT_REACH) ** 2) for x in (n, d)
+        )
+        covariance[np.ix_(rows, rows)] += q.noise.trunk**2 * same + 0.5 * q.noise.misfit**2 * near
+    return Rows(jacobian, covariance)
 
 
-def spread(information: np.ndarray, slope: np.ndarray) -> float:
-    """Standard deviation of a linear function of the parameters; inf where the information does not determine it."""
-    scale = np.sqrt(np.diag(information)) + 1e-300
-    spectrum, turn = np.linalg.eigh(information / np.outer(scale, scale))
-    if spectrum[0] < 1e-12 * spectrum[-1]:
-        return float("inf")
-    return float(np.sqrt(np.sum((turn.T @ (slope / scale)) ** 2 / spectrum)))
+class Pool:
+    """All runs that a plan may count on: those at hand, and one cell per family for every size and ratio on offer."""
+
+    def __init__(self, q: Question, options: Sequence[Trunk], keep_runs: bool):
+        runs = q.fit.runs.select(np.arange(len(q.fit.runs)) if keep_runs else np.arange(0))
+        cells = sorted({(t.n, r) for t in options for r in t.ratios})
+        n, ratio = np.array([c[0] for c in cells]), np.array([c[1] for c in cells])
+        own, planned = len(runs), len(cells)
+        trunk = np.unique(runs["cluster"].astype(str), return_inverse=True)[1] if own else np.empty(0, int)
+        sizes = own + np.unique(n, return_inverse=True)[1]
+        families = [
+            np.concatenate([np.flatnonzero(runs["family"] == f), own + k * planned + np.arange(planned)])
+            for k, f in enumerate(q.fit.families)
+        ]
+        count = len(families)
+        every_n = np.concatenate([runs["N"], np.tile(n, count)])
+        every_d = np.concatenate([runs["D"], np.tile(n * ratio, count)])
+        self.question = q
+        self.rows = rows_of(q, families, every_n, every_d, np.concatenate([trunk, np.tile(sizes, count)]))
+        self.own = np.arange(own)
+        place = {cell: own + i for i, cell in enumerate(cells)}
+        self.place = {
+            t: np.array([place[t.n, r] + k * planned for k in range(count) for r in t.ratios]) for t in options
+        }
+
+    def spread(self, trunks: Sequence[Trunk]) -> float:
+        """Sd of what is asked with these trunks beside the runs at hand."""
+        return self.rows.spread(self.question, np.concatenate([self.own, *(self.place[t] for t in trunks)]).astype(int))
 
 
 def candidates(sizes: Sequence[float], ratios: Sequence[float], max_run: float, max_bytes: float) -> list[Trunk]:
@@ -153,115 +219,53 @@ def candidates(sizes: Sequence[float], ratios: Sequence[float], max_run: float, 
 
 
 def cheapest(
-    c: Comparison,
-    options: Sequence[Trunk],
-    budget: float,
-    target_sd: float = 0.0,
-    target: float | None = None,
-    keep_runs: bool = True,
+    q: Question, options: Sequence[Trunk], budget: float, target_sd: float = 0.0, keep_runs: bool = True
 ) -> Plan:
-    """Trunks, at most one per size, added by shrink per FLOP until `target_sd` or the budget; then each is tried out.
+    """Trunks, at most one per size, added by shrink per cost until `target_sd` or the budget (FLOP, both families);
+    then those are dropped without which it is as good.
 
-    keep_runs: count on the runs that the comparison holds. `target` (FLOP) replaces the crossing by the difference
-    there, in nats, as what is to be known. Raises ScalingError when the caps leave too little to choose from.
+    keep_runs: count on the runs that were fitted. Raises ScalingError when the caps leave nothing to choose from.
     """
-    noise = noise_of(c.fit)
-    point, slope = (np.log10(target), sensitivity_of_difference(c.fit, target)) if target else (0.0, np.empty(0))
-    if not target:
-        point, slope = sensitivity_of_crossing(c.fit, c.measured[0])
-    information = {t: trunk_information(c.fit, t, noise, 10**point) for t in options}
-    base = own_information(c.fit, noise, 10**point) if keep_runs else np.zeros((len(c.fit.theta),) * 2)
-    chosen = greedy(options, information, base, slope, budget, target_sd)
-    if not chosen:
+    affordable = [t for t in options if t.flops <= budget]
+    if not affordable:
         raise ScalingError("no candidate fits the budget and the caps on one run")
-    then = spread(base + sum(information[t] for t in chosen), slope)
+    pool = Pool(q, affordable, keep_runs)
+    chosen = greedy(pool, affordable, budget, target_sd)
+    if not chosen:
+        now = f"the runs at hand give an sd of {q.asked} of {pool.spread([]):.2g}"
+        raise ScalingError(f"{now}: that is enough, or no candidate lowers it")
     ordered = tuple(sorted(chosen, key=lambda t: t.n))
-    return Plan(ordered, sum(t.flops for t in chosen), spread(base, slope), then, 10**point)
+    total = sum(t.flops for t in chosen)
+    return Plan(ordered, total, pool.spread([]), pool.spread(chosen), q.target, q.asked)
 
 
-def own_information(fitted: Fit, noise: Noise, target: float) -> np.ndarray:
-    """Information of the runs at hand, trunk by trunk."""
-    runs, out = fitted.runs, np.zeros((len(fitted.theta),) * 2)
-    _, jacobian = fitted.model.value_jacobian(fitted.theta[None])
-    for name in np.unique(runs["cluster"].astype(str)):
-        rows = np.flatnonzero(runs["cluster"] == name)
-        distance = np.abs(np.log10(target / runs["flops"][rows]))
-        covariance = np.diag(noise.run**2 + (MISFIT_PER_DECADE * distance) ** 2) + noise.trunk**2
-        own = jacobian[0][:, rows]
-        out += own @ np.linalg.solve(covariance, own.T)
-    return out
-
-
-def greedy(
-    options: Sequence[Trunk],
-    information: dict[Trunk, np.ndarray],
-    base: np.ndarray,
-    slope: np.ndarray,
-    budget: float,
-    target_sd: float,
-) -> list[Trunk]:
-    """Adds the trunk that buys most log spread per log cost, one per size, within the budget; then drops idle ones."""
-    ridge = base + 1e-9 * np.diag(np.diag(sum(information.values()) + base) + 1e-300)
+def greedy(pool: Pool, options: Sequence[Trunk], budget: float, target_sd: float) -> list[Trunk]:
+    """Adds, or replaces at its size, the trunk that buys most log spread per root of its cost; then drops idle ones."""
     chosen: list[Trunk] = []
-    total, spent, now = ridge, 0.0, spread(ridge, slope)
+    now = pool.spread([])
     while now > target_sd:
-        open_options = [t for t in options if t.n not in {x.n for x in chosen} and spent + t.flops <= budget]
-        if not open_options:
+        moves = [[*(x for x in chosen if x.n != t.n), t] for t in options if t not in chosen]
+        extra = [sum(t.flops for t in move) - sum(t.flops for t in chosen) for move in moves]
+        spent = sum(t.flops for t in chosen)
+        gains = [
+            np.log(now / pool.spread(move)) / cost**0.5 if cost > 0 and spent + cost <= budget else -np.inf
+            for move, cost in zip(moves, extra, strict=True)
+        ]
+        if max(gains, default=-np.inf) <= 0:
             break
-        gains = [np.log(now / spread(total + information[t], slope)) / t.flops**0.5 for t in open_options]
-        best = open_options[int(np.argmax(gains))]
-        chosen.append(best)
-        total, spent = total + information[best], spent + best.flops
-        now = spread(total, slope)
+        chosen = moves[int(np.argmax(gains))]
+        now = pool.spread(chosen)
     for trunk in sorted(chosen, key=lambda t: -t.flops):
-        rest = total - information[trunk]
-        if target_sd > 0 and spread(rest, slope) <= target_sd:
-            chosen.remove(trunk)
-            total = rest
+        rest = [t for t in chosen if t is not trunk]
+        if pool.spread(rest) <= max(target_sd, now):
+            chosen, now = rest, pool.spread(rest)
     return chosen
 
 
-def next_values(c: Comparison, options: Sequence[Trunk], target: float | None = None) -> list[Value]:
+def next_values(q: Question, options: Sequence[Trunk]) -> list[Value]:
     """Every candidate by what it alone would add to the runs at hand, best per FLOP first."""
-    noise = noise_of(c.fit)
-    if target:
-        point, slope = np.log10(target), sensitivity_of_difference(c.fit, target)
-    else:
-        point, slope = sensitivity_of_crossing(c.fit, c.measured[0])
-    base = own_information(c.fit, noise, 10**point)
-    now = spread(base, slope)
-    out = []
-    for t in options:
-        shrink = now - spread(base + trunk_information(c.fit, t, noise, 10**point), slope)
-        out.append(Value(t, shrink, shrink / t.flops))
-    return sorted(out, key=lambda v: -v.per_flop)
-
-
-@dataclass(frozen=True)
-class Power:
-    """Simulated ladders: share whose interval of the difference at the target excludes zero, share whose crossing
-    interval is finite on both sides, sd of log10 C* over those that cross, share without a crossing."""
-
-    ladders: int
-    p_sign: float
-    p_crossing: float
-    sd_log_crossing: float
-    p_none: float
-
-
-def power(truths: Truths, ladder: Ladder, noise: Noise, target: float, ladders: int = 50, seed: int = 0) -> Power:
-    """What a ladder would show if the truth were `truths`, before a single run is trained."""
-    a, b = list(truths)
-    signs, crossings, points = [], [], []
-    for k in range(ladders):
-        runs: Runs = draw(truths, ladder, noise, np.random.default_rng([seed, k]))
-        top = float((6 * runs["N"] * runs["D"]).max())
-        c = compare(runs, a, b, draws=200, seed=k, starts=4, horizon=max(target * 1e3, top * 1e3))
-        place = int(np.argmin(np.abs(np.log(c.flops / target))))
-        low, high = (end[place] for end in c.band(c.difference_draws))
-        signs.append(bool(low * high > 0))
-        crossings.append(bool(np.isfinite(c.crossover.high) and c.crossover.low > 0))
-        points.append(c.crossover.estimate)
-    crossed = [np.log10(p) for p in points if np.isfinite(p) and p > 0]
-    spread_found = float(np.std(crossed)) if len(crossed) > 2 else float("nan")
-    return Power(ladders, float(np.mean(signs)), float(np.mean(crossings)), spread_found, 1 - len(crossed) / ladders)
+    pool = Pool(q, options, keep_runs=True)
+    now = pool.spread([])
+    shrinks = [now - pool.spread([t]) for t in options]
+    found = [Value(t, s, s / t.flops) for t, s in zip(options, shrinks, strict=True)]
+    return sorted(found, key=lambda v: -v.per_flop)

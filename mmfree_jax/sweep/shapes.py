@@ -1,0 +1,30 @@
+"""The shape rule of small ladders: one model per width, so that sizes differ in nothing else."""
+
+import dataclasses
+
+from mmfree_jax import flops
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.presets import model_preset
+
+HEAD = 32  # channels of an attention head
+GLU_MULTIPLE = 16
+WIDTHS = range(32, 8193, 32)
+
+
+def ladder_model(family: str, width: int, vocab: int, depth: int) -> ModelConfig:
+    """A family at a width: GLU width 8/3 of it, rounded up to a multiple of 16; heads of about 32 channels."""
+    base = model_preset(family, "tiny")
+    return dataclasses.replace(
+        base,
+        vocab=vocab,
+        width=width,
+        depth=depth,
+        glu_width=-(-width * 8 // (3 * GLU_MULTIPLE)) * GLU_MULTIPLE,
+        heads=max(1, width // HEAD) if base.mixer == "attention" else 1,
+    )
+
+
+def nearest_model(family: str, size: float, vocab: int) -> ModelConfig:
+    """The family's model whose N is nearest to `size`, with one layer per 64 of width and two at least."""
+    models = [ladder_model(family, width, vocab, depth=max(2, width // 64)) for width in WIDTHS]
+    return min(models, key=lambda m: abs(flops.parameters(m).N - size))
