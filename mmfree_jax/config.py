@@ -20,6 +20,7 @@ Linear = Literal["dense", "ternary"]
 Schedule = Literal["constant", "wsd", "cosine", "cosine-halving"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "products", "codes", "full"]
+Kernels = Literal["auto", "off"]
 
 FAMILIES: dict[str, tuple[Mixer, Linear]] = {
     "transformer++": ("attention", "dense"),
@@ -121,20 +122,28 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read: a corpus ("embedded", or the folder of a prepared token set) cut into windows.
+    """What is read: a corpus ("embedded", "s", "m", "l", or the folder of a token set) cut into windows.
 
+    `mixture` names further corpora to train on; the held-out loss is always that of `corpus`. `weights` are the shares
+    of the windows, that of `corpus` first; equal when not given.
     `sequence` is in tokens; `batch` is the number of sequences in one optimizer step over all devices and all
     accumulation steps. Windows are shuffled by `seed`, so two runs with equal DataConfig see equal data in equal order.
     """
 
     corpus: str = "embedded"
-    vocab: int = 2048  # of the tokenizer that is trained when the corpus is "embedded"
+    vocab: int = 2048  # of the tokenizer of a corpus that is named, not a folder
     sequence: int = 256
     batch: int = 16
     seed: int = 0
     separate_documents: bool = False  # neither state nor attention crosses from one document to the next
+    mixture: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        require(
+            len(self.weights) in (0, 1 + len(self.mixture)) and all(weight > 0 for weight in self.weights),
+            f"data.weights={self.weights}: give one positive number for data.corpus and each of data.mixture, or none",
+        )
         require(bool(self.corpus), "data.corpus is empty: name a corpus or the folder of a token set")
         require(self.sequence >= 2, f"data.sequence={self.sequence}: needs at least 2 tokens")
         require(self.batch >= 1, f"data.batch={self.batch}: needs at least 1 sequence")
@@ -242,7 +251,8 @@ class RunConfig:
     )
     milestones: tuple[int, ...] = ()
     precision: Precision = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU; weights are float32
-    remat: Remat = "none"
+    remat: Remat = "none"  # what the backward pass makes again (`models.language_model.remat_policy`)
+    kernels: Kernels = "auto"  # hand-written kernels where they serve; off: the compiler alone
     unroll: int = 1  # layers per iteration of the scan over layers; depth: no loop at all
     evaluate: bool = True  # on the whole held-out split at the end
     log_every: int = 10
@@ -258,6 +268,10 @@ class RunConfig:
         require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints}: must be at least 1")
         for name in ("log_every", "checkpoint_every", "diagnose_every"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
+        require(
+            self.remat != "codes" or self.model.linear == "ternary",
+            "remat='codes' keeps the integer codes of ternary layers, and this model has none: use products or full",
+        )
         self._check_lengths()
         self._check_batch()
 

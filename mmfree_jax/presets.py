@@ -79,4 +79,6 @@ def run_preset(preset: str) -> RunConfig:
         weight_decay=0.01,
     )
     steps = round(TOKENS[size] / data.tokens_per_step)
-    return RunConfig(preset, model, data, optim, steps=steps, checkpoint_every=1000, diagnose_every=1000, remat="dots")
+    return RunConfig(
+        preset, model, data, optim, steps=steps, checkpoint_every=1000, diagnose_every=1000, remat="products"
+    )

@@ -10,6 +10,7 @@ from flax import nnx
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
 from mmfree_jax.ops.attention import attend, causal_attention
+from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import constrain
 
@@ -55,7 +56,7 @@ class Attention(nnx.Module):
         self.out = Projection(config, D, D, init=out, axes=("heads", "embed"), **kwargs)
 
     def __call__(
-        self, u_BTD: jax.Array, context: Context, floor_D: None, state: Cache | None
+        self, u_BTD: jax.Array | Prologue, context: Context, floor_D: None, state: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         """Mix over time: [B, T, D] -> [B, T, D] and the cache with these tokens added (None without a cache)."""
         assert context.rotary is not None

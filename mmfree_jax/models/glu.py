@@ -9,6 +9,7 @@ from flax import nnx
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.models.layers import Projection, RMSNorm, normal
+from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.sharding import constrain
 
 
@@ -23,8 +24,8 @@ class GLU(nnx.Module):
         self.norm = RMSNorm(F, config.norm_eps, param_dtype) if config.sublayer_norm else None
         self.down = Projection(config, F, D, init=down, axes=("mlp", "embed"), **kwargs)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array | Prologue) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        gate_BTF, up_BTF = self.gate_up(x_BTD)
-        y_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "time", "channels")
-        return self.down(y_BTF if self.norm is None else self.norm(y_BTF))[0]
+        gate_up_BTF = tuple(constrain(a, "batch", "time", "channels") for a in self.gate_up(x_BTD))
+        y_BTF = Prologue("swiglu", gate_up_BTF)
+        return self.down(y_BTF if self.norm is None else self.norm(y_BTF.value()))[0]

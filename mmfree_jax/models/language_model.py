@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.config import ModelConfig, Remat
 from mmfree_jax.models.attention import Attention, rotary
@@ -16,23 +17,29 @@ from mmfree_jax.models.mlgru import MLGRU, floors
 from mmfree_jax.models.rwkv4 import RWKV4
 from mmfree_jax.ops.bit_linear import bit_linear
 from mmfree_jax.ops.cross_entropy import head_loss, head_nats
+from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import constrain, partitioned
 
 MIXERS: dict[str, Any] = {"mlgru": MLGRU, "attention": Attention, "rwkv4": RWKV4}
+KEPT: dict[str, tuple[str, ...]] = {  # names that ops and modules give to what they compute
+    "products": ("projection", "residual", "state", "codes", "per_token"),
+    "codes": ("residual", "state", "codes", "per_token"),
+    "full": (),
+}
 
 
 def remat_policy(remat: Remat) -> Callable[[Any], Any]:
-    """Wraps the body of the scan over layers: what the backward pass keeps of each block.
+    """Wraps the body of the scan over layers: what the backward pass keeps of each block, and what it makes again.
 
-    none: whatever autodiff needs; dots: the projections' outputs; full: only the residual stream.
+    none: keeps whatever autodiff needs. products: makes norms, gates and attention again, no product or recurrence.
+    codes: of ternary layers keeps the integer codes that went in, and makes the products again with those. full: keeps
+    the residual stream at the block's start and makes all else again.
     """
     if remat == "none":
         return lambda body: body
-    if remat == "dots":
-        policy = jax.checkpoint_policies.save_only_these_names("projection")
-        return lambda body: jax.checkpoint(body, policy=policy)
-    return jax.checkpoint
+    policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
+    return lambda body: jax.checkpoint(body, policy=policy)
 
 
 def document_starts(segments_BT: jax.Array, before_B: jax.Array | None = None) -> jax.Array:
@@ -65,6 +72,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: jax.Array, *, rngs: nnx.Rngs, param_dtype: Any):
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
+        self.ternary = config.linear == "ternary"
         self.mixer_norm = RMSNorm(config.width, config.norm_eps, param_dtype)
         self.mixer = MIXERS[config.mixer](config, layer, **kwargs)
         self.glu_norm = RMSNorm(config.width, config.norm_eps, param_dtype)
@@ -72,9 +80,13 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, context: Context, floor_D: jax.Array | None, state: Any) -> tuple:
         """[B, T, D] -> [B, T, D] and the mixer's state after the last token."""
-        y_BTD, state = self.mixer(self.mixer_norm(x_BTD), context, floor_D, state)
-        x_BTD = constrain(x_BTD + y_BTD, "batch", "time", None)
-        return constrain(x_BTD + self.glu(self.glu_norm(x_BTD)), "batch", "time", None), state
+        y_BTD, state = self.mixer(self._normed(self.mixer_norm, x_BTD), context, floor_D, state)
+        x_BTD = checkpoint_name(constrain(x_BTD + y_BTD, "batch", "time", None), "residual")
+        return constrain(x_BTD + self.glu(self._normed(self.glu_norm, x_BTD)), "batch", "time", None), state
+
+    def _normed(self, norm: RMSNorm, x_BTD: jax.Array) -> jax.Array | Prologue:
+        """Ternary layers take the norm unevaluated; dense ones share its value."""
+        return norm.deferred(x_BTD) if self.ternary else norm(x_BTD)
 
 
 class LanguageModel(nnx.Module):

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.ops.bit_linear import Recipe, bit_linear
+from mmfree_jax.ops.prologue import Prologue, settled
 from mmfree_jax.ops.rms_norm import rms_norm
 from mmfree_jax.sharding import partitioned
 
@@ -77,6 +78,10 @@ class RMSNorm(nnx.Module):
         """[..., D] -> [..., D], in x's type."""
         return rms_norm(x, self.gain[...], self.eps)
 
+    def deferred(self, x: jax.Array) -> Prologue:
+        """The same, left to the BitLinear that takes it."""
+        return Prologue("norm", (x,), self.gain[...], self.eps)
+
 
 class Projection(nnx.Module):
     """One linear layer, or `groups` of them on the same input; dense, or ternary with its own norm (BitLinear).
@@ -108,10 +113,11 @@ class Projection(nnx.Module):
         own = (groups, inputs) if groups and not joint else (inputs,)
         self.gain = gain(own, param_dtype) if has_norm else None
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    def __call__(self, x: jax.Array | Prologue) -> tuple[jax.Array, ...]:
         """[..., D] -> one [..., F] for each group (a tuple of one without groups)."""
         w_GDF = self.kernel[...] if self.groups else self.kernel[...][None]
         if self.recipe is None:
+            x = settled(x)
             ys = tuple(jnp.matmul(x, w_GDF[g].astype(x.dtype)) for g in range(w_GDF.shape[0]))
         else:
             ys = bit_linear(self.recipe, x, w_GDF, None if self.gain is None else self.gain[...])

@@ -9,6 +9,7 @@ from flax import nnx
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
 from mmfree_jax.ops.gated_recurrence import gated_recurrence
+from mmfree_jax.ops.prologue import Prologue, settled
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import constrain
 
@@ -41,7 +42,7 @@ class MLGRU(nnx.Module):
         self.out = Projection(config, D, D, init=out, axes=("heads", "embed"), **kwargs)
 
     def __call__(
-        self, u_BTD: jax.Array, context: Context, floor_D: jax.Array | None, state: jax.Array | None
+        self, u_BTD: jax.Array | Prologue, context: Context, floor_D: jax.Array | None, state: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """Mix over time.
 
@@ -58,14 +59,14 @@ class MLGRU(nnx.Module):
         i_BTD, f_BTD = (constrain(a, "batch", "time", "channels") for a in (i_BTD, f_BTD))
         h_BTD, last_BD = gated_recurrence(i_BTD, f_BTD, floor_D, state, resets_BT=context.starts_BT)
         y_BTD = self._output_gate(g_BTD, h_BTD)
-        return self.out(y_BTD if self.norm is None else self.norm(y_BTD))[0], last_BD
+        return self.out(y_BTD if self.norm is None else self.norm(settled(y_BTD)))[0], last_BD
 
     @staticmethod
     def start(batch: int, capacity: int, config: ModelConfig, dtype: Any) -> jax.Array:
         """The state before the first token: zeros [B, D], in at least float32."""
         return jnp.zeros((batch, config.width), wide(dtype))
 
-    def _output_gate(self, g_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
+    def _output_gate(self, g_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array | Prologue:
         if self.official:
-            return self.gate_norm(g_BTD) * jax.nn.silu(h_BTD)
+            return Prologue("gated", (g_BTD, h_BTD), self.gate_norm.gain[...], self.gate_norm.eps)
         return jax.nn.sigmoid(g_BTD) * self.gate_norm(h_BTD)

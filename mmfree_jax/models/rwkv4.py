@@ -13,6 +13,7 @@ from flax import nnx
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
+from mmfree_jax.ops.prologue import Prologue, settled
 from mmfree_jax.ops.wkv import WKVState, empty, wkv
 from mmfree_jax.sharding import constrain, partitioned
 
@@ -65,9 +66,10 @@ class RWKV4(nnx.Module):
         self.out = project(out, ("heads", "embed"))
 
     def __call__(
-        self, u_BTD: jax.Array, context: Context, floor_D: None, state: TimeMixState | None
+        self, u_BTD: jax.Array | Prologue, context: Context, floor_D: None, state: TimeMixState | None
     ) -> tuple[jax.Array, TimeMixState]:
         """Mix over time: [B, T, D] -> [B, T, D] and the state after the last token."""
+        u_BTD = settled(u_BTD)
         before_BTD = shifted(u_BTD, None if state is None else state.last_BD, context.starts_BT)
         mix = self.mix[...].astype(u_BTD.dtype)
         r_BTD, k_BTD, v_BTD = (

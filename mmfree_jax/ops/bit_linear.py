@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.ops.kernels.choice import on_hopper, one_device
+from mmfree_jax.ops.prologue import Kind, Prologue, combine
 from mmfree_jax.ops.rms_norm import reciprocal_rms, rms_norm_backward
 from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, quantise_weights, wide
 from mmfree_jax.sharding import constrain
@@ -27,41 +29,100 @@ class Recipe(NamedTuple):
     scale_axes: tuple[int, ...] = (-2, -1)  # axes of w_GDF that share one weight scale
     eps: float = 1e-6
     axes: tuple[str | None, str | None] = (None, None)  # logical names of the input and output axes of w
+    prologue: Kind = "plain"  # how the input is made of the arrays that are kept; set by `bit_linear`
 
 
 class Saved(NamedTuple):
     """What the backward pass needs of the input side."""
 
-    x: jax.Array
-    rstd: jax.Array | None
+    sources: tuple[jax.Array, ...]
+    source_gain: jax.Array | None
     gain: jax.Array | None
+    rstd: jax.Array | None  # None without a gain, and where a kernel computes it again
     inputs: tuple[Quantised, ...]  # one, or one a product where the products have their own gains
 
 
-def bit_linear(recipe: Recipe, x: jax.Array, w_GDF: jax.Array, gain: jax.Array | None) -> tuple[jax.Array, ...]:
+def bit_linear(
+    recipe: Recipe, x: jax.Array | Prologue, w_GDF: jax.Array, gain: jax.Array | None
+) -> tuple[jax.Array, ...]:
     """G ternary products of one input.
 
     Args:
         recipe: static options.
-        x: [..., D] activations.
+        x: [..., D] activations, or how they are to be made: they are then made again in the backward pass, not kept.
         w_GDF: latent weights, quantised per `recipe.scale_axes`.
         gain: of the RMSNorm before the quantiser: [D] shared by the products, [G, D] one each, None for no norm.
 
     Returns:
         G arrays [..., F] of x's type.
     """
-    return _bit_linear(recipe, x, w_GDF, gain)
+    if not isinstance(x, Prologue):
+        return _bit_linear(recipe, (x,), None, w_GDF, gain)
+    if x.gain is not None and x.eps != recipe.eps:
+        raise ValueError(f"the norms of one BitLinear share their epsilon: {x.eps} and {recipe.eps}")
+    return _bit_linear(recipe._replace(prologue=x.kind), x.sources, x.gain, w_GDF, gain)
 
 
-def quantise_input(recipe: Recipe, x: jax.Array, gain: jax.Array | None) -> Saved:
-    """Norm and quantise x: the input side of `bit_linear`."""
+def quantise_input(
+    recipe: Recipe, sources: tuple[jax.Array, ...], source_gain: jax.Array | None, gain: jax.Array | None
+) -> Saved:
+    """Make the input, norm and quantise it: the input side of `bit_linear`."""
+    if _one_pass_serves(recipe, sources, source_gain, gain):
+        return Saved(sources, source_gain, gain, None, _one_pass(recipe, sources, source_gain, gain))
+    x = combine(recipe.prologue, sources, source_gain, recipe.eps)
     if gain is None:
-        return Saved(x, None, None, (quantise_activations(x, recipe.bits),))
-    rstd = reciprocal_rms(x, recipe.eps)
-    x_hat = x.astype(rstd.dtype) * rstd
-    gains = [gain] if gain.ndim == 1 else [gain[g] for g in range(gain.shape[0])]
-    inputs = tuple(quantise_activations(x_hat * g.astype(rstd.dtype), recipe.bits) for g in gains)
-    return Saved(x, rstd, gain, inputs)
+        return Saved(sources, source_gain, None, None, (_kept(quantise_activations(x, recipe.bits)),))
+    rstd = checkpoint_name(reciprocal_rms(x, recipe.eps), "per_token")
+    inputs = tuple(_kept(quantise_activations(x, recipe.bits, rstd, g.astype(rstd.dtype))) for g in _gains(gain))
+    return Saved(sources, source_gain, gain, rstd, inputs)
+
+
+def _gains(gain: jax.Array) -> list[jax.Array]:
+    return [gain] if gain.ndim == 1 else [gain[g] for g in range(gain.shape[0])]
+
+
+def _one_pass_serves(recipe: Recipe, sources, source_gain, gain) -> bool:
+    """Whether the kernels between activations and codes serve: 8 bits, whole lanes, and a norm before the quantiser."""
+    if gain is None or recipe.bits != 8 or recipe.prologue == "plain" or not (on_hopper() and one_device()):
+        return False
+    from mmfree_jax.ops.kernels.normed_codes import supports
+
+    vectors = (source_gain is not None) + len(_gains(gain))
+    return supports(sources[0].shape[-1], vectors, sources[0].dtype)
+
+
+def _one_pass(recipe: Recipe, sources, source_gain, gain) -> tuple[Quantised, ...]:
+    from mmfree_jax.ops.kernels.normed_codes import forward
+
+    shape = sources[0].shape
+    codes, scales = forward(recipe.prologue, *_rows_and_gains(sources, source_gain, gain), recipe.eps)
+    pairs = zip(codes, scales, strict=True)
+    return tuple(_kept(Quantised(q.reshape(shape), s.reshape(*shape[:-1], 1))) for q, s in pairs)
+
+
+def _one_pass_backward(recipe: Recipe, saved: Saved, dys: list[jax.Array]) -> tuple:
+    from mmfree_jax.ops.kernels.normed_codes import backward
+
+    sources, source_gain, gain = saved.sources, saved.source_gain, saved.gain
+    assert gain is not None
+    arrays = _rows_and_gains(sources, source_gain, gain)
+    dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    drows, dsource_gain, dgains = backward(recipe.prologue, *arrays, dys, recipe.eps)
+    dsources = tuple(d.reshape(s.shape) for d, s in zip(drows, sources, strict=True))
+    like = lambda d, a: None if a is None else d.reshape(a.shape).astype(a.dtype)
+    return dsources, like(dsource_gain, source_gain), like(jnp.stack(dgains), gain)
+
+
+def _rows_and_gains(sources, source_gain, gain) -> tuple[list, jax.Array | None, list]:
+    """A kernel's operands: activations as [rows, D], gains as float32 vectors."""
+    rows = [s.reshape(-1, s.shape[-1]) for s in sources]
+    gains = [g.astype(jnp.float32) for g in _gains(gain)]
+    return rows, None if source_gain is None else source_gain.astype(jnp.float32), gains
+
+
+def _kept(q: Quantised) -> Quantised:
+    """Codes named for the remat policies: a byte a value, cheaper kept than made again."""
+    return q if q.scale is None else Quantised(checkpoint_name(q.codes, "codes"), checkpoint_name(q.scale, "per_token"))
 
 
 def quantise_kernel(recipe: Recipe, w_GDF: jax.Array) -> Quantised:
@@ -113,14 +174,14 @@ def _integer_product(x: Quantised, w: Quantised, out: Any) -> jax.Array:
 def product_backward(x: Quantised, w: Quantised, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gradients of `product` to the dequantised operands, straight through both quantisers.
 
-    Returns the gradient to x [..., D] and to w [D, F], in `wide(dy.dtype)`.
+    Returns the gradient to x [..., D] in dy's type, and to w [D, F] in `wide(dy.dtype)`.
     """
     exact = wide(dy.dtype)
     scaled = dy if w.scale is None or w.scale.size == 1 else (dy * w.scale).astype(dy.dtype)
     dx = jnp.matmul(scaled, w.codes.astype(dy.dtype).T, preferred_element_type=exact)
     if w.scale is not None and w.scale.size == 1:
         dx = dx * w.scale.reshape(()).astype(exact)
-    return dx, outer(dequantise(x, dy.dtype), dy)
+    return dx.astype(dy.dtype), outer(dequantise(x, dy.dtype), dy)
 
 
 def outer(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -129,9 +190,20 @@ def outer(x: jax.Array, dy: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=wide(dy.dtype))
 
 
-def input_backward(saved: Saved, dys: list[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-    """Gradients to x and gain, given those to the quantised inputs, one for each product."""
-    x, rstd, gain, inputs = saved
+def input_backward(recipe: Recipe, saved: Saved, dys: list[jax.Array]) -> tuple:
+    """Gradients to sources, source_gain and gain, given those to the quantised inputs, one for each product."""
+    if _one_pass_serves(recipe, *saved[:3]):
+        return _one_pass_backward(recipe, saved, dys)
+    make = functools.partial(combine, recipe.prologue, eps=recipe.eps)
+    x, pull = jax.vjp(lambda sources, gain: make(sources, gain), saved.sources, saved.source_gain)
+    dx, dgain = _norm_backward(x, saved, dys)
+    return *pull(dx), dgain
+
+
+def _norm_backward(x: jax.Array, saved: Saved, dys: list[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+    """Gradients to the value that is normed and quantised, and to the gain of that norm."""
+    rstd, gain, inputs = saved.rstd, saved.gain, saved.inputs
+    dys = [dy.astype(wide(dy.dtype)) for dy in dys]
     if rstd is None or gain is None:
         return sum(dys[1:], dys[0]).astype(x.dtype), None
     if len(inputs) == 1:
@@ -146,23 +218,25 @@ def input_backward(saved: Saved, dys: list[jax.Array]) -> tuple[jax.Array, jax.A
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _bit_linear(recipe: Recipe, x: jax.Array, w_GDF: jax.Array, gain: jax.Array | None):
-    return _forward(recipe, x, w_GDF, gain)[0]
+def _bit_linear(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.Array | None):
+    return _forward(recipe, sources, source_gain, w_GDF, gain)[0]
 
 
-def _forward(recipe: Recipe, x: jax.Array, w_GDF: jax.Array, gain: jax.Array | None):
-    saved = quantise_input(recipe, x, gain)
-    kernel = quantise_kernel(recipe, w_GDF)
-    ys = [product(q, w, x.dtype, x.dtype) for q, w in _pairs(saved.inputs, kernel)]
+def _forward(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.Array | None):
+    saved = quantise_input(recipe, sources, source_gain, gain)
+    kernel = Quantised(*(checkpoint_name(a, "codes") for a in quantise_kernel(recipe, w_GDF)))
+    dtype = sources[0].dtype
+    ys = [product(q, w, dtype, dtype) for q, w in _pairs(saved.inputs, kernel)]
     like = jnp.zeros((), w_GDF.dtype)  # residuals are arrays: this one carries the weights' type
     return tuple(ys), (saved, kernel, like)
 
 
 def _backward(recipe: Recipe, residuals, dys):
-    saved, kernel, like = residuals
+    # Behind a barrier, or the compiler makes the dequantised inputs in the forward pass and keeps them until here.
+    (saved, kernel, like), dys = jax.lax.optimization_barrier((residuals, dys))
     pulled = [product_backward(q, w, dy) for (q, w), dy in zip(_pairs(saved.inputs, kernel), dys, strict=True)]
-    dx, dgain = input_backward(saved, [dx for dx, _ in pulled])
-    return dx, jnp.stack([dw for _, dw in pulled]).astype(like.dtype), dgain
+    dsources, dsource_gain, dgain = input_backward(recipe, saved, [dx for dx, _ in pulled])
+    return dsources, dsource_gain, jnp.stack([dw for _, dw in pulled]).astype(like.dtype), dgain
 
 
 def _pairs(inputs: tuple[Quantised, ...], kernel: Quantised) -> list[tuple[Quantised, Quantised]]:

@@ -84,10 +84,10 @@ def chunk_count(batch: int, time: int, vocab: int) -> int:
 def _operands(recipe, x_BTD, w_DV, gain_D) -> tuple[Saved, Quantised]:
     """Both sides of the head's product as codes and scales; a dense head is codes without a scale."""
     if recipe is None:
-        return Saved(x_BTD, None, None, (Quantised(x_BTD, None),)), Quantised(w_DV.astype(x_BTD.dtype), None)
+        return Saved((x_BTD,), None, None, None, (Quantised(x_BTD, None),)), Quantised(w_DV.astype(x_BTD.dtype), None)
     codes, scale = quantise_kernel(recipe, w_DV[None])
     assert scale is not None
-    return quantise_input(recipe, x_BTD, gain_D), Quantised(codes[0], scale[0])
+    return quantise_input(recipe, (x_BTD,), None, gain_D), Quantised(codes[0], scale[0])
 
 
 def _nats(x: Quantised, kernel: Quantised, targets_BT, dtype):
@@ -153,7 +153,7 @@ def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT):
     zero = (jnp.zeros((), weights_BT.dtype), jnp.zeros(w_DV.shape, weights_BT.dtype))
     pieces = _cut((saved.inputs[0], targets_BT, weights_BT), chunks)
     (loss, dw_DV), dx_CBTD = jax.lax.scan(one, zero, pieces)
-    dx_BTD, dgain_D = input_backward(saved, [_join(dx_CBTD, x_BTD.shape[1])])
+    (dx_BTD,), _, dgain_D = input_backward(recipe or Recipe(), saved, [_join(dx_CBTD, x_BTD.shape[1])])
     return loss, (dx_BTD, dw_DV.astype(w_DV.dtype), dgain_D)
 
 

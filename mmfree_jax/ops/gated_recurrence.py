@@ -5,12 +5,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.ops.kernels.choice import on_hopper, one_device
 from mmfree_jax.ops.recurrence import recurrence
 from mmfree_jax.ops.ternary import wide
 
 Form = Literal["auto", "reference", "kernel"]
+OPEN = 40.0  # of a forget gate: its sigmoid is 1 in float32
 
 
 def gated_recurrence(
@@ -52,19 +54,24 @@ def gates(c_BTD: jax.Array, f_BTD: jax.Array, floor_D: jax.Array | None) -> tupl
 
 
 def _kernel_serves(c_BTD: jax.Array) -> bool:
-    if not (on_hopper() and one_device()):
-        return False
-    from mmfree_jax.ops.kernels import gated_recurrence as kernel
-
-    return kernel.supports(c_BTD.shape, c_BTD.dtype)
+    return on_hopper() and one_device() and c_BTD.dtype in (jnp.bfloat16, jnp.float32)
 
 
 def _kernel(c_BTD, f_BTD, floor_D, h_BD, resets_BT) -> tuple[jax.Array, jax.Array]:
+    """Any T and D: filled up to whole tiles with steps that keep the state and channels that hold nothing."""
+    from mmfree_jax.ops.kernels.gated_recurrence import LANES, ROWS
+
     B, T, D = c_BTD.shape
     floor_D = jnp.zeros(D, jnp.float32) if floor_D is None else floor_D.astype(jnp.float32)
     h_BD = jnp.zeros((B, D), jnp.float32) if h_BD is None else h_BD.astype(jnp.float32)
     keep_BT = jnp.ones((B, T), jnp.float32) if resets_BT is None else 1 - resets_BT.astype(jnp.float32)
-    return _fused(c_BTD, f_BTD, floor_D, h_BD, keep_BT)
+    more_T, more_D = (0, -T % ROWS), (0, -D % LANES)
+    c_BTD = jnp.pad(c_BTD, ((0, 0), more_T, more_D))
+    f_BTD = jnp.pad(f_BTD, ((0, 0), more_T, more_D), constant_values=OPEN)
+    floor_D, h_BD = jnp.pad(floor_D, more_D), jnp.pad(h_BD, ((0, 0), more_D))
+    keep_BT = jnp.pad(keep_BT, ((0, 0), more_T), constant_values=1)
+    out_BTD, last_BD = _fused(c_BTD, f_BTD, floor_D, h_BD, keep_BT)
+    return out_BTD[:, :T, :D], last_BD[:, :D]
 
 
 @jax.custom_vjp
@@ -76,15 +83,47 @@ def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
     # Imported here: only machines with such a GPU need to have what the kernel language needs.
     from mmfree_jax.ops.kernels import gated_recurrence as kernel
 
-    results = tuple(kernel.forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT))
-    return results, (c_BTD, f_BTD, floor_D, h_BD, keep_BT, results[0])
+    S = kernel.segments(*c_BTD.shape)
+    c, f, keep = (_cut(a, S) for a in (c_BTD, f_BTD, keep_BT))
+    decay_BSD, starts_BSD = None, h_BD[:, None]
+    if S > 1:
+        decay_BSD, end_BSD = (_cut(a, S, together=True) for a in kernel.segment_ends(c, f, floor_D, keep))
+        starts_BSD = carried(decay_BSD, end_BSD, h_BD)
+    out, last = kernel.forward(c, f, floor_D, starts_BSD.reshape(-1, starts_BSD.shape[-1]), keep)
+    out = checkpoint_name(out, "state")
+    results = out.reshape(c_BTD.shape), _cut(last, S, together=True)[:, -1]
+    return results, (c, f, floor_D, starts_BSD, decay_BSD, keep, out)
 
 
 def _backward(saved, dresults):
     from mmfree_jax.ops.kernels import gated_recurrence as kernel
 
-    dc_BTD, df_BTD, dfloor_BD, dh_BD = kernel.backward(*(*saved, *dresults))
-    return dc_BTD, df_BTD, dfloor_BD.sum(axis=0), dh_BD, None
+    c, f, floor_D, starts_BSD, decay_BSD, keep, out = saved
+    dout_BTD, dlast_BD = dresults
+    S, dout = starts_BSD.shape[1], dout_BTD.reshape(out.shape)
+    dlast_BSD = dlast_BD[:, None]
+    if S > 1:
+        dstart_BSD = _cut(kernel.segment_starts(f, floor_D, keep, dout), S, together=True)
+        dlast_BSD = carried(decay_BSD[:, ::-1], dstart_BSD[:, ::-1], dlast_BD)[:, ::-1]
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    dc, df, dfloor, dh = kernel.backward(c, f, floor_D, flat(starts_BSD), keep, out, dout, flat(dlast_BSD))
+    dh_BD = _cut(dh, S, together=True)[:, 0]
+    return dc.reshape(dout_BTD.shape), df.reshape(dout_BTD.shape), dfloor.sum(axis=0), dh_BD, None
 
 
 _fused.defvjp(_forward, _backward)
+
+
+def carried(decay_BSD: jax.Array, end_BSD: jax.Array, h_BD: jax.Array) -> jax.Array:
+    """The state before each of S segments, [B, S, D]: a segment turns state h into decay * h + end."""
+    states = [h_BD]
+    for s in range(decay_BSD.shape[1] - 1):
+        states.append(decay_BSD[:, s] * states[-1] + end_BSD[:, s])
+    return jnp.stack(states, axis=1)
+
+
+def _cut(a: jax.Array, count: int, together: bool = False) -> jax.Array:
+    """[B, T, ...] -> [B * count, T / count, ...]; `together` undoes it for what is left of each segment."""
+    if together:
+        return a.reshape(-1, count, *a.shape[1:])
+    return a.reshape(a.shape[0] * count, a.shape[1] // count, *a.shape[2:])

@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.ops.ternary import wide
 
@@ -88,7 +89,7 @@ def _recurrence(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array) 
 
 
 def _forward(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array):
-    out_BTD = _states(form, f_BTD, x_BTD, h_BD)
+    out_BTD = checkpoint_name(_states(form, f_BTD, x_BTD, h_BD), "state")
     return out_BTD, (f_BTD, h_BD, out_BTD)
 
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.ops.ternary import wide
 
@@ -30,7 +31,7 @@ def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
 
 
 def _forward(x: jax.Array, gain_D: jax.Array, eps: float):
-    rstd = reciprocal_rms(x, eps)
+    rstd = checkpoint_name(reciprocal_rms(x, eps), "per_token")
     y = x.astype(rstd.dtype) * rstd * gain_D.astype(rstd.dtype)
     return y.astype(x.dtype), (x, rstd, gain_D)
 

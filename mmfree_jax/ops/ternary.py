@@ -43,22 +43,28 @@ def quantise_weights(w: jax.Array, axes: tuple[int, ...]) -> Quantised:
     return Quantised(codes.astype(jnp.int8), scale)
 
 
-def quantise_activations(x: jax.Array, bits: int) -> Quantised:
+def quantise_activations(
+    x: jax.Array, bits: int, rstd: jax.Array | None = None, gain: jax.Array | None = None
+) -> Quantised:
     """Integer codes by absmax per token: q = clip(round(x * s), -Q - 1, Q) with s = Q / max |x|, Q = 2^(bits-1) - 1.
 
     Args:
         x: [..., D] activations, floating point.
         bits: 8 or 4; 0 returns x itself, unscaled.
+        rstd, gain: of a norm to apply first, [..., 1] and [D] in `wide(x.dtype)`: x * rstd * gain is quantised. The
+            maximum is then taken of x * gain, so that it and the norm's mean of squares are one pass over x.
 
     Returns:
         int8 codes of x's shape; scale 1/s in `wide(x.dtype)`, shape [..., 1].
     """
+    exact = x.astype(wide(x.dtype))
+    normed = exact if rstd is None or gain is None else exact * rstd * gain
     if bits == 0:
-        return Quantised(x, None)
-    x = x.astype(wide(x.dtype))
+        return Quantised(x if rstd is None else normed, None)
     top = 2 ** (bits - 1) - 1
-    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), SMALLEST)
-    codes = jnp.clip(jnp.round(x * (top / largest)), -top - 1, top)
+    largest = jnp.max(jnp.abs(exact if gain is None else exact * gain), axis=-1, keepdims=True)
+    largest = jnp.maximum(largest if rstd is None else largest * rstd, SMALLEST)
+    codes = jnp.clip(jnp.round(normed * (top / largest)), -top - 1, top)
     return Quantised(codes.astype(jnp.int8), largest / top)
 
 
@@ -67,8 +73,3 @@ def dequantise(q: Quantised, dtype: DTypeLike) -> jax.Array:
     if q.scale is None:
         return q.codes.astype(dtype)
     return (q.codes.astype(q.scale.dtype) * q.scale).astype(dtype)
-
-
-def straight_through(x: jax.Array, q: Quantised) -> jax.Array:
-    """The quantised value of x, with the gradient of x itself (Bengio et al. 2013, arXiv 1308.3432)."""
-    return x + jax.lax.stop_gradient(dequantise(q, x.dtype) - x)

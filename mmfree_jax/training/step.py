@@ -16,9 +16,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmfree_jax.config import MeshConfig, ModelConfig, OptimConfig, Precision, Remat, RunConfig
+from mmfree_jax.config import Kernels, MeshConfig, ModelConfig, OptimConfig, Precision, Remat, RunConfig
 from mmfree_jax.data.packing import document_ids, is_target
 from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.ops.kernels.choice import kernels_allowed
 from mmfree_jax.sharding import batch_sharding, make_mesh, shardings
 from mmfree_jax.training.optim import make_optimizer
 
@@ -42,6 +43,7 @@ class ProgramKey:
     mesh: MeshConfig
     precision: Precision
     remat: Remat
+    kernels: Kernels
     unroll: int
     separator: int | None  # the token after which a document begins, where documents are kept apart
 
@@ -77,7 +79,9 @@ def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:
         final_lr=neutral.final_lr,
     )
     separator = end_of_document if config.data.separate_documents else None
-    return ProgramKey(config.model, optim, config.mesh, config.precision, config.remat, config.unroll, separator)
+    return ProgramKey(
+        config.model, optim, config.mesh, config.precision, config.remat, config.kernels, config.unroll, separator
+    )
 
 
 def compute_dtype(precision: Precision) -> jnp.dtype:
@@ -105,20 +109,32 @@ def make_program(key: ProgramKey) -> Program:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, P())
 
+    choosing = lambda function: _with_kernels(function, key.kernels == "auto")
     train_step = jax.jit(
-        functools.partial(_train_step, graphdef, optimizer, key.optim.accumulate, key.separator),
+        choosing(functools.partial(_train_step, graphdef, optimizer, key.optim.accumulate, key.separator)),
         donate_argnums=0,
         in_shardings=(place, rows, None),
         out_shardings=(place, scalar),
     )
     evaluate = jax.jit(
-        functools.partial(_evaluate, graphdef, key.separator),
+        choosing(functools.partial(_evaluate, graphdef, key.separator)),
         in_shardings=(place.params, rows, rows),
         out_shardings=scalar,
     )
     # Random number generators compile slowly and run once: optimising their code is not worth the wait.
     start = jax.jit(init, out_shardings=place, compiler_options={"xla_backend_optimization_level": 0})
     return Program(mesh, graphdef, abstract, start, train_step, evaluate)
+
+
+def _with_kernels(function: Callable, allowed: bool) -> Callable:
+    """`function`, traced with or without hand-written kernels."""
+
+    @functools.wraps(function)
+    def traced(*arguments: Any) -> Any:
+        with kernels_allowed(allowed):
+            return function(*arguments)
+
+    return traced
 
 
 def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array | None, jax.Array | None]:

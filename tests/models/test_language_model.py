@@ -106,7 +106,7 @@ def test_remat_and_unroll_change_no_gradient(name):
         return jax.tree.leaves(compiled(jax.grad(loss))(params))
 
     plain = gradient()
-    for kwargs in ({"remat": "dots"}, {"remat": "full", "unroll": 2}):
+    for kwargs in ({"remat": "products"}, {"remat": "codes"}, {"remat": "full", "unroll": 2}):
         for a, b in zip(gradient(**kwargs), plain, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
 

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from straight import straight_through
 
 from mmfree_jax.ops.bit_linear import Recipe, bit_linear, quantise_input, quantise_kernel
 from mmfree_jax.ops.rms_norm import rms_norm
-from mmfree_jax.ops.ternary import quantise_activations, quantise_weights, straight_through
+from mmfree_jax.ops.ternary import quantise_activations, quantise_weights
 
 X = jax.random.normal(jax.random.key(0), (2, 9, 16))
 W = jax.random.normal(jax.random.key(1), (3, 16, 24)) * jnp.linspace(0.5, 2, 24)
@@ -54,7 +55,7 @@ def test_gradients_are_the_analytic_ones():
     recipe, dout = Recipe(), jax.random.normal(jax.random.key(3), (2, 9, 24))
     _, pull = jax.vjp(lambda x, w: bit_linear(recipe, x, w[None], GAINS[0])[0], X, W[0])
     dx, dw = pull(dout)
-    (codes,), kernel = quantise_input(recipe, X, GAINS[0]).inputs, quantise_kernel(recipe, W[:1])
+    (codes,), kernel = quantise_input(recipe, (X,), None, GAINS[0]).inputs, quantise_kernel(recipe, W[:1])
     values = np.asarray(codes.codes * codes.scale)
     np.testing.assert_allclose(dw, np.einsum("btd,btf->df", values, dout), atol=1e-4)
     dy = np.asarray(dout @ (kernel.codes[0] * kernel.scale[0]).T * GAINS[0])

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from straight import straight_through
 
 from mmfree_jax.ops.ternary import (
     dequantise,
     quantise_activations,
     quantise_weights,
-    straight_through,
 )
 
 VALUES = st.floats(-1e4, 1e4, width=32)

@@ -4,6 +4,9 @@ A block owns 128 channels of one sequence and walks through time, ROWS steps a s
 their use by the tensor memory accelerator, so that the walk is bound by memory bandwidth, not by its latency. Gates are
 computed from the projections in registers and again in the backward pass: neither they nor the factors ever reach
 memory, and the carry stays float32. Reads 2 and writes 1 element a step forward, 4 and 2 backward.
+
+Few sequences leave most of the processor idle. They are then cut in time into segments that look like more sequences,
+after a first walk (`segment_ends`, `segment_starts`) that only finds what each segment passes on.
 """
 
 import functools
@@ -19,12 +22,95 @@ LANES = 128  # channels of a block: one warpgroup, one channel a thread
 ROWS = 32  # time steps of a stage
 GROUP = 16  # rows loaded before the first of them is stored: a store may alias the loads behind it
 STAGES = {"forward": 4, "backward": 3}  # copied ahead: 4 x 2 and 3 x 4 tiles of ROWS x LANES fit shared memory
+BLOCKS = 128  # that keep an H200's 132 multiprocessors busy
 
 
-def supports(shape: tuple[int, ...], dtype: Any) -> bool:
-    """Whether the kernels serve [B, T, D] projections of this type: whole tiles of bfloat16 or float32."""
-    _, time, width = shape
-    return width % LANES == 0 and time % ROWS == 0 and dtype in (jnp.bfloat16, jnp.float32)
+def segments(batch: int, time: int, width: int) -> int:
+    """How many pieces to cut time into: a power of two of whole stages that makes enough blocks."""
+    count = 1
+    while batch * width // LANES * count < BLOCKS and time % (2 * count * ROWS) == 0:
+        count *= 2
+    return count
+
+
+def segment_ends(
+    c_BTD: jax.Array, f_BTD: jax.Array, floor_D: jax.Array, keep_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(decay, end), both [B, D] in float32: a row that starts in state h ends in decay * h + end."""
+    B, T, D = c_BTD.shape
+
+    def kernel(c_gmem, f_gmem, floor_gmem, keep_gmem, decay_gmem, end_gmem, smem):
+        b, lanes = lax.axis_index("b"), pl.ds(lax.axis_index("d") * LANES, LANES)
+        floor = _lane_vector(floor_gmem.at[lanes])
+
+        def stage(_, c_smem, f_smem, keep_smem, carry):
+            decay, h = carry
+            for r in range(ROWS):
+                c, f, keep = c_smem[r].astype(jnp.float32), f_smem[r].astype(jnp.float32), keep_smem[r]
+                factor = floor + (1 - floor) * _sigmoid(f)
+                h = keep * factor * h + (1 - factor) * c * _sigmoid(c)
+                decay = keep * factor * decay
+            return decay, h
+
+        walk = plgpu.emit_pipeline(
+            stage,
+            grid=(T // ROWS,),
+            in_specs=[_tile(lambda t: (t, 0)), _tile(lambda t: (t, 0)), _scalars(lambda t: (t,))],
+            max_concurrent_steps=STAGES["forward"],
+            init_carry=(floor * 0.0 + 1.0, floor * 0.0),
+        )
+        smem[0], smem[1] = walk(c_gmem.at[b, :, lanes], f_gmem.at[b, :, lanes], keep_gmem.at[b])
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem.at[0], decay_gmem.at[b, lanes])
+        plgpu.copy_smem_to_gmem(smem.at[1], end_gmem.at[b, lanes])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct((B, D), jnp.float32)] * 2,
+        grid=(B, D // LANES),
+        grid_names=("b", "d"),
+        scratch_types=[plgpu.SMEM((2, LANES), jnp.float32)],
+        compiler_params=_PARAMS(),
+    )(c_BTD, f_BTD, floor_D, keep_BT)
+
+
+def segment_starts(f_BTD: jax.Array, floor_D: jax.Array, keep_BT: jax.Array, dout_BTD: jax.Array) -> jax.Array:
+    """Gradient [B, D] in float32 to the state before each row, if none comes from after it."""
+    B, T, D = f_BTD.shape
+    stages = T // ROWS
+
+    def kernel(f_gmem, floor_gmem, keep_gmem, dout_gmem, dstart_gmem, smem):
+        b, lanes = lax.axis_index("b"), pl.ds(lax.axis_index("d") * LANES, LANES)
+        floor = _lane_vector(floor_gmem.at[lanes])
+
+        def stage(_, f_smem, dout_smem, keep_smem, g):
+            for r in reversed(range(ROWS)):
+                factor = floor + (1 - floor) * _sigmoid(f_smem[r].astype(jnp.float32))
+                g = (g + dout_smem[r].astype(jnp.float32)) * factor * keep_smem[r]
+            return g
+
+        back = lambda i: (stages - 1 - i, 0)
+        walk = plgpu.emit_pipeline(
+            stage,
+            grid=(stages,),
+            in_specs=[_tile(back), _tile(back), _scalars(lambda i: (stages - 1 - i,))],
+            max_concurrent_steps=STAGES["forward"],
+            init_carry=floor * 0.0,
+        )
+        smem[...] = walk(f_gmem.at[b, :, lanes], dout_gmem.at[b, :, lanes], keep_gmem.at[b])
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem, dstart_gmem.at[b, lanes])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((B, D), jnp.float32),
+        grid=(B, D // LANES),
+        grid_names=("b", "d"),
+        scratch_types=[plgpu.SMEM((LANES,), jnp.float32)],
+        compiler_params=_PARAMS(),
+    )(f_BTD, floor_D, keep_BT, dout_BTD)
 
 
 def forward(

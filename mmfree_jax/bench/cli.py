@@ -1,0 +1,120 @@
+"""`launch.py bench`: tables for people, JSON for programs."""
+
+import dataclasses
+import json
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mmfree_jax.bench import operations, steps
+from mmfree_jax.bench.timing import ceilings
+from mmfree_jax.cli import parse
+from mmfree_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchArguments:
+    """Time the operations, each checked against its reference first, and whole training steps on this machine."""
+
+    suite: Literal["all", "kernels", "step"] = "all"
+    """kernels: the operations, variants side by side; step: training steps of presets."""
+    json: Path | None = None
+    """File for all figures."""
+    only: str = ""
+    """Leave out cases whose name does not contain this."""
+    small: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Tiny shapes; a CPU always takes these."""
+
+
+Rows = Callable[[BenchArguments, dict[str, float]], Iterator[dict[str, Any]]]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the suites asked for and print a table of each. Raises ValueError where a variant computes something else."""
+    chosen = parse(BenchArguments, arguments, "launch.py bench")
+    console = Console(highlight=False, width=None if Console().is_terminal else 160)
+    limits, device = ceilings(), jax.devices()[0].device_kind
+    copied, products = limits["copy_bytes_per_s"] / 1e12, limits["bf16_flops"] / 1e12
+    console.print(f"{device}, jax {jax.__version__}: copy {copied:.3f} TB/s, bfloat16 products {products:.1f} TFLOP/s")
+    found: dict[str, Any] = {
+        "command": " ".join(["python launch.py bench", *arguments]),
+        "device": device,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "ceilings": limits,
+    }
+    for suite, rows in SUITES.items():
+        if chosen.suite in ("all", suite):
+            found[suite] = _shown(suite, rows(chosen, limits), console)
+            _save(found, chosen.json)
+    if not any(found.get(suite) for suite in SUITES):
+        raise ConfigError(f"no case has {chosen.only!r} in its name")
+    return 0
+
+
+def _is_small(chosen: BenchArguments) -> bool:
+    return chosen.small or jax.default_backend() == "cpu"
+
+
+def _operation_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    for case in operations.cases(_is_small(chosen)):
+        if chosen.only in case.name:
+            yield from operations.measure(case, limits)
+
+
+def _step_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    cases = steps.SMALL if _is_small(chosen) else steps.FULL
+    yield from steps.measure_all(tuple(case for case in cases if chosen.only in case.preset), limits)
+
+
+SUITES: dict[str, Rows] = {"kernels": _operation_rows, "step": _step_rows}
+SHOWN = {
+    "kernels": ("case", "variant", "ms", "ms_least", "ms_most", "of_copy", "of_bf16", "temporary_mb", "error"),
+    "step": (
+        *(
+            "preset",
+            "batch",
+            "sequence",
+            "remat",
+            "kernels",
+            "tokens_per_s",
+            "step_ms",
+            "step_ms_least",
+            "step_ms_most",
+        ),
+        *("of_bf16", "of_data_sheet", "total_gb", "compile_s"),
+    ),
+}
+
+
+def _shown(suite: str, rows: Iterator[dict[str, Any]], console: Console) -> list[dict[str, Any]]:
+    """The rows, printed as a table."""
+    table = Table(*SHOWN[suite], title=suite)
+    kept = []
+    for row in rows:
+        kept.append(row)
+        table.add_row(*(_figure(name, row[name]) for name in SHOWN[suite]))
+    console.print(table)
+    return kept
+
+
+def _figure(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str | int):
+        return str(value)
+    if name.startswith("of_"):
+        return f"{value:.1%}"
+    return f"{value:.2g}" if name == "error" else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _save(found: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")

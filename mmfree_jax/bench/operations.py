@@ -1,0 +1,206 @@
+"""The operations of the models, each variant checked against a float64 reference and then timed."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmfree_jax.bench.timing import memory_bytes, time_calls
+from mmfree_jax.ops.attention import causal_attention
+from mmfree_jax.ops.bit_linear import Recipe, bit_linear
+from mmfree_jax.ops.cross_entropy import head_loss
+from mmfree_jax.ops.gated_recurrence import gated_recurrence
+from mmfree_jax.ops.kernels.choice import kernels_allowed, on_hopper
+from mmfree_jax.ops.prologue import Prologue
+from mmfree_jax.ops.rms_norm import rms_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operation at one size.
+
+    variants: name -> function of `arrays`; the first is the reference in XLA, to which the others are held in float32
+    on a few rows. moved: bytes that have to be read and written at least, flops: of its products; either may be 0.
+    """
+
+    name: str
+    variants: dict[str, Callable]
+    arrays: Callable[[jax.Array], tuple]
+    check_arrays: Callable[[jax.Array], tuple]
+    tolerance: float
+    moved: float = 0
+    flops: float = 0
+
+
+def gradient_of(function: Callable, count: int) -> Callable:
+    """Value and gradients to the first `count` arguments of the sum of a function's results times the last argument."""
+
+    def loss(*arguments):
+        *operands, weigh = arguments
+        results = jax.tree.leaves(function(*operands))
+        return sum(jnp.sum(r.astype(jnp.float32) * weigh.astype(jnp.float32)) for r in results)
+
+    return jax.grad(loss, tuple(range(count)))
+
+
+def without_kernels(function: Callable) -> Callable:
+    """The same function, written by the compiler alone."""
+
+    @functools.wraps(function)
+    def plain(*arguments):
+        with kernels_allowed(False):
+            return function(*arguments)
+
+    return plain
+
+
+def both(function: Callable) -> dict[str, Callable]:
+    """The reference, and beside it the kernel where there is one."""
+    return {"xla": without_kernels(function), **({"kernel": function} if on_hopper() else {})}
+
+
+def draw(key: jax.Array, *shapes: Sequence[int], dtype: Any = jnp.bfloat16) -> tuple[jax.Array, ...]:
+    """Standard normal arrays."""
+    keys = jax.random.split(key, len(shapes))
+    return tuple(jax.random.normal(k, shape, jnp.float32).astype(dtype) for k, shape in zip(keys, shapes, strict=True))
+
+
+def recurrence_cases(B: int, T: int, D: int) -> Iterator[Case]:
+    """Gates and recurrence: read two and write one number a step forward, read four and write two backward."""
+    forward = lambda c, f: gated_recurrence(c, f, None)[0]
+
+    def arrays(key, B=B, T=T, dtype=jnp.bfloat16):
+        return draw(key, (B, T, D), (B, T, D), dtype=dtype)
+
+    small = functools.partial(arrays, B=1, T=min(T, 256), dtype=jnp.float32)
+    step = 2 * B * T * D
+    size = f"B={B} T={T} D={D}"
+    yield Case(f"gated recurrence, {size}", both(forward), arrays, small, 1e-4, moved=3 * step)
+
+    def with_gradient(key, B=B, T=T, dtype=jnp.bfloat16):
+        return draw(key, (B, T, D), (B, T, D), (B, T, D), dtype=dtype)
+
+    small = functools.partial(with_gradient, B=1, T=min(T, 256), dtype=jnp.float32)
+    both_ways = both(gradient_of(forward, 2))
+    yield Case(f"gated recurrence and gradient, {size}", both_ways, with_gradient, small, 1e-3, moved=9 * step)
+
+
+def bit_linear_cases(M: int, D: int, F: int) -> Iterator[Case]:
+    """Gate and up of a GLU as one layer: norms and quantiser, then two products that share the codes."""
+
+    def ternary(x, w_GDF, gain, outer):
+        return bit_linear(Recipe(), Prologue("norm", (x,), outer), w_GDF, gain)
+
+    def dense(x, w_GDF, gain, outer):
+        u = rms_norm(x, outer, 1e-6)
+        return tuple(jnp.matmul(u, w_GDF[g].astype(x.dtype)) for g in range(2))
+
+    def arrays(key, M=M, dtype=jnp.bfloat16, weigh=False):
+        shapes = [(M, D)] + [(M, F)] * weigh
+        x, *dy = draw(key, *shapes, dtype=dtype)
+        (w,) = draw(jax.random.key(1), (2, D, F), dtype=jnp.float32)
+        return x, w, jnp.ones(D), jnp.ones(D), *dy
+
+    variants = {"xla": without_kernels(ternary), "dense bf16": dense, **({"kernel": ternary} if on_hopper() else {})}
+    small = functools.partial(arrays, M=256, dtype=jnp.float32)
+    size, flops = f"{M} x {D} -> 2 x {F}", 4.0 * M * D * F
+    yield Case(f"BitLinear, {size}", variants, arrays, small, 2e-2, flops=flops)
+    backward = {name: gradient_of(function, 4) for name, function in variants.items()}
+    both_ways, small = functools.partial(arrays, weigh=True), functools.partial(small, weigh=True)
+    yield Case(f"BitLinear and gradient, {size}", backward, both_ways, small, 2e-2, flops=3 * flops)
+
+
+def swiglu_case(M: int, F: int) -> Case:
+    """SwiGLU, norm and quantiser, forward and backward around an empty product: what stands beside a GLU's products."""
+    narrow = 128
+
+    def function(gate, up, w_GDF, gain):
+        return bit_linear(Recipe(), Prologue("swiglu", (gate, up)), w_GDF, gain)[0]
+
+    def arrays(key, M=M, dtype=jnp.bfloat16):
+        gate, up, dy = draw(key, (M, F), (M, F), (M, narrow), dtype=dtype)
+        return gate, up, *draw(jax.random.key(1), (1, F, narrow), dtype=jnp.float32), jnp.ones(F), dy
+
+    small = functools.partial(arrays, M=256, dtype=jnp.float32)
+    name = f"SwiGLU to codes and gradient, {M} x {F}"
+    # Read gate and up, write codes; read codes and write them dequantised; read gate, up, dz; write dgate, dup.
+    return Case(name, both(gradient_of(function, 4)), arrays, small, 2e-2, moved=M * F * (4 + 1 + 1 + 2 + 6 + 4))
+
+
+def attention_case(B: int, T: int, H: int, K: int) -> Case:
+    """Causal attention, forward and backward: 2 products forward, 5 backward, half of the scores seen."""
+
+    def arrays(key, B=B, T=T, dtype=jnp.bfloat16):
+        return draw(key, *[(B, T, H, K)] * 4, dtype=dtype)
+
+    variants = {"full": gradient_of(functools.partial(causal_attention, impl="full"), 3)}
+    variants["auto"] = gradient_of(causal_attention, 3)
+    small = functools.partial(arrays, B=1, T=min(T, 256), dtype=jnp.bfloat16)
+    flops = 7 * B * T * T * H * K
+    return Case(f"attention and gradient, B={B} T={T} H={H} K={K}", variants, arrays, small, 2e-2, flops=flops)
+
+
+def head_case(B: int, T: int, D: int, V: int) -> Case:
+    """Dense head and cross-entropy, forward and backward, by chunks and with all logits at once."""
+
+    def function(chunks, x, w, targets):
+        return jax.value_and_grad(lambda x, w: head_loss(None, x, w, None, targets, chunks=chunks), (0, 1))(x, w)[1]
+
+    def arrays(key, B=B, T=T, dtype=jnp.bfloat16):
+        (x,) = draw(key, (B, T, D), dtype=dtype)
+        (w,) = draw(jax.random.key(1), (D, V), dtype=jnp.float32)
+        return x, w * 0.02, jax.random.randint(jax.random.key(2), (B, T), 0, V)
+
+    variants = {"one chunk": functools.partial(function, 1), "chunks": functools.partial(function, 0)}
+    small = functools.partial(arrays, B=1, T=min(T, 64), dtype=jnp.float32)
+    name = f"head and loss and gradient, B={B} T={T} D={D} V={V}"
+    return Case(name, variants, arrays, small, 1e-3, flops=6.0 * B * T * D * V)
+
+
+def cases(small: bool) -> Iterator[Case]:
+    """The shapes of a 1.3B model at 16,384 tokens a step; or tiny ones, for a CPU."""
+    B, T, D, F, V = (2, 256, 128, 384, 512) if small else (8, 2048, 2048, 5632, 32000)
+    yield from recurrence_cases(B, T, D)
+    if not small:
+        yield from recurrence_cases(2, 8192, D)
+    yield from bit_linear_cases(B * T, D, F)
+    yield swiglu_case(B * T, F)
+    yield attention_case(B, T, D // 128, 128)
+    yield head_case(B, T, D, V)
+
+
+def worst_difference(found: Any, wanted: Any) -> float:
+    """The largest difference of any result, relative to the largest value of that result."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    wide = lambda a: np.asarray(a, np.float64)
+    return max(float(np.abs(wide(a) - wide(b)).max() / max(np.abs(wide(b)).max(), 1e-30)) for a, b in pairs)
+
+
+def measure(case: Case, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """A row for each variant. Raises ValueError when one does not compute what the reference does."""
+    checked = case.check_arrays(jax.random.key(0))
+    wanted = jax.jit(case.variants[next(iter(case.variants))])(*checked)
+    arrays = case.arrays(jax.random.key(0))
+    for name, function in case.variants.items():
+        error = None
+        if name != "dense bf16":  # another function, there for its time
+            error = worst_difference(jax.jit(function)(*checked), wanted)
+            if not error <= case.tolerance:
+                raise ValueError(f"{case.name}: {name} differs from the reference by {error:.2g}")
+        compiled = jax.jit(function).lower(*arrays).compile()
+        timing = time_calls(lambda compiled=compiled: compiled(*arrays))
+        yield {
+            "case": case.name,
+            "variant": name,
+            "error": error,
+            "ms": timing.median_s * 1e3,
+            "ms_least": timing.least_s * 1e3,
+            "ms_most": timing.most_s * 1e3,
+            "of_copy": case.moved / timing.median_s / limits["copy_bytes_per_s"] if case.moved else None,
+            "of_bf16": case.flops / timing.median_s / limits["bf16_flops"] if case.flops else None,
+            "temporary_mb": memory_bytes(compiled)["temporary"] / 1e6,
+        }

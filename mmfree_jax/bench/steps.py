@@ -1,0 +1,100 @@
+"""The training step itself: the very program that `train` builds, on random tokens."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmfree_jax import flops
+from mmfree_jax.bench.timing import memory_bytes
+from mmfree_jax.config import RunConfig
+from mmfree_jax.devices import peak_flops
+from mmfree_jax.presets import run_preset
+from mmfree_jax.training.step import make_program, program_key
+
+WARM, STEPS = 2, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCase:
+    """A preset with the batch and window that one device is given, and what differs from the preset."""
+
+    preset: str
+    batch: int
+    sequence: int
+    remat: str = "none"
+    kernels: str = "auto"
+
+    def run(self) -> RunConfig:
+        """The run whose step is timed: the layers unrolled, as on GPUs the loop over them costs a sixth."""
+        run = run_preset(self.preset)
+        data = dataclasses.replace(run.data, batch=self.batch, sequence=self.sequence)
+        changes: dict[str, Any] = {"remat": self.remat, "kernels": self.kernels}
+        return dataclasses.replace(run, data=data, unroll=run.model.depth, **changes)
+
+
+FULL = (
+    StepCase("transformer++-1.3b", 8, 2048),
+    StepCase("matmul-free-1.3b", 8, 2048),
+    StepCase("matmul-free-1.3b", 8, 2048, remat="codes"),
+    StepCase("transformer++-1.3b", 2, 8192),
+    StepCase("matmul-free-1.3b", 2, 8192),
+    StepCase("transformer++-370m", 8, 2048),
+    StepCase("matmul-free-370m", 8, 2048),
+    StepCase("matmul-free-1.3b", 8, 2048, kernels="off"),
+)
+SMALL = (StepCase("transformer++-tiny", 4, 128), StepCase("matmul-free-tiny", 4, 128))
+
+
+def measure(case: StepCase, limits: dict[str, float]) -> dict[str, Any]:
+    """Seconds a step, tokens a second, utilisation by exact products, memory and compile time of one case.
+
+    `total_gb` is what the compiled step asks for at once: state, batch, temporaries. The memory that other cases left
+    allocated does not count.
+    """
+    run = case.run()
+    program = make_program(program_key(run, end_of_document=None))
+    shape = (case.batch, case.sequence + 1)
+    tokens = np.random.default_rng(0).integers(0, run.model.vocab, shape, dtype=np.int32)
+    with jax.set_mesh(program.mesh):
+        state = program.init(jax.random.key(0))
+        batch, rate = program.place(tokens), jax.device_put(np.float32(1e-4))
+        began = time.perf_counter()
+        compiled = program.train_step.lower(state, batch, rate).compile()
+        compile_s = time.perf_counter() - began
+        seconds, loss = [], float("nan")
+        for _ in range(WARM + STEPS):
+            began = time.perf_counter()
+            state, metrics = compiled(state, batch, rate)
+            loss = float(metrics["loss"])
+            seconds.append(time.perf_counter() - began)
+    seconds = seconds[WARM:]
+    median = statistics.median(seconds)
+    products = flops.train_flops_per_token(run.model, case.sequence).products * case.batch * case.sequence
+    peak = peak_flops(jax.devices()[0].device_kind)
+    memory = memory_bytes(compiled)
+    return {
+        **dataclasses.asdict(case),
+        "tokens_per_s": case.batch * case.sequence / median,
+        "step_ms": median * 1e3,
+        "step_ms_least": min(seconds) * 1e3,
+        "step_ms_most": max(seconds) * 1e3,
+        "of_bf16": products / median / limits["bf16_flops"],
+        "of_data_sheet": products / median / peak if peak else None,
+        "total_gb": memory["total"] / 1e9,
+        "temporary_gb": memory["temporary"] / 1e9,
+        "compile_s": compile_s,
+        "loss": loss,
+    }
+
+
+def measure_all(cases: tuple[StepCase, ...], limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Each case in turn; what one held on the device is gone before the next."""
+    for case in cases:
+        yield measure(case, limits)
+        make_program.cache_clear()
+        jax.clear_caches()

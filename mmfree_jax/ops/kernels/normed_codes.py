@@ -1,0 +1,290 @@
+"""Everything between a layer's stored activations and its integer codes in one pass over memory, and the way back
+(Pallas Mosaic GPU).
+
+A row (one token) stays in the registers of one warpgroup while it is combined, normed and quantised, so each activation
+is read once forward and once backward, and neither normed values nor float copies of the codes reach memory. XLA makes
+three passes of the first and up to five of the second, because every mean or maximum over a row ends a fusion.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mmfree_jax.ops.ternary import SMALLEST
+
+THREADS = 128  # of a warpgroup
+LANES = 128  # a row is seen as [D / LANES, LANES]: the copy engine moves at most 256 elements along an axis
+STAGE_VALUES = {"forward": 4096, "backward": 2048}  # of one input copied ahead at a time
+STAGES = 2  # copied ahead
+BLOCKS = 528  # at most: four for each of an H200's 132 multiprocessors
+REGISTERS = 100  # a thread has for gains, which stay there for all rows of a block
+TOP = 127  # largest 8-bit code
+
+Row = list[jax.Array]  # a row in registers, in pieces of which each thread holds one vector
+
+
+def supports(width: int, gains: int, dtype: Any) -> bool:
+    """Whether the kernels serve [rows, width] activations of this type with this many gain vectors."""
+    return width % LANES == 0 and gains * width // THREADS <= REGISTERS and dtype in (jnp.bfloat16, jnp.float32)
+
+
+def forward(
+    kind: str, sources: Sequence[jax.Array], norm_gain: jax.Array | None, gains: Sequence[jax.Array], eps: float
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Codes of the normed combination of `sources`, once for each of `gains`.
+
+    kind: how the sources [M, D] are combined (`prologue.combine`); norm_gain [D]: of a norm inside that combination;
+    gains [D]: of the norm before the quantiser. Returns int8 codes [M, D] and float32 scales [M], one pair a gain.
+    """
+    (M, D), G, dtype = sources[0].shape, len(gains), sources[0].dtype
+    blocks, rows = _cut(M, D, "forward")
+    vectors = [*([] if norm_gain is None else [norm_gain]), *gains]
+
+    def kernel(*refs):
+        source_gmem, gain_gmem, refs = _split(refs, len(sources), len(vectors))
+        code_gmem, scale_gmem, (code_smem,) = _split(refs, G, G)
+        block = lax.axis_index("block")
+        held = [_row(ref) for ref in gain_gmem]
+        inner, outer = (held[0], held[1:]) if norm_gain is not None else (None, held)
+
+        def stage(index, *source_smem):
+            slot = lax.rem(index[0], 2)
+            first = block * (M // blocks) + index[0] * rows
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            for r in range(rows):
+                read = lambda r=r: [_row(ref.at[r]) for ref in source_smem]
+                rstd = _rstd(read()[0], D, eps) if inner else None
+                x = _combine(kind, read(), rstd, inner, dtype)
+                rstd = _rstd(x, D, eps)
+                for g, gain in enumerate(outer):
+                    largest = jnp.maximum(_largest(a * b for a, b in zip(x, gain, strict=True)) * rstd, SMALLEST)
+                    scale = rstd * TOP / largest
+                    for part, (a, b) in enumerate(zip(x, gain, strict=True)):
+                        codes = jnp.round(a * b * scale).astype(jnp.int8)
+                        code_smem[slot, g, r, _part(part, a)] = codes
+                    scale_gmem[g][first + r] = largest / TOP
+            plgpu.commit_smem()
+            for g in range(G):
+                here = code_gmem[g].at[pl.ds(first, rows)]
+                plgpu.copy_smem_to_gmem(code_smem.at[slot, g], here, commit_group=g == G - 1)
+
+        _walk(stage, M, D, blocks, rows, len(sources))(*(ref.at[_mine(M, blocks)] for ref in source_gmem))
+        plgpu.wait_smem_to_gmem(0)
+
+    shape = (D // LANES, LANES)
+    out = plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct((M, *shape), jnp.int8)] * G + [jax.ShapeDtypeStruct((M,), jnp.float32)] * G,
+        grid=(blocks,),
+        grid_names=("block",),
+        scratch_types=[plgpu.SMEM((2, G, rows, *shape), jnp.int8)],
+        compiler_params=_PARAMS(),
+    )(*(a.reshape(*a.shape[:-1], *shape) for a in (*sources, *vectors)))
+    return [codes.reshape(M, D) for codes in out[:G]], list(out[G:])
+
+
+def backward(
+    kind: str,
+    sources: Sequence[jax.Array],
+    norm_gain: jax.Array | None,
+    gains: Sequence[jax.Array],
+    dinputs: Sequence[jax.Array],
+    eps: float,
+) -> tuple[list[jax.Array], jax.Array | None, list[jax.Array]]:
+    """Gradients of `forward`, straight through the quantiser, to sources, norm_gain and gains.
+
+    dinputs [M, D]: gradients to the quantised inputs, one a product; with a single gain they are summed. Those of the
+    sources come in their type, those of gains in float32.
+    """
+    (M, D), G, dtype = sources[0].shape, len(gains), sources[0].dtype
+    blocks, rows = _cut(M, D, "backward")
+    vectors = [*([] if norm_gain is None else [norm_gain]), *gains]
+    inputs = [*sources, *dinputs]
+
+    def kernel(*refs):
+        input_gmem, gain_gmem, refs = _split(refs, len(inputs), len(vectors))
+        out_gmem, (sums_gmem,), (out_smem,) = _split(refs, len(sources), 1)
+        block = lax.axis_index("block")
+        held = [_row(ref) for ref in gain_gmem]
+        inner, outer = (held[0], held[1:]) if norm_gain is not None else (None, held)
+
+        def stage(index, *refs_and_sums):
+            *input_smem, sums = refs_and_sums
+            source_smem, dy_smem = input_smem[: len(sources)], input_smem[len(sources) :]
+            slot = lax.rem(index[0], 2)
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            for r in range(rows):
+                # Read again for every pass over the row: shared memory is near, registers are few.
+                read = lambda parts=None, r=r: [_row(ref.at[r], parts) for ref in source_smem]
+                read_dys = lambda parts=None, r=r: _merged([_row(ref.at[r], parts) for ref in dy_smem], G)
+                rstd_inner = _rstd(read()[0], D, eps) if inner else None
+                x = _combine(kind, read(), rstd_inner, inner, dtype)
+                rstd, mean = _rstd(x, D, eps), _dot(x, _through(outer, read_dys())) * (1 / D)
+                for parts in [range(len(x))] if inner else [[part] for part in range(len(x))]:
+                    gains = [[gain[part] for part in parts] for gain in outer]
+                    x = _combine(kind, read(parts), rstd_inner, inner, dtype)
+                    dx, dgains = _norm_pull(x, rstd, rstd * mean, gains, read_dys(parts))
+                    dsources, dinner = _pull(kind, read(parts), rstd_inner, inner, dx, D)
+                    for total, new in zip(sums, [*dinner, *dgains], strict=True):
+                        for part, values in zip(parts, new, strict=True):
+                            total[part] = total[part] + values
+                    for i, row in enumerate(dsources):
+                        for part, d in zip(parts, row, strict=True):
+                            out_smem[slot, i, r, _part(part, d)] = d.astype(dtype)
+            plgpu.commit_smem()
+            here = pl.ds(block * (M // blocks) + index[0] * rows, rows)
+            for i, ref in enumerate(out_gmem):
+                plgpu.copy_smem_to_gmem(out_smem.at[slot, i], ref.at[here], commit_group=i == len(out_gmem) - 1)
+            return sums
+
+        walk = _walk(stage, M, D, blocks, rows, len(inputs), [[part * 0.0 for part in gain] for gain in held])
+        for i, total in enumerate(walk(*(ref.at[_mine(M, blocks)] for ref in input_gmem))):
+            for part, values in enumerate(total):
+                sums_gmem[block, i, _part(part, values)] = values
+        plgpu.wait_smem_to_gmem(0)
+
+    shape = (D // LANES, LANES)
+    *dsources, sums = plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct((M, *shape), dtype)] * len(sources)
+        + [jax.ShapeDtypeStruct((blocks, len(vectors), *shape), jnp.float32)],
+        grid=(blocks,),
+        grid_names=("block",),
+        scratch_types=[plgpu.SMEM((2, len(sources), rows, *shape), dtype)],
+        compiler_params=_PARAMS(),
+    )(*(a.reshape(*a.shape[:-1], *shape) for a in (*inputs, *vectors)))
+    dvectors = list(jnp.sum(sums, axis=0).reshape(len(vectors), D))
+    dnorm_gain = dvectors.pop(0) if norm_gain is not None else None
+    return [d.reshape(M, D) for d in dsources], dnorm_gain, dvectors
+
+
+def _combine(kind: str, sources: list[Row], rstd: Any, gain: Row | None, dtype: Any) -> Row:
+    """`prologue.combine` of one row, rounded where that rounds and kept in float32; rstd: of the norm inside it."""
+    rounded = lambda a: a.astype(dtype).astype(jnp.float32)
+    if kind == "swiglu":
+        return [rounded(gate * _sigmoid(gate) * up) for gate, up in zip(*sources, strict=True)]
+    assert gain is not None
+    normed = [rounded(a * rstd * g) for a, g in zip(sources[0], gain, strict=True)]
+    if kind == "norm":
+        return normed
+    return [rounded(n * h * _sigmoid(h)) for n, h in zip(normed, sources[1], strict=True)]
+
+
+def _pull(kind: str, sources: list[Row], rstd: Any, gain: Row | None, dx: Row, D: int) -> tuple[list[Row], list[Row]]:
+    """Gradients of `_combine` to its sources, and to its gain if it has one."""
+    if kind == "swiglu":
+        dgate, dup = [], []
+        for gate, up, d in zip(*sources, dx, strict=True):
+            opened = _sigmoid(gate)
+            dgate.append(d * up * opened * (1 + gate * (1 - opened)))
+            dup.append(d * gate * opened)
+        return [dgate, dup], []
+    assert gain is not None
+    if kind == "norm":
+        mean = _dot(sources[0], _through([gain], [dx])) * (1 / D)
+        dfirst, dgain = _norm_pull(sources[0], rstd, rstd * mean, [gain], [dx])
+        return [dfirst], dgain
+    first, other = sources
+    opened = [_sigmoid(h) for h in other]
+    dnormed: Row = [d * h * o for d, h, o in zip(dx, other, opened, strict=True)]
+    mean = _dot(first, _through([gain], [dnormed])) * (1 / D)
+    dfirst, dgain = _norm_pull(first, rstd, rstd * mean, [gain], [dnormed])
+    slope = [o * (1 + h * (1 - o)) for h, o in zip(other, opened, strict=True)]
+    dother = [d * a * rstd * g * s for d, a, g, s in zip(dx, first, gain, slope, strict=True)]
+    return [dfirst, dother], dgain
+
+
+def _norm_pull(x: Row, rstd: Any, mean: Any, gains: list[Row], dys: list[Row]) -> tuple[Row, list[Row]]:
+    """Gradients of x * rstd * gain to x and to each gain; mean: of x * rstd times `_through`."""
+    dx = [rstd * (t - a * rstd * mean) for t, a in zip(_through(gains, dys), x, strict=True)]
+    return dx, [[d * a * rstd for d, a in zip(dy, x, strict=True)] for dy in dys]
+
+
+def _through(gains: list[Row], dys: list[Row]) -> Row:
+    return _sum([[d * g for d, g in zip(dy, gain, strict=True)] for dy, gain in zip(dys, gains, strict=True)])
+
+
+def _merged(dys: list[Row], gains: int) -> list[Row]:
+    """One gradient a gain: products that share theirs share the input."""
+    return dys if gains == len(dys) else [_sum(dys)]
+
+
+def _rstd(x: Row, D: int, eps: float) -> Any:
+    return lax.rsqrt(_dot(x, x) * (1 / D) + eps)
+
+
+def _sum(rows: list[Row]) -> Row:
+    return [functools.reduce(jnp.add, parts) for parts in zip(*rows, strict=True)]
+
+
+def _dot(x: Row, y: Row) -> jax.Array:
+    return jnp.sum(functools.reduce(jnp.add, [a * b for a, b in zip(x, y, strict=True)]))
+
+
+def _largest(parts: Iterable[jax.Array]) -> jax.Array:
+    return jnp.max(functools.reduce(jnp.maximum, [jnp.abs(part) for part in parts]))
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+    return 1.0 / (1.0 + jnp.exp(-x))
+
+
+def _cut(M: int, D: int, direction: str) -> tuple[int, int]:
+    """Blocks, and rows of a stage: both whole divisors of what they cut."""
+    blocks = next(n for n in range(min(BLOCKS, M), 0, -1) if M % n == 0)
+    rows = next(n for n in range(max(1, STAGE_VALUES[direction] // D), 0, -1) if M // blocks % n == 0)
+    return blocks, rows
+
+
+def _mine(M: int, blocks: int) -> Any:
+    return pl.ds(lax.axis_index("block") * (M // blocks), M // blocks)
+
+
+def _split(items: Sequence, *counts: int) -> list:
+    """The first `counts` items of a sequence in groups, and the rest."""
+    groups, at = [], 0
+    for count in counts:
+        groups.append(items[at : at + count])
+        at += count
+    return [*groups, items[at:]]
+
+
+def _row(ref: Any, parts: Iterable[int] | None = None) -> Row:
+    """A row [D / LANES, LANES] in float32, or some pieces of it; a thread takes the widest vectors that divide it."""
+    count = ref.shape[0]
+    size = next(n for n in (8, 4, 2, 1) if count % n == 0)
+    layout = plgpu.Layout.WG_STRIDED((size, LANES), vec_size=size)
+    # As of jax 0.11, `load` has these arguments and no types for them.
+    load = lambda part: plgpu.load(ref.at[pl.ds(part * size, size)], layout=layout, optimized=False)  # type: ignore[call-arg]
+    return [load(part).astype(jnp.float32) for part in (range(count // size) if parts is None else parts)]
+
+
+def _part(index: int, values: jax.Array) -> Any:
+    """Where piece `index` of a row lies in it."""
+    return pl.ds(index * values.shape[0], values.shape[0])
+
+
+def _walk(stage: Any, M: int, D: int, blocks: int, rows: int, inputs: int, start: Any = None) -> Any:
+    spec = plgpu.BlockSpec((rows, D // LANES, LANES), lambda i: (i, 0, 0), memory_space=plgpu.SMEM)
+    return plgpu.emit_pipeline(
+        stage,
+        grid=(M // blocks // rows,),
+        in_specs=[spec] * inputs,
+        max_concurrent_steps=min(STAGES, M // blocks // rows),
+        init_carry=start,
+    )
+
+
+# No automatic barriers: no shared memory here is both read and written by several threads between the explicit ones.
+_PARAMS = functools.partial(
+    plgpu.CompilerParams,
+    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    approx_math=True,
+    unsafe_no_auto_barriers=True,
+)

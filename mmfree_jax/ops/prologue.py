@@ -1,0 +1,52 @@
+"""What stands between a layer's stored activations and the input of a BitLinear: a norm, a gated norm, a gated unit.
+
+Given to `bit_linear` unevaluated, it is computed in the same pass as the norm and the quantiser, and made again in the
+backward pass instead of being kept.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+
+from mmfree_jax.ops.rms_norm import rms_norm
+
+Kind = Literal["plain", "norm", "gated", "swiglu"]
+
+
+class Prologue(NamedTuple):
+    """A value [..., D] to be made out of `sources` [..., D]; `gain` [D] is that of the norm in it.
+
+    plain: the one source. norm: RMSNorm of it. gated: RMSNorm of the first times silu of the second (the official
+    output gate of Zhu et al. 2024). swiglu: silu of the first times the second (Shazeer 2020, arXiv 2002.05202).
+    """
+
+    kind: Kind
+    sources: tuple[jax.Array, ...]
+    gain: jax.Array | None = None
+    eps: float = 1e-6
+
+    def value(self) -> jax.Array:
+        """The value in the sources' type; norms compute in at least float32."""
+        return combine(self.kind, self.sources, self.gain, self.eps)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the value."""
+        return self.sources[0].shape
+
+
+def settled(x: jax.Array | Prologue) -> jax.Array:
+    """The value, if it has not been computed yet."""
+    return x.value() if isinstance(x, Prologue) else x
+
+
+def combine(kind: Kind, sources: tuple[jax.Array, ...], gain: jax.Array | None, eps: float) -> jax.Array:
+    """`Prologue.value` as a function of its arrays."""
+    first = sources[0]
+    if kind == "plain":
+        return first
+    if kind == "swiglu":
+        return jax.nn.silu(first) * sources[1]
+    assert gain is not None
+    normed = rms_norm(first, gain, eps)
+    return normed if kind == "norm" else normed * jax.nn.silu(sources[1])
