@@ -149,7 +149,7 @@ def train(arguments: list[str]) -> int:
 
 
 def _train(config: RunConfig, out: Path) -> int:
-    from mmfree_jax.data.corpora import cache_folder, resolve_corpus
+    from mmfree_jax.data.corpora import cache_folder, resolve_data
     from mmfree_jax.devices import use_compile_cache
     from mmfree_jax.sweep.view import follow
     from mmfree_jax.training.interrupt import Interrupted
@@ -157,7 +157,7 @@ def _train(config: RunConfig, out: Path) -> int:
 
     console = Console()
     say = lambda line: console.print(line, highlight=False, soft_wrap=True)
-    token_set = resolve_corpus(config.data.corpus, config.data.vocab, progress=say)
+    token_set = resolve_data(config.data, say)
     use_compile_cache(cache_folder() / "compiled")
 
     try:

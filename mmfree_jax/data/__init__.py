@@ -21,16 +21,18 @@
 Importing this package imports neither JAX nor Grain.
 """
 
-from mmfree_jax.data.corpora import resolve_corpus
+from mmfree_jax.data.corpora import resolve_corpus, resolve_data
 from mmfree_jax.data.pipeline import Batches, batches, evaluation_batches, evaluation_windows
-from mmfree_jax.data.token_set import TokenSet, TokenSetError
+from mmfree_jax.data.token_set import Mixture, TokenSet, TokenSetError
 
 __all__ = [
     "Batches",
+    "Mixture",
     "TokenSet",
     "TokenSetError",
     "batches",
     "evaluation_batches",
     "evaluation_windows",
     "resolve_corpus",
+    "resolve_data",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmfree_jax.data.pipeline import batches
-from mmfree_jax.data.token_set import TokenSet
+from mmfree_jax.data.token_set import Mixture, TokenSet
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Speed:
 def measure(sets: Sequence[TokenSet], sequence: int, batch: int, seconds: float = 3.0) -> Speed:
     """Take shuffled batches of an equal mixture for `seconds` as fast as they come."""
     memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    with batches(sets, sequence=sequence, batch=batch, seed=0) as source:
+    mixture = Mixture(sets, [1] * len(sets))
+    with batches(mixture, sequence=sequence, batch=batch, seed=0) as source:
         for _ in range(10):
             next(source)
         count, early = 0, memory()

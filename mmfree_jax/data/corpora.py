@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mmfree_jax.config import DataConfig
 from mmfree_jax.data import card as cards
 from mmfree_jax.data.distributions import TIERS
 from mmfree_jax.data.embedded import SHORTEST, Package, extract_packages, installed_packages, installed_versions
 from mmfree_jax.data.prepare import Document, Prepared, prepare
-from mmfree_jax.data.token_set import TokenSet
+from mmfree_jax.data.token_set import Mixture, TokenSet
 from mmfree_jax.data.token_writer import write_token_set
 from mmfree_jax.data.tokenization import Tokenizer, train_bpe
 from mmfree_jax.files import locked
@@ -150,3 +151,9 @@ def resolve_corpus(
         known = ", ".join(map(repr, (EMBEDDED, *TIERS)))
         raise FileNotFoundError(f"no corpus {name!r}: use {known} or the folder of a token set")
     return TokenSet.open(name)
+
+
+def resolve_data(data: DataConfig, progress: Progress = _quiet) -> TokenSet:
+    """What a run reads: its corpus, or the mixture of it with others. Raises as `resolve_corpus` and `Mixture` do."""
+    sets = [resolve_corpus(name, data.vocab, progress=progress) for name in (data.corpus, *data.mixture)]
+    return Mixture(sets, data.weights or [1.0] * len(sets)) if data.mixture else sets[0]

@@ -42,8 +42,6 @@ def examples(sources: Sequence[Windows], weights: Sequence[float], seed: int) ->
     """All examples of a run in order, endless: every source shuffled anew each epoch, mixed in exact proportion."""
     import grain  # here, because it takes a second to load and few uses of this package read batches
 
-    if len(sources) != len(weights) or not sources:
-        raise ValueError(f"{len(sources)} sources but {len(weights)} weights")
     if any(weight <= 0 for weight in weights):
         raise ValueError(f"mixture weights must be positive, not {list(weights)}")
     endless = [
@@ -97,7 +95,7 @@ class Batches:
 
 
 def batches(
-    token_set: TokenSet | Sequence[TokenSet],
+    token_set: TokenSet,
     *,
     sequence: int,
     batch: int,
@@ -106,24 +104,17 @@ def batches(
     host: int = 0,
     hosts: int = 1,
     split: str = "train",
-    weights: Sequence[float] | None = None,
     ahead: int = 4,
     put: Put = lambda rows: rows,
 ) -> Batches:
-    """Shuffled training batches of one token set, or of a mixture of several with `weights` (equal when not given).
+    """Shuffled training batches of a token set or a `Mixture`.
 
     batch: windows over all hosts; host h gets rows [h, h + 1) * batch / hosts of the global batch. start: examples
     consumed before (`Batches.state`). ahead: batches prepared in advance, at least 1. put: done to each batch ahead,
-    such as the copy to a device. Raises ValueError for impossible sizes and for sets of different vocabularies.
+    such as the copy to a device. Raises ValueError for impossible sizes.
     """
-    sets = [token_set] if isinstance(token_set, TokenSet) else list(token_set)
-    if len({one.vocab_hash for one in sets}) > 1:
-        raise ValueError(
-            f"token sets of different vocabularies cannot be mixed: {', '.join(str(one.path) for one in sets)}"
-        )
-    sources = [Windows(one.split(split), sequence) for one in sets]
-    shuffled = examples(sources, weights if weights is not None else [1] * len(sets), seed)
-    return Batches(shuffled, batch, start, host, hosts, ahead, put)
+    sources = [Windows(one.split(split), sequence) for one in token_set.sets]
+    return Batches(examples(sources, token_set.weights, seed), batch, start, host, hosts, ahead, put)
 
 
 def evaluation_windows(

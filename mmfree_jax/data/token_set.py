@@ -10,6 +10,7 @@ data_card.json/.md    where the text is from
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,8 @@ class TokenSet:
         self.fingerprint: str = index["fingerprint"]
         self.end_of_document: int = index["end_of_document"]
         self.packed_sequence: int | None = index.get(PACKED)
+        self.sets: tuple[TokenSet, ...] = (self,)  # what is trained on; more than one in a Mixture
+        self.weights: tuple[float, ...] = (1.0,)
         dtype = np.dtype(index["dtype"]).newbyteorder("<")
         shards = {name: [Shard(**shard) for shard in split["shards"]] for name, split in index["splits"].items()}
         self.splits = {name: Split(path, name, dtype, some) for name, some in shards.items()}
@@ -141,6 +144,11 @@ class TokenSet:
         if name not in self.splits:
             raise KeyError(f"{self.path} has no split {name!r}, only {', '.join(self.splits)}")
         return self.splits[name]
+
+    def unique_tokens(self, tokens: int) -> int:
+        """How many different training tokens a run of `tokens` tokens sees."""
+        seen = [tokens * weight / sum(self.weights) for weight in self.weights]
+        return sum(min(round(part), len(one.split("train"))) for part, one in zip(seen, self.sets, strict=True))
 
     def text_bytes(self, split: str) -> int:
         """UTF-8 bytes of the text of a split, end-of-document tokens not counted."""
@@ -178,6 +186,22 @@ class TokenSet:
     def _check(self, file: str, expected: str) -> None:
         if file_sha256(self.path / file) != expected:
             raise TokenSetError(f"{self.path / file} is damaged (wrong SHA-256): build the token set again")
+
+
+class Mixture(TokenSet):
+    """Token sets of one vocabulary to train on together; held-out text and all that is said of it are the first's.
+
+    weights: shares of the training windows, in proportion. Raises TokenSetError for sets of different vocabularies.
+    """
+
+    def __init__(self, sets: Sequence[TokenSet], weights: Sequence[float]):
+        super().__init__(sets[0].path, sets[0].index)
+        for other in sets[1:]:
+            if other.vocab_hash != self.vocab_hash:
+                raise TokenSetError(f"{self.path} and {other.path} have different vocabularies and cannot be mixed")
+        self.sets, self.weights = tuple(sets), tuple(weights)
+        parts = [[one.fingerprint, weight] for one, weight in zip(sets, weights, strict=True)]
+        self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def shard_record(shard: Shard) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from mmfree_jax.config import require
-from mmfree_jax.data import TokenSet, resolve_corpus
+from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.files import locked, write_atomically, write_json
 from mmfree_jax.sweep.experiment import Study, chains, run_flops
 from mmfree_jax.sweep.local import execute, find_slots
@@ -37,14 +37,15 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
 
     Raises ConfigError before anything is run.
     """
-    data = study.runs[0].data
-    token_set = resolve_corpus(data.corpus, data.vocab, progress=lambda line: console.print(line, highlight=False))
+    token_set = resolve_data(study.runs[0].data, lambda line: console.print(line, highlight=False))
     for run in study.runs:
         check_data(run, token_set)
         claim(run, run_folder(out, run))
     write_json(out / "sweep.json", {"study": study.name, "runs": [run.name for run in study.runs]})
-    for name in ("data_card.json", "data_card.md"):
-        write_atomically(out / name, (token_set.path / name).read_text(encoding="utf-8"))
+    for number, one in enumerate(token_set.sets, 1):
+        for ending in ("json", "md"):
+            text = (one.path / f"data_card.{ending}").read_text(encoding="utf-8")
+            write_atomically(out / (f"data_card.{ending}" if number == 1 else f"data_card-{number}.{ending}"), text)
     return token_set
 
 
@@ -77,7 +78,7 @@ def provenance(study: Study) -> dict[str, Any]:
     data = study.runs[0].data
     return {
         "study": study.name,
-        "corpus": f"{data.corpus}, vocabulary {data.vocab}",
+        "corpus": f"{' + '.join([data.corpus, *data.mixture])}, vocabulary {data.vocab}",
         "sequence": f"{data.sequence} tokens",
         "batch": f"{data.tokens_per_step} tokens a step",
         **study.notes,

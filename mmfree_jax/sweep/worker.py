@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from mmfree_jax.config import RunConfig, from_json
-from mmfree_jax.data.corpora import cache_folder, resolve_corpus
+from mmfree_jax.data.corpora import cache_folder, resolve_data
 from mmfree_jax.devices import use_compile_cache
 from mmfree_jax.sweep.status import fail
 from mmfree_jax.training.interrupt import Interrupted
@@ -20,7 +20,7 @@ from mmfree_jax.training.loop import train
 def main(out: Path, names: list[str]) -> int:
     """Train the named runs of the sweep in `out`, in order."""
     use_compile_cache(cache_folder() / "compiled")
-    resolve = functools.cache(resolve_corpus)  # the runs of a chain read one corpus: it is opened once
+    resolve = functools.cache(resolve_data)  # the runs of a chain read one corpus: it is opened once
     failed: set[str] = set()
     for name in names:
         folder = out / "runs" / name
@@ -31,7 +31,7 @@ def main(out: Path, names: list[str]) -> int:
             failed.add(name)
             continue
         try:
-            train(config, folder, resolve(config.data.corpus, config.data.vocab))
+            train(config, folder, resolve(config.data))
         except Interrupted as stop:
             return stop.status
         except Exception as error:  # one bad run must not take the rest of its chain with it

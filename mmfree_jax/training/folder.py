@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.config import ConfigError, RunConfig, from_json, require, to_json
+from mmfree_jax.config import ConfigError, DataConfig, RunConfig, from_json, require, to_json
 from mmfree_jax.data import TokenSet
 from mmfree_jax.files import write_atomically
 
@@ -16,15 +16,21 @@ def check_data(config: RunConfig, token_set: TokenSet) -> None:
         config.model.vocab == token_set.vocab_size,
         f"model.vocab={config.model.vocab}, but the corpus has {token_set.vocab_size} tokens: set model.vocab to that",
     )
+    for one in token_set.sets:
+        _check_lengths(config.data, one)
+
+
+def _check_lengths(data: DataConfig, token_set: TokenSet) -> None:
     for split in ("train", "valid"):
         have = len(token_set.split(split))
         require(
-            have > config.data.sequence,
-            f"data.sequence={config.data.sequence} is longer than the {split} split ({have} tokens): shorten it",
+            have > data.sequence,
+            f"data.sequence={data.sequence} is longer than the {split} split of {token_set.path} ({have} tokens): "
+            "shorten it",
         )
     packed = token_set.packed_sequence
     require(
-        packed is None or (packed == config.data.sequence and config.data.separate_documents),
+        packed is None or (packed == data.sequence and data.separate_documents),
         f"{token_set.path} is packed: it needs data.sequence={packed} and data.separate_documents=True",
     )
 

@@ -13,7 +13,7 @@ from mmfree_jax.data import token_writer
 from mmfree_jax.data.bench import measure
 from mmfree_jax.data.pipeline import batches, evaluation_batches, evaluation_windows
 from mmfree_jax.data.prefetch import Prefetched
-from mmfree_jax.data.token_set import TokenSet
+from mmfree_jax.data.token_set import Mixture, TokenSet
 from mmfree_jax.data.tokenization import Tokenizer, byte_tokenizer, train_bpe
 
 SEQUENCE, BATCH = 16, 8
@@ -42,7 +42,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> TokenSet:
 
 def take(count: int, *sets: TokenSet, **options: object) -> np.ndarray:
     settings = {"sequence": SEQUENCE, "batch": BATCH, "seed": 5} | options
-    with batches(sets if len(sets) > 1 else sets[0], **settings) as source:  # type: ignore[arg-type]
+    weights = settings.pop("weights", [1] * len(sets))
+    with batches(Mixture(sets, weights), **settings) as source:  # type: ignore[arg-type]
         return np.stack(list(itertools.islice(source, count)))
 
 
@@ -81,7 +82,9 @@ def test_any_number_of_hosts_gives_the_same_batches_and_goes_on_from_the_same_in
     whole = take(12, *sets)
     before = [take(5, *sets, host=h, hosts=hosts) for h in range(hosts)]
     np.testing.assert_array_equal(np.concatenate(before, axis=1), whole[:5])
-    with batches(list(sets), sequence=SEQUENCE, batch=BATCH, seed=5, host=hosts - 1, hosts=hosts) as source:
+    with batches(
+        Mixture(sets, [1] * len(sets)), sequence=SEQUENCE, batch=BATCH, seed=5, host=hosts - 1, hosts=hosts
+    ) as source:
         for _ in range(5):
             next(source)
         state = source.state
@@ -130,17 +133,29 @@ def test_every_window_of_a_mixture_comes_once_before_any_comes_twice(tokens: Tok
     assert len(set(seen[:count])) == count
 
 
+def test_a_mixture_is_told_from_its_parts_and_held_out_text_is_the_firsts(tokens: TokenSet, other: TokenSet) -> None:
+    mixed = Mixture([tokens, other], [3, 1])
+    prints = {tokens.fingerprint, other.fingerprint, mixed.fingerprint}
+    assert (
+        len(prints | {Mixture([tokens, other], [1, 1]).fingerprint, Mixture([other, tokens], [3, 1]).fingerprint}) == 5
+    )
+    np.testing.assert_array_equal(mixed.split("valid")[:], tokens.split("valid")[:])
+    sizes = [len(one.split("train")) for one in (tokens, other)]
+    assert mixed.unique_tokens(400) == 400
+    assert mixed.unique_tokens(4 * sizes[1] + 400) == min(3 * sizes[1] + 300, sizes[0]) + sizes[1]
+    assert mixed.unique_tokens(10**9) == sum(sizes)
+    assert tokens.unique_tokens(10) == 10
+
+
 def test_impossible_requests_say_what_to_change(tokens: TokenSet, other: TokenSet, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="multiple of hosts"):
         take(1, tokens, batch=6, hosts=4)
     with pytest.raises(ValueError, match="use a shorter sequence or more text"):
         take(1, tokens, sequence=10_000_000)
-    with pytest.raises(ValueError, match="2 sources but 1 weights"):
-        take(1, tokens, other, weights=[1.0])
     with pytest.raises(ValueError, match="must be positive"):
         take(1, tokens, other, weights=[1.0, 0.0])
     foreign = make_set(tmp_path / "foreign", 3, tokenizer=train_bpe([passage(random.Random(0), 200)], 300))
-    with pytest.raises(ValueError, match="different vocabularies"):
+    with pytest.raises(ValueError, match="have different vocabularies and cannot be mixed"):
         take(1, tokens, foreign)
 
 

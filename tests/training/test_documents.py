@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmfree_jax.config import FAMILIES, ConfigError, RunConfig
-from mmfree_jax.data import TokenSet
+from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.data.packing import pack
 from mmfree_jax.files import read_json
 from mmfree_jax.training.loop import train
@@ -87,3 +87,16 @@ def test_a_packed_set_is_refused_where_its_rows_would_be_torn_or_joined(token_se
         with pytest.raises(ConfigError, match=r"it needs data\.sequence=32 and data\.separate_documents=True"):
             train(wrong, tmp_path / "run", packed)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mixture_of_named_corpora_trains(token_set: TokenSet, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(tmp_path))
+    packed = pack(token_set, tmp_path / "tier-s-257", 32)
+    run = apart(tiny_run("matmul-free", packed.path))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, corpus="s", mixture=("s",), weights=(3.0, 1.0)))
+    result = train(run, tmp_path / "run", resolve_data(run.data))
+    assert result["val_set"] == f"{packed.fingerprint}:valid"
+    assert result["U"] == run.tokens
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(ConfigError, match="trained on corpus"):
+        train(run, tmp_path / "run", packed)
