@@ -87,6 +87,8 @@ def test_fingerprint_is_the_same_in_every_process():
         (lambda: RunConfig("r", steps=60, optim=OptimConfig(warmup_steps=50, decay_steps=20)), "exceed steps=60"),
         (lambda: RunConfig("r", data=DataConfig(batch=10), mesh=MeshConfig(data=4)), "batch=10 is not .*use 8"),
         (lambda: RunConfig("r", data=DataConfig(batch=8), optim=OptimConfig(accumulate=3)), "use 6"),
+        (lambda: DataConfig(mixture=("s",), weights=(1.0,)), "one positive number for data.corpus and each of"),
+        (lambda: DataConfig(weights=(0.0,)), "one positive number"),
         (lambda: RunConfig("r", mesh=MeshConfig(sequence=3)), "sequence=256 is not divisible"),
         (lambda: RunConfig("r", steps=100, branch=Branch("t", 101)), "inside the decay"),
         (lambda: RunConfig("a/b"), "plain file name"),

@@ -135,10 +135,8 @@ def test_every_window_of_a_mixture_comes_once_before_any_comes_twice(tokens: Tok
 
 def test_a_mixture_is_told_from_its_parts_and_held_out_text_is_the_firsts(tokens: TokenSet, other: TokenSet) -> None:
     mixed = Mixture([tokens, other], [3, 1])
-    prints = {tokens.fingerprint, other.fingerprint, mixed.fingerprint}
-    assert (
-        len(prints | {Mixture([tokens, other], [1, 1]).fingerprint, Mixture([other, tokens], [3, 1]).fingerprint}) == 5
-    )
+    unlike = Mixture([tokens, other], [1, 1]), Mixture([other, tokens], [3, 1]), tokens, other
+    assert len({one.fingerprint for one in (mixed, *unlike)}) == 5
     np.testing.assert_array_equal(mixed.split("valid")[:], tokens.split("valid")[:])
     sizes = [len(one.split("train")) for one in (tokens, other)]
     assert mixed.unique_tokens(400) == 400
