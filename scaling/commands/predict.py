@@ -43,6 +43,8 @@ def run(a: argparse.Namespace) -> int:
         print(f"{name}: {p.loss:.4f} nats per token, 95 % {p.low:.4f} to {p.high:.4f}; {beyond}")
         widened = f", widened {p.factor:.2f} times by the back-test" if p.factor > 1 else ""
         print(f"  a new run there: 95 % {p.run_low:.4f} to {p.run_high:.4f}{widened}")
+        if not within:
+            print(f"  {data['families'][name]['calibration_evidence']}")
     if recorded:
         print(f"recorded in {folder / FILE}, to be scored when the run is in a report's table")
     return OK

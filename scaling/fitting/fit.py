@@ -46,7 +46,8 @@ class Certificate:
     objective: the minimised sum. gradient: largest cosine between residuals and a Jacobian column. agreeing, starts:
     how many starts ended within 1e-6 of the best. moved: distance to the nearest start. bounds_hit: parameters at the
     box. second_solver_gap: relative objective of VarPro minus ours. condition: of the centred Gauss-Newton matrix.
-    correlation: the largest between two parameters of one family.
+    correlation: the largest between two parameters of one family. gaps: relative excess of each start's objective over
+    the best, ascending.
     """
 
     objective: float
@@ -58,6 +59,7 @@ class Certificate:
     second_solver_gap: float
     condition: float
     correlation: float
+    gaps: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,7 @@ def certify(
         second_solver_gap=float((other_value - value) / max(value, floor)),
         condition=condition,
         correlation=correlation,
+        gaps=tuple(np.sort(np.maximum(values / max(value, floor) - 1, 0.0)).tolist()),
     )
 
 

@@ -23,6 +23,7 @@ from scaling.report.views import (
 from scaling.tables.runs import Runs
 from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest, backtest
 from scaling.uncertainty.bootstrap import Draws, bootstrap
+from scaling.uncertainty.profile import Intervals, profile_intervals
 from scaling.uncertainty.sensitivity import Variant, influence, sensitivity
 from scaling.verdict.break_even import BreakEven, break_even
 from scaling.verdict.compare import Comparison, contrast, joint_draws, pick_families
@@ -71,16 +72,17 @@ class Pair:
 class Analysis:
     """What was found. gates: every check; verdict: the sentences at the top.
 
-    Per family: fits, draws, variants (sensitivity), influences (n,), isoflops, views, allocations. joint: draws of the
-    joint fit of all families, None for a lone one; pairs: every other family against the baseline; others: the pairs
-    without the baseline; lone_test: the back-test of a lone family; steps: nested models of all families, None for a
-    lone one or a law other than Chinchilla's.
+    Per family: fits, draws, profiles (likelihood intervals), variants (sensitivity), influences (n,), isoflops, views,
+    allocations. joint: draws of the joint fit of all families, None for a lone one; pairs: every other family against
+    the baseline; others: the pairs without the baseline; lone_test: the back-test of a lone family; steps: nested
+    models of all families, None for a lone one or a law other than Chinchilla's.
     """
 
     runs: Runs
     settings: Settings
     fits: dict[str, Fit]
     draws: dict[str, Draws]
+    profiles: dict[str, Intervals]
     joint: Draws | None
     pairs: tuple[Pair, ...]
     others: tuple[Comparison, ...]
@@ -130,6 +132,7 @@ def analyse(runs: Runs, settings: Settings, known: Mapping[str, Any]) -> Analysi
         settings=settings,
         fits=fits,
         draws=sampled,
+        profiles={f: profile_intervals(d, min(SIMULATIONS, s.draws), s.seed) for f, d in sampled.items()},
         joint=joint,
         pairs=pairs,
         others=others,

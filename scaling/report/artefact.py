@@ -15,8 +15,10 @@ from scaling.report.analysis import Analysis, Pair
 from scaling.report.forecast import calibration_steps, run_noise
 from scaling.report.ledger import Forecast, digest_of, scores
 from scaling.tables.runs import ScalingError
-from scaling.uncertainty.backtest import BackTest
+from scaling.uncertainty.backtest import LEVELS, BackTest
 from scaling.uncertainty.bootstrap import Draws
+from scaling.uncertainty.profile import Intervals
+from scaling.uncertainty.replicates import lack_of_fit
 from scaling.verdict.break_even import BreakEven
 from scaling.verdict.compare import Comparison
 from scaling.verdict.nested import Nested
@@ -30,7 +32,9 @@ def fit_json(found: Analysis, ledger: Sequence[Forecast]) -> dict[str, Any]:
         "schema": 2,
         "verdict": list(found.verdict),
         "table": digest_of(found.runs),
-        "families": {f: family_json(found.fits[f], found.draws[f], found.test_of(f)) for f in found.fits},
+        "families": {
+            f: family_json(found.fits[f], found.draws[f], found.test_of(f), found.profiles[f]) for f in found.fits
+        },
         "comparisons": [pair_json(pair) for pair in found.pairs],
         "other_pairs": [comparison_json(c) for c in found.others],
         "nested": nested_json(found.steps) if found.steps else None,
@@ -79,13 +83,17 @@ def backtest_json(test: BackTest) -> dict[str, Any]:
     return {"summary": summary, "skipped": list(test.skipped), "held": [asdict(h) for h in test.held]}
 
 
-def family_json(fitted: Fit, draws: Draws, test: BackTest | None = None) -> dict[str, Any]:
+def family_json(
+    fitted: Fit, draws: Draws, test: BackTest | None = None, profiles: Intervals | None = None
+) -> dict[str, Any]:
     """One family's fit in full precision, with what a forecast needs."""
     family = fitted.families[0]
     return {
         "law": fitted.law.name,
         "parameters": fitted.family_params(family),
         "intervals": {name: list(ends) for name, ends in draws.intervals().items()},
+        "profile_intervals": profile_json(profiles or {}),
+        "lack_of_fit": asdict(error) if (error := lack_of_fit(fitted)) else None,
         "objective": objective_json(fitted),
         "certificate": asdict(fitted.certificate),
         "bootstrap": bootstrap_json(draws),
@@ -95,8 +103,14 @@ def family_json(fitted: Fit, draws: Draws, test: BackTest | None = None) -> dict
         "theta": fitted.theta.tolist(),
         "run_noise": run_noise(fitted),
         "calibration": calibration_steps(test) if test else [],
+        "calibration_evidence": test.sentence(LEVELS) if test else None,
         "gates": [asdict(g) for g in fitted.gates],
     }
+
+
+def profile_json(profiles: Intervals) -> dict[str, Any]:
+    """Ends by parameter, None where open; a parameter without a profile has no entry."""
+    return {name: [finite(end) for end in ends] for name, ends in profiles.items() if ends}
 
 
 def objective_json(fitted: Fit) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scaling.fitting.fit import Fit
+from scaling.fitting.fit import LARGE_TABLE, Fit
 from scaling.fitting.solve import minimise
 from scaling.laws.base import Law, Model
 from scaling.uncertainty.bootstrap import Draws, cluster_labels, wild_noise
@@ -24,6 +24,8 @@ GRID_POINTS = 33
 GRID_REACH = (3.0, 12.0)  # half-widths of the grid tried in turn, in units of the bootstrap's half interval
 WIDE = 60.0  # box of the centred coordinates: nothing that predicts a loss reaches it
 MANY_ROWS = 1000  # above this the noise model's projections would take longer than all the refits
+
+Intervals = dict[str, tuple[float, float] | None]
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,16 @@ class Held(Model):
         return value, jacobian
 
 
-def profile_intervals(
-    draws: Draws, simulations: int = SIMULATIONS, seed: int = 0
-) -> dict[str, tuple[float, float] | None]:
+def profile_intervals(draws: Draws, simulations: int = SIMULATIONS, seed: int = 0) -> Intervals:
     """95 % interval of every parameter of a lone family's fit, ends infinite where they are open.
 
-    None for a parameter that is not one coordinate of its law, such as Kaplan's N_c. `draws`: the fit's bootstrap,
-    which says how far to look.
+    None for a parameter that is not one coordinate of its law, such as Kaplan's N_c, and for a table so large that its
+    bootstrap uses a part of it. `draws`: the fit's bootstrap, which says how far to look.
     """
-    fit, out = draws.fit, dict[str, tuple[float, float] | None]()
+    fit: Fit = draws.fit
+    if len(fit.runs) > LARGE_TABLE:
+        return dict.fromkeys(fit.law.names)
+    out: Intervals = {}
     rng = np.random.default_rng(seed)
     labels, paired = cluster_labels(fit.runs, fit.families)
     drawn = parametric_noise if len(fit.runs) <= MANY_ROWS else wild_noise
