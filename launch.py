@@ -17,6 +17,8 @@ SCALING = {
     "fit": "fit a scaling law to each family of a runs table",
     "compare": "compare two families: difference, crossover, verdict",
     "crossover": "the compute at which two families meet, with its interval",
+    "backtest": "fit the cheap runs, predict the dear ones",
+    "allocate": "the best model size and token budget for an amount of compute",
     "predict": "the loss of a run that has not been made",
     "plan": "the cheapest ladder that would decide which family wins",
     "power": "what a proposed ladder would show, before it is run",

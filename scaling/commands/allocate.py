@@ -1,0 +1,80 @@
+"""`scaling allocate RUNS --C 1e21`: the best model size and token budget for an amount of compute."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from scaling.commands.arguments import delta_of, fit_arguments, new_verb, positive, read_table, table_arguments
+from scaling.commands.output import exit_code, print_gates, print_json
+from scaling.fitting.fit import fit, ladder_gate
+from scaling.tables.runs import Runs, ScalingError
+from scaling.uncertainty.bootstrap import Draws, bootstrap, interval
+from scaling.verdict.frontier import Cost, frontier
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Best parameters N, tokens D, D / N and loss (nats) at `flops`, with 95 % intervals; extrapolation: flops over
+    those of the largest run fitted."""
+
+    flops: float
+    N: float
+    N_interval: tuple[float, float]
+    D: float
+    D_interval: tuple[float, float]
+    ratio: float
+    ratio_interval: tuple[float, float]
+    loss: float
+    loss_interval: tuple[float, float]
+    extrapolation: float
+
+    def line(self, family: str) -> str:
+        """One family's allocation."""
+        n, d, r = ("{:.3g} to {:.3g}".format(*ends) for ends in (self.N_interval, self.D_interval, self.ratio_interval))
+        low, high = self.loss_interval
+        where = "within the runs" if self.extrapolation <= 1 else f"{self.extrapolation:.3g} times the largest run"
+        return (
+            f"{family} at {self.flops:.3g} FLOP ({where}): N* {self.N:.3g} ({n}), D* {self.D:.3g} ({d}), "
+            f"D*/N* {self.ratio:.3g} ({r}), loss {self.loss:.4f} ({low:.4f} to {high:.4f})"
+        )
+
+
+def add(verbs: Any) -> None:
+    verb = new_verb(verbs, "allocate", run, "the best model size and token budget for an amount of compute")
+    table_arguments(verb)
+    fit_arguments(verb)
+    verb.add_argument("--C", type=positive, action="append", required=True, metavar="FLOP", help="may be repeated")
+
+
+def run(a: argparse.Namespace) -> int:
+    runs = read_table(a)
+    out, gates = {}, []
+    for family in runs.families:
+        fitted = fit(runs.family(family), a.law, a.objective, delta_of(a, runs), seed=a.seed)
+        if set(fitted.law.inputs) != {"N", "D"}:
+            raise ScalingError(f"law {a.law!r} is not a function of N and D: it has no best allocation")
+        sampled = bootstrap(fitted, a.draws, a.seed)
+        out[family] = [allocation(sampled, runs.family(family), flops) for flops in a.C]
+        gates += [*fitted.gates, ladder_gate(runs, family)]
+    if a.json:
+        print_json({family: [asdict(x) for x in found] for family, found in out.items()})
+    else:
+        print("\n".join(x.line(family) for family, found in out.items() for x in found))
+        print_gates(gates)
+    return exit_code(gates)
+
+
+def allocation(sampled: Draws, runs: Runs, flops: float) -> Allocation:
+    """The minimum of the loss along the budget, by the cost that this family's own runs measured."""
+    fitted, cost, log_c = sampled.fit, Cost.of(runs), np.log([flops])
+    point = frontier(fitted.law, fitted.theta[None], fitted.centre, cost, log_c)
+    drawn = frontier(fitted.law, sampled.theta, fitted.centre, cost, log_c)
+    n, d, loss = float(np.exp(point.log_n[0, 0])), float(np.exp(point.log_d[0, 0])), float(point.loss[0, 0])
+    spread = [np.exp(drawn.log_n), np.exp(drawn.log_d), np.exp(drawn.log_d - drawn.log_n), drawn.loss]
+    ends = [interval(values[:, 0]) for values in spread]
+    beyond = flops / float(runs["flops"].max())
+    return Allocation(flops, n, ends[0], d, ends[1], d / n, ends[2], loss, ends[3], beyond)
