@@ -95,7 +95,8 @@ def parse(kind: type[T], arguments: list[str], prog: str, default: Any = tyro.MI
 def one_line(panel: str, prog: str) -> str:
     """The gist of tyro's error panel: what is wrong, what may have been meant, where help is."""
     lines = [line for raw in panel.splitlines() if (line := SIGNS.sub("", raw).strip())]
-    wrong = lines[1] if len(lines) > 1 else "wrong usage"
+    parts = re.split(r".*─{5}.*", panel)  # title, what is wrong on one or more lines, hints
+    wrong = " ".join(SIGNS.sub("", parts[1]).split()) if len(parts) > 1 else "wrong usage"
     for marker, template in (("Perhaps you meant", "{0} (did you mean {1}?)"), ("Missing from", "{1} is required")):
         at = next((i for i, line in enumerate(lines[:-1]) if line.startswith(marker)), None)
         if at is not None:

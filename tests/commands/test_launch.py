@@ -43,6 +43,7 @@ def test_help_explains_itself(arguments):
             "could not convert string to float: 'fast'",
         ),
         (("train", "transformer++-tiny", "--out", "x", "--model.heads", "3"), "model.heads=3 does not divide"),
+        (("train", "matmul-free-tiny", "--out", "x", "--data.weights", "3", "1"), "each of data.mixture, or none (see"),
         (("train", "matmul-free-tiny", "--out", "x", "--mesh.data", "3"), "data.batch=16 is not divisible"),
         (("train", "matmul-free-tiny", "--out", "x", "--data.corpus", "nowhere"), "no corpus 'nowhere'"),
     ],
