@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 
 import numpy as np
 from scipy.special import expit
@@ -130,29 +131,83 @@ class Gamma(Law):
         return theta
 
 
-class DataConstrained(Law):
-    """Chinchilla with D' = U (1 + R* (1 - exp(-(D/U - 1)/R*))) in place of D, U the unique tokens (Muennighoff et al.
-    2023, eq. 5, its data part; excess parameters are not discounted). R_D = R*: repetitions that are worth much."""
+class EffectiveChinchilla(Law):
+    """Chinchilla with an effective amount in place of N or D; a sixth, positive parameter says how much it is worth.
 
-    name = "data-constrained"
-    names = ("E", "A", "B", "alpha", "beta", "R_D")
+    Subclasses set `name`, `names`, `place` (0: N, 1: D), the ranges of the sixth parameter's bounds and starts, and say
+    what the third feature row is and what amount it makes effective.
+    """
+
     exponents = ("alpha", "beta")
     base = Chinchilla()
+    place: int
+    range: tuple[float, float]
+    start_range: tuple[float, float]
+
+    @abstractmethod
+    def third(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
+        """(n,) what the effective amount depends on besides N and D."""
+
+    @abstractmethod
+    def third_at(self, two: np.ndarray) -> np.ndarray:
+        """The third row (1, ...) when predicting, from the other two (2, ...)."""
+
+    @abstractmethod
+    def effective(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Centred log of the effective amount (K, n), and its derivative with respect to the sixth coordinate."""
 
     def features(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
-        """Chinchilla's two, and log unique tokens on the scale of the second."""
-        unique = np.minimum(np.where(np.isnan(runs["U"]), runs["D"], runs["U"]), runs["D"])
-        return np.concatenate([self.base.features(runs, centre), [np.log(unique) - centre[1]]])
+        return np.concatenate([self.base.features(runs, centre), [self.third(runs, centre)]])
 
     def features_at(
         self, log_n: np.ndarray, log_d: np.ndarray, centre: np.ndarray, log_c: np.ndarray | None = None
     ) -> np.ndarray:
-        """As of the base, with unique tokens added as a third row when predicting: no token is seen twice."""
         two = self.base.features_at(log_n, log_d, centre, log_c)
-        return np.concatenate([two, two[1:]])
+        return np.concatenate([two, self.third_at(two)])
+
+    def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
+        return self.value_jacobian(theta, features)[0]
+
+    def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        amount, change = self.effective(theta, features)
+        seen = [features[0], features[1]]
+        seen[self.place] = amount
+        value, jacobian = self.base.value_jacobian(theta[:, :5], np.stack(np.broadcast_arrays(*seen)))
+        # The coefficient's column is its term's share of the loss; the amount enters through it with minus the slope.
+        last = -jacobian[:, 1 + self.place] * theta[:, [3 + self.place]] * change
+        return value, np.concatenate([jacobian, last[:, None]], axis=1)
+
+    def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        return np.column_stack([self.base.raw(theta[:, :5], centre), np.exp(theta[:, 5])])
+
+    def bounds(self, log_loss: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        low, high = self.base.bounds(log_loss, features)
+        return np.append(low, np.log(self.range[0])), np.append(high, np.log(self.range[1]))
+
+    def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        theta = self.base.starts(count, log_loss, features, rng)
+        low, high = np.log(self.start_range)
+        return np.column_stack([theta, rng.uniform(low, high, count)])
+
+
+class DataConstrained(EffectiveChinchilla):
+    """Chinchilla with D' = U (1 + R* (1 - exp(-(D/U - 1)/R*))) in place of D, U the unique tokens (Muennighoff et al.
+    2023, eq. 5, its data part; excess parameters are not discounted). R_D = R*: repetitions that are worth much.
+    Predictions assume that no token is seen twice."""
+
+    name = "data-constrained"
+    names = ("E", "A", "B", "alpha", "beta", "R_D")
+    place, range, start_range = 1, (0.1, 1e3), (1.0, 60.0)
+
+    def third(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
+        """Log unique tokens, centred like D."""
+        unique = np.minimum(np.where(np.isnan(runs["U"]), runs["D"], runs["U"]), runs["D"])
+        return np.log(unique) - centre[1]
+
+    def third_at(self, two: np.ndarray) -> np.ndarray:
+        return two[1:]
 
     def effective(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Centred log D' (K, n) and its derivative with respect to log R_D."""
         repeats = np.expm1(features[1] - features[2])
         half = np.exp(theta[:, [5]])
         ratio = repeats / half
@@ -160,68 +215,25 @@ class DataConstrained(Law):
         change = half * (1 - np.exp(-ratio) * (1 + ratio)) / (1 + gained)
         return features[2] + np.log1p(gained), change
 
-    def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
-        return self.value_jacobian(theta, features)[0]
 
-    def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        tokens, change = self.effective(theta, features)
-        seen = np.stack(np.broadcast_arrays(features[0], tokens))
-        value, jacobian = self.base.value_jacobian(theta[:, :5], seen)
-        # Column 2 is the data term's share of the loss; log D' enters through it with slope -beta.
-        return value, np.concatenate([jacobian, (-jacobian[:, 2] * theta[:, [4]] * change)[:, None]], axis=1)
-
-    def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        return np.column_stack([self.base.raw(theta[:, :5], centre), np.exp(theta[:, 5])])
-
-    def bounds(self, log_loss: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        low, high = self.base.bounds(log_loss, features)
-        return np.append(low, np.log(0.1)), np.append(high, np.log(1e3))
-
-    def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        theta = self.base.starts(count, log_loss, features, rng)
-        return np.column_stack([theta, rng.uniform(np.log(1.0), np.log(60.0), count)])
-
-
-class Precision(Law):
-    """Chinchilla with N_eff = N (1 - exp(-P/gamma)) for N, P the bits of a weight (Kumar et al. 2024, eq. 3)."""
+class Precision(EffectiveChinchilla):
+    """Chinchilla with N_eff = N (1 - exp(-P/gamma)) for N, P the bits of a weight from the column `precision` (bf16,
+    int8, ternary, or a number): Kumar et al. 2024, eq. 3. Predictions are for 16-bit weights."""
 
     name = "precision"
     names = ("E", "A", "B", "alpha", "beta", "gamma")
-    exponents = ("alpha", "beta")
-    base = Chinchilla()
+    place, range, start_range = 0, (0.05, 50.0), (0.3, 10.0)
 
-    def features(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
-        """Chinchilla's two, and the bits of a weight from the column `precision` (bf16, int8, ternary, or a number)."""
-        bits = np.array([bits_of(text) for text in runs["precision"]])
-        return np.concatenate([self.base.features(runs, centre), [bits]])
+    def third(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
+        """Bits of a weight."""
+        return np.array([bits_of(text) for text in runs["precision"]])
 
-    def features_at(
-        self, log_n: np.ndarray, log_d: np.ndarray, centre: np.ndarray, log_c: np.ndarray | None = None
-    ) -> np.ndarray:
-        """As of the base, with 16-bit weights added as a third row when predicting."""
-        two = self.base.features_at(log_n, log_d, centre, log_c)
-        return np.concatenate([two, np.full_like(two[1:], 16.0)])
+    def third_at(self, two: np.ndarray) -> np.ndarray:
+        return np.full_like(two[1:], 16.0)
 
-    def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
-        return self.value_jacobian(theta, features)[0]
-
-    def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def effective(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ratio = features[2] / np.exp(theta[:, [5]])
-        seen = np.stack(np.broadcast_arrays(features[0] + np.log(-np.expm1(-ratio)), features[1]))
-        value, jacobian = self.base.value_jacobian(theta[:, :5], seen)
-        change = -ratio / np.expm1(ratio)
-        return value, np.concatenate([jacobian, (-jacobian[:, 1] * theta[:, [3]] * change)[:, None]], axis=1)
-
-    def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        return np.column_stack([self.base.raw(theta[:, :5], centre), np.exp(theta[:, 5])])
-
-    def bounds(self, log_loss: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        low, high = self.base.bounds(log_loss, features)
-        return np.append(low, np.log(0.05)), np.append(high, np.log(50.0))
-
-    def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        theta = self.base.starts(count, log_loss, features, rng)
-        return np.column_stack([theta, rng.uniform(np.log(0.3), np.log(10.0), count)])
+        return features[0] + np.log(-np.expm1(-ratio)), -ratio / np.expm1(ratio)
 
 
 class BrokenPower(Law):
