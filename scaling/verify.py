@@ -12,7 +12,9 @@ from scaling.fitting.approaches import isoflop
 from scaling.fitting.fit import fit
 from scaling.tables.runs import Runs, ScalingError
 from scaling.uncertainty.bootstrap import bootstrap
+from scaling.verdict.compare import compare
 
+XLSTM_CONTEXT = 16384  # tokens
 EPOCH_DROPPED = 5  # Besiroglu et al. 2024 leave out the five highest losses
 
 
@@ -35,7 +37,27 @@ class Row:
         return f"{sign} {self.table:<18} {self.what:<34} published {self.published:<11.6g} ours {self.ours:<11.6g}"
 
 
-def verify(data: Path) -> list[Row]:
+@dataclass(frozen=True)
+class Conclusion:
+    """A published statement that one family has the lower loss, and the smallest P of it that we find over the measured
+    range, low to high FLOP; passed when that is above 0.95."""
+
+    table: str
+    what: str
+    p: float
+    low: float
+    high: float
+
+    @property
+    def passed(self) -> bool:
+        return self.p > 0.95
+
+    def line(self) -> str:
+        sign = "ok  " if self.passed else "FAIL"
+        return f"{sign} {self.table:<18} {self.what:<36} P = {self.p:.3f} from {self.low:.1e} to {self.high:.1e} FLOP"
+
+
+def verify(data: Path) -> list[Row | Conclusion]:
     """Rows of every table found under `data`; raises ScalingError when there is none."""
     rows = [row for name, check in CHECKS.items() if (data / name).is_file() for row in check(data / name)]
     if not rows:
@@ -98,8 +120,9 @@ def xlstm_table(path: Path) -> Runs:
     return Runs.read(path, {"run_id": "run", "N": "params", "D": "tokens", "loss": "val_loss"})
 
 
-def check_xlstm(path: Path) -> Iterator[Row]:
-    """Approach 2 exponents of N and D; their budgets label the curves. FLOP were re-derived, hence 0.2 %."""
+def check_xlstm(path: Path) -> Iterator[Row | Conclusion]:
+    """Approach 2 exponents of N and D; their budgets label the curves. FLOP were re-derived, hence 0.2 %. Then their
+    conclusion that xLSTM is ahead of Llama at equal FLOP, at the context length at which both were run."""
     published = {
         "isoflop_llama_ctx16384": (0.5693, 0.4325),
         "isoflop_llama_ctx8192": (0.5749, 0.4243),
@@ -112,6 +135,9 @@ def check_xlstm(path: Path) -> Iterator[Row]:
         found = isoflop(part, part["isoflop"])
         for name, value, ours in zip("ND", values, (found.exponent_n, found.exponent_d), strict=True):
             yield Row("xLSTM", f"{source[8:]} exponent of {name}", value, ours, 2e-3)
+    c = compare(runs.select(runs["ctx"] == XLSTM_CONTEXT), "llama", "mlstm", draws=1000)
+    chance = float(c.p_b_better[c.within].min())
+    yield Conclusion("xLSTM", "lower loss than Llama at equal FLOP", chance, *c.measured)
 
 
 CHECKS = {
