@@ -34,6 +34,10 @@ class Recipe:
     shortest: int = 1  # characters; shorter documents are left out
     held_out: float = 0.01  # share of the documents, drawn by a lot from their content: copies stay on one side
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held out {self.held_out}: a share of the documents, from 0 to below 1")
+
 
 def texts(unit: Unit, recipe: Recipe, documents: Documents) -> Iterator[tuple[str, str]]:
     """(split, text) of the documents of a unit that the recipe keeps."""

@@ -119,8 +119,11 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _pack(options: argparse.Namespace) -> None:
-    packed = pack(TokenSet.open(options.set), options.out, options.sequence).split("train")
-    print(f"{len(packed):,} tokens in {len(packed) // options.sequence:,} rows of {options.sequence} at {options.out}")
+    loose = TokenSet.open(options.set)
+    rows = len(pack(loose, options.out, options.sequence).split("train")) // options.sequence
+    padding = 1 - len(loose.split("train")) / (rows * options.sequence)
+    print(f"{rows:,} rows of {options.sequence} tokens, {padding:.2%} of them padding, at {options.out}")
+    print(f"train on it with --data.corpus {options.out} --data.sequence {options.sequence} --data.separate-documents")
 
 
 def _convert(options: argparse.Namespace) -> None:

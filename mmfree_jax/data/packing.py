@@ -90,9 +90,11 @@ def _write(folder: Path, token_set: TokenSet, name: str, sequence: int) -> dict[
 def pack(token_set: TokenSet, path: Path, sequence: int) -> TokenSet:
     """A copy of `token_set` at `path` whose training documents are packed into rows of `sequence` tokens.
 
-    Held-out text keeps its order: it is read as a whole. Train on the result with the same `sequence`; any other cuts
-    documents as usual. Raises FileExistsError when `path` exists and ValueError for a set that is packed already.
+    Held-out text keeps its order: it is read as a whole. Training takes the result with the same `sequence` and
+    separate documents only. Raises FileExistsError when `path` exists and ValueError for a set that is packed already.
     """
+    if sequence < 2:
+        raise ValueError(f"rows of {sequence} tokens hold no document: 2 is the least")
     if token_set.packed_sequence:
         raise ValueError(f"{token_set.path} is packed already, for {token_set.packed_sequence} tokens")
 

@@ -257,6 +257,7 @@ def test_the_command_removes_repetitions(tmp_path: Path) -> None:
     [
         (["build", "nothing.txt", "--out", "x"], "nothing.txt does not exist"),
         (["build", "nothing.txt"], "--out is required"),
+        (["build", "nothing.txt", "--out", "x", "--held-out", "3"], "held out 3.0: a share of the documents"),
         (["build", "s", "--english", "--key", "x"], "--key, --english: for input of your own"),
         (["build", "embedded", "--tokenizer", "bytes"], "--tokenizer needs --out"),
         (["build", "x.txt", "--out", "x", "--tokenizer", "bytes", "--vocab", "300"], "not allowed with argument"),

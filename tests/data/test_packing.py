@@ -77,3 +77,5 @@ def test_packing_twice_is_refused(loose: TokenSet, tmp_path: Path) -> None:
     packed = pack(loose, tmp_path / "packed", SEQUENCE)
     with pytest.raises(ValueError, match="packed already, for 256 tokens"):
         pack(packed, tmp_path / "again", SEQUENCE)
+    with pytest.raises(ValueError, match="rows of 0 tokens hold no document"):
+        pack(loose, tmp_path / "again", 0)
