@@ -25,7 +25,7 @@ from scaling.report.artefact import comparison_json, crossover_json
 from scaling.tables.runs import ScalingError
 from scaling.verdict.break_even import break_even
 from scaling.verdict.compare import Comparison, compare
-from scaling.verdict.profile import profile_crossing
+from scaling.verdict.crossing_profile import profile_crossing
 from scaling.verdict.words import bound_text, crossing_sentence, headline, short_ladders, verdict
 
 

@@ -28,8 +28,8 @@ from scaling.uncertainty.sensitivity import Variant, influence, sensitivity
 from scaling.verdict.break_even import BreakEven, break_even
 from scaling.verdict.compare import Comparison, contrast, joint_draws, pick_families
 from scaling.verdict.costs import CITED, Prices, available_axes
+from scaling.verdict.crossing_profile import SIMULATIONS, Profile, profile_crossing
 from scaling.verdict.nested import Nested, nested
-from scaling.verdict.profile import SIMULATIONS, Profile, profile_crossing
 from scaling.verdict.words import ranking, verdict
 
 BASELINE = "transformer++"

@@ -21,8 +21,8 @@ from scaling.uncertainty.profile import Intervals
 from scaling.uncertainty.replicates import lack_of_fit
 from scaling.verdict.break_even import BreakEven
 from scaling.verdict.compare import Comparison
+from scaling.verdict.crossing_profile import Profile
 from scaling.verdict.nested import Nested
-from scaling.verdict.profile import Profile
 from scaling.verdict.words import verdict
 
 

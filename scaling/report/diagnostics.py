@@ -26,7 +26,7 @@ from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest
 from scaling.uncertainty.sensitivity import Variant
 from scaling.verdict.break_even import BreakEven
 from scaling.verdict.compare import Comparison
-from scaling.verdict.profile import Profile
+from scaling.verdict.crossing_profile import Profile
 
 
 def backtest_figure(test: BackTest) -> Figure:

@@ -25,7 +25,7 @@ from scaling.report.views import (
 from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest
 from scaling.verdict.break_even import BreakEven
 from scaling.verdict.compare import Comparison
-from scaling.verdict.profile import Profile
+from scaling.verdict.crossing_profile import Profile
 
 HOVERED = ("N", "D", "flops", "lr", "batch_tokens", "schedule", "seed", "cluster")
 

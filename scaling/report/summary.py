@@ -14,7 +14,7 @@ from scaling.report.views import DifferenceView, short
 from scaling.tables.runs import Runs
 from scaling.uncertainty.bootstrap import Draws, sorted_clusters
 from scaling.verdict.compare import Comparison
-from scaling.verdict.profile import Profile
+from scaling.verdict.crossing_profile import Profile
 from scaling.verdict.words import bound_text
 
 TERMINAL_SENTENCES = 4  # the rest of the verdict is in the report

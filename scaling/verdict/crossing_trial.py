@@ -16,7 +16,7 @@ import numpy as np
 from scaling.uncertainty.simulate import Ladder, Noise, Truths, draw
 from scaling.verdict.assumed import crossing_at
 from scaling.verdict.compare import compare
-from scaling.verdict.profile import profile_crossing
+from scaling.verdict.crossing_profile import profile_crossing
 
 SIZES = tuple(np.geomspace(1e7, 1e9, 6))
 CASES = (

@@ -6,9 +6,12 @@ from conftest import ladder_rows
 
 from scaling import Runs, ScalingError, compare
 from scaling.laws.forms import Chinchilla
+from scaling.report.views import difference_view, segments
+from scaling.verdict.compare import contrast, joint_draws
 from scaling.verdict.crossing import crossover
 from scaling.verdict.frontier import Cost, frontier
-from scaling.verdict.words import verdict
+from scaling.verdict.nested import nested
+from scaling.verdict.words import ranking, verdict
 
 SIZES = tuple(np.geomspace(1e6, 1e9, 8))
 
@@ -107,3 +110,58 @@ def test_nats_over_different_tokenizers_are_refused():
 def test_unknown_family_names_the_nearest(wide_ladder):
     with pytest.raises(ScalingError, match="did you mean 'matmul-free'"):
         compare(wide_ladder, "transformer++", "matmulfree", draws=10)
+
+
+@pytest.fixture(scope="module")
+def three():
+    """Three families: the third is the first with half-worth parameters."""
+    truth = {"a": (1.8, 180.0, 420.0, 0.34, 0.37), "b": (1.8, 320.0, 420.0, 0.37, 0.37)}
+    truth["c"] = (1.8, 180.0 * 0.5**-0.34, 420.0, 0.34, 0.37)
+    return Runs.from_rows(ladder_rows(sizes=SIZES, ratios=(5, 20, 80), truth=truth, noise=0.001))
+
+
+def test_one_joint_fit_serves_every_pair_and_axis(three):
+    """The differences of three families add up draw by draw, which separate fits of pairs could not promise."""
+    joint = joint_draws(three, ("E",), draws=100)
+    ab, bc, ac = (contrast(joint, *pair).difference_draws for pair in (("a", "b"), ("b", "c"), ("a", "c")))
+    np.testing.assert_allclose(ab + bc, ac, atol=1e-9)
+    assert contrast(joint, "a", "b", "flops-6nd").draws is joint
+    chances = ranking(joint, ["a", "b", "c"])[0]
+    assert chances.startswith("Of 3 families")
+    assert sum(float(part.split()[-1]) for part in chances.rstrip(".").split(": ")[1].split(", ")) == pytest.approx(1)
+
+
+def test_gates_of_a_pair_leave_the_other_families_out(three):
+    c = contrast(joint_draws(three, ("E",), draws=20), "a", "c")
+    assert not [g.name for g in c.gates if "[b]" in g.name]
+    assert {"ladder [a]", "ladder [c]"} <= {g.name for g in c.gates}
+
+
+def test_nested_models_take_every_family(three):
+    found = nested(three.select(three["N"] > 1e7), ["a", "b", "c"], draws=100)
+    assert set(found.efficiencies) == {"b", "c"}
+    _, low, high = found.efficiencies["c"]
+    assert low < 0.5 < high or found.chosen.name in ("M2", "M3")
+    assert [s.parameters for s in found.steps] == [5, 7, 9, 13, 15]
+    assert found.chosen.name in ("M2", "M3")
+
+
+def test_measured_range_and_sizes_bound_what_is_drawn_solid(small_ladder):
+    """Ratios of 10-40 at four sizes: the best allocation of the larger budgets asks for sizes beyond the largest."""
+    c = compare(small_ladder, "transformer++", "matmul-free", draws=50)
+    view = difference_view(c)
+    best = {f: np.exp(c.frontiers[f].log_n[0][: len(view.flops)]) for f in (c.a, c.b)}
+    top = small_ladder["N"].max()
+    asks_too_much = (best[c.a] > 1.1 * top) | (best[c.b] > 1.1 * top)
+    assert not view.measured[asks_too_much].any()
+    assert not view.measured[view.flops > 1.001 * c.measured[1]].any()
+    assert view.measured.any()
+    assert (view.measured | asks_too_much | (view.flops > c.measured[1])).all()
+    assert any("leaves the sizes that were trained" in line for line in verdict(c))
+
+
+def test_segments_join_and_cover():
+    flags = np.array([False, True, True, False, False, True])
+    found = segments(flags)
+    assert [inside for _, inside in found] == [False, True, False, True]
+    assert [list(range(6))[part] for part, _ in found] == [[0, 1], [1, 2], [2, 3, 4, 5], [5]]
