@@ -30,7 +30,7 @@ from scaling.verdict.compare import Comparison, contrast, joint_draws, pick_fami
 from scaling.verdict.costs import CITED, Prices, available_axes
 from scaling.verdict.crossing_profile import SIMULATIONS, Profile, profile_crossing
 from scaling.verdict.nested import Nested, nested
-from scaling.verdict.words import ranking, verdict
+from scaling.verdict.words import headline, ranking, verdict
 
 BASELINE = "transformer++"
 NESTED_DRAWS = 200
@@ -191,14 +191,22 @@ def report_gates(runs: Runs, fits: Mapping[str, Fit], joint: Draws | None, pairs
 
 
 def pairs_verdict(joint: Draws, ordered: Sequence[str], pairs: Sequence[Pair], steps: Nested | None) -> list[str]:
-    """The comparisons' verdicts with what profile, break-even price, back-test and nested models add."""
-    out = ranking(joint, ordered) if len(ordered) > 2 else []
+    """The headline of every pair, then what carries each, then what nested models add."""
+    several = len(pairs) > 1
+    out = ranking(joint, ordered) if several else []
+    out += [f"{pair.main.b} against {pair.main.a}: " * several + headline(pair.main) for pair in pairs]
     for pair in pairs:
-        c = pair.main
-        out += [*verdict(c), pair.profile.sentence(c.a, c.b, c.unit)]
-        out += [pair.price.sentence(c.measured[1])] if pair.price else []
-        out.append(pair.test.sentence(DIFFERENCE if c.draws.paired else LEVELS))
+        out += pair_sentences(pair)
     return out + ([steps.sentence()] if steps else [])
+
+
+def pair_sentences(pair: Pair) -> list[str]:
+    """What follows a pair's headline: the comparison's own sentences, profile, break-even price, back-test."""
+    c = pair.main
+    _, *rest = verdict(c)
+    price = [pair.price.sentence(c.measured[1])] if pair.price else []
+    tested_on = DIFFERENCE if c.draws.paired else LEVELS
+    return [*rest, pair.profile.sentence(c.a, c.b, c.unit), *price, pair.test.sentence(tested_on)]
 
 
 def lone_verdict(family: str, test: BackTest | None, gates: Sequence[Gate]) -> list[str]:
