@@ -7,14 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from scaling.fitting.approaches import MIN_POINTS, budget_labels
 from scaling.fitting.fit import ladder_gate
-from scaling.tables.runs import Runs
+from scaling.tables.runs import CONVENTIONS, Runs
 from scaling.uncertainty.bootstrap import cluster_labels
+from scaling.uncertainty.replicates import cells
 
 NEAR = 0.005  # two runs of one family whose N and D agree this closely are near duplicates
 WARMUP_SHARE = 0.2  # Porian et al. 2024: longer warm-ups bias small runs
 REPEATS = 4.0  # epochs beyond which repeated tokens are worth visibly less (Muennighoff et al. 2023)
-MUST_AGREE = ("tokenizer", "vocab", "val_set", "flops_rule", "schedule", "seq_len")
+SHAPES_APART = 2.0  # ratio of width to depth; fitted exponents swing with it (McLeish et al. 2025)
+EDGE = 0.1  # share of an IsoFLOP curve's width at either end in which its minimum counts as off-centre
+MUST_AGREE = (*CONVENTIONS, "vocab")
+SHOULD_AGREE = ("schedule", "seq_len")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,22 @@ class Finding:
 
 def lint(runs: Runs) -> list[Finding]:
     """Every finding, errors first."""
-    checks = (duplicates, midrun, disagreements, designs, ladders, warmups, repeats, untuned, outliers)
+    checks = (
+        duplicates,
+        midrun,
+        disagreements,
+        unrecorded,
+        constant,
+        designs,
+        ladders,
+        shapes,
+        warmups,
+        repeats,
+        untuned,
+        sweeps,
+        outliers,
+        isoflops,
+    )
     found = [finding for check in checks for finding in check(runs)]
     return sorted(found, key=lambda f: f.severity != "error")
 
@@ -75,16 +95,30 @@ def midrun(runs: Runs) -> Iterator[Finding]:
 
 
 def disagreements(runs: Runs) -> Iterator[Finding]:
-    """Conventions that differ between rows, so that losses or costs do not compare."""
-    for name in MUST_AGREE:
-        if name not in runs.columns:
-            continue
-        values = [str(v) for v in runs[name].tolist()]
-        kinds = sorted(set(values))
-        if len(kinds) > 1:
-            severity = "error" if name in ("tokenizer", "vocab", "val_set", "flops_rule") else "warning"
-            rare = min(kinds, key=values.count)
-            yield Finding(severity, f"mixed {name}", ", ".join(kinds[:6]), ids(runs, np.array(values) == rare))
+    """Conventions that differ between rows, so that losses or costs do not compare; the rows of the rarest value."""
+    for name in (*MUST_AGREE, *SHOULD_AGREE):
+        if len(runs.kinds(name)) > 1:
+            values = runs[name].astype(str)
+            kinds, counts = np.unique(values, return_counts=True)
+            severity = "error" if name in MUST_AGREE else "warning"
+            yield Finding(severity, f"mixed {name}", ", ".join(kinds[:6]), ids(runs, values == kinds[counts.argmin()]))
+
+
+def unrecorded(runs: Runs) -> Iterator[Finding]:
+    """Conventions that the table does not state, which nobody should have to guess."""
+    absent = [name for name in CONVENTIONS if not runs.kinds(name)]
+    if absent:
+        yield Finding("warning", "conventions not recorded", f"{', '.join(absent)} (add with --set COLUMN=VALUE)")
+
+
+def constant(runs: Runs) -> Iterator[Finding]:
+    """Identical losses are a mistake in the table."""
+    for family in runs.families:
+        part = runs.family(family)
+        if len(part) > 1 and np.ptp(part["loss"]) == 0:
+            yield Finding(
+                "error", "identical losses", f"{family}: every loss is {part['loss'][0]:g}", ids(part, part["loss"] > 0)
+            )
 
 
 def designs(runs: Runs) -> Iterator[Finding]:
@@ -130,17 +164,59 @@ def untuned(runs: Runs) -> Iterator[Finding]:
         yield Finding("warning", "one learning rate", f"lr = {rates[0]:g} in every run, whatever its size or family")
 
 
+def sweeps(runs: Runs) -> Iterator[Finding]:
+    """Cells with several learning rates: all of them blur the fit, and the best of them is chosen by luck as well."""
+    if "lr" not in runs.columns:
+        return
+    place = cells(runs)
+    rates = np.unique(np.column_stack([place, runs["lr"]])[~np.isnan(runs["lr"])], axis=0)
+    swept = np.isin(place, np.flatnonzero(np.bincount(rates[:, 0].astype(int), minlength=place.max() + 1) > 1))
+    if swept.any():
+        message = "several learning rates in a cell: fit with --select best, which chooses anew in every draw"
+        yield Finding("warning", "learning-rate sweep", message, ids(runs, swept))
+
+
+def shapes(runs: Runs) -> Iterator[Finding]:
+    """Ratios of width to depth that differ within a family."""
+    if not {"width", "depth"} <= set(runs.columns):
+        return
+    aspect = runs["width"] / runs["depth"]
+    for family in runs.families:
+        rows = (runs["family"] == family) & ~np.isnan(aspect)
+        if rows.any() and aspect[rows].max() > SHAPES_APART * aspect[rows].min():
+            message = f"{family}: width / depth goes from {aspect[rows].min():.3g} to {aspect[rows].max():.3g}"
+            far = rows & (np.abs(np.log(aspect / np.median(aspect[rows]))) > np.log(SHAPES_APART) / 2)
+            yield Finding("warning", "shape rule varies", message, ids(runs, far))
+
+
 def outliers(runs: Runs) -> Iterator[Finding]:
     """Losses that rise with more data at equal size: diverged or mislabelled runs."""
+    order = np.lexsort((runs["D"], runs["N"], runs["family"].astype(str)))
+    new = (np.diff(runs["N"][order]) != 0) | (runs["family"][order][1:] != runs["family"][order][:-1])
     bad = np.zeros(len(runs), bool)
-    for family in runs.families:
-        rows = np.flatnonzero(runs["family"] == family)
-        for n in np.unique(runs["N"][rows]):
-            cell = rows[runs["N"][rows] == n]
-            cell = cell[np.argsort(runs["D"][cell], kind="stable")]
+    for cell in np.split(order, np.flatnonzero(new) + 1):
+        if len(cell) > 1:
             best = np.minimum.accumulate(runs["loss"][cell])
-            bad[cell[1:]] |= runs["loss"][cell[1:]] > 1.02 * best[:-1]
+            bad[cell[1:]] = runs["loss"][cell[1:]] > 1.02 * best[:-1]
     if bad.any():
         yield Finding(
             "warning", "loss rises with data", "over 2 % above a run of equal size on fewer tokens", ids(runs, bad)
         )
+
+
+def isoflops(runs: Runs) -> Iterator[Finding]:
+    """Curves of one budget whose minimum lies at an edge or that have none: approach 2 would extrapolate there."""
+    for family in runs.families:
+        part = runs.family(family)
+        labels = budget_labels(part["flops"])
+        for label in np.flatnonzero(np.bincount(labels) >= MIN_POINTS):
+            curve = part.select(labels == label)
+            sizes = np.log(curve["N"])
+            if len(np.unique(sizes)) < MIN_POINTS or len(curve) == len(part):
+                continue
+            bend, slope, _ = np.polyfit(sizes - sizes.mean(), curve["loss"], 2)
+            place = (sizes.mean() - slope / (2 * bend) - sizes.min()) / np.ptp(sizes) if bend > 0 else np.nan
+            if not EDGE < place < 1 - EDGE:
+                what = "has its minimum at an edge" if bend > 0 else "has no minimum"
+                message = f"{family}: the IsoFLOP curve at {np.median(curve['flops']):.2g} FLOP {what}"
+                yield Finding("warning", "off-centre IsoFLOP", message, ids(curve, curve["loss"] > 0))

@@ -20,7 +20,7 @@ from scaling.fitting.solve import (
 )
 from scaling.laws.base import Law, Model, centre_of, joint_model, single_model
 from scaling.laws.forms import law_named
-from scaling.tables.runs import Runs, ScalingError
+from scaling.tables.runs import CONVENTIONS, Runs, ScalingError
 
 AGREEMENT = 1e-6  # relative gap in objective within which two optima are the same one
 GRADIENT_LIMIT = 1e-6
@@ -157,6 +157,7 @@ def check_rows(runs: Runs, model: Model) -> None:
     """Refuses tables on which some parameter has no data at all."""
     for family in runs.families:
         part = runs.family(family)
+        check_conventions(part, family)
         law_size, inputs = len(model.law.names), model.law.inputs
         if len(part) <= law_size:
             raise ScalingError(
@@ -168,6 +169,15 @@ def check_rows(runs: Runs, model: Model) -> None:
                 raise ScalingError(f"family {family!r} has a single value of {name}: its effect cannot be fitted")
         if np.ptp(part["loss"]) == 0:
             raise ScalingError(f"family {family!r}: all losses are identical, there is nothing to fit")
+
+
+def check_conventions(part: Runs, family: str) -> None:
+    """Refuses rows of one family that were counted or measured in different ways."""
+    for name in CONVENTIONS:
+        kinds = part.kinds(name)
+        if len(kinds) > 1:
+            mixed = f"family {family!r} mixes {name} ({', '.join(kinds[:4])})"
+            raise ScalingError(f"{mixed}, so that its rows do not compare: keep one with --where {name}=VALUE")
 
 
 def bounds_of(model: Model, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

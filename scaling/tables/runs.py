@@ -17,8 +17,26 @@ from scaling.tables.readers import ScalingError, read_rows
 REQUIRED = ("run_id", "family", "N", "D", "loss")
 POSITIVE = ("N", "D", "loss", "N_nonemb", "U", "flops", "bpb", "batch_tokens", "seq_len", "vocab", "joules", "seconds")
 NUMERIC = (*POSITIVE, "loss_se", "lr", "warmup_tokens", "width", "depth")
-TEXT = ("run_id", "family", "val_set", "tokenizer", "flops_rule", "schedule", "cluster", "precision", "reason")
-BOOLEAN = ("ended", "excluded")
+TEXT = (
+    "run_id",
+    "family",
+    "val_set",
+    "tokenizer",
+    "flops_rule",
+    "loss_unit",  # nats (per token) or bits per byte
+    "schedule",
+    "cluster",
+    "precision",
+    "reason",
+)
+BOOLEAN = ("ended", "excluded", "embedding_counted")  # the last: whether N holds the input embedding
+CONVENTIONS = (
+    "tokenizer",
+    "val_set",
+    "loss_unit",
+    "flops_rule",
+    "embedding_counted",
+)  # one value each, or no comparison
 KNOWN = (*NUMERIC, *TEXT, *BOOLEAN, "seed")
 FLOPS_PER_PARAMETER_TOKEN = 6.0  # forward 2, backward 4 (Kaplan et al. 2020, section 2.1)
 LARGEST = 1e60  # beyond any run; keeps products of two columns finite
@@ -142,6 +160,11 @@ class Runs:
         if not rows.any():
             raise ScalingError(f"no rows of family {name!r}{nearest(name, self.families)}")
         return self.select(rows)
+
+    def kinds(self, name: str) -> list[str]:
+        """Different values of a column, blanks aside; none where the table lacks it."""
+        values = np.unique(self.columns[name].astype(str)) if name in self.columns else np.empty(0, dtype=str)
+        return [v for v in values.tolist() if v not in ("", "nan")]
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Rows as plain dictionaries (NaN becomes an empty string), in table order."""

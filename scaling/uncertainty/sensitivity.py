@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,7 +30,8 @@ class Variant:
 def sensitivity(
     runs: Runs, law: str = "chinchilla", delta: float = 1e-3, top: tuple[int, ...] = (1, 3, 5), starts: int = 24
 ) -> list[Variant]:
-    """One family refitted under each objective, without its highest losses, and without its cheapest tenth.
+    """One family refitted under each objective, without its highest losses, without its cheapest tenth, and with a
+    head that does not count as parameters where the table tells (`N_nonemb`).
 
     Variants that leave too few rows are left out.
     """
@@ -43,6 +44,10 @@ def sensitivity(
         for objective in OBJECTIVES if dropped == "none" else OBJECTIVES[:1]:
             found = variant(runs.select(rows), law, objective, delta, dropped, starts)
             out += [found] if found else []
+    if "N_nonemb" in runs.columns and not np.isnan(runs["N_nonemb"]).any():
+        headless = replace(runs, columns=runs.columns | {"N": runs["N_nonemb"]})
+        found = variant(headless, law, OBJECTIVES[0], delta, "the head in N", starts)
+        out += [found] if found else []
     return out
 
 

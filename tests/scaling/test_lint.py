@@ -1,0 +1,94 @@
+"""Every fault that lint knows: a table that has it is told so, with the rows; the table without it is not."""
+
+import numpy as np
+import pytest
+from conftest import ladder_rows
+
+from scaling import Runs, ScalingError, fit
+from scaling.lint import lint
+
+SIZES = tuple(np.geomspace(1e6, 2.5e8, 7))
+STATED = {"val_set": "c4", "loss_unit": "nats", "flops_rule": "exact", "embedding_counted": "false"}
+
+
+def rows_with(change=None, **columns):
+    """A clean two-family ladder, every row changed by `change(index, row)`."""
+    rows = [row | STATED | columns for row in ladder_rows(sizes=SIZES, ratios=(5, 10, 20, 80), noise=0.002)]
+    return [row | (change(i, row) if change else {}) for i, row in enumerate(rows)]
+
+
+def findings(rows):
+    return {f.name: f for f in lint(Runs.from_rows(rows, allow_midrun=True))}
+
+
+def test_a_clean_table_has_no_findings():
+    assert findings(rows_with()) == {}
+
+
+def nth(number, **changes):
+    return lambda i, row: changes if i == number else {}
+
+
+@pytest.mark.parametrize(
+    ("name", "severity", "change", "row"),
+    [
+        ("duplicates", "error", lambda i, r: rows_with()[0] | {"run_id": "copy"} if i == 1 else {}, "copy"),
+        ("near duplicates", "warning", lambda i, r: {"D": r["D"] * 0.501} if i == 1 else {}, "transformer++-0-10"),
+        ("mid-schedule points", "error", nth(2, ended="false"), "transformer++-0-20"),
+        ("mixed tokenizer", "error", nth(3, tokenizer="other"), "transformer++-0-80"),
+        ("mixed loss_unit", "error", nth(3, loss_unit="bits per byte"), "transformer++-0-80"),
+        ("mixed embedding_counted", "error", nth(3, embedding_counted="true"), "transformer++-0-80"),
+        ("mixed schedule", "warning", nth(3, schedule="cosine"), "transformer++-0-80"),
+        ("long warm-up", "warning", lambda i, r: {"warmup_tokens": r["D"] * (0.3 if i == 3 else 0.001)}, "++-0-80"),
+        ("repeated data", "warning", lambda i, r: {"U": r["D"] / (5 if i == 4 else 1)}, "transformer++-1-5"),
+        ("loss rises with data", "warning", lambda i, r: {"loss": r["loss"] * 1.2} if i == 3 else {}, "++-0-80"),
+        ("shape rule varies", "warning", lambda i, r: {"width": 64, "depth": 4 if i == 5 else 1}, "transformer++-1-10"),
+    ],
+)
+def test_fault_is_found_with_its_row(name, severity, change, row):
+    found = findings(rows_with(change))[name]
+    assert found.severity == severity
+    assert any(row in run_id for run_id in found.rows)
+
+
+def test_conventions_that_nobody_recorded_are_listed():
+    found = lint(Runs.from_rows(ladder_rows(sizes=SIZES, ratios=(5, 10, 20, 80))))
+    assert [f.message for f in found if f.name == "conventions not recorded"] == [
+        "val_set, loss_unit, flops_rule, embedding_counted (add with --set COLUMN=VALUE)"
+    ]
+
+
+def test_identical_losses_and_one_learning_rate():
+    found = findings(rows_with(loss=3.0, lr=1e-3))
+    assert found["identical losses"].severity == "error"
+    assert "lr = 0.001" in found["one learning rate"].message
+
+
+def test_learning_rates_within_a_cell_are_a_sweep():
+    rows = [row | {"run_id": f"{row['run_id']}-{lr}", "lr": lr} for row in rows_with() for lr in (1e-3, 2e-3)]
+    assert len(findings(rows)["learning-rate sweep"].rows) == len(rows)
+
+
+def test_off_centre_isoflop_curves_are_named():
+    """Two budgets; on the second all sizes lie on one side of the best one."""
+    rows = []
+    for budget, sizes in ((1e18, np.geomspace(2e7, 8e8, 7)), (1e19, np.geomspace(2e6, 2e7, 7))):
+        for n in sizes:
+            d = budget / (6 * n)
+            loss = 1.8 + 180 / n**0.34 + 420 / d**0.37
+            rows.append({"run_id": f"{budget:g}-{n:.0f}", "family": "a", "N": n, "D": d, "loss": loss, "flops": budget})
+    found = findings(rows)["off-centre IsoFLOP"]
+    assert "1e+19" in found.message
+    assert all(run_id.startswith("1e+19") for run_id in found.rows)
+
+
+def test_unequal_designs_of_two_families():
+    assert "unequal designs" in findings(rows_with()[:-1])
+
+
+@pytest.mark.parametrize("column", ["tokenizer", "val_set", "loss_unit", "flops_rule", "embedding_counted"])
+def test_a_fit_refuses_a_family_with_mixed_conventions(column):
+    odd = "true" if column == "embedding_counted" else "other"
+    runs = Runs.from_rows(rows_with(nth(3, **{column: odd}))).family("transformer++")
+    with pytest.raises(ScalingError, match=f"mixes {column}"):
+        fit(runs)
