@@ -170,7 +170,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system is not allowed here")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # maps of its files may still be open
 
 
 def test_a_full_disk_is_named_leaves_no_set_and_the_build_goes_on_when_there_is_room(
