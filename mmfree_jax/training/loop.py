@@ -172,6 +172,8 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "seq_len": data.sequence,
         "flops": spent.products,
         "flops_rule": "exact products",
+        "loss_unit": "nats",
+        "embedding_counted": False,
         **{f"flops_{name}": count for name, count in dataclasses.asdict(spent).items()},
         "schedule": {"constant": "const", "cosine-halving": "cosine"}.get(optim.schedule, optim.schedule),
         "ended": True,
