@@ -10,11 +10,13 @@ import numpy as np
 from scaling.commands.arguments import delta_of, fit_arguments, new_verb, out_argument, read_table, table_arguments
 from scaling.commands.output import exit_code, print_gates, print_json
 from scaling.commands.report import full_report
-from scaling.fitting.fit import Fit, fit, ladder_gate
+from scaling.fitting.fit import fit, ladder_gate
 from scaling.report.artefact import family_json
+from scaling.tables.runs import Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap
 from scaling.uncertainty.profile import SIMULATIONS, Intervals, profile_intervals
 from scaling.uncertainty.replicates import lack_of_fit
+from scaling.uncertainty.selection import CHOICES, fit_chosen
 
 
 def add(verbs: Any) -> None:
@@ -22,37 +24,54 @@ def add(verbs: Any) -> None:
     table_arguments(verb)
     fit_arguments(verb)
     out_argument(verb)
+    text = "rows to fit: all, the best learning rate of each cell, or the envelope; chosen anew in every draw"
+    verb.add_argument("--select", default="all", choices=CHOICES, help=text)
 
 
 def run(a: argparse.Namespace) -> int:
     runs = read_table(a)
+    if a.out and a.select != "all":
+        raise ScalingError("--select answers on the terminal or as --json; --out writes the report of a whole table")
     if a.out:
         return full_report(a, runs, share=("E",), gate=True)
-    results: dict[str, tuple[Fit, Draws]] = {}
-    for family in runs.families:
-        fitted = fit(runs.family(family), a.law, a.objective, delta_of(a, runs), seed=a.seed)
-        results[family] = fitted, bootstrap(fitted, a.draws, a.seed)
-    profiles = {f: profile_intervals(d, min(SIMULATIONS, a.draws), a.seed) for f, (_, d) in results.items()}
-    gates = [g for f, _ in results.values() for g in f.gates] + [ladder_gate(runs, f) for f in runs.families]
+    sampled = {family: draws_of(a, runs, family) for family in runs.families}
+    profiles = {family: profiles_of(a, draws) for family, draws in sampled.items()}
+    gates = [g for d in sampled.values() for g in d.fit.gates] + [ladder_gate(runs, f) for f in runs.families]
     if a.json:
-        families = {name: family_json(*pair, profiles=profiles[name]) for name, pair in results.items()}
+        families = {f: family_json(d.fit, d, profiles=profiles[f]) for f, d in sampled.items()}
         print_json({"families": families, "notes": list(runs.notes)})
         return exit_code(gates)
-    for family, (fitted, draws) in results.items():
-        print_fit(family, fitted, draws, profiles[family])
+    for family, draws in sampled.items():
+        print_fit(family, draws, profiles[family])
     print_gates(gates)
     return exit_code(gates)
 
 
-def print_fit(family: str, fitted: Fit, draws: Draws, profiles: Intervals) -> None:
+def draws_of(a: argparse.Namespace, runs: Runs, family: str) -> Draws:
+    """One family's fit, to the rows asked for, and its bootstrap."""
+    part, delta = runs.family(family), delta_of(a, runs)
+    if a.select == "all":
+        return bootstrap(fit(part, a.law, a.objective, delta, seed=a.seed), a.draws, a.seed)
+    return fit_chosen(part, a.select, a.draws, a.seed, a.law, a.objective, delta)
+
+
+def profiles_of(a: argparse.Namespace, draws: Draws) -> Intervals:
+    """Likelihood intervals; none where rows were chosen by their losses, of whose luck the likelihood knows nothing."""
+    if a.select != "all":
+        return dict.fromkeys(draws.fit.law.names)
+    return profile_intervals(draws, min(SIMULATIONS, a.draws), a.seed)
+
+
+def print_fit(family: str, draws: Draws, profiles: Intervals) -> None:
     """Parameters with both intervals, lack of fit where runs repeat, certificate."""
+    fitted = draws.fit
     c, ends = fitted.certificate, draws.intervals()
     print(
         f"{family}: {fitted.law.name}, {fitted.objective.name}, {len(fitted.runs)} rows, {draws.clusters[0]} clusters"
     )
-    print(f"  {'':<8}{'fit':<13}{f'95 % by {draws.method} bootstrap':<29}95 % by profile likelihood")
+    print(f"  {'':<8}{'fit':<13}{f'95 % by {draws.method} bootstrap':<34}95 % by profile likelihood")
     for name, value in fitted.params.items():
-        print(f"  {name:<8}{value:<13.6g}{span(ends[name]):<29}{span(profiles[name])}")
+        print(f"  {name:<8}{value:<13.6g}{span(ends[name]):<31}{span(profiles[name])}")
     error = lack_of_fit(fitted)
     if error:
         print(f"  {error.sentence()}")

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from conftest import DATA, ROOT, ladder_rows, write_csv
 
+from scaling.__main__ import main
+
 WIDE = {"sizes": tuple(np.geomspace(1e6, 2.5e8, 7)), "ratios": (5, 10, 20, 80), "noise": 0.002}
+
+WIDE_ROWS = ladder_rows(**WIDE)
 
 
 def call(*arguments):
@@ -58,6 +62,46 @@ def test_report_then_predict(tables):
     assert entry["extrapolation"] > 1
 
 
+def test_fit_prints_both_intervals_and_reports_them_in_json(tables, capsys):
+    assert main(["fit", str(tables[1]), "--draws", "60"]) == 0
+    assert "95 % by profile likelihood" in capsys.readouterr().out
+    assert main(["fit", str(tables[1]), "--draws", "60", "--json"]) == 0
+    entry = json.loads(capsys.readouterr().out)["families"]["matmul-free"]
+    low, high = entry["profile_intervals"]["alpha"]
+    assert low < entry["parameters"]["alpha"] < high
+    assert entry["lack_of_fit"] is None
+    assert len(entry["certificate"]["gaps"]) == entry["certificate"]["starts"]
+
+
+def test_fit_selects_anew_in_every_draw(tables, tmp_path, capsys):
+    rows = [
+        r | {"run_id": f"{r['run_id']}-{k}", "loss": r["loss"] + k, "cluster": ""} for r in WIDE_ROWS for k in (0, 1)
+    ]
+    table = str(write_csv(tmp_path / "sweep.csv", rows))
+    assert main(["fit", table, "--select", "best", "--draws", "60"]) == 0
+    assert "28 rows" in capsys.readouterr().out
+    assert main(["fit", table, "--select", "best", "--out", str(tmp_path / "out")]) == 1
+    assert "--select" in capsys.readouterr().err
+
+
+def test_backtest_prints_what_each_distance_earned(tables, capsys):
+    assert main(["backtest", str(tables[1]), "--q", "4,10", "--draws", "60"]) == 0
+    out = capsys.readouterr().out
+    assert "Back-test of the loss" in out
+    assert "Back-test of the difference" in out
+    assert "half-widths times" in out
+
+
+def test_allocation_spends_the_budget_and_names_the_extrapolation(tables, capsys):
+    assert main(["allocate", str(tables[1]), "--C", "1e18", "--C", "1e22", "--draws", "60", "--json"]) == 0
+    for found in json.loads(capsys.readouterr().out)["matmul-free"]:
+        assert 6 * found["N"] * found["D"] == pytest.approx(found["flops"], rel=1e-6)
+        assert found["N_interval"][0] < found["N"] < found["N_interval"][1]
+    assert found["extrapolation"] == pytest.approx(1e22 / (6 * 80 * 2.5e8**2), rel=1e-6)
+    assert main(["allocate", str(tables[1]), "--C", "1e18", "--law", "power"]) == 1
+    assert "not a function of N and D" in capsys.readouterr().err
+
+
 def test_plot_and_lint(tables):
     picture = tables[2] / "curves.png"
     assert call("plot", tables[0], "--x", "flops", "--out", picture).returncode == 0
@@ -78,6 +122,8 @@ def test_plot_and_lint(tables):
         (["nonsense"], "invalid choice"),
         (["report", "{small}"], "--out"),
         (["predict", "{folder}", "--N", "1e6", "--D", "1e7"], "no fit.json"),
+        (["backtest", "{small}", "--q", "0.5"], "must be above 1"),
+        (["allocate", "{small}"], "--C"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_one(tables, arguments, said):
