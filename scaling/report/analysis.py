@@ -54,18 +54,24 @@ class Settings:
 @dataclass(frozen=True)
 class Pair:
     """One family against the baseline. axes: the comparison on every cost axis that the table has, FLOP first, all
-    from the same draws; test: back-test of the two; price: None where there is nothing ternary."""
+    from the same draws; paths: in FLOP along the best allocation, at fixed tokens per parameter and at a fixed size,
+    each with the profile of its crossing; test: back-test of the two; price: None where there is nothing ternary."""
 
     axes: dict[str, Comparison]
+    paths: dict[str, tuple[Comparison, Profile]]
     test: BackTest
-    profile: Profile
     price: BreakEven | None
     views: dict[str, DifferenceView]
 
     @property
     def main(self) -> Comparison:
-        """The comparison in FLOP."""
+        """The comparison in FLOP on the best allocation."""
         return self.axes["flops"]
+
+    @property
+    def profile(self) -> Profile:
+        """The profile of that comparison's crossing."""
+        return self.paths["optimal"][1]
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,15 @@ def pair_analysis(joint: Draws, a: str, b: str, s: Settings) -> Pair:
     axes = {axis: contrast(joint, a, b, axis, prices=s.prices) for axis in available_axes(runs, s.prices)}
     test, main = tested(runs, s), axes["flops"]
     views = {axis: difference_view(c, test if axis == "flops" else None) for axis, c in axes.items()}
-    return Pair(axes, test, profile_crossing(main, min(SIMULATIONS, s.draws), s.seed), break_even(main), views)
+    along = {"optimal": main} | {path: contrast(joint, a, b, along=path) for path in fixed_paths(runs)}
+    paths = {path: (c, profile_crossing(c, min(SIMULATIONS, s.draws), s.seed)) for path, c in along.items()}
+    return Pair(axes, paths, test, break_even(main), views)
+
+
+def fixed_paths(runs: Runs) -> list[str]:
+    """The middle ratio of tokens to parameters and the largest size of a table, as paths to compare along."""
+    ratio = float(np.exp(np.median(np.log(runs["D"] / runs["N"]))))
+    return [f"ratio={ratio:.2g}", f"size={runs['N'].max():.3g}"]
 
 
 def report_gates(runs: Runs, fits: Mapping[str, Fit], joint: Draws | None, pairs: Sequence[Pair]) -> tuple[Gate, ...]:

@@ -50,7 +50,8 @@ def pair_json(pair: Pair) -> dict[str, Any]:
     main = comparison_json(pair.main, pair.profile, pair.price)
     keep = ("axis", "unit", "measured", "crossover", "difference")
     other = [{name: comparison_json(c)[name] for name in keep} for axis, c in pair.axes.items() if axis != "flops"]
-    return main | {"other_axes": other}
+    paths = {path: crossover_json(c, profile) for path, (c, profile) in pair.paths.items() if path != "optimal"}
+    return main | {"other_axes": other, "other_paths": paths}
 
 
 def nested_json(found: Nested) -> dict[str, Any]:
@@ -184,7 +185,8 @@ def crossover_json(c: Comparison, profile: Profile | None = None) -> dict[str, A
     }
     if profile is None:
         return out
-    shape = {"budget": profile.budgets.tolist(), "log_ratio": profile.ratio.tolist(), "critical": profile.critical}
+    ratio = [finite(value) for value in profile.ratio]
+    shape = {"budget": profile.budgets.tolist(), "log_ratio": ratio, "critical": profile.critical}
     return out | {"profile": {"interval": [finite(profile.low), finite(profile.high)]} | shape}
 
 

@@ -6,8 +6,8 @@ CAPTIONS = {
     f"{UNSUPPORTED} Dotted: the band as the back-test would have it.",
     "axes": "The same difference on every cost axis that the table has, from the same draws.",
     "probability": "Share of bootstrap draws in which the second family has the lower loss.",
-    "profile": "How much worse the joint law fits when the two frontiers are made to meet at a given compute; computes "
-    "under the dashed line are compatible with the runs.",
+    "profile": "How much worse the joint law fits when the second family is made to overtake the first at a given "
+    "compute; computes under the dashed line are compatible with the runs.",
     "break-even": "What one ternary operation may cost, in multiply-accumulate operations, for the second family to "
     "reach the first one's loss at the same price; with its 95 % band. Below zero no price is low enough.",
     "loss": "Held-out loss against training compute. Points: end-of-schedule runs; thin lines: fitted loss along each "

@@ -21,7 +21,7 @@ from scaling.report.plot import (
     mark_extrapolation,
     new_figure,
 )
-from scaling.report.views import PALETTE, SLACK, AllocationView, FamilyView, break_even_limits
+from scaling.report.views import PALETTE, SLACK, AllocationView, FamilyView, break_even_limits, profile_signal
 from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest
 from scaling.uncertainty.sensitivity import Variant
 from scaling.verdict.break_even import BreakEven
@@ -50,12 +50,13 @@ def backtest_figure(test: BackTest) -> Figure:
 def profile_figure(profile: Profile, c: Comparison) -> Figure:
     """How far the sum of squares rises when the frontiers are made to meet at each compute, and what is too far."""
     figure, axes = new_figure(3.4)
-    axes.plot(profile.budgets, np.sqrt(profile.ratio / profile.critical), color=PALETTE[3], lw=2)
+    signal, top = profile_signal(profile)
+    axes.plot(profile.budgets, signal, color=PALETTE[3], lw=2)
     axes.axhline(1, color="0.3", lw=1, ls="--", label="95 % limit, simulated")
     axes.set_xscale("log")
-    axes.set_ylim(0, min(4.0, 1.1 * max(1.5, float(np.sqrt(profile.ratio.max() / profile.critical)))))
+    axes.set_ylim(0, top)
     mark_extrapolation(axes, c.measured[1], profile.budgets[-1])
-    axes.set_xlabel("compute at which the two are made to meet (FLOP)")
+    axes.set_xlabel("compute at which the second family is made to overtake (FLOP)")
     axes.set_ylabel("signal: √(ratio / limit)")
     axes.legend(loc="upper right", frameon=False, fontsize=9)
     return figure

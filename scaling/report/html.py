@@ -21,6 +21,7 @@ from scaling.report.summary import (
     interval_text,
     pair_rows,
     parameter_table,
+    path_rows,
 )
 from scaling.report.views import DifferenceView, short
 from scaling.tables.runs import Runs
@@ -114,6 +115,7 @@ def crossing_section(place: int, pair: Pair) -> str:
         f"<p>{page.escape(pair.profile.sentence(c.a, c.b, c.unit))}</p>",
         page.figure(f"profile-{place}", figure, CAPTIONS["profile"]),
         page.table(*crossing_rows(pair.main, pair.profile)),
+        page.table(*path_rows(pair.paths)),
     )
 
 

@@ -18,6 +18,7 @@ from scaling.report.views import (
     break_even_limits,
     loss_limits,
     loss_ticks,
+    profile_signal,
     segments,
     short,
     thin,
@@ -222,16 +223,16 @@ def probability_figure(view: DifferenceView) -> go.Figure:
 def profile_figure(profile: Profile, c: Comparison) -> go.Figure:
     """How far the squares rise when the frontiers are made to meet at each compute; one is the simulated limit."""
     figure = go.Figure()
-    signal = np.sqrt(profile.ratio / profile.critical)
+    signal, top = profile_signal(profile)
     hover = "meeting at %{x:.3g} FLOP: %{y:.2f} of the limit<extra></extra>"
     look = {"color": PALETTE[3], "width": 3}
     figure.add_trace(go.Scatter(x=profile.budgets, y=signal, mode="lines", line=look, hovertemplate=hover))
     figure.add_hline(y=1, line={"color": "#888", "width": 1.5, "dash": "dash"})
     mark_edge(figure, c.measured[1])
-    layout(figure, "compute at which the two are made to meet (FLOP)", "√(ratio / 95 % limit)", 340)
+    layout(figure, "compute at which it is made to overtake (FLOP)", "√(ratio / 95 % limit)", 340)
     figure.update_layout(showlegend=False)
     figure.update_xaxes(dtick=None, range=np.log10(profile.budgets[[0, -1]]).tolist())
-    return figure.update_yaxes(range=[0, min(4.0, 1.15 * max(1.5, float(signal.max())))])
+    return figure.update_yaxes(range=[0, top])
 
 
 def break_even_figure(price: BreakEven, edge: float) -> go.Figure:

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from scaling.report.analysis import Analysis
 from scaling.report.captions import CAPTIONS
 from scaling.report.ledger import Forecast, ledger_sentence
-from scaling.report.summary import crossing_rows, figures_of, forecast_rows, pair_rows, paired_rows, parameter_table
+from scaling.report.summary import (
+    crossing_rows,
+    figures_of,
+    forecast_rows,
+    pair_rows,
+    paired_rows,
+    parameter_table,
+    path_rows,
+)
 from scaling.verdict.costs import AXES
 from scaling.verdict.words import headline
 
@@ -20,7 +28,7 @@ def markdown(found: Analysis, title: str, ledger: Sequence[Forecast]) -> str:
         out += [f"## Difference: {c.b} − {c.a}", ""]
         for name in ("difference", "probability", "profile", *(["break-even"] if pair.price else [])):
             out += [picture(name, f"{name}{tail}"), ""]
-        out += [*markdown_table(*crossing_rows(c, pair.profile)), ""]
+        out += [*markdown_table(*crossing_rows(c, pair.profile)), "", *markdown_table(*path_rows(pair.paths)), ""]
         out += [picture("axes", f"axes{tail}"), ""] if len(pair.axes) > 1 else []
         other = [[AXES[axis], headline(other)] for axis, other in pair.axes.items() if axis != "flops"]
         out += [*markdown_table(["cost axis", "verdict"], other), ""]

@@ -92,10 +92,25 @@ def crossing_rows(c: Comparison, profile: Profile) -> tuple[list[str], list[list
     return ["crossing", "value"], rows + chances
 
 
+def path_rows(paths: Mapping[str, tuple[Comparison, Profile]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the crossing along every path, by draws and by profile."""
+    rows = []
+    for path, (c, profile) in paths.items():
+        kind, _, number = path.partition("=")
+        names = {"ratio": f"{number} tokens a parameter", "size": f"{short(float(number or 0))} parameters"}
+        by_draws = ends_text(c.crossover.low, c.crossover.high, c.unit)
+        by_profile = ends_text(profile.low, profile.high, c.unit)
+        chances = [f"{c.p_b_better[c.within][-1]:.3f}", f"{c.crossover.p_none:.3f}"]
+        rows.append([names.get(kind, "best allocation"), by_draws, by_profile, *chances])
+    some = next(iter(paths.values()))[0]
+    better = f"P({some.b} better), largest measured"
+    return ["along", "95 % interval, draws", "95 % interval, profile", better, "P(no crossing)"], rows
+
+
 def ends_text(low: float, high: float, unit: str) -> str:
     """An interval whose open ends are said to be open."""
     if np.isnan(low):
-        return "empty: no crossing fits the runs"
+        return "none before the horizon"
     if np.isinf(low) or (low == 0 and np.isinf(high)):
         return "no crossing before the horizon" if np.isinf(low) else "anything, or none"
     if np.isinf(high):

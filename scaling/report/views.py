@@ -13,6 +13,7 @@ from scaling.uncertainty.backtest import DIFFERENCE, BackTest
 from scaling.uncertainty.bootstrap import Draws
 from scaling.verdict.break_even import BreakEven
 from scaling.verdict.compare import Comparison, compute_grid, family_frontier
+from scaling.verdict.crossing_profile import Profile
 from scaling.verdict.frontier import Cost, Frontier
 from scaling.verdict.words import headline
 
@@ -203,6 +204,12 @@ def loss_limits(views: Sequence[FamilyView]) -> tuple[float, float]:
 def break_even_limits(price: BreakEven) -> tuple[float, float]:
     """Vertical range of kappa*: zero and one always, and as much of the band as leaves them readable."""
     return max(min(float(price.low.min()), 0.0) - 0.1, -1.0), min(max(float(price.high.max()), 1.0) + 0.1, 3.0)
+
+
+def profile_signal(profile: Profile) -> tuple[np.ndarray, float]:
+    """(M,) root of the ratio in units of its limit, NaN where B cannot be made to overtake; and the top of its axis."""
+    signal = np.sqrt(np.where(np.isfinite(profile.ratio), profile.ratio, np.nan) / profile.critical)
+    return signal, float(np.clip(1.15 * np.nanmax([*signal, 1.3]), 1.5, 4.0))
 
 
 def loss_ticks(low: float, high: float) -> np.ndarray:

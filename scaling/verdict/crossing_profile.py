@@ -1,4 +1,4 @@
-"""Profile likelihood of the crossing: at which budgets can the two frontiers meet without spoiling the fit.
+"""Profile likelihood of the crossing: at which budgets can B overtake A without spoiling the fit.
 
 A crossing's standard deviation is useless once the two exponents are nearly equal, for then its distribution has no
 finite moments. The profile needs none: for every budget C the joint law is refitted under the constraint that the
@@ -16,7 +16,7 @@ import numpy as np
 from scaling.fitting.fit import Fit, bounds_of
 from scaling.fitting.solve import Objective, minimise
 from scaling.laws.base import Model
-from scaling.verdict.compare import Comparison
+from scaling.verdict.compare import Comparison, family_frontier
 from scaling.verdict.crossing import LEVEL
 from scaling.verdict.frontier import Frontier, frontier_along
 from scaling.verdict.null import null_noise
@@ -25,13 +25,15 @@ SQUARES = Objective("log-ls", True, np.inf)
 STIFFNESS = 1e6  # weight of the constraint beside a row's weight of one: the frontiers meet to about 1e-6
 PER_DECADE = 4
 REFINEMENTS, POINTS_BETWEEN = 2, 10
+JUST_AFTER = 0.05  # natural log of a budget
 SIMULATIONS = 300
 
 
 @dataclass(frozen=True)
 class Profile:
-    """budgets (M,) at which the frontiers were made to meet; ratio (M,) = log of the sum of squares over its minimum;
-    critical: the 95 % quantile of the same under frontiers that do meet; bound: the 90 % one, for one-sided statements.
+    """budgets (M,) at which the frontiers were made to meet; ratio (M,) = log of the sum of squares over its minimum,
+    inf where B falls behind there instead of taking the lead; critical: the 95 % quantile of the same under frontiers
+    that do meet; bound: the 90 % one, for one-sided statements.
 
     low, high: ends of the 95 % interval; 0 and inf where it is open at the end of the grid. Both NaN where no budget of
     the grid is compatible with the runs. one_sided: lower 95 % bound, 0 where there is none.
@@ -50,15 +52,15 @@ class Profile:
         first, last = self.budgets[0], self.budgets[-1]
         span = f"{first:.1e} to {last:.0e} {unit}"
         if np.isnan(self.low):
-            return f"Profile likelihood: no budget from {span} is compatible with {b} and {a} meeting there."
+            return f"Profile likelihood: no budget from {span} is compatible with {b} overtaking {a} there."
         if self.low == 0 and np.isinf(self.high):
-            return f"Profile likelihood: {b} and {a} may meet anywhere from {span}."
+            return f"Profile likelihood: {b} may overtake {a} anywhere from {span}."
         if np.isinf(self.high):
             return (
-                f"Profile likelihood: {b} and {a} meet, if at all, above {self.one_sided:.1e} {unit} (95 % one-sided)."
+                f"Profile likelihood: {b} overtakes {a}, if at all, above {self.one_sided:.1e} {unit} (95 % one-sided)."
             )
         start = "" if self.low == 0 else f"above {self.low:.1e} and "
-        return f"Profile likelihood: {b} and {a} meet {start}below {self.high:.1e} {unit} (95 % interval)."
+        return f"Profile likelihood: {b} overtakes {a} {start}below {self.high:.1e} {unit} (95 % interval)."
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,18 @@ def profile_crossing(c: Comparison, simulations: int = SIMULATIONS, seed: int = 
     free = free_fit(c.fit, seen)
     grid, met = refined_grid(c, free, seen)
     ratio = np.log(squares(c.fit.model, met, seen) / squares(c.fit.model, free, seen))
-    ratio = np.maximum(ratio, 0.0)
+    ratio = np.where(overtaking(c, met, grid), np.maximum(ratio, 0.0), np.inf)
     nearest = int(np.argmin(ratio))
     critical, bound = critical_values(c, met[nearest], grid[nearest], simulations, seed)
     ends = accepted(grid, ratio, critical)
     return Profile(np.exp(grid), ratio, critical, bound, *ends, accepted(grid, ratio, bound)[0])
+
+
+def overtaking(c: Comparison, theta: np.ndarray, log_budget: np.ndarray) -> np.ndarray:
+    """(M,) whether B is ahead just after the budget at which each fit's frontiers meet: A may overtake B as well."""
+    after = log_budget[:, None] + JUST_AFTER
+    ends = [family_frontier(c.fit, theta, f, c.costs[f], after, c.along).loss[:, 0] for f in (c.a, c.b)]
+    return ends[1] < ends[0]
 
 
 def refined_grid(c: Comparison, free: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -39,9 +39,18 @@ def test_constraint_of_no_consequence_changes_nothing(crossing):
     """Held to the crossing that the least-squares fit has anyway, the fit stays as good."""
     profile = profile_crossing(crossing, simulations=60)
     assert profile.ratio.min() < 1e-3
+    assert np.isfinite(profile.ratio[np.abs(np.log10(profile.budgets / 1e21)) < 0.5]).all()
     assert profile.low < 1e21 < profile.high
     assert profile.low < profile.one_sided < profile.budgets[np.argmin(profile.ratio)]
     assert profile.bound < profile.critical
+
+
+def test_only_b_taking_the_lead_counts(crossing):
+    """With the families exchanged the same frontiers meet at the same budgets, but the other one falls behind."""
+    c = compare(crossing.fit.runs, crossing.b, crossing.a, draws=20)
+    profile = profile_crossing(c, simulations=30)
+    near = np.abs(np.log10(profile.budgets / 1e21)) < 0.5
+    assert np.isinf(profile.ratio[near]).all()
 
 
 def test_parallel_laws_have_no_upper_end():
