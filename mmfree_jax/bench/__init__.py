@@ -1,1 +1,1 @@
-"""How fast the operations and the training step are here: checked first, then timed against ceilings of the same run."""
+"""How fast the operations and the training step are here: checked, then timed against ceilings of the same run."""

@@ -38,7 +38,7 @@ Rows = Callable[[BenchArguments, dict[str, float]], Iterator[dict[str, Any]]]
 def main(arguments: list[str]) -> int:
     """Run the suites asked for and print a table of each. Raises ValueError where a variant computes something else."""
     chosen = parse(BenchArguments, arguments, "launch.py bench")
-    console = Console(highlight=False, width=None if Console().is_terminal else 160)
+    console = Console(highlight=False, width=None if Console().is_terminal else 200)
     limits, device = ceilings(), jax.devices()[0].device_kind
     copied, products = limits["copy_bytes_per_s"] / 1e12, limits["bf16_flops"] / 1e12
     console.print(f"{device}, jax {jax.__version__}: copy {copied:.3f} TB/s, bfloat16 products {products:.1f} TFLOP/s")
@@ -51,8 +51,11 @@ def main(arguments: list[str]) -> int:
     }
     for suite, rows in SUITES.items():
         if chosen.suite in ("all", suite):
-            found[suite] = _shown(suite, rows(chosen, limits), console)
-            _save(found, chosen.json)
+            found[suite] = []
+            for row in rows(chosen, limits):
+                found[suite].append(row)
+                _save(found, chosen.json)
+            console.print(_table(suite, found[suite]))
     if not any(found.get(suite) for suite in SUITES):
         raise ConfigError(f"no case has {chosen.only!r} in its name")
     return 0
@@ -93,15 +96,11 @@ SHOWN = {
 }
 
 
-def _shown(suite: str, rows: Iterator[dict[str, Any]], console: Console) -> list[dict[str, Any]]:
-    """The rows, printed as a table."""
+def _table(suite: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(*SHOWN[suite], title=suite)
-    kept = []
     for row in rows:
-        kept.append(row)
         table.add_row(*(_figure(name, row[name]) for name in SHOWN[suite]))
-    console.print(table)
-    return kept
+    return table
 
 
 def _figure(name: str, value: Any) -> str:

@@ -37,14 +37,14 @@ class Case:
 
 
 def gradient_of(function: Callable, count: int) -> Callable:
-    """Value and gradients to the first `count` arguments of the sum of a function's results times the last argument."""
+    """A function's results, and their gradients to its first `count` arguments against the last argument."""
 
     def loss(*arguments):
         *operands, weigh = arguments
         results = jax.tree.leaves(function(*operands))
-        return sum(jnp.sum(r.astype(jnp.float32) * weigh.astype(jnp.float32)) for r in results)
+        return sum(jnp.sum(r.astype(jnp.float32) * weigh.astype(jnp.float32)) for r in results), results
 
-    return jax.grad(loss, tuple(range(count)))
+    return jax.grad(loss, tuple(range(count)), has_aux=True)
 
 
 def without_kernels(function: Callable) -> Callable:
@@ -109,7 +109,7 @@ def bit_linear_cases(M: int, D: int, F: int) -> Iterator[Case]:
     small = functools.partial(arrays, M=256, dtype=jnp.float32)
     size, flops = f"{M} x {D} -> 2 x {F}", 4.0 * M * D * F
     yield Case(f"BitLinear, {size}", variants, arrays, small, 2e-2, flops=flops)
-    backward = {name: gradient_of(function, 4) for name, function in variants.items()}
+    backward: dict[str, Callable] = {name: gradient_of(function, 4) for name, function in variants.items()}
     both_ways, small = functools.partial(arrays, weigh=True), functools.partial(small, weigh=True)
     yield Case(f"BitLinear and gradient, {size}", backward, both_ways, small, 2e-2, flops=3 * flops)
 
@@ -155,7 +155,8 @@ def head_case(B: int, T: int, D: int, V: int) -> Case:
         (w,) = draw(jax.random.key(1), (D, V), dtype=jnp.float32)
         return x, w * 0.02, jax.random.randint(jax.random.key(2), (B, T), 0, V)
 
-    variants = {"one chunk": functools.partial(function, 1), "chunks": functools.partial(function, 0)}
+    variants: dict[str, Callable] = {"one chunk": functools.partial(function, 1)}
+    variants["chunks"] = functools.partial(function, 0)
     small = functools.partial(arrays, B=1, T=min(T, 64), dtype=jnp.float32)
     name = f"head and loss and gradient, B={B} T={T} D={D} V={V}"
     return Case(name, variants, arrays, small, 1e-3, flops=6.0 * B * T * D * V)
@@ -192,7 +193,7 @@ def measure(case: Case, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
             if not error <= case.tolerance:
                 raise ValueError(f"{case.name}: {name} differs from the reference by {error:.2g}")
         compiled = jax.jit(function).lower(*arrays).compile()
-        timing = time_calls(lambda compiled=compiled: compiled(*arrays))
+        timing = time_calls(functools.partial(compiled, *arrays))
         yield {
             "case": case.name,
             "variant": name,

@@ -4,17 +4,20 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from flax import nnx
 
 from mmfree_jax import flops
+from mmfree_jax.bench import unoptimised
 from mmfree_jax.bench.timing import memory_bytes
 from mmfree_jax.config import RunConfig
 from mmfree_jax.devices import peak_flops
 from mmfree_jax.presets import run_preset
-from mmfree_jax.training.step import make_program, program_key
+from mmfree_jax.training.optim import make_optimizer
+from mmfree_jax.training.step import Program, TrainState, make_program, program_key
 
 WARM, STEPS = 2, 6
 
@@ -28,12 +31,14 @@ class StepCase:
     sequence: int
     remat: str = "none"
     kernels: str = "auto"
+    unoptimised: Literal["", "bfloat16", "float32"] = ""  # the model of `bench.unoptimised` in this type
 
     def run(self) -> RunConfig:
         """The run whose step is timed: the layers unrolled, as on GPUs the loop over them costs a sixth."""
         run = run_preset(self.preset)
         data = dataclasses.replace(run.data, batch=self.batch, sequence=self.sequence)
         changes: dict[str, Any] = {"remat": self.remat, "kernels": self.kernels}
+        changes["precision"] = self.unoptimised or run.precision
         return dataclasses.replace(run, data=data, unroll=run.model.depth, **changes)
 
 
@@ -45,9 +50,16 @@ FULL = (
     StepCase("matmul-free-1.3b", 2, 8192),
     StepCase("transformer++-370m", 8, 2048),
     StepCase("matmul-free-370m", 8, 2048),
+    StepCase("matmul-free-1.3b", 4, 2048),
+    StepCase("matmul-free-1.3b", 4, 2048, unoptimised="bfloat16"),
+    StepCase("matmul-free-1.3b", 4, 2048, unoptimised="float32"),
     StepCase("matmul-free-1.3b", 8, 2048, kernels="off"),
 )
-SMALL = (StepCase("transformer++-tiny", 4, 128), StepCase("matmul-free-tiny", 4, 128))
+SMALL = (
+    StepCase("transformer++-tiny", 4, 128),
+    StepCase("matmul-free-tiny", 4, 128),
+    StepCase("matmul-free-tiny", 4, 128, unoptimised="float32"),
+)
 
 
 def measure(case: StepCase, limits: dict[str, float]) -> dict[str, Any]:
@@ -58,13 +70,14 @@ def measure(case: StepCase, limits: dict[str, float]) -> dict[str, Any]:
     """
     run = case.run()
     program = make_program(program_key(run, end_of_document=None))
+    step = _unoptimised(run, program) if case.unoptimised else program.train_step
     shape = (case.batch, case.sequence + 1)
     tokens = np.random.default_rng(0).integers(0, run.model.vocab, shape, dtype=np.int32)
     with jax.set_mesh(program.mesh):
         state = program.init(jax.random.key(0))
         batch, rate = program.place(tokens), jax.device_put(np.float32(1e-4))
         began = time.perf_counter()
-        compiled = program.train_step.lower(state, batch, rate).compile()
+        compiled = step.lower(state, batch, rate).compile()
         compile_s = time.perf_counter() - began
         seconds, loss = [], float("nan")
         for _ in range(WARM + STEPS):
@@ -90,6 +103,20 @@ def measure(case: StepCase, limits: dict[str, float]) -> dict[str, Any]:
         "compile_s": compile_s,
         "loss": loss,
     }
+
+
+def _unoptimised(run: RunConfig, program: Program) -> jax.stages.Wrapped:
+    """`train_step` with the loss of `bench.unoptimised` in place of the model's own."""
+    optimizer = make_optimizer(run.optim)
+
+    def step(state: TrainState, tokens_BT: jax.Array, rate: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss = lambda params: unoptimised.loss(nnx.merge(program.graphdef, params), tokens_BT[:, :-1], tokens_BT[:, 1:])
+        value, grads = jax.value_and_grad(loss)(state.params)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        return TrainState(state.step + 1, params, opt), {"loss": value}
+
+    return jax.jit(step, donate_argnums=0)
 
 
 def measure_all(cases: tuple[StepCase, ...], limits: dict[str, float]) -> Iterator[dict[str, Any]]:

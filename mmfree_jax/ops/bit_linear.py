@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mmfree_jax.ops.kernels.choice import on_hopper, one_device
 from mmfree_jax.ops.prologue import Kind, Prologue, combine
 from mmfree_jax.ops.rms_norm import reciprocal_rms, rms_norm_backward
-from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, quantise_weights, wide
+from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, ternary_codes, weight_scale, wide
 from mmfree_jax.sharding import constrain
 
 
@@ -40,6 +40,7 @@ class Saved(NamedTuple):
     gain: jax.Array | None
     rstd: jax.Array | None  # None without a gain, and where a kernel computes it again
     inputs: tuple[Quantised, ...]  # one, or one a product where the products have their own gains
+    scales: tuple[jax.Array, ...] = ()  # in place of `inputs`, where a kernel makes the codes again
 
 
 def bit_linear(
@@ -101,16 +102,19 @@ def _one_pass(recipe: Recipe, sources, source_gain, gain) -> tuple[Quantised, ..
 
 
 def _one_pass_backward(recipe: Recipe, saved: Saved, dys: list[jax.Array]) -> tuple:
+    """What `input_backward` returns, and the dequantised inputs, made again on the way."""
     from mmfree_jax.ops.kernels.normed_codes import backward
 
     sources, source_gain, gain = saved.sources, saved.source_gain, saved.gain
     assert gain is not None
     arrays = _rows_and_gains(sources, source_gain, gain)
+    scales = [scale.reshape(-1) for scale in saved.scales]
     dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-    drows, dsource_gain, dgains = backward(recipe.prologue, *arrays, dys, recipe.eps)
-    dsources = tuple(d.reshape(s.shape) for d, s in zip(drows, sources, strict=True))
+    drows, dsource_gain, dgains, inputs = backward(recipe.prologue, *arrays, scales, dys, recipe.eps)
+    shaped = lambda rows: tuple(a.reshape(sources[0].shape) for a in rows)
     like = lambda d, a: None if a is None else d.reshape(a.shape).astype(a.dtype)
-    return dsources, like(dsource_gain, source_gain), like(jnp.stack(dgains), gain)
+    gradients = shaped(drows), like(dsource_gain, source_gain), like(jnp.stack(dgains), gain)
+    return gradients, shaped(inputs)
 
 
 def _rows_and_gains(sources, source_gain, gain) -> tuple[list, jax.Array | None, list]:
@@ -125,13 +129,18 @@ def _kept(q: Quantised) -> Quantised:
     return q if q.scale is None else Quantised(checkpoint_name(q.codes, "codes"), checkpoint_name(q.scale, "per_token"))
 
 
-def quantise_kernel(recipe: Recipe, w_GDF: jax.Array) -> Quantised:
-    """Ternary codes of the weights, quantised where they live and only then gathered: one byte a weight travels."""
-    codes, scale = quantise_weights(w_GDF, recipe.scale_axes)
-    assert scale is not None
-    into, out = recipe.axes
-    codes = constrain(constrain(codes, None, into, out), None, None if into == "embed" else into, out)
-    return Quantised(codes, jnp.broadcast_to(scale, (codes.shape[0], 1, scale.shape[-1])))
+def quantise_kernel(recipe: Recipe, w_GDF: jax.Array) -> tuple[Quantised, ...]:
+    """Ternary codes [D, F] of each matrix, quantised where they live and then gathered: a byte a weight travels."""
+    groups, into, out = w_GDF.shape[0], *recipe.axes
+    scale = weight_scale(w_GDF, recipe.scale_axes)
+    scale = jnp.broadcast_to(scale, (groups, 1, scale.shape[-1]))
+
+    def one(g: int) -> Quantised:
+        codes = constrain(ternary_codes(w_GDF[g], scale[g]), into, out)
+        codes = constrain(codes, None if into == "embed" else into, out)
+        return Quantised(checkpoint_name(codes, "codes"), checkpoint_name(scale[g], "codes"))
+
+    return tuple(one(g) for g in range(groups))
 
 
 def product(x: Quantised, w: Quantised, dtype: Any, out: Any = None) -> jax.Array:
@@ -171,17 +180,14 @@ def _integer_product(x: Quantised, w: Quantised, out: Any) -> jax.Array:
     return y.reshape(*x.codes.shape[:-1], -1)
 
 
-def product_backward(x: Quantised, w: Quantised, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `product` to the dequantised operands, straight through both quantisers.
-
-    Returns the gradient to x [..., D] in dy's type, and to w [D, F] in `wide(dy.dtype)`.
-    """
+def input_gradient(w: Quantised, dy: jax.Array) -> jax.Array:
+    """The gradient to the dequantised input [..., D] of `product`, in dy's type."""
     exact = wide(dy.dtype)
     scaled = dy if w.scale is None or w.scale.size == 1 else (dy * w.scale).astype(dy.dtype)
     dx = jnp.matmul(scaled, w.codes.astype(dy.dtype).T, preferred_element_type=exact)
     if w.scale is not None and w.scale.size == 1:
         dx = dx * w.scale.reshape(()).astype(exact)
-    return dx.astype(dy.dtype), outer(dequantise(x, dy.dtype), dy)
+    return dx.astype(dy.dtype)
 
 
 def outer(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -192,8 +198,6 @@ def outer(x: jax.Array, dy: jax.Array) -> jax.Array:
 
 def input_backward(recipe: Recipe, saved: Saved, dys: list[jax.Array]) -> tuple:
     """Gradients to sources, source_gain and gain, given those to the quantised inputs, one for each product."""
-    if _one_pass_serves(recipe, *saved[:3]):
-        return _one_pass_backward(recipe, saved, dys)
     make = functools.partial(combine, recipe.prologue, eps=recipe.eps)
     x, pull = jax.vjp(lambda sources, gain: make(sources, gain), saved.sources, saved.source_gain)
     dx, dgain = _norm_backward(x, saved, dys)
@@ -224,9 +228,11 @@ def _bit_linear(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: ja
 
 def _forward(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.Array | None):
     saved = quantise_input(recipe, sources, source_gain, gain)
-    kernel = Quantised(*(checkpoint_name(a, "codes") for a in quantise_kernel(recipe, w_GDF)))
+    kernel = quantise_kernel(recipe, w_GDF)
     dtype = sources[0].dtype
-    ys = [product(q, w, dtype, dtype) for q, w in _pairs(saved.inputs, kernel)]
+    ys = [product(q, w, dtype, dtype) for q, w in zip(_spread(saved.inputs, kernel), kernel, strict=True)]
+    if _one_pass_serves(recipe, *saved[:3]):
+        saved = saved._replace(inputs=(), scales=tuple(q.scale for q in saved.inputs if q.scale is not None))
     like = jnp.zeros((), w_GDF.dtype)  # residuals are arrays: this one carries the weights' type
     return tuple(ys), (saved, kernel, like)
 
@@ -234,17 +240,19 @@ def _forward(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.A
 def _backward(recipe: Recipe, residuals, dys):
     # Behind a barrier, or the compiler makes the dequantised inputs in the forward pass and keeps them until here.
     (saved, kernel, like), dys = jax.lax.optimization_barrier((residuals, dys))
-    pulled = [product_backward(q, w, dy) for (q, w), dy in zip(_pairs(saved.inputs, kernel), dys, strict=True)]
-    dsources, dsource_gain, dgain = input_backward(recipe, saved, [dx for dx, _ in pulled])
-    return dsources, dsource_gain, jnp.stack([dw for _, dw in pulled]).astype(like.dtype), dgain
+    dinputs = [input_gradient(w, dy) for w, dy in zip(kernel, dys, strict=True)]
+    if _one_pass_serves(recipe, *saved[:3]):
+        (dsources, dsource_gain, dgain), inputs = _one_pass_backward(recipe, saved, dinputs)
+    else:
+        dsources, dsource_gain, dgain = input_backward(recipe, saved, dinputs)
+        inputs = tuple(dequantise(q, dy.dtype) for q, dy in zip(saved.inputs, dys, strict=False))
+    dw_GDF = jnp.stack([outer(x, dy) for x, dy in zip(_spread(inputs, kernel), dys, strict=True)])
+    return dsources, dsource_gain, dw_GDF.astype(like.dtype), dgain
 
 
-def _pairs(inputs: tuple[Quantised, ...], kernel: Quantised) -> list[tuple[Quantised, Quantised]]:
-    """Each product's input beside its matrix."""
-    groups = kernel.codes.shape[0]
-    assert kernel.scale is not None
-    matrices = [Quantised(kernel.codes[g], kernel.scale[g]) for g in range(groups)]
-    return list(zip(inputs * (groups if len(inputs) == 1 else 1), matrices, strict=True))
+def _spread(inputs: tuple, kernel: tuple) -> tuple:
+    """An input for each matrix: its own, or the one that all share."""
+    return inputs * (len(kernel) if len(inputs) == 1 else 1)
 
 
 _bit_linear.defvjp(_forward, _backward)

@@ -15,12 +15,13 @@ from mmfree_jax.ops.bit_linear import (
     Recipe,
     Saved,
     input_backward,
+    input_gradient,
+    outer,
     product,
-    product_backward,
     quantise_input,
     quantise_kernel,
 )
-from mmfree_jax.ops.ternary import Quantised, wide
+from mmfree_jax.ops.ternary import Quantised, dequantise, wide
 from mmfree_jax.sharding import constrain
 
 LOGITS_PER_CHUNK = {"cpu": 2**19, "gpu": 2**26, "tpu": 2**26}  # 2 MiB stay in a core's cache; 256 MiB of memory
@@ -85,9 +86,7 @@ def _operands(recipe, x_BTD, w_DV, gain_D) -> tuple[Saved, Quantised]:
     """Both sides of the head's product as codes and scales; a dense head is codes without a scale."""
     if recipe is None:
         return Saved((x_BTD,), None, None, None, (Quantised(x_BTD, None),)), Quantised(w_DV.astype(x_BTD.dtype), None)
-    codes, scale = quantise_kernel(recipe, w_DV[None])
-    assert scale is not None
-    return quantise_input(recipe, (x_BTD,), None, gain_D), Quantised(codes[0], scale[0])
+    return quantise_input(recipe, (x_BTD,), None, gain_D), quantise_kernel(recipe, w_DV[None])[0]
 
 
 def _nats(x: Quantised, kernel: Quantised, targets_BT, dtype):
@@ -111,7 +110,8 @@ def _loss_and_gradients(x: Quantised, kernel: Quantised, targets_BT, weights_BT,
     chosen_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2) == targets_BT[..., None]
     softmax_BTV = jnp.exp(logits_BTV - total_BT[..., None])
     g_BTV = softmax_BTV * pull_BT[..., None] - jnp.where(chosen_BTV, weights_BT[..., None], 0)
-    return loss, product_backward(x, kernel, g_BTV.astype(dtype))
+    g_BTV = g_BTV.astype(dtype)
+    return loss, (input_gradient(kernel, g_BTV), outer(dequantise(x, dtype), g_BTV))
 
 
 def _cut(tree, chunks: int):

@@ -37,10 +37,18 @@ def quantise_weights(w: jax.Array, axes: tuple[int, ...]) -> Quantised:
     Returns:
         int8 codes in {-1, 0, 1} of w's shape; scale m in `wide(w.dtype)`, reduced axes kept with size 1.
     """
-    w = w.astype(wide(w.dtype))
-    scale = jnp.maximum(jnp.mean(jnp.abs(w), axis=axes, keepdims=True), SMALLEST)
-    codes = jnp.clip(jnp.round(w * (1 / scale)), -1, 1)
-    return Quantised(codes.astype(jnp.int8), scale)
+    scale = weight_scale(w, axes)
+    return Quantised(ternary_codes(w, scale), scale)
+
+
+def weight_scale(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The scale of `quantise_weights`."""
+    return jnp.maximum(jnp.mean(jnp.abs(w.astype(wide(w.dtype))), axis=axes, keepdims=True), SMALLEST)
+
+
+def ternary_codes(w: jax.Array, scale: jax.Array) -> jax.Array:
+    """The codes of `quantise_weights`."""
+    return jnp.clip(jnp.round(w.astype(scale.dtype) * (1 / scale)), -1, 1).astype(jnp.int8)
 
 
 def quantise_activations(

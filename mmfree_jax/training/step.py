@@ -56,7 +56,7 @@ class Program:
     graphdef: nnx.GraphDef  # with parameters it makes a LanguageModel again: nnx.merge(graphdef, params)
     abstract_state: TrainState  # ShapeDtypeStructs that carry shardings: what a checkpoint is restored into
     init: Callable[[jax.Array], TrainState]  # key -> state, made directly in its sharded place
-    train_step: Callable[[TrainState, jax.Array, float], tuple[TrainState, dict[str, jax.Array]]]
+    train_step: jax.stages.Wrapped  # (TrainState, tokens_BT, rate) -> (TrainState, metrics)
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
     def place(self, array: Any) -> jax.Array:

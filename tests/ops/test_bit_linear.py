@@ -55,10 +55,10 @@ def test_gradients_are_the_analytic_ones():
     recipe, dout = Recipe(), jax.random.normal(jax.random.key(3), (2, 9, 24))
     _, pull = jax.vjp(lambda x, w: bit_linear(recipe, x, w[None], GAINS[0])[0], X, W[0])
     dx, dw = pull(dout)
-    (codes,), kernel = quantise_input(recipe, (X,), None, GAINS[0]).inputs, quantise_kernel(recipe, W[:1])
+    (codes,), (kernel,) = quantise_input(recipe, (X,), None, GAINS[0]).inputs, quantise_kernel(recipe, W[:1])
     values = np.asarray(codes.codes * codes.scale)
     np.testing.assert_allclose(dw, np.einsum("btd,btf->df", values, dout), atol=1e-4)
-    dy = np.asarray(dout @ (kernel.codes[0] * kernel.scale[0]).T * GAINS[0])
+    dy = np.asarray(dout @ (kernel.codes * kernel.scale).T * GAINS[0])
     rstd = 1 / np.sqrt(np.mean(np.square(X), -1, keepdims=True) + recipe.eps)
     x_hat = X * rstd
     np.testing.assert_allclose(dx, rstd * (dy - x_hat * (x_hat * dy).mean(-1, keepdims=True)), atol=1e-4)

@@ -10,7 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmfree_jax.ops import gated_recurrence as op
 from mmfree_jax.ops.kernels import gated_recurrence as kernel
+from mmfree_jax.ops.kernels import normed_codes
 from mmfree_jax.ops.kernels.int8_matmul import int8_matmul, supports
+from mmfree_jax.ops.prologue import combine
 
 interpreted = pytest.mark.skipif(
     not hasattr(plgpu, "force_gpu_interpret_mode"), reason="this jax cannot interpret Mosaic GPU kernels"
@@ -95,10 +97,74 @@ def test_int8_matmul_is_exact_before_rounding(rows, inner, columns):
 
 
 def test_shapes_that_do_not_fill_whole_blocks_are_left_to_the_reference():
-    assert kernel.supports((1, 2048, 2048), jnp.bfloat16)
-    assert not kernel.supports((1, 1000, 2048), jnp.bfloat16)
-    assert not kernel.supports((1, 2048, 192), jnp.bfloat16)
-    assert not kernel.supports((1, 2048, 2048), jnp.float16)
+    assert normed_codes.supports(5632, 1, jnp.bfloat16)
+    assert not normed_codes.supports(5600, 1, jnp.bfloat16)
+    assert not normed_codes.supports(2048, 1, jnp.float16)
+    assert not normed_codes.supports(13824, 1, jnp.bfloat16)  # its gain alone would fill the registers
     assert supports(16384, 2048, 11264)
     assert not supports(16384, 2048, 32000 + 1)
     assert not supports(8, 2048, 2048)
+
+
+@interpreted
+@pytest.mark.parametrize(("time", "width", "blocks"), [(64, 128, 4), (128, 128, 8), (50, 200, 1), (1, 128, 128)])
+def test_gated_recurrence_in_segments_and_at_any_size(monkeypatch, time, width, blocks):
+    """Few sequences are cut in time; what does not fill whole tiles is filled up."""
+    monkeypatch.setattr(kernel, "BLOCKS", blocks)
+    arrays, resets = inputs(time, width, jnp.float32)
+    weigh = jax.random.normal(jax.random.key(1), arrays[0].shape)
+
+    def gradients(impl):
+        def value(*a):
+            out, last = op.gated_recurrence(*a, resets_BT=resets, impl=impl)
+            return jnp.sum(out * weigh) + jnp.sum(jnp.sin(last)), (out, last)
+
+        return jax.jit(jax.grad(value, (0, 1, 2, 3), has_aux=True))(*arrays)
+
+    expected = gradients("reference")
+    with pretended_gpu():
+        found = gradients("kernel")
+    assert kernel.segments(2, time + -time % 32, 128) == {64: 2, 128: 4, 50: 1, 1: 1}[time]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("kind", "gains", "products", "width"),
+    [("norm", 3, 3, 256), ("norm", 1, 2, 384), ("gated", 1, 1, 256), ("swiglu", 1, 1, 512)],
+)
+def test_normed_codes_and_their_gradients(monkeypatch, kind, gains, products, width):
+    """Codes equal those of float64; gradients straight through; inputs made again equal codes times scale."""
+    monkeypatch.setattr(normed_codes, "BLOCKS", 2)
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape)
+    sources = [draw(6, width) for _ in range(1 if kind == "norm" else 2)]
+    inner = None if kind == "swiglu" else rng.uniform(0.5, 2, width)
+    outer = [rng.uniform(0.5, 2, width) for _ in range(gains)]
+    dys = [draw(6, width) for _ in range(products)]
+    single = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+    operands = single((sources, inner, outer))
+    with pretended_gpu():
+        codes, scales = jax.jit(lambda: normed_codes.forward(kind, *operands, 1e-6))()
+        back = jax.jit(lambda: normed_codes.backward(kind, *operands, scales, single(dys), 1e-6))()
+
+    norm = lambda a, gain: a / np.sqrt(np.mean(a * a, axis=-1, keepdims=True) + 1e-6) * gain
+    silu = lambda a: a / (1 + np.exp(-a))
+    made = {"norm": lambda: norm(sources[0], inner), "gated": lambda: norm(sources[0], inner) * silu(sources[1])}
+    x = made.get(kind, lambda: silu(sources[0]) * sources[1])()
+    for gain, q, scale, again in zip(outer, codes, scales, back[3], strict=True):
+        wanted = norm(x, gain)
+        exact = np.abs(wanted).max(axis=-1) / 127
+        np.testing.assert_allclose(scale, exact, rtol=1e-6)
+        np.testing.assert_array_equal(q, np.round(wanted / exact[:, None]))
+        np.testing.assert_allclose(again, q * scale[:, None], rtol=1e-6)
+
+    def through(sources, inner, outer):
+        x = combine(kind, tuple(sources), inner, 1e-6)
+        x_hat = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+        return sum(jnp.sum(x_hat * g * dy) for g, dy in zip(outer * (products // gains), single(dys), strict=True))
+
+    expected = jax.grad(through, (0, 1, 2))(*operands)
+    for a, b in zip(jax.tree.leaves(back[:3]), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))

@@ -39,7 +39,7 @@ def segment_ends(
     """(decay, end), both [B, D] in float32: a row that starts in state h ends in decay * h + end."""
     B, T, D = c_BTD.shape
 
-    def kernel(c_gmem, f_gmem, floor_gmem, keep_gmem, decay_gmem, end_gmem, smem):
+    def segment_ends_walk(c_gmem, f_gmem, floor_gmem, keep_gmem, decay_gmem, end_gmem, smem):
         b, lanes = lax.axis_index("b"), pl.ds(lax.axis_index("d") * LANES, LANES)
         floor = _lane_vector(floor_gmem.at[lanes])
 
@@ -66,7 +66,7 @@ def segment_ends(
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
-        kernel,
+        segment_ends_walk,
         out_type=[jax.ShapeDtypeStruct((B, D), jnp.float32)] * 2,
         grid=(B, D // LANES),
         grid_names=("b", "d"),
@@ -80,7 +80,7 @@ def segment_starts(f_BTD: jax.Array, floor_D: jax.Array, keep_BT: jax.Array, dou
     B, T, D = f_BTD.shape
     stages = T // ROWS
 
-    def kernel(f_gmem, floor_gmem, keep_gmem, dout_gmem, dstart_gmem, smem):
+    def segment_starts_walk(f_gmem, floor_gmem, keep_gmem, dout_gmem, dstart_gmem, smem):
         b, lanes = lax.axis_index("b"), pl.ds(lax.axis_index("d") * LANES, LANES)
         floor = _lane_vector(floor_gmem.at[lanes])
 
@@ -104,7 +104,7 @@ def segment_starts(f_BTD: jax.Array, floor_D: jax.Array, keep_BT: jax.Array, dou
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
-        kernel,
+        segment_starts_walk,
         out_type=jax.ShapeDtypeStruct((B, D), jnp.float32),
         grid=(B, D // LANES),
         grid_names=("b", "d"),
@@ -123,7 +123,7 @@ def forward(
     """
     B, T, D = c_BTD.shape
 
-    def kernel(c_gmem, f_gmem, floor_gmem, h_gmem, keep_gmem, out_gmem, last_gmem, out_smem, last_smem):
+    def gated_recurrence(c_gmem, f_gmem, floor_gmem, h_gmem, keep_gmem, out_gmem, last_gmem, out_smem, last_smem):
         b, lanes = lax.axis_index("b"), pl.ds(lax.axis_index("d") * LANES, LANES)
         floor = _lane_vector(floor_gmem.at[lanes])
 
@@ -154,7 +154,7 @@ def forward(
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
-        kernel,
+        gated_recurrence,
         out_type=[jax.ShapeDtypeStruct((B, T, D), c_BTD.dtype), jax.ShapeDtypeStruct((B, D), jnp.float32)],
         grid=(B, D // LANES),
         grid_names=("b", "d"),
@@ -183,7 +183,7 @@ def backward(
     B, T, D = c_BTD.shape
     stages = T // ROWS
 
-    def kernel(*refs):
+    def gated_recurrence_backward(*refs):
         c_gmem, f_gmem, floor_gmem, h_gmem, keep_gmem, out_gmem, dout_gmem, dlast_gmem, *results = refs
         dc_gmem, df_gmem, dfloor_gmem, dh_gmem, dc_smem, df_smem, sums_smem = results
         b, lanes = lax.axis_index("b"), pl.ds(lax.axis_index("d") * LANES, LANES)
@@ -240,7 +240,7 @@ def backward(
     like = lambda a: jax.ShapeDtypeStruct((B, T, D), a.dtype)
     sums = jax.ShapeDtypeStruct((B, D), jnp.float32)
     return plgpu.kernel(
-        kernel,
+        gated_recurrence_backward,
         out_type=[like(c_BTD), like(f_BTD), sums, sums],
         grid=(B, D // LANES),
         grid_names=("b", "d"),

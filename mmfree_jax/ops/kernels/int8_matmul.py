@@ -41,7 +41,7 @@ def int8_matmul(
     out_swizzle = plgpu.find_swizzle(PIECE * bits)
     staged = (plgpu.TilingTransform((8, out_swizzle * 8 // bits)), plgpu.SwizzleTransform(out_swizzle))
 
-    def kernel(x_gmem, w_gmem, x_scale_gmem, w_scale_gmem, out_gmem, out_smem):
+    def int8_product(x_gmem, w_gmem, x_scale_gmem, w_scale_gmem, out_gmem, out_smem):
         def pipeline(body, context):
             return plgpu.emit_pipeline_warp_specialized(
                 body,
@@ -101,7 +101,7 @@ def int8_matmul(
                 plgpu.copy_smem_to_gmem(smem.at[slot], gmem.at[piece])
 
     return plgpu.kernel(
-        kernel,
+        int8_product,
         out_type=jax.ShapeDtypeStruct((M, N), dtype),
         grid=(_cores(),),
         grid_names=("core",),

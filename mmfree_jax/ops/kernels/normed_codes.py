@@ -46,7 +46,7 @@ def forward(
     blocks, rows = _cut(M, D, "forward")
     vectors = [*([] if norm_gain is None else [norm_gain]), *gains]
 
-    def kernel(*refs):
+    def normed_codes(*refs):
         source_gmem, gain_gmem, refs = _split(refs, len(sources), len(vectors))
         code_gmem, scale_gmem, (code_smem,) = _split(refs, G, G)
         block = lax.axis_index("block")
@@ -79,7 +79,7 @@ def forward(
 
     shape = (D // LANES, LANES)
     out = plgpu.kernel(
-        kernel,
+        normed_codes,
         out_type=[jax.ShapeDtypeStruct((M, *shape), jnp.int8)] * G + [jax.ShapeDtypeStruct((M,), jnp.float32)] * G,
         grid=(blocks,),
         grid_names=("block",),
@@ -94,22 +94,24 @@ def backward(
     sources: Sequence[jax.Array],
     norm_gain: jax.Array | None,
     gains: Sequence[jax.Array],
+    scales: Sequence[jax.Array],
     dinputs: Sequence[jax.Array],
     eps: float,
-) -> tuple[list[jax.Array], jax.Array | None, list[jax.Array]]:
-    """Gradients of `forward`, straight through the quantiser, to sources, norm_gain and gains.
+) -> tuple[list[jax.Array], jax.Array | None, list[jax.Array], list[jax.Array]]:
+    """Gradients of `forward`, straight through the quantiser, to sources, norm_gain and gains; and codes * scale.
 
-    dinputs [M, D]: gradients to the quantised inputs, one a product; with a single gain they are summed. Those of the
-    sources come in their type, those of gains in float32.
+    scales [M]: as `forward` returned them. dinputs [M, D]: gradients to the quantised inputs, one a product; with a
+    single gain they are summed. The gradients to sources, and the dequantised inputs [M, D] that the gradient to the
+    weights needs, come in the sources' type; the gradients to gains in float32.
     """
     (M, D), G, dtype = sources[0].shape, len(gains), sources[0].dtype
     blocks, rows = _cut(M, D, "backward")
     vectors = [*([] if norm_gain is None else [norm_gain]), *gains]
-    inputs = [*sources, *dinputs]
+    inputs, results = [*sources, *dinputs], len(sources) + G
 
-    def kernel(*refs):
-        input_gmem, gain_gmem, refs = _split(refs, len(inputs), len(vectors))
-        out_gmem, (sums_gmem,), (out_smem,) = _split(refs, len(sources), 1)
+    def normed_codes_backward(*refs):
+        input_gmem, gain_gmem, scale_gmem, refs = _split(refs, len(inputs), len(vectors), G)
+        out_gmem, (sums_gmem,), (out_smem,) = _split(refs, results, 1)
         block = lax.axis_index("block")
         held = [_row(ref) for ref in gain_gmem]
         inner, outer = (held[0], held[1:]) if norm_gain is not None else (None, held)
@@ -117,8 +119,7 @@ def backward(
         def stage(index, *refs_and_sums):
             *input_smem, sums = refs_and_sums
             source_smem, dy_smem = input_smem[: len(sources)], input_smem[len(sources) :]
-            slot = lax.rem(index[0], 2)
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            first = block * (M // blocks) + index[0] * rows
             for r in range(rows):
                 # Read again for every pass over the row: shared memory is near, registers are few.
                 read = lambda parts=None, r=r: [_row(ref.at[r], parts) for ref in source_smem]
@@ -126,6 +127,8 @@ def backward(
                 rstd_inner = _rstd(read()[0], D, eps) if inner else None
                 x = _combine(kind, read(), rstd_inner, inner, dtype)
                 rstd, mean = _rstd(x, D, eps), _dot(x, _through(outer, read_dys())) * (1 / D)
+                if r == 0:  # the results of the stage before have left
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for parts in [range(len(x))] if inner else [[part] for part in range(len(x))]:
                     gains = [[gain[part] for part in parts] for gain in outer]
                     x = _combine(kind, read(parts), rstd_inner, inner, dtype)
@@ -134,13 +137,14 @@ def backward(
                     for total, new in zip(sums, [*dinner, *dgains], strict=True):
                         for part, values in zip(parts, new, strict=True):
                             total[part] = total[part] + values
-                    for i, row in enumerate(dsources):
+                    taken = [_requantised(x, g, rstd, s[first + r]) for g, s in zip(gains, scale_gmem, strict=True)]
+                    for i, row in enumerate([*dsources, *taken]):
                         for part, d in zip(parts, row, strict=True):
-                            out_smem[slot, i, r, _part(part, d)] = d.astype(dtype)
+                            out_smem[i, r, _part(part, d)] = d.astype(dtype)
             plgpu.commit_smem()
-            here = pl.ds(block * (M // blocks) + index[0] * rows, rows)
             for i, ref in enumerate(out_gmem):
-                plgpu.copy_smem_to_gmem(out_smem.at[slot, i], ref.at[here], commit_group=i == len(out_gmem) - 1)
+                here = ref.at[pl.ds(first, rows)]
+                plgpu.copy_smem_to_gmem(out_smem.at[i], here, commit_group=i == results - 1)
             return sums
 
         walk = _walk(stage, M, D, blocks, rows, len(inputs), [[part * 0.0 for part in gain] for gain in held])
@@ -150,18 +154,19 @@ def backward(
         plgpu.wait_smem_to_gmem(0)
 
     shape = (D // LANES, LANES)
-    *dsources, sums = plgpu.kernel(
-        kernel,
-        out_type=[jax.ShapeDtypeStruct((M, *shape), dtype)] * len(sources)
+    *made, sums = plgpu.kernel(
+        normed_codes_backward,
+        out_type=[jax.ShapeDtypeStruct((M, *shape), dtype)] * results
         + [jax.ShapeDtypeStruct((blocks, len(vectors), *shape), jnp.float32)],
         grid=(blocks,),
         grid_names=("block",),
-        scratch_types=[plgpu.SMEM((2, len(sources), rows, *shape), dtype)],
+        scratch_types=[plgpu.SMEM((results, rows, *shape), dtype)],
         compiler_params=_PARAMS(),
-    )(*(a.reshape(*a.shape[:-1], *shape) for a in (*inputs, *vectors)))
+    )(*(a.reshape(*a.shape[:-1], *shape) for a in (*inputs, *vectors)), *scales)
+    made = [a.reshape(M, D) for a in made]
     dvectors = list(jnp.sum(sums, axis=0).reshape(len(vectors), D))
     dnorm_gain = dvectors.pop(0) if norm_gain is not None else None
-    return [d.reshape(M, D) for d in dsources], dnorm_gain, dvectors
+    return made[: len(sources)], dnorm_gain, dvectors, made[len(sources) :]
 
 
 def _combine(kind: str, sources: list[Row], rstd: Any, gain: Row | None, dtype: Any) -> Row:
@@ -181,9 +186,9 @@ def _pull(kind: str, sources: list[Row], rstd: Any, gain: Row | None, dx: Row, D
     if kind == "swiglu":
         dgate, dup = [], []
         for gate, up, d in zip(*sources, dx, strict=True):
-            opened = _sigmoid(gate)
-            dgate.append(d * up * opened * (1 + gate * (1 - opened)))
-            dup.append(d * gate * opened)
+            share = _sigmoid(gate)
+            dgate.append(d * up * share * (1 + gate * (1 - share)))
+            dup.append(d * gate * share)
         return [dgate, dup], []
     assert gain is not None
     if kind == "norm":
@@ -191,7 +196,7 @@ def _pull(kind: str, sources: list[Row], rstd: Any, gain: Row | None, dx: Row, D
         dfirst, dgain = _norm_pull(sources[0], rstd, rstd * mean, [gain], [dx])
         return [dfirst], dgain
     first, other = sources
-    opened = [_sigmoid(h) for h in other]
+    opened: Row = [_sigmoid(h) for h in other]
     dnormed: Row = [d * h * o for d, h, o in zip(dx, other, opened, strict=True)]
     mean = _dot(first, _through([gain], [dnormed])) * (1 / D)
     dfirst, dgain = _norm_pull(first, rstd, rstd * mean, [gain], [dnormed])
@@ -204,6 +209,11 @@ def _norm_pull(x: Row, rstd: Any, mean: Any, gains: list[Row], dys: list[Row]) -
     """Gradients of x * rstd * gain to x and to each gain; mean: of x * rstd times `_through`."""
     dx = [rstd * (t - a * rstd * mean) for t, a in zip(_through(gains, dys), x, strict=True)]
     return dx, [[d * a * rstd for d, a in zip(dy, x, strict=True)] for dy in dys]
+
+
+def _requantised(x: Row, gain: Row, rstd: Any, scale: Any) -> Row:
+    """Codes times scale of x * rstd * gain."""
+    return [jnp.round(a * g * (rstd / scale)) * scale for a, g in zip(x, gain, strict=True)]
 
 
 def _through(gains: list[Row], dys: list[Row]) -> Row:
