@@ -13,6 +13,7 @@ import numpy as np
 
 from scaling.fitting.fit import Gate
 from scaling.report import diagnostics, plot
+from scaling.report.agreement import starts_figure
 from scaling.report.analysis import Analysis, Settings, analyse
 from scaling.report.artefact import family_json, fit_json, read_draws, read_fit_json
 from scaling.report.forecast import Forecaster
@@ -131,6 +132,7 @@ def write_figures(found: Analysis, out: Path, curves: plot.Curves | None) -> Non
         "allocation": diagnostics.allocation_figure(found.allocations),
         "sensitivity": diagnostics.sensitivity_figure(found.variants, found.views),
         "influence": diagnostics.influence_figure(found.fits, found.influences, found.views),
+        "starts": starts_figure(found.fits, found.views),
     }
     for pair in found.pairs:
         tail = found.tail(pair.main.b)
