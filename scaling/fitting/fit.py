@@ -24,6 +24,7 @@ from scaling.tables.runs import CONVENTIONS, Runs, ScalingError
 
 AGREEMENT = 1e-6  # relative gap in objective within which two optima are the same one
 GRADIENT_LIMIT = 1e-6
+WORST_GAP = 1e9
 LARGE_TABLE = 4_000  # above this many rows the search for the optimum uses a random subset
 EXPONENT_RANGE = (0.02, 1.5)
 CORRELATION_LIMIT = 0.99
@@ -275,8 +276,14 @@ def certify(
         second_solver_gap=float((other_value - value) / max(value, floor)),
         condition=condition,
         correlation=correlation,
-        gaps=tuple(np.sort(np.maximum(values / max(value, floor) - 1, 0.0)).tolist()),
+        gaps=gaps(values, max(value, floor)),
     )
+
+
+def gaps(values: np.ndarray, best: float) -> tuple[float, ...]:
+    """Relative excess of objectives over the best one, ascending; a start that led nowhere counts as WORST_GAP."""
+    excess = np.nan_to_num(values / best - 1, nan=WORST_GAP, posinf=WORST_GAP)
+    return tuple(np.sort(np.clip(excess, 0.0, WORST_GAP)).tolist())
 
 
 def conditioning(model: Model, objective: Objective, theta: np.ndarray) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from scaling.fitting.fit import AGREEMENT, Fit
 from scaling.report.plot import SHAPES, new_figure
 from scaling.report.views import FamilyView
 
-ROUNDING = 1e-16  # smaller gaps are drawn here
+ROUNDING, TOP = 1e-16, 10.0  # gaps outside are drawn at the edge
 
 
 def starts_figure(fits: Mapping[str, Fit], views: Sequence[FamilyView]) -> Figure:
@@ -22,13 +22,13 @@ def starts_figure(fits: Mapping[str, Fit], views: Sequence[FamilyView]) -> Figur
         share = (np.arange(c.starts) + 1) / c.starts
         look = {"color": view.colour, "ms": 5, "mec": "white", "mew": 0.5, "ls": "none", "marker": SHAPES[view.marker]}
         label = f"{view.name}: {c.agreeing} of {c.starts} starts agree"
-        axes.plot(share, np.maximum(c.gaps, ROUNDING), label=label, **look)
+        axes.plot(share, np.clip(c.gaps, ROUNDING, TOP), label=label, **look)
     axes.axhline(AGREEMENT, color="0.3", lw=1, ls="--")
     axes.text(0.01, AGREEMENT * 1.6, f"agreement: {AGREEMENT:g}", fontsize=8, color="0.35")
     axes.set_yscale("log")
-    axes.set_ylim(ROUNDING / 3, 30)
+    axes.set_ylim(ROUNDING / 3, 3 * TOP)
     axes.set_xlim(0, 1.02)
     axes.set_xlabel("share of the starts")
     axes.set_ylabel("objective above the best\n(relative)")
-    axes.legend(loc="upper center", frameon=False, fontsize=9)
+    axes.legend(loc="center", frameon=False, fontsize=9)
     return figure
