@@ -18,15 +18,15 @@ from matplotlib.figure import Figure
 from scipy.optimize import brentq
 from scipy.stats import t as student
 
-from scaling.fitting.fit import Fit, fit
 from scaling.report.plot import SIZE, STYLE, save
 from scaling.report.views import PALETTE
 from scaling.tables.runs import Runs, ScalingError
-from scaling.uncertainty.simulate import Cells, Ladder, Noise, draw
+from scaling.uncertainty.simulate import Cells, Noise, draw
 from scaling.verdict.assumed import BASELINE, crossing_at, optimal_loss
 from scaling.verdict.compare import compare
 from scaling.verdict.plan import Plan, candidates, cheapest, question
 from scaling.verdict.power import cells_of
+from scaling.verdict.trials import law_fit
 
 # Zhu et al. 2024 (arXiv 2406.02528), figure 3, digitised: (FLOP, training loss in nats) where each
 # curve of 370M, 1.3B and 2.7B parameters ends, and the straight lines of loss in log10 FLOP drawn through their tails.
@@ -139,12 +139,6 @@ def parallel_laws() -> dict[str, tuple[float, ...]]:
         return optimal_loss((e, a * np.exp(-alpha * log_rho), b, alpha, beta), GAP_AT) - goal
 
     return {"A": BASELINE, "B": (e, float(a * np.exp(-alpha * brentq(excess, -5.0, 0.0))), b, alpha, beta)}
-
-
-def law_fit(truths: dict[str, tuple[float, ...]]) -> Fit:
-    """Laws as a fit, by way of a ladder without noise."""
-    cells = Ladder(tuple(np.geomspace(1e7, 3e9, 6)), (5, 20, 80)).cells
-    return fit(draw(truths, cells, Noise(1e-7), np.random.default_rng(0)), objective="log-ls", share=SHARE)
 
 
 def deciding_plan(budget: float = 1e23, target_sd: float = 0.3) -> Plan:

@@ -12,8 +12,8 @@ from scaling.uncertainty.simulate import Ladder, Noise, draw
 from scaling.verdict.assumed import crossing_at, optimal_loss
 from scaling.verdict.experiment_file import write_experiment
 from scaling.verdict.plan import Pool, Trunk, candidates, cheapest, next_values, noise_of, question
-from scaling.verdict.plan_trial import CASES, FACTORIAL, NOISE, ladders, law_fit
 from scaling.verdict.power import cells_of, power
+from scaling.verdict.trials import FACTORIAL, PLAN_CASES, PLAN_NOISE, both_ladders, law_fit
 
 TRUTH = {"transformer++": (1.8, 180.0, 420.0, 0.34, 0.37), "matmul-free": (1.8, 320.0, 420.0, 0.365, 0.37)}
 PILOT = Ladder(tuple(np.geomspace(1e6, 3e7, 5)), (5, 10, 20, 40))
@@ -67,23 +67,23 @@ def test_plan_keeps_to_its_caps(asked):
         cheapest(asked, options, budget=1e9)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PLAN_CASES)
 def test_plan_beats_a_factorial_ladder_of_equal_cost(case):
     """By the planner's own account, under 0.5 % lack of fit."""
     at, gap, target = case
-    q = question(law_fit(crossing_at(at, gap)), NOISE, target)
-    planned = ladders(q)["planned"]
+    q = question(law_fit(crossing_at(at, gap)), PLAN_NOISE, target)
+    planned = both_ladders(q)["planned"]
     assert sum(t.flops for t in planned) <= sum(t.flops for t in FACTORIAL)
     assert Pool(q, planned, False).spread(planned) < 0.9 * Pool(q, FACTORIAL, False).spread(FACTORIAL)
 
 
 def test_plan_beats_a_factorial_ladder_in_simulation():
     """Drawn, fitted and compared; the whole table is experiments/results/planner.csv."""
-    at, gap, target = CASES[-1]
+    at, gap, target = PLAN_CASES[-1]
     truths = crossing_at(at, gap)
-    both = ladders(question(law_fit(truths), NOISE, target))
+    both = both_ladders(question(law_fit(truths), PLAN_NOISE, target))
     found = {
-        name: power(truths, cells_of(trunks), NOISE, target, ladders=30, draws=20) for name, trunks in both.items()
+        name: power(truths, cells_of(trunks), PLAN_NOISE, target, ladders=30, draws=20) for name, trunks in both.items()
     }
     assert found["planned"].rms_difference < 0.8 * found["factorial"].rms_difference
 
@@ -108,8 +108,8 @@ def test_parallel_laws_need_a_target():
     c = compare(runs, "transformer++", "matmul-free", draws=20, share=("E", "B", "alpha", "beta"))
     options = candidates(np.geomspace(1e6, 1e8, 7), RATIOS, 1e21, 1e12)
     with pytest.raises(ScalingError, match="do not cross"):
-        question(c.fit, NOISE)
-    asked = question(c.fit, NOISE, 1e20)
+        question(c.fit, PLAN_NOISE)
+    asked = question(c.fit, PLAN_NOISE, 1e20)
     assert cheapest(asked, options, 1e19, keep_runs=False).sd_then < 0.1
 
 
