@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -20,7 +21,14 @@ def starts_figure(fits: Mapping[str, Fit], views: Sequence[FamilyView]) -> Figur
     for view in views:
         c = fits[view.name].certificate
         share = (np.arange(c.starts) + 1) / c.starts
-        look = {"color": view.colour, "ms": 5, "mec": "white", "mew": 0.5, "ls": "none", "marker": SHAPES[view.marker]}
+        look: Any = {
+            "color": view.colour,
+            "ms": 5,
+            "mec": "white",
+            "mew": 0.5,
+            "ls": "none",
+            "marker": SHAPES[view.marker],
+        }
         label = f"{view.name}: {c.agreeing} of {c.starts} starts agree"
         axes.plot(share, np.clip(c.gaps, ROUNDING, TOP), label=label, **look)
     axes.axhline(AGREEMENT, color="0.3", lw=1, ls="--")
