@@ -7,11 +7,12 @@
     embedded.py      the corpus that needs no download: documentation strings of installed packages
     tiers.py         tiers S, M and L; distributions.py fetches their packages, extraction.py finds the prose in files
     inputs.py        documents out of text, JSON lines, Parquet, ArrayRecord and Hugging Face datasets
+    lines.py         lines and records out of files and parts of files, compressed or not, in little memory
     tokenization.py  byte and byte-level BPE tokenizers, a vocabulary's hash; word_cache.py makes BPE fast
     spm.py           SentencePiece models, Mistral's among them
     build.py         input of any size -> token set, in parallel and resumable; workers.py runs the processes
     foreign.py       .bin files of nanoGPT, llm.c and Megatron -> token set
-    token_set.py     the on-disk format, for reading
+    token_set.py     the on-disk format, for reading; mixtures of sets
     token_writer.py  the on-disk format, for writing: atomic and checksummed; card.py describes the sources
     packing.py       documents arranged so that windows do not cut them; document numbers for resets
     pipeline.py      shuffled batches whose state is one integer; prefetch.py makes them ahead, bench.py times them

@@ -5,35 +5,25 @@ Text and JSON lines are never held whole: a long text file becomes documents of 
 ends of lines, else between words; a JSON line above LONGEST_RECORD is a bad record.
 """
 
-import gzip
-import importlib
 import itertools
 import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
+from mmfree_jax.data.lines import InputError, blocks, line_number, line_start, lines, need, range_blocks, records
 from mmfree_jax.data.text import decode
 
 UNIT_BYTES = 64_000_000  # of input in a unit: some ten seconds of work, a shard of about 40 MB
 LARGE_TEXT = 1_000_000  # bytes of a text file that are one document; of a larger one nothing could be held out
 PART_BYTES = 65_536  # of a document cut out of a large text file
 LONGEST_RECORD = 64_000_000  # bytes of a JSON line: what one worker can hold several times over
-_BLOCK = 1 << 20  # bytes read at once
 _TEXT, _JSON = (".txt", ".md", ".rst", ".text"), (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst", ".xz")
 _ENDINGS = "use .txt, .md, .rst, .jsonl, .parquet or .array_record; text and JSON lines also with .gz, .zst or .xz"
 _PARQUET, _ARRAY_RECORD = (".parquet",), (".array_record", ".arrayrecord")
 HUGGING_FACE = "hf:"
-_READERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": lambda raw: gzip.GzipFile(fileobj=raw), ".xz": lzma.LZMAFile}
-
-
-class InputError(ValueError):
-    """Input that cannot be read; the message names the file and the place in it."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +47,6 @@ class Reading:
 
     key: str = "text"  # the field of a JSON object or Parquet row that holds the text
     skip_bad: bool = False  # leave out bad records and count them, instead of failing at the first
-
-
-def _need(module: str, package: str, what: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise InputError(f"{what} needs the package {package}: pip install {package} ({error})") from None
 
 
 def _kind(path: Path) -> str | None:
@@ -138,83 +121,25 @@ def _together(units: Sequence[Unit]) -> list[Unit]:
     return merged
 
 
-def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
-    zstandard = _need("zstandard", "zstandard", ".zst")
-    begin = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-    frame, started = begin(), False
-    while block := file.read(_BLOCK):
-        while block:
-            frame, started = (begin() if frame.eof else frame), True
-            try:
-                yield frame.decompress(block)
-            except zstandard.ZstdError as error:
-                raise OSError(str(error)) from None
-            block = frame.unused_data if frame.eof else b""
-    if started and not frame.eof:
-        raise EOFError("the last frame is not complete")
-
-
-def _decompressed(path: str, file: BinaryIO) -> Iterator[bytes]:
-    ending = Path(path).suffix.lower()
-    if ending == ".zst":
-        return _zstd_blocks(file)
-    plain = _READERS.get(ending, lambda raw: raw)(file)
-    return iter(lambda: plain.read(_BLOCK), b"")
-
-
-def blocks(path: str) -> Iterator[bytes]:
-    """The decompressed content of a file in blocks. Raises InputError when the file is cut off or damaged."""
-    done = 0
-    with open(path, "rb") as file:
-        try:
-            for block in _decompressed(path, file):
-                yield block
-                done += len(block)
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-            raise InputError(f"{path} is cut off or damaged after {done} bytes of content: {error}") from None
-
-
-def _word_end(data: bytes, limit: int) -> int:
-    """How many bytes, at most `limit`, end with a space; without one, where a character ends."""
-    cut = data.rfind(b" ", 0, limit) + 1 or limit
-    while cut > 1 and cut < len(data) and data[cut] & 0xC0 == 0x80:  # in the middle of a character of UTF-8
-        cut -= 1
-    return cut
-
-
-def _lines(stream: Iterable[bytes], longest: int) -> Iterator[bytes]:
-    """Lines with their ends. What goes on for `longest` bytes or more without one comes in pieces without ends."""
-    rest = b""
-    for block in stream:
-        *whole, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
-        yield from (line + b"\n" for line in whole)
-        while len(rest) >= longest:
-            cut = _word_end(rest, longest)
-            yield rest[:cut]
-            rest = rest[cut:]
-    if rest:
-        yield rest
-
-
-def _text_documents(lines: Iterator[bytes], is_slice: bool) -> Iterator[str]:
+def _text_documents(pieces: Iterator[bytes], is_slice: bool) -> Iterator[str]:
     """One document; or, of a large file or a slice of one, documents of PART_BYTES cut at blank lines."""
     held: list[bytes] = []
     size = 0
     while not is_slice and size <= LARGE_TEXT:
-        line = next(lines, None)
+        line = next(pieces, None)
         if line is None:
             yield decode(b"".join(held).removesuffix(b"\n"))
             return
         held.append(line)
         size += len(line)
-    for part in _parts(itertools.chain(held, lines)):
+    for part in _parts(itertools.chain(held, pieces)):
         yield decode(b"".join(part).removesuffix(b"\n"))
 
 
-def _parts(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+def _parts(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
     part: list[bytes] = []
     size = 0
-    for line in lines:
+    for line in pieces:
         part.append(line)
         size += len(line)
         if size >= 2 * PART_BYTES or (size >= PART_BYTES and not line.strip()):
@@ -224,53 +149,11 @@ def _parts(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield part
 
 
-def _line_start(file: BinaryIO, at: int, whole_lines: bool) -> int:
-    """Offset of the first line that begins at byte `at` or later; or, where the next _BLOCK bytes hold no line end and
-    whole lines are not needed, of a word."""
-    done = max(at - 1, 0)
-    file.seek(done)
-    while at and (block := file.read(_BLOCK)):
-        found = block.find(b"\n")
-        if found < 0 and not whole_lines:
-            found = block.find(b" ")
-        if found >= 0:
-            return done + found + 1
-        done += len(block)
-    return done
-
-
 def _slice_range(unit: Unit, whole_lines: bool) -> tuple[int, int]:
     """Where the lines that begin in the unit's range begin and end in the file."""
     assert unit.stop is not None
     with open(unit.files[0], "rb") as file:
-        return _line_start(file, unit.start, whole_lines), _line_start(file, unit.stop, whole_lines)
-
-
-def _range_blocks(path: str, start: int, stop: int) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        file.seek(start)
-        while start < stop and (block := file.read(min(_BLOCK, stop - start))):
-            yield block
-            start += len(block)
-
-
-def _line_number(path: str, offset: int) -> int:
-    with open(path, "rb") as file:
-        return 1 + sum(file.read(min(_BLOCK, offset - at)).count(b"\n") for at in range(0, offset, _BLOCK))
-
-
-def _records(stream: Iterable[bytes]) -> Iterator[tuple[bytes | None, int]]:
-    """(line, its bytes with the end) of JSON lines; None instead of a line longer than LONGEST_RECORD, never held."""
-    rest, passed = b"", 0
-    for block in stream:
-        *whole, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
-        for line in whole:
-            yield None if passed else line, passed + len(line) + 1
-            passed = 0
-        if passed or len(rest) > LONGEST_RECORD:
-            rest, passed = b"", passed + len(rest)
-    if rest or passed:
-        yield None if passed else rest, passed + len(rest)
+        return line_start(file, unit.start, whole_lines), line_start(file, unit.stop, whole_lines)
 
 
 def _text_of(record: Any, key: str) -> str:
@@ -309,18 +192,18 @@ class Documents:
     def _text(self) -> Iterator[str]:
         sliced = self.unit.stop is not None
         for file in self.unit.files:
-            stream = _range_blocks(file, *_slice_range(self.unit, whole_lines=False)) if sliced else blocks(file)
-            yield from _text_documents(_lines(stream, PART_BYTES), is_slice=sliced)
+            stream = range_blocks(file, *_slice_range(self.unit, whole_lines=False)) if sliced else blocks(file)
+            yield from _text_documents(lines(stream, PART_BYTES), is_slice=sliced)
 
     def _jsonl(self) -> Iterator[str]:
         path, sliced = self.unit.files[0], self.unit.stop is not None
         offset, stop = _slice_range(self.unit, whole_lines=True) if sliced else (0, 0)
-        stream = _range_blocks(path, offset, stop) if sliced else blocks(path)
-        for number, (line, size) in enumerate(_records(stream), 1):
+        stream = range_blocks(path, offset, stop) if sliced else blocks(path)
+        for number, (line, size) in enumerate(records(stream, LONGEST_RECORD), 1):
             try:
                 text = _text_of_line(line, size, self.reading.key)
             except (ValueError, RecursionError) as error:
-                self._refuse(f"{path}, line {_line_number(path, offset) if sliced else number}", error)
+                self._refuse(f"{path}, line {line_number(path, offset) if sliced else number}", error)
             else:
                 if text is not None:
                     yield text
@@ -336,7 +219,7 @@ class Documents:
             groups = list(range(self.unit.start, self.unit.stop or table.metadata.num_row_groups))
             for batch in table.iter_batches(1024, row_groups=groups, columns=[self.reading.key]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
-        except _need("pyarrow", "pyarrow", "Parquet").ArrowException as error:
+        except need("pyarrow", "pyarrow", "Parquet").ArrowException as error:
             raise InputError(f"{path} is cut off or damaged: {error}") from None
 
     def _arrayrecord(self) -> Iterator[str]:
@@ -360,19 +243,19 @@ class Documents:
 
 
 def _parquet_file(path: str) -> Any:
-    module = _need("pyarrow.parquet", "pyarrow", "Parquet")
+    module = need("pyarrow.parquet", "pyarrow", "Parquet")
     try:
         return module.ParquetFile(path)
-    except _need("pyarrow", "pyarrow", "Parquet").ArrowException as error:
+    except need("pyarrow", "pyarrow", "Parquet").ArrowException as error:
         raise InputError(f"{path} is cut off or damaged: {error}") from None
 
 
 def _array_record(path: str) -> Any:
-    module = _need("array_record.python.array_record_module", "array_record", "ArrayRecord")
+    module = need("array_record.python.array_record_module", "array_record", "ArrayRecord")
     return module.ArrayRecordReader(path)
 
 
 def _dataset(name: str) -> Any:
     repository, _, config = name.partition(":")
-    module = _need("datasets", "datasets", "a Hugging Face dataset")
+    module = need("datasets", "datasets", "a Hugging Face dataset")
     return module.load_dataset(repository, config or None, split="train", streaming=True)

@@ -1,0 +1,127 @@
+"""Bytes, lines and records out of files and parts of files, compressed or not, a block in memory at a time."""
+
+import gzip
+import importlib
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+BLOCK = 1 << 20  # bytes read at once
+_READERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": lambda raw: gzip.GzipFile(fileobj=raw), ".xz": lzma.LZMAFile}
+
+
+class InputError(ValueError):
+    """Input that cannot be read; the message names the file and the place in it."""
+
+
+def need(module: str, package: str, what: str) -> ModuleType:
+    """An optional package, imported. Raises InputError that says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{what} needs the package {package}: pip install {package} ({error})") from None
+
+
+def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
+    zstandard = need("zstandard", "zstandard", ".zst")
+    begin = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+    frame, started = begin(), False
+    while block := file.read(BLOCK):
+        while block:
+            frame, started = (begin() if frame.eof else frame), True
+            try:
+                yield frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
+            block = frame.unused_data if frame.eof else b""
+    if started and not frame.eof:
+        raise EOFError("the last frame is not complete")
+
+
+def _decompressed(path: str, file: BinaryIO) -> Iterator[bytes]:
+    ending = Path(path).suffix.lower()
+    if ending == ".zst":
+        return _zstd_blocks(file)
+    plain = _READERS.get(ending, lambda raw: raw)(file)
+    return iter(lambda: plain.read(BLOCK), b"")
+
+
+def blocks(path: str) -> Iterator[bytes]:
+    """The decompressed content of a file in blocks. Raises InputError when the file is cut off or damaged."""
+    done = 0
+    with open(path, "rb") as file:
+        try:
+            for block in _decompressed(path, file):
+                yield block
+                done += len(block)
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise InputError(f"{path} is cut off or damaged after {done} bytes of content: {error}") from None
+
+
+def _word_end(data: bytes, limit: int) -> int:
+    """How many bytes, at most `limit` of more, end with a space; without one, where a character ends."""
+    cut = data.rfind(b" ", 0, limit) + 1 or limit
+    while cut > 1 and data[cut] & 0xC0 == 0x80:  # in the middle of a character of UTF-8
+        cut -= 1
+    return cut
+
+
+def lines(stream: Iterable[bytes], longest: int) -> Iterator[bytes]:
+    """Lines with their ends. What goes on for more than `longest` bytes without one comes in pieces without ends."""
+    rest = b""
+    for block in stream:
+        *whole, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
+        yield from (line + b"\n" for line in whole)
+        while len(rest) > longest:
+            cut = _word_end(rest, longest)
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def records(stream: Iterable[bytes], longest: int) -> Iterator[tuple[bytes | None, int]]:
+    """(line, its bytes with the end) of JSON lines; None instead of a line longer than `longest`, never held."""
+    rest, passed = b"", 0
+    for block in stream:
+        *whole, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
+        for line in whole:
+            yield None if passed else line, passed + len(line) + 1
+            passed = 0
+        if passed or len(rest) > longest:
+            rest, passed = b"", passed + len(rest)
+    if rest or passed:
+        yield None if passed else rest, passed + len(rest)
+
+
+def line_start(file: BinaryIO, at: int, whole_lines: bool) -> int:
+    """Offset of the first line that begins at byte `at` or later; or, where the next BLOCK bytes hold no line end and
+    whole lines are not needed, of a word."""
+    done = max(at - 1, 0)
+    file.seek(done)
+    while at and (block := file.read(BLOCK)):
+        found = block.find(b"\n")
+        if found < 0 and not whole_lines:
+            found = block.find(b" ")
+        if found >= 0:
+            return done + found + 1
+        done += len(block)
+    return done
+
+
+def range_blocks(path: str, start: int, stop: int) -> Iterator[bytes]:
+    """Bytes [start, stop) of a file in blocks."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        while start < stop and (block := file.read(min(BLOCK, stop - start))):
+            yield block
+            start += len(block)
+
+
+def line_number(path: str, offset: int) -> int:
+    """The number, from 1, of the line that begins at byte `offset`."""
+    with open(path, "rb") as file:
+        return 1 + sum(file.read(min(BLOCK, offset - at)).count(b"\n") for at in range(0, offset, BLOCK))
