@@ -101,8 +101,8 @@ def gradient(
 
 def damped_steps(
     jacobian: np.ndarray, residual: np.ndarray, weight: np.ndarray, delta: float, damping: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (K, P) of the IRLS-weighted and of the Newton-weighted damped Gauss-Newton systems.
+) -> list[np.ndarray]:
+    """Steps (K, P) of the IRLS-weighted and of the Newton-weighted damped Gauss-Newton systems; one for least squares.
 
     IRLS weights delta/|r| are safe far away; Newton weights (1 inside the threshold, 0 outside) are fast near the end.
     """
@@ -117,11 +117,11 @@ def damped_steps(
     ridge = (damping[:, None] * floor)[:, :, None] * np.eye(count) + 1e-13 * floor[:, :, None] * np.eye(count)
     first = -np.linalg.solve(irls + ridge, slope[:, :, None])[:, :, 0]
     if np.isinf(delta):
-        return first, first
+        return [first]
     newton = (jacobian * (weight * (size <= delta))[:, None, :]) @ moved
     # Fewer rows inside the threshold than parameters leave this system singular, hence the larger ridge.
     second = -np.linalg.solve(newton + ridge + 1e-9 * floor[:, :, None] * np.eye(count), slope[:, :, None])[:, :, 0]
-    return first, second
+    return [first, second]
 
 
 def minimise(
@@ -171,19 +171,35 @@ def minimise_chunk(
         now, goal, mass = theta[active], target[active], weight[active]
         value, jacobian = linearised(model, objective, now)
         steps = damped_steps(jacobian, value - goal, mass, objective.delta, damping[active])
-        trials = [np.clip(now + step, *bounds) for step in (steps if np.isfinite(objective.delta) else steps[:1])]
-        scores = np.stack([evaluate(model, objective, trial, goal, mass) for trial in trials])
-        scores = np.where(np.isnan(scores), np.inf, scores)
-        pick = scores.argmin(axis=0)
-        score = scores[pick, np.arange(len(active))]
+        trial, score = best_step(model, objective, now, steps, goal, mass, bounds)
         gain = best[active] - score
         better = gain > 0
-        theta[active[better]] = np.stack(trials)[pick, np.arange(len(active))][better]
+        theta[active[better]] = trial[better]
         best[active[better]] = score[better]
         damping[active] = np.where(better, damping[active] / 5, damping[active] * 6).clip(1e-14, 10 * MAX_DAMPING)
         idle[active] = np.where(gain > tolerance * np.abs(score), 0, idle[active] + 1)
         active = active[((idle[active] < 3) | ~better & (idle[active] < 12)) & (damping[active] < MAX_DAMPING)]
     return theta, best
+
+
+def best_step(
+    model: Model,
+    objective: Objective,
+    theta: np.ndarray,
+    steps: list[np.ndarray],
+    target: np.ndarray,
+    weight: np.ndarray,
+    bounds: tuple[np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The better of each problem's trial steps: vectors (K, P) and their objectives (K,), infinite where undefined."""
+    count, every = len(steps), np.arange(len(theta))
+    trials = np.clip(np.concatenate([theta + step for step in steps]), *bounds)
+    if count > 1:
+        target, weight = np.concatenate([target] * count), np.concatenate([weight] * count)
+    scores = evaluate(model, objective, trials, target, weight).reshape(count, -1)
+    scores = np.where(np.isnan(scores), np.inf, scores)
+    pick = scores.argmin(axis=0)
+    return trials.reshape(count, *theta.shape)[pick, every], scores[pick, every]
 
 
 def multistart(

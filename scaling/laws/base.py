@@ -91,44 +91,38 @@ def centre_of(runs: Runs) -> np.ndarray:
 
 
 class SumOfPowers(Law):
-    """L = sum of terms, each a constant or a power; log L is the log-sum-exp of terms linear in the parameters.
+    """L = sum of terms, each a constant or a power; each term's logarithm is linear in the centred parameters.
 
     Subclasses set `name`, `names`, `exponents`, `inputs` and `terms`.
     """
 
-    def logits(self, theta: np.ndarray, features: np.ndarray) -> list[np.ndarray]:
-        """Logarithm of each term, (K, n) or (K, 1)."""
+    def parts(self, theta: np.ndarray, features: np.ndarray) -> list[np.ndarray]:
+        """Each term's part of the loss, (K, n) or (K, 1). Their exponents lie within some hundreds for any run that
+        could be made, so that none overflows."""
         return [
-            theta[:, [t.intercept]]
+            np.exp(theta[:, t.intercept, None])
             if t.slope is None or t.feature is None
-            else theta[:, [t.intercept]] - theta[:, [t.slope]] * features[t.feature]
+            else np.exp(theta[:, t.intercept, None] - theta[:, t.slope, None] * features[t.feature])
             for t in self.terms
         ]
 
-    def shares(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """(K, n) log loss, and each term times one unknown factor; the factor's reciprocal comes last."""
-        logits = self.logits(theta, features)
-        top = np.broadcast_to(logits[0], (len(theta), features.shape[-1]))
-        for logit in logits[1:]:
-            top = np.maximum(top, logit)
-        parts = [np.exp(logit - top) for logit in logits]
-        total = sum(parts[1:], start=parts[0])
-        return top + np.log(total), [*parts, 1 / total]
-
     def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
         """(K, n) log loss."""
-        return self.shares(theta, features)[0]
+        total = sum(self.parts(theta, features))
+        return np.log(np.broadcast_to(total, (len(theta), features.shape[-1])))
 
     def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(K, n) log loss and (K, P, n) derivatives: the softmax shares of the terms, times their features."""
-        value, (*parts, scale) = self.shares(theta, features)
+        parts = self.parts(theta, features)
+        total = np.broadcast_to(sum(parts), (len(theta), features.shape[-1]))
+        scale = 1 / total
         jacobian = np.zeros((len(theta), len(self.names), features.shape[-1]))
         for term, part in zip(self.terms, parts, strict=True):
             share = part * scale
             jacobian[:, term.intercept] += share
             if term.slope is not None and term.feature is not None:
                 jacobian[:, term.slope] -= share * features[term.feature]
-        return value, jacobian
+        return np.log(total), jacobian
 
     def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
         """(K, P) user parameters: coefficients un-centred and exponentiated, exponents as they are."""
