@@ -68,8 +68,8 @@ def _units_of_file(path: Path, kind: str) -> list[Unit]:
         groups = _parquet_file(str(path)).metadata.num_row_groups
         return _slices(kind, str(path), groups, max(1, groups * UNIT_BYTES // max(size, 1)))
     if kind == "arrayrecord":
-        records = _array_record(str(path)).num_records()
-        return _slices(kind, str(path), records, max(1, records * UNIT_BYTES // max(size, 1)))
+        count = _array_record(str(path)).num_records()
+        return _slices(kind, str(path), count, max(1, count * UNIT_BYTES // max(size, 1)))
     return [Unit(kind, (str(path),))]
 
 

@@ -155,8 +155,9 @@ def test_array_records_hold_text_or_json(tmp_path: Path) -> None:
     assert read(file) == ["plain text", "from json", "naïve"]
 
 
-def test_hugging_face_datasets_are_streamed_by_shard(tmp_path: Path) -> None:
+def test_hugging_face_datasets_are_streamed_by_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library itself, on datasets in local folders: Parquet, and JSON lines with a named configuration."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     pytest.importorskip("datasets", reason="the package datasets is not installed")
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     texts = [f"row {i}: naïve 数学" for i in range(9)]
