@@ -5,9 +5,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_csv
 
-from scaling import Runs, ScalingError, compare
+from scaling import ScalingError, compare
 from scaling.uncertainty.simulate import Ladder, Noise, draw
 from scaling.verdict.assumed import crossing_at, optimal_loss
 from scaling.verdict.experiment_file import write_experiment
@@ -125,23 +125,44 @@ def test_power_grows_with_the_ladder():
     assert strong.rms_difference < weak.rms_difference
 
 
-def test_experiment_file_is_loaded_by_the_trainer(pilot, asked, tmp_path):
+def call(*arguments):
+    command = [sys.executable, "launch.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def pilot_table(pilot, tmp_path_factory):
+    known = {"lr": 0.004, "seq_len": 128, "batch_tokens": 1024, "vocab": 2048}
+    return write_csv(tmp_path_factory.mktemp("plan") / "runs.csv", [row | known for row in pilot.fit.runs.records()])
+
+
+def test_a_plan_is_written_and_swept_as_it_is(pilot_table):
+    """`plan` gates when the budget is too small for what was asked; the file it wrote is a valid sweep all the same."""
     pytest.importorskip("mmfree_jax")
-    options = candidates(np.geomspace(1e6, 1e7, 4), RATIOS[:3], 1e21, 1e12)
-    plan = cheapest(asked, options, 1e16)
-    rows = [
-        row | {"lr": 0.004, "seq_len": 128, "batch_tokens": 1024, "vocab": 2048} for row in pilot.fit.runs.records()
-    ]
-    path = tmp_path / "planned.py"
-    write_experiment(plan, Runs.from_rows(rows), ("transformer++", "matmul-free"), path)
-    code = (
-        "import sys, pathlib; from mmfree_jax.sweep.experiment import load_study; "
-        "study = load_study(pathlib.Path(sys.argv[1])); print(len(study.runs))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    path = pilot_table.with_name("planned.py")
+    settings = ("--target", 1e18, "--ratios", "5,10,20", "--max-run", 1e15, "--ladders", 3, "--draws", 100)
+    planned = call("plan", pilot_table, "--budget", 1e16, *settings, "--experiment", path)
+    assert planned.returncode == 2, planned.stderr
+    assert "GATE plan" in planned.stdout
+    assert "P(the interval of the difference at 1.0e+18 FLOP excludes zero)" in planned.stdout
+    swept = call("sweep", path, "--out", path.with_name("sweep"), "--dry-run")
+    assert swept.returncode == 0, swept.stderr
+    chosen = [line for line in planned.stdout.splitlines() if line.strip()[:1].isdigit()]
+    runs = 2 * sum(1 + line.count(",") + 1 for line in chosen)
+    assert f"{runs} runs, " in swept.stdout
+
+
+def test_power_of_a_proposed_ladder_as_a_command(pilot_table):
+    done = call("power", pilot_table, "--sizes", "1e8,3e8,1e9", "--ratios", "5,20,80", "--ladders", 3, "--draws", 50)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 2 * sum(1 + len(t.ratios) for t in plan.trunks)
+    assert "3 sizes at 3 budgets" in done.stdout
+    assert "over 3 simulated ladders" in done.stdout
+    bad = call("power", pilot_table, "--sizes", "1e8", "--ratios", "5,20", "--draws", 50)
+    assert bad.returncode == 1
+    assert "needs two sizes" in bad.stderr
+
+
+def test_an_experiment_needs_learning_rates(pilot, asked, tmp_path):
+    plan = cheapest(asked, candidates(np.geomspace(1e6, 1e7, 4), RATIOS[:3], 1e21, 1e12), 1e16)
     with pytest.raises(ScalingError, match="no lr column"):
-        write_experiment(plan, pilot.fit.runs, ("transformer++", "matmul-free"), path)
+        write_experiment(plan, pilot.fit.runs, ("transformer++", "matmul-free"), tmp_path / "planned.py")
