@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scaling.fitting.fit import LARGE_TABLE, Fit
+from scaling.fitting.fit import LARGE_TABLE, Fit, bounds_of
 from scaling.fitting.solve import minimise
 from scaling.laws.base import Law, Model
 from scaling.uncertainty.bootstrap import Draws, cluster_labels, wild_noise
@@ -22,7 +22,7 @@ LEVEL = 0.95
 SIMULATIONS = 300
 GRID_POINTS = 33
 GRID_REACH = (3.0, 12.0)  # half-widths of the grid tried in turn, in units of the bootstrap's half interval
-WIDE = 60.0  # box of the centred coordinates: nothing that predicts a loss reaches it
+WIDE = 60.0  # bound of coordinates other than exponents: nothing that predicts a loss reaches it
 MANY_ROWS = 1000  # above this the noise model's projections would take longer than all the refits
 
 Intervals = dict[str, tuple[float, float] | None]
@@ -103,11 +103,18 @@ def rise(fit: Fit, place: int, values: np.ndarray, target: np.ndarray) -> np.nda
     start = np.repeat(fit.theta[None], len(values), axis=0)
     pinned = start.copy()
     pinned[:, place] = values
-    weight, box = np.ones(target.shape[1]), (np.full(model.size, -WIDE), np.full(model.size, WIDE))
+    weight, box = np.ones(target.shape[1]), wide_box(fit)
     found = [
         minimise(m, fit.objective, target, weight, s, box, 60, 1e-7)[1] for m, s in ((held, pinned), (model, start))
     ]
     return np.log(np.maximum(found[0] / np.maximum(found[1], 1e-300), 1.0))
+
+
+def wide_box(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+    """The law's own bounds for exponents, and none to speak of for what depends on the centre."""
+    low, high = bounds_of(fit.model, fit.runs["loss"])
+    slopes = np.isin(fit.law.names, fit.law.exponents)
+    return np.where(slopes, low, -WIDE), np.where(slopes, high, WIDE)
 
 
 def critical_value(fit: Fit, place: int, noise: np.ndarray) -> float:
