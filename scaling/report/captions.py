@@ -1,6 +1,6 @@
 """What each figure shows, in the words of page, Markdown and text alternatives."""
 
-UNSUPPORTED = "Dashed and hatched: no run stands behind it, the budget or the size that it asks for was not trained."
+UNSUPPORTED = "Dashed and hatched: no run stands behind it; the budget, the size or the tokens were not trained."
 CAPTIONS = {
     "difference": "Difference of the two frontiers with its 95 % band. Below zero the second family is better. "
     f"{UNSUPPORTED} Dotted: the band as the back-test would have it.",

@@ -22,6 +22,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 SHOWN_DECADES = 2.0  # how far beyond the largest run the figures extend
 CURVE_POINTS = 200
+SPARE = np.log(1.1)  # how far outside the sizes and tokens that were trained still counts as trained
 SLACK = 1 + 1e-9  # against rounding at the ends of a range
 
 
@@ -112,12 +113,14 @@ def family_view(draws: Draws, family: str, place: int) -> tuple[FamilyView, Allo
 
 
 def supported(runs: Runs, found: Frontier, span: tuple[float, float]) -> np.ndarray:
-    """(M,) whether runs stand behind the frontier at each budget: the budget lies within `span`, and the best size
-    within the sizes that were trained (10 % to spare)."""
-    budget, log_n = np.exp(found.log_flops), found.log_n[0]
+    """(M,) whether runs stand behind the frontier at each budget: the budget lies within `span`, and the best size and
+    number of tokens within those that were trained, with 10 % to spare."""
+    budget = np.exp(found.log_flops)
     inside = (budget >= span[0] / SLACK) & (budget <= span[1] * SLACK)
-    sizes = np.log(runs["N"])
-    return inside & (log_n >= sizes.min() - np.log(1.1)) & (log_n <= sizes.max() + np.log(1.1))
+    for name, best in (("N", found.log_n[0]), ("D", found.log_d[0])):
+        trained = np.log(runs[name])
+        inside &= (best >= trained.min() - SPARE) & (best <= trained.max() + SPARE)
+    return inside
 
 
 def segments(measured: np.ndarray) -> list[tuple[slice, bool]]:

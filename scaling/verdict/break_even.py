@@ -37,6 +37,11 @@ class BreakEven:
         value, low, high = self.at(flops)
         if high <= 0:
             return f"At {self.a}'s loss of {flops:.1e} FLOP no price of its ternary operations lets {self.b} win."
+        if value <= 0:
+            return (
+                f"At {self.a}'s loss of {flops:.1e} FLOP it is open whether any price of its ternary operations "
+                f"({self.share:.0%} of all) lets {self.b} win: κ* is {value:.2f} ({low:.2f} to {high:.2f})."
+            )
         everywhere = float(self.low.min())
         always = f"; below {everywhere:.2f} it wins at any budget shown" if everywhere > 0 else ""
         return (

@@ -15,7 +15,7 @@ from scaling.verdict.frontier import Cost
 def verdict(c: Comparison) -> list[str]:
     """The answer, the headline first."""
     short = short_ladders(c)
-    lines = [headline(c), *on_matched_cells(c), at_measured(c), p_measured(c), *outside_sizes(c), beyond(c)]
+    lines = [headline(c), *on_matched_cells(c), at_measured(c), p_measured(c), *outside_ladder(c), beyond(c)]
     failed = [g for g in c.gates if not g.passed and g.message not in short]
     if failed:
         lines.append(f"{len(failed)} of {len(c.gates)} checks fail; the first: {failed[0].message}.")
@@ -101,20 +101,21 @@ def p_measured(c: Comparison) -> str:
     return f"P({c.b} better) is {span} over the measured range, {c.measured[0]:.1e} to {c.measured[1]:.1e} {c.unit}."
 
 
-def outside_sizes(c: Comparison) -> list[str]:
-    """Where the best allocation asks for sizes that were not trained, though the budget itself was measured."""
+def outside_ladder(c: Comparison) -> list[str]:
+    """Where the best allocation asks for sizes or tokens that were not trained, though the budget itself was spent."""
     asked = []
     for family in (c.a, c.b):
-        best = np.exp(c.frontiers[family].log_n[0][c.within])
-        sizes = c.fit.runs.family(family)["N"]
-        if best.min() < sizes.min() / 1.1:
-            asked.append(f"{family} down to {best.min():.1e} parameters (smallest trained {sizes.min():.1e})")
-        if best.max() > sizes.max() * 1.1:
-            asked.append(f"{family} up to {best.max():.1e} parameters (largest trained {sizes.max():.1e})")
+        runs, found = c.fit.runs.family(family), c.frontiers[family]
+        for name, unit, path in (("N", "parameters", found.log_n), ("D", "tokens", found.log_d)):
+            best = np.exp(path[0][c.within])
+            if best.min() < runs[name].min() / 1.1:
+                asked.append(f"{family} down to {best.min():.1e} {unit} (least trained {runs[name].min():.1e})")
+            if best.max() > runs[name].max() * 1.1:
+                asked.append(f"{family} up to {best.max():.1e} {unit} (most trained {runs[name].max():.1e})")
     if not asked:
         return []
     return [
-        f"Within the measured budgets the best allocation leaves the sizes that were trained, for {', '.join(asked)}: "
+        f"Within the measured budgets the best allocation leaves the ladder, for {', '.join(asked)}: "
         "there the frontier is the law's word, not a run's."
     ]
 

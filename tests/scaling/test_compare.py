@@ -153,11 +153,14 @@ def test_measured_range_and_sizes_bound_what_is_drawn_solid(small_ladder):
     best = {f: np.exp(c.frontiers[f].log_n[0][: len(view.flops)]) for f in (c.a, c.b)}
     top = small_ladder["N"].max()
     asks_too_much = (best[c.a] > 1.1 * top) | (best[c.b] > 1.1 * top)
+    assert asks_too_much.any()
     assert not view.measured[asks_too_much].any()
     assert not view.measured[view.flops > 1.001 * c.measured[1]].any()
     assert view.measured.any()
-    assert (view.measured | asks_too_much | (view.flops > c.measured[1])).all()
-    assert any("leaves the sizes that were trained" in line for line in verdict(c))
+    tokens = [np.exp(c.frontiers[f].log_d[0][: len(view.flops)]) for f in (c.a, c.b)]
+    asks_too_little = np.minimum(*tokens) < small_ladder["D"].min() / 1.1
+    assert (view.measured | asks_too_much | asks_too_little | (view.flops > c.measured[1])).all()
+    assert any("the best allocation leaves the ladder" in line for line in verdict(c))
 
 
 def test_segments_join_and_cover():
