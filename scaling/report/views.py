@@ -88,7 +88,7 @@ def family_view(draws: Draws, family: str, place: int) -> tuple[FamilyView, Allo
     fit = draws.fit
     runs = fit.runs.family(family)
     low_c, high_c = runs["flops"].min(), runs["flops"].max()
-    log_c = compute_grid(low_c, high_c * 10**SHOWN_DECADES)
+    log_c = compute_grid(low_c, high_c, high_c * 10**SHOWN_DECADES)
     cost = Cost.of(runs)
     point = family_frontier(fit, fit.theta[None], family, cost, log_c)
     drawn = family_frontier(fit, draws.theta, family, cost, log_c)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -138,7 +139,7 @@ def contrast(
     horizon = horizon or measured[1] * 10**HORIZON_DECADES
     if horizon <= measured[0]:
         raise ScalingError(f"the horizon {horizon:.3g} lies below the cheapest run, {measured[0]:.3g} {AXES[axis]}")
-    log_flops = compute_grid(measured[0], horizon)
+    log_flops = compute_grid(measured[0], *([measured[1]] if measured[1] < horizon else []), horizon)
     point = {f: family_frontier(joint, joint.theta[None], f, costs[f], log_flops, along) for f in (a, b)}
     drawn = {f: family_frontier(joint, sampled.theta, f, costs[f], log_flops, along) for f in (a, b)}
     found = crossover(log_flops, point[b].loss - point[a].loss, drawn[b].loss - drawn[a].loss)
@@ -173,10 +174,13 @@ def measured_range(one: np.ndarray, two: np.ndarray) -> tuple[float, float]:
     return (float(low), float(high)) if low < high else (float(both.min()), float(both.max()))
 
 
-def compute_grid(low: float, high: float) -> np.ndarray:
-    """(M,) log FLOP, evenly spaced."""
-    count = max(2, int(np.ceil(np.log10(high / low) * POINTS_PER_DECADE)) + 1)
-    return np.linspace(np.log(low), np.log(high), count)
+def compute_grid(*ends: float) -> np.ndarray:
+    """(M,) log budgets from the first end to the last, evenly spaced between ends, all of which are points."""
+    parts = [np.log(ends[:1])]
+    for low, high in itertools.pairwise(ends):
+        count = max(2, int(np.ceil(np.log10(high / low) * POINTS_PER_DECADE)) + 1)
+        parts.append(np.linspace(np.log(low), np.log(high), count)[1:])
+    return np.concatenate(parts)
 
 
 def family_frontier(
