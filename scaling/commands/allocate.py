@@ -10,6 +10,7 @@ import numpy as np
 
 from scaling.commands.arguments import delta_of, fit_arguments, new_verb, positive, read_table, table_arguments
 from scaling.commands.output import exit_code, print_gates, print_json
+from scaling.fitting.approaches import envelope_exponent, isoflop
 from scaling.fitting.fit import fit, ladder_gate
 from scaling.tables.runs import Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap, interval
@@ -52,20 +53,33 @@ def add(verbs: Any) -> None:
 
 def run(a: argparse.Namespace) -> int:
     runs = read_table(a)
-    out, gates = {}, []
+    out, gates, sampled = {}, [], {}
     for family in runs.families:
         fitted = fit(runs.family(family), a.law, a.objective, delta_of(a, runs), seed=a.seed)
         if set(fitted.law.inputs) != {"N", "D"}:
             raise ScalingError(f"law {a.law!r} is not a function of N and D: it has no best allocation")
-        sampled = bootstrap(fitted, a.draws, a.seed)
-        out[family] = [allocation(sampled, runs.family(family), flops) for flops in a.C]
+        sampled[family] = bootstrap(fitted, a.draws, a.seed)
+        out[family] = [allocation(sampled[family], runs.family(family), flops) for flops in a.C]
         gates += [*fitted.gates, ladder_gate(runs, family)]
     if a.json:
         print_json({family: [asdict(x) for x in found] for family, found in out.items()})
     else:
         print("\n".join(x.line(family) for family, found in out.items() for x in found))
+        print("\n".join(exponents(sampled[family], runs.family(family)) for family in out))
         print_gates(gates)
     return exit_code(gates)
+
+
+def exponents(sampled: Draws, runs: Runs) -> str:
+    """The exponent of N* in compute by three approaches (Hoffmann et al. 2022); the first two only for comparison."""
+    cost, log_c = Cost.of(runs), np.log([runs["flops"].min(), runs["flops"].max()])
+    slopes = [
+        np.diff(frontier(sampled.fit.law, theta, sampled.fit.centre, cost, log_c).log_n)[:, 0] / np.diff(log_c)
+        for theta in (sampled.fit.theta[None], sampled.theta)
+    ]
+    low, high = interval(slopes[1])
+    others = f"envelope {envelope_exponent(runs):.3f}, IsoFLOP {isoflop(runs).exponent_n:.3f} (nan: no such design)"
+    return f"{runs['family'][0]}: N* goes as C^{slopes[0][0]:.3f} ({low:.3f} to {high:.3f}) by the fitted law; {others}"
 
 
 def allocation(sampled: Draws, runs: Runs, flops: float) -> Allocation:

@@ -15,6 +15,7 @@ from scaling.fitting.fit import Gate
 from scaling.report import diagnostics, plot
 from scaling.report.agreement import starts_figure
 from scaling.report.analysis import Analysis, Settings, analyse
+from scaling.report.approaches import approaches_figure
 from scaling.report.artefact import family_json, fit_json, read_draws, read_fit_json
 from scaling.report.forecast import Forecaster
 from scaling.report.html import html_page
@@ -133,6 +134,7 @@ def write_figures(found: Analysis, out: Path, curves: plot.Curves | None) -> Non
         "sensitivity": diagnostics.sensitivity_figure(found.variants, found.views),
         "influence": diagnostics.influence_figure(found.fits, found.influences, found.views),
         "starts": starts_figure(found.fits, found.views),
+        "approaches": approaches_figure(found.views, found.allocations),
     }
     for pair in found.pairs:
         tail = found.tail(pair.main.b)
