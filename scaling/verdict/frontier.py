@@ -11,6 +11,7 @@ from scaling.tables.runs import Runs, ScalingError, as_number
 
 GOLDEN = (np.sqrt(5) - 1) / 2
 SEARCH_STEPS = 34  # golden sections; 60 e-folds of N shrink to 5e-6, and the loss is flat to second order there
+COST_DEGREE, COST_POINTS = 2, 65  # of log cost in log N, and the points at which it is tabulated
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,16 @@ class Cost:
 
     @classmethod
     def of(cls, runs: Runs, spent: np.ndarray | None = None) -> Cost:
-        """Geometric mean of cost / (N D) over the rows of each size; `spent` (n,) is flops unless given."""
-        sizes, place = np.unique(np.log(runs["N"]).round(6), return_inverse=True)
+        """Parabola of log cost / (N D) in log N through the rows; `spent` (n,) is flops unless given.
+
+        A line from size to size instead would have a kink at each, and the best allocations would gather there.
+        """
+        log_n = np.log(runs["N"])
         ratio = np.log((runs["flops"] if spent is None else spent) / (runs["N"] * runs["D"]))
-        return cls(sizes, np.bincount(place, ratio) / np.bincount(place))
+        sizes, middle = np.unique(log_n.round(6)), log_n.mean()
+        smooth = np.polyfit(log_n - middle, ratio, min(COST_DEGREE, len(sizes) - 1))
+        grid = np.linspace(sizes[0], sizes[-1], COST_POINTS if len(sizes) > 1 else 1)
+        return cls(grid, np.polyval(smooth, grid - middle))
 
     def log_tokens(self, log_n: np.ndarray, log_flops: np.ndarray) -> np.ndarray:
         """log D that spends the whole budget at size log N."""

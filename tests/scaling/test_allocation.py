@@ -1,0 +1,41 @@
+"""The best size along compute, where every size has its own cost of a parameter and token."""
+
+import numpy as np
+import pytest
+
+from scaling import Runs, fit
+from scaling.verdict.frontier import Cost, frontier
+
+
+def runs_with_cost(cost):
+    rng = np.random.default_rng(0)
+    n = np.repeat(np.geomspace(1e7, 3e9, 16), 5)
+    d = n * np.tile([2, 8, 20, 80, 200], 16)
+    loss = (1.8 + 180 / n**0.34 + 420 / d**0.37) * np.exp(0.002 * rng.normal(size=len(n)))
+    return Runs.of(N=n, D=d, loss=loss, flops=cost(n) * n * d)
+
+
+def slopes(runs):
+    """Local exponents of N* in compute."""
+    fitted, log_c = fit(runs), np.linspace(np.log(1e17), np.log(1e20), 40)
+    best = frontier(fitted.law, fitted.theta[None], fitted.centre, Cost.of(runs), log_c)
+    return np.diff(best.log_n[0]) / np.diff(log_c)
+
+
+def test_constant_cost_gives_the_law_of_hoffmann():
+    found = slopes(runs_with_cost(lambda n: 6.0))
+    assert found == pytest.approx(0.37 / (0.34 + 0.37), abs=0.03)
+
+
+def test_costs_that_scatter_from_size_to_size_do_not_pin_the_allocation_to_the_sizes():
+    wobble = dict(zip(np.geomspace(1e7, 3e9, 16), np.random.default_rng(1).uniform(-0.06, 0.06, 16), strict=True))
+    found = slopes(runs_with_cost(lambda n: 6 * np.exp([wobble[x] for x in n])))
+    assert found.min() > 0.4
+    assert found.max() < 0.65
+
+
+def test_smooth_extra_work_of_small_models_is_followed_exactly():
+    runs = runs_with_cost(lambda n: 6 * (1 + 30 / n**0.25))
+    cost = Cost.of(runs)
+    expected = np.log(runs["flops"] / (runs["N"] * runs["D"]))
+    np.testing.assert_allclose(np.interp(np.log(runs["N"]), cost.log_n, cost.log_cost), expected, atol=0.01)
