@@ -17,6 +17,7 @@ from scaling.uncertainty.bootstrap import Draws, bootstrap
 from scaling.uncertainty.profile import SIMULATIONS, Intervals, profile_intervals
 from scaling.uncertainty.replicates import lack_of_fit
 from scaling.uncertainty.selection import CHOICES, fit_chosen
+from scaling.verdict.compare import spread_gate
 
 
 def add(verbs: Any) -> None:
@@ -36,7 +37,7 @@ def run(a: argparse.Namespace) -> int:
         return full_report(a, runs, share=("E",), gate=True)
     sampled = {family: draws_of(a, runs, family) for family in runs.families}
     profiles = {family: profiles_of(a, draws) for family, draws in sampled.items()}
-    gates = [g for d in sampled.values() for g in d.fit.gates] + [ladder_gate(runs, f) for f in runs.families]
+    gates = [g for f, d in sampled.items() for g in (*d.fit.gates, spread_gate(d, f, f), ladder_gate(runs, f))]
     if a.json:
         families = {f: family_json(d.fit, d, profiles=profiles[f]) for f, d in sampled.items()}
         print_json({"families": families, "notes": list(runs.notes)})
