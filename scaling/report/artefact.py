@@ -25,6 +25,8 @@ from scaling.verdict.crossing_profile import Profile
 from scaling.verdict.nested import Nested
 from scaling.verdict.words import verdict
 
+MEASURED = ("joules", "seconds", "usd")  # axes that differ from one training of the same runs to the next
+
 
 def fit_json(found: Analysis, ledger: Sequence[Forecast]) -> dict[str, Any]:
     """The verdict, then full-precision parameters, intervals and certificates, with everything they rest on."""
@@ -36,6 +38,7 @@ def fit_json(found: Analysis, ledger: Sequence[Forecast]) -> dict[str, Any]:
             f: family_json(found.fits[f], found.draws[f], found.test_of(f), found.profiles[f]) for f in found.fits
         },
         "comparisons": [pair_json(pair) for pair in found.pairs],
+        "measured_costs": [axis_json(c) for pair in found.pairs for axis, c in pair.axes.items() if axis in MEASURED],
         "other_pairs": [comparison_json(c) for c in found.others],
         "nested": nested_json(found.steps) if found.steps else None,
         "backtests": [backtest_json(test) for test in found.tests],
@@ -48,10 +51,15 @@ def fit_json(found: Analysis, ledger: Sequence[Forecast]) -> dict[str, Any]:
 def pair_json(pair: Pair) -> dict[str, Any]:
     """A pair in FLOP, with the profile of its crossing and the break-even price; then its other cost axes."""
     main = comparison_json(pair.main, pair.profile, pair.price)
-    keep = ("axis", "unit", "measured", "crossover", "difference")
-    other = [{name: comparison_json(c)[name] for name in keep} for axis, c in pair.axes.items() if axis != "flops"]
+    other = [axis_json(c) for axis, c in pair.axes.items() if axis not in (*MEASURED, "flops")]
     paths = {path: crossover_json(c, profile) for path, (c, profile) in pair.paths.items() if path != "optimal"}
     return main | {"other_axes": other, "other_paths": paths}
+
+
+def axis_json(c: Comparison) -> dict[str, Any]:
+    """A comparison on another cost axis, without what all axes have in common."""
+    keep = ("a", "b", "axis", "unit", "measured", "crossover", "difference")
+    return {name: comparison_json(c)[name] for name in keep}
 
 
 def nested_json(found: Nested) -> dict[str, Any]:
