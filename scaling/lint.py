@@ -151,7 +151,7 @@ def repeats(runs: Runs) -> Iterator[Finding]:
     over = runs["D"] > REPEATS * runs["U"]
     if over.any():
         yield Finding(
-            "warning", "repeated data", "more than 4 epochs: D overstates what was learnt from", ids(runs, over)
+            "warning", "repeated data", "more than 4 epochs: fit with --law data-constrained", ids(runs, over)
         )
 
 

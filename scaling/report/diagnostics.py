@@ -100,13 +100,14 @@ def allocation_figure(views: Sequence[AllocationView]) -> Figure:
 
 def sensitivity_figure(variants: Mapping[str, Sequence[Variant]], views: Sequence[FamilyView]) -> Figure:
     """Optimal-allocation exponent and E under every objective and exclusion, one row each."""
-    some = next(iter(variants.values()))
-    labels = [v.objective if v.dropped == "none" else f"{v.objective}, without {v.dropped}" for v in some]
+    kinds = list(dict.fromkeys((v.objective, v.dropped) for found in variants.values() for v in found))
+    labels = [objective if dropped == "none" else f"{objective}, without {dropped}" for objective, dropped in kinds]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(SIZE[0] * 1.25, 1.2 + 0.32 * len(labels)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
     for i, view in enumerate(views):
-        rows = np.arange(len(variants[view.name])) + 0.18 * (i - (len(views) - 1) / 2)
+        places = [kinds.index((v.objective, v.dropped)) for v in variants[view.name]]
+        rows = np.array(places) + 0.18 * (i - (len(views) - 1) / 2)
         look = {"color": view.colour, "ls": "none", "marker": SHAPES[view.marker], "ms": 6}
         panels[0].plot([v.allocation for v in variants[view.name]], rows, label=view.name, **look)
         panels[1].plot([v.params.get("E", np.nan) for v in variants[view.name]], rows, **look)

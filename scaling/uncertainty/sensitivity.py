@@ -9,10 +9,12 @@ import numpy as np
 from scaling.fitting.fit import Fit, bounds_of, fit
 from scaling.fitting.solve import refit
 from scaling.laws.forms import law_named
+from scaling.lint import lint
 from scaling.tables.runs import Runs
 
 OBJECTIVES = ("huber", "lad", "log-ls", "raw-ls")
 MOST_LEFT_OUT = 300  # rows that are left out one by one to measure their influence
+DOUBTS = ("duplicates", "near duplicates", "loss rises with data", "off-centre IsoFLOP")  # findings about single rows
 MAD_TO_SD = 1.4826  # of a normal distribution
 
 
@@ -30,8 +32,8 @@ class Variant:
 def sensitivity(
     runs: Runs, law: str = "chinchilla", delta: float = 1e-3, top: tuple[int, ...] = (1, 3, 5), starts: int = 24
 ) -> list[Variant]:
-    """One family refitted under each objective, without its highest losses, without its cheapest tenth, and with a
-    head that does not count as parameters where the table tells (`N_nonemb`).
+    """One family refitted under each objective, without its highest losses, without its cheapest tenth, without
+    the rows that lint doubts, and with a head that does not count as parameters where the table tells (`N_nonemb`).
 
     Variants that leave too few rows are left out.
     """
@@ -39,6 +41,9 @@ def sensitivity(
     cuts = {"none": np.arange(len(runs))}
     cuts |= {"highest loss" if k == 1 else f"{k} highest losses": np.sort(order[k:]) for k in top}
     cuts["cheapest tenth"] = np.flatnonzero(runs["flops"] > np.quantile(runs["flops"], 0.1))
+    doubted = {name for finding in lint(runs) if finding.name in DOUBTS for name in finding.rows}
+    if doubted:
+        cuts["the rows that lint doubts"] = np.flatnonzero(~np.isin(runs["run_id"].astype(str), list(doubted)))
     out = []
     for dropped, rows in cuts.items():
         for objective in OBJECTIVES if dropped == "none" else OBJECTIVES[:1]:
