@@ -42,6 +42,8 @@ class TrainArguments:
     out: Path
     """Folder of the run."""
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+    profile: str = ""
+    """FROM:TO writes a profiler's trace of these steps to OUT/profile (TensorBoard, Perfetto)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +135,7 @@ def _sweep(verb: str, arguments: list[str]) -> int:
 def train(arguments: list[str]) -> int:
     """One run from a preset."""
     from mmfree_jax.presets import PRESETS, run_preset
+    from mmfree_jax.training.profiling import step_range
 
     if not arguments or arguments[0].startswith("-"):
         print(f"usage: launch.py train PRESET --out DIR [overrides]\n\npresets: {', '.join(PRESETS)}\n")
@@ -146,10 +149,10 @@ def train(arguments: list[str]) -> int:
         from mmfree_jax.weights import model_config
 
         run = dataclasses.replace(run, init=str(Path(run.init).resolve()), model=model_config(Path(run.init)))
-    return _train(run, chosen.out)
+    return _train(run, chosen.out, step_range(chosen.profile))
 
 
-def _train(config: RunConfig, out: Path) -> int:
+def _train(config: RunConfig, out: Path, profiled: range) -> int:
     from mmfree_jax.data.corpora import cache_folder, resolve_data
     from mmfree_jax.devices import use_compile_cache
     from mmfree_jax.sweep.view import follow
@@ -163,7 +166,7 @@ def _train(config: RunConfig, out: Path) -> int:
 
     try:
         with follow(config, out, console):
-            result = train_run(config, out, token_set)
+            result = train_run(config, out, token_set, profiled)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.status

@@ -19,7 +19,7 @@ from mmfree_jax.presets import run_preset
 from mmfree_jax.training.optim import make_optimizer
 from mmfree_jax.training.step import Program, TrainState, make_program, program_key
 
-WARM, STEPS = 2, 6
+WARM, ROUNDS, STEPS = 2, 3, 3  # steps before timing; timed rounds of steps queued one behind the other, as in `train`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,13 @@ def measure(case: StepCase, limits: dict[str, float]) -> dict[str, Any]:
         compiled = step.lower(state, batch, rate).compile()
         compile_s = time.perf_counter() - began
         seconds, loss = [], float("nan")
-        for _ in range(WARM + STEPS):
+        for steps in [WARM, *[STEPS] * ROUNDS]:
             began = time.perf_counter()
-            state, metrics = compiled(state, batch, rate)
+            for _ in range(steps):
+                state, metrics = compiled(state, batch, rate)
             loss = float(metrics["loss"])
-            seconds.append(time.perf_counter() - began)
-    seconds = seconds[WARM:]
+            seconds.append((time.perf_counter() - began) / steps)
+    seconds = seconds[1:]
     median = statistics.median(seconds)
     products = flops.train_flops_per_token(run.model, case.sequence).products * case.batch * case.sequence
     peak = peak_flops(jax.devices()[0].device_kind)

@@ -241,7 +241,7 @@ def _backward(recipe: Recipe, residuals, dys):
     # Behind a barrier, or the compiler makes the dequantised inputs in the forward pass and keeps them until here.
     (saved, kernel, like), dys = jax.lax.optimization_barrier((residuals, dys))
     dinputs = [input_gradient(w, dy) for w, dy in zip(kernel, dys, strict=True)]
-    if _one_pass_serves(recipe, *saved[:3]):
+    if saved.scales:  # the forward pass chose; the user's choice may not reach here
         (dsources, dsource_gain, dgain), inputs = _one_pass_backward(recipe, saved, dinputs)
     else:
         dsources, dsource_gain, dgain = input_backward(recipe, saved, dinputs)

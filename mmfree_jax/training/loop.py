@@ -21,13 +21,14 @@ from mmfree_jax.training.folder import check_data, claim, differences
 from mmfree_jax.training.interrupt import Interrupted, StopFlag
 from mmfree_jax.training.metrics import Interval, Progress, RunLog
 from mmfree_jax.training.optim import learning_rate
+from mmfree_jax.training.profiling import Profile
 from mmfree_jax.training.step import Program, TrainState, compute_dtype, make_program, program_key
 
 
-def train(config: RunConfig, folder: Path, token_set: TokenSet) -> dict[str, Any]:
+def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range = range(0)) -> dict[str, Any]:
     """Train `config` in `folder`, or take up what is there, and return the row of result.json.
 
-    A finished run is returned as it stands.
+    A finished run is returned as it stands. A trace of the steps `profiled` is written to `folder`/profile.
     Raises ConfigError (the folder holds another run, the corpus does not fit), Diverged, or Interrupted once the state
     has been saved after a signal.
     """
@@ -37,10 +38,10 @@ def train(config: RunConfig, folder: Path, token_set: TokenSet) -> dict[str, Any
         if (folder / "result.json").exists():
             return read_json(folder / "result.json")
         with StopFlag() as stop:
-            return _train(config, folder, token_set, stop)
+            return _train(config, folder, token_set, stop, profiled)
 
 
-def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag) -> dict[str, Any]:
+def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag, profiled: range) -> dict[str, Any]:
     program = make_program(program_key(config, token_set.end_of_document))
     milestones = (*config.milestones, config.steps)
     per_token = flops.train_flops_per_token(config.model, config.data.sequence).products
@@ -50,7 +51,8 @@ def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag)
         data = config.data
         place, start = program.place, progress.data
         rows = batches(token_set, sequence=data.sequence, batch=data.batch, seed=data.seed, start=start, put=place)
-        with RunLog(folder, marks) as log, rows, jax.set_mesh(program.mesh):
+        trace = Profile(folder / "profile", profiled)
+        with RunLog(folder, marks) as log, rows, jax.set_mesh(program.mesh), trace:
             _describe(config, log, progress)
             diagnostics = Diagnostics(config, program, log)
             interval = Interval(config, progress, per_token * data.tokens_per_step, log)
@@ -58,9 +60,11 @@ def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag)
             for step in range(progress.step, config.steps):
                 tokens_BT = interval.timed_next(rows)
                 rate = np.float32(learning_rate(config.optim, config.steps, step))
+                trace.before(step)
                 diagnostics.before(step, state)
                 state, metrics = program.train_step(state, tokens_BT, jax.device_put(rate))
                 diagnostics.after(step, state)
+                trace.after(step, metrics)
                 # Only now, with this step already queued, are the metrics of the steps before it fetched.
                 interval.flush_if_due()
                 interval.add(step, metrics, float(rate))

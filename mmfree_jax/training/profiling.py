@@ -1,0 +1,49 @@
+"""A profiler's trace of some steps of a run: `train --profile FROM:TO`."""
+
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from mmfree_jax.config import require
+
+
+def step_range(text: str) -> range:
+    """`FROM:TO` as the steps FROM to TO - 1; an empty text is none. Raises ConfigError for anything else."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    require(not text or found is not None, f"profile={text!r}: must be FROM:TO, two step numbers")
+    steps = range(int(found[1]), int(found[2])) if found else range(0)
+    require(not text or len(steps) > 0, f"profile={text!r}: TO must be larger than FROM")
+    return steps
+
+
+class Profile:
+    """Traces `steps` into `folder` (for TensorBoard's profiler or Perfetto); a trace cut short is still written."""
+
+    def __init__(self, folder: Path, steps: range):
+        self.folder, self.steps, self._running = folder, steps, False
+
+    def before(self, step: int) -> None:
+        """Start with the first of the steps, or with the step at which a resumed run enters them."""
+        if step in self.steps and not self._running:
+            jax.profiler.start_trace(str(self.folder))
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        """Stop once the last of the steps has been computed."""
+        if self._running and step + 1 >= self.steps.stop:
+            jax.block_until_ready(results)
+            self._stop()
+
+    def _stop(self) -> None:
+        self._running = False
+        jax.profiler.stop_trace()
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._running:
+            self._stop()
