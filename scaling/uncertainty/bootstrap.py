@@ -19,6 +19,7 @@ from scaling.tables.runs import Runs, ScalingError
 from scaling.uncertainty.noise import least_squares_residuals, parametric_noise, sorted_clusters
 
 MIN_CLUSTERS_FOR_PAIRS = 20
+MANY_ROWS = 1000  # above this the noise model's projections would take longer than all the refits of a test
 WEBB = np.sqrt([1.5, 1.0, 0.5, 0, 0, 0]) - np.sqrt(
     [0, 0, 0, 0.5, 1.0, 1.5]
 )  # six-point weights, variance 1 (Webb 2014)
@@ -156,3 +157,10 @@ def wild_noise(
     freedom = max(len(residual) - frame.shape[1], 1)
     widen = np.sqrt(freedom / rng.chisquare(freedom, draws))
     return rng.choice(WEBB, (draws, len(names)))[:, place] * corrected * widen[:, None], float(freedom)
+
+
+def null_noise(fit: Fit, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """(draws, n) noise on log loss with the trunk and cell structure that the residuals show: for simulated tests."""
+    labels, paired = cluster_labels(fit.runs, fit.families)
+    drawn = parametric_noise if len(fit.runs) <= MANY_ROWS else wild_noise
+    return drawn(fit, labels, paired, draws, rng)[0]

@@ -15,15 +15,13 @@ import numpy as np
 from scaling.fitting.fit import LARGE_TABLE, Fit, bounds_of
 from scaling.fitting.solve import minimise
 from scaling.laws.base import Law, Model
-from scaling.uncertainty.bootstrap import Draws, cluster_labels, wild_noise
-from scaling.uncertainty.noise import parametric_noise
+from scaling.uncertainty.bootstrap import Draws, null_noise
 
 LEVEL = 0.95
 SIMULATIONS = 300
 GRID_POINTS = 33
 GRID_REACH = (3.0, 12.0)  # half-widths of the grid tried in turn, in units of the bootstrap's half interval
 WIDE = 60.0  # bound of coordinates other than exponents: nothing that predicts a loss reaches it
-MANY_ROWS = 1000  # above this the noise model's projections would take longer than all the refits
 
 Intervals = dict[str, tuple[float, float] | None]
 
@@ -51,9 +49,7 @@ def profile_intervals(draws: Draws, simulations: int = SIMULATIONS, seed: int = 
         return dict.fromkeys(fit.law.names)
     out: Intervals = {}
     rng = np.random.default_rng(seed)
-    labels, paired = cluster_labels(fit.runs, fit.families)
-    drawn = parametric_noise if len(fit.runs) <= MANY_ROWS else wild_noise
-    noise, _ = drawn(fit, labels, paired, simulations, rng)
+    noise = null_noise(fit, simulations, rng)
     for place, name in enumerate(fit.law.names):
         moved = recentred(fit, place)
         out[name] = None if moved is None else interval_of(fit, moved, draws, place, noise)

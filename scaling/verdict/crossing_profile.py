@@ -16,10 +16,10 @@ import numpy as np
 from scaling.fitting.fit import Fit, bounds_of
 from scaling.fitting.solve import Objective, minimise
 from scaling.laws.base import Model
+from scaling.uncertainty.bootstrap import null_noise
 from scaling.verdict.compare import Comparison, family_frontier
 from scaling.verdict.crossing import LEVEL
 from scaling.verdict.frontier import Frontier, frontier_along
-from scaling.verdict.null import null_noise
 
 SQUARES = Objective("log-ls", True, np.inf)
 STIFFNESS = 1e6  # weight of the constraint beside a row's weight of one: the frontiers meet to about 1e-6

@@ -16,8 +16,7 @@ import numpy as np
 from scaling.fitting.fit import Fit, bounds_of, fit
 from scaling.fitting.solve import evaluate, refit
 from scaling.tables.runs import Runs
-from scaling.uncertainty.bootstrap import bootstrap, interval
-from scaling.verdict.null import null_noise
+from scaling.uncertainty.bootstrap import bootstrap, interval, null_noise
 
 MODELS: dict[str, tuple[str, ...]] = {
     "M0": ("E", "A", "B", "alpha", "beta"),

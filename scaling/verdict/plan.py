@@ -16,7 +16,7 @@ import numpy as np
 
 from scaling.fitting.fit import Fit
 from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, ScalingError
-from scaling.uncertainty.bootstrap import cluster_labels, parametric_noise
+from scaling.uncertainty.bootstrap import cluster_labels, null_noise
 from scaling.uncertainty.simulate import Noise
 from scaling.verdict.crossing import overtakes
 from scaling.verdict.frontier import Cost, frontier
@@ -105,8 +105,8 @@ def question(fitted: Fit, noise: Noise, target: float | None = None) -> Question
 def noise_of(fitted: Fit, seed: int = 0, misfit: float = MISFIT) -> Noise:
     """Run and trunk standard deviations of log loss, medians over noise drawn with the residuals' own structure, and
     the lack of fit to allow for, which no table can show beyond its own range."""
-    labels, paired = cluster_labels(fitted.runs, fitted.families)
-    noise, _ = parametric_noise(fitted, labels, paired, 2000, np.random.default_rng(seed))
+    labels, _ = cluster_labels(fitted.runs, fitted.families)
+    noise = null_noise(fitted, 2000, np.random.default_rng(seed))
     groups = [
         np.flatnonzero((labels == k) & (fitted.runs["family"] == f)) for f in fitted.families for k in set(labels)
     ]

@@ -1,4 +1,7 @@
-"""Trials by simulation of what the verdict rests on: `python -m scaling.verdict.trials crossing --out FILE`.
+"""Trials by simulation of what the verdict rests on; their tables are in experiments/results.
+
+    python -m scaling.verdict.trials crossing --ladders 100 --out experiments/results/crossing_coverage.csv
+    python -m scaling.verdict.trials plan --ladders 300 --out experiments/results/planner.csv
 
 crossing: whether 95 % intervals of the crossing hold the truth. Ladders of two families whose frontiers cross at a
 known compute; per case and method (bootstrap, profile likelihood) the share of intervals that hold it, the share open
