@@ -31,7 +31,7 @@ HGRN_FIXED = {"num_heads": 1, "expand_ratio": 1, "use_short_conv": False, "hidde
 LLAMA_FIXED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 
 
-class CheckpointError(ValueError):
+class InteropError(ValueError):
     """A folder that is not the checkpoint it should be. The message names every tensor or file at fault."""
 
 
@@ -52,7 +52,7 @@ def load_huggingface(path: str | Path, dtype: str = "float32") -> LanguageModel:
         dtype: of activations. Parameters are float32; with "float64" (which needs x64 enabled) both are float64.
 
     Raises:
-        CheckpointError: naming each missing, extra or misshaped tensor, or the file that is not there.
+        InteropError: naming each missing, extra or misshaped tensor, or the file that is not there.
         ConfigError: for an architecture that the models here do not have.
     """
     require(dtype in DTYPES, f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -128,11 +128,11 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
 def read_config(folder: Path) -> ModelConfig:
     """The architecture that a folder's config.json describes.
 
-    Raises CheckpointError without a config.json, ConfigError for what the models here cannot express.
+    Raises InteropError without a config.json, ConfigError for what the models here cannot express.
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{folder} has no config.json: not a Hugging Face model folder")
+        raise InteropError(f"{folder} has no config.json: not a Hugging Face model folder")
     values = json.loads(file.read_text(encoding="utf-8"))
     kind = values.get("model_type")
     require(kind in ("hgrn_bit", "llama"), f"{file}: model_type={kind!r}; only hgrn_bit and llama can be read")
@@ -309,7 +309,7 @@ def _put(array: np.ndarray, slot: Slot, tensor: np.ndarray) -> None:
 
 
 def _check(folder: Path, files: dict[str, Path], table: dict[str, Slot], config: ModelConfig) -> None:
-    """Raise CheckpointError naming every tensor that is missing, not expected or of another shape."""
+    """Raise InteropError naming every tensor that is missing, not expected or of another shape."""
     spare = {"lm_head.weight"} if config.tie_embeddings else set()
     wrong = [f"missing {name} {list(table[name].shape)}" for name in table if name not in files]
     wrong += [f"extra {n}" for n in files if n not in table and n not in spare and not n.endswith(BUFFERS)]
@@ -320,7 +320,7 @@ def _check(folder: Path, files: dict[str, Path], table: dict[str, Slot], config:
                 if name in table and shape != table[name].shape:
                     wrong.append(f"misshaped {name}: {list(shape)}, expected {list(table[name].shape)}")
     if wrong:
-        raise CheckpointError(f"{folder}: {len(wrong)} tensors do not fit its config.json:\n  " + "\n  ".join(wrong))
+        raise InteropError(f"{folder}: {len(wrong)} tensors do not fit its config.json:\n  " + "\n  ".join(wrong))
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -330,11 +330,11 @@ def _files(folder: Path) -> dict[str, Path]:
         files = {tensor: folder / file for tensor, file in named.items()}
         absent = sorted({str(file) for file in files.values() if not file.is_file()})
         if absent:
-            raise CheckpointError(f"{folder / INDEX} names files that are not there: {', '.join(absent)}")
+            raise InteropError(f"{folder / INDEX} names files that are not there: {', '.join(absent)}")
         return files
     single = folder / "model.safetensors"
     if not single.is_file():
-        raise CheckpointError(f"{folder} has neither model.safetensors nor {INDEX}: convert its weights to safetensors")
+        raise InteropError(f"{folder} has neither model.safetensors nor {INDEX}: convert its weights to safetensors")
     with _open(single) as opened:
         return dict.fromkeys(opened.keys(), single)
 

@@ -1,6 +1,7 @@
 """What the tests share: a small token set, and small runs of both main families on it."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -59,3 +60,8 @@ def tiny_run(family: str, corpus: Path, **changes) -> RunConfig:
         checkpoint_every=5,
     )
     return dataclasses.replace(run, **changes)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -11,7 +11,7 @@ from models import reference
 from models.families import CONFIGS, family, logits, model, plain_model, tokens
 
 from mmfree_jax.config import ConfigError
-from mmfree_jax.interop import CheckpointError, load_huggingface, read_config, save_huggingface, slots
+from mmfree_jax.interop import InteropError, load_huggingface, read_config, save_huggingface, slots
 from mmfree_jax.presets import model_preset
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="needs the extra huggingface")
@@ -88,7 +88,7 @@ def test_every_wrong_tensor_is_named(tmp_path):
     found["model.layers.7.attn.i_proj.weight"] = np.zeros((16, 16), np.float32)
     del found["model.norm.weight"]
     safetensors.save_file(found, folder / "model.safetensors")
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(InteropError) as error:
         load_huggingface(folder)
     assert "missing model.norm.weight [16]" in str(error.value)
     assert "extra model.layers.7.attn.i_proj.weight" in str(error.value)
@@ -96,11 +96,11 @@ def test_every_wrong_tensor_is_named(tmp_path):
 
 
 def test_absent_files_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(InteropError, match=r"no config\.json"):
         load_huggingface(tmp_path)
     save_huggingface(model(CONFIGS["matmul-free"]), tmp_path / "hf", shard_bytes=4000)
     sorted((tmp_path / "hf").glob("model-*"))[1].unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-"):
+    with pytest.raises(InteropError, match="model-00002-of-"):
         load_huggingface(tmp_path / "hf")
 
 

@@ -20,9 +20,8 @@ import jax
 from mmfree_jax.config import MeshConfig
 from mmfree_jax.data import TokenSet
 from mmfree_jax.training.loop import train
-from mmfree_jax.training.metrics import read_metrics
 from mmfree_jax.training.step import make_program, program_key
-from tests.conftest import tiny_run
+from tests.conftest import read_metrics, tiny_run
 
 family, corpus, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 assert jax.device_count() == 8

@@ -16,8 +16,8 @@ from mmfree_jax.files import read_json
 from mmfree_jax.training.checkpoint import CheckpointError
 from mmfree_jax.training.interrupt import Interrupted
 from mmfree_jax.training.loop import train
-from mmfree_jax.training.metrics import Diverged, read_metrics
-from tests.conftest import MAIN_FAMILIES, sentences, tiny_run
+from mmfree_jax.training.metrics import Diverged
+from tests.conftest import MAIN_FAMILIES, read_metrics, sentences, tiny_run
 
 NUMBERS = ("loss", "loss_se", "bpb", "train_loss", "N", "D", "flops", "val_tokens")
 
