@@ -21,6 +21,7 @@ from scaling.uncertainty.bootstrap import Draws, bootstrap, cluster_labels, sort
 ORIGINS = (2.0, 4.0, 10.0, 30.0, 100.0)
 BINS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # decades beyond the fit, in which factors are pooled
 SPARE_ROWS, MIN_SIZES = 3, 3  # rows beyond the number of parameters, and sizes, below which an origin is not fitted
+MOST_HELD = 2000  # runs of a family predicted from one origin, evenly through the table; more would tell no more
 LEVEL, NORMAL_95 = 0.95, 1.959964
 LEVELS, DIFFERENCE = "loss", "difference"
 
@@ -163,6 +164,7 @@ def held_levels(runs: Runs, inside: np.ndarray, sampled: Draws, q: float) -> lis
         rows = np.flatnonzero(~inside & (runs["family"] == family))
         if not len(rows):
             continue
+        rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_HELD)).astype(int))]
         n, d = runs["N"][rows], runs["D"][rows]
         point = np.log(sampled.fit.predict(n, d, family))
         sd = new_run_sd(sampled, family, np.log(sampled.predict(n, d, family)))
