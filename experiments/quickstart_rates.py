@@ -10,21 +10,27 @@ better off below an optimum than above it), and between them the power law of th
 import dataclasses
 
 from experiments.quickstart import FAMILIES, WIDTHS, base_run
+from mmfree_jax.config import RunConfig
 from mmfree_jax.sweep.experiment import Study
+from mmfree_jax.sweep.grids import grid
 
 GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 STEPS = 512
 
 
+def decaying(base: RunConfig) -> RunConfig:
+    """The run of STEPS steps whose last fifth decays."""
+    return dataclasses.replace(base, steps=STEPS, optim=dataclasses.replace(base.optim, decay_steps=STEPS // 5))
+
+
 def study() -> Study:
     """One run with warm-up and decay for every rate, width and family."""
-    runs = []
-    for width in (WIDTHS[0], WIDTHS[-1]):
-        for family in FAMILIES:
-            for rate in GRID:
-                base = base_run(family, width, rate)
-                optim = dataclasses.replace(base.optim, decay_steps=STEPS // 5)
-                runs.append(dataclasses.replace(base, name=f"{base.name}-lr{rate:g}", steps=STEPS, optim=optim))
+    runs = [
+        run
+        for width in (WIDTHS[0], WIDTHS[-1])
+        for family in FAMILIES
+        for run in grid(decaying(base_run(family, width, GRID[0])), {"optim.lr": GRID})
+    ]
     return Study(
         name="quickstart-rates",
         title="Learning rates of the quickstart",

@@ -343,7 +343,7 @@ def from_dict(cls: type, values: Any, where: str = "") -> Any:
     require(isinstance(values, dict), f"{where or cls.__name__}: expected an object, found {values!r}")
     hints = typing.get_type_hints(cls)
     for key in values:
-        require(key in hints, f"{where}{key}: no such key{_suggest(key, hints)}")
+        require(key in hints, f"{where}{key}: no such key{suggestion(key, hints)}")
     return cls(**{key: _coerce(hints[key], value, f"{where}{key}") for key, value in values.items()})
 
 
@@ -365,7 +365,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _suggest(key: str, known: Any) -> str:
+def suggestion(key: str, known: Any) -> str:
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})"
 

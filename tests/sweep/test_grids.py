@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+
+from mmfree_jax.config import ConfigError
+from mmfree_jax.sweep.grids import chain, grid, zipped
+from tests.conftest import MAIN_FAMILIES, tiny_run
+
+
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+def test_a_grid_has_every_combination_and_names_it(family):
+    runs = grid(tiny_run(family, Path("c")), {"optim.lr": (1e-3, 2e-3), "seed": (0, 1, 2)})
+    assert [(run.optim.lr, run.seed) for run in runs] == [(lr, seed) for lr in (1e-3, 2e-3) for seed in (0, 1, 2)]
+    assert runs[0].name == f"{family}-tiny-lr0.001-seed0"
+    assert len({run.fingerprint() for run in runs}) == 6
+
+
+def test_zipped_takes_values_together_and_chain_puts_parts_in_a_row():
+    base = tiny_run("matmul-free", Path("c"))
+    runs = zipped(base, {"model.width": (16, 32), "optim.lr": (1e-2, 5e-3)})
+    assert [(run.model.width, run.optim.lr) for run in runs] == [(16, 1e-2), (32, 5e-3)]
+    assert [run.name for run in chain([base], runs)] == [base.name, *(run.name for run in runs)]
+    with pytest.raises(ConfigError, match="used twice: matmul-free-tiny"):
+        chain([base], [base])
+    with pytest.raises(ConfigError, match="different numbers of values"):
+        zipped(base, {"seed": (1, 2), "steps": (30,)})
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"optim.learning_rate": (1e-3,)}, "optim.learning_rate: no such field"),
+        ({"optim.bta1": (0.9,)}, "beta1"),
+        ({"optim": (1,)}, "names a group of fields"),
+        ({"seed.x": (1,)}, "goes past a field"),
+        ({"seed": ("one",)}, "must be of type int"),
+        ({"seed": (True,)}, "must be of type int"),
+        ({"data.batch": (0,)}, "data.batch=0"),
+    ],
+)
+def test_a_wrong_field_or_value_is_named(values, says):
+    with pytest.raises(ConfigError, match=says):
+        grid(tiny_run("transformer++", Path("c")), values)
