@@ -44,6 +44,8 @@ def run(a: argparse.Namespace) -> int:
         return exit_code(gates)
     for family, draws in sampled.items():
         print_fit(family, draws, profiles[family])
+    for note in runs.notes:
+        print(f"note: {note}")
     print_gates(gates)
     return exit_code(gates)
 

@@ -112,8 +112,11 @@ class Runs:
             raise ScalingError("every row is marked as excluded")
         runs = cls({name: values[~excluded] for name, values in table.items()}, notes=tuple(notes), set_aside=aside)
         check_values(runs)
-        if not allow_midrun:
-            check_end_points(runs)
+        fault = midrun_fault(runs)
+        if fault and not allow_midrun:
+            raise ScalingError(f"{fault}: fit end-of-schedule losses (or pass --allow-midrun)")
+        if fault:
+            runs = replace(runs, notes=(*runs.notes, f"points inside a schedule accepted, which mislead fits: {fault}"))
         return runs.with_defaults()
 
     @classmethod
@@ -306,15 +309,14 @@ def check_values(runs: Runs) -> None:
             raise ScalingError(f"column {name!r} must be positive and below 1e60; {faulty.sum()} are not ({shown})")
 
 
-def check_end_points(runs: Runs) -> None:
-    """Refuses points read off before a schedule ended: they are not comparable with runs that ended there."""
-    hint = "fit end-of-schedule losses (or pass --allow-midrun)"
+def midrun_fault(runs: Runs) -> str:
+    """What shows that some points were read off before a schedule ended, and so do not compare with runs that ended
+    there; "" if nothing does."""
     if "ended" in runs.columns and (runs["ended"] == 0).any():
         unfinished = runs["run_id"][runs["ended"] == 0]
-        raise ScalingError(f"{len(unfinished)} run(s) have ended=false, first {unfinished[0]!r}: {hint}")
+        return f"{len(unfinished)} run(s) have ended=false, first {unfinished[0]!r}"
     names, counts = np.unique(runs["run_id"].astype(str), return_counts=True)
     if (counts > 1).any():
         worst = int(np.argmax(counts))
-        raise ScalingError(
-            f"run_id {str(names[worst])!r} appears {counts[worst]} times, as points inside one run do: {hint}"
-        )
+        return f"run_id {str(names[worst])!r} appears {counts[worst]} times, as points inside one run do"
+    return ""
