@@ -21,7 +21,7 @@ from scaling.report.plot import (
     mark_extrapolation,
     new_figure,
 )
-from scaling.report.views import PALETTE, SLACK, AllocationView, FamilyView, break_even_limits, profile_signal
+from scaling.report.views import PALETTE, AllocationView, DifferenceView, FamilyView, break_even_limits, profile_signal
 from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest
 from scaling.uncertainty.sensitivity import Variant
 from scaling.verdict.break_even import BreakEven
@@ -62,17 +62,17 @@ def profile_figure(profile: Profile, c: Comparison) -> Figure:
     return figure
 
 
-def break_even_figure(price: BreakEven, edge: float) -> Figure:
+def break_even_figure(price: BreakEven, view: DifferenceView) -> Figure:
     """kappa* along compute with its 95 % band; below zero no price is low enough."""
     figure, axes = new_figure(3.4)
-    draw_line(axes, price.flops, price.estimate, price.flops <= edge * SLACK, PALETTE[4])
-    draw_band(axes, price.flops, price.low, price.high, price.flops <= edge * SLACK, PALETTE[4])
+    draw_line(axes, price.flops, price.estimate, view.measured, PALETTE[4])
+    draw_band(axes, price.flops, price.low, price.high, view.measured, PALETTE[4])
     for level, text in ((0.0, ""), (1.0, "a multiply-accumulate")):
         axes.axhline(level, color="0.4", lw=0.8)
         axes.text(price.flops[0], level, text, fontsize=8, color="0.35", va="bottom")
     axes.set_xscale("log")
     axes.set_ylim(*break_even_limits(price))
-    mark_extrapolation(axes, edge, price.flops[-1])
+    mark_extrapolation(axes, view.edge, price.flops[-1])
     axes.set_xlabel(f"compute of {price.a} (FLOP)")
     axes.set_ylabel("break-even cost κ* of a\nternary operation")
     return figure

@@ -96,7 +96,7 @@ def price_part(place: int, pair: Pair, prices: Prices) -> str:
     if pair.price is None:
         return ""
     said = f"<h3>Break-even cost κ*</h3><p>{page.escape(pair.price.sentence(pair.main.measured[1]))}</p>"
-    figure = interactive.break_even_figure(pair.price, pair.main.measured[1])
+    figure = interactive.break_even_figure(pair.price, pair.views["flops"])
     rows = [[page.escape(name), f"{e.picojoules:g}", page.escape(e.source)] for name, e in prices.energies.items()]
     energies = page.table(["operation class", "pJ per operation", "source"], rows, wrap=[2])
     return (

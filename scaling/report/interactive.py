@@ -235,16 +235,15 @@ def profile_figure(profile: Profile, c: Comparison) -> go.Figure:
     return figure.update_yaxes(range=[0, top])
 
 
-def break_even_figure(price: BreakEven, edge: float) -> go.Figure:
+def break_even_figure(price: BreakEven, view: DifferenceView) -> go.Figure:
     """kappa* along compute with its band."""
     figure = go.Figure()
-    measured = price.flops <= edge * SLACK
-    figure.add_traces(bands(price.flops, price.low, price.high, measured, PALETTE[4]))
+    figure.add_traces(bands(price.flops, price.low, price.high, view.measured, PALETTE[4]))
     hover = "%{x:.3g} FLOP: κ* = %{y:.3f}<extra></extra>"
-    figure.add_traces(lines(price.flops, price.estimate, measured, PALETTE[4], "κ*", hover))
+    figure.add_traces(lines(price.flops, price.estimate, view.measured, PALETTE[4], "κ*", hover))
     for level in (0, 1):
         figure.add_hline(y=level, line={"color": "#888", "width": 1})
-    mark_edge(figure, edge)
+    mark_edge(figure, view.edge)
     layout(figure, f"compute of {price.a} (FLOP)", "break-even cost κ*", 340)
     figure.update_layout(showlegend=False)
     return figure.update_yaxes(range=list(break_even_limits(price)))

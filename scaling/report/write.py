@@ -144,7 +144,7 @@ def write_figures(found: Analysis, out: Path, curves: plot.Curves | None) -> Non
             figures[f"axes{tail}"] = plot.axes_figure(list(pair.views.values()))
         figures[f"profile{tail}"] = diagnostics.profile_figure(pair.profile, pair.main)
         if pair.price:
-            figures[f"break-even{tail}"] = diagnostics.break_even_figure(pair.price, pair.main.measured[1])
+            figures[f"break-even{tail}"] = diagnostics.break_even_figure(pair.price, pair.views["flops"])
     for test, family in zip(found.tests, [pair.main.b for pair in found.pairs] or [""], strict=True):
         if test.held:
             figures[f"backtest{found.tail(family)}"] = diagnostics.backtest_figure(test)

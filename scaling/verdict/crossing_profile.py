@@ -25,6 +25,7 @@ SQUARES = Objective("log-ls", True, np.inf)
 STIFFNESS = 1e6  # weight of the constraint beside a row's weight of one: the frontiers meet to about 1e-6
 PER_DECADE = 4
 REFINEMENTS, POINTS_BETWEEN = 2, 10
+PASSES, SETTLED = 8, 1e-3  # of the search among neighbours; the gain in log squares at which it ends
 JUST_AFTER = 0.05  # natural log of a budget
 SIMULATIONS = 300
 
@@ -135,17 +136,23 @@ def refined_grid(c: Comparison, free: np.ndarray, target: np.ndarray) -> tuple[n
         added = constrained(c, np.repeat(met[[best]], len(more), axis=0), more, target)
         grid, first = np.unique(np.concatenate([grid, more]), return_index=True)
         met = np.concatenate([met, added])[first]
-    return grid, met
+    return grid, smoothed(c, grid, met, target)
 
 
 def smoothed(c: Comparison, grid: np.ndarray, met: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Each budget's fit once more from both neighbours' optima, the best kept: far from the unconstrained optimum one
-    start may end in a worse valley, and a profile has no jumps."""
-    starts = np.concatenate([np.roll(met, shift, axis=0) for shift in (1, -1)])
-    again = constrained(c, starts, np.tile(grid, 2), target)
-    tries = [met, again[: len(grid)], again[len(grid) :]]
-    best = np.argmin([squares(c.fit.model, theta, target) for theta in tries], axis=0)
-    return np.stack(tries)[best, np.arange(len(grid))]
+    """Each budget's fit again from both neighbours' optima, the best kept, until none improves: one start may end in a
+    worse valley far from the unconstrained optimum, and a profile has no jumps."""
+    found = squares(c.fit.model, met, target)
+    for _ in range(PASSES):
+        starts = np.concatenate([np.roll(met, shift, axis=0) for shift in (1, -1)])
+        again = constrained(c, starts, np.tile(grid, 2), target)
+        tries = np.stack([met, again[: len(grid)], again[len(grid) :]])
+        every = np.stack([squares(c.fit.model, theta, target) for theta in tries])
+        met = tries[np.argmin(every, axis=0), np.arange(len(grid))]
+        gain, found = np.log(found / every.min(axis=0)).max(), every.min(axis=0)
+        if gain < SETTLED:
+            break
+    return met
 
 
 def free_fit(fitted: Fit, target: np.ndarray) -> np.ndarray:
