@@ -53,6 +53,18 @@ def test_only_b_taking_the_lead_counts(crossing):
     assert np.isinf(profile.ratio[near]).all()
 
 
+def test_profile_of_a_weak_ladder_has_one_valley(small_ladder):
+    """Twelve runs a family leave other valleys to the solver; the profile must not jump from one to another."""
+    c = compare(small_ladder, "transformer++", "matmul-free", draws=20, objective="log-ls")
+    profile = profile_crossing(c, simulations=30)
+    known = np.flatnonzero(np.isfinite(profile.ratio))
+    ratio = profile.ratio[known[0] :]
+    lowest = int(np.argmin(ratio))
+    tolerance = 0.02 * profile.critical
+    assert (np.diff(ratio[: lowest + 1]) < tolerance).all()
+    assert (np.diff(ratio[lowest:]) > -tolerance).all()
+
+
 def test_parallel_laws_have_no_upper_end():
     profile = profile_crossing(compared(PARALLEL, 1e-3, horizon=1e24), simulations=60)
     assert np.isinf(profile.high) or np.isnan(profile.high)
