@@ -34,6 +34,12 @@ def test_importing_scaling_never_imports_jax():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_reader_that_stops_early_is_no_error(tables):
+    command = f"{sys.executable} -m scaling lint {tables[0]} | true"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == ""
+
+
 def test_fit_passes_on_a_wide_ladder_and_gates_on_a_small_one(tables):
     good = call("fit", tables[1], "--draws", 100, "--json")
     assert good.returncode == 0, good.stderr
