@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from mmfree_jax.sweep.experiment import chains, run_flops
 from mmfree_jax.sweep.status import fail, run_folder, status
 from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED
 
+WORKER = (sys.executable, "-m", "mmfree_jax.sweep.worker")
 ATTEMPTS = 2  # a worker that is killed from outside (out of memory, say) is started once more
 STOP_SECONDS = 60.0  # for workers to save themselves after a signal
 POLL_SECONDS = 0.25
@@ -98,7 +100,7 @@ def execute(out: Path, runs: Sequence[RunConfig], slots: Sequence[Slot], watch: 
                 job = queue.pop(0)
                 _start(out, job, free.pop(0))
                 active.append(job)
-            time.sleep(POLL_SECONDS)
+            _wait_for_one([job.process for job in active if job.process], POLL_SECONDS)
             for job in [job for job in active if job.process and job.process.poll() is not None]:
                 active.remove(job)
                 if job.slot:
@@ -119,13 +121,24 @@ def execute(out: Path, runs: Sequence[RunConfig], slots: Sequence[Slot], watch: 
     return 0 if all(status(run_folder(out, run), run).state == "done" for run in runs) else 1
 
 
+def _wait_for_one(processes: Sequence[subprocess.Popen], seconds: float) -> None:
+    """Until one of the processes has ended, or for so long: a slot is filled again at once."""
+    handles = [os.pidfd_open(process.pid) for process in processes if process.poll() is None]
+    try:
+        if len(handles) == len(processes):
+            select.select(handles, [], [], seconds)
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
 def _start(out: Path, job: Job, slot: Slot) -> None:
     names = [run.name for run in job.runs]
     path = _worker_log(out, job)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as log:
         job.process = subprocess.Popen(
-            [sys.executable, "-m", "mmfree_jax.sweep.worker", str(out), *names],
+            [*WORKER, str(out), *names],
             env={**os.environ, **slot.env},
             stdin=subprocess.DEVNULL,
             stdout=log,
