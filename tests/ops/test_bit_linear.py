@@ -7,6 +7,8 @@ import pytest
 from straight import straight_through
 
 from mmfree_jax.ops.bit_linear import Recipe, bit_linear, quantise_input, quantise_kernel
+from mmfree_jax.ops.kernels.choice import kernels_allowed
+from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.rms_norm import rms_norm
 from mmfree_jax.ops.ternary import quantise_activations, quantise_weights
 
@@ -87,3 +89,20 @@ def test_rms_norm_and_its_gradient():
         np.testing.assert_allclose(a, b, atol=1e-5)
     np.testing.assert_allclose(rms_norm(X, GAINS[0], 1e-6), plain_norm(X, GAINS[0], 1e-6), atol=1e-6)
     assert rms_norm(X.astype(jnp.bfloat16), GAINS[0], 1e-6).dtype == jnp.bfloat16
+
+
+def test_the_backward_pass_follows_what_the_forward_pass_chose(monkeypatch):
+    """A user's "no kernels" is over when gradients are taken: they must not look for a kernel's leavings."""
+    monkeypatch.setattr("mmfree_jax.ops.kernels.choice._is_hopper", lambda: True)
+    keys, gain = jax.random.split(jax.random.key(4)), jnp.ones(128)  # a width that kernels would take
+    x, w = jax.random.normal(keys[0], (6, 128)), jax.random.normal(keys[1], (1, 128, 24))
+
+    def loss(x, w):
+        with kernels_allowed(False):
+            (y,) = bit_linear(Recipe(), Prologue("norm", (x,), gain), w, gain)
+        return jnp.sum(y * y)
+
+    found = jax.grad(loss, (0, 1))(x, w)
+    monkeypatch.undo()
+    for a, b in zip(found, jax.grad(loss, (0, 1))(x, w), strict=True):
+        np.testing.assert_array_equal(a, b)
