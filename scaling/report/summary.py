@@ -26,10 +26,13 @@ def interval_text(ends: tuple[float, float]) -> str:
 
 
 def parameter_table(fits: Mapping[str, Fit], draws: Mapping[str, Draws]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one row a parameter, one column a family, intervals in brackets."""
+    """Header and rows: one row a parameter, one column a family, intervals in brackets.
+
+    Six digits: a prediction from the printed values is within 0.01 % of the fit.
+    """
     ends = {family: draws[family].intervals() for family in fits}
     names = list(dict.fromkeys(name for fitted in fits.values() for name in fitted.law.names))
-    rows = [[n, *(f"{fits[f].params[n]:.4g} {interval_text(ends[f][n])}" for f in fits)] for n in names]
+    rows = [[n, *(f"{fits[f].params[n]:.6g} {interval_text(ends[f][n])}" for f in fits)] for n in names]
     return ["parameter", *fits], rows
 
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from scaling.report.summary import parameter_table
 from scaling.report.write import write_report
 from scaling.tables.curves import sweep_curves
 
@@ -26,6 +27,15 @@ def test_stored_parameters_predict_to_full_precision(written):
         p = entry["parameters"]
         loss = p["E"] + p["A"] / 1e6 ** p["alpha"] + p["B"] / 2e7 ** p["beta"]
         assert report.found.fits[family].predict(1e6, 2e7)[0] == pytest.approx(loss, rel=1e-12)
+
+
+def test_printed_parameters_predict_within_a_hundredth_of_a_percent(written):
+    found = written[0][0].found
+    _, rows = parameter_table(found.fits, found.draws)
+    for column, fitted in enumerate(found.fits.values(), 1):
+        p = {row[0]: float(row[column].split(" ")[0]) for row in rows}
+        loss = p["E"] + p["A"] / 1e6 ** p["alpha"] + p["B"] / 2e7 ** p["beta"]
+        assert fitted.predict(1e6, 2e7)[0] == pytest.approx(loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["fit.json", "report.md", "report.html", "runs.csv", "difference.png", "draws.npz"])
@@ -59,8 +69,7 @@ def test_terminal_summary_has_runs_parameters_and_verdict(written, width):
     text = written[0][0].terminal_summary(width)
     assert max(map(len, text.splitlines())) <= width
     assert "The crossing is not determined" in text
-    alpha = next(line for line in text.splitlines() if line.strip().startswith("alpha"))
-    assert re.search(r"0\.\d+ \[[\d.]+, [\d.]+\]", alpha)
+    assert re.search(r"\nalpha\s+(\S+ +)?0\.\d+ \[[\d.]+, [\d.]+\]", text)  # in its row, or below it
     assert sum(line.startswith(("160k", "300k", "600k", "1.1M")) for line in text.splitlines()) == 12
 
 
