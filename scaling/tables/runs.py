@@ -30,6 +30,7 @@ TEXT = (
     "reason",
 )
 BOOLEAN = ("ended", "excluded", "embedding_counted")  # the last: whether N holds the input embedding
+BITS = "bits per byte"
 CONVENTIONS = (
     "tokenizer",
     "val_set",
@@ -80,13 +81,15 @@ class Runs:
         """Reads a CSV, JSONL or Parquet file, a sweep directory (its `runs.csv`, or else `runs/*/result.json`), or a
         folder of Weights & Biases or TensorBoard runs.
 
-        `columns` maps our name to the table's ("N" -> "params"); `constants` adds a column of one value; `where` keeps
-        the rows for which every condition holds ("family=llama", "flops>=1e19", or a mapping name -> value).
+        `columns` maps our name to the table's ("N" -> "params"; a loss read from "bpb" is in bits per byte);
+        `constants` adds a column of one value; `where` keeps the rows for which every condition holds ("family=llama",
+        "flops>=1e19", or a mapping name -> value).
         Raises ScalingError on anything that would make a fit meaningless.
         """
         rows, digest = read_rows(Path(path))
         rows = rename_columns(rows, columns or {})
-        rows = [row | dict(constants or {}) for row in rows]
+        unit = {"loss_unit": BITS} if (columns or {}).get("loss") == "bpb" else {}
+        rows = [row | unit | dict(constants or {}) for row in rows]
         rows = [row for row in rows if all(holds(row, condition) for condition in parse_where(where))]
         return replace(cls.from_rows(rows, allow_midrun), source=Path(path).name, sha256=digest)
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.fitting.fit import Fit, Gate, fit, ladder_gate
-from scaling.tables.runs import Runs, ScalingError
+from scaling.tables.runs import BITS, Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap
 from scaling.verdict.costs import AXES, CITED, Prices, axis_cost
 from scaling.verdict.crossing import LEVEL, Crossover, crossover
 from scaling.verdict.frontier import Cost, Frontier, frontier_along
 
 HORIZON_DECADES = 6.0  # how far beyond the largest run a crossing is looked for, unless told otherwise
+IN_BITS = "nats per token do not compare, bits per byte would (--column loss=bpb)"
 POINTS_PER_DECADE = 8
 
 
@@ -155,16 +156,14 @@ def pick_families(runs: Runs, families: Sequence[str]) -> Runs:
 
 
 def check_comparable(runs: Runs) -> None:
-    """Losses in nats compare only over one tokenizer, vocabulary and validation set."""
-    for name in ("tokenizer", "vocab", "val_set"):
-        if name not in runs.columns:
-            continue
-        values = {str(v) for v in runs[name].tolist() if v != "" and v == v}
-        if len(values) > 1:
-            raise ScalingError(
-                f"the two families differ in {name} ({', '.join(sorted(values))}): nats per token do not compare; "
-                "use bits per byte as the loss (--column loss=bpb)"
-            )
+    """Losses in nats compare only over one tokenizer, vocabulary and validation set, sizes and costs by one count."""
+    advice = {} if runs.kinds("loss_unit") == [BITS] else dict.fromkeys(("tokenizer", "vocab"), IN_BITS)
+    advice["val_set"] = "evaluate both on one text"
+    advice |= dict.fromkeys(("loss_unit", "flops_rule", "embedding_counted"), "count and measure both alike first")
+    for name, mend in advice.items():
+        kinds = runs.kinds(name)
+        if len(kinds) > 1:
+            raise ScalingError(f"the two families differ in {name} ({', '.join(kinds)}): {mend}")
 
 
 def measured_range(one: np.ndarray, two: np.ndarray) -> tuple[float, float]:

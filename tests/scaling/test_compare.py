@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import ladder_rows
+from conftest import ladder_rows, write_csv
 
 from scaling import Runs, ScalingError, compare
 from scaling.laws.forms import Chinchilla
@@ -104,6 +104,22 @@ def test_nats_over_different_tokenizers_are_refused():
     for row in rows:
         row["tokenizer"] = row["family"]
     with pytest.raises(ScalingError, match="differ in tokenizer"):
+        compare(Runs.from_rows(rows), "transformer++", "matmul-free", draws=10)
+
+
+def test_bits_per_byte_compare_over_different_tokenizers(tmp_path):
+    rows = [row | {"tokenizer": row["family"], "bpb": row["loss"], "loss_unit": "nats"} for row in ladder_rows()]
+    table = write_csv(tmp_path / "runs.csv", rows)
+    runs = Runs.read(table, columns={"loss": "bpb"})
+    assert runs.kinds("loss_unit") == ["bits per byte"]
+    compare(runs, "transformer++", "matmul-free", draws=10)
+
+
+@pytest.mark.parametrize("name", ["loss_unit", "flops_rule", "embedding_counted", "val_set"])
+def test_families_counted_or_measured_differently_are_refused(name):
+    truth = {"transformer++": "true", "matmul-free": "false"}
+    rows = [row | {name: truth[row["family"]]} for row in ladder_rows()]
+    with pytest.raises(ScalingError, match=f"differ in {name}"):
         compare(Runs.from_rows(rows), "transformer++", "matmul-free", draws=10)
 
 
