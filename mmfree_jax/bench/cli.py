@@ -1,7 +1,6 @@
 """`launch.py bench`: tables for people, JSON for programs."""
 
 import dataclasses
-import json
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from mmfree_jax.bench import operations, steps
 from mmfree_jax.bench.timing import ceilings
 from mmfree_jax.cli import parse
 from mmfree_jax.config import ConfigError
+from mmfree_jax.files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,8 @@ Rows = Callable[[BenchArguments, dict[str, float]], Iterator[dict[str, Any]]]
 def main(arguments: list[str]) -> int:
     """Run the suites asked for and print a table of each. Raises ValueError where a variant computes something else."""
     chosen = parse(BenchArguments, arguments, "launch.py bench")
+    if chosen.json:
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, width=None if Console().is_terminal else 200)
     limits, device = ceilings(), jax.devices()[0].device_kind
     copied, products = limits["copy_bytes_per_s"] / 1e12, limits["bf16_flops"] / 1e12
@@ -54,7 +56,8 @@ def main(arguments: list[str]) -> int:
             found[suite] = []
             for row in rows(chosen, limits):
                 found[suite].append(row)
-                _save(found, chosen.json)
+                if chosen.json:
+                    write_json(chosen.json, found)
             console.print(_table(suite, found[suite]))
     if not any(found.get(suite) for suite in SUITES):
         raise ConfigError(f"no case has {chosen.only!r} in its name")
@@ -111,9 +114,3 @@ def _figure(name: str, value: Any) -> str:
     if name.startswith("of_"):
         return f"{value:.1%}"
     return f"{value:.2g}" if name == "error" else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def _save(found: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")

@@ -47,20 +47,9 @@ def gradient_of(function: Callable, count: int) -> Callable:
     return jax.grad(loss, tuple(range(count)), has_aux=True)
 
 
-def without_kernels(function: Callable) -> Callable:
-    """The same function, written by the compiler alone."""
-
-    @functools.wraps(function)
-    def plain(*arguments):
-        with kernels_allowed(False):
-            return function(*arguments)
-
-    return plain
-
-
 def both(function: Callable) -> dict[str, Callable]:
     """The reference, and beside it the kernel where there is one."""
-    return {"xla": without_kernels(function), **({"kernel": function} if on_hopper() else {})}
+    return {"xla": kernels_allowed(False)(function), **({"kernel": function} if on_hopper() else {})}
 
 
 def draw(key: jax.Array, *shapes: Sequence[int], dtype: Any = jnp.bfloat16) -> tuple[jax.Array, ...]:
@@ -105,7 +94,11 @@ def bit_linear_cases(M: int, D: int, F: int) -> Iterator[Case]:
         (w,) = draw(jax.random.key(1), (2, D, F), dtype=jnp.float32)
         return x, w, jnp.ones(D), jnp.ones(D), *dy
 
-    variants = {"xla": without_kernels(ternary), "dense bf16": dense, **({"kernel": ternary} if on_hopper() else {})}
+    variants = {
+        "xla": kernels_allowed(False)(ternary),
+        "dense bf16": dense,
+        **({"kernel": ternary} if on_hopper() else {}),
+    }
     small = functools.partial(arrays, M=256, dtype=jnp.float32)
     size, flops = f"{M} x {D} -> 2 x {F}", 4.0 * M * D * F
     yield Case(f"BitLinear, {size}", variants, arrays, small, 2e-2, flops=flops)

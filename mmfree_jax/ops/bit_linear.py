@@ -2,7 +2,8 @@
 (Zhu et al. 2024, arXiv 2406.02528, section 3.1 and Algorithm 1).
 
 Both quantisers are straight-through: the backward pass treats rounding as the identity and scales as constants. It
-keeps the input, one number per token, and the integer codes, never a dequantised copy.
+keeps what the input is made of, one number per token, and the integer codes unless a kernel makes them again; never a
+dequantised copy.
 
 Several products of one input go through one call (`w_GDF` holds G matrices): they share the norm's statistics, and
 the codes too where they share the gain.
@@ -40,7 +41,7 @@ class Saved(NamedTuple):
     gain: jax.Array | None
     rstd: jax.Array | None  # None without a gain, and where a kernel computes it again
     inputs: tuple[Quantised, ...]  # one, or one a product where the products have their own gains
-    scales: tuple[jax.Array, ...] = ()  # in place of `inputs`, where a kernel makes the codes again
+    scales: tuple[jax.Array, ...] = ()  # theirs, where a kernel makes the codes again and `inputs` need not be kept
 
 
 def bit_linear(
@@ -69,7 +70,8 @@ def quantise_input(
 ) -> Saved:
     """Make the input, norm and quantise it: the input side of `bit_linear`."""
     if _one_pass_serves(recipe, sources, source_gain, gain):
-        return Saved(sources, source_gain, gain, None, _one_pass(recipe, sources, source_gain, gain))
+        inputs = _one_pass(recipe, sources, source_gain, gain)
+        return Saved(sources, source_gain, gain, None, inputs, tuple(q.scale for q in inputs if q.scale is not None))
     x = combine(recipe.prologue, sources, source_gain, recipe.eps)
     if gain is None:
         return Saved(sources, source_gain, None, None, (_kept(quantise_activations(x, recipe.bits)),))
@@ -231,8 +233,8 @@ def _forward(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.A
     kernel = quantise_kernel(recipe, w_GDF)
     dtype = sources[0].dtype
     ys = [product(q, w, dtype, dtype) for q, w in zip(_spread(saved.inputs, kernel), kernel, strict=True)]
-    if _one_pass_serves(recipe, *saved[:3]):
-        saved = saved._replace(inputs=(), scales=tuple(q.scale for q in saved.inputs if q.scale is not None))
+    if saved.scales:
+        saved = saved._replace(inputs=())
     like = jnp.zeros((), w_GDF.dtype)  # residuals are arrays: this one carries the weights' type
     return tuple(ys), (saved, kernel, like)
 

@@ -87,11 +87,11 @@ def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
     c, f, keep = (_cut(a, S) for a in (c_BTD, f_BTD, keep_BT))
     decay_BSD, starts_BSD = None, h_BD[:, None]
     if S > 1:
-        decay_BSD, end_BSD = (_cut(a, S, together=True) for a in kernel.segment_ends(c, f, floor_D, keep))
+        decay_BSD, end_BSD = (_grouped(a, S) for a in kernel.segment_ends(c, f, floor_D, keep))
         starts_BSD = carried(decay_BSD, end_BSD, h_BD)
     out, last = kernel.forward(c, f, floor_D, starts_BSD.reshape(-1, starts_BSD.shape[-1]), keep)
     out = checkpoint_name(out, "state")
-    results = out.reshape(c_BTD.shape), _cut(last, S, together=True)[:, -1]
+    results = out.reshape(c_BTD.shape), _grouped(last, S)[:, -1]
     return results, (c, f, floor_D, starts_BSD, decay_BSD, keep, out)
 
 
@@ -103,11 +103,11 @@ def _backward(saved, dresults):
     S, dout = starts_BSD.shape[1], dout_BTD.reshape(out.shape)
     dlast_BSD = dlast_BD[:, None]
     if S > 1:
-        dstart_BSD = _cut(kernel.segment_starts(f, floor_D, keep, dout), S, together=True)
+        dstart_BSD = _grouped(kernel.segment_starts(f, floor_D, keep, dout), S)
         dlast_BSD = carried(decay_BSD[:, ::-1], dstart_BSD[:, ::-1], dlast_BD)[:, ::-1]
     flat = lambda a: a.reshape(-1, a.shape[-1])
     dc, df, dfloor, dh = kernel.backward(c, f, floor_D, flat(starts_BSD), keep, out, dout, flat(dlast_BSD))
-    dh_BD = _cut(dh, S, together=True)[:, 0]
+    dh_BD = _grouped(dh, S)[:, 0]
     return dc.reshape(dout_BTD.shape), df.reshape(dout_BTD.shape), dfloor.sum(axis=0), dh_BD, None
 
 
@@ -122,8 +122,11 @@ def carried(decay_BSD: jax.Array, end_BSD: jax.Array, h_BD: jax.Array) -> jax.Ar
     return jnp.stack(states, axis=1)
 
 
-def _cut(a: jax.Array, count: int, together: bool = False) -> jax.Array:
-    """[B, T, ...] -> [B * count, T / count, ...]; `together` undoes it for what is left of each segment."""
-    if together:
-        return a.reshape(-1, count, *a.shape[1:])
+def _cut(a: jax.Array, count: int) -> jax.Array:
+    """[B, T, ...] -> [B * count, T / count, ...]: segments as if they were sequences."""
     return a.reshape(a.shape[0] * count, a.shape[1] // count, *a.shape[2:])
+
+
+def _grouped(a: jax.Array, count: int) -> jax.Array:
+    """[B * count, ...] -> [B, count, ...]: what is left of each segment, by sequence."""
+    return a.reshape(-1, count, *a.shape[1:])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,10 +26,8 @@ class Study:
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = [run.name for run in self.runs]
-        require(bool(names), f"study {self.name}: has no runs")
-        twice = sorted({name for name in names if names.count(name) > 1})
-        require(not twice, f"study {self.name}: run names are used twice: {', '.join(twice)}")
+        require(bool(self.runs), f"study {self.name}: has no runs")
+        check_names(self.runs, f"study {self.name}")
         seen: dict[str, RunConfig] = {}
         for run in self.runs:
             if run.branch is not None:
@@ -38,6 +37,12 @@ class Study:
             seen[run.name] = run
         corpora = {(run.data.corpus, run.data.vocab) for run in self.runs}
         require(len(corpora) == 1, f"study {self.name}: its runs use several corpora: {sorted(corpora)}")
+
+
+def check_names(runs: Sequence[RunConfig], where: str) -> None:
+    """Raises ConfigError, with `where` in front, for run names that are used twice."""
+    twice = sorted(name for name, count in Counter(run.name for run in runs).items() if count > 1)
+    require(not twice, f"{where}: run names are used twice: {', '.join(twice)}")
 
 
 def _check_branch(run: RunConfig, branch: Branch, trunk: RunConfig) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmfree_jax.config import RunConfig, require, suggestion
+from mmfree_jax.sweep.experiment import check_names
 
 Values = Mapping[str, Sequence[Any]]  # dotted field of RunConfig -> its values: {"optim.lr": (1e-3, 2e-3)}
 
@@ -31,9 +32,7 @@ def zipped(base: RunConfig, values: Values) -> list[RunConfig]:
 def chain(*parts: Iterable[RunConfig]) -> list[RunConfig]:
     """The runs of all parts, one after the other. Raises ConfigError for two runs of one name."""
     runs = list(itertools.chain(*parts))
-    names = [run.name for run in runs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    require(not twice, f"chain: run names are used twice: {', '.join(twice)}")
+    check_names(runs, "chain")
     return runs
 
 

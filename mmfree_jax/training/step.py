@@ -109,7 +109,7 @@ def make_program(key: ProgramKey) -> Program:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, P())
 
-    choosing = lambda function: _with_kernels(function, key.kernels == "auto")
+    choosing = kernels_allowed(key.kernels == "auto")
     train_step = jax.jit(
         choosing(functools.partial(_train_step, graphdef, optimizer, key.optim.accumulate, key.separator)),
         donate_argnums=0,
@@ -124,17 +124,6 @@ def make_program(key: ProgramKey) -> Program:
     # Random number generators compile slowly and run once: optimising their code is not worth the wait.
     start = jax.jit(init, out_shardings=place, compiler_options={"xla_backend_optimization_level": 0})
     return Program(mesh, graphdef, abstract, start, train_step, evaluate)
-
-
-def _with_kernels(function: Callable, allowed: bool) -> Callable:
-    """`function`, traced with or without hand-written kernels."""
-
-    @functools.wraps(function)
-    def traced(*arguments: Any) -> Any:
-        with kernels_allowed(allowed):
-            return function(*arguments)
-
-    return traced
 
 
 def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array | None, jax.Array | None]:

@@ -12,7 +12,7 @@ _allowed: ContextVar[bool] = ContextVar("kernels_allowed", default=True)
 
 @contextlib.contextmanager
 def kernels_allowed(allowed: bool) -> Iterator[None]:
-    """Whether what is traced inside may use kernels; XLA alone computes everything otherwise."""
+    """Whether what is traced inside may use kernels; XLA alone computes everything otherwise. Also a decorator."""
     token = _allowed.set(allowed)
     try:
         yield
