@@ -102,7 +102,7 @@ def one_line(panel: str, prog: str) -> str:
     for marker, template in (("Perhaps you meant", "{0} (did you mean {1}?)"), ("Missing from", "{1} is required")):
         at = next((i for i, line in enumerate(lines[:-1]) if line.startswith(marker)), None)
         if at is not None:
-            return template.format(wrong, lines[at + 1].split()[0])
+            return template.format(wrong, lines[at + 1].split()[0].rstrip(","))
     return f"{wrong} (see {prog} --help)"
 
 

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
 from scaling.fitting.fit import Fit
 from scaling.report.views import PALETTE, SLACK, DifferenceView, FamilyView, loss_limits, loss_ticks, segments, thin
@@ -211,8 +211,9 @@ def residual_figure(fits: Mapping[str, Fit], views: Sequence[FamilyView]) -> Fig
     for panel, label in zip(panels, (AXIS_NAMES["flops"], "tokens per parameter", "normal score"), strict=True):
         panel.axhline(0, color="0.3", lw=0.8)
         panel.set_xlabel(label)
-    panels[0].set_xscale("log")
-    panels[1].set_xscale("log")
+    for panel in panels[:2]:
+        panel.set_xscale("log")
+        panel.xaxis.set_minor_formatter(NullFormatter())  # over a decade or two they would run into each other
     panels[0].set_ylabel("observed − fitted loss (%)")
     figure.legend(loc="outside upper right", ncols=len(views), frameon=False, fontsize=9)
     return figure
