@@ -11,6 +11,8 @@ VERBS = {
     "import": ("mmfree_jax.cli", "import_model", "a Hugging Face folder into a model to train on"),
     "export": ("mmfree_jax.cli", "export_model", "a model into a Hugging Face folder"),
     "bench": ("mmfree_jax.bench.cli", "main", "time the operations and the training step on this machine"),
+    "coordinates": ("mmfree_jax.coordinates", "main", "how far activations move in a few steps, width by width"),
+    "lower": ("mmfree_jax.lowering.cli", "main", "judge a run for a machine that is not here"),
     "corpus": ("mmfree_jax.data.cli", "main", "build, check, pack and measure token sets"),
 }
 SCALING = {
@@ -32,7 +34,7 @@ SCALING = {
 def usage() -> str:
     """The text of --help."""
     rows = {**{verb: text for verb, (_, _, text) in VERBS.items()}, **SCALING}
-    lines = [f"  {verb:<10} {text}" for verb, text in rows.items()]
+    lines = [f"  {verb:<12} {text}" for verb, text in rows.items()]
     return "usage: python launch.py VERB … (VERB --help tells more; --debug shows tracebacks)\n\n" + "\n".join(lines)
 
 

@@ -13,6 +13,10 @@ from rich.console import Console
 
 from mmfree_jax.config import ConfigError, RunConfig
 from mmfree_jax.flops import parameters
+from mmfree_jax.sweep.executor import Executor
+from mmfree_jax.sweep.local import Local, find_slots
+from mmfree_jax.sweep.render import Cloud, render
+from mmfree_jax.sweep.slurm import Slurm, SlurmExecutor
 from mmfree_jax.training.folder import check_data
 
 T = TypeVar("T")
@@ -29,10 +33,24 @@ class SweepArguments:
     """Folder for the runs; a folder that holds this sweep already is continued."""
     slots: int = 0
     """Workers at once (0: one a GPU, or one a CPU core)."""
+    executor: Literal["local", "slurm"] = "local"
+    """Workers on this machine, or SLURM jobs."""
+    slurm: Slurm = dataclasses.field(default_factory=Slurm)
+    """What jobs ask SLURM for."""
+    limit_hours: float = 0.0
+    """Hours that a run may take before it is saved and called failed (0: any number)."""
+    again: bool = False
+    """Run those again that diverged."""
     dry_run: bool = False
     """Print what would be run, and stop."""
     status: bool = False
     """Print where each run stands, and stop."""
+    collect: bool = False
+    """Write runs.csv from the runs that are done by now, and stop."""
+    render: Literal["", "skypilot", "jobset"] = ""
+    """Write the sweep as SkyPilot tasks or as Kubernetes JobSets into OUT, and stop."""
+    cloud: Cloud = dataclasses.field(default_factory=Cloud)
+    """What rendered tasks run on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +62,14 @@ class TrainArguments:
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
     profile: str = ""
     """FROM:TO writes a profiler's trace of these steps to OUT/profile (TensorBoard, Perfetto)."""
+    coordinator: str = ""
+    """HOST:PORT of process 0, where several processes are one run; found by itself under SLURM and on Cloud TPU."""
+    processes: int = 0
+    """How many processes are one run."""
+    process: int = -1
+    """Which of them this is, from 0."""
+    patience: float = 300.0
+    """Seconds to wait for the other processes to come."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,18 +148,33 @@ def _sweep(verb: str, arguments: list[str]) -> int:
 
     chosen = parse(SweepArguments, arguments, f"launch.py {verb}")
     declared = load_study(chosen.experiment)
+    console = Console()
     if chosen.dry_run:
-        print("\n".join(flow.plan_lines(declared, chosen.slots)))
+        print("\n".join(flow.plan_lines(declared, _executor(chosen, console))))
         return 0
     if chosen.status:
         print("\n".join(flow.status_lines(declared, chosen.out)))
         return 0
+    if chosen.collect:
+        print(f"runs table: {flow.collect(chosen.out, declared.runs)}")
+        return 0
+    if chosen.render:
+        print(*render(declared, chosen.experiment, chosen.out, chosen.render, chosen.cloud), sep="\n")
+        return 0
     run = flow.run_study if verb == "study" else flow.sweep
-    return run(declared, chosen.out, Console(), chosen.slots)
+    return run(declared, chosen.out, console, _executor(chosen, console), chosen.again)
+
+
+def _executor(chosen: SweepArguments, console: Console) -> Executor:
+    if chosen.executor == "slurm":
+        say = lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)
+        return SlurmExecutor(chosen.slurm, chosen.limit_hours, say)
+    return Local(find_slots(chosen.slots), chosen.limit_hours)
 
 
 def train(arguments: list[str]) -> int:
     """One run from a preset."""
+    from mmfree_jax import distributed
     from mmfree_jax.presets import PRESETS, run_preset
     from mmfree_jax.training.profiling import step_range
 
@@ -144,6 +185,10 @@ def train(arguments: list[str]) -> int:
     preset, *rest = arguments
     default = TrainArguments(out=tyro.MISSING, run=run_preset(preset))
     chosen = parse(TrainArguments, rest, f"launch.py train {preset}", default)
+    group = distributed.meant(chosen.coordinator, chosen.processes, chosen.process)
+    if group is not None:
+        distributed.join(group, chosen.patience)
+        print(distributed.process_table(), flush=True)
     run = chosen.run
     if run.init:
         from mmfree_jax.weights import model_config
@@ -153,13 +198,15 @@ def train(arguments: list[str]) -> int:
 
 
 def _train(config: RunConfig, out: Path, profiled: range) -> int:
+    import jax
+
     from mmfree_jax.data.corpora import cache_folder, resolve_data
     from mmfree_jax.devices import use_compile_cache
     from mmfree_jax.sweep.view import follow
     from mmfree_jax.training.interrupt import Interrupted
     from mmfree_jax.training.loop import train as train_run
 
-    console = Console()
+    console = Console(quiet=jax.process_index() > 0)
     say = lambda line: console.print(line, highlight=False, soft_wrap=True)
     token_set = resolve_data(config.data, say)
     use_compile_cache(cache_folder() / "compiled")

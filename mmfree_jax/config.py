@@ -17,10 +17,13 @@ from typing import Any, Literal
 
 Mixer = Literal["attention", "mlgru", "rwkv4"]
 Linear = Literal["dense", "ternary"]
-Schedule = Literal["constant", "wsd", "cosine", "cosine-halving"]
+Parametrisation = Literal["standard", "mup"]
+Optimizer = Literal["adamw", "muon"]
+Schedule = Literal["constant", "wsd", "cosine", "cosine-halving", "two-stage"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "products", "codes", "full"]
 Kernels = Literal["auto", "off"]
+Gather = Literal["int8", "packed"]
 
 FAMILIES: dict[str, tuple[Mixer, Linear]] = {
     "transformer++": ("attention", "dense"),
@@ -72,10 +75,15 @@ class ModelConfig:
     output_gate: Literal["official", "paper"] = "official"  # which branch is normed (MLGRU only)
     lower_bounds: bool = True  # learned floors of the forget gate, cumulative over depth (MLGRU only)
     activation_bits: Literal[0, 4, 8] = 8  # 0: activations are not quantised (ternary layers only)
+    gradient_bits: Literal[0, 8] = 0  # 8: integer products in the backward pass too (ternary layers but the head)
     weight_scale: Literal["tensor", "channel"] = "tensor"  # one absmean scale a matrix, or one an output channel
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     init_std: float = 0.02
+    parametrisation: Parametrisation = "standard"  # mup: hyper-parameters of the base serve at every size
+    base_width: int = 0  # mup: the size at which the hyper-parameters were found
+    base_depth: int = 0
+    base_head: int = 0  # mup with attention: head width of the base; 0: as wide as here
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -86,10 +94,16 @@ class ModelConfig:
         self._check_attention() if self.mixer == "attention" else self._check_recurrent()
         if self.linear == "dense":
             self._keeps_default(
-                "activation_bits", "weight_scale", "linear_norm", "dense_head", why="linear=dense has no quantiser"
+                "activation_bits",
+                "gradient_bits",
+                "weight_scale",
+                "linear_norm",
+                "dense_head",
+                why="linear=dense has no quantiser",
             )
         if self.mixer != "mlgru":
             self._keeps_default("output_gate", "lower_bounds", why=f"mixer={self.mixer} has no such gate")
+        self._check_parametrisation()
 
     def _check_attention(self) -> None:
         heads, kv = self.heads, self.kv_heads
@@ -106,6 +120,16 @@ class ModelConfig:
 
     def _check_recurrent(self) -> None:
         self._keeps_default("heads", "kv_heads", why=f"mixer={self.mixer} is element-wise and has no heads")
+
+    def _check_parametrisation(self) -> None:
+        if self.parametrisation == "standard":
+            self._keeps_default("base_width", "base_depth", "base_head", why="parametrisation=standard has no base")
+            return
+        for name in ("base_width", "base_depth"):
+            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: parametrisation=mup needs it")
+        require(self.base_head >= 0, f"model.base_head={self.base_head}: must not be negative")
+        if self.mixer != "attention":
+            self._keeps_default("base_head", why=f"mixer={self.mixer} has no heads")
 
     def _keeps_default(self, *names: str, why: str) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
@@ -157,38 +181,54 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) and its learning-rate schedule. Durations are in optimizer steps.
+    """Optimizer and schedule. Durations are in optimizer steps.
 
+    adamw: Loshchilov & Hutter 2019. muon: orthogonalised momentum for the blocks' matrices (Jordan 2024; updates of
+    AdamW's size, Moonlight, arXiv 2502.16982, equation 4), AdamW for all else.
     wsd: warm-up, constant, linear decay to `final_lr` x peak over the last `decay_steps` (Hu et al. 2024; Hägele et
     al. 2024). cosine: to `final_lr` x peak. cosine-halving: the same, halved from mid-run on (Zhu et al. 2024).
+    two-stage: linear to `final_lr` x peak, from mid-run on times 2/3 and without weight decay (BitNet b1.58).
     `lr` is never part of the compiled program, so runs that differ in it share one.
     """
 
+    optimizer: Optimizer = "adamw"
     lr: float = 3e-3
+    embedding_lr: float = 1.0  # times lr, here and in the next three
+    head_lr: float = 1.0
+    gain_lr: float = 1.0
+    bounds_lr: float = 1.0  # of the forget gate's lower bounds
     schedule: Schedule = "wsd"
     warmup_steps: int = 50
     decay_steps: int = 0
     final_lr: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
+    momentum: float = 0.95  # of muon's matrices, which have no second moment
     eps: float = 1e-8
-    weight_decay: float = 0.1  # on matrices and embeddings; never on gains or lower bounds
+    weight_decay: float = 0.1  # on matrices, embeddings and head; never on gains, lower bounds or other vectors
     clip: float = 1.0  # of the global gradient norm; 0: none
+    z_loss: float = 0.0  # times logsumexp^2 per token, added to the training loss (PaLM: 1e-4); never to a held-out one
     accumulate: int = 1  # micro-batches an optimizer step
 
     def __post_init__(self) -> None:
         check_choices(self)
-        require(self.lr > 0 and math.isfinite(self.lr), f"optim.lr={self.lr}: must be a positive number")
-        require(0 <= self.beta1 < 1, f"optim.beta1={self.beta1}: must lie in [0, 1)")
-        require(0 <= self.beta2 < 1, f"optim.beta2={self.beta2}: must lie in [0, 1)")
+        for name in ("lr", "embedding_lr", "head_lr", "gain_lr", "bounds_lr"):
+            value = getattr(self, name)
+            require(value > 0 and math.isfinite(value), f"optim.{name}={value}: must be a positive number")
+        for name in ("beta1", "beta2", "momentum"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}={getattr(self, name)}: must lie in [0, 1)")
         require(self.eps > 0, f"optim.eps={self.eps}: must be positive")
         require(0 <= self.final_lr <= 1, f"optim.final_lr={self.final_lr}: is a fraction of the peak, in [0, 1]")
-        for name in ("warmup_steps", "decay_steps", "weight_decay", "clip"):
+        for name in ("warmup_steps", "decay_steps", "weight_decay", "clip", "z_loss"):
             require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)}: must not be negative")
         require(self.accumulate >= 1, f"optim.accumulate={self.accumulate}: must be at least 1")
         require(
             self.decay_steps == 0 or self.schedule == "wsd",
             f"optim.decay_steps={self.decay_steps} would do nothing with schedule={self.schedule}",
+        )
+        require(
+            self.optimizer == "muon" or self.momentum == OptimConfig.momentum,
+            f"optim.momentum={self.momentum} would do nothing with optimizer={self.optimizer}: beta1 is its momentum",
         )
 
 
@@ -253,7 +293,8 @@ class RunConfig:
     precision: Precision = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU; weights are float32
     remat: Remat = "none"  # what the backward pass makes again (`models.language_model.remat_policy`)
     kernels: Kernels = "auto"  # hand-written kernels where they serve; off: the compiler alone
-    unroll: int = 1  # layers per iteration of the scan over layers; depth: no loop at all
+    gather: Gather = "int8"  # how ternary codes travel between fsdp shards; packed: four in a byte
+    unroll: int = 0  # layers per iteration of the scan over layers; 0: all on GPUs, where a loop costs a sixth, else 1
     evaluate: bool = True  # on the whole held-out split at the end
     log_every: int = 10
     checkpoint_every: int = 200
@@ -264,13 +305,17 @@ class RunConfig:
         check_choices(self)
         require(bool(self.name) and "/" not in self.name, f"name={self.name!r}: must be a plain file name")
         require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
-        require(self.unroll >= 1, f"unroll={self.unroll}: must be at least 1")
+        require(self.unroll >= 0, f"unroll={self.unroll}: must not be negative")
         require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints}: must be at least 1")
         for name in ("log_every", "checkpoint_every", "diagnose_every"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
         require(
             self.remat != "codes" or self.model.linear == "ternary",
             "remat='codes' keeps the integer codes of ternary layers, and this model has none: use products or full",
+        )
+        require(
+            self.gather == "int8" or (self.mesh.fsdp > 1 and self.model.linear == "ternary"),
+            f"gather={self.gather!r} would do nothing: it needs mesh.fsdp above 1 and ternary layers",
         )
         self._check_lengths()
         self._check_batch()
@@ -305,7 +350,7 @@ class RunConfig:
             f"data.sequence={self.data.sequence} is not divisible by mesh.sequence={size}",
         )
         require(
-            self.model.depth % self.unroll == 0,
+            self.unroll == 0 or self.model.depth % self.unroll == 0,
             f"unroll={self.unroll} does not divide model.depth={self.model.depth}",
         )
 

@@ -1,22 +1,69 @@
-"""Facts about the hardware a run is on: peak rates, memory, energy."""
+"""Facts about hardware, the one that a run is on and others: peak rates, memory, links, energy."""
 
+import dataclasses
 import importlib
 import resource
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-# Dense bfloat16 FLOP/s of one device by its makers' data sheets, by a part of jax's device_kind.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
+from mmfree_jax.tracing import during
+
+Platform = Literal["cuda", "tpu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One accelerator by its makers' data sheet: dense rates, bytes and bytes per second of one device, one way."""
+
+    platform: Platform
+    memory: float
+    bandwidth: float  # of its memory
+    bf16: float  # FLOP/s
+    int8: float  # operations per second
+    link: float  # to devices of the same island, as a ring along one mesh axis uses it
+    network: float  # beyond the island
+    island: int  # devices that the fast links join
+    kernels: bool = False  # whether ours run on it
+
+
+# NVIDIA H200, H100 SXM and A100 80GB SXM data sheets: NVLink 900, 900 and 600 GB/s both ways; in DGX systems of eight a
+# network card of 400 (A100: 200) Gb/s for each. TPU: docs.cloud.google.com/tpu/docs/v6e, which has v5e beside it: a
+# ring uses two of a chip's four ports; 2 x 100 and 4 x 200 Gb/s for each host of eight chips.
+DEVICES = {
+    "h200": Device("cuda", 141e9, 4.8e12, 989e12, 1979e12, 450e9, 50e9, 8, kernels=True),
+    "h100": Device("cuda", 80e9, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8, kernels=True),
+    "a100": Device("cuda", 80e9, 2.039e12, 312e12, 624e12, 300e9, 25e9, 8),
+    "tpu-v5e": Device("tpu", 16e9, 800e9, 197e12, 393e12, 100e9, 3.1e9, 256),
+    "tpu-v6e": Device("tpu", 32e9, 1600e9, 918e12, 1836e12, 200e9, 12.5e9, 256),
 }
+
+# Dense bfloat16 FLOP/s by a part of jax's device_kind.
+PEAK_FLOPS = {
+    "H200": DEVICES["h200"].bf16,
+    "H100": DEVICES["h100"].bf16,
+    "A100": DEVICES["a100"].bf16,
+    "TPU v4": 275e12,
+    "TPU v5 lite": DEVICES["tpu-v5e"].bf16,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": DEVICES["tpu-v6e"].bf16,
+}
+
+_absent: ContextVar[Platform | None] = ContextVar("absent", default=None)
+
+
+def meant_for(platform: Platform) -> AbstractContextManager[None]:
+    """What is traced inside takes the forms of a platform that need not be here."""
+    return during(_absent, platform)
+
+
+def backend() -> str:
+    """The platform that is computed on, or that is traced for: "cpu", "gpu" or "tpu"."""
+    absent = _absent.get()
+    return jax.default_backend() if absent is None else {"cuda": "gpu"}.get(absent, absent)
 
 
 def peak_flops(kind: str) -> float | None:
@@ -26,7 +73,7 @@ def peak_flops(kind: str) -> float | None:
 
 def peak_memory_bytes() -> int:
     """The most memory held so far: of the first accelerator, or of this process on a CPU."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     return int(stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 

@@ -172,6 +172,7 @@ def _format(config: ModelConfig) -> str:
     plain = ModelConfig()
     for name in (
         "dense_head", "linear_norm", "sublayer_norm", "output_gate", "activation_bits", "weight_scale",
+        "parametrisation",
     ):  # fmt: skip
         value, official = getattr(config, name), getattr(plain, name)
         require(value == official, f"model.{name}={value!r} cannot be exported: the format has only {official!r}")

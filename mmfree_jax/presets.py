@@ -4,7 +4,8 @@ import difflib
 
 from mmfree_jax.config import FAMILIES, ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig
 
-# name: (depth, width). 370m, 1.3b and 2.7b are those of Zhu et al. 2024 (arXiv 2406.02528), 7b and 13b those of Llama.
+# name: (depth, width). 370m, 1.3b and 2.7b are those of Zhu et al. 2024 (arXiv 2406.02528), 7b and 13b those of Llama
+# (Touvron et al. 2023, arXiv 2302.13971), 70b its 65B six layers deeper.
 SIZES = {
     "tiny": (4, 128),
     "370m": (24, 1024),
@@ -12,13 +13,14 @@ SIZES = {
     "2.7b": (32, 2560),
     "7b": (32, 4096),
     "13b": (40, 5120),
+    "70b": (86, 8192),
 }
 PRESETS = tuple(f"{family}-{size}" for family in FAMILIES for size in SIZES)
 
-# Peak learning rates and token budgets of Zhu et al. 2024, section 4; 7b and 13b continue their trend and are untested.
-RATES = {"370m": 4e-3, "1.3b": 2.5e-3, "2.7b": 1.5e-3, "7b": 1e-3, "13b": 7e-4}
+# Peak learning rates and token budgets of Zhu et al. 2024, section 4; 7b to 70b continue their trend and are untested.
+RATES = {"370m": 4e-3, "1.3b": 2.5e-3, "2.7b": 1.5e-3, "7b": 1e-3, "13b": 7e-4, "70b": 3e-4}
 DENSE_RATE = 3e-4
-TOKENS = {"370m": 15e9, "1.3b": 100e9, "2.7b": 100e9, "7b": 100e9, "13b": 100e9}
+TOKENS = {"370m": 15e9, "1.3b": 100e9, "2.7b": 100e9, "7b": 100e9, "13b": 100e9, "70b": 100e9}
 TINY_RATES = {"dense": 2e-3, "ternary": 8e-3}  # experiments/results/quickstart_rates.csv
 
 

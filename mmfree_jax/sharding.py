@@ -1,11 +1,17 @@
 """The only place where a logical axis name becomes a mesh axis.
 
-Modules name what each axis of an array *is* ("embed", "mlp", "batch"); `RULES` says where that lives. Axis types are
-Auto, spelled out: the compiler places what is not constrained here, and the tests read what it made of it.
+Modules name what each axis of an array *is* ("embed", "mlp", "batch"); `Rules` says where that lives. Axis types are
+Auto, spelled out: the compiler places what is not constrained here, and the tests read what it made of it. What the
+compiler cannot cut, or would cut badly, runs on each device's part of its arguments in `per_shard`.
 """
 
+import dataclasses
+import functools
 import math
-from typing import Any
+from collections.abc import Callable, ItemsView, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -13,21 +19,44 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import ConfigError, MeshConfig
+from mmfree_jax.tracing import during
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+Axes = str | tuple[str, ...] | None
+Names = tuple[Axes, ...]  # logical names of an array's axes, None where it is not cut; several share one axis in order
 
-# Parameters: the embed axis is split over fsdp, the wide axis over tensor. Activations: rows over data and fsdp.
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    "embed": "fsdp",
-    "mlp": "tensor",
-    "heads": "tensor",
-    "vocab": "tensor",
-    "layers": None,
-    "norm": None,
-    "batch": ("data", "fsdp"),
-    "time": "sequence",
-    "channels": "tensor",
-}
+
+@dataclass(frozen=True)
+class Rules:
+    """The mesh axes that cut each logical axis; None: never cut."""
+
+    # of parameters: one axis of every matrix is cut over fsdp, the other over tensor
+    embed: Axes = "fsdp"
+    mlp: Axes = "tensor"
+    heads: Axes = "tensor"
+    vocab: Axes = "tensor"
+    layers: Axes = None
+    norm: Axes = None
+    # of activations
+    batch: Axes = ("data", "fsdp")
+    time: Axes = "sequence"
+    channels: Axes = "tensor"
+
+    def items(self) -> ItemsView[str, Axes]:
+        """Pairs of a logical name and its mesh axes."""
+        return dataclasses.asdict(self).items()
+
+    def axes(self, name: Axes) -> tuple[str, ...]:
+        """Mesh axes of a logical name, or of several one after another."""
+        if name is None:
+            return ()
+        if isinstance(name, tuple):
+            return tuple(axis for one in name for axis in self.axes(one))
+        axes = getattr(self, name)
+        return (axes,) if isinstance(axes, str) else axes or ()
+
+
+RULES = Rules()
 
 # Modules are built without a mesh; shardings are applied once, where the state is made by a jitted initialiser.
 nnx.use_eager_sharding(False)
@@ -48,27 +77,146 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[: config.devices])
 
 
-def spec(*axes: str | None) -> P:
+def spec(*axes: Axes) -> P:
     """The PartitionSpec of an array whose axes carry these logical names (None: not split)."""
-    return P(*(None if axis is None else RULES[axis] for axis in axes))
+    return P(*(RULES.axes(axis) or None for axis in axes))
+
+
+def whole(axes: Names) -> Names:
+    """Logical names of a weight's axes once its fsdp shards are together, and of the activations on either side."""
+    return tuple(None if name == "embed" else name for name in axes)
+
+
+def rows_of(ndim: int, last: Axes = None) -> Names:
+    """Logical names of activations [B, T, ..., D]."""
+    return (*("batch", "time", *(None,) * ndim)[: ndim - 1], last)
 
 
 def fitted(shape: tuple[int, ...], wanted: P, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> P:
     """`wanted` without the mesh axes that do not divide their dimension: a vocabulary of 257 cannot be halved."""
 
-    def fit(size: int, axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    def fit(size: int, axes: Axes) -> Axes:
         names = (axes,) if isinstance(axes, str) else axes or ()
         return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
     return P(*(fit(size, axes) for size, axes in zip(shape, wanted, strict=False)))
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Fix the placement of an activation inside jit; outside a mesh context this returns x unchanged."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+def ways(name: Axes, size: int) -> int:
+    """Into how many parts the surrounding mesh cuts an axis of this size and logical name; 1 outside a mesh, inside
+    `per_shard`, and where they would not be equal."""
+    mesh = _surrounding()
+    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES.axes(name))
+    return parts if size % parts == 0 else 1
+
+
+def constrain(x: jax.Array, *axes: Axes) -> jax.Array:
+    """Fix the placement of an array inside jit; outside a mesh context this returns x unchanged."""
+    mesh = _surrounding()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, fitted(x.shape, spec(*axes), mesh))
+
+
+_packed: ContextVar[bool] = ContextVar("packed", default=False)
+
+
+def packing(packed: bool) -> Any:
+    """Whether ternary codes are packed before they are gathered by what is traced inside. Also a decorator."""
+    return during(_packed, packed)
+
+
+def packed_gathers() -> bool:
+    """Whether ternary codes are gathered four in a byte."""
+    return _packed.get()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(w: jax.Array, axes: Names) -> jax.Array:
+    """A weight with its fsdp shards put together, in the type that it has here; its gradient goes back to shards.
+
+    Other axes stay cut. The gradient of a sharding constraint is that constraint, which would put whole gradients on
+    every device: hence a rule of its own.
+    """
+    return constrain(constrain(w, *axes), *whole(axes))
+
+
+gathered.defvjp(lambda w, axes: (gathered(w, axes), None), lambda axes, _, dw: (constrain(dw, *axes),))
+
+
+class Summed(NamedTuple):
+    """Names of a result of `per_shard` that each device has its own rows' part of: they are added over batch and time.
+    Of an axis named embed every fsdp shard receives its own piece only."""
+
+    names: Names
+
+
+def per_shard(
+    f: Callable[..., tuple], inputs: Sequence[Names], outputs: Sequence[Names | Summed], *args: Any
+) -> tuple[Any, ...]:
+    """f(*args) with every device working on its own part: args[i] is cut along the logical axes inputs[i], and what f
+    returns, a tuple, is put together along `outputs`.
+
+    An argument or result may be a tree of arrays that share their names, or None. An axis that cannot be cut evenly in
+    every argument is cut in none; one of size 1 is not cut, but broadcast. What f needs of other devices it fetches
+    itself, along `axis_if_cut`.
+    """
+    if _surrounding() is None:
+        return f(*args)
+    cut = _cut(inputs, args)
+    place = lambda names: spec(*(name if name in cut else None for name in names))
+    long = lambda names, leaf: tuple(n if size > 1 else None for n, size in zip(names, leaf.shape, strict=True))
+    in_specs = tuple(
+        jax.tree.map(lambda leaf, names=names: place(long(names, leaf)), arg)
+        for names, arg in zip(inputs, args, strict=True)
+    )
+    rows, pieces = _several(tuple(name for name in ("batch", "time") if name in cut)), _several("embed")
+    pieces = pieces if set(pieces) <= set(rows) else ()
+
+    def local(*args: Any) -> tuple:
+        added = lambda out, result: jax.tree.map(lambda part: _added(out.names, part, rows, pieces), result)
+        pairs = zip(outputs, f(*args), strict=True)
+        return tuple(added(out, result) if isinstance(out, Summed) else result for out, result in pairs)
+
+    cut |= {"embed"} if pieces else set()
+    out_specs = tuple(place(out.names if isinstance(out, Summed) else out) for out in outputs)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+
+
+def _added(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: tuple[str, ...]) -> jax.Array:
+    """The sum of parts over the mesh axes `rows`; over `pieces` of them, only this device's piece along embed."""
+    if pieces and "embed" in names:
+        part = jax.lax.psum_scatter(part, pieces, scatter_dimension=names.index("embed"), tiled=True)
+        rows = tuple(axis for axis in rows if axis not in pieces)
+    return jax.lax.psum(part, rows) if rows else part
+
+
+def _several(name: Axes) -> tuple[str, ...]:
+    """The mesh axes of a logical name that are more than one device long."""
+    return tuple(axis for axis in RULES.axes(name) if jax.sharding.get_abstract_mesh().shape[axis] > 1)
+
+
+def _cut(inputs: Sequence[Names], args: Sequence[Any]) -> set[Axes]:
+    """The logical names along which `per_shard` cuts these arguments."""
+    sized = [
+        (name, size)
+        for names, arg in zip(inputs, args, strict=True)
+        for leaf in jax.tree.leaves(arg)
+        for name, size in zip(names, leaf.shape, strict=True)
+        if size > 1
+    ]
+    return {name for name, _ in sized} - {name for name, size in sized if ways(name, size) == 1}
+
+
+def axis_if_cut(name: str, size: int) -> str | None:
+    """The mesh axis along which `per_shard` cuts an axis of this size; None where it is whole on every device."""
+    return RULES.axes(name)[0] if ways(name, size) > 1 else None
+
+
+def _surrounding() -> jax.sharding.AbstractMesh | None:
+    """The mesh to place arrays on; None on one device, and inside `per_shard`, where every array is local."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def partitioned(initializer: Any, *axes: str | None) -> Any:

@@ -2,11 +2,14 @@
 
 import csv
 import math
+import statistics
 from pathlib import Path
 
 import pytest
 
-from experiments import quickstart, quickstart_rates
+from experiments import integer_gradients, ladder, quickstart, quickstart_rates
+from experiments.learning_rate_picture import curves, optimum
+from experiments.learning_rate_transfer import GRID, read
 from mmfree_jax import flops
 from mmfree_jax.sweep.experiment import run_flops
 
@@ -52,3 +55,30 @@ def test_the_rates_are_those_that_the_committed_table_gives(family):
     inside = [quickstart.rate(family, width) for width in quickstart.WIDTHS]
     assert inside == sorted(inside, reverse=True)
     assert all(math.isfinite(rate) for rate in inside)
+
+
+def test_integer_gradients_cost_no_more_than_the_seeds_do():
+    """The table is that of the experiment's runs, and shows what its header says."""
+    with (RESULTS / "integer_gradients.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run_id"] for row in rows] == [run.name for run in integer_gradients.study().runs]
+    losses = {(row["gradient_bits"], row["seed"]): float(row["loss"]) for row in rows}
+    differences = [losses["8", str(seed)] - losses["0", str(seed)] for seed in integer_gradients.SEEDS]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    assert abs(statistics.mean(differences)) < 2 * error < 0.02
+
+
+def optima(family, parametrisation):
+    """Best rate by width in the committed table."""
+    found = curves(read(RESULTS / "learning_rate_transfer.csv"))[family, parametrisation]
+    return {width: optimum(losses) for width, losses in sorted(found.items())}
+
+
+@pytest.mark.parametrize("family", quickstart.FAMILIES)
+def test_the_best_rate_stays_put_under_mup_and_falls_under_the_standard_parametrisation(family):
+    steps = lambda best: [math.log(rate / best[256], GRID) for rate in best.values()]
+    kept, standard = optima(family, "mup"), optima(family, "standard")
+    assert set(kept) == set(standard) == {256, 512, 1024, 2048}
+    assert max(map(abs, steps(kept))) < 1
+    assert steps(standard)[-1] < -2
+    assert ladder.BASES[family].lr == pytest.approx(kept[256], rel=0.05)

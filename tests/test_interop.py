@@ -1,5 +1,6 @@
 """Hugging Face folders: what comes back is what went in, and what does not fit is named."""
 
+import dataclasses
 import json
 
 import jax
@@ -162,3 +163,9 @@ def test_llama_logits_are_those_of_transformers(name, tmp_path):
     np.testing.assert_allclose(logits(built, ids), expected, atol=1e-5)
     theirs.save_pretrained(tmp_path / "theirs")
     np.testing.assert_allclose(logits(load_huggingface(tmp_path / "theirs"), ids), expected, atol=1e-5)
+
+
+def test_a_model_with_factors_in_its_forward_pass_is_not_exported(tmp_path):
+    config = dataclasses.replace(CONFIGS["matmul-free"], parametrisation="mup", base_width=8, base_depth=2)
+    with pytest.raises(ConfigError, match=r"model\.parametrisation='mup' cannot be exported"):
+        save_huggingface(plain_model(config), tmp_path / "hf")

@@ -1,6 +1,7 @@
 """`launch.py bench`: tables for people, JSON for programs."""
 
 import dataclasses
+import functools
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +23,9 @@ from mmfree_jax.files import write_json
 class BenchArguments:
     """Time the operations, each checked against its reference first, and whole training steps on this machine."""
 
-    suite: Literal["all", "kernels", "step"] = "all"
-    """kernels: the operations, variants side by side; step: training steps of presets."""
+    suite: Literal["all", "kernels", "step", "memory"] = "all"
+    """kernels: the operations, variants side by side; step: training steps of presets; memory: what steps with every
+    remat policy ask for, compiled but not run."""
     json: Path | None = None
     """File for all figures."""
     only: str = ""
@@ -74,28 +76,29 @@ def _operation_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterato
             yield from operations.measure(case, limits)
 
 
+def _chosen(chosen: BenchArguments, small: tuple, full: tuple) -> tuple:
+    return tuple(case for case in (small if _is_small(chosen) else full) if chosen.only in case.preset)
+
+
 def _step_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
-    cases = steps.SMALL if _is_small(chosen) else steps.FULL
-    yield from steps.measure_all(tuple(case for case in cases if chosen.only in case.preset), limits)
+    cases = _chosen(chosen, steps.SMALL, steps.FULL)
+    yield from steps.each(cases, functools.partial(steps.measure, limits=limits))
 
 
-SUITES: dict[str, Rows] = {"kernels": _operation_rows, "step": _step_rows}
+def _memory_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    yield from steps.each(_chosen(chosen, steps.SMALL_MEMORY, steps.FULL_MEMORY), steps.memory)
+
+
+SUITES: dict[str, Rows] = {"kernels": _operation_rows, "step": _step_rows, "memory": _memory_rows}
+CASE = ("preset", "batch", "sequence", "remat", "kernels", "gradient_bits", "unoptimised")
 SHOWN = {
     "kernels": ("case", "variant", "ms", "ms_least", "ms_most", "of_copy", "of_bf16", "temporary_mb", "error"),
     "step": (
-        *(
-            "preset",
-            "batch",
-            "sequence",
-            "remat",
-            "kernels",
-            "tokens_per_s",
-            "step_ms",
-            "step_ms_least",
-            "step_ms_most",
-        ),
-        *("of_bf16", "of_data_sheet", "total_gb", "compile_s"),
+        *CASE,
+        *("tokens_per_s", "step_ms", "step_ms_least", "step_ms_most"),
+        *("of_bf16", "of_data_sheet", "total_gb", "temporary_gb", "compile_s"),
     ),
+    "memory": (*CASE, "total_gb", "temporary_gb", "compile_s"),
 }
 
 

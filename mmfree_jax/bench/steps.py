@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -31,34 +31,49 @@ class StepCase:
     sequence: int
     remat: str = "none"
     kernels: str = "auto"
+    gradient_bits: Literal[0, 8] = 0
     unoptimised: Literal["", "bfloat16", "float32"] = ""  # the model of `bench.unoptimised` in this type
 
     def run(self) -> RunConfig:
         """The run whose step is timed: the layers unrolled, as on GPUs the loop over them costs a sixth."""
         run = run_preset(self.preset)
         data = dataclasses.replace(run.data, batch=self.batch, sequence=self.sequence)
+        model = dataclasses.replace(run.model, gradient_bits=self.gradient_bits)
         changes: dict[str, Any] = {"remat": self.remat, "kernels": self.kernels}
         changes["precision"] = self.unoptimised or run.precision
-        return dataclasses.replace(run, data=data, unroll=run.model.depth, **changes)
+        return dataclasses.replace(run, model=model, data=data, unroll=run.model.depth, **changes)
 
 
 FULL = (
     StepCase("transformer++-1.3b", 8, 2048),
     StepCase("matmul-free-1.3b", 8, 2048),
-    StepCase("matmul-free-1.3b", 8, 2048, remat="codes"),
+    StepCase("matmul-free-1.3b", 8, 2048, gradient_bits=8),
     StepCase("transformer++-1.3b", 2, 8192),
     StepCase("matmul-free-1.3b", 2, 8192),
     StepCase("transformer++-370m", 8, 2048),
     StepCase("matmul-free-370m", 8, 2048),
-    StepCase("matmul-free-1.3b", 4, 2048),
-    StepCase("matmul-free-1.3b", 4, 2048, unoptimised="bfloat16"),
-    StepCase("matmul-free-1.3b", 4, 2048, unoptimised="float32"),
+    StepCase("matmul-free-1.3b", 8, 2048, unoptimised="bfloat16"),
+    StepCase("matmul-free-1.3b", 8, 2048, remat="codes"),
+    StepCase("matmul-free-1.3b", 2, 8192, gradient_bits=8),
+    StepCase("matmul-free-1.3b", 8, 2048, unoptimised="float32"),
     StepCase("matmul-free-1.3b", 8, 2048, kernels="off"),
 )
 SMALL = (
     StepCase("transformer++-tiny", 4, 128),
     StepCase("matmul-free-tiny", 4, 128),
+    StepCase("matmul-free-tiny", 4, 128, gradient_bits=8),
     StepCase("matmul-free-tiny", 4, 128, unoptimised="float32"),
+)
+FULL_MEMORY = (
+    *(StepCase("matmul-free-1.3b", 4, 2048, remat=remat) for remat in ("none", "products", "codes", "full")),
+    StepCase("matmul-free-1.3b", 4, 2048, unoptimised="bfloat16"),
+    StepCase("matmul-free-1.3b", 4, 2048, unoptimised="float32"),
+    *(StepCase("transformer++-1.3b", 4, 2048, remat=remat) for remat in ("none", "products", "full")),
+)
+SMALL_MEMORY = (
+    *(StepCase("matmul-free-tiny", 16, 512, remat=remat) for remat in ("none", "full")),
+    StepCase("matmul-free-tiny", 16, 512, unoptimised="float32"),
+    StepCase("transformer++-tiny", 16, 512),
 )
 
 
@@ -68,9 +83,7 @@ def measure(case: StepCase, limits: dict[str, float]) -> dict[str, Any]:
     `total_gb` is what the compiled step asks for at once: state, batch, temporaries. The memory that other cases left
     allocated does not count.
     """
-    run = case.run()
-    program = make_program(program_key(run, end_of_document=None))
-    step = _unoptimised(run, program) if case.unoptimised else program.train_step
+    run, program, step = _step(case)
     shape = (case.batch, case.sequence + 1)
     tokens = np.random.default_rng(0).integers(0, run.model.vocab, shape, dtype=np.int32)
     with jax.set_mesh(program.mesh):
@@ -106,9 +119,31 @@ def measure(case: StepCase, limits: dict[str, float]) -> dict[str, Any]:
     }
 
 
+def memory(case: StepCase) -> dict[str, Any]:
+    """What the compiled step of one case asks for, without running it."""
+    _, program, step = _step(case)
+    tokens = jax.ShapeDtypeStruct((case.batch, case.sequence + 1), np.int32)
+    with jax.set_mesh(program.mesh):
+        began = time.perf_counter()
+        compiled = step.lower(program.abstract_state, tokens, jax.ShapeDtypeStruct((), np.float32)).compile()
+    found = memory_bytes(compiled)
+    return {
+        **dataclasses.asdict(case),
+        "total_gb": found["total"] / 1e9,
+        "temporary_gb": found["temporary"] / 1e9,
+        "compile_s": time.perf_counter() - began,
+    }
+
+
+def _step(case: StepCase) -> tuple[RunConfig, Program, jax.stages.Wrapped]:
+    run = case.run()
+    program = make_program(program_key(run, end_of_document=None))
+    return run, program, _unoptimised(run, program) if case.unoptimised else program.train_step
+
+
 def _unoptimised(run: RunConfig, program: Program) -> jax.stages.Wrapped:
     """`train_step` with the loss of `bench.unoptimised` in place of the model's own."""
-    optimizer = make_optimizer(run.optim)
+    optimizer = make_optimizer(run.optim, run.model)
 
     def step(state: TrainState, tokens_BT: jax.Array, rate: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         loss = lambda params: unoptimised.loss(nnx.merge(program.graphdef, params), tokens_BT[:, :-1], tokens_BT[:, 1:])
@@ -120,9 +155,9 @@ def _unoptimised(run: RunConfig, program: Program) -> jax.stages.Wrapped:
     return jax.jit(step, donate_argnums=0)
 
 
-def measure_all(cases: tuple[StepCase, ...], limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+def each(cases: tuple[StepCase, ...], measured: Callable[[StepCase], dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Each case in turn; what one held on the device is gone before the next."""
     for case in cases:
-        yield measure(case, limits)
+        yield measured(case)
         make_program.cache_clear()
         jax.clear_caches()

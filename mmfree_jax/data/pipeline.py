@@ -1,8 +1,8 @@
 """Batches for training and evaluation. Everything is a pure function of one integer, the number of examples consumed.
 
 An example is a window of `sequence + 1` tokens; windows start every `sequence` tokens, so every token but the first is
-a target exactly once an epoch. Grain shuffles and mixes the windows with random access, so any host can compute its
-rows of any batch, and a run goes on from an integer on any number of hosts, with any batch size.
+a target exactly once an epoch. Grain shuffles and mixes the windows with random access, so any process can compute
+its rows of any batch, and a run goes on from an integer in any number of processes, with any batch size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,23 +51,20 @@ def examples(sources: Sequence[Windows], weights: Sequence[float], seed: int) ->
 
 
 class Batches:
-    """An endless iterator of this host's rows, int32 [batch // hosts, sequence + 1], made ahead of time by a thread
+    """An endless iterator of `rows` of each batch, int32 [len(rows), sequence + 1], made ahead of time by a thread
     that also takes them where `put` says.
 
-    `state` is the number of examples that all hosts together have been given: pass it as `start` to go on, on any
-    number of hosts and with any batch size. Use as a context manager, or call `close`, to stop the thread.
+    `state` is the number of examples that all processes together have been given: pass it as `start` to go on, in any
+    number of processes and with any batch size. Use as a context manager, or call `close`, to stop the thread.
     """
 
-    def __init__(
-        self, dataset: "grain.MapDataset", batch: int, start: int, host: int, hosts: int, ahead: int, put: Put
-    ):
-        if batch <= 0 or hosts <= 0 or batch % hosts or not 0 <= host < hosts:
-            raise ValueError(f"batch {batch} must be a positive multiple of hosts {hosts}, and host {host} one of them")
+    def __init__(self, dataset: "grain.MapDataset", batch: int, start: int, rows: Sequence[int], ahead: int, put: Put):
+        if batch <= 0 or len(rows) == 0 or not set(rows) <= set(range(batch)):
+            raise ValueError(f"rows {list(rows)} must be some of the {batch} of a batch")
         if start < 0:
             raise ValueError(f"start {start} must not be negative")
         self.dataset, self.batch, self.state, self.put = dataset, batch, start, put
-        rows = batch // hosts
-        self._rows = range(host * rows, (host + 1) * rows)
+        self._rows = rows
         self._ahead = Prefetched(self._generate(start), ahead)
 
     def _generate(self, start: int) -> Iterator[Any]:
@@ -101,20 +98,21 @@ def batches(
     batch: int,
     seed: int,
     start: int = 0,
-    host: int = 0,
-    hosts: int = 1,
+    rows: Sequence[int] | None = None,
     split: str = "train",
     ahead: int = 4,
     put: Put = lambda rows: rows,
 ) -> Batches:
     """Shuffled training batches of a token set or a `Mixture`.
 
-    batch: windows over all hosts; host h gets rows [h, h + 1) * batch / hosts of the global batch. start: examples
+    batch: windows of all processes together; `rows`: which of them this process wants, None for all. start: examples
     consumed before (`Batches.state`). ahead: batches prepared in advance, at least 1. put: done to each batch ahead,
     such as the copy to a device. Raises ValueError for impossible sizes.
     """
     sources = [Windows(one.split(split), sequence) for one in token_set.sets]
-    return Batches(examples(sources, token_set.weights, seed), batch, start, host, hosts, ahead, put)
+    return Batches(
+        examples(sources, token_set.weights, seed), batch, start, range(batch) if rows is None else rows, ahead, put
+    )
 
 
 def evaluation_windows(

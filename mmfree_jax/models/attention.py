@@ -12,6 +12,7 @@ from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
 from mmfree_jax.ops.attention import attend, causal_attention
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.ternary import wide
+from mmfree_jax.parametrisation import scales
 from mmfree_jax.sharding import constrain
 
 
@@ -46,6 +47,7 @@ class Attention(nnx.Module):
         K = D // H
         self.head_width = K
         self.kv_heads = config.kv_heads or H
+        self.score_scale = scales(config).scores
         into, out = mixer_inits(config)
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
         self.query = Projection(config, D, D, init=into, axes=("embed", "heads"), **kwargs)
@@ -63,6 +65,7 @@ class Attention(nnx.Module):
         time = u_BTD.shape[1]
         heads = lambda a: constrain(a.reshape(*a.shape[:2], -1, self.head_width), "batch", "time", "heads", None)
         (q,), (k, v) = self.query(u_BTD), self.key_value(u_BTD)
+        q = q if self.score_scale == 1 else q * self.score_scale
         q_BTHK, k_BTHK = (rotate(heads(a), context.rotary) for a in (q, k))
         if state is None:
             y_BTHK = causal_attention(q_BTHK, k_BTHK, heads(v), segments_BT=context.segments_BT)

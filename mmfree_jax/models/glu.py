@@ -1,14 +1,13 @@
 """Channel mixing: the gated linear unit of every family (SwiGLU, Shazeer 2020, arXiv 2002.05202; Zhu et al. 2024,
 section 3.3)."""
 
-import math
 from typing import Any
 
 import jax
 from flax import nnx
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.models.layers import Projection, RMSNorm, normal
+from mmfree_jax.models.layers import Projection, RMSNorm, matrix_inits
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.sharding import constrain
 
@@ -17,12 +16,12 @@ class GLU(nnx.Module):
     """down(silu(gate(x)) * up(x)); gate and up are one tensor to the quantiser, as in the official checkpoints."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Any):
-        D, F, std = config.width, config.glu_width, config.init_std
-        down = normal(std / math.sqrt(2 * config.depth))
+        D, F = config.width, config.glu_width
+        into, out = matrix_inits(config)
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
-        self.gate_up = Projection(config, D, F, init=normal(std), axes=("embed", "mlp"), groups=2, joint=True, **kwargs)
+        self.gate_up = Projection(config, D, F, init=into, axes=("embed", "mlp"), groups=2, joint=True, **kwargs)
         self.norm = RMSNorm(F, config.norm_eps, param_dtype) if config.sublayer_norm else None
-        self.down = Projection(config, F, D, init=down, axes=("mlp", "embed"), **kwargs)
+        self.down = Projection(config, F, D, init=out, axes=("mlp", "embed"), **kwargs)
 
     def __call__(self, x_BTD: jax.Array | Prologue) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""

@@ -17,9 +17,11 @@ from mmfree_jax.models.mlgru import MLGRU, floors
 from mmfree_jax.models.rwkv4 import RWKV4
 from mmfree_jax.ops.bit_linear import bit_linear
 from mmfree_jax.ops.cross_entropy import head_loss, head_nats
+from mmfree_jax.ops.embedding import embed
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.ternary import wide
-from mmfree_jax.sharding import constrain, partitioned
+from mmfree_jax.parametrisation import scales
+from mmfree_jax.sharding import constrain, gathered, partitioned
 
 MIXERS: dict[str, Any] = {"mlgru": MLGRU, "attention": Attention, "rwkv4": RWKV4}
 KEPT: dict[str, tuple[str, ...]] = {  # names that ops and modules give to what they compute
@@ -68,11 +70,12 @@ class DecodeState:
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: x + mixer(norm(x)), then x + glu(norm(x))."""
+    """Pre-norm residual block: x + c mixer(norm(x)), then x + c glu(norm(x)), with c of `parametrisation`."""
 
     def __init__(self, config: ModelConfig, layer: jax.Array, *, rngs: nnx.Rngs, param_dtype: Any):
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
         self.ternary = config.linear == "ternary"
+        self.residual = scales(config).residual
         self.mixer_norm = RMSNorm(config.width, config.norm_eps, param_dtype)
         self.mixer = MIXERS[config.mixer](config, layer, **kwargs)
         self.glu_norm = RMSNorm(config.width, config.norm_eps, param_dtype)
@@ -81,8 +84,12 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, context: Context, floor_D: jax.Array | None, state: Any) -> tuple:
         """[B, T, D] -> [B, T, D] and the mixer's state after the last token."""
         y_BTD, state = self.mixer(self._normed(self.mixer_norm, x_BTD), context, floor_D, state)
-        x_BTD = checkpoint_name(constrain(x_BTD + y_BTD, "batch", "time", None), "residual")
-        return constrain(x_BTD + self.glu(self._normed(self.glu_norm, x_BTD)), "batch", "time", None), state
+        x_BTD = checkpoint_name(constrain(x_BTD + self._scaled(y_BTD), "batch", "time", None), "residual")
+        y_BTD = self.glu(self._normed(self.glu_norm, x_BTD))
+        return constrain(x_BTD + self._scaled(y_BTD), "batch", "time", None), state
+
+    def _scaled(self, y_BTD: jax.Array) -> jax.Array:
+        return y_BTD if self.residual == 1 else y_BTD * self.residual
 
     def _normed(self, norm: RMSNorm, x_BTD: jax.Array) -> jax.Array | Prologue:
         """Ternary layers take the norm unevaluated; dense ones share its value."""
@@ -149,15 +156,15 @@ class LanguageModel(nnx.Module):
         mask_BT weighs the targets (0 leaves one out); z_loss is described at `cross_entropy.head_loss`.
         """
         x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
-        operands = self.head.operands(self.embedding[...])
-        total = head_loss(self.head.recipe, x_BTD, *operands, targets_BT, mask_BT, z_loss=z_loss)
+        operands = self.head.operands(x_BTD, self.embedding[...])
+        total = head_loss(self.head.recipe, *operands, targets_BT, mask_BT, z_loss=z_loss)
         count = targets_BT.size if mask_BT is None else jnp.sum(mask_BT.astype(total.dtype))
         return total, jnp.asarray(count, total.dtype)
 
     def nats(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         """Cross-entropy of each target in nats, [B, T], in at least float32. Chunked, for evaluation."""
         x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
-        return head_nats(self.head.recipe, x_BTD, *self.head.operands(self.embedding[...]), targets_BT)
+        return head_nats(self.head.recipe, *self.head.operands(x_BTD, self.embedding[...]), targets_BT)
 
     def hidden(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         """Normed output of the last block, [B, T, D] of `dtype`."""
@@ -171,6 +178,17 @@ class LanguageModel(nnx.Module):
         body = remat_policy(self.remat)(body)
         x_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), (self.blocks, self._floors()), unroll=self.unroll)
         return self.norm(x_BTD)
+
+    def residuals(self, tokens_BT: jax.Array) -> jax.Array:
+        """The residual stream after the embedding and after each block, [L + 1, B, T, D], to look at."""
+        context = Context(None, None, self._rotary(jnp.arange(tokens_BT.shape[1])))
+
+        def body(x_BTD, layer):
+            x_BTD = layer[0](x_BTD, context, layer[1], None)[0]
+            return x_BTD, x_BTD
+
+        x_BTD = self._embed(tokens_BT)
+        return jnp.concatenate([x_BTD[None], jax.lax.scan(body, x_BTD, (self.blocks, self._floors()))[1]])
 
     def start(self, batch: int, capacity: int = 0) -> DecodeState:
         """The state before the first token of `batch` sequences.
@@ -222,8 +240,7 @@ class LanguageModel(nnx.Module):
         return None if self.lower_bounds is None else floors(self.lower_bounds[...])
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        table_VD = constrain(self.embedding[...], "vocab", None)  # gathered over fsdp here, before the lookup
-        return constrain(jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype), "batch", "time", None)
+        return embed(self.embedding[...], tokens_BT, self.dtype)
 
     def _rotary(self, positions_T: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         if self.config.mixer != "attention":
@@ -238,20 +255,32 @@ class Head(nnx.Module):
         axes = ("embed", "vocab")
         shape = (config.width, config.vocab)
         make = lambda: nnx.Param(partitioned(init, *axes)(rngs.params(), shape, param_dtype))
-        self.recipe = None if config.linear == "dense" or config.dense_head else recipe(config, axes)
+        ternary = config.linear == "ternary" and not config.dense_head
+        self.recipe = recipe(config, axes)._replace(gradient_bits=0) if ternary else None
+        self.scale = scales(config).logits
         self.kernel = None if config.tie_embeddings else make()
         has_norm = self.recipe is not None and config.linear_norm
         self.gain = gain((config.width,), param_dtype) if has_norm else None
 
-    def operands(self, table_VD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Kernel [D, V] and the gain of the head's own norm, if it has one."""
+    def operands(self, x_BTD: jax.Array, table_VD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Input [B, T, D], kernel [D, V] and the gain of the head's own norm, if it has one.
+
+        The factor on the logits goes where nothing undoes it: into the gain, or without a norm into the input. Absmax
+        codes do not change with it.
+        """
         kernel_DV = table_VD.T if self.kernel is None else self.kernel[...]
-        return kernel_DV, None if self.gain is None else self.gain[...]
+        gain_D = None if self.gain is None else self.gain[...]
+        if self.scale == 1:
+            return x_BTD, kernel_DV, gain_D
+        if gain_D is None:
+            return x_BTD * self.scale, kernel_DV, None
+        return x_BTD, kernel_DV, gain_D * self.scale
 
     def logits(self, x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, V] in at least float32."""
-        kernel_DV, gain_D = self.operands(table_VD)
+        x_BTD, kernel_DV, gain_D = self.operands(x_BTD, table_VD)
         exact = wide(x_BTD.dtype)
         if self.recipe is None:
-            return jnp.matmul(x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=exact)
+            kernel_DV = gathered(kernel_DV.astype(x_BTD.dtype), ("embed", "vocab"))
+            return jnp.matmul(x_BTD, kernel_DV, preferred_element_type=exact)
         return bit_linear(self.recipe, x_BTD, kernel_DV[None], gain_D)[0].astype(exact)

@@ -10,8 +10,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.ops.bit_linear import Recipe, bit_linear
+from mmfree_jax.ops.dense import dense
 from mmfree_jax.ops.prologue import Prologue, settled
 from mmfree_jax.ops.rms_norm import rms_norm
+from mmfree_jax.parametrisation import output_depth, scales
 from mmfree_jax.sharding import partitioned
 
 Initializer = Any  # (key, shape, dtype) -> array
@@ -49,16 +51,22 @@ def small_xavier() -> Initializer:
     return init
 
 
+def matrix_inits(config: ModelConfig) -> tuple[Initializer, Initializer]:
+    """N(0, init_std) for what reads the residual stream; times 1/sqrt(2 L) for what writes to it.
+
+    GPT-2, Radford et al. 2019, section 2.3; `parametrisation` says what width and depth change.
+    """
+    std = config.init_std * scales(config).std
+    return normal(std), normal(std / math.sqrt(2 * output_depth(config)))
+
+
 def mixer_inits(config: ModelConfig) -> tuple[Initializer, Initializer]:
     """Initialisers of a mixer's input and output projections.
 
     Recurrent mixers: `small_xavier` for both, never rescaled (the official code, with the transformers version of
-    the paper's time). Attention: N(0, init_std), the output projection times 1/sqrt(2 L) (GPT-2, Radford et al. 2019,
-    section 2.3).
+    the paper's time). Attention: `matrix_inits`.
     """
-    if config.mixer == "attention":
-        return normal(config.init_std), normal(config.init_std / math.sqrt(2 * config.depth))
-    return small_xavier(), small_xavier()
+    return matrix_inits(config) if config.mixer == "attention" else (small_xavier(), small_xavier())
 
 
 def gain(shape: tuple[int, ...], param_dtype: Any) -> nnx.Param:
@@ -106,7 +114,7 @@ class Projection(nnx.Module):
     ):
         shape = (groups, inputs, outputs) if groups else (inputs, outputs)
         names = (None, *axes) if groups else axes
-        self.groups = groups
+        self.groups, self.axes = groups, axes
         self.kernel = nnx.Param(partitioned(init, *names)(rngs.params(), shape, param_dtype))
         self.recipe = None if dense or config.linear == "dense" else recipe(config, axes, joint)
         has_norm = self.recipe is not None and config.linear_norm
@@ -117,8 +125,7 @@ class Projection(nnx.Module):
         """[..., D] -> one [..., F] for each group (a tuple of one without groups)."""
         w_GDF = self.kernel[...] if self.groups else self.kernel[...][None]
         if self.recipe is None:
-            x = settled(x)
-            ys = tuple(jnp.matmul(x, w_GDF[g].astype(x.dtype)) for g in range(w_GDF.shape[0]))
+            ys = dense(self.axes, settled(x), w_GDF)
         else:
             ys = bit_linear(self.recipe, x, w_GDF, None if self.gain is None else self.gain[...])
         return tuple(checkpoint_name(y, "projection") for y in ys)
@@ -128,4 +135,4 @@ def recipe(config: ModelConfig, axes: tuple[str, str], joint: bool = False) -> R
     """What the ternary layers of a model compute."""
     per_matrix = (-2,) if config.weight_scale == "channel" else (-2, -1)
     across = (-3, *per_matrix) if joint and config.weight_scale == "tensor" else per_matrix
-    return Recipe(config.activation_bits, across, config.norm_eps, axes)
+    return Recipe(config.activation_bits, across, config.norm_eps, axes, config.gradient_bits)

@@ -14,6 +14,7 @@ from flax import nnx
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
 from mmfree_jax.ops.prologue import Prologue, settled
+from mmfree_jax.ops.recurrence import previous
 from mmfree_jax.ops.wkv import WKVState, empty, wkv
 from mmfree_jax.sharding import constrain, partitioned
 
@@ -28,7 +29,7 @@ class TimeMixState(NamedTuple):
 def shifted(u_BTD: jax.Array, last_BD: jax.Array | None, starts_BT: jax.Array | None) -> jax.Array:
     """Each token's predecessor in its own document; zero where there is none."""
     first_BD = jnp.zeros_like(u_BTD[:, 0]) if last_BD is None else last_BD.astype(u_BTD.dtype)
-    before_BTD = jnp.concatenate([first_BD[:, None], u_BTD[:, :-1]], axis=1)
+    before_BTD = previous(u_BTD, first_BD, channels=None)
     return before_BTD if starts_BT is None else jnp.where(starts_BT[..., None], 0, before_BTD)
 
 

@@ -7,7 +7,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from mmfree_jax.devices import backend
 from mmfree_jax.ops.ternary import wide
+from mmfree_jax.sharding import axis_if_cut, per_shard, ways
 
 Form = Literal["auto", "full", "rows", "cudnn"]
 QUERIES = 64  # queries in a block of the "rows" form: their scores against 256 keys and four heads fill 256 KiB
@@ -23,6 +25,8 @@ def causal_attention(
 ) -> jax.Array:
     """Each token attends to itself and to what came before it in its own document.
 
+    A mesh cuts batch and heads freely; where it cuts time, keys and values are gathered and queries stay.
+
     Args:
         q_BTHK: queries of H heads.
         k_BTJK, v_BTJK: keys and values of J heads; H is a multiple of J.
@@ -34,7 +38,22 @@ def causal_attention(
     Returns:
         [B, T, H, K] of v's type; scores and softmax are in at least float32.
     """
-    form = choose(q_BTHK, segments_BT) if impl == "auto" else impl
+    axis, form = axis_if_cut("time", q_BTHK.shape[1]), choose(q_BTHK, segments_BT) if impl == "auto" else impl
+    form = "full" if axis is not None else form  # queries of a chunk see more keys than there are queries
+
+    def local(q_BTHK, k_BTJK, v_BTJK, segments_BT):
+        if axis is not None:
+            return (_chunk(q_BTHK, k_BTJK, v_BTJK, segments_BT, axis),)
+        return (_whole(form, q_BTHK, k_BTJK, v_BTJK, segments_BT),)
+
+    # Heads are cut only where each part has its own keys.
+    heads = "heads" if ways("heads", q_BTHK.shape[2]) == ways("heads", k_BTJK.shape[2]) else None
+    names = ("batch", "time", heads, None)
+    arguments = q_BTHK, k_BTJK, v_BTJK, segments_BT
+    return per_shard(local, [names, names, names, names[:2]], [names], *arguments)[0]
+
+
+def _whole(form: str, q_BTHK, k_BTJK, v_BTJK, segments_BT) -> jax.Array:
     if form == "cudnn":
         return jax.nn.dot_product_attention(q_BTHK, k_BTJK, v_BTJK, is_causal=True, implementation="cudnn")
     if form == "rows":
@@ -44,10 +63,21 @@ def causal_attention(
 
 def choose(q_BTHK: jax.Array, segments_BT: jax.Array | None) -> str:
     """The form for this device; the fused kernel takes half precision and no documents."""
-    if jax.default_backend() == "cpu":
+    if backend() == "cpu":
         return "rows"
     halves = q_BTHK.dtype in (jnp.bfloat16, jnp.float16)
     return "cudnn" if jax.default_backend() == "gpu" and halves and segments_BT is None else "full"
+
+
+def _chunk(q_BTHK, k_BTJK, v_BTJK, segments_BT, axis: str) -> jax.Array:
+    """Queries of one chunk of time against the keys and values of all chunks, fetched along a mesh axis."""
+    fetch = lambda a: jax.lax.all_gather(a, axis, axis=1, tiled=True)
+    k_BSJK, v_BSJK = fetch(k_BTJK), fetch(v_BTJK)
+    positions_T = jax.lax.axis_index(axis) * q_BTHK.shape[1] + jnp.arange(q_BTHK.shape[1])
+    seen = positions_T[:, None] >= jnp.arange(k_BSJK.shape[1])
+    if segments_BT is not None:
+        seen = seen & (segments_BT[:, :, None] == fetch(segments_BT)[:, None, :])
+    return attend(q_BTHK, k_BSJK, v_BSJK, seen)
 
 
 def visible(segments_BT: jax.Array | None, time: int) -> jax.Array:

@@ -10,27 +10,32 @@ the codes too where they share the gain.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.ops.kernels.choice import on_hopper, one_device
-from mmfree_jax.ops.prologue import Kind, Prologue, combine
+from mmfree_jax.ops.kernels.choice import on_hopper
+from mmfree_jax.ops.prologue import Prologue, combine
 from mmfree_jax.ops.rms_norm import reciprocal_rms, rms_norm_backward
-from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, ternary_codes, weight_scale, wide
-from mmfree_jax.sharding import constrain
-
-
-class Recipe(NamedTuple):
-    """What a BitLinear computes, apart from its arrays."""
-
-    bits: int = 8  # of the activations; 0 leaves them as they are
-    scale_axes: tuple[int, ...] = (-2, -1)  # axes of w_GDF that share one weight scale
-    eps: float = 1e-6
-    axes: tuple[str | None, str | None] = (None, None)  # logical names of the input and output axes of w
-    prologue: Kind = "plain"  # how the input is made of the arrays that are kept; set by `bit_linear`
+from mmfree_jax.ops.ternary import (
+    Quantised,
+    dequantise,
+    quantise_activations,
+    wide,
+)
+from mmfree_jax.ops.ternary_weights import (
+    Recipe,
+    Unscaled,
+    gather_kernel,
+    input_gradient,
+    product,
+    quantise_kernel,
+    spread,
+    weight_gradients,
+)
+from mmfree_jax.sharding import Names, Summed, constrain, per_shard, rows_of, ways, whole
 
 
 class Saved(NamedTuple):
@@ -85,41 +90,56 @@ def _gains(gain: jax.Array) -> list[jax.Array]:
 
 
 def _one_pass_serves(recipe: Recipe, sources, source_gain, gain) -> bool:
-    """Whether the kernels between activations and codes serve: 8 bits, whole lanes, and a norm before the quantiser."""
-    if gain is None or recipe.bits != 8 or recipe.prologue == "plain" or not (on_hopper() and one_device()):
+    """Whether the kernels between activations and codes serve: 8 bits, a norm before the quantiser, and rows that are
+    whole on a device and fill whole lanes."""
+    width = sources[0].shape[-1]
+    if gain is None or recipe.bits != 8 or recipe.prologue == "plain" or not on_hopper():
         return False
     from mmfree_jax.ops.kernels.normed_codes import supports
 
     vectors = (source_gain is not None) + len(_gains(gain))
-    return supports(sources[0].shape[-1], vectors, sources[0].dtype)
+    return ways(whole(recipe.axes)[0], width) == 1 and supports(width, vectors, sources[0].dtype)
 
 
 def _one_pass(recipe: Recipe, sources, source_gain, gain) -> tuple[Quantised, ...]:
     from mmfree_jax.ops.kernels.normed_codes import forward
 
-    shape = sources[0].shape
-    codes, scales = forward(recipe.prologue, *_rows_and_gains(sources, source_gain, gain), recipe.eps)
-    pairs = zip(codes, scales, strict=True)
-    return tuple(_kept(Quantised(q.reshape(shape), s.reshape(*shape[:-1], 1))) for q, s in pairs)
+    def local(sources, source_gain, gain):
+        shape = sources[0].shape
+        codes, scales = forward(recipe.prologue, *_flat(sources, source_gain, gain), recipe.eps)
+        pairs = zip(codes, scales, strict=True)
+        return (tuple(Quantised(q.reshape(shape), s.reshape(*shape[:-1], 1)) for q, s in pairs),)
+
+    rows = rows_of(sources[0].ndim)
+    gains = (None,) * gain.ndim
+    (inputs,) = per_shard(local, [rows, (None,), gains], [rows], sources, source_gain, gain)
+    return tuple(map(_kept, inputs))
 
 
-def _one_pass_backward(recipe: Recipe, saved: Saved, dys: list[jax.Array]) -> tuple:
+def _one_pass_backward(recipe: Recipe, saved: Saved, dinputs: list[Unscaled]) -> tuple:
     """What `input_backward` returns, and the dequantised inputs, made again on the way."""
     from mmfree_jax.ops.kernels.normed_codes import backward
 
+    def local(sources, source_gain, gain, scales, dys, factors):
+        scales, dys = [scale.reshape(-1) for scale in scales], [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        arrays = _flat(sources, source_gain, gain)
+        drows, dsource_gain, dgains, inputs = backward(recipe.prologue, *arrays, scales, dys, factors, recipe.eps)
+        shaped = lambda rows: tuple(a.reshape(sources[0].shape) for a in rows)
+        return shaped(drows), dsource_gain, jnp.stack(dgains), shaped(inputs)
+
     sources, source_gain, gain = saved.sources, saved.source_gain, saved.gain
     assert gain is not None
-    arrays = _rows_and_gains(sources, source_gain, gain)
-    scales = [scale.reshape(-1) for scale in saved.scales]
-    dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-    drows, dsource_gain, dgains, inputs = backward(recipe.prologue, *arrays, scales, dys, recipe.eps)
-    shaped = lambda rows: tuple(a.reshape(sources[0].shape) for a in rows)
+    rows, gains = rows_of(sources[0].ndim), (None,) * gain.ndim
+    results: list[Names | Summed] = [rows, Summed((None,)), Summed((None, None)), rows]
+    dys = tuple(d.values.astype(sources[0].dtype) for d in dinputs)
+    factors = jnp.stack([jnp.ones((), jnp.float32) if d.factor is None else d.factor for d in dinputs])
+    arguments, names = (sources, source_gain, gain, saved.scales, dys, factors), [rows, (None,), gains, rows, rows]
+    dsources, dsource_gain, dgains, inputs = per_shard(local, [*names, (None,)], results, *arguments)
     like = lambda d, a: None if a is None else d.reshape(a.shape).astype(a.dtype)
-    gradients = shaped(drows), like(dsource_gain, source_gain), like(jnp.stack(dgains), gain)
-    return gradients, shaped(inputs)
+    return (dsources, like(dsource_gain, source_gain), like(dgains, gain)), inputs
 
 
-def _rows_and_gains(sources, source_gain, gain) -> tuple[list, jax.Array | None, list]:
+def _flat(sources, source_gain, gain) -> tuple[list, jax.Array | None, list]:
     """A kernel's operands: activations as [rows, D], gains as float32 vectors."""
     rows = [s.reshape(-1, s.shape[-1]) for s in sources]
     gains = [g.astype(jnp.float32) for g in _gains(gain)]
@@ -129,73 +149,6 @@ def _rows_and_gains(sources, source_gain, gain) -> tuple[list, jax.Array | None,
 def _kept(q: Quantised) -> Quantised:
     """Codes named for the remat policies: a byte a value, cheaper kept than made again."""
     return q if q.scale is None else Quantised(checkpoint_name(q.codes, "codes"), checkpoint_name(q.scale, "per_token"))
-
-
-def quantise_kernel(recipe: Recipe, w_GDF: jax.Array) -> tuple[Quantised, ...]:
-    """Ternary codes [D, F] of each matrix, quantised where they live and then gathered: a byte a weight travels."""
-    groups, into, out = w_GDF.shape[0], *recipe.axes
-    scale = weight_scale(w_GDF, recipe.scale_axes)
-    scale = jnp.broadcast_to(scale, (groups, 1, scale.shape[-1]))
-
-    def one(g: int) -> Quantised:
-        codes = constrain(ternary_codes(w_GDF[g], scale[g]), into, out)
-        codes = constrain(codes, None if into == "embed" else into, out)
-        return Quantised(checkpoint_name(codes, "codes"), checkpoint_name(scale[g], "codes"))
-
-    return tuple(one(g) for g in range(groups))
-
-
-def product(x: Quantised, w: Quantised, dtype: Any, out: Any = None) -> jax.Array:
-    """[..., D] x [D, F] of codes, then both scales, as `out` (default: `wide(dtype)`).
-
-    Integers of these sizes are exact in bfloat16 and float32 alike, so the product does not depend on the type that
-    carries them, nor on the integer units doing it.
-    """
-    out = wide(dtype) if out is None else out
-    if _integer_units_serve(x, w, out):
-        return _integer_product(x, w, out)
-    y = jnp.matmul(x.codes.astype(dtype), w.codes.astype(dtype), preferred_element_type=wide(dtype))
-    for scale in (x.scale, w.scale):
-        y = y if scale is None else y * scale.astype(y.dtype)
-    return y.astype(out)
-
-
-def _integer_units_serve(x: Quantised, w: Quantised, out: Any) -> bool:
-    """Whether the int8 kernel computes this product: whole blocks of int8 codes, one weight scale, bfloat16 wanted."""
-    if x.scale is None or w.scale is None or w.scale.size != 1 or out != jnp.bfloat16:
-        return False
-    if not (on_hopper() and one_device()):
-        return False
-    from mmfree_jax.ops.kernels.int8_matmul import supports
-
-    inner, columns = w.codes.shape
-    return x.codes.dtype == jnp.int8 and supports(x.codes.size // inner, inner, columns)
-
-
-def _integer_product(x: Quantised, w: Quantised, out: Any) -> jax.Array:
-    from mmfree_jax.ops.kernels.int8_matmul import int8_matmul
-
-    assert x.scale is not None
-    assert w.scale is not None
-    rows = x.codes.reshape(-1, x.codes.shape[-1])
-    y = int8_matmul(rows, w.codes.T, x.scale.reshape(-1), w.scale.reshape(1), out)
-    return y.reshape(*x.codes.shape[:-1], -1)
-
-
-def input_gradient(w: Quantised, dy: jax.Array) -> jax.Array:
-    """The gradient to the dequantised input [..., D] of `product`, in dy's type."""
-    exact = wide(dy.dtype)
-    scaled = dy if w.scale is None or w.scale.size == 1 else (dy * w.scale).astype(dy.dtype)
-    dx = jnp.matmul(scaled, w.codes.astype(dy.dtype).T, preferred_element_type=exact)
-    if w.scale is not None and w.scale.size == 1:
-        dx = dx * w.scale.reshape(()).astype(exact)
-    return dx.astype(dy.dtype)
-
-
-def outer(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """The gradient to w of x @ w, summed over all rows: [..., D], [..., F] -> [D, F] in `wide(dy.dtype)`."""
-    rows = tuple(range(dy.ndim - 1))
-    return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=wide(dy.dtype))
 
 
 def input_backward(recipe: Recipe, saved: Saved, dys: list[jax.Array]) -> tuple:
@@ -230,31 +183,33 @@ def _bit_linear(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: ja
 
 def _forward(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.Array | None):
     saved = quantise_input(recipe, sources, source_gain, gain)
-    kernel = quantise_kernel(recipe, w_GDF)
-    dtype = sources[0].dtype
-    ys = [product(q, w, dtype, dtype) for q, w in zip(_spread(saved.inputs, kernel), kernel, strict=True)]
+    shards, axes = quantise_kernel(recipe, w_GDF), whole(recipe.axes)
+    kernel, dtype, rows = gather_kernel(recipe, shards), sources[0].dtype, rows_of(sources[0].ndim, axes[1])
+    ys = [product(q, w, dtype, dtype, axes) for q, w in zip(spread(saved.inputs, kernel), kernel, strict=True)]
     if saved.scales:
         saved = saved._replace(inputs=())
     like = jnp.zeros((), w_GDF.dtype)  # residuals are arrays: this one carries the weights' type
-    return tuple(ys), (saved, kernel, like)
+    return tuple(constrain(y, *rows) for y in ys), (saved, shards, like)
 
 
 def _backward(recipe: Recipe, residuals, dys):
-    # Behind a barrier, or the compiler makes the dequantised inputs in the forward pass and keeps them until here.
-    (saved, kernel, like), dys = jax.lax.optimization_barrier((residuals, dys))
-    dinputs = [input_gradient(w, dy) for w, dy in zip(kernel, dys, strict=True)]
+    # Behind a barrier, or the compiler makes the dequantised inputs in the forward pass and keeps them until here; and
+    # keeps gathered codes, which are gathered again.
+    (saved, shards, like), dys = jax.lax.optimization_barrier((residuals, dys))
+    kernel, axes = gather_kernel(recipe, shards), whole(recipe.axes)
+    out = dys[0].dtype if saved.scales else None
+    dinputs = [input_gradient(w, dy, recipe.gradient_bits, axes, out) for w, dy in zip(kernel, dys, strict=True)]
+    dinputs = [d._replace(values=constrain(d.values, *rows_of(d.values.ndim, axes[0]))) for d in dinputs]
     if saved.scales:  # the forward pass chose; the user's choice may not reach here
         (dsources, dsource_gain, dgain), inputs = _one_pass_backward(recipe, saved, dinputs)
     else:
-        dsources, dsource_gain, dgain = input_backward(recipe, saved, dinputs)
+        scaled = [d.scaled(dy.dtype) for d, dy in zip(dinputs, dys, strict=True)]
+        dsources, dsource_gain, dgain = input_backward(recipe, saved, scaled)
         inputs = tuple(dequantise(q, dy.dtype) for q, dy in zip(saved.inputs, dys, strict=False))
-    dw_GDF = jnp.stack([outer(x, dy) for x, dy in zip(_spread(inputs, kernel), dys, strict=True)])
-    return dsources, dsource_gain, dw_GDF.astype(like.dtype), dgain
-
-
-def _spread(inputs: tuple, kernel: tuple) -> tuple:
-    """An input for each matrix: its own, or the one that all share."""
-    return inputs * (len(kernel) if len(inputs) == 1 else 1)
+    dw_GDF = weight_gradients(recipe, inputs, dys).astype(like.dtype)
+    # Gains are whole on every device: gathered here once, or the optimizer would do it for each of its moments.
+    whole_gain = lambda d: None if d is None else constrain(d, *(None,) * d.ndim)
+    return dsources, whole_gain(dsource_gain), dw_GDF, whole_gain(dgain)
 
 
 _bit_linear.defvjp(_forward, _backward)

@@ -3,6 +3,8 @@
 Value and gradients are computed in the same pass over the chunks, so the logits are made once and the backward pass
 only scales what the forward pass kept (Cut Your Losses, Wijmans et al. 2024, arXiv 2411.09009, recomputes instead).
 log-sum-exp is in at least float32.
+
+On a mesh every device computes the logits of its rows and its part of the vocabulary; one number per token travels.
 """
 
 import functools
@@ -11,20 +13,16 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.ops.bit_linear import (
-    Recipe,
-    Saved,
-    input_backward,
-    input_gradient,
-    outer,
-    product,
-    quantise_input,
-    quantise_kernel,
-)
+from mmfree_jax.devices import backend
+from mmfree_jax.ops.bit_linear import Saved, input_backward, quantise_input
 from mmfree_jax.ops.ternary import Quantised, dequantise, wide
-from mmfree_jax.sharding import constrain
+from mmfree_jax.ops.ternary_weights import Recipe, gather_kernel, input_gradient, outer, product, quantise_kernel
+from mmfree_jax.sharding import Names, Summed, axis_if_cut, constrain, gathered, per_shard, ways
 
 LOGITS_PER_CHUNK = {"cpu": 2**19, "gpu": 2**26, "tpu": 2**26}  # 2 MiB stay in a core's cache; 256 MiB of memory
+TOKENS: Names = ("batch", "time")  # logical names of the operands
+ROWS: Names = (*TOKENS, None)
+KERNEL: Names = (None, "vocab")
 
 
 def head_loss(
@@ -55,8 +53,7 @@ def head_loss(
         a scalar in at least float32. The mask receives no gradient.
     """
     weights_BT = jnp.ones(targets_BT.shape, wide(x_BTD.dtype)) if mask_BT is None else mask_BT.astype(wide(x_BTD.dtype))
-    static = (recipe, z_loss, chunks or chunk_count(x_BTD.shape[0], x_BTD.shape[1], w_DV.shape[1]))
-    return _head_loss(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT)
+    return _head_loss((recipe, z_loss, chunks), x_BTD, w_DV, gain_D, targets_BT, weights_BT)
 
 
 def head_nats(
@@ -70,48 +67,67 @@ def head_nats(
 ) -> jax.Array:
     """Cross-entropy in nats of each token, [B, T], in at least float32; arguments as `head_loss`."""
     saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D)
-    count = chunks or chunk_count(x_BTD.shape[0], x_BTD.shape[1], w_DV.shape[1])
-    pieces = _cut((saved.inputs[0], targets_BT), count)
-    nats_CBT = jax.lax.map(lambda piece: _nats(piece[0], kernel, piece[1], x_BTD.dtype)[0], pieces)
-    return _join(nats_CBT, x_BTD.shape[1])
+    axis = axis_if_cut("vocab", w_DV.shape[1])
+
+    def local(x, kernel, targets_BT):
+        count = chunks or chunk_count(targets_BT, kernel)
+        one = lambda piece: _nats(piece[0], kernel, piece[1], x_BTD.dtype, axis)[0]
+        return (_join(jax.lax.map(one, _cut((x, targets_BT), count)), targets_BT.shape[1]),)
+
+    return per_shard(local, [ROWS, KERNEL, TOKENS], [TOKENS], saved.inputs[0], kernel, targets_BT)[0]
 
 
-def chunk_count(batch: int, time: int, vocab: int) -> int:
+def chunk_count(targets_BT: jax.Array, kernel: Quantised) -> int:
     """Pieces of the time axis that keep a chunk's logits within the device's budget."""
-    budget = LOGITS_PER_CHUNK.get(jax.default_backend(), 2**26)
-    return min(time, math.ceil(batch * time * vocab / budget))
+    budget = LOGITS_PER_CHUNK.get(backend(), 2**26)
+    return min(targets_BT.shape[1], math.ceil(targets_BT.size * kernel.codes.shape[1] / budget))
 
 
 def _operands(recipe, x_BTD, w_DV, gain_D) -> tuple[Saved, Quantised]:
     """Both sides of the head's product as codes and scales; a dense head is codes without a scale."""
     if recipe is None:
-        return Saved((x_BTD,), None, None, None, (Quantised(x_BTD, None),)), Quantised(w_DV.astype(x_BTD.dtype), None)
-    return quantise_input(recipe, (x_BTD,), None, gain_D), quantise_kernel(recipe, w_DV[None])[0]
+        kernel_DV = gathered(w_DV.astype(x_BTD.dtype), ("embed", "vocab"))
+        return Saved((x_BTD,), None, None, None, (Quantised(x_BTD, None),)), Quantised(kernel_DV, None)
+    kernel = gather_kernel(recipe, quantise_kernel(recipe, w_DV[None]))[0]
+    return quantise_input(recipe, (x_BTD,), None, gain_D), kernel
 
 
-def _nats(x: Quantised, kernel: Quantised, targets_BT, dtype):
-    """Nats of each token of one chunk, its logits and their log-sum-exp."""
-    logits_BTV = constrain(product(x, kernel, dtype), "batch", "time", "vocab")
-    total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    hit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return total_BT - hit_BT, logits_BTV, total_BT
+def _nats(x: Quantised, kernel: Quantised, targets_BT, dtype, axis: str | None):
+    """Nats of each token of one chunk, its logits and their log-sum-exp; `axis` of the mesh cuts the vocabulary."""
+    logits_BTV = product(x, kernel, dtype)
+    total_BT = _log_sum_exp(logits_BTV, axis)
+    hit_BT = jnp.sum(jnp.where(_chosen(logits_BTV, targets_BT, axis), logits_BTV, 0), axis=-1)
+    return total_BT - _summed(hit_BT, axis), logits_BTV, total_BT
 
 
-def _loss(x: Quantised, kernel: Quantised, targets_BT, weights_BT, z_loss: float, dtype) -> jax.Array:
-    nats_BT, _, total_BT = _nats(x, kernel, targets_BT, dtype)
-    return jnp.sum((nats_BT + z_loss * total_BT**2) * weights_BT)
+def _log_sum_exp(logits_BTV: jax.Array, axis: str | None) -> jax.Array:
+    top_BT = jnp.max(logits_BTV, axis=-1)
+    top_BT = top_BT if axis is None else jax.lax.pmax(top_BT, axis)
+    return top_BT + jnp.log(_summed(jnp.sum(jnp.exp(logits_BTV - top_BT[..., None]), axis=-1), axis))
 
 
-def _loss_and_gradients(x: Quantised, kernel: Quantised, targets_BT, weights_BT, z_loss: float, dtype):
-    """Loss of one chunk and its gradients to the dequantised operands."""
-    nats_BT, logits_BTV, total_BT = _nats(x, kernel, targets_BT, dtype)
+def _chosen(logits_BTV: jax.Array, targets_BT: jax.Array, axis: str | None) -> jax.Array:
+    """True at each token's target; a device holds the logits of a range of the vocabulary."""
+    vocab = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
+    first = 0 if axis is None else jax.lax.axis_index(axis) * logits_BTV.shape[2]
+    return vocab + first == targets_BT[..., None]
+
+
+def _summed(a: jax.Array, axis: str | None) -> jax.Array:
+    return a if axis is None else jax.lax.psum(a, axis)
+
+
+def _loss_and_gradients(kernel: Quantised, piece: tuple, z_loss: float, dtype, axis: str | None):
+    """Loss of one chunk and its gradients to the dequantised operands; that to x sums this device's vocabulary only."""
+    x, targets_BT, weights_BT = piece
+    nats_BT, logits_BTV, total_BT = _nats(x, kernel, targets_BT, dtype, axis)
     loss = jnp.sum((nats_BT + z_loss * total_BT**2) * weights_BT)
     pull_BT = weights_BT * (1 + 2 * z_loss * total_BT)
-    chosen_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2) == targets_BT[..., None]
     softmax_BTV = jnp.exp(logits_BTV - total_BT[..., None])
+    chosen_BTV = _chosen(logits_BTV, targets_BT, axis)
     g_BTV = softmax_BTV * pull_BT[..., None] - jnp.where(chosen_BTV, weights_BT[..., None], 0)
     g_BTV = g_BTV.astype(dtype)
-    return loss, (input_gradient(kernel, g_BTV), outer(dequantise(x, dtype), g_BTV))
+    return loss, (input_gradient(kernel, g_BTV).scaled(dtype), outer(dequantise(x, dtype), g_BTV))
 
 
 def _cut(tree, chunks: int):
@@ -134,27 +150,45 @@ def _join(a: jax.Array, time: int) -> jax.Array:
 def _head_loss(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT) -> jax.Array:
     recipe, z_loss, chunks = static
     saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D)
+    axis = axis_if_cut("vocab", w_DV.shape[1])
 
-    def one(total, piece):
-        return total + _loss(piece[0], kernel, piece[1], piece[2], z_loss, x_BTD.dtype), None
+    def local(x, kernel, targets_BT, weights_BT):
+        def one(total, piece):
+            nats_BT, _, total_BT = _nats(piece[0], kernel, piece[1], x_BTD.dtype, axis)
+            return total + jnp.sum((nats_BT + z_loss * total_BT**2) * piece[2]), None
 
-    pieces = _cut((saved.inputs[0], targets_BT, weights_BT), chunks)
-    return jax.lax.scan(one, jnp.zeros((), weights_BT.dtype), pieces)[0]
+        pieces = _cut((x, targets_BT, weights_BT), chunks or chunk_count(targets_BT, kernel))
+        return (jax.lax.scan(one, jnp.zeros((), weights_BT.dtype), pieces)[0],)
+
+    arguments = saved.inputs[0], kernel, targets_BT, weights_BT
+    return per_shard(local, [ROWS, KERNEL, TOKENS, TOKENS], [Summed(())], *arguments)[0]
 
 
 def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT):
     recipe, z_loss, chunks = static
     saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D)
+    axis = axis_if_cut("vocab", w_DV.shape[1])
 
-    def one(carry, piece):
-        loss, (dx_BTD, dw_DV) = _loss_and_gradients(piece[0], kernel, piece[1], piece[2], z_loss, x_BTD.dtype)
-        return (carry[0] + loss, carry[1] + dw_DV), dx_BTD
+    def local(x, kernel, targets_BT, weights_BT):
+        kernel = kernel._replace(codes=kernel.codes.astype(x_BTD.dtype))  # once, not in every chunk
 
-    zero = (jnp.zeros((), weights_BT.dtype), jnp.zeros(w_DV.shape, weights_BT.dtype))
-    pieces = _cut((saved.inputs[0], targets_BT, weights_BT), chunks)
-    (loss, dw_DV), dx_CBTD = jax.lax.scan(one, zero, pieces)
-    (dx_BTD,), _, dgain_D = input_backward(recipe or Recipe(), saved, [_join(dx_CBTD, x_BTD.shape[1])])
-    return loss, (dx_BTD, dw_DV.astype(w_DV.dtype), dgain_D)
+        def one(carry, piece):
+            loss, (dx_BTD, dw_DV) = _loss_and_gradients(kernel, piece, z_loss, x_BTD.dtype, axis)
+            return (carry[0] + loss, carry[1] + dw_DV), _summed(dx_BTD, axis)
+
+        zero = (jnp.zeros((), weights_BT.dtype), jnp.zeros(kernel.codes.shape, weights_BT.dtype))
+        pieces = _cut((x, targets_BT, weights_BT), chunks or chunk_count(targets_BT, kernel))
+        (loss, dw_DV), dx_CBTD = jax.lax.scan(one, zero, pieces)
+        return loss, dw_DV, _join(dx_CBTD, targets_BT.shape[1])
+
+    arguments = saved.inputs[0], kernel, targets_BT, weights_BT
+    # Gradients to the weights are summed over devices once, not once a chunk.
+    into = "embed" if ways("embed", w_DV.shape[0]) > 1 else None
+    results: list[Names | Summed] = [Summed(()), Summed((into, "vocab")), ROWS]
+    loss, dw_DV, dx_BTD = per_shard(local, [ROWS, KERNEL, TOKENS, TOKENS], results, *arguments)
+    dw_DV = constrain(dw_DV, "embed", "vocab").astype(w_DV.dtype)
+    (dx_BTD,), _, dgain_D = input_backward(recipe or Recipe(), saved, [dx_BTD])
+    return loss, (dx_BTD, dw_DV, dgain_D)
 
 
 def _backward(static, gradients, g):

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.ops.kernels.choice import on_hopper, one_device
-from mmfree_jax.ops.recurrence import recurrence
+from mmfree_jax.ops.kernels.choice import on_hopper
+from mmfree_jax.ops.recurrence import STATE, STEPS, carried, recurrence
 from mmfree_jax.ops.ternary import wide
+from mmfree_jax.sharding import Names, Summed, axis_if_cut, per_shard, ways
 
 Form = Literal["auto", "reference", "kernel"]
+NAMES = (STEPS, STEPS, ("channels",), STATE, ("batch", "time"))  # of c, f, floor, h and keep
 OPEN = 40.0  # of a forget gate: its sigmoid is 1 in float32
 
 
@@ -54,7 +56,15 @@ def gates(c_BTD: jax.Array, f_BTD: jax.Array, floor_D: jax.Array | None) -> tupl
 
 
 def _kernel_serves(c_BTD: jax.Array) -> bool:
-    return on_hopper() and one_device() and c_BTD.dtype in (jnp.bfloat16, jnp.float32)
+    if not on_hopper() or c_BTD.dtype not in (jnp.bfloat16, jnp.float32):
+        return False
+    from mmfree_jax.ops.kernels.gated_recurrence import LANES, ROWS
+
+    # What is filled up to whole tiles is cut evenly only if it was whole tiles on every device before.
+    cut = (ways(name, size) for name, size in zip(("time", "channels"), c_BTD.shape[1:], strict=True))
+    return all(
+        n == 1 or size % (n * tile) == 0 for n, size, tile in zip(cut, c_BTD.shape[1:], (ROWS, LANES), strict=True)
+    )
 
 
 def _kernel(c_BTD, f_BTD, floor_D, h_BD, resets_BT) -> tuple[jax.Array, jax.Array]:
@@ -83,43 +93,47 @@ def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
     # Imported here: only machines with such a GPU need to have what the kernel language needs.
     from mmfree_jax.ops.kernels import gated_recurrence as kernel
 
-    S = kernel.segments(*c_BTD.shape)
-    c, f, keep = (_cut(a, S) for a in (c_BTD, f_BTD, keep_BT))
-    decay_BSD, starts_BSD = None, h_BD[:, None]
-    if S > 1:
-        decay_BSD, end_BSD = (_grouped(a, S) for a in kernel.segment_ends(c, f, floor_D, keep))
-        starts_BSD = carried(decay_BSD, end_BSD, h_BD)
-    out, last = kernel.forward(c, f, floor_D, starts_BSD.reshape(-1, starts_BSD.shape[-1]), keep)
-    out = checkpoint_name(out, "state")
-    results = out.reshape(c_BTD.shape), _grouped(last, S)[:, -1]
-    return results, (c, f, floor_D, starts_BSD, decay_BSD, keep, out)
+    axis = axis_if_cut("time", c_BTD.shape[1])
+
+    def local(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
+        S = kernel.segments(*c_BTD.shape)
+        c, f, keep = (_cut(a, S) for a in (c_BTD, f_BTD, keep_BT))
+        decay_BSD, starts_BSD = jnp.zeros((c_BTD.shape[0], S, c_BTD.shape[2])), h_BD[:, None]
+        if S > 1 or axis is not None:
+            decay_BSD, end_BSD = (_grouped(a, S) for a in kernel.segment_ends(c, f, floor_D, keep))
+            starts_BSD = carried(decay_BSD, end_BSD, h_BD, axis)
+        out, last = kernel.forward(c, f, floor_D, starts_BSD.reshape(-1, starts_BSD.shape[-1]), keep)
+        return out.reshape(c_BTD.shape), _grouped(last, S)[:, -1:], starts_BSD, decay_BSD
+
+    arguments = c_BTD, f_BTD, floor_D, h_BD, keep_BT
+    out_BTD, last_BSD, starts_BSD, decay_BSD = per_shard(local, NAMES, [STEPS] * 4, *arguments)
+    out_BTD = checkpoint_name(out_BTD, "state")
+    return (out_BTD, last_BSD[:, -1]), (c_BTD, f_BTD, floor_D, starts_BSD, decay_BSD, keep_BT, out_BTD)
 
 
 def _backward(saved, dresults):
     from mmfree_jax.ops.kernels import gated_recurrence as kernel
 
-    c, f, floor_D, starts_BSD, decay_BSD, keep, out = saved
-    dout_BTD, dlast_BD = dresults
-    S, dout = starts_BSD.shape[1], dout_BTD.reshape(out.shape)
-    dlast_BSD = dlast_BD[:, None]
-    if S > 1:
-        dstart_BSD = _grouped(kernel.segment_starts(f, floor_D, keep, dout), S)
-        dlast_BSD = carried(decay_BSD[:, ::-1], dstart_BSD[:, ::-1], dlast_BD)[:, ::-1]
-    flat = lambda a: a.reshape(-1, a.shape[-1])
-    dc, df, dfloor, dh = kernel.backward(c, f, floor_D, flat(starts_BSD), keep, out, dout, flat(dlast_BSD))
-    dh_BD = _grouped(dh, S)[:, 0]
-    return dc.reshape(dout_BTD.shape), df.reshape(dout_BTD.shape), dfloor.sum(axis=0), dh_BD, None
+    axis = axis_if_cut("time", saved[0].shape[1])
+
+    def local(c_BTD, f_BTD, floor_D, starts_BSD, decay_BSD, keep_BT, out_BTD, dout_BTD, dlast_BD):
+        S = starts_BSD.shape[1]
+        c, f, keep, out, dout = (_cut(a, S) for a in (c_BTD, f_BTD, keep_BT, out_BTD, dout_BTD))
+        dlast_BSD = dlast_BD[:, None]
+        if S > 1 or axis is not None:
+            dstart_BSD = _grouped(kernel.segment_starts(f, floor_D, keep, dout), S)
+            dlast_BSD = carried(decay_BSD, dstart_BSD, dlast_BD, axis, reverse=True)
+        flat = lambda a: a.reshape(-1, a.shape[-1])
+        dc, df, dfloor, dh = kernel.backward(c, f, floor_D, flat(starts_BSD), keep, out, dout, flat(dlast_BSD))
+        return dc.reshape(c_BTD.shape), df.reshape(c_BTD.shape), dfloor.sum(axis=0), _grouped(dh, S)[:, :1]
+
+    names = [STEPS, STEPS, ("channels",), STEPS, STEPS, NAMES[-1], STEPS, STEPS, STATE]
+    results: list[Names | Summed] = [STEPS, STEPS, Summed(("channels",)), STEPS]
+    dc_BTD, df_BTD, dfloor_D, dh_BSD = per_shard(local, names, results, *saved, *dresults)
+    return dc_BTD, df_BTD, dfloor_D, dh_BSD[:, 0], None
 
 
 _fused.defvjp(_forward, _backward)
-
-
-def carried(decay_BSD: jax.Array, end_BSD: jax.Array, h_BD: jax.Array) -> jax.Array:
-    """The state before each of S segments, [B, S, D]: a segment turns state h into decay * h + end."""
-    states = [h_BD]
-    for s in range(decay_BSD.shape[1] - 1):
-        states.append(decay_BSD[:, s] * states[-1] + end_BSD[:, s])
-    return jnp.stack(states, axis=1)
 
 
 def _cut(a: jax.Array, count: int) -> jax.Array:

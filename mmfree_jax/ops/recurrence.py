@@ -3,17 +3,25 @@ HGRN, Qin et al. 2023, arXiv 2311.04823).
 
 The carry is at least float32 whatever the type of f and x. One backward pass serves every form:
 g_t = dh_t + f_{t+1} * g_{t+1};  dx_t = g_t;  df_t = g_t * h_{t-1}.
+
+A mesh cuts batch and channels freely. Where it cuts time, every device first finds what its chunk does to a state, the
+product of its factors and its end from zero; these travel, and each device starts from the state before its chunk.
 """
 
 import functools
+import itertools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mmfree_jax.devices import backend
 from mmfree_jax.ops.ternary import wide
+from mmfree_jax.sharding import Names, axis_if_cut, per_shard
 
+STEPS: Names = ("batch", "time", "channels")  # logical names of [B, T, D]
+STATE: Names = ("batch", "channels")
 Form = Literal["auto", "scan", "associative"]
 
 
@@ -51,7 +59,7 @@ def recurrence(
 def _choose(impl: Form) -> str:
     if impl != "auto":
         return impl
-    return "scan" if jax.default_backend() == "cpu" else "associative"
+    return "scan" if backend() == "cpu" else "associative"
 
 
 def _states(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reverse: bool = False) -> jax.Array:
@@ -83,22 +91,82 @@ def _prefix(f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reverse: bool) 
     return jax.lax.associative_scan(combine, (f_BTD, x_BTD), axis=1, reverse=reverse)[1]
 
 
+def previous(x_BTD: jax.Array, first_BD: jax.Array, channels: str | None = "channels") -> jax.Array:
+    """Each step's predecessor, [B, T, D]; first_BD stands before the first. One step of each chunk travels.
+
+    `channels` is the logical name of the last axis.
+    """
+    axis = axis_if_cut("time", x_BTD.shape[1])
+
+    def local(x_BTD, first_BD):
+        if axis is not None:
+            size = jax.lax.axis_size(axis)
+            before_BD = jax.lax.ppermute(x_BTD[:, -1], axis, [(i, i + 1) for i in range(size - 1)])
+            first_BD = jnp.where(jax.lax.axis_index(axis) == 0, first_BD, before_BD)
+        return (jnp.concatenate([first_BD[:, None], x_BTD[:, :-1]], axis=1),)
+
+    steps, state = (*STEPS[:2], channels), (STATE[0], channels)
+    return per_shard(local, [steps, state], [steps], x_BTD, first_BD)[0]
+
+
+def carried(
+    decay_BSD: jax.Array, end_BSD: jax.Array, h_BD: jax.Array, axis: str | None = None, reverse: bool = False
+) -> jax.Array:
+    """The state before each of S segments, [B, S, D]: a segment turns state h into decay * h + end.
+
+    Segments follow one another on the devices along `axis` of the mesh, if given. With reverse they run backward in
+    time, and the state before a segment is that after it in time.
+    """
+    S = decay_BSD.shape[1]
+    if axis is not None:
+        decay_BSD, end_BSD = (jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (decay_BSD, end_BSD))
+    order = range(decay_BSD.shape[1])[:: -1 if reverse else 1]
+    states = {order[0]: h_BD}
+    for s, after in itertools.pairwise(order):
+        states[after] = decay_BSD[:, s] * states[s] + end_BSD[:, s]
+    states_BSD = jnp.stack([states[s] for s in sorted(states)], axis=1)
+    return states_BSD if axis is None else jax.lax.dynamic_slice_in_dim(states_BSD, jax.lax.axis_index(axis) * S, S, 1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recurrence(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array) -> jax.Array:
-    return _states(form, f_BTD, x_BTD, h_BD)
+    return _forward(form, f_BTD, x_BTD, h_BD)[0]
 
 
 def _forward(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array):
-    out_BTD = checkpoint_name(_states(form, f_BTD, x_BTD, h_BD), "state")
-    return out_BTD, (f_BTD, h_BD, out_BTD)
+    axis = axis_if_cut("time", f_BTD.shape[1])
+
+    def local(f_BTD, x_BTD, h_BD):
+        start_BSD = h_BD[:, None]
+        if axis is not None:
+            end_BSD = _states(form, f_BTD, x_BTD, jnp.zeros_like(h_BD))[:, -1:]
+            start_BSD = carried(jnp.prod(f_BTD, axis=1, keepdims=True), end_BSD, h_BD, axis)
+        return _states(form, f_BTD, x_BTD, start_BSD[:, 0]), start_BSD
+
+    out_BTD, start_BSD = per_shard(local, [STEPS, STEPS, STATE], [STEPS, STEPS], f_BTD, x_BTD, h_BD)
+    out_BTD = checkpoint_name(out_BTD, "state")
+    return out_BTD, (f_BTD, start_BSD, out_BTD)
 
 
 def _backward(form: str, saved, dh_BTD: jax.Array):
-    f_BTD, h_BD, out_BTD = saved
-    later_BTD = jnp.concatenate([f_BTD[:, 1:], jnp.zeros_like(f_BTD[:, :1])], axis=1)
-    g_BTD = _states(form, later_BTD, dh_BTD, jnp.zeros_like(h_BD), reverse=True)
-    before_BTD = jnp.concatenate([h_BD[:, None], out_BTD[:, :-1]], axis=1)
-    return g_BTD * before_BTD, g_BTD, f_BTD[:, 0] * g_BTD[:, 0]
+    f_BTD, start_BSD, out_BTD = saved
+    axis = axis_if_cut("time", f_BTD.shape[1])
+
+    def local(f_BTD, start_BSD, out_BTD, dh_BTD):
+        # What a chunk passes on to the one before it in time is f_0 g_0, which stands for f_{t+1} g_{t+1} there.
+        later_BTD = jnp.concatenate([f_BTD[:, 1:], jnp.ones_like(f_BTD[:, :1])], axis=1)
+        none_BD = jnp.zeros_like(f_BTD[:, 0])
+        passed_BD = none_BD
+        if axis is not None:
+            first_BD = _states(form, later_BTD, dh_BTD, none_BD, reverse=True)[:, 0]
+            decay_BSD = jnp.prod(f_BTD, axis=1, keepdims=True)
+            passed_BD = carried(decay_BSD, (f_BTD[:, 0] * first_BD)[:, None], none_BD, axis, reverse=True)[:, 0]
+        g_BTD = _states(form, later_BTD, dh_BTD, passed_BD, reverse=True)
+        before_BTD = jnp.concatenate([start_BSD, out_BTD[:, :-1]], axis=1)
+        return g_BTD * before_BTD, g_BTD, f_BTD[:, :1] * g_BTD[:, :1]
+
+    df_BTD, dx_BTD, dstart_BSD = per_shard(local, [STEPS] * 4, [STEPS] * 3, f_BTD, start_BSD, out_BTD, dh_BTD)
+    return df_BTD, dx_BTD, dstart_BSD[:, 0]
 
 
 _recurrence.defvjp(_forward, _backward)

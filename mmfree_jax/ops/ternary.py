@@ -6,13 +6,18 @@ quantising `codes * scale` again multiplies the scale by the share of non-zeros,
 must store codes and scale.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mmfree_jax.sharding import Names, constrain
+
+BLOCKS = 64  # per axis, in which weights are summed
 SMALLEST = 1e-5  # floor of a mean or maximum magnitude, in the unit of the quantised values: keeps zeros finite
+TINY = 1e-30  # the same for gradients, whose unit is small
 
 
 class Quantised(NamedTuple):
@@ -32,7 +37,8 @@ def quantise_weights(w: jax.Array, axes: tuple[int, ...]) -> Quantised:
 
     Args:
         w: weights of any shape, floating point.
-        axes: the axes that share one scale: all for a scale per tensor, the input axis for one per output channel.
+        axes: the axes that share one scale, counted from the last: all for a scale per tensor, the input axis for one
+            per output channel.
 
     Returns:
         int8 codes in {-1, 0, 1} of w's shape; scale m in `wide(w.dtype)`, reduced axes kept with size 1.
@@ -41,9 +47,26 @@ def quantise_weights(w: jax.Array, axes: tuple[int, ...]) -> Quantised:
     return Quantised(ternary_codes(w, scale), scale)
 
 
-def weight_scale(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The scale of `quantise_weights`."""
-    return jnp.maximum(jnp.mean(jnp.abs(w.astype(wide(w.dtype))), axis=axes, keepdims=True), SMALLEST)
+def weight_scale(w: jax.Array, axes: tuple[int, ...], names: Names = ()) -> jax.Array:
+    """The scale of `quantise_weights`, bit for bit the same on every mesh that cuts an axis into a divisor of BLOCKS.
+
+    Each axis is summed in blocks that lie whole on a device; the sums of the blocks then travel, and every device adds
+    them in the same order. `names` are the logical names of w's axes: those that are not summed stay where they are.
+    """
+    magnitude, summed = jnp.abs(w.astype(wide(w.dtype))), sorted(axis % w.ndim for axis in axes)
+    shape = [n for axis, size in enumerate(w.shape) for n in (_blocked(size) if axis in summed else (size,))]
+    within = [axis + i + 1 for i, axis in enumerate(summed)]  # each summed axis is two: blocks, and what is in them
+    sums = jnp.sum(magnitude.reshape(shape), axis=within)
+    kept = [None if axis in summed else name for axis, name in enumerate(names or (None,) * w.ndim)]
+    # Behind a barrier, or the compiler makes one sum of the two, in an order of its own.
+    sums = jax.lax.optimization_barrier(constrain(sums, *kept))
+    count = math.prod(w.shape[axis] for axis in summed)
+    return jnp.maximum(jnp.sum(sums, axis=summed, keepdims=True) / count, SMALLEST)
+
+
+def _blocked(size: int) -> tuple[int, int]:
+    blocks = min(math.gcd(size, BLOCKS), 1 << max(size // 8, 1).bit_length() - 1)  # powers of two, of 8 or more each
+    return blocks, size // blocks
 
 
 def ternary_codes(w: jax.Array, scale: jax.Array) -> jax.Array:
@@ -76,8 +99,29 @@ def quantise_activations(
     return Quantised(codes.astype(jnp.int8), largest / top)
 
 
+def quantise_gradients(dy: jax.Array, bits: int) -> Quantised:
+    """Integer codes by absmax per token, as `quantise_activations`, of a gradient [..., F] however small."""
+    exact = dy.astype(wide(dy.dtype))
+    top = 2 ** (bits - 1) - 1
+    largest = jnp.maximum(jnp.max(jnp.abs(exact), axis=-1, keepdims=True), TINY)
+    return Quantised(jnp.round(exact * (top / largest)).astype(jnp.int8), largest / top)
+
+
 def dequantise(q: Quantised, dtype: DTypeLike) -> jax.Array:
     """codes * scale, computed in the scale's type and returned as `dtype`."""
     if q.scale is None:
         return q.codes.astype(dtype)
     return (q.codes.astype(q.scale.dtype) * q.scale).astype(dtype)
+
+
+def pack(codes: jax.Array) -> jax.Array:
+    """Ternary codes [..., D, F] as 2 bits each: uint8 [..., D / 4, F], the first row of four in the lowest bits."""
+    rows = (codes + 1).astype(jnp.uint8).reshape(*codes.shape[:-2], -1, 4, codes.shape[-1])
+    return rows[..., 0, :] | rows[..., 1, :] << 2 | rows[..., 2, :] << 4 | rows[..., 3, :] << 6
+
+
+def unpack(packed: jax.Array) -> jax.Array:
+    """Inverse of `pack`: int8 codes [..., D, F]."""
+    shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None]
+    rows = (packed[..., None, :] >> shifts & 3).astype(jnp.int8) - 1
+    return rows.reshape(*packed.shape[:-2], -1, packed.shape[-1])

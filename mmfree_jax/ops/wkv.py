@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.ops.recurrence import recurrence
+from mmfree_jax.ops.recurrence import STATE, STEPS, previous, recurrence
 from mmfree_jax.ops.ternary import wide
+from mmfree_jax.sharding import axis_if_cut, per_shard
 
 
 class WKVState(NamedTuple):
@@ -60,17 +61,14 @@ def wkv(
     w_D, u_D, k_BTD, v_BTD = (a.astype(exact) for a in (w_D, u_D, k_BTD, v_BTD))
     state = state or empty(k_BTD.shape[0], k_BTD.shape[2], exact)
     m_BTD = jax.lax.stop_gradient(_largest_exponent(w_D, k_BTD, state.m_BD, resets_BT))
-    before_BTD = jnp.concatenate([state.m_BD[:, None], m_BTD[:, :-1]], axis=1)
+    before_BTD = previous(m_BTD, state.m_BD)
     if resets_BT is not None:
         before_BTD = jnp.where(resets_BT[..., None], lowest(exact), before_BTD)
     factor_BTD = jnp.exp(before_BTD - w_D - m_BTD)
     input_BTD = jnp.exp(k_BTD - m_BTD)
     a_BTD = recurrence(factor_BTD, input_BTD * v_BTD, state.a_BD)
     b_BTD = recurrence(factor_BTD, input_BTD, state.b_BD)
-    past = [
-        jnp.concatenate([first[:, None], s[:, :-1]], axis=1) for first, s in zip(state, (a_BTD, b_BTD), strict=False)
-    ]
-    y_BTD = _average(past[0], past[1], before_BTD, u_D + k_BTD, v_BTD)
+    y_BTD = _average(previous(a_BTD, state.a_BD), previous(b_BTD, state.b_BD), before_BTD, u_D + k_BTD, v_BTD)
     return y_BTD, WKVState(a_BTD[:, -1], b_BTD[:, -1], m_BTD[:, -1])
 
 
@@ -83,12 +81,20 @@ def _average(a_BTD, b_BTD, m_BTD, bonus_BTD, v_BTD) -> jax.Array:
 
 def _largest_exponent(w_D, k_BTD, m_BD, resets_BT) -> jax.Array:
     """m_t = max(m_{t-1} - w, k_t): a linear recurrence in the algebra of (max, +), as a parallel prefix."""
+    floor, axis = lowest(k_BTD.dtype), axis_if_cut("time", k_BTD.shape[1])
     decay_BTD = jnp.broadcast_to(-w_D, k_BTD.shape)
     if resets_BT is not None:
-        decay_BTD = jnp.where(resets_BT[..., None], lowest(k_BTD.dtype), decay_BTD)
-    k_BTD = k_BTD.at[:, 0].max(m_BD + decay_BTD[:, 0])
+        decay_BTD = jnp.where(resets_BT[..., None], floor, decay_BTD)
 
     def combine(left, right):
-        return jnp.maximum(left[0] + right[0], lowest(k_BTD.dtype)), jnp.maximum(left[1] + right[0], right[1])
+        return jnp.maximum(left[0] + right[0], floor), jnp.maximum(left[1] + right[0], right[1])
 
-    return jax.lax.associative_scan(combine, (decay_BTD, k_BTD), axis=1)[1]
+    def local(decay_BTD, k_BTD, m_BD):
+        decay_BTD, end_BTD = jax.lax.associative_scan(combine, (decay_BTD, k_BTD), axis=1)
+        if axis is not None:  # of the chunks before this one
+            chunks = zip(*(jax.lax.all_gather(a[:, -1], axis) for a in (decay_BTD, end_BTD)), strict=True)
+            for i, (decay_BD, end_BD) in enumerate(chunks):
+                m_BD = jnp.where(i < jax.lax.axis_index(axis), jnp.maximum(m_BD + decay_BD, end_BD), m_BD)
+        return (jnp.maximum(m_BD[:, None] + decay_BTD, end_BTD),)
+
+    return per_shard(local, [STEPS, STEPS, STATE], [STEPS], decay_BTD, k_BTD, m_BD)[0]

@@ -102,6 +102,20 @@ def chains(runs: Iterable[RunConfig]) -> list[list[RunConfig]]:
     return list(groups.values())
 
 
+def machines(chain: Sequence[RunConfig], per_machine: int, name: str) -> tuple[int, int]:
+    """How many machines the mesh of a chain fills, and devices on each; per_machine 0: all on one, `name`: for errors.
+
+    Raises ConfigError for runs on meshes of different sizes, and for one that fills no whole machines.
+    """
+    sizes = {run.mesh.devices for run in chain}
+    require(len(sizes) == 1, f"{chain[0].name}: the runs of one chain need one mesh size, not {sorted(sizes)}")
+    (devices,) = sizes
+    on_each = min(devices, per_machine) if per_machine else devices
+    fits = devices % on_each == 0
+    require(fits, f"{chain[0].name}: {devices} devices do not fill {name}s of {on_each}: change its mesh")
+    return devices // on_each, on_each
+
+
 def load_study(path: Path) -> Study:
     """Run an experiment file and return what its `study()` declares. Raises ConfigError if there is no such thing."""
     if not path.is_file():

@@ -6,19 +6,16 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmfree_jax.config import RunConfig
 from mmfree_jax.files import last_line
-from mmfree_jax.sweep.experiment import chains, run_flops
-from mmfree_jax.sweep.status import fail, run_folder, status
+from mmfree_jax.sweep.executor import ATTEMPTS, Pending, worker_command
+from mmfree_jax.sweep.experiment import chains
 from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED
 
-WORKER = (sys.executable, "-m", "mmfree_jax.sweep.worker")
-ATTEMPTS = 2  # a worker that is killed from outside (out of memory, say) is started once more
 STOP_SECONDS = 60.0  # for workers to save themselves after a signal
 POLL_SECONDS = 0.25
 
@@ -43,11 +40,10 @@ class Slot:
 
 
 @dataclasses.dataclass
-class Job:
-    """A chain of runs, the worker it is on, and how often it was started."""
+class Job(Pending):
+    """A chain and the worker it is on."""
 
-    runs: list[RunConfig]
-    attempts: int = 0
+    name: str = ""
     slot: Slot | None = None
     process: subprocess.Popen | None = None
 
@@ -80,45 +76,61 @@ def _visible_gpus() -> list[str]:
     return [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
 
 
-def execute(out: Path, runs: Sequence[RunConfig], slots: Sequence[Slot], watch: Callable[[], None]) -> int:
-    """Run everything that is not done yet; returns 0, or 1 if a run failed.
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """A pool of workers on this machine, one a slot; each run may take `limit_hours` (0: any number)."""
 
-    `watch()` is called a few times a second. KeyboardInterrupt and SIGTERM stop the workers, which save themselves;
-    the exit status is then 130 or 75.
-    """
-    queue = [
-        Job(chain) for chain in chains(runs) if any(status(run_folder(out, run), run).state != "done" for run in chain)
-    ]
-    # Longest first, so that no long chain is left to run alone at the end.
-    queue.sort(key=lambda job: -sum(run_flops(run) for run in job.runs))
-    free, active = list(slots), list[Job]()
-    stopped: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(PREEMPTED))
-    try:
-        while (queue or active) and not stopped:
-            while free and queue:
-                job = queue.pop(0)
-                _start(out, job, free.pop(0))
-                active.append(job)
-            _wait_for_one([job.process for job in active if job.process], POLL_SECONDS)
-            for job in [job for job in active if job.process and job.process.poll() is not None]:
-                active.remove(job)
-                if job.slot:
-                    free.append(job.slot)
-                if _wants_retry(job):
-                    queue.insert(0, job)
-                else:
-                    _explain(out, job)
-            watch()
-    except KeyboardInterrupt:
-        stopped.append(INTERRUPTED)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        _stop([job.process for job in active if job.process])
-    watch()
-    if stopped:
-        return stopped[0]
-    return 0 if all(status(run_folder(out, run), run).state == "done" for run in runs) else 1
+    slots: Sequence[Slot]
+    limit_hours: float = 0.0
+
+    def plan(self, runs: Sequence[RunConfig]) -> list[str]:
+        """How many workers there would be."""
+        return [f"{len(runs)} runs in {len(chains(runs))} chains on {len(self.slots)} workers"]
+
+    def execute(self, out: Path, work: list[list[RunConfig]], watch: Callable[[], None]) -> int:
+        """SIGINT (Ctrl-C) and SIGTERM stop the workers, which save themselves; then 130 or 75 is returned."""
+        queue = [Job(chain, name=chain[0].name) for chain in work]
+        free, active = list(self.slots), list[Job]()
+        stopped: list[int] = []
+        # Handlers for both: a KeyboardInterrupt raised inside a destructor would be swallowed.
+        answers: dict[int, int] = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+        previous = {n: signal.signal(n, lambda number, _: stopped.append(answers[number])) for n in answers}
+        try:
+            while (queue or active) and not stopped:
+                while free and queue:
+                    job = queue.pop(0)
+                    self._start(out, job, free.pop(0))
+                    active.append(job)
+                _wait_for_one([job.process for job in active if job.process], POLL_SECONDS)
+                for job in [job for job in active if job.process and job.process.poll() is not None]:
+                    active.remove(job)
+                    if job.slot:
+                        free.append(job.slot)
+                    if _goes_on(out, job):
+                        queue.insert(0, job)
+                watch()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            _stop([job.process for job in active if job.process])
+        watch()
+        return stopped[0] if stopped else 0
+
+    def _start(self, out: Path, job: Job, slot: Slot) -> None:
+        path = _worker_log(out, job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as log:
+            job.process = subprocess.Popen(
+                worker_command(out, job.runs, self.limit_hours),
+                env={**os.environ, **slot.env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Its own session: Ctrl-C reaches the driver only, which then stops the workers in good order.
+                start_new_session=True,
+                preexec_fn=lambda: _settle(slot),
+            )
+        job.slot = slot
 
 
 def _wait_for_one(processes: Sequence[subprocess.Popen], seconds: float) -> None:
@@ -132,24 +144,6 @@ def _wait_for_one(processes: Sequence[subprocess.Popen], seconds: float) -> None
             os.close(handle)
 
 
-def _start(out: Path, job: Job, slot: Slot) -> None:
-    names = [run.name for run in job.runs]
-    path = _worker_log(out, job)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as log:
-        job.process = subprocess.Popen(
-            [*WORKER, str(out), *names],
-            env={**os.environ, **slot.env},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # Its own session: Ctrl-C reaches the driver only, which then stops the workers in good order.
-            start_new_session=True,
-            preexec_fn=lambda: _settle(slot),
-        )
-    job.slot, job.attempts = slot, job.attempts + 1
-
-
 def _settle(slot: Slot) -> None:
     """In the child, before it starts: keep to the slot's cores, and save and leave if the driver dies."""
     os.sched_setaffinity(0, slot.cores)
@@ -157,25 +151,19 @@ def _settle(slot: Slot) -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _wants_retry(job: Job) -> bool:
-    killed = job.process is not None and (job.process.returncode < 0 or job.process.returncode == PREEMPTED)
-    return killed and job.attempts < ATTEMPTS
-
-
-def _explain(out: Path, job: Job) -> None:
-    """A worker that died without saying why (killed, or broken before it began): say so in its first open run."""
-    states = [status(run_folder(out, run), run) for run in job.runs]
-    left = next((s for s in states if s.state != "done"), None)
-    if left is None or left.error or job.process is None:
-        return
-    code = job.process.returncode
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    said = last_line(_worker_log(out, job)) or "nothing"
-    fail(run_folder(out, left.config), f"its worker {how}; its last words: {said}")
+def _goes_on(out: Path, job: Job) -> bool:
+    """Whether an ended worker's chain needs another one. Gives up what two in a row got no further with."""
+    job.look(out)
+    if job.runs and job.vain == ATTEMPTS and job.process is not None:
+        code = job.process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        said = last_line(_worker_log(out, job)) or "nothing"
+        job.abandon(out, f"its worker {how}; its last words: {said}")
+    return bool(job.runs)
 
 
 def _worker_log(out: Path, job: Job) -> Path:
-    return out / "workers" / f"{job.runs[0].name}.log"
+    return out / "workers" / f"{job.name}.log"
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:

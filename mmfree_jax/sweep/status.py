@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import fcntl
 import io
 import json
 from collections.abc import Sequence
@@ -11,13 +10,17 @@ from typing import Any, Literal
 
 from mmfree_jax.config import RunConfig
 from mmfree_jax.files import last_line, read_json, write_atomically
+from mmfree_jax.sweep.heartbeat import Beat, holder
 
 State = Literal["waiting", "running", "stopped", "done", "failed"]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunStatus:
-    """Where one run stands. `loss` is the held-out loss of a finished run, else the latest training loss."""
+    """Where one run stands. `loss` is the held-out loss of a finished run, else the latest training loss.
+
+    `holder` is who trains it now.
+    """
 
     config: RunConfig
     state: State
@@ -26,6 +29,19 @@ class RunStatus:
     tokens_per_s: float | None = None
     error: str = ""
     result: dict[str, Any] | None = None
+    holder: Beat | None = None
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Until the last step of a running run, at its latest speed; None where that is not known."""
+        if self.state != "running" or not self.tokens_per_s:
+            return None
+        return (self.config.steps - self.step) * self.config.data.tokens_per_step / self.tokens_per_s
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it would fail again: it computes the same every time."""
+        return self.state == "failed" and self.error.startswith("Diverged")
 
 
 def run_folder(out: Path, run: RunConfig) -> Path:
@@ -33,8 +49,8 @@ def run_folder(out: Path, run: RunConfig) -> Path:
     return out / "runs" / run.name
 
 
-def status(folder: Path, run: RunConfig) -> RunStatus:
-    """Where `run` stands, read from its folder."""
+def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
+    """Where `run` stands, read from its folder. `now` is its `file_clock`, for those who ask about many folders."""
     if (folder / "result.json").exists():
         result = read_json(folder / "result.json")
         shown = result["loss"] if result["loss"] is not None else result["train_loss"]
@@ -43,24 +59,18 @@ def status(folder: Path, run: RunConfig) -> RunStatus:
     row = json.loads(line) if line else {}
     step = row.get("step", run.first_step)
     known = {"step": step, "loss": row.get("loss"), "tokens_per_s": row.get("tokens_per_s")}
-    if _held(folder):
-        return RunStatus(run, "running", **known)
+    if beat := holder(folder, now):
+        return RunStatus(run, "running", **known, holder=beat)
     error = folder / "error.txt"
     if error.exists():
         return RunStatus(run, "failed", **known, error=error.read_text(encoding="utf-8").strip().splitlines()[-1])
     return RunStatus(run, "stopped" if row else "waiting", **known)
 
 
-def _held(folder: Path) -> bool:
-    """Whether some process is training in this folder: it then holds the lock."""
-    if not (folder / ".lock").exists():
-        return False
-    with (folder / ".lock").open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+def has_failed(out: Path, name: str) -> bool:
+    """Whether a run has left a reason why it is not done."""
+    folder = out / "runs" / name
+    return (folder / "error.txt").exists() and not (folder / "result.json").exists()
 
 
 def fail(folder: Path, message: str) -> None:

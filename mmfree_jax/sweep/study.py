@@ -4,42 +4,56 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from mmfree_jax.config import require
 from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.files import locked, write_atomically, write_json
-from mmfree_jax.sweep.experiment import Study, chains, run_flops
-from mmfree_jax.sweep.local import execute, find_slots
+from mmfree_jax.sweep.executor import Executor, open_chains
+from mmfree_jax.sweep.experiment import Study, run_flops
+from mmfree_jax.sweep.heartbeat import file_clock
+from mmfree_jax.sweep.slurm import queued
 from mmfree_jax.sweep.status import collect, run_folder, status
 from mmfree_jax.sweep.view import View, describe
-from mmfree_jax.training.folder import check_data, claim
+from mmfree_jax.training.folder import changes, check_data, claim
 
 
-def sweep(study: Study, out: Path, console: Console, slots: int = 0) -> int:
-    """Run what is not done yet and write runs.csv; returns the exit status (0 done, 1 a run failed, 75, 130)."""
+def sweep(study: Study, out: Path, console: Console, executor: Executor, again: bool = False) -> int:
+    """Run what is not done yet and write runs.csv; returns the exit status (0 done, 1 a run failed, 75, 130).
+
+    Runs that diverged are left alone unless `again`.
+    """
     with locked(out):
         token_set = prepare(study, out, console)
-        places = find_slots(slots)
         say = lambda line: console.print(line, highlight=False, soft_wrap=True)
-        say(f"{len(study.runs)} runs in {len(chains(study.runs))} chains on {len(places)} workers")
+        say("\n".join(executor.plan(study.runs)))
         with View([(run, run_folder(out, run)) for run in study.runs], console) as view:
-            code = execute(out, study.runs, places, view.update)
+            code = executor.execute(out, open_chains(out, study.runs, again), view.update)
         table = collect(out, study.runs)
-        for run in study.runs:
-            if (found := status(run_folder(out, run), run)).state == "failed":
-                console.print(f"[red]failed[/red]  {describe(found)}\n        see {run_folder(out, run) / 'log.txt'}")
+        found = [status(run_folder(out, run), run) for run in study.runs]
+        for failed in (s for s in found if s.state == "failed"):
+            hint = "; --again runs it again" if failed.diverged else ""
+            place = run_folder(out, failed.config) / "log.txt"
+            say(f"[red]failed[/red]  {escape(describe(failed))}\n        see {place}{hint}")
         say(f"runs table: {table} (corpus {token_set.fingerprint[:16]})")
-        return code
+        return code or int(any(s.state != "done" for s in found))
 
 
 def prepare(study: Study, out: Path, console: Console) -> TokenSet:
     """Resolve the corpus, check every run against it and against what `out` holds, and give each its config.json.
 
-    Raises ConfigError before anything is run.
+    Raises ConfigError before anything is run or written, naming every run that the experiment file has changed.
     """
+    changed = [f"{run.name} ({why})" for run in study.runs if (why := changes(run, run_folder(out, run)))]
+    require(
+        not changed,
+        f"{out} holds other runs of these names: {'; '.join(changed)}. Rename them in the experiment file, put them "
+        "back as they were, or choose another folder",
+    )
     token_set = resolve_data(study.runs[0].data, lambda line: console.print(line, highlight=False))
     for run in study.runs:
         check_data(run, token_set)
+    for run in study.runs:
         claim(run, run_folder(out, run))
     write_json(out / "sweep.json", {"study": study.name, "runs": [run.name for run in study.runs]})
     for number, one in enumerate(token_set.sets, 1):
@@ -49,9 +63,9 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
     return token_set
 
 
-def run_study(study: Study, out: Path, console: Console, slots: int = 0) -> int:
+def run_study(study: Study, out: Path, console: Console, executor: Executor, again: bool = False) -> int:
     """The sweep, then the report on it. Returns the exit status of the sweep, or 0."""
-    if code := sweep(study, out, console, slots):
+    if code := sweep(study, out, console, executor, again):
         return code
     # Imported here, because plotting libraries take longer to load than a finished sweep takes to check.
     from scaling.report.write import write_report
@@ -85,7 +99,7 @@ def provenance(study: Study) -> dict[str, Any]:
     }
 
 
-def plan_lines(study: Study, slots: int = 0) -> list[str]:
+def plan_lines(study: Study, executor: Executor) -> list[str]:
     """What a sweep would do, without doing it (--dry-run)."""
     total = sum(run_flops(run) for run in study.runs)
     lines = [
@@ -93,10 +107,17 @@ def plan_lines(study: Study, slots: int = 0) -> list[str]:
         f"{run_flops(run):.3g} FLOP" + (f", after {run.branch.run}" if run.branch else "")
         for run in study.runs
     ]
-    return [*lines, f"{len(study.runs)} runs, {total:.3g} FLOP, {len(find_slots(slots))} workers"]
+    return [*lines, f"{total:.3g} FLOP", *executor.plan(study.runs)]
 
 
 def status_lines(study: Study, out: Path) -> list[str]:
-    """One line a run: its state, step and loss (--status)."""
+    """One line a run: its state, step and loss, speed and time left, where it runs or waits (--status)."""
     require(out.is_dir(), f"{out}: no such sweep folder")
-    return [f"{(s := status(run_folder(out, run), run)).state:>7}  {describe(s)}" for run in study.runs]
+    now, jobs = file_clock(out), queued(out)
+    lines = []
+    for run in study.runs:
+        found = status(run_folder(out, run), run, now)
+        job = jobs.get(run.name)
+        waits = f"  job {job.job} {job.state.lower()}" if job and found.state in ("waiting", "stopped") else ""
+        lines.append(f"{found.state:>7}  {describe(found)}{waits}")
+    return lines

@@ -142,8 +142,12 @@ def _fit(statuses: list[RunStatus], room: int) -> list[RunStatus]:
 
 def describe(s: RunStatus) -> str:
     """One line about a run."""
-    loss = "" if s.loss is None else f" loss {s.loss:.4f}"
-    return f"{s.config.name}  step {s.step}/{s.config.steps}{loss}{'  ' + s.error if s.error else ''}"
+    parts = [f"{s.config.name}  step {s.step}/{s.config.steps}"]
+    parts += [] if s.loss is None else [f" loss {s.loss:.4f}"]
+    parts += [f"  {s.tokens_per_s:,.0f} tokens/s"] if s.state == "running" and s.tokens_per_s else []
+    parts += [] if s.eta_seconds is None else [f", {clock(s.eta_seconds)} left"]
+    parts += [f"  {s.holder}"] if s.holder else []
+    return "".join(parts) + (f"  {s.error}" if s.error else "")
 
 
 def clock(seconds: float) -> str:

@@ -1,45 +1,152 @@
 """One process that trains runs of a sweep one after another: `python -m mmfree_jax.sweep.worker OUT RUN [RUN …]`.
 
 The runs of one chain share a compiled step, so a chain given to one worker compiles once. The command is idempotent:
-finished runs are passed over, half-done ones taken up. Exit status: 0 all done, 1 a run failed, 75 or 130 stopped.
+finished runs are passed over, half-done ones taken up. It reads each run's config from its folder in OUT; with
+`--experiment FILE` it takes them from there and makes the folders itself. Started as several processes, by `srun` or
+with JAX's variables (`mmfree_jax.distributed.meant`), they are one worker.
+
+Exit status: 0 all done, 1 a run failed, 75 or 130 stopped, 124 a run would not stop when its time was over.
 """
 
+import argparse
+import contextlib
 import functools
+import os
+import signal
 import sys
+import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mmfree_jax.config import RunConfig, from_json
+import jax
+
+from mmfree_jax import distributed
+from mmfree_jax.config import ConfigError, RunConfig, from_json
+from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import cache_folder, resolve_data
 from mmfree_jax.devices import use_compile_cache
-from mmfree_jax.sweep.status import fail
-from mmfree_jax.training.interrupt import Interrupted
+from mmfree_jax.sweep.experiment import load_study
+from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
+from mmfree_jax.sweep.status import fail, has_failed
+from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
+from mmfree_jax.training.metrics import Diverged
+
+PATIENCE_SECONDS = 300.0  # for the other processes of this worker to come
+GRACE_SECONDS = 900.0  # for a run whose time is over to end a step, save or evaluate, before it is taken for stuck
 
 
-def main(out: Path, names: list[str]) -> int:
-    """Train the named runs of the sweep in `out`, in order."""
+class TrunkFailed(RuntimeError):
+    """There is nothing to branch from."""
+
+
+class TimedOut(RuntimeError):
+    """A run took longer than it may."""
+
+
+EVERYWHERE = (Diverged, ConfigError, TrunkFailed, TimedOut)  # what happens in every process of a run at once
+
+
+def main(out: Path, names: list[str], experiment: Path | None = None, limit_hours: float = 0.0) -> int:
+    """Train the named runs of the sweep in `out`, in order; each may take so many hours (0: any number)."""
     use_compile_cache(cache_folder() / "compiled")
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # but while a run listens for it
     resolve = functools.cache(resolve_data)  # the runs of a chain read one corpus: it is opened once
     failed: set[str] = set()
-    for name in names:
-        folder = out / "runs" / name
-        config = from_json(RunConfig, (folder / "config.json").read_text(encoding="utf-8"))
-        (folder / "error.txt").unlink(missing_ok=True)
-        if config.branch is not None and config.branch.run in failed:
-            fail(folder, f"not started: its trunk {config.branch.run} failed")
-            failed.add(name)
-            continue
+    for config in find_runs(out, names, experiment):
+        folder = out / "runs" / config.name
         try:
-            train(config, folder, resolve(config.data))
+            if config.branch is not None and (config.branch.run in failed or has_failed(out, config.branch.run)):
+                raise TrunkFailed(f"its trunk {config.branch.run} failed")
+            _train(config, folder, resolve, limit_hours)
         except Interrupted as stop:
             return stop.status
         except Exception as error:  # one bad run must not take the rest of its chain with it
-            traceback.print_exc()
-            fail(folder, f"{type(error).__name__}: {error}")
-            failed.add(name)
+            failed.add(config.name)
+            _explain(folder, error)
+            if jax.process_count() > 1 and not isinstance(error, EVERYWHERE):
+                return 1  # the other processes may be waiting for this one: only its end ends them
     return 1 if failed else 0
 
 
+def find_runs(out: Path, names: list[str], experiment: Path | None) -> list[RunConfig]:
+    """The named runs: from their folders, or from an experiment file. Raises ConfigError for unknown names."""
+    if experiment is None:
+        return [from_json(RunConfig, (out / "runs" / name / "config.json").read_text("utf-8")) for name in names]
+    known = {run.name: run for run in load_study(experiment).runs}
+    if missing := [name for name in names if name not in known]:
+        raise ConfigError(f"{experiment} has no run named {', '.join(missing)}")
+    return [known[name] for name in names]
+
+
+def _train(config: RunConfig, folder: Path, resolve: Callable[..., TokenSet], limit_hours: float) -> None:
+    first = distributed.is_first()
+    if first:
+        wait_until_free(folder)
+        (folder / "error.txt").unlink(missing_ok=True)
+    late = _late(folder, limit_hours)
+    with Heartbeat(folder, late) if first else contextlib.nullcontext(), _alarm(limit_hours):
+        try:
+            train(config, folder, resolve(config.data))
+        except Interrupted as stop:
+            if stop.status == TIMED_OUT:
+                raise TimedOut(f"{stop}; its limit of {limit_hours:g} hours is over: raise --limit-hours") from None
+            raise
+
+
+@contextlib.contextmanager
+def _alarm(hours: float) -> Iterator[None]:
+    """The run gets SIGALRM when its time is over, and ends as for any other signal: the state is saved.
+
+    Again every second: a run that is still opening its data does not listen yet.
+    """
+    signal.setitimer(signal.ITIMER_REAL, hours * 3600, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _late(folder: Path, limit_hours: float) -> Callable[[], None]:
+    """To be called now and then: ends this process when a run has not answered the alarm for long."""
+    deadline = time.monotonic() + limit_hours * 3600 + GRACE_SECONDS
+
+    def check() -> None:
+        if limit_hours and time.monotonic() > deadline:
+            fail(folder, f"TimedOut: did not stop when its limit of {limit_hours:g} hours was over; ended")
+            os._exit(TIMED_OUT)
+
+    return check
+
+
+def _explain(folder: Path, error: Exception) -> None:
+    """The reason for whoever reads the log, and a line of it for whoever asks for the sweep's status."""
+    if not isinstance(error, TrunkFailed | TimedOut):
+        traceback.print_exception(error)
+    message = f"{type(error).__name__}: {error}"
+    if isinstance(error, TrunkFailed):
+        message = f"not started: {error}"
+    elif "RESOURCE_EXHAUSTED" in message:
+        message = f"out of memory: lower data.batch, raise optim.accumulate, or set remat ({message})"
+    if distributed.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        fail(folder, message)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """OUT RUN …, and what may stand before them."""
+    parser = argparse.ArgumentParser(prog="python -m mmfree_jax.sweep.worker")
+    parser.add_argument("--experiment", type=Path, help="take the runs from this file, not from their folders")
+    parser.add_argument("--limit-hours", type=float, default=0.0, help="that one run may take (0: any number)")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("names", nargs="+", metavar="run")
+    return parser.parse_args(arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    chosen = parse(sys.argv[1:])
+    group = distributed.meant("", 0, -1)
+    if group is not None:
+        distributed.join(group, PATIENCE_SECONDS)
+    sys.exit(main(chosen.out, chosen.names, chosen.experiment, chosen.limit_hours))

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import RunConfig
 from mmfree_jax.ops.ternary import Quantised, quantise_weights
-from mmfree_jax.training.metrics import RunLog
+from mmfree_jax.training.metrics import Log
 from mmfree_jax.training.step import Program, TrainState
 
 HISTOGRAM_SAMPLES = 20_000  # of a parameter's values: enough for a picture, small enough to fetch
@@ -19,9 +21,10 @@ class Diagnostics:
     """Every `diagnose_every` steps: weight histograms, and for ternary layers the share of zeros, the mean scale and
     the share of codes that this one optimizer step flipped."""
 
-    def __init__(self, config: RunConfig, program: Program, log: RunLog):
+    def __init__(self, config: RunConfig, program: Program, log: Log):
         self.every, self.log = config.diagnose_every, log
         self.read = jax.jit(lambda params: ternary_codes(nnx.merge(program.graphdef, params)))
+        self.sample = jax.jit(samples, out_shardings=NamedSharding(program.mesh, P()))
         self.codes: dict[str, jax.Array] = {}
 
     def before(self, step: int, state: TrainState) -> None:
@@ -39,7 +42,7 @@ class Diagnostics:
             scalars[f"flips/{name}"] = float(jnp.mean(codes != self.codes[name]))
             scalars[f"scale/{name}"] = float(jnp.mean(scale))
         self.codes = {}
-        self.log.diagnostics(step + 1, scalars, histograms(state.params))
+        self.log.diagnostics(step + 1, scalars, histograms(self.sample(state.params)))
 
     def _due(self, step: int) -> bool:
         return self.every > 0 and (step + 1) % self.every == 0
@@ -55,8 +58,12 @@ def ternary_codes(model: nnx.Module) -> dict[str, Quantised]:
     return found
 
 
-def histograms(params: Any) -> dict[str, np.ndarray]:
-    """A fixed subset of each parameter's values, by its path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    thin = lambda a: np.asarray(a.reshape(-1)[:: max(1, a.size // HISTOGRAM_SAMPLES)])
-    return {"weights" + jax.tree_util.keystr(path, simple=True, separator="/"): thin(a) for path, a in leaves}
+def samples(params: Any) -> Any:
+    """A fixed subset of each parameter's values."""
+    return jax.tree.map(lambda a: a.reshape(-1)[:: max(1, a.size // HISTOGRAM_SAMPLES)], params)
+
+
+def histograms(values: Any) -> dict[str, np.ndarray]:
+    """The leaves of a tree by their path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(values)
+    return {"weights" + jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(a) for path, a in leaves}

@@ -1,5 +1,6 @@
 """The folder of a run: which config it belongs to, and whether the corpus suits it. Nothing here imports JAX."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,15 +37,26 @@ def _check_lengths(data: DataConfig, token_set: TokenSet) -> None:
 
 
 def claim(config: RunConfig, folder: Path) -> None:
-    """Write config.json into a new folder; check it in one that holds a run. Raises ConfigError if it is another."""
+    """Write config.json into a new folder; check it in one that holds a run. Raises ConfigError if it is another.
+
+    A run may go on on another mesh, which then stands in its config.json: every mesh computes the same.
+    """
+    if why := changes(config, folder):
+        raise ConfigError(f"{folder} holds another run ({why}): choose another folder")
+    path, text = folder / "config.json", to_json(config) + "\n"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+
+
+def changes(config: RunConfig, folder: Path) -> str:
+    """How `config` differs from the run that `folder` holds; empty if it is that run, or the folder holds none."""
     path = folder / "config.json"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, to_json(config) + "\n")
-        return
+        return ""
     held = from_json(RunConfig, path.read_text(encoding="utf-8"))
-    if held != config:
-        raise ConfigError(f"{folder} holds another run ({differences(held, config)}): choose another folder")
+    moved = dataclasses.replace(held, mesh=config.mesh) == config and not (folder / "result.json").exists()
+    return "" if held == config or moved else differences(held, config)
 
 
 def differences(held: Any, wanted: Any) -> str:

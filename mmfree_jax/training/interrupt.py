@@ -5,6 +5,7 @@ from types import FrameType
 
 PREEMPTED = 75  # exit status: run the same command again
 INTERRUPTED = 130  # exit status: stopped by Ctrl-C
+TIMED_OUT = 124  # exit status: the time that it was given is over
 
 
 class Interrupted(Exception):
@@ -16,12 +17,12 @@ class Interrupted(Exception):
 
 
 class StopFlag:
-    """Set by SIGINT (Ctrl-C), SIGTERM and SIGUSR2 (SLURM's notice before preemption) while the context is open.
+    """Set by SIGINT (Ctrl-C), SIGTERM, SIGUSR2 (SLURM's notice before preemption) and SIGALRM (time is up).
 
-    A second Ctrl-C is not caught, so an impatient user gets out at once.
+    Only while the context is open. A second Ctrl-C is not caught, so an impatient user gets out at once.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGALRM)
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -39,7 +40,7 @@ class StopFlag:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    @property
-    def status(self) -> int:
-        """The exit status that the signal asks for."""
-        return INTERRUPTED if self.signal == signal.SIGINT else PREEMPTED
+
+def exit_status(number: int) -> int:
+    """The exit status that a signal asks for."""
+    return {signal.SIGINT: INTERRUPTED, signal.SIGALRM: TIMED_OUT}.get(signal.Signals(number), PREEMPTED)

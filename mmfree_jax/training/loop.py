@@ -1,6 +1,8 @@
 """The training loop: a straight line from a config to a result.json."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,18 +11,19 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mmfree_jax import flops
+from mmfree_jax import distributed, flops
 from mmfree_jax.config import RunConfig, require, to_json
-from mmfree_jax.data import TokenSet, batches
+from mmfree_jax.data import Batches, TokenSet, batches
 from mmfree_jax.devices import peak_memory_bytes
 from mmfree_jax.evaluation import evaluate
 from mmfree_jax.files import locked, read_json, write_json
+from mmfree_jax.sharding import batch_sharding
 from mmfree_jax.training.checkpoint import Checkpoints, restore
 from mmfree_jax.training.diagnostics import Diagnostics
 from mmfree_jax.training.folder import check_data, claim, differences
-from mmfree_jax.training.interrupt import Interrupted, StopFlag
-from mmfree_jax.training.metrics import Interval, Progress, RunLog
-from mmfree_jax.training.optim import learning_rate
+from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
+from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
+from mmfree_jax.training.optim import rates
 from mmfree_jax.training.profiling import Profile
 from mmfree_jax.training.step import Program, TrainState, compute_dtype, make_program, program_key
 
@@ -33,8 +36,13 @@ def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range 
     has been saved after a signal.
     """
     check_data(config, token_set)
-    with locked(folder, wait_s=30):
-        claim(config, folder)
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(locked(folder, wait_s=30))
+            claim(config, folder)
+
+        distributed.first_does(take)
         if (folder / "result.json").exists():
             return read_json(folder / "result.json")
         with StopFlag() as stop:
@@ -49,41 +57,50 @@ def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag,
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         data = config.data
-        place, start = program.place, progress.data
-        rows = batches(token_set, sequence=data.sequence, batch=data.batch, seed=data.seed, start=start, put=place)
+        rows = _batches(config, program, token_set, progress.data)
+        agreed = distributed.AgreedStop(program.mesh)
         trace = Profile(folder / "profile", profiled)
-        with RunLog(folder, marks) as log, rows, jax.set_mesh(program.mesh), trace:
+        with run_log(folder, marks) as log, rows, jax.set_mesh(program.mesh), trace:
             _describe(config, log, progress)
             diagnostics = Diagnostics(config, program, log)
             interval = Interval(config, progress, per_token * data.tokens_per_step, log)
 
             for step in range(progress.step, config.steps):
                 tokens_BT = interval.timed_next(rows)
-                rate = np.float32(learning_rate(config.optim, config.steps, step))
+                now = jax.tree.map(np.float32, rates(config.optim, config.steps, step))
                 trace.before(step)
                 diagnostics.before(step, state)
-                state, metrics = program.train_step(state, tokens_BT, jax.device_put(rate))
+                state, metrics = program.train_step(state, tokens_BT, jax.device_put(now))
                 diagnostics.after(step, state)
                 trace.after(step, metrics)
                 # Only now, with this step already queued, are the metrics of the steps before it fetched.
                 interval.flush_if_due()
-                interval.add(step, metrics, float(rate))
+                interval.add(step, metrics, float(now.learning))
 
                 progress.step, progress.data = step + 1, rows.state
-                stopping, due = stop.signal is not None, _save_due(config, step + 1)
-                if stopping or due:
+                asked, due = agreed(stop.signal), _save_due(config, step + 1)
+                if asked or due:
                     interval.flush() if due else interval.hold()
                     checkpoints.save(state, _meta(config, token_set, progress, log), step + 1)
-                if stopping:
-                    log.event(f"stopped by signal {stop.signal} after step {step + 1}; saved")
-                    raise Interrupted(stop.status, f"{config.name}: stopped after step {step + 1}, saved in {folder}")
+                if asked:
+                    log.event(f"stopped by signal {asked} after step {step + 1}; saved")
+                    place = f"stopped after step {step + 1}, saved in {folder}"
+                    raise Interrupted(exit_status(asked), f"{config.name}: {place}")
 
             scores = evaluate(program, state.params, token_set, data.sequence) if config.evaluate else {}
             log.event(f"finished after {config.steps} steps" + "".join(f", {k} {v:.6g}" for k, v in scores.items()))
 
     result = result_row(config, token_set, progress, scores)
-    write_json(folder / "result.json", result)
+    distributed.first_does(lambda: write_json(folder / "result.json", result))
     return result
+
+
+def _batches(config: RunConfig, program: Program, token_set: TokenSet, start: int) -> Batches:
+    """The batches of the run from example `start` on; each process reads the rows that its devices hold."""
+    data, place = config.data, batch_sharding(program.mesh)
+    rows = distributed.own_rows(place, data.batch)
+    put = functools.partial(distributed.put_rows, sharding=place, batch=data.batch, rows=rows)
+    return batches(token_set, sequence=data.sequence, batch=data.batch, seed=data.seed, start=start, rows=rows, put=put)
 
 
 def _begin(
@@ -116,7 +133,9 @@ def _with_weights(state: TrainState, config: RunConfig) -> TrainState:
         model.config == config.model,
         f"init={config.init} holds another architecture ({differences(model.config, config.model)})",
     )
-    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), nnx.state(model, nnx.Param), state.params)
+    params = jax.tree.map(
+        lambda new, old: distributed.put(np.asarray(new), old.sharding), nnx.state(model, nnx.Param), state.params
+    )
     return dataclasses.replace(state, params=params)
 
 
@@ -128,7 +147,7 @@ def _check_corpus(meta: dict[str, Any], token_set: TokenSet, where: Path) -> Non
     )
 
 
-def _meta(config: RunConfig, token_set: TokenSet, progress: Progress, log: RunLog) -> dict[str, Any]:
+def _meta(config: RunConfig, token_set: TokenSet, progress: Progress, log: Log) -> dict[str, Any]:
     return {
         "config": json.loads(to_json(config)),
         "fingerprint": config.fingerprint(),
@@ -143,7 +162,7 @@ def _save_due(config: RunConfig, step: int) -> bool:
     return step == config.steps or step in config.milestones or (every > 0 and step % every == 0)
 
 
-def _describe(config: RunConfig, log: RunLog, progress: Progress) -> None:
+def _describe(config: RunConfig, log: Log, progress: Progress) -> None:
     devices = jax.devices()
     log.event(
         f"{'start' if progress.attempts == 1 else 'resume'} {config.name} at step {progress.step} of {config.steps} "

@@ -18,6 +18,7 @@ from tensorboardX import SummaryWriter
 
 from mmfree_jax.config import RunConfig
 from mmfree_jax.devices import EnergyMeter, peak_flops
+from mmfree_jax.distributed import is_first, total
 
 
 class Diverged(RuntimeError):
@@ -91,6 +92,40 @@ class RunLog:
         return {str(path.relative_to(self.folder)): path.stat().st_size for path in _log_files(self.folder)}
 
 
+class SilentLog:
+    """Stands for the RunLog in all processes but the first, which alone writes."""
+
+    def __enter__(self) -> "SilentLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def event(self, text: str) -> None:
+        """Nothing."""
+
+    def describe(self, title: str, text: str) -> None:
+        """Nothing."""
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def diagnostics(self, step: int, scalars: dict[str, float], histograms: dict[str, np.ndarray]) -> None:
+        """Nothing."""
+
+    def mark(self) -> dict[str, int]:
+        """No file has a length here; checkpoints take the first process's word."""
+        return {}
+
+
+Log = RunLog | SilentLog
+
+
+def run_log(folder: Path, marks: dict[str, int]) -> Log:
+    """The log of this process: on disk in the first, nowhere in the others."""
+    return RunLog(folder, marks) if is_first() else SilentLog()
+
+
 def _log_files(folder: Path) -> list[Path]:
     named = [folder / "metrics.jsonl", folder / "log.txt", *(folder / "tb").glob("events.*")]
     return [path for path in named if path.exists()]
@@ -109,7 +144,7 @@ def _rewind(folder: Path, marks: dict[str, int]) -> None:
 class Interval:
     """The steps since the last logged one: keeps their metrics on the device and logs their mean when asked."""
 
-    def __init__(self, config: RunConfig, progress: Progress, flops_per_step: float, log: RunLog):
+    def __init__(self, config: RunConfig, progress: Progress, flops_per_step: float, log: Log):
         self.config, self.progress, self.flops_per_step, self.log = config, progress, flops_per_step, log
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak = peak and peak * config.mesh.devices
@@ -169,7 +204,7 @@ class Interval:
         now, timed = time.perf_counter(), count - self.untimed
         elapsed = 0.0 if self.began is None else now - self.began  # None: all of these ran before a stop
         self.began, self.untimed = self.began and now, 0
-        joules = self.meter.joules()
+        joules = total(self.meter.joules())
         self.progress.seconds += elapsed
         self.progress.joules = None if joules is None else self.joules_before + joules
         self.progress.train_loss = loss

@@ -1,19 +1,36 @@
-"""Learning-rate schedules as plain functions of the step, and AdamW without a learning rate inside.
+"""Learning-rate schedules as plain functions of the step, and optimizers without a learning rate inside.
 
-The rate is an argument of the compiled step, so that every run of one shape, decays and sweeps included, shares one
-program.
+Rate and share of the weight decay are arguments of the compiled step, so that every run of one shape, decays and
+sweeps included, shares one program.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
+from flax import nnx
 
-from mmfree_jax.config import OptimConfig
+from mmfree_jax.config import ModelConfig, OptimConfig
+from mmfree_jax.parametrisation import Role, gradient_factor, rate_factor
+from mmfree_jax.training.muon import scale_by_muon
 
-# Matrices decay; gains and the forget gate's lower bounds are scales, for which a pull to zero has no justification.
-UNDECAYED = ("gain", "lower_bounds")
+# What a pull to zero regularises. Gains, lower bounds, decays and mixes are scales or gates: zero is nothing special.
+DECAYED: tuple[Role, ...] = ("matrix", "embedding", "head")
+SECOND_STAGE = 2 / 3  # of the rate: 1.2e-3 to 8e-4 in BitNet b1.58's recipe
+
+
+class Rates(NamedTuple):
+    """What the schedule tells a step: the learning rate, and the share of the weight decay that is on."""
+
+    learning: Any
+    decay: Any = 1.0
+
+
+def rates(config: OptimConfig, steps: int, step: int) -> Rates:
+    """Learning rate and share of the weight decay of update number `step` (0-based) in a run of `steps` updates."""
+    second = config.schedule == "two-stage" and step >= steps / 2
+    return Rates(learning_rate(config, steps, step), 0.0 if second else 1.0)
 
 
 def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
@@ -21,7 +38,8 @@ def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
 
     wsd falls linearly over its last `decay_steps` updates and reaches `final_lr` x peak at step == steps (Hägele et
     al. 2024, arXiv 2405.18392); cosine-halving multiplies the cosine by 1/2 from mid-run on (Zhu et al. 2024,
-    arXiv 2406.02528, section 4).
+    arXiv 2406.02528, section 4); two-stage falls linearly all the way, times 2/3 from mid-run on (Ma et al. 2024,
+    "The Era of 1-bit LLMs: Training Tips, Code and FAQ").
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -30,30 +48,112 @@ def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
 
 def _decay_factor(config: OptimConfig, steps: int, step: int) -> float:
     floor = config.final_lr
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    second_half = step >= steps / 2
     if config.schedule in ("cosine", "cosine-halving"):
-        progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
         cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-        return cosine * (0.5 if config.schedule == "cosine-halving" and step >= steps / 2 else 1.0)
+        return cosine * (0.5 if config.schedule == "cosine-halving" and second_half else 1.0)
+    if config.schedule == "two-stage":
+        return (floor + (1 - floor) * (1 - progress)) * (SECOND_STAGE if second_half else 1.0)
     left = steps - step
     if left >= config.decay_steps:
         return 1.0
     return floor + (1 - floor) * left / config.decay_steps
 
 
-def decay_mask(params: Any) -> Any:
-    """A tree of bools: which parameters weight decay acts on (by name: all but gains and lower bounds)."""
-
-    def decays(path: tuple, _: Any) -> bool:
-        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-        return not any(name in UNDECAYED for name in names)
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+def roles(params: Any) -> Any:
+    """A tree of `Role`s, from the parameters' names."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _role(_names(path)), params)
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Clip by global norm, Adam moments in float32, decoupled weight decay; the caller multiplies by -rate."""
+def _names(path: tuple) -> list[str]:
+    return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+
+
+def _role(names: list[str]) -> Role:
+    if "kernel" in names:
+        return "head" if "head" in names else "matrix"
+    if "embedding" in names:
+        return "embedding"
+    return "lower_bounds" if "lower_bounds" in names else "gain"
+
+
+def make_optimizer(config: OptimConfig, model: ModelConfig) -> optax.GradientTransformationExtraArgs:
+    """Clip by global norm, AdamW or Muon, each role's factor of the rate, decoupled weight decay.
+
+    The caller multiplies by -rate, and may pass `decay`, the share of the weight decay that is on. The factors act on
+    the update alone, so the time scale 1 / (rate x weight_decay) is the same for all that decays (Wang & Aitchison
+    2024, arXiv 2405.13698); under mup this is CompleteP's weight decay x width.
+    """
     chain = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    chain.append(optax.scale_by_adam(config.beta1, config.beta2, config.eps))
+    if model.parametrisation == "mup":
+        chain.append(_scaled(lambda path, _: gradient_factor(model, _in_block(path))))
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    chain.append(_by_role(scale_by_muon(config.momentum), adam) if config.optimizer == "muon" else adam)
+    factors = role_factors(config, model)
+    if any(factor != 1 for factor in factors.values()):
+        chain.append(_scaled(lambda path, _: factors[_role(_names(path))]))
     if config.weight_decay:
-        chain.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
-    return optax.chain(*chain)
+        chain.append(_decayed(config.weight_decay))
+    return optax.with_extra_args_support(optax.chain(*chain))
+
+
+def role_factors(config: OptimConfig, model: ModelConfig) -> dict[Role, float]:
+    """Each role's share of the learning rate: the user's choice times the parametrisation's."""
+    chosen: dict[Role, float] = {
+        "matrix": 1.0,
+        "embedding": config.embedding_lr,
+        "head": config.head_lr,
+        "gain": config.gain_lr,
+        "lower_bounds": config.bounds_lr,
+    }
+    return {role: own * rate_factor(model, role, config.optimizer) for role, own in chosen.items()}
+
+
+def _in_block(path: tuple) -> bool:
+    return bool({"blocks", "lower_bounds"} & set(_names(path)))
+
+
+def _by_role(
+    matrices: optax.GradientTransformation, others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """One transformation for the blocks' matrices, another for all else; updates and parameters are nnx.States.
+
+    States are divided rather than masked (`optax.partition`): their sharding and checkpoints then need no exceptions.
+    """
+
+    def divide(tree: nnx.State) -> tuple[nnx.State, ...]:
+        return nnx.split_state(tree, lambda path, _: _role([str(name) for name in path]) == "matrix", ...)
+
+    def init(params: Any) -> tuple:
+        mine, rest = divide(params)
+        return matrices.init(mine), others.init(rest)
+
+    def update(updates: Any, state: tuple, params: Any = None) -> tuple[Any, tuple]:
+        mine, rest = divide(updates)
+        mine, first = matrices.update(mine, state[0])
+        rest, second = others.update(rest, state[1])
+        return nnx.merge_state(mine, rest), (first, second)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scaled(factor: Any) -> optax.GradientTransformation:
+    """Multiplies each leaf by factor(path, leaf)."""
+
+    def update(updates: Any, params: Any = None) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * factor(path, leaf), updates)
+
+    return optax.stateless(update)
+
+
+def _decayed(weight_decay: float) -> optax.GradientTransformationExtraArgs:
+    """Adds weight_decay x decay x parameter to the updates of `DECAYED` roles."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, decay: Any = 1.0, **_: Any) -> tuple[Any, Any]:
+        def one(path: tuple, leaf: jax.Array, param: jax.Array) -> jax.Array:
+            return leaf + weight_decay * decay * param if _role(_names(path)) in DECAYED else leaf
+
+        return jax.tree_util.tree_map_with_path(one, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

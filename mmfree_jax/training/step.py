@@ -16,18 +16,20 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmfree_jax.config import Kernels, MeshConfig, ModelConfig, OptimConfig, Precision, Remat, RunConfig
+from mmfree_jax.config import Gather, Kernels, MeshConfig, ModelConfig, OptimConfig, Precision, Remat, RunConfig
 from mmfree_jax.data.packing import document_ids, is_target
+from mmfree_jax.devices import backend
+from mmfree_jax.distributed import put
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.ops.kernels.choice import kernels_allowed
-from mmfree_jax.sharding import batch_sharding, make_mesh, shardings
-from mmfree_jax.training.optim import make_optimizer
+from mmfree_jax.sharding import batch_sharding, make_mesh, packing, shardings
+from mmfree_jax.training.optim import Rates, make_optimizer
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that an optimizer step reads and replaces: step int32 [], float32 parameters, AdamW moments."""
+    """Everything that an optimizer step reads and replaces: step int32 [], float32 parameters, moments."""
 
     step: jax.Array
     params: nnx.State
@@ -44,6 +46,7 @@ class ProgramKey:
     precision: Precision
     remat: Remat
     kernels: Kernels
+    gather: Gather
     unroll: int
     separator: int | None  # the token after which a document begins, where documents are kept apart
 
@@ -52,16 +55,16 @@ class ProgramKey:
 class Program:
     """Jitted functions over an explicit mesh. Shapes: tokens_BT int32 [B, T+1], mask_BT bool [B, T]."""
 
-    mesh: jax.sharding.Mesh
+    mesh: Any  # a Mesh; abstract where the program is only lowered
     graphdef: nnx.GraphDef  # with parameters it makes a LanguageModel again: nnx.merge(graphdef, params)
     abstract_state: TrainState  # ShapeDtypeStructs that carry shardings: what a checkpoint is restored into
     init: Callable[[jax.Array], TrainState]  # key -> state, made directly in its sharded place
-    train_step: jax.stages.Wrapped  # (TrainState, tokens_BT, rate) -> (TrainState, metrics)
+    train_step: jax.stages.Wrapped  # (TrainState, tokens_BT, Rates) -> (TrainState, metrics)
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
     def place(self, array: Any) -> jax.Array:
-        """Put a [B, ...] host array where the step expects it."""
-        return jax.device_put(array, batch_sharding(self.mesh))
+        """Put a [B, ...] host array, of which every process has the whole, where the step expects it."""
+        return put(array, batch_sharding(self.mesh))
 
 
 def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:
@@ -80,24 +83,37 @@ def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:
     )
     separator = end_of_document if config.data.separate_documents else None
     return ProgramKey(
-        config.model, optim, config.mesh, config.precision, config.remat, config.kernels, config.unroll, separator
+        config.model,
+        optim,
+        config.mesh,
+        config.precision,
+        config.remat,
+        config.kernels,
+        config.gather,
+        config.unroll,
+        separator,
     )
 
 
 def compute_dtype(precision: Precision) -> jnp.dtype:
     """bfloat16 on accelerators and float32 on CPU, unless the config says which."""
     if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        precision = "float32" if backend() == "cpu" else "bfloat16"
     return jnp.dtype(precision)
 
 
 @functools.cache
 def make_program(key: ProgramKey) -> Program:
     """Build the programs for a key; nothing is compiled before its first call."""
-    mesh = make_mesh(key.mesh)
+    return build_program(key, make_mesh(key.mesh))
+
+
+def build_program(key: ProgramKey, mesh: Any) -> Program:
+    """The programs of a key on a Mesh, or on an AbstractMesh, where they can be lowered, not run."""
     dtype = compute_dtype(key.precision)
-    build = lambda rngs: LanguageModel(key.model, rngs=rngs, dtype=dtype, remat=key.remat, unroll=key.unroll)
-    optimizer = make_optimizer(key.optim)
+    unroll = key.unroll or (key.model.depth if backend() == "gpu" else 1)
+    build = lambda rngs: LanguageModel(key.model, rngs=rngs, dtype=dtype, remat=key.remat, unroll=unroll)
+    optimizer = make_optimizer(key.optim, key.model)
 
     def init(rng: jax.Array) -> TrainState:
         params = nnx.state(build(nnx.Rngs(rng)), nnx.Param)
@@ -109,9 +125,9 @@ def make_program(key: ProgramKey) -> Program:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, P())
 
-    choosing = kernels_allowed(key.kernels == "auto")
+    choosing = lambda f: kernels_allowed(key.kernels == "auto")(packing(key.gather == "packed")(f))
     train_step = jax.jit(
-        choosing(functools.partial(_train_step, graphdef, optimizer, key.optim.accumulate, key.separator)),
+        choosing(functools.partial(_train_step, graphdef, optimizer, key)),
         donate_argnums=0,
         in_shardings=(place, rows, None),
         out_shardings=(place, scalar),
@@ -136,12 +152,13 @@ def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array |
 def _train_step(
     graphdef: Any,
     optimizer: Any,
-    accumulate: int,
-    separator: int | None,
+    key: ProgramKey,
     state: TrainState,
     tokens_BT: jax.Array,
-    rate: jax.Array,
+    rates: Rates | jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
+    rate, decay = rates if isinstance(rates, Rates) else Rates(rates)  # a rate alone leaves weight decay as it is
+    separator, accumulate = key.separator, key.optim.accumulate
     counted_BT = _documents(tokens_BT, separator)[1]
     # Of all micro-batches together: each target weighs the same, whichever micro-batch it is in.
     count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
@@ -149,11 +166,12 @@ def _train_step(
     def mean_loss(params: nnx.State, rows_BT: jax.Array) -> jax.Array:
         segments_BT, mask_BT = _documents(rows_BT, separator)
         model = nnx.merge(graphdef, params)
-        nats, _ = model.loss(rows_BT[:, :-1], rows_BT[:, 1:], mask_BT, segments_BT=segments_BT)
+        targets_BT, z_loss = rows_BT[:, 1:], key.optim.z_loss
+        nats, _ = model.loss(rows_BT[:, :-1], targets_BT, mask_BT, segments_BT=segments_BT, z_loss=z_loss)
         return nats / (count / accumulate)
 
     loss, grads = _accumulated(jax.value_and_grad(mean_loss), state.params, tokens_BT, accumulate)
-    updates, opt = optimizer.update(grads, state.opt, state.params)
+    updates, opt = optimizer.update(grads, state.opt, state.params, decay=decay)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     return TrainState(state.step + 1, params, opt), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 

@@ -80,16 +80,15 @@ def test_any_number_of_hosts_gives_the_same_batches_and_goes_on_from_the_same_in
 ) -> None:
     sets = (tokens, other) if mixed else (tokens,)
     whole = take(12, *sets)
-    before = [take(5, *sets, host=h, hosts=hosts) for h in range(hosts)]
+    shares = [range(h * BATCH // hosts, (h + 1) * BATCH // hosts) for h in range(hosts)]
+    before = [take(5, *sets, rows=rows) for rows in shares]
     np.testing.assert_array_equal(np.concatenate(before, axis=1), whole[:5])
-    with batches(
-        Mixture(sets, [1] * len(sets)), sequence=SEQUENCE, batch=BATCH, seed=5, host=hosts - 1, hosts=hosts
-    ) as source:
+    with batches(Mixture(sets, [1] * len(sets)), sequence=SEQUENCE, batch=BATCH, seed=5, rows=shares[-1]) as source:
         for _ in range(5):
             next(source)
         state = source.state
     assert state == 5 * BATCH
-    after = [take(7, *sets, host=h, hosts=hosts, start=state) for h in range(hosts)]
+    after = [take(7, *sets, rows=rows, start=state) for rows in shares]
     np.testing.assert_array_equal(np.concatenate(after, axis=1), whole[5:])
 
 
@@ -146,8 +145,8 @@ def test_a_mixture_is_told_from_its_parts_and_held_out_text_is_the_firsts(tokens
 
 
 def test_impossible_requests_say_what_to_change(tokens: TokenSet, other: TokenSet, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="multiple of hosts"):
-        take(1, tokens, batch=6, hosts=4)
+    with pytest.raises(ValueError, match="must be some of the 6"):
+        take(1, tokens, batch=6, rows=[5, 6])
     with pytest.raises(ValueError, match="use a shorter sequence or more text"):
         take(1, tokens, sequence=10_000_000)
     with pytest.raises(ValueError, match="must be positive"):

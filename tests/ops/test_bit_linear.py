@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from straight import straight_through
 
-from mmfree_jax.ops.bit_linear import Recipe, bit_linear, quantise_input, quantise_kernel
+from mmfree_jax.ops.bit_linear import Recipe, bit_linear, quantise_input
 from mmfree_jax.ops.kernels.choice import kernels_allowed
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.rms_norm import rms_norm
 from mmfree_jax.ops.ternary import quantise_activations, quantise_weights
+from mmfree_jax.ops.ternary_weights import quantise_kernel
 
 X = jax.random.normal(jax.random.key(0), (2, 9, 16))
 W = jax.random.normal(jax.random.key(1), (3, 16, 24)) * jnp.linspace(0.5, 2, 24)
@@ -64,6 +65,27 @@ def test_gradients_are_the_analytic_ones():
     rstd = 1 / np.sqrt(np.mean(np.square(X), -1, keepdims=True) + recipe.eps)
     x_hat = X * rstd
     np.testing.assert_allclose(dx, rstd * (dy - x_hat * (x_hat * dy).mean(-1, keepdims=True)), atol=1e-4)
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-9])
+@pytest.mark.parametrize("axes", [(-2, -1), (-2,)])
+def test_integer_gradients_are_quantised_per_token_whatever_their_size(axes, unit):
+    """With gradient_bits, dx is that of codes times scale of dy, which dW does not see (SwitchBack)."""
+    dout = unit * jax.random.normal(jax.random.key(3), (2, 9, 24)) * jnp.linspace(0.1, 3, 9)[:, None]
+    pull = lambda bits: jax.vjp(
+        lambda x, w: bit_linear(Recipe(scale_axes=axes, gradient_bits=bits), x, w[None], None)[0], X, W[0]
+    )[1](dout.at[0, 0].set(0))
+    (dx, dw), (_, exact_dw) = pull(8), pull(0)
+    (kernel,) = quantise_kernel(Recipe(scale_axes=axes), W[:1])
+    dy, scale = np.asarray(dout, np.float64), np.asarray(kernel.scale, np.float64)
+    dy[0, 0] = 0
+    per_channel = dy if scale.size == 1 else dy * scale
+    step = np.abs(per_channel).max(-1, keepdims=True) / 127
+    codes = np.round(per_channel / np.where(step == 0, 1, step))
+    expected = codes * step @ np.asarray(kernel.codes, np.float64).T * (scale.item() if scale.size == 1 else 1)
+    np.testing.assert_allclose(dx, expected, rtol=1e-5, atol=1e-5 * unit)
+    assert np.abs(dx - pull(0)[0]).max() > 1e-4 * unit
+    np.testing.assert_array_equal(dw, exact_dw)
 
 
 def test_bfloat16_products_are_exact_on_codes():

@@ -130,6 +130,19 @@ def test_gated_recurrence_in_segments_and_at_any_size(monkeypatch, time, width, 
 
 
 @interpreted
+@pytest.mark.parametrize("unit", [1.0, 1e-9])
+def test_codes_of_gradients(monkeypatch, unit):
+    monkeypatch.setattr(normed_codes, "BLOCKS", 2)
+    x = unit * np.random.default_rng(0).normal(size=(6, 384))
+    x[3] = 0
+    with pretended_gpu():
+        codes, scales = jax.jit(normed_codes.codes)(jnp.asarray(x, jnp.float32))
+    exact = np.abs(x).max(axis=-1) / 127
+    np.testing.assert_allclose(scales, exact, rtol=1e-6, atol=1e-30)
+    np.testing.assert_array_equal(codes, np.round(x / np.where(exact == 0, 1, exact)[:, None]))
+
+
+@interpreted
 @pytest.mark.parametrize(
     ("kind", "gains", "products", "width"),
     [("norm", 3, 3, 256), ("norm", 1, 2, 384), ("gated", 1, 1, 256), ("swiglu", 1, 1, 512)],
@@ -143,11 +156,12 @@ def test_normed_codes_and_their_gradients(monkeypatch, kind, gains, products, wi
     inner = None if kind == "swiglu" else rng.uniform(0.5, 2, width)
     outer = [rng.uniform(0.5, 2, width) for _ in range(gains)]
     dys = [draw(6, width) for _ in range(products)]
+    factors = jnp.linspace(0.5, 2, products)
     single = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
     operands = single((sources, inner, outer))
     with pretended_gpu():
         codes, scales = jax.jit(lambda: normed_codes.forward(kind, *operands, 1e-6))()
-        back = jax.jit(lambda: normed_codes.backward(kind, *operands, scales, single(dys), 1e-6))()
+        back = jax.jit(lambda: normed_codes.backward(kind, *operands, scales, single(dys), factors, 1e-6))()
 
     norm = lambda a, gain: a / np.sqrt(np.mean(a * a, axis=-1, keepdims=True) + 1e-6) * gain
     silu = lambda a: a / (1 + np.exp(-a))
@@ -163,7 +177,8 @@ def test_normed_codes_and_their_gradients(monkeypatch, kind, gains, products, wi
     def through(sources, inner, outer):
         x = combine(kind, tuple(sources), inner, 1e-6)
         x_hat = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-        return sum(jnp.sum(x_hat * g * dy) for g, dy in zip(outer * (products // gains), single(dys), strict=True))
+        terms = zip(outer * (products // gains), single(dys), factors, strict=True)
+        return sum(jnp.sum(x_hat * g * dy * factor) for g, dy, factor in terms)
 
     expected = jax.grad(through, (0, 1, 2))(*operands)
     for a, b in zip(jax.tree.leaves(back[:3]), jax.tree.leaves(expected), strict=True):

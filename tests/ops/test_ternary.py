@@ -11,8 +11,10 @@ from straight import straight_through
 
 from mmfree_jax.ops.ternary import (
     dequantise,
+    pack,
     quantise_activations,
     quantise_weights,
+    unpack,
 )
 
 VALUES = st.floats(-1e4, 1e4, width=32)
@@ -96,3 +98,12 @@ def test_straight_through_has_the_quantised_value_and_the_identity_gradient():
         quantised(GAUSSIAN), dequantise(quantise_weights(GAUSSIAN, (-2, -1)), jnp.float32), atol=1e-6
     )
     np.testing.assert_array_equal(jax.grad(lambda w: quantised(w).sum())(GAUSSIAN), 1)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 8, 5)])
+def test_packed_codes_are_a_quarter_of_a_byte_each_and_come_back(shape):
+    codes = jax.random.randint(jax.random.key(0), shape, -1, 2, jnp.int8)
+    packed = pack(codes)
+    assert (packed.dtype, packed.size * 4) == (jnp.uint8, codes.size)
+    np.testing.assert_array_equal(unpack(packed), codes)
+    assert unpack(packed).dtype == jnp.int8

@@ -149,7 +149,7 @@ def test_a_plan_is_written_and_swept_as_it_is(pilot_table):
     assert swept.returncode == 0, swept.stderr
     chosen = [line for line in planned.stdout.splitlines() if line.strip()[:1].isdigit()]
     runs = 2 * sum(1 + line.count(",") + 1 for line in chosen)
-    assert f"{runs} runs, " in swept.stdout
+    assert f"{runs} runs in " in swept.stdout
 
 
 def test_power_of_a_proposed_ladder_as_a_command(pilot_table):

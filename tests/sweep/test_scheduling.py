@@ -27,14 +27,14 @@ import sys
 import time
 from pathlib import Path
 from mmfree_jax.config import RunConfig, from_json
-from mmfree_jax.sweep import local
+from mmfree_jax.sweep import executor, local
 out = Path(sys.argv[1])
-local.WORKER = ("/bin/sh", str(out / "worker.sh"))
+executor.WORKER = ("/bin/sh", str(out / "worker.sh"))
 runs = [from_json(RunConfig, path.read_text()) for path in sorted(out.glob("runs/*/config.json"))]
 slots = [local.Slot(str(i), {}, frozenset(local.os.sched_getaffinity(0))) for i in range(2)]
 print("ready", flush=True)
 began = time.perf_counter()
-code = local.execute(out, runs, slots, lambda: None)
+code = local.Local(slots).execute(out, executor.open_chains(out, runs), lambda: None)
 print(time.perf_counter() - began)
 sys.exit(code)
 """

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from mmfree_jax.config import ConfigError
 from mmfree_jax.files import locked
+from mmfree_jax.sweep.executor import open_chains
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
-from mmfree_jax.sweep.local import Slot, execute
+from mmfree_jax.sweep.local import Local, Slot, find_slots
 from mmfree_jax.sweep.status import collect, run_folder, status
 from mmfree_jax.sweep.study import sweep
 from mmfree_jax.sweep.view import View
@@ -44,7 +45,7 @@ def test_a_failing_trunk_takes_its_branches_with_it_and_nothing_else(token_set, 
     )
     study = Study("s", "t", runs, "a", "b")
     text = io.StringIO()
-    assert sweep(study, tmp_path / "out", Console(file=text, width=200)) == 1
+    assert sweep(study, tmp_path / "out", Console(file=text, width=200), Local(find_slots())) == 1
     assert states(tmp_path / "out", runs) == ["failed", "failed", "failed", "done"]
     trunk, branch = (status(run_folder(tmp_path / "out", run), run).error for run in runs[:2])
     assert "Diverged: bad-trunk: loss" in trunk
@@ -69,7 +70,7 @@ def test_a_worker_killed_twice_is_reported_with_its_signal(token_set, tmp_path, 
                     started.append(process)
                     os.kill(int(process), signal.SIGKILL)
 
-    assert execute(tmp_path, [run], SLOTS, kill_it) == 1
+    assert Local(SLOTS).execute(tmp_path, open_chains(tmp_path, [run]), kill_it) == 0
     assert len(started) == 2
     found = status(run_folder(tmp_path, run), run)
     assert found.state == "failed"
@@ -95,12 +96,12 @@ def test_a_finished_sweep_runs_nothing_and_an_edited_one_is_refused(token_set, t
     train(run, run_folder(tmp_path, run), token_set)
     before = collect(tmp_path, study.runs).read_text()
     console = Console(file=io.StringIO())
-    assert sweep(study, tmp_path, console) == 0
+    assert sweep(study, tmp_path, console, Local(SLOTS)) == 0
     assert (tmp_path / "runs.csv").read_text() == before
     assert not (tmp_path / "workers").exists()
     edited = Study("s", "t", (dataclasses.replace(run, seed=1),), "a", "b")
-    with pytest.raises(ConfigError, match=r"holds another run \(seed is 0, not 1\)"):
-        sweep(edited, tmp_path, console)
+    with pytest.raises(ConfigError, match=r"matmul-free-tiny \(seed is 0, not 1\). Rename them"):
+        sweep(edited, tmp_path, console, Local(SLOTS))
 
 
 def test_the_table_shows_a_line_a_run_and_fits_the_terminal(token_set, tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -168,3 +169,34 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(token_set,
     with pytest.raises(ConfigError, match=r"model.vocab=300, but the corpus has 257"):
         train(wrong, tmp_path / "run", token_set)
     assert not (tmp_path / "run").exists()
+
+
+class Guarded:
+    """Stands for Diagnostics: from the third step to the last, transfers that nobody asked for are errors."""
+
+    def __init__(self, config, *_):
+        self.last, self.guard = config.steps - 1, jax.transfer_guard("disallow")
+
+    def before(self, step, _):
+        if step == 2:
+            self.guard.__enter__()
+
+    def after(self, step, _):
+        if step == self.last:
+            self.guard.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+def test_the_loop_transfers_nothing_but_batches_rates_and_metrics(family, token_set, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmfree_jax.training.loop.Diagnostics", Guarded)
+    train(tiny_run(family, token_set.path), tmp_path / "run", token_set)
+
+    class Careless(Guarded):
+        def after(self, step, state):
+            if step == 3:
+                state.step + np.int32(1)  # an implicit copy of a number to the device
+            super().after(step, state)
+
+    monkeypatch.setattr("mmfree_jax.training.loop.Diagnostics", Careless)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"), jax.transfer_guard("allow"):
+        train(tiny_run(family, token_set.path), tmp_path / "careless", token_set)

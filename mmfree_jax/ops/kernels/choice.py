@@ -1,23 +1,22 @@
-"""Whether a kernel can serve here: what every chooser asks about the device, the mesh and the user."""
+"""Whether a kernel can serve here: what every chooser asks about the device and the user.
 
-import contextlib
+On a mesh a kernel runs inside `sharding.per_shard`: the compiler cannot cut it. Choosers ask about a device's part.
+"""
+
 import functools
-from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import jax
+
+from mmfree_jax.tracing import during
 
 _allowed: ContextVar[bool] = ContextVar("kernels_allowed", default=True)
 
 
-@contextlib.contextmanager
-def kernels_allowed(allowed: bool) -> Iterator[None]:
+def kernels_allowed(allowed: bool) -> Any:
     """Whether what is traced inside may use kernels; XLA alone computes everything otherwise. Also a decorator."""
-    token = _allowed.set(allowed)
-    try:
-        yield
-    finally:
-        _allowed.reset(token)
+    return during(_allowed, allowed)
 
 
 def on_hopper() -> bool:
@@ -30,9 +29,3 @@ def _is_hopper() -> bool:
     if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
         return False
     return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
-
-
-def one_device() -> bool:
-    """Whether the surrounding mesh is a single device: the compiler cannot cut a kernel into shards."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mmfree_jax.ops.ternary import SMALLEST
+from mmfree_jax.ops.ternary import SMALLEST, TINY
 
 THREADS = 128  # of a warpgroup
 LANES = 128  # a row is seen as [D / LANES, LANES]: the copy engine moves at most 256 elements along an axis
@@ -89,6 +89,42 @@ def forward(
     return [codes.reshape(M, D) for codes in out[:G]], list(out[G:])
 
 
+def codes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 codes [M, D] of x [M, D] by absmax, as they are, and float32 scales [M]; rows of zeros have codes zero."""
+    M, D = x.shape
+    blocks, rows = _cut(M, D, "forward")
+
+    def row_codes(x_gmem, code_gmem, scale_gmem, code_smem):
+        block = lax.axis_index("block")
+
+        def stage(index, x_smem):
+            slot = lax.rem(index[0], 2)
+            first = block * (M // blocks) + index[0] * rows
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            for r in range(rows):
+                x = _row(x_smem.at[r])
+                largest = jnp.maximum(_largest(x), TINY)
+                for part, values in enumerate(x):
+                    code_smem[slot, r, _part(part, values)] = jnp.round(values * (TOP / largest)).astype(jnp.int8)
+                scale_gmem[first + r] = largest / TOP
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(code_smem.at[slot], code_gmem.at[pl.ds(first, rows)])
+
+        _walk(stage, M, D, blocks, rows, 1)(x_gmem.at[_mine(M, blocks)])
+        plgpu.wait_smem_to_gmem(0)
+
+    shape = (D // LANES, LANES)
+    found, scales = plgpu.kernel(
+        row_codes,
+        out_type=[jax.ShapeDtypeStruct((M, *shape), jnp.int8), jax.ShapeDtypeStruct((M,), jnp.float32)],
+        grid=(blocks,),
+        grid_names=("block",),
+        scratch_types=[plgpu.SMEM((2, rows, *shape), jnp.int8)],
+        compiler_params=_PARAMS(),
+    )(x.reshape(M, *shape))
+    return found.reshape(M, D), scales
+
+
 def backward(
     kind: str,
     sources: Sequence[jax.Array],
@@ -96,13 +132,15 @@ def backward(
     gains: Sequence[jax.Array],
     scales: Sequence[jax.Array],
     dinputs: Sequence[jax.Array],
+    factors: jax.Array,
     eps: float,
 ) -> tuple[list[jax.Array], jax.Array | None, list[jax.Array], list[jax.Array]]:
     """Gradients of `forward`, straight through the quantiser, to sources, norm_gain and gains; and codes * scale.
 
-    scales [M]: as `forward` returned them. dinputs [M, D]: gradients to the quantised inputs, one a product; with a
-    single gain they are summed. The gradients to sources, and the dequantised inputs [M, D] that the gradient to the
-    weights needs, come in the sources' type; the gradients to gains in float32.
+    scales [M]: as `forward` returned them. dinputs [M, D]: gradients to the quantised inputs, one a product, each yet
+    to be multiplied by its factor (float32, [products]); with a single gain they are summed. The gradients to sources,
+    and the dequantised inputs [M, D] that the gradient to the weights needs, come in the sources' type; the gradients
+    to gains in float32.
     """
     (M, D), G, dtype = sources[0].shape, len(gains), sources[0].dtype
     blocks, rows = _cut(M, D, "backward")
@@ -110,11 +148,12 @@ def backward(
     inputs, results = [*sources, *dinputs], len(sources) + G
 
     def normed_codes_backward(*refs):
-        input_gmem, gain_gmem, scale_gmem, refs = _split(refs, len(inputs), len(vectors), G)
+        input_gmem, gain_gmem, scale_gmem, (factor_gmem,), refs = _split(refs, len(inputs), len(vectors), G, 1)
         out_gmem, (sums_gmem,), (out_smem,) = _split(refs, results, 1)
         block = lax.axis_index("block")
         held = [_row(ref) for ref in gain_gmem]
         inner, outer = (held[0], held[1:]) if norm_gain is not None else (None, held)
+        by = [factor_gmem[i] for i in range(len(dinputs))]
 
         def stage(index, *refs_and_sums):
             *input_smem, sums = refs_and_sums
@@ -123,7 +162,7 @@ def backward(
             for r in range(rows):
                 # Read again for every pass over the row: shared memory is near, registers are few.
                 read = lambda parts=None, r=r: [_row(ref.at[r], parts) for ref in source_smem]
-                read_dys = lambda parts=None, r=r: _merged([_row(ref.at[r], parts) for ref in dy_smem], G)
+                read_dys = lambda parts=None, r=r: _merged(_scaled(dy_smem, by, r, parts), G)
                 rstd_inner = _rstd(read()[0], D, eps) if inner else None
                 x = _combine(kind, read(), rstd_inner, inner, dtype)
                 rstd, mean = _rstd(x, D, eps), _dot(x, _through(outer, read_dys())) * (1 / D)
@@ -162,7 +201,7 @@ def backward(
         grid_names=("block",),
         scratch_types=[plgpu.SMEM((results, rows, *shape), dtype)],
         compiler_params=_PARAMS(),
-    )(*(a.reshape(*a.shape[:-1], *shape) for a in (*inputs, *vectors)), *scales)
+    )(*(a.reshape(*a.shape[:-1], *shape) for a in (*inputs, *vectors)), *scales, factors)
     made = [a.reshape(M, D) for a in made]
     dvectors = list(jnp.sum(sums, axis=0).reshape(len(vectors), D))
     dnorm_gain = dvectors.pop(0) if norm_gain is not None else None
@@ -218,6 +257,11 @@ def _requantised(x: Row, gain: Row, rstd: Any, scale: Any) -> Row:
 
 def _through(gains: list[Row], dys: list[Row]) -> Row:
     return _sum([[d * g for d, g in zip(dy, gain, strict=True)] for dy, gain in zip(dys, gains, strict=True)])
+
+
+def _scaled(refs: Sequence[Any], factors: Sequence[Any], r: int, parts: Iterable[int] | None) -> list[Row]:
+    """Row r of each, times its factor."""
+    return [[part * factor for part in _row(ref.at[r], parts)] for ref, factor in zip(refs, factors, strict=True)]
 
 
 def _merged(dys: list[Row], gains: int) -> list[Row]:

@@ -1,0 +1,188 @@
+"""What a compiled program sends between devices, read from its HLO text (`compiled.as_text()`).
+
+An instruction inside a loop is counted as often as the loop runs; XLA writes the trip count of every `lax.scan`.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CALL = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
+_PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
+_LISTED = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{((?:'\w+',?\s*)+)\}"
+)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective instruction. Arrays are whole: the gathered one, or the one before it is scattered."""
+
+    kind: str  # of KINDS
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]  # HLO dtype ("s8", "bf16") and shape on one device
+    groups: tuple[tuple[int, ...], ...]  # devices, by number, that talk to each other; for a permute: its pairs
+    executions: int  # per run of the program
+    origin: str  # the operation of the traced program that it comes from
+
+    @property
+    def payload(self) -> float:
+        """Bytes of `arrays`, of one execution."""
+        return sum((math.prod(shape) * item_bytes(dtype) for dtype, shape in self.arrays), 0.0)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one device sends in all executions, by a ring: (n - 1) / n of the payload among n devices, twice
+        that for an all-reduce, all of it for a permute."""
+        n = max((len(group) for group in self.groups), default=1)
+        times = {"all-reduce": 2.0}.get(self.kind, 1.0)
+        share = 1.0 if self.kind == "collective-permute" else (n - 1) / n
+        return times * share * self.payload * self.executions
+
+    def axes(self, sizes: dict[str, int]) -> tuple[str, ...]:
+        """The axes of a mesh of these sizes, devices in order, along which it communicates."""
+        shape = tuple(sizes.values())
+        members = [np.stack(np.unravel_index(list(group), shape)) for group in self.groups]
+        crossed = np.any([m.max(axis=1) > m.min(axis=1) for m in members], axis=0)
+        return tuple(name for name, crosses in zip(sizes, crossed, strict=True) if crosses)
+
+
+def item_bytes(dtype: str) -> float:
+    """Bytes of one element of an HLO type such as s8, bf16, f8e4m3fn, pred."""
+    if dtype == "pred":
+        return 1
+    return int(re.match(r"[a-z]+(\d+)", dtype)[1]) / 8  # type: ignore[index]
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives of a compiled module, on one device's side.
+
+    Raises ValueError for a collective in a loop whose number of iterations XLA does not know, and for device groups
+    in a notation that is not understood.
+    """
+    bodies = _computations(text)
+    runs = _executions(bodies)
+    found = []
+    for name, lines in bodies.items():
+        for line in lines:
+            match = _COLLECTIVE.match(line)
+            if match is None or runs[name] == 0:
+                continue
+            if math.isnan(runs[name]):
+                raise ValueError(f"{match[1]} is in a loop of unknown length")
+            groups = _groups(line)
+            arrays = _whole(match[3], match[2], bool(match[4]), len(groups[0]))
+            origin = _ORIGIN.search(line)
+            found.append(Collective(match[3], arrays, groups, int(runs[name]), origin[1] if origin else ""))
+    return found
+
+
+def total(found: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, float]]:
+    """By kind and dtype: (executions, bytes sent by one device). A fused instruction of two dtypes counts in both."""
+    count: Counter[tuple[str, str]] = Counter()
+    sent: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for one in found:
+        for dtype in {dtype for dtype, _ in one.arrays}:
+            part = sum(math.prod(shape) * item_bytes(dtype) for d, shape in one.arrays if d == dtype)
+            count[one.kind, dtype] += one.executions
+            sent[one.kind, dtype] += one.sent * part / max(one.payload, 1)
+    return {key: (count[key], sent[key]) for key in sorted(count)}
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """Lines of each computation; the entry's name is ''."""
+    bodies: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header is not None:
+            lines = bodies.setdefault("" if header[1] else header[2], [])
+        else:
+            lines.append(line)
+    return bodies
+
+
+def _executions(bodies: dict[str, list[str]]) -> dict[str, float]:
+    """How often each computation runs; NaN inside a loop of unknown length."""
+    callers: dict[str, list[tuple[str, float]]] = {name: [] for name in bodies}
+    for name, lines in bodies.items():
+        for line in lines:
+            for callee, times in _calls(line):
+                callers[callee].append((name, times))
+    runs: dict[str, float] = {"": 1}
+
+    def count(name: str) -> float:
+        if name not in runs:
+            runs[name] = sum(count(caller) * times for caller, times in callers[name])
+        return runs[name]
+
+    return {name: count(name) for name in bodies}
+
+
+def _calls(line: str) -> Iterator[tuple[str, float]]:
+    """Computations that an instruction runs, and how often."""
+    times = 1.0
+    if " while(" in line:
+        trips = _TRIPS.search(line)
+        times = int(trips[1]) if trips else math.nan
+    for match in _CALL.finditer(line):
+        yield match[1], times
+    for match in _CALLS.finditer(line):
+        for name in match[1].split(","):
+            yield name.strip().lstrip("%"), times
+
+
+def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [(dtype, _integers(sizes)) for dtype, sizes in _ARRAY.findall(text)]
+
+
+def _whole(kind: str, result: str, started: bool, members: int) -> tuple:
+    """The arrays that travel, from a result type: an asynchronous start returns its operands before its results."""
+    arrays = _arrays(result)
+    if kind == "collective-permute" and started:
+        return tuple(arrays[:1])
+    both = started and (kind == "all-gather" or result.startswith("(("))
+    operands, results = (arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]) if both else (None, arrays)
+    if kind == "reduce-scatter":
+        return tuple(operands or [(dtype, (members, *shape)) for dtype, shape in results])
+    return tuple(results)
+
+
+def _groups(line: str) -> tuple[tuple[int, ...], ...]:
+    """Device groups in any of HLO's notations."""
+    if pairs := _PAIRS.search(line):
+        return tuple(_integers(pair) for pair in re.findall(r"\{([\d,]+)", "{" + pairs[1].lstrip("{") + "}"))
+    if listed := _LISTED.search(line):
+        return tuple(_integers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+    if iota := _IOTA.search(line):
+        devices = _turned(_integers(iota[2]), iota[3])
+        return tuple(map(tuple, devices.reshape(_integers(iota[1])).tolist()))
+    if mesh := _MESH.search(line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        devices = _turned(_integers(mesh[2]) if mesh[2] else tuple(sizes.values()), mesh[3])
+        axes = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh[4])]
+        last = np.moveaxis(devices.reshape(tuple(sizes.values())), axes, range(-len(axes), 0))
+        return tuple(map(tuple, last.reshape(-1, math.prod(last.shape[-len(axes) :])).tolist()))
+    raise ValueError(f"device groups are not understood: {line.strip()[:300]}")
+
+
+def _turned(shape: tuple[int, ...], order: str | None) -> np.ndarray:
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    return devices.transpose(_integers(order)) if order else devices
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)

@@ -1,0 +1,146 @@
+"""`launch.py lower`: a table for people, JSON for programs, exit status 0 (fits) or 2 (does not)."""
+
+import dataclasses
+import json
+import re
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mmfree_jax import flops
+from mmfree_jax.cli import parse
+from mmfree_jax.config import MeshConfig, RunConfig, require, suggestion
+from mmfree_jax.lowering.verdict import Verdict, judge
+from mmfree_jax.presets import PRESETS, run_preset
+
+USAGE = f"""usage: launch.py lower PRESET --mesh fsdp=64,tensor=8 [--device h200] [--json] [overrides as in train]
+
+presets: {", ".join(PRESETS)}
+
+launch.py lower PRESET --help lists what can be overridden"""
+DOES_NOT_FIT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerArguments:
+    """Judge a run for a machine that is not here: does it fit, how long is a step, what travels between devices."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+    device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v6e"] = "h200"
+    """What the machine is made of. --mesh fsdp=64,tensor=8 says how many and how they are used."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print everything as one JSON object."""
+
+
+def main(arguments: list[str]) -> int:
+    """Print the verdict on one run."""
+    if not arguments or arguments[0].startswith("-"):
+        print(USAGE)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 1
+    preset, *rest = arguments
+    default = LowerArguments(run=run_preset(preset))
+    chosen = parse(LowerArguments, with_mesh(rest), f"launch.py lower {preset}", default)
+    verdict = judge(chosen.run, chosen.device)
+    if chosen.json:
+        print(json.dumps(as_json(chosen.run, verdict), allow_nan=False))
+    else:
+        show(chosen.run, verdict, Console(highlight=False, width=None if Console().is_terminal else 160))
+    return 0 if verdict.fits else DOES_NOT_FIT
+
+
+def with_mesh(arguments: list[str]) -> list[str]:
+    """`--mesh fsdp=64,tensor=8` as `--mesh.fsdp 64 --mesh.tensor 8`. Raises ConfigError for anything else."""
+    if "--mesh" not in arguments:
+        return arguments
+    at = arguments.index("--mesh")
+    text = arguments[at + 1] if at + 1 < len(arguments) else ""
+    axes = [field.name for field in dataclasses.fields(MeshConfig)]
+    long = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\w+)=(\d+)", part)
+        require(found is not None, f"--mesh {text!r}: must be axes and sizes such as fsdp=64,tensor=8")
+        assert found is not None
+        require(found[1] in axes, f"--mesh {text!r}: no axis {found[1]!r}{suggestion(found[1], axes)}")
+        long += [f"--mesh.{found[1]}", found[2]]
+    return [*arguments[:at], *long, *arguments[at + 2 :]]
+
+
+def as_json(run: RunConfig, verdict: Verdict) -> dict[str, Any]:
+    """Everything in bytes and seconds; memory and traffic are of one device."""
+    found = dataclasses.asdict(verdict)
+    found["memory"]["total"], found["time"]["total"] = verdict.memory.total, verdict.time.total
+    return {
+        "run": dataclasses.asdict(run),
+        **found,
+        "communication_share": verdict.time.communication / verdict.time.total,
+        "tokens_per_s": run.data.tokens_per_step / verdict.time.total,
+        "fits": verdict.fits,
+        "verdict": "fits" if verdict.fits else "does not fit",
+    }
+
+
+def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
+    """The tables; the verdict is the last line."""
+    mesh = " x ".join(f"{name} {size}" for name, size in dataclasses.asdict(run.mesh).items() if size > 1) or "1 device"
+    size = flops.parameters(run.model).total
+    console.print(
+        f"{run.name}: {size / 1e9:.3g}B parameters on {run.mesh.devices} x {verdict.device} ({mesh}), "
+        f"{run.data.batch} x {run.data.sequence} tokens a step, remat {run.remat}"
+    )
+    console.print(_memory_table(verdict))
+    console.print(_traffic_table(verdict))
+    console.print(_time_table(run, verdict))
+    if verdict.report.rematerialised:
+        console.print(f"the partitioner put {verdict.report.rematerialised} arrays whole on every device")
+    console.print(
+        "[dim]State and collectives are read from the step, lowered for this platform and partitioned for this mesh on "
+        "simulated devices. Activations, gradients and working set are a model of it, as are times: data-sheet rates "
+        "(mmfree_jax/devices.py) times the shares measured on an H200, nothing overlapping.[/dim]"
+    )
+    for line in _proposals(verdict):
+        console.print(line)
+    sign = "<=" if verdict.fits else ">"
+    console.print(
+        f"{'fits' if verdict.fits else 'does not fit'}: {verdict.memory.total / 1e9:.1f} GB a device {sign} "
+        f"{verdict.usable / 1e9:.1f} GB usable"
+    )
+
+
+def _memory_table(verdict: Verdict) -> Table:
+    table = Table("memory of one device", "GB", "from", title_justify="left")
+    origin = {"parameters": "shardings", "optimizer": "shardings"}
+    for name, value in dataclasses.asdict(verdict.memory).items():
+        table.add_row(name, f"{value / 1e9:.2f}", origin.get(name, "model"))
+    table.add_row("total", f"{verdict.memory.total / 1e9:.2f}", f"of {verdict.usable / 1e9:.1f} usable", style="bold")
+    return table
+
+
+def _traffic_table(verdict: Verdict) -> Table:
+    table = Table("collective", "type", "times a step", "sent by one device, GB", "group spans")
+    for one in verdict.report.traffic:
+        if one.sent:
+            span = f"{one.span} devices"
+            table.add_row(one.kind, one.dtype, f"{one.executions:,}", f"{one.sent / 1e9:.3f}", span)
+    return table
+
+
+def _time_table(run: RunConfig, verdict: Verdict) -> Table:
+    table = Table("time of one step", "ms", "share")
+    total = verdict.time.total
+    for name, value in dataclasses.asdict(verdict.time).items():
+        table.add_row(name, f"{value * 1e3:,.1f}", f"{value / total:.0%}")
+    rate = f"{run.data.tokens_per_step / total:,.0f} tokens/s"
+    table.add_row("total", f"{total * 1e3:,.1f}", rate, style="bold")
+    return table
+
+
+def _proposals(verdict: Verdict) -> list[str]:
+    lines = []
+    if verdict.same_batch is not None:
+        lines.append(f"cheapest remat policy for this batch: --remat {verdict.same_batch.remat}")
+    if verdict.largest is not None:
+        at = verdict.largest
+        lines.append(f"largest batch that fits: --data.batch {at.batch} --remat {at.remat}")
+    return lines or ["no batch fits on this mesh with any remat policy: take more devices along fsdp or tensor"]

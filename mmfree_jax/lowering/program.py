@@ -1,0 +1,165 @@
+"""The training step of a run for a mesh that is not here: lowered for its platform, partitioned on simulated devices.
+
+XLA's partitioner is the same for all platforms, so what the step says between devices can be read from a program
+compiled for as many simulated CPU devices; nothing is allocated and nothing runs. This needs a process of its own: the
+number of simulated devices is fixed when JAX starts.
+
+    python -m mmfree_jax.lowering.program PLATFORM < config.json     # prints a Report as JSON
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+from mmfree_jax.config import RunConfig, from_json, to_json
+from mmfree_jax.devices import Platform
+
+WEIGHT_GATHER = re.compile(r"= f32\[(\d+,)*\d{3,},\d{3,}\]\S* all-gather\(")
+REMATERIALISED = "Involuntary full rematerialization"
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind, dtype and group: how often they run in a step, and bytes that one device sends."""
+
+    kind: str
+    dtype: str
+    executions: int
+    sent: float
+    span: int  # device numbers from the first to the last of a group: whether it stays on an island
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What lowering and partitioning a step tell. Bytes are of one device."""
+
+    parameters: float
+    optimizer: float
+    sharded: float  # share of the parameters' bytes that no two devices hold twice along fsdp or tensor
+    traffic: tuple[Traffic, ...]
+    rematerialised: int  # arrays that the partitioner put whole on every device, having found no better way
+
+
+def inspect(run: RunConfig, platform: Platform) -> Report:
+    """The report of a run's step. Raises RuntimeError with the compiler's words where it cannot be partitioned."""
+    flags = f"--xla_force_host_platform_device_count={run.mesh.devices} --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-m", "mmfree_jax.lowering.program", platform],
+        input=to_json(run),
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the step cannot be made for this mesh: {done.stderr.strip().splitlines()[-1]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    traffic = tuple(Traffic(**one) for one in found.pop("traffic"))
+    rematerialised = done.stderr.count(REMATERIALISED)
+    return Report(**{**found, "rematerialised": rematerialised}, traffic=traffic)
+
+
+def lower_for(run: RunConfig, platform: Platform) -> Any:
+    """The step lowered for a platform and a mesh that need not be here."""
+    import jax
+    from jax.sharding import AbstractMesh, AxisType
+
+    from mmfree_jax.devices import meant_for
+    from mmfree_jax.sharding import MESH_AXES
+
+    sizes = tuple(dataclasses.asdict(run.mesh)[axis] for axis in MESH_AXES)
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    with meant_for(platform):
+        _, traced = _traced(run, mesh, jax.sharding.use_abstract_mesh)
+        return traced.lower(lowering_platforms=(platform,))
+
+
+def partition(run: RunConfig, platform: Platform) -> Report:
+    """The report of a run's step, in a process that has as many devices as its mesh; its warnings go uncounted."""
+    import jax
+
+    from mmfree_jax.devices import meant_for
+    from mmfree_jax.sharding import make_mesh
+
+    mesh = make_mesh(run.mesh)
+    with meant_for(platform):
+        state, traced = _traced(run, mesh, jax.set_mesh)
+        text = traced.lower().compile().as_text()
+    return Report(
+        _local_bytes(state.params),
+        _local_bytes(state.opt),
+        sharded_share(state.params, run.mesh.fsdp * run.mesh.tensor),
+        tuple(read_traffic(text if run.precision == "float32" else in_bfloat16(text))),
+        0,
+    )
+
+
+def _traced(run: RunConfig, mesh: Any, entering: Any) -> tuple[Any, Any]:
+    """The abstract state, and the step traced on it: in a loop over layers, whose number then costs nothing."""
+    import jax
+    import jax.numpy as jnp
+
+    from mmfree_jax.sharding import batch_sharding
+    from mmfree_jax.training.optim import Rates
+    from mmfree_jax.training.step import build_program, program_key
+
+    program = build_program(program_key(dataclasses.replace(run, unroll=1), end_of_document=0), mesh)
+    shape = (run.data.batch, run.data.sequence + 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    with entering(mesh):
+        return program.abstract_state, program.train_step.trace(program.abstract_state, tokens, Rates(rate, rate))
+
+
+def _local_bytes(tree: Any) -> float:
+    import jax
+
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def sharded_share(params: Any, ways: int) -> float:
+    """The share of the parameters' bytes that is cut into `ways` parts."""
+    import jax
+
+    leaves = jax.tree.leaves(params)
+    cut = [leaf for leaf in leaves if math.prod(leaf.sharding.shard_shape(leaf.shape)) * ways == leaf.size]
+    return sum(leaf.size for leaf in cut) / sum(leaf.size for leaf in leaves)
+
+
+def in_bfloat16(text: str) -> str:
+    """A program for CPUs with the types that collectives have elsewhere: there reductions of bfloat16 are promoted to
+    float32, and the conversion of weights that are then gathered moves behind the gather."""
+    wide = [line for line in text.splitlines() if "_promoted" in line or WEIGHT_GATHER.search(line)]
+    for line in wide:
+        text = text.replace(line, line.replace("f32[", "bf16["))
+    return text
+
+
+def read_traffic(text: str) -> list[Traffic]:
+    """The collectives of a compiled program, those alike together."""
+    from mmfree_jax import hlo
+
+    groups: dict[int, list[hlo.Collective]] = {}
+    for one in hlo.collectives(text):
+        span = max(max(group) - min(group) for group in one.groups) + 1
+        groups.setdefault(span, []).append(one)
+    return [
+        Traffic(kind, dtype, executions, sent, span)
+        for span, found in sorted(groups.items())
+        for (kind, dtype), (executions, sent) in hlo.total(found).items()
+    ]
+
+
+def main(platform: Platform) -> None:
+    """Read a run from the standard input, print its report."""
+    run = from_json(RunConfig, sys.stdin.read())
+    lower_for(run, platform)
+    print(json.dumps(dataclasses.asdict(partition(run, platform))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])  # type: ignore[arg-type]

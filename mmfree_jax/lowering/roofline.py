@@ -1,0 +1,109 @@
+"""Seconds that a training step takes on one device: an analytic roofline.
+
+Rates are shares of the data sheet's that were measured on an H200 (experiments/results/h200_bench.md) and are assumed
+elsewhere; every operation is bound by arithmetic or by memory, none overlaps with another, and communication overlaps
+with nothing: good to 25 % of measured steps (tests/lowering/test_memory.py).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mmfree_jax import flops
+from mmfree_jax.config import RunConfig
+from mmfree_jax.devices import Device
+from mmfree_jax.lowering.memory import tokens_per_device, whole_scores
+from mmfree_jax.lowering.program import Report, Traffic
+
+PRODUCTS, COPY = 0.70, 0.69  # of the data sheet: 691 of 989 TFLOP/s, 3.31 of 4.8 TB/s
+ATTENTION = 0.55  # of the rate of products
+LINKS = 0.80  # of a link's data sheet; assumed
+ADAM = 28  # bytes a parameter: four reads and three writes of float32
+
+# Bytes a token and unit of width that element-wise work of a layer reads and writes, forward and backward, in bfloat16:
+# from the profiled steps of the two main families; a quarter of it in the forward pass.
+ELEMENTWISE = {
+    ("attention", "dense"): 148,
+    ("mlgru", "ternary"): 222,
+    ("attention", "ternary"): 300,
+    ("rwkv4", "ternary"): 500,
+    ("mlgru", "dense"): 240,
+}
+WITHOUT_KERNELS = 1.6  # times as much where XLA alone does the ternary layers and the recurrence
+FORWARD = 0.25
+SCORES = 24  # bytes a score, where attention makes them whole: in float32 out and in, softmax, and all of it backwards
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    products: float
+    attention: float
+    elementwise: float
+    optimizer: float
+    communication: float
+
+    @property
+    def total(self) -> float:
+        """All of it, one after the other."""
+        return sum(dataclasses.astuple(self))
+
+
+def step_time(run: RunConfig, report: Report, device: Device) -> StepTime:
+    """The time of one optimizer step of a run on a mesh of such devices."""
+    memory_rate = COPY * device.bandwidth
+    return StepTime(
+        _products(run, device),
+        _attention(run, device),
+        _bytes_moved(run, device) / memory_rate,
+        ADAM * report.parameters / 4 / memory_rate,
+        communication(report.traffic, device),
+    )
+
+
+def _share(run: RunConfig) -> float:
+    """Tokens of a step whose work falls on one device."""
+    return tokens_per_device(run) * run.optim.accumulate / run.mesh.tensor
+
+
+def _fast(run: RunConfig, device: Device) -> bool:
+    """Whether kernels serve everywhere: the tensor axis cuts rows that some of them need whole."""
+    return device.kernels and run.kernels == "auto" and run.mesh.tensor == 1
+
+
+def _products(run: RunConfig, device: Device) -> float:
+    per_token = flops.flops_per_token(run.model, run.data.sequence)
+    rate = PRODUCTS * device.bf16
+    integers = _fast(run, device) and run.model.linear == "ternary"
+    forward_rate = PRODUCTS * device.int8 if integers else rate
+    blocks = per_token.dense + per_token.ternary
+    # The backward pass makes the products again under `full` and, from their codes, under `codes`.
+    forwards = 2 if run.remat in ("codes", "full") else 1
+    inputs = forward_rate if run.model.gradient_bits else rate  # of the products that give gradients to inputs
+    seconds = blocks * (forwards / forward_rate + 1 / inputs + 1 / rate) + 3 * per_token.head / rate
+    return _share(run) * seconds
+
+
+def _attention(run: RunConfig, device: Device) -> float:
+    """A fused kernel leaves out the masked half."""
+    passes = 4 if run.remat in ("products", "full") else 3
+    masked = 2 if whole_scores(run, device) else 1
+    per_token = flops.flops_per_token(run.model, run.data.sequence).attention
+    return passes * masked * _share(run) * per_token / (ATTENTION * PRODUCTS * device.bf16)
+
+
+def _bytes_moved(run: RunConfig, device: Device) -> float:
+    """By element-wise work, recomputed parts included."""
+    model = run.model
+    per_token = float(ELEMENTWISE[model.mixer, model.linear] * model.width)
+    per_token *= 1 if _fast(run, device) or model.family == "transformer++" else WITHOUT_KERNELS
+    per_token *= 1 if run.remat == "none" else 1 + FORWARD
+    per_token += SCORES * model.heads * run.data.sequence if whole_scores(run, device) else 0
+    return (2 if run.precision == "float32" else 1) * per_token * model.depth * _share(run)
+
+
+def communication(traffic: Iterable[Traffic], device: Device) -> float:
+    """Seconds that the collectives take one after the other, those within an island on its links."""
+    rate = lambda one: device.link if one.span <= device.island else device.network
+    return sum(one.sent / (LINKS * rate(one)) for one in traffic)

@@ -1,0 +1,42 @@
+"""The linear layer of the Transformer++: weights gathered in the type of the activations, gradients scattered."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mmfree_jax.sharding import Names, Summed, constrain, gathered, per_shard, rows_of, ways, whole
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dense(axes: Names, x: jax.Array, w_GDF: jax.Array) -> tuple[jax.Array, ...]:
+    """G products [..., F] of one input [..., D], in its type; `axes` are the logical names of D and F.
+
+    The backward pass gathers the weights again: kept, they would be a whole copy on every device.
+    """
+    return _forward(axes, x, w_GDF)[0]
+
+
+def _forward(axes: Names, x: jax.Array, w_GDF: jax.Array):
+    whole_GDF = gathered(w_GDF.astype(x.dtype), (None, *axes))
+    ys = (constrain(jnp.matmul(x, w_DF), *rows_of(x.ndim, whole(axes)[1])) for w_DF in whole_GDF)
+    return tuple(ys), (x, w_GDF)
+
+
+def _backward(axes: Names, saved, dys: tuple[jax.Array, ...]):
+    (x, w_GDF), dys = jax.lax.optimization_barrier((saved, dys))
+    whole_GDF = gathered(w_GDF.astype(x.dtype), (None, *axes))
+    parts = [jnp.matmul(dy, w_DF.T) for dy, w_DF in zip(dys, whole_GDF, strict=True)]
+    dx = constrain(sum(parts[1:], parts[0]), *rows_of(x.ndim, whole(axes)[0]))
+
+    def local(x, dys):
+        over = tuple(range(x.ndim - 1))
+        return (jnp.stack([jax.lax.dot_general(x, dy, ((over, over), ((), ()))) for dy in dys]),)
+
+    into, out = (name if ways(name, size) > 1 else None for name, size in zip(axes, w_GDF.shape[1:], strict=True))
+    names = [rows_of(x.ndim, name) for name in whole((into, out))]
+    dw_GDF = per_shard(local, names, [Summed((None, into, out))], x, dys)[0]
+    return dx, constrain(dw_GDF, None, *axes).astype(w_GDF.dtype)
+
+
+dense.defvjp(_forward, _backward)

@@ -1,0 +1,129 @@
+"""Signs of life: a file that a worker touches while it trains, for machines that its lock cannot be seen from.
+
+File locks may not travel over a shared file system, and clocks differ. So nothing here compares two machines' clocks:
+the age of a file is the difference of two time stamps that the file system itself gave.
+"""
+
+import dataclasses
+import fcntl
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mmfree_jax.files import LockedError, read_json, write_json
+
+FILE = "heartbeat.json"
+BEAT_SECONDS = 5.0
+THIS_MACHINE = "this machine"  # of a process that holds the lock and left no name
+STALE_SECONDS = 120.0  # NFS may show a time stamp a minute late
+
+
+@dataclasses.dataclass(frozen=True)
+class Beat:
+    """Who trains a run, and when they last said so (the file system's clock)."""
+
+    host: str
+    pid: int
+    job: str  # SLURM's number, or empty
+    at: float
+
+    def __str__(self) -> str:
+        return f"job {self.job} on {self.host}" if self.job else f"process {self.pid} on {self.host}"
+
+
+class Heartbeat:
+    """Beats in `folder` while the context is open, from a thread. `also` is called at every beat."""
+
+    def __init__(self, folder: Path, also: Callable[[], None] = lambda: None):
+        self._path, self._also, self._ended = folder / FILE, also, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._path, {"host": socket.gethostname(), "pid": os.getpid(), "job": own_job()})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            # No time given: the server of a shared file system takes its own.
+            os.utime(self._path)
+            self._also()
+
+
+def own_job() -> str:
+    """SLURM's number of the job that this process runs in, as ARRAY_TASK or JOB; empty outside SLURM."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def last_beat(folder: Path) -> Beat | None:
+    """The sign of life in a run's folder; None where nobody trains, or somebody just stopped."""
+    path = folder / FILE
+    try:
+        return Beat(**read_json(path), at=path.stat().st_mtime)
+    except FileNotFoundError:
+        return None
+
+
+def file_clock(folder: Path) -> float:
+    """What time it is for the file system that holds `folder`; for one that may not be written, for this machine."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock.") as file:
+            return os.fstat(file.fileno()).st_mtime
+    except PermissionError:
+        with tempfile.TemporaryFile() as file:
+            return os.fstat(file.fileno()).st_mtime
+
+
+def holder(folder: Path, now: float | None = None) -> Beat | None:
+    """Who trains in `folder`, or None. `now` is its `file_clock`, for those who ask about many folders.
+
+    On one machine the lock alone says it, and at once: the system lets go of it however a process ends. About another
+    machine the file does, up to STALE_SECONDS late.
+    """
+    beat = last_beat(folder)
+    if _is_locked(folder):
+        return beat or Beat(THIS_MACHINE, 0, "", 0.0)
+    if beat is None or beat.host == socket.gethostname():
+        return None
+    return beat if (file_clock(folder) if now is None else now) - beat.at < STALE_SECONDS else None
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        file = (folder / ".lock").open()
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def wait_until_free(folder: Path, patience_s: float = 30.0) -> None:
+    """Return when nobody else trains in `folder`, a dead machine's last sign of life grown old included.
+
+    Raises LockedError for one that goes on: after `patience_s` here, at its next beat elsewhere.
+    """
+    deadline, seen = time.monotonic() + patience_s, None
+    while (beat := holder(folder)) is not None:
+        here = beat.host in (socket.gethostname(), THIS_MACHINE)
+        if not here and beat.job and beat.job == own_job():
+            return  # this very job, begun again on another node
+        if time.monotonic() > deadline if here else seen is not None and beat.at > seen.at:
+            raise LockedError(f"{folder}: {beat} is working here")
+        seen = beat
+        time.sleep(0.2)

@@ -1,0 +1,85 @@
+"""A ladder with one dial: a model size gives width, depth, batch, learning rate, weight decay and horizon.
+
+Every formula is somebody's measurement, at other sizes and on other data than yours: the place to begin, not to end.
+Widths and depths transfer by muP (`mmfree_jax.parametrisation`), so one rate is measured, at the base.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from mmfree_jax import flops
+from mmfree_jax.config import DataConfig, OptimConfig, RunConfig, require
+from mmfree_jax.sweep.experiment import trunk_and_decays
+from mmfree_jax.sweep.shapes import nearest_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """Where a family's learning rate was found: width, depth and tokens a step."""
+
+    lr: float
+    width: int
+    depth: int
+    batch_tokens: int
+
+
+def rungs(
+    family: str, base: Base, sizes: Sequence[float], ratios: Sequence[float], data: DataConfig
+) -> list[RunConfig]:
+    """For each size a trunk and, for each tokens-per-parameter ratio, a decay that branches off it.
+
+    Args:
+        family: of `config.FAMILIES`.
+        base: where its rate was measured.
+        sizes: parameters N in products, head included.
+        ratios: D / N of the end points; 20 is about compute-optimal (Hoffmann et al. 2022, arXiv 2203.15556).
+        data: corpus and sequence length; its batch is replaced.
+
+    Raises ConfigError for no sizes or ratios.
+    """
+    require(bool(sizes) and bool(ratios), "a ladder needs at least one size and one ratio")
+    return [run for size in sizes for run in _rung(family, base, size, sorted(ratios), data)]
+
+
+def _rung(family: str, base: Base, size: float, ratios: Sequence[float], data: DataConfig) -> list[RunConfig]:
+    model = nearest_model(family, size, data.vocab)
+    model = dataclasses.replace(model, parametrisation="mup", base_width=base.width, base_depth=base.depth)
+    N = flops.parameters(model).N
+    longest = ratios[-1] * N
+    batch = batch_sequences(6 * N * longest, data.sequence)  # 6 N D, not exact: families of one size share a batch
+    data = dataclasses.replace(data, batch=batch)
+    budgets = [max(10, round(ratio * N / data.tokens_per_step)) for ratio in ratios]
+    lr = base.lr * rate_of_batch(data.tokens_per_step, base.batch_tokens)
+    optim = OptimConfig(
+        lr=lr, warmup_steps=max(1, budgets[0] // 10), weight_decay=weight_decay(lr, budgets[-1], ratios[-1])
+    )
+    run = RunConfig(f"{family}-{N / 1e6:.3g}M", model, data, optim, steps=budgets[-1])
+    return trunk_and_decays(run, budgets)
+
+
+def batch_sequences(flop: float, sequence: int) -> int:
+    """Sequences a step: 0.292 C^0.327 tokens, to a power of two (DeepSeek LLM 2024, arXiv 2401.02954, equation 1).
+
+    `flop` is a whole run's. That it must grow with the run, and with its tokens rather than the model, is what critical
+    batch sizes show too (Zhang et al. 2024, arXiv 2410.21676).
+    """
+    tokens = 0.2920 * flop**0.3271
+    return 2 ** max(0, round(math.log2(tokens / sequence)))
+
+
+def rate_of_batch(tokens: float, base_tokens: float) -> float:
+    """Factor on the learning rate for another batch: its square root (Malladi et al. 2022, arXiv 2205.10287).
+
+    Good for small factors, below the critical batch size: measure the rate at a batch near that of the ladder.
+    """
+    return math.sqrt(tokens / base_tokens)
+
+
+def weight_decay(lr: float, steps: int, ratio: float) -> float:
+    """The decay whose time scale 1 / (lr x decay) is tau of the run: 1 / (lr steps tau).
+
+    AdamW averages its updates over that time (Wang & Aitchison 2024, arXiv 2405.13698); the best share of the run is
+    tau = 1.084 (D / N)^-0.527 (Bergsma et al. 2025, arXiv 2505.13738, figure 1).
+    """
+    return 1 / (lr * steps * 1.084 * ratio**-0.527)

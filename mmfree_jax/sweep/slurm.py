@@ -1,0 +1,358 @@
+"""The SLURM executor: arrays of chains through submitit, watched with `squeue` and heartbeats; no accounting is needed.
+
+What was submitted stands in OUT/slurm before `sbatch` is called, under a label that becomes the name of the jobs. So a
+driver may be stopped or killed at any point: the next one finds the jobs by that name, and submits none twice.
+
+A job replaces itself by the worker. On the notice of preemption or of its time limit (SIGUSR2) the worker saves itself
+and leaves with 75, and the job puts itself back into the queue.
+"""
+
+import contextlib
+import dataclasses
+import getpass
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmfree_jax.config import ConfigError, RunConfig
+from mmfree_jax.files import last_line, read_json, write_json
+from mmfree_jax.sweep.executor import ATTEMPTS, Pending, worker_command
+from mmfree_jax.sweep.experiment import chains, machines
+from mmfree_jax.sweep.heartbeat import last_beat
+from mmfree_jax.sweep.local import KEEP_MEMORY
+from mmfree_jax.sweep.status import run_folder
+from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED
+
+NOTICE_SECONDS = 300  # before its time limit a job is told to save itself
+LONGEST_ARRAY = 1000  # SLURM's own default for MaxArraySize
+LONGEST_PAUSE = 300.0  # between two attempts to submit to a full queue
+WATCH_SECONDS = 0.25
+FULL = re.compile(r"limit|temporarily|unable to contact|timed out|array specification", re.IGNORECASE)
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slurm:
+    """What jobs ask SLURM for, and how they are watched."""
+
+    partition: str = ""
+    """Partition (the cluster's default where empty)."""
+    account: str = ""
+    """Account to charge."""
+    qos: str = ""
+    """Quality of service."""
+    hours: float = 24.0
+    """Time limit of a job; what is not done by then is saved and queued again."""
+    gpus_per_node: int = 8
+    """GPUs a node has, one process each; 0: no GPUs, a process for every device of a run's mesh."""
+    cpus: int = 8
+    """CPU cores a process."""
+    memory_gb: int = 0
+    """Memory a node (0: the partition's default)."""
+    parallel: int = 64
+    """Jobs of an array at once."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the worker: "module load cuda"."""
+    extra: tuple[str, ...] = ()
+    """More sbatch options: constraint=h100 exclusive."""
+    poll_seconds: float = 10.0
+    """How often squeue is asked."""
+    silent_minutes: float = 10.0
+    """A running job without a sign of life for so long is cancelled and submitted again."""
+
+    def shape(self, chain: Sequence[RunConfig]) -> tuple[int, int]:
+        """Nodes, and processes on each, for the mesh of a chain. Raises ConfigError if it fills no whole nodes."""
+        return machines(chain, self.gpus_per_node, "node")
+
+    def parameters(self, chain: Sequence[RunConfig]) -> dict[str, Any]:
+        """submitit's names for what the job of a chain asks for."""
+        nodes, tasks = self.shape(chain)
+        extra = {name: value if equals else True for name, equals, value in (o.partition("=") for o in self.extra)}
+        minutes = max(1, round(self.hours * 60))
+        # --gpus-per-node: with --gpus-per-task the processes of a node do not see each other's devices, and NCCL fails.
+        asked = {
+            "time": minutes,
+            "nodes": nodes,
+            "ntasks_per_node": tasks,
+            "cpus_per_task": self.cpus,
+            "gpus_per_node": tasks if self.gpus_per_node else None,
+            "mem": f"{self.memory_gb}GB" if self.memory_gb else None,
+            "partition": self.partition or None,
+            "account": self.account or None,
+            "qos": self.qos or None,
+            "signal_delay_s": min(NOTICE_SECONDS, minutes * 15),
+            "array_parallelism": self.parallel,
+            "setup": list(self.setup) or None,
+            "srun_args": ["--kill-on-bad-exit=1"] if nodes * tasks > 1 else None,
+            "additional_parameters": {"requeue": True, **extra},
+        }
+        return {name: value for name, value in asked.items() if value is not None}
+
+
+# After the worker: 75 is its wish to go on, 140 is SIGUSR2 before it could listen. Then the job queues itself again,
+# unless somebody has cancelled it: the worker leaves with 75 then too, and a requeue would undo what they asked for.
+# $SLURM_JOB_ID will not do: in one task of an array it is the number of the whole array.
+TEARDOWN = (
+    "status=$?",
+    'job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
+    'job="${job:-$SLURM_JOB_ID}"',
+    'state=$(squeue --noheader --jobs="$job" --format=%T)',
+    f'case "$status $state" in "{PREEMPTED} RUNNING" | "{128 + signal.SIGUSR2} RUNNING")',
+    '    scontrol requeue "$job" ;;',
+    "esac",
+    "exit $status",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Become:
+    """What submitit calls in the job: the process becomes the worker, signals and exit status included."""
+
+    command: tuple[str, ...]
+    environment: dict[str, str]
+
+    def __call__(self) -> None:
+        """Does not return."""
+        os.execve(self.command[0], self.command, {**os.environ, **self.environment})
+
+
+@dataclasses.dataclass(frozen=True)
+class Ticket:
+    """A place in an array that was submitted."""
+
+    label: str
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What squeue says of a ticket."""
+
+    job: str
+    state: str
+
+
+@dataclasses.dataclass
+class Tracked(Pending):
+    """A chain and its job."""
+
+    ticket: Ticket | None = None
+    job: str = ""
+    beat: float = 0.0  # the last sign of life, and when it was new by this process's own clock
+    heard: float = 0.0
+
+
+def live_tickets() -> dict[Ticket, Place]:
+    """This user's jobs that wait or run. Raises OSError or CalledProcessError where SLURM does not answer."""
+    command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%j"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    found = {}
+    for line in text.splitlines():
+        job, index, state, label = line.split("|", 3)
+        number = int(index) if index.isdigit() else 0
+        found[Ticket(label, number)] = Place(f"{job}_{index}" if index.isdigit() else job, state)
+    return found
+
+
+def submitted(out: Path) -> dict[Ticket, list[str]]:
+    """Every ticket of a sweep, and the names of its runs."""
+    records = [(path.stem, read_json(path)) for path in sorted((out / "slurm").glob("*.json"))]
+    return {Ticket(label, i): names for label, record in records for i, names in enumerate(record["chains"])}
+
+
+def queued(out: Path) -> dict[str, Place]:
+    """Where the runs of a sweep stand in SLURM, by name; empty where there is no SLURM, or none that answers."""
+    if not (out / "slurm").is_dir() or shutil.which("squeue") is None:
+        return {}
+    try:
+        live = live_tickets()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {name: live[ticket] for ticket, names in submitted(out).items() if ticket in live for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class SlurmExecutor:
+    """Jobs as `options` ask; each run may take `limit_hours` (0: any number). Raises ConfigError without SLURM."""
+
+    options: Slurm
+    limit_hours: float = 0.0
+    say: Say = print
+
+    def plan(self, runs: Sequence[RunConfig]) -> list[str]:
+        """The arrays that would be submitted, and what each of their jobs asks for."""
+        lines = []
+        for chosen in _alike(self.options, chains(runs)):
+            asked = self.options.parameters(chosen[0])
+            shown = ", ".join(f"{name} {value}" for name, value in asked.items() if value)
+            lines.append(f"SLURM: an array of {len(chosen)} jobs, {shown}")
+        return lines
+
+    def execute(self, out: Path, work: list[list[RunConfig]], watch: Callable[[], None]) -> int:
+        """Ctrl-C and SIGTERM end the watching alone: jobs go on, and the same command finds them again."""
+        _check_commands()
+        return Driver(self, out.resolve(), [Tracked(chain) for chain in work], watch).run()
+
+
+def _check_commands() -> None:
+    if shutil.which("sbatch") is None or shutil.which("squeue") is None:
+        raise ConfigError("--executor slurm: no sbatch and squeue here; run it where SLURM's commands are")
+    try:
+        import submitit  # noqa: F401
+    except ImportError:
+        raise ConfigError("--executor slurm needs submitit: pip install 'mmfree-jax[slurm]'") from None
+
+
+def _alike(options: Slurm, work: Sequence[list[RunConfig]]) -> list[list[list[RunConfig]]]:
+    """Chains that ask for the same machines, so that they can be one array."""
+    groups = defaultdict(list)
+    for chain in work:
+        groups[options.shape(chain)].append(chain)
+    return list(groups.values())
+
+
+@contextlib.contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Without the variables of the job that the driver may itself be in; they would be taken for the new one's."""
+    from submitit.helpers import clean_env
+
+    kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with clean_env():
+        os.environ.update(kept)
+        yield
+
+
+class Driver:
+    """One pass over a sweep: submits what has no job, notices what lost it, ends when nothing is left."""
+
+    def __init__(self, executor: SlurmExecutor, out: Path, tracked: list[Tracked], watch: Callable[[], None]):
+        self.options, self.limit_hours, self.say = executor.options, executor.limit_hours, executor.say
+        self.out, self.tracked, self.watch = out, tracked, watch
+        self.largest, self.pause, self.not_before = LONGEST_ARRAY, 1.0, 0.0
+        self.stopped: list[int] = []
+
+    def run(self) -> int:
+        """The loop. Returns 0, or 75 or 130 when this process was told to stop."""
+        (self.out / "slurm").mkdir(exist_ok=True)
+        previous = signal.signal(signal.SIGTERM, lambda number, _: self.stopped.append(PREEMPTED))
+        try:
+            while self.tracked and not self.stopped:
+                live = self._look()
+                if live is not None:
+                    self._settle(live)
+                    self._submit()
+                self._wait()
+        except KeyboardInterrupt:
+            self.stopped.append(INTERRUPTED)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        self.watch()
+        if self.stopped:
+            names = ",".join(sorted({one.ticket.label for one in self.tracked if one.ticket}))
+            self.say(f"jobs go on, and the same command finds them again; to end them: scancel --name={names}")
+        return self.stopped[0] if self.stopped else 0
+
+    def _look(self) -> dict[Ticket, Place] | None:
+        try:
+            return live_tickets()
+        except (OSError, subprocess.SubprocessError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+            self.say(f"squeue does not answer, so nothing is submitted: {said}")
+            return None
+
+    def _wait(self) -> None:
+        until = time.monotonic() + self.options.poll_seconds
+        while time.monotonic() < until and self.tracked and not self.stopped:
+            self.watch()
+            time.sleep(WATCH_SECONDS)
+
+    def _settle(self, live: dict[Ticket, Place]) -> None:
+        """Bring every chain up to date with what squeue says; those that are done leave."""
+        jobs = {name: ticket for ticket, names in submitted(self.out).items() if ticket in live for name in names}
+        for one in self.tracked:
+            names = [run.name for run in one.runs]
+            ticket = next((jobs[name] for name in names if name in jobs), None)
+            if ticket is not None:
+                one.ticket, one.job = ticket, live[ticket].job
+                self._listen(one, live[ticket])
+            else:
+                self._after(one)
+        self.tracked = [one for one in self.tracked if one.runs]
+
+    def _after(self, one: Tracked) -> None:
+        """A chain without a job: what is left of it, and whether its last job was in vain."""
+        had_job, one.ticket, one.heard = one.ticket is not None, None, 0.0
+        one.look(self.out, worked=had_job)
+        if one.runs and had_job:
+            said = last_line(self.out / "slurm" / f"{one.job}_0_log.out") or "nothing"
+            if one.vain < ATTEMPTS:
+                self.say(f"{one.runs[0].name}: job {one.job} is gone; submitted again (its last words: {said})")
+            else:
+                one.abandon(self.out, f"its job {one.job} is gone, like the one before; its last words: {said}")
+
+    def _listen(self, one: Tracked, place: Place) -> None:
+        """Cancel a job that SLURM believes to run and that has been silent for too long: its node may be lost."""
+        beats = [beat.at for run in one.runs if (beat := last_beat(run_folder(self.out, run)))]
+        newest, now = max(beats, default=0.0), time.monotonic()
+        if place.state != "RUNNING" or not beats or newest != one.beat or not one.heard:
+            one.beat, one.heard = newest, now
+        elif now - one.heard > self.options.silent_minutes * 60:
+            self.say(f"{one.runs[0].name}: job {one.job} gave no sign of life for {self.options.silent_minutes:g} min")
+            subprocess.run(["scancel", one.job], check=False, capture_output=True, timeout=60)
+            one.heard = now
+
+    def _submit(self) -> None:
+        """Submit every chain that has no job, as few arrays as there are kinds; a full queue is tried again later."""
+        idle = [one for one in self.tracked if one.ticket is None]
+        if not idle or time.monotonic() < self.not_before:
+            return
+        by_name = {one.runs[0].name: one for one in idle}
+        for alike in _alike(self.options, [one.runs for one in idle]):
+            for start in range(0, len(alike), self.largest):
+                chosen = [by_name[chain[0].name] for chain in alike[start : start + self.largest]]
+                try:
+                    self._submit_array(chosen)
+                except Exception as error:
+                    self._refused(error, len(chosen))
+                    return
+        self.pause = 1.0
+
+    def _refused(self, error: Exception, count: int) -> None:
+        said = str(error).strip().splitlines()[-1]
+        if not FULL.search(str(error)):
+            raise ConfigError(f"sbatch refuses: {said}") from error
+        self.largest = max(1, count // 2)
+        self.not_before, self.pause = time.monotonic() + self.pause, min(2 * self.pause, LONGEST_PAUSE)
+        self.say(f"the queue takes no array of {count} now, tried again with {self.largest}: {said}")
+
+    def _submit_array(self, chosen: list[Tracked]) -> None:
+        import submitit
+
+        label = f"mmfree-{uuid.uuid4().hex[:10]}"
+        names = [[run.name for run in one.runs] for one in chosen]
+        record = self.out / "slurm" / f"{label}.json"
+        write_json(record, {"chains": names})
+        executor = submitit.SlurmExecutor(folder=self.out / "slurm")
+        asked = self.options.parameters(chosen[0].runs)
+        executor.update_parameters(job_name=label, stderr_to_stdout=True, teardown=list(TEARDOWN), **asked)
+        environment = {} if self.options.gpus_per_node else {"JAX_PLATFORMS": "cpu", **KEEP_MEMORY}
+        try:
+            with _outside_any_job(), executor.batch():
+                jobs = [
+                    executor.submit(Become(tuple(worker_command(self.out, one.runs, self.limit_hours)), environment))
+                    for one in chosen
+                ]
+        except Exception:
+            record.unlink()
+            raise
+        for index, (one, job) in enumerate(zip(chosen, jobs, strict=True)):
+            one.ticket, one.job = Ticket(label, index), job.job_id
+        self.say(f"submitted {len(jobs)} jobs: {jobs[0].job_id}{' to ' + jobs[-1].job_id if jobs[1:] else ''}, {label}")

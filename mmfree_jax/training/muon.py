@@ -1,0 +1,102 @@
+"""Muon: momentum, orthogonalised matrix by matrix (Jordan 2024, kellerjordan.github.io/posts/muon).
+
+Parameters of the blocks are stacks [layers, ..., D, F]. Where they are split over devices, whole matrices are moved to
+the devices, a share of the layers each, and orthogonalised there without further communication.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from mmfree_jax.devices import backend
+from mmfree_jax.sharding import RULES, fitted
+
+# The quintic a x + b x^3 + c x^5, iterated five times, brings singular values in (0, 1] near 1: to about 0.7 .. 1.2.
+ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
+ADAM_RMS = 0.2  # root mean square of AdamW's updates, which Muon's are made to have (arXiv 2502.16982, equation 4)
+
+
+class MuonState(NamedTuple):
+    """The momentum of each matrix, float32."""
+
+    momentum: Any
+
+
+def scale_by_muon(momentum: float) -> optax.GradientTransformation:
+    """Nesterov momentum -> nearest orthogonal matrix -> times 0.2 sqrt(max(D, F)), the size of an AdamW update."""
+
+    def init(params: Any) -> MuonState:
+        return MuonState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+        buffers = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
+        ahead = jax.tree.map(lambda m, g: momentum * m + g, buffers, updates)
+        with nnx.logical_axis_rules(tuple(RULES.items())):
+            places = nnx.get_partition_spec(updates)
+        return jax.tree.map(_orthogonal_update, ahead, places), MuonState(buffers)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _orthogonal_update(stack: jax.Array, place: P | None) -> jax.Array:
+    """[..., D, F] -> the same, every matrix orthogonalised and scaled."""
+    *_, D, F = stack.shape
+    m_NDF = stack.reshape(-1, D, F)
+    ends = (None, None) if place is None else tuple(place)[-2:]
+    return ADAM_RMS * math.sqrt(max(D, F)) * layer_sharded(m_NDF, ends).reshape(stack.shape)
+
+
+def newton_schulz(m_NDF: jax.Array) -> jax.Array:
+    """The matrices' orthogonal factors, roughly: U S V' -> U S' V' with all of S' near 1; in m's type.
+
+    Products are in bfloat16 on accelerators (Jordan 2024 finds the iteration insensitive), float32 on CPU.
+    """
+    a, b, c = COEFFICIENTS
+    dtype = m_NDF.dtype if backend() == "cpu" else jnp.bfloat16
+    tall = m_NDF.shape[-2] > m_NDF.shape[-1]
+    x = m_NDF.mT if tall else m_NDF  # the Gram matrix of the shorter side
+    x = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-20)).astype(dtype)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return (x.mT if tall else x).astype(m_NDF.dtype)
+
+
+def layer_sharded(m_NDF: jax.Array, ends: tuple) -> jax.Array:
+    """`newton_schulz` with the matrices divided among the devices that held pieces of each.
+
+    `ends`: mesh axes that D and F are split over. One axis moves at a time: each move is then an all-to-all, while both
+    at once would gather the whole stack on every device. An axis that would leave devices without a matrix stays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return newton_schulz(m_NDF)
+    home = fitted(m_NDF.shape, P(None, *ends), mesh)
+    moves, devices = _moves(len(m_NDF), home, dict(mesh.shape))
+    padded = jnp.pad(m_NDF, ((0, -len(m_NDF) % devices), (0, 0), (0, 0)))  # the split axis must divide evenly
+    for move in moves[1:]:
+        padded = jax.lax.with_sharding_constraint(padded, move)
+    done = newton_schulz(padded)
+    for move in reversed(moves):
+        done = jax.lax.with_sharding_constraint(done, move)
+    return done[: len(m_NDF)]
+
+
+def _moves(matrices: int, home: P, mesh_shape: dict[str, int]) -> tuple[list[P], int]:
+    """Placements from `home` to whole matrices on each device, one axis more on the first dimension each; and over how
+    many devices the last of them divides the matrices."""
+    moves, devices = [home], 1
+    taken: tuple[str, ...] = ()
+    for dimension in (2, 1):
+        axis = home[dimension]
+        if axis is None or mesh_shape[axis] == 1 or devices * mesh_shape[axis] > matrices:
+            continue
+        taken, devices = (*taken, axis), devices * mesh_shape[axis]
+        kept = [moves[-1][other] if other != dimension else None for other in (1, 2)]
+        moves.append(P(taken, *kept))
+    return moves, devices

@@ -1,0 +1,93 @@
+"""`launch.py lower`: the command, its proposals, its exit statuses."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmfree_jax.config import ConfigError, MeshConfig
+from mmfree_jax.devices import DEVICES
+from mmfree_jax.lowering import cli, verdict
+from mmfree_jax.lowering.memory import memory
+from mmfree_jax.lowering.program import Traffic, in_bfloat16
+from mmfree_jax.lowering.roofline import communication
+from tests.lowering.test_memory import run_of, state_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_command_as_a_user_types_it(tmp_path):
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, "launch.py", "lower", "matmul-free-tiny", "--mesh", "fsdp=4,tensor=2"]
+    done = subprocess.run(
+        [*command, "--device", "tpu-v5e", "--json"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["verdict"] == "fits"
+    assert found["run"]["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1}
+    run = run_of("matmul-free-tiny", 16, 128, "none", unroll=1)
+    run = dataclasses.replace(run, mesh=MeshConfig(fsdp=4, tensor=2))
+    held = state_of(run)
+    assert found["report"]["parameters"] == pytest.approx(held.parameters, rel=0.05)  # gains are on every device
+    assert found["report"]["optimizer"] == pytest.approx(held.optimizer, rel=0.05)
+    assert {one["kind"] for one in found["report"]["traffic"]} >= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert 0 < found["communication_share"] < 1
+
+
+@pytest.fixture
+def instant(monkeypatch):
+    """State and traffic without lowering anything."""
+    monkeypatch.setattr(verdict, "inspect", lambda run, platform: state_of(run))
+
+
+def test_the_last_line_is_the_verdict_and_the_status_says_it_too(instant, capsys):
+    assert cli.main(["matmul-free-7b", "--mesh", "fsdp=64", "--device", "h200"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("fits: ")
+    assert cli.main(["transformer++-7b", "--mesh", "fsdp=8", "--device", "tpu-v5e"]) == 2
+    *_, proposal, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("does not fit: ")
+    assert proposal.startswith(("largest batch that fits: ", "no batch fits"))
+
+
+def test_what_is_proposed_fits_and_what_lies_beyond_does_not(instant):
+    run = dataclasses.replace(run_of("matmul-free-7b", 512, 2048, "none", unroll=1), mesh=MeshConfig(fsdp=16))
+    found = verdict.judge(run, "h100")
+    assert found.largest is not None
+
+    def needs(batch: int, remat: str) -> float:
+        one = dataclasses.replace(run, remat=remat, data=dataclasses.replace(run.data, batch=batch))
+        return memory(one, state_of(one), DEVICES["h100"]).total
+
+    assert needs(found.largest.batch, found.largest.remat) <= found.usable
+    assert needs(2 * found.largest.batch, "full") > found.usable
+    assert found.same_batch is None or needs(512, found.same_batch.remat) <= found.usable
+
+
+@pytest.mark.parametrize(
+    ("mesh", "wrong"), [("fsdp", "must be axes and sizes"), ("fdsp=8", "did you mean fsdp"), ("", "must be axes")]
+)
+def test_a_wrong_mesh_says_what_is_right(mesh, wrong):
+    with pytest.raises(ConfigError, match=wrong):
+        cli.main(["matmul-free-7b", "--mesh", mesh])
+
+
+def test_traffic_within_an_island_takes_its_links_and_beyond_it_the_network():
+    within, beyond = (Traffic("all-gather", "s8", 1, 1e9, span) for span in (8, 9))
+    device = DEVICES["h200"]
+    ratio = communication([beyond], device) / communication([within], device)
+    assert ratio == pytest.approx(device.link / device.network)
+
+
+def test_types_that_a_cpu_widens_are_read_as_they_are_elsewhere():
+    promoted = "  %a = f32[4,8]{1,0} all-reduce(%x), to_apply=%add.clone_promoted"
+    gathered = "  %g = f32[512,1024]{1,0} all-gather(%w), dimensions={0}"
+    scales = "  %s = f32[4,8]{1,0} all-gather(%w), dimensions={0}"
+    gradient = "  %r = f32[512,1024]{1,0} reduce-scatter(%w), to_apply=%add"
+    text = in_bfloat16("\n".join([promoted, gathered, scales, gradient]))
+    assert [line.split(" = ")[1][:4] for line in text.splitlines()] == ["bf16", "bf16", "f32[", "f32["]

@@ -1,0 +1,76 @@
+"""The models against what was compiled for, and measured on, an H200."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mmfree_jax import flops
+from mmfree_jax.config import MeshConfig, RunConfig
+from mmfree_jax.devices import DEVICES
+from mmfree_jax.lowering.memory import memory, policies
+from mmfree_jax.lowering.program import Report
+from mmfree_jax.lowering.roofline import step_time
+from mmfree_jax.presets import run_preset
+
+RESULTS = Path(__file__).parents[2] / "experiments" / "results"
+COMPILED = list(csv.DictReader((RESULTS / "h200_memory.csv").open()))
+# experiments/results/h200_bench.md: preset, batch, sequence, remat, GB, tokens a second
+MEASURED = [
+    ("transformer++-1.3b", 8, 2048, "none", 43.7, 61_555),
+    ("matmul-free-1.3b", 8, 2048, "none", 37.5, 70_978),
+    ("matmul-free-1.3b", 8, 2048, "codes", 27.6, 65_120),
+    ("transformer++-1.3b", 2, 8192, "none", 43.7, 49_686),
+    ("matmul-free-1.3b", 2, 8192, "none", 37.5, 70_669),
+    ("transformer++-370m", 8, 2048, "none", 18.3, 184_414),
+]
+
+
+def run_of(preset: str, batch: int, sequence: int, remat: str, depth: int = 0, unroll: int = 0) -> RunConfig:
+    """A preset on one device; its own depth, and unrolled, unless told."""
+    run = run_preset(preset)
+    model = dataclasses.replace(run.model, depth=depth or run.model.depth)
+    data = dataclasses.replace(run.data, batch=batch, sequence=sequence)
+    return dataclasses.replace(run, model=model, data=data, remat=remat, unroll=unroll or model.depth)
+
+
+def state_of(run: RunConfig) -> Report:
+    """The report of AdamW on a mesh that cuts every parameter."""
+    held = 4.0 * flops.parameters(run.model).total / (run.mesh.fsdp * run.mesh.tensor)
+    return Report(held, 2 * held, 1.0, (), 0)
+
+
+@pytest.mark.parametrize("row", COMPILED, ids=lambda row: "-".join(list(row.values())[:-1]))
+def test_memory_is_within_a_tenth_of_what_the_compiler_asks_for(row):
+    run = run_of(
+        row["preset"], int(row["batch"]), int(row["sequence"]), row["remat"], int(row["depth"]), int(row["unroll"])
+    )
+    optim = dataclasses.replace(run.optim, accumulate=int(row["accumulate"]))
+    mesh = MeshConfig(fsdp=int(row["fsdp"]), tensor=int(row["tensor"]))
+    run = dataclasses.replace(run, kernels=row["kernels"], optim=optim, mesh=mesh)
+    assert memory(run, state_of(run), DEVICES["h200"]).total == pytest.approx(float(row["bytes"]), rel=0.10)
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=str)
+def test_memory_and_time_of_measured_steps(case):
+    *shape, gigabytes, tokens_per_s = case
+    run = run_of(*shape)
+    assert memory(run, state_of(run), DEVICES["h200"]).total == pytest.approx(gigabytes * 1e9, rel=0.10)
+    seconds = step_time(run, state_of(run), DEVICES["h200"]).total
+    assert run.data.tokens_per_step / seconds == pytest.approx(tokens_per_s, rel=0.25)
+
+
+@pytest.mark.parametrize("family", ["transformer++", "bitnet", "matmul-free", "matmul-free-rwkv4", "hgrn"])
+def test_more_devices_and_more_remat_need_less_memory(family):
+    run = run_of(f"{family}-1.3b", 64, 2048, "none", unroll=1)
+    by_policy = [
+        memory(one, state_of(one), DEVICES["a100"]).total
+        for remat in policies(run)
+        for one in [dataclasses.replace(run, remat=remat)]
+    ]
+    assert by_policy == sorted(by_policy, reverse=True)
+    attention = run.model.mixer == "attention"  # which makes whole scores where time is cut
+    for axis in ("data", "fsdp", "tensor", *(() if attention else ("sequence",))):
+        split = dataclasses.replace(run, mesh=MeshConfig(**{axis: 4}))
+        assert memory(split, state_of(split), DEVICES["a100"]).total < by_policy[0]

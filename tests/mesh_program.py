@@ -1,0 +1,122 @@
+"""What test_sharding.py reads: eight simulated devices in a process of their own, everything compiled once."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from mmfree_jax.config import FAMILIES, DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
+from mmfree_jax.hlo import collectives
+from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.ops.ternary_weights import Recipe, gather_kernel, quantise_kernel
+from mmfree_jax.sharding import MESH_AXES, fitted, make_mesh, packing, shardings, spec
+from mmfree_jax.training.optim import Rates
+from mmfree_jax.training.step import make_program, program_key
+
+V, D, F, L, B, T = 512, 64, 128, 2, 8, 32
+
+
+def run_config(family: str, shape: tuple, **changes) -> RunConfig:
+    mixer, linear = FAMILIES[family]
+    heads = 4 if mixer == "attention" else 1
+    model = ModelConfig(mixer=mixer, linear=linear, vocab=V, width=D, depth=L, glu_width=F, heads=heads)
+    return RunConfig("m", model, DataConfig(batch=B, sequence=T), mesh=MeshConfig(*shape), **changes)
+
+
+def on_mesh(shape: tuple, f, *args):
+    """f(*args) compiled for a mesh, from arrays that every device has."""
+    with jax.set_mesh(make_mesh(MeshConfig(*shape))):
+        return jax.jit(f)(*args)
+
+
+def agreement(family: str, shapes: list, bits: int = 0) -> dict:
+    """Loss and gradients, with documents that end anywhere, on each mesh against one device.
+
+    `bits` of ternary layers' activations: with some, a rounding error may tip one into the next code.
+    """
+    model = run_config(family, (1, 1, 1, 1)).model
+    if model.linear == "ternary":
+        model = dataclasses.replace(model, activation_bits=bits)
+    graphdef, params = nnx.split(LanguageModel(model, rngs=nnx.Rngs(0)), nnx.Param)
+    rng = np.random.default_rng(0)
+    tokens_BT = jnp.asarray(rng.integers(0, V, (B, T + 1)), jnp.int32)
+    segments_BT = jnp.asarray(np.cumsum(rng.uniform(size=(B, T)) < 0.1, axis=1), jnp.int32)
+
+    def loss(params):
+        total, count = nnx.merge(graphdef, params).loss(tokens_BT[:, :-1], tokens_BT[:, 1:], segments_BT=segments_BT)
+        return total / count
+
+    found = {}
+    for shape in [(1, 1, 1, 1), *shapes]:
+        mesh = make_mesh(MeshConfig(*shape))
+        placed = jax.device_put(params, shardings(mesh, params))
+        with jax.set_mesh(mesh):
+            found[shape] = jax.device_get(jax.jit(jax.value_and_grad(loss))(placed))
+    one = found.pop((1, 1, 1, 1))
+    error = lambda a, b: float(np.abs(a - b).max() / np.abs(b).max())
+    return {
+        "x".join(map(str, shape)): {
+            "loss": float(abs(value / one[0] - 1)),
+            "gradients": max(map(error, jax.tree.leaves(grads), jax.tree.leaves(one[1]))),
+        }
+        for shape, (value, grads) in found.items()
+    }
+
+
+def codes_everywhere() -> list:
+    """[name, mesh] of every case whose codes or scales differ in a bit from those of one device."""
+    cases = {
+        "joint": (Recipe(scale_axes=(-3, -2, -1), axes=("embed", "mlp")), (2, 256, 704)),
+        "each": (Recipe(axes=("embed", "heads")), (3, 256, 256)),
+        "out": (Recipe(axes=("mlp", "embed")), (1, 704, 256)),
+        "channel": (Recipe(scale_axes=(-2,), axes=("embed", "mlp")), (1, 256, 704)),
+    }
+    different = []
+    for name, (recipe, size) in cases.items():
+        w = jax.random.normal(jax.random.key(1), size) * jnp.linspace(0.1, 3, size[-1])
+        quantise = lambda w, recipe=recipe: gather_kernel(recipe, quantise_kernel(recipe, w))
+        expected = jax.device_get(on_mesh((1, 1, 1, 1), quantise, w))
+        for shape in ((1, 8, 1, 1), (1, 4, 2, 1), (2, 1, 4, 1)):
+            mesh = make_mesh(MeshConfig(*shape))
+            placed = jax.device_put(w, NamedSharding(mesh, fitted(w.shape, spec(None, *recipe.axes), mesh)))
+            with jax.set_mesh(mesh), packing(shape == (1, 4, 2, 1)):
+                found = jax.device_get(jax.jit(quantise)(placed))
+            same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, expected)
+            different += [] if all(jax.tree.leaves(same)) else [[name, shape]]
+    return different
+
+
+def sent(family: str, shape: tuple, **changes) -> list:
+    """The collectives of a train step: kind, arrays, executions, mesh axes, where in the program they come from."""
+    run = run_config(family, shape, **changes)
+    program = make_program(program_key(run, None))
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+    tokens_BT = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
+    with jax.set_mesh(program.mesh):
+        compiled = program.train_step.lower(program.abstract_state, tokens_BT, Rates(one, one)).compile()
+    sizes = dict(zip(MESH_AXES, shape, strict=True))
+    return [[c.kind, c.arrays, c.executions, c.axes(sizes), c.origin] for c in collectives(compiled.as_text())]
+
+
+def main() -> None:
+    every, fsdp = (1, 2, 2, 2), (1, 8, 1, 1)
+    agree = {family: agreement(family, [every]) for family in FAMILIES}
+    agree["matmul-free"] |= agreement("matmul-free", [fsdp, (1, 1, 1, 8)], bits=8)
+    traffic = {
+        "none": sent("matmul-free", fsdp),
+        "full": sent("matmul-free", fsdp, remat="full", unroll=L),
+        "packed": sent("matmul-free", fsdp, gather="packed", optim=OptimConfig(z_loss=1e-4)),
+        "mlgru": sent("matmul-free", every),
+        "rwkv4": sent("matmul-free-rwkv4", every),
+        "dense": sent("transformer++", every),
+    }
+    print(json.dumps({"agree": agree, "different": codes_everywhere(), "traffic": traffic}))
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    main()

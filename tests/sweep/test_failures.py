@@ -1,0 +1,126 @@
+"""What goes wrong in a run, and what the sweep makes of it."""
+
+import dataclasses
+import os
+import threading
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+from mmfree_jax.config import ConfigError
+from mmfree_jax.files import LockedError
+from mmfree_jax.sweep import worker
+from mmfree_jax.sweep.executor import open_chains
+from mmfree_jax.sweep.experiment import Study, trunk_and_decays
+from mmfree_jax.sweep.heartbeat import STALE_SECONDS, Heartbeat, file_clock, holder, last_beat, wait_until_free
+from mmfree_jax.sweep.status import fail, run_folder, status
+from mmfree_jax.sweep.study import prepare
+from mmfree_jax.training.folder import claim
+from tests.conftest import tiny_run
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_run_that_takes_too_long_is_saved_and_called_failed_and_goes_on_later(token_set, tmp_path):
+    run = tiny_run("transformer++", token_set.path, steps=100_000, evaluate=False)
+    folder = run_folder(tmp_path, run)
+    claim(run, folder)
+    assert worker.main(tmp_path, [run.name], limit_hours=4 / 3600) == 1
+    found = status(folder, run)
+    assert found.state == "failed"
+    assert found.error.startswith("TimedOut: transformer++-tiny: stopped after step ")
+    assert "raise --limit-hours" in found.error
+    assert any((folder / "checkpoints").iterdir())
+    assert last_beat(folder) is None
+    assert open_chains(tmp_path, [run]) == [[run]]
+    assert status(folder, run).state == "stopped"
+
+
+def test_a_run_that_takes_too_much_memory_says_what_to_change_and_the_next_one_is_trained(tmp_path, monkeypatch):
+    runs = [tiny_run("transformer++", Path("c"), name=name) for name in ("large", "small")]
+    for run in runs:
+        claim(run, run_folder(tmp_path, run))
+
+    def train(config, folder, token_set):
+        if config.name == "large":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.")
+        (folder / "result.json").write_text('{"loss": 1.0, "train_loss": 1.0}')
+
+    monkeypatch.setattr(worker, "train", train)
+    monkeypatch.setattr(worker, "resolve_data", lambda data: None)
+    assert worker.main(tmp_path, ["large", "small"]) == 1
+    assert [status(run_folder(tmp_path, run), run).state for run in runs] == ["failed", "done"]
+    assert status(run_folder(tmp_path, runs[0]), runs[0]).error.startswith("out of memory: lower data.batch, raise")
+
+
+def test_what_diverged_is_left_alone_with_its_branches_and_other_failures_are_tried_again(tmp_path):
+    runs = trunk_and_decays(tiny_run("transformer++", Path("c"), name="bad"), (6, 12))
+    other = tiny_run("transformer++", Path("c"), name="other")
+    for run in (*runs, other):
+        claim(run, run_folder(tmp_path, run))
+    fail(run_folder(tmp_path, runs[0]), "Diverged: bad-trunk: loss nan")
+    fail(run_folder(tmp_path, other), "its worker was killed by SIGKILL")
+    assert open_chains(tmp_path, [*runs, other]) == [[other]]
+    assert status(run_folder(tmp_path, runs[0]), runs[0]).diverged
+    assert sorted(map(len, open_chains(tmp_path, [*runs, other], again=True))) == [1, 3]
+
+
+def elsewhere(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "heartbeat.json").write_text('{"host": "elsewhere", "pid": 1, "job": "7"}')
+
+
+def test_another_machine_is_judged_by_its_sign_of_life_alone(tmp_path):
+    """By the file system's clock: what this machine's own clock says plays no part."""
+    folder = tmp_path / "run"
+    elsewhere(folder)
+    assert str(holder(folder)) == "job 7 on elsewhere"
+    old = file_clock(tmp_path) - STALE_SECONDS - 1
+    os.utime(folder / "heartbeat.json", (old, old))
+    assert holder(folder) is None
+    assert holder(folder, now=old + 1) is not None
+
+
+def test_a_run_that_another_machine_goes_on_with_is_not_taken(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    elsewhere(folder)
+    touch = threading.Timer(0.5, lambda: os.utime(folder / "heartbeat.json"))
+    touch.start()
+    with pytest.raises(LockedError, match="job 7 on elsewhere is working here"):
+        wait_until_free(folder)
+    touch.join()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # the same job, queued again and begun on another node
+    wait_until_free(folder)
+
+
+def test_a_heartbeat_beats_and_is_gone_afterwards(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmfree_jax.sweep.heartbeat.BEAT_SECONDS", 0.05)
+    called = []
+    with Heartbeat(tmp_path / "run", lambda: called.append(1)):
+        first = last_beat(tmp_path / "run")
+        time.sleep(0.3)
+        assert last_beat(tmp_path / "run").at > first.at
+    assert called
+    assert last_beat(tmp_path / "run") is None
+
+
+def test_changed_runs_are_all_named_before_anything_is_written(token_set, tmp_path):
+    runs = [tiny_run("transformer++", token_set.path, name=f"r{i}") for i in range(3)]
+    console = Console(quiet=True)
+    prepare(Study("s", "t", tuple(runs), "a", "b"), tmp_path, console)
+    edited = [
+        runs[0],
+        *(dataclasses.replace(run, seed=1) for run in runs[1:]),
+        dataclasses.replace(runs[0], name="new"),
+    ]
+    with pytest.raises(ConfigError, match=r"r1 \(seed is 0, not 1\); r2 \(seed is 0, not 1\). Rename them"):
+        prepare(Study("s", "t", tuple(edited), "a", "b"), tmp_path, console)
+    assert not (tmp_path / "runs" / "new").exists()
+    prepare(Study("s", "t", (*runs, edited[-1]), "a", "b"), tmp_path, console)
+    assert (tmp_path / "runs" / "new").exists()

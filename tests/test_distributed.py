@@ -1,0 +1,183 @@
+"""Several processes as one run: real ones on this machine, four simulated devices each, over loopback."""
+
+import concurrent.futures
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmfree_jax.config import ConfigError
+from mmfree_jax.distributed import Group, call_roll, meant
+from mmfree_jax.files import read_json
+from tests.conftest import read_metrics
+
+ROOT = Path(__file__).parents[1]
+SHAPE = "--model.width 16 --model.depth 2 --model.glu-width 32 --model.vocab 257 --data.vocab 257"
+RUN = f"{SHAPE} --data.sequence 32 --data.batch 8 --steps 6 --log-every 1 --checkpoint-every 0 --diagnose-every 4"
+RUN += " --optim.warmup-steps 2 --optim.decay-steps 0"
+BRIEF = ("--no-evaluate", "--diagnose-every", "0")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(family: str, corpus: Path, out: Path, devices: int, *more: str) -> subprocess.Popen:
+    """`launch.py train` on that many simulated devices."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "MMFREE_JAX_CACHE": str(out.parent / "cache")}
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    heads = ["--model.heads", "2"] if family == "transformer++" else []
+    command = [sys.executable, "launch.py", "train", f"{family}-tiny", *RUN.split(), *heads]
+    command += ["--data.corpus", str(corpus), "--out", str(out), "--mesh.data", "2", "--mesh.fsdp", "4", *more]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@contextlib.contextmanager
+def group(count: int, family: str, corpus: Path, out: Path, *more: str) -> Iterator[list[subprocess.Popen]]:
+    """`count` processes of one run; none outlives the block."""
+    flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(count), *more]
+    running = [start(family, corpus, out, 8 // count, *flags, "--process", str(index)) for index in range(count)]
+    try:
+        yield running
+    finally:
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str, str]]:
+    deadline = time.monotonic() + timeout
+    outputs = [process.communicate(timeout=max(1, deadline - time.monotonic())) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Loss by step."""
+    return {row["step"]: row["loss"] for row in read_metrics(folder)}
+
+
+def wait_for_steps(folder: Path, steps: int, timeout: float = 100) -> None:
+    """Until the run has logged that many steps."""
+    deadline = time.monotonic() + timeout
+    while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < steps:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(token_set, tmp_path):
+    with group(2, "matmul-free", token_set.path, tmp_path / "two") as processes:
+        (status, first, errors), (other_status, second, other_errors) = finish(processes)
+    assert (status, other_status) == (0, 0), errors + other_errors
+    assert "process  devices\n      0  4 x cpu" in first
+    assert "held-out loss" in first
+    assert "held-out loss" not in second  # the first process alone speaks and writes
+    assert len(list((tmp_path / "two" / "tb").iterdir())) == 1
+    assert finish([start("matmul-free", token_set.path, tmp_path / "one", 8)])[0][0] == 0
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(one) == list(two) == [1, 2, 3, 4, 5, 6]
+    # int8 codes that a rounding error tips over are the only difference there can be
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
+    one, two = (read_json(tmp_path / name / "result.json") for name in ("one", "two"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_two_processes_goes_on_in_one_and_in_four(token_set, tmp_path):
+    """The signal reaches the second process alone; both stop after the same step and save it."""
+    folder, family, more = tmp_path / "two", "transformer++", ["--steps", "4000", *BRIEF]
+    with group(2, family, token_set.path, folder, *more) as processes:
+        wait_for_steps(folder, 2)
+        os.kill(processes[1].pid, signal.SIGTERM)
+        ended = finish(processes)
+    assert [status for status, *_ in ended] == [75, 75], ended
+    (saved,) = (folder / "checkpoints").iterdir()
+    stopped = int(saved.name)
+    shortened = (folder / "config.json").read_text().replace('"steps": 4000', f'"steps": {stopped + 3}')
+    (folder / "config.json").write_text(shortened)
+    shutil.copytree(folder, tmp_path / "four")
+    more = ["--steps", str(stopped + 3), *BRIEF]
+    assert finish([start(family, token_set.path, folder, 8, *more)])[0][0] == 0
+    with group(4, family, token_set.path, tmp_path / "four", *more) as processes:
+        ended = finish(processes)
+    assert [status for status, *_ in ended] == [0] * 4, ended
+    assert finish([start(family, token_set.path, tmp_path / "whole", 8, *more)])[0][0] == 0
+    expected = losses(tmp_path / "whole")
+    assert list(expected) == list(range(1, stopped + 4))
+    for name in ("two", "four"):
+        found = losses(tmp_path / name)
+        assert found.keys() == expected.keys()
+        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_where_one_process_dies_the_other_ends_with_an_error(token_set, tmp_path):
+    with group(2, "matmul-free", token_set.path, tmp_path / "run", "--steps", "100000", *BRIEF) as processes:
+        wait_for_steps(tmp_path / "run", 2)
+        os.kill(processes[1].pid, signal.SIGKILL)
+        _, errors = processes[0].communicate(timeout=120)
+    assert processes[0].returncode not in (0, 75)
+    # The broken connection, or by the newest JAX the silent process, is what it names.
+    assert re.search(r"^launch.py train: .*Gloo|stopped sending heartbeats", errors, re.MULTILINE)
+
+
+def test_a_process_that_does_not_come_is_named(token_set, tmp_path):
+    """Three of four come: each of them names the fourth, the address and what to check."""
+    address = f"127.0.0.1:{free_port()}"
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(call_roll, Group(address, 4, index), 1.0) for index in (0, 1, 3)]
+        errors = [str(call.exception()) for call in calls]
+    for error in errors:
+        assert re.search(rf"coordinator {address}: .* 2 did not come within 1 s; check that every process", error)
+    flags = ["--coordinator", address, "--processes", "2", "--process", "1", "--patience", "0.5"]
+    status, _, errors = finish([start("matmul-free", token_set.path, tmp_path / "run", 1, *flags)])[0]
+    assert status == 1
+    assert errors.startswith(f"launch.py train: coordinator {address}: nobody answers there within 0.5 s; check")
+    assert errors.count("\n") == 1
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4099",
+    "SLURM_STEP_NODELIST": "gpu[007-009,012],cpu1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x4)",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+}
+
+
+def test_several_processes_only_where_they_are_meant():
+    alone = lambda **environment: meant("", 0, -1, environment)
+    assert alone() is None
+    assert alone(SLURM_JOB_ID="1", SLURM_NTASKS="4", SLURM_JOB_NODELIST="a[1-4]") is None  # the shell of salloc
+    assert alone(SLURM_JOB_ID="1", SLURM_NTASKS="4", SLURM_PROCID="0") is None  # the script of sbatch
+    assert alone(**{**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert alone(**SLURM) == Group("gpu007:61443", 8, 5)
+    assert alone(**SLURM, CUDA_VISIBLE_DEVICES="0,1") == Group("gpu007:61443", 8, 5, [1])  # one GPU a task
+    many = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "10(x4)", "CUDA_VISIBLE_DEVICES": "0,1"}
+    assert alone(**many) == Group("gpu007:61443", 8, 5, [1])
+    assert alone(**SLURM, CUDA_VISIBLE_DEVICES="3") == Group("gpu007:61443", 8, 5)  # SLURM has divided them
+    assert alone(**{**SLURM, "SLURM_STEP_NODELIST": "a-1,b"}) == Group("a-1:61443", 8, 5)
+    assert alone(TPU_WORKER_HOSTNAMES="t0", TPU_WORKER_ID="0") is None
+    assert alone(TPU_WORKER_HOSTNAMES="t0,t1", TPU_WORKER_ID="1") == Group("", 2, 1)
+    assert meant("h:1", 2, 0, SLURM) == Group("h:1", 2, 0)  # flags win
+    variables = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_PROCESS_ID": "1"}
+    assert alone(**variables, JAX_NUM_PROCESSES="1") is None
+    assert alone(**variables, JAX_NUM_PROCESSES="2") == Group("h:1", 2, 1)
+    for flags in (("h:1", 2, -1), ("h:1", 2, 2), ("h", 2, 0), ("", 2, 0), ("", 0, 0)):
+        with pytest.raises(ConfigError, match="give all three"):
+            meant(*flags, {})

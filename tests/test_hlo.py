@@ -1,0 +1,101 @@
+"""Collectives are counted where they run, in every notation that XLA writes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmfree_jax.hlo import collectives, total
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+PROGRAM = """
+import json
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from mmfree_jax.hlo import collectives
+
+mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+wsc = lambda a, *axes: jax.lax.with_sharding_constraint(a, NamedSharding(mesh, P(*axes)))
+
+def layer(x, w):  # three of these in each of five: the codes of w are gathered along fsdp
+    codes = wsc(wsc(jnp.sign(w).astype(jnp.int8), "fsdp", None), None, None)
+    return jnp.tanh(x @ codes.astype(x.dtype)), None
+
+def program(x, w_L):
+    x, _ = jax.lax.scan(lambda x, _: jax.lax.scan(layer, x, w_L), x, None, length=5)
+    return jnp.sum(x)
+
+place = lambda *axes: NamedSharding(mesh, P(*axes))
+shape = jax.ShapeDtypeStruct
+compiled = jax.jit(program, in_shardings=(place(("data", "fsdp"), None), place(None, "fsdp", None))).lower(
+    shape((16, 64), jnp.float32), shape((3, 64, 64), jnp.float32)).compile()
+found = collectives(compiled.as_text())
+rows = [[c.kind, c.arrays, c.executions, c.axes({"data": 2, "fsdp": 4}), c.payload, c.sent] for c in found]
+print(json.dumps(rows))
+"""
+
+
+def module(instruction: str) -> str:
+    return f"HloModule m\n\nENTRY %main (p: f32[8]) -> f32[8] {{\n  {instruction}\n}}\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),
+        ("replica_groups=[4,2]<=[8]", ("tensor",)),
+        ("replica_groups=[4,2]<=[4,2]T(1,0)", ("fsdp",)),  # devices 0 2 4 6 1 3 5 7, in pairs
+        ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}", ("fsdp",)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", ("data", "tensor")),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}", ("data", "tensor")),
+        ("replica_groups=[1,8]<=[8]", ("data", "fsdp", "tensor")),
+    ],
+)
+def test_every_notation_of_device_groups(groups, axes):
+    (found,) = collectives(module(f"%g = s8[8,4]{{1,0}} all-gather(%p), {groups}, dimensions={{0}}"))
+    assert found.axes(MESH) == axes
+    assert found.payload == 32
+
+
+def test_asynchronous_and_fused_instructions():
+    both = "((f32[4]{0}, s8[2,2]{1,0}), (f32[8]{0}, s8[4,2]{1,0}))"  # operands and results
+    (found,) = collectives(module(f"%s = {both} all-gather-start(%a, %b), replica_groups=[4,2]<=[8]"))
+    assert found.arrays == (("f32", (8,)), ("s8", (4, 2)))
+    assert total([found]) == {("all-gather", "f32"): (1, 16), ("all-gather", "s8"): (1, 4)}
+    (found,) = collectives(module("%r = bf16[3]{0} reduce-scatter(%a), replica_groups=[2,4]<=[8], dimensions={0}"))
+    assert (found.payload, found.sent) == (24, 18)
+    both = "((f32[8]{0}, f32[4]{0}), (f32[2]{0}, f32[1]{0}))"
+    (found,) = collectives(module(f"%r = {both} reduce-scatter-start(%a, %b), replica_groups=[2,4]<=[8]"))
+    assert (found.payload, found.sent) == (48, 36)
+    (found,) = collectives(module("%r = ((f32[8]{0}), f32[8]{0}) all-reduce-start(%a), replica_groups=[2,4]<=[8]"))
+    assert (found.payload, found.sent) == (32, 48)
+    (found,) = collectives(module("%p = f32[3]{0} collective-permute(%a), source_target_pairs={{0,2},{2,0},{4,6}}"))
+    assert (found.groups, found.sent, found.axes(MESH)) == (((0, 2), (2, 0), (4, 6)), 12, ("fsdp",))
+
+
+def test_what_cannot_be_counted_is_refused():
+    with pytest.raises(ValueError, match="not understood"):
+        collectives(module("%g = s8[8]{0} all-gather(%p), replica_groups=<new notation>"))
+    loop = "%b (p: f32[8]) -> f32[8] {\n  %g = s8[8]{0} all-gather(%p), replica_groups=[1,8]<=[8]\n}\n"
+    with pytest.raises(ValueError, match="unknown length"):
+        collectives(loop + module("%w = f32[8]{0} while(%p), condition=%b, body=%b").replace("HloModule m", ""))
+
+
+def test_instructions_in_nested_loops_count_once_an_iteration():
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {row[0]: row[1:] for row in json.loads(done.stdout.splitlines()[-1])}
+    assert rows["all-gather"] == [[["s8", [64, 64]]], 15, ["fsdp"], 4096, 15 * 4096 * 3 / 4]
+    assert rows["all-reduce"][1:] == [1, ["data", "fsdp"], 4, 7]
