@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from mmfree_jax.config import RunConfig
+from mmfree_jax.config import RunConfig, require
 from mmfree_jax.sweep.experiment import chains, run_flops
 from mmfree_jax.sweep.status import fail, run_folder, status
 
 WORKER = (sys.executable, "-m", "mmfree_jax.sweep.worker")
+RUN_FAILED = 1  # exit status of a worker: a run failed, and would again
+LEFT_ALONE = 70  # exit status: of a worker's processes one failed for itself, or did not come
 ATTEMPTS = 2  # starts of a worker that gets no further: killed for its memory, say, or on a broken machine
 
 
@@ -44,7 +46,7 @@ def open_chains(out: Path, runs: Sequence[RunConfig], again: bool = False) -> li
     wanted = [run for run in runs if found[run.name].state != "done" and run.name not in hopeless]
     for run in wanted:
         if found[run.name].state == "failed":
-            (run_folder(out, run) / "error.txt").unlink()
+            (run_folder(out, run) / "error.txt").unlink(missing_ok=True)
     return sorted(chains(wanted), key=lambda chain: -sum(run_flops(run) for run in chain))
 
 
@@ -78,6 +80,11 @@ class Pending:
         """`give_up`; what is left then may still succeed."""
         give_up(out, self.runs, why)
         self.runs, self.vain = remaining(out, self.runs), 0
+
+
+def check_limit(hours: float) -> None:
+    """Raises ConfigError for a time limit that is none."""
+    require(hours >= 0, f"--limit-hours {hours:g}: must not be negative (0: any number)")
 
 
 def give_up(out: Path, chain: Sequence[RunConfig], why: str) -> None:

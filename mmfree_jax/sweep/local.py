@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmfree_jax.config import RunConfig
+from mmfree_jax.config import RunConfig, require
 from mmfree_jax.files import last_line
-from mmfree_jax.sweep.executor import ATTEMPTS, Pending, worker_command
+from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, worker_command
 from mmfree_jax.sweep.experiment import chains
 from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED
 
@@ -51,8 +51,9 @@ class Job(Pending):
 def find_slots(limit: int = 0) -> list[Slot]:
     """One slot a visible GPU, else one a CPU core: small models keep one core busy and gain nothing from two.
 
-    `limit` > 0 takes that many at most.
+    `limit` > 0 takes that many at most. Raises ConfigError for a negative one.
     """
+    require(limit >= 0, f"--slots {limit}: must not be negative (0: one a GPU, or one a CPU core)")
     cores = sorted(os.sched_getaffinity(0))
     gpus = _visible_gpus()
     if gpus:
@@ -82,6 +83,9 @@ class Local:
 
     slots: Sequence[Slot]
     limit_hours: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_limit(self.limit_hours)
 
     def plan(self, runs: Sequence[RunConfig]) -> list[str]:
         """How many workers there would be."""

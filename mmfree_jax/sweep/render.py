@@ -2,10 +2,11 @@
 
 Each chain of runs is one task, on as many devices as its mesh has. Tasks do not depend on each other, do the same
 command as every other executor (`mmfree_jax.sweep.worker`), share one folder of runs and may be stopped and started at
-any point: exit status 75 asks for another start.
+any point: exit status 75 asks for another start, 1 for none.
 """
 
 import dataclasses
+import hashlib
 import re
 import shlex
 from collections.abc import Sequence
@@ -15,15 +16,20 @@ from typing import Literal
 import yaml
 
 from mmfree_jax.config import RunConfig, require
+from mmfree_jax.data.distributions import TIERS
 from mmfree_jax.files import write_atomically
+from mmfree_jax.sweep.executor import RUN_FAILED
 from mmfree_jax.sweep.experiment import Study, chains, machines
 from mmfree_jax.training.interrupt import PREEMPTED
 
 Target = Literal["skypilot", "jobset"]
 RUNS = "/runs"  # where the shared folder is mounted
+CACHE = f"{RUNS}/cache"  # corpora that have to be built first: copied there once, for all tasks
 SENT = "/experiment"  # where a container finds the experiment file
 PORT = 61440  # of process 0 of a run that several processes share
 RESTARTS = 100  # of a task whose machines are taken away
+GRACE_SECONDS = 300  # to save before a pod is killed; machines that are taken away give less
+LONGEST_NAME = 44  # JobSet refuses names whose pods', NAME-worker-0-HOST-xxxxx, would exceed 63 characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +64,8 @@ class Cloud:
     device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v6e"] = "h200"
     """Accelerator."""
     storage: str = ""
-    """Folder for the runs that all machines see: a bucket (s3://…, gs://…) for SkyPilot, a volume claim for JobSet."""
+    """Folder for the runs that all machines see: a bucket for SkyPilot (s3://…; gs://… if runs span hosts), a volume
+    claim for JobSet."""
     spot: bool = True
     """Machines that may be taken away: cheaper, and a run goes on where it was."""
     image: str = ""
@@ -78,34 +85,82 @@ class Shape:
         return self.hosts * self.per_host
 
 
-def render(study: Study, experiment: Path, out: Path, target: Target, cloud: Cloud) -> list[Path]:
-    """Write the files of a sweep into out/TARGET and return their paths.
+def render(
+    study: Study, experiment: Path, out: Path, target: Target, cloud: Cloud, limit_hours: float = 0.0
+) -> list[Path]:
+    """Write the files of a sweep into out/TARGET and return their paths; a run may take `limit_hours` (0: any number).
 
-    Raises ConfigError for a mesh that no such machines have, runs of one chain on different meshes, or no storage.
+    Raises ConfigError for a mesh that no such machines have, runs of one chain on different meshes, storage or an
+    experiment file that the machines would not see, or two chains of one name.
     """
-    example = {"skypilot": "s3://my-bucket/runs", "jobset": "my-claim"}[target]
-    require(bool(cloud.storage), f"--render {target} needs a folder that all machines see: --cloud.storage {example}")
-    require(target != "jobset" or bool(cloud.image), "--render jobset needs an image with this package: --cloud.image")
+    _check_storage(target, cloud)
     tasks = {task_name(study, chain): (chain, shape(chain, cloud)) for chain in chains(study.runs)}
-    require(len(tasks) == len(chains(study.runs)), f"study {study.name}: some names differ only in signs or at the end")
+    require(len(tasks) == len(chains(study.runs)), f"study {study.name}: some names differ only in signs")
     folder = out / target
     folder.mkdir(parents=True, exist_ok=True)
     if target == "skypilot":
-        return _skypilot(study, experiment, folder, cloud, tasks)
-    sent = experiment_map(study, experiment)
-    documents = [sent, *(jobset(study, experiment, name, chain, cut, cloud) for name, (chain, cut) in tasks.items())]
+        return _skypilot(study, _inside_working_folder(experiment), folder, cloud, tasks, limit_hours)
+    documents = [experiment_map(study, experiment)]
+    documents += [
+        jobset(study, experiment, name, chain, cut, cloud, limit_hours) for name, (chain, cut) in tasks.items()
+    ]
     path = folder / "jobsets.yaml"
-    write_atomically(path, "---\n".join(map(_yaml, documents)))
+    write_atomically(path, _to_do(study, cloud) + "---\n".join(map(_yaml, documents)))
     return [path]
 
 
+def _check_storage(target: Target, cloud: Cloud) -> None:
+    shape, what, example = {
+        "skypilot": (r"\w+://\w.*", "a bucket", "s3://my-bucket/runs"),
+        "jobset": (r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", "a volume claim", "my-claim"),
+    }[target]
+    fits = re.fullmatch(shape, cloud.storage) is not None
+    require(fits, f"--render {target} needs {what} that all machines see: --cloud.storage {example}")
+    require(target != "jobset" or bool(cloud.image), "--render jobset needs an image with this package: --cloud.image")
+    require(target != "skypilot" or not cloud.image, "--cloud.image is for JobSets: SkyPilot sends the working folder")
+
+
+def _inside_working_folder(experiment: Path) -> Path:
+    """The path under which machines find the experiment in the working folder that SkyPilot sends them."""
+    here = Path.cwd()
+    inside = experiment.resolve().is_relative_to(here)
+    require(inside, f"{experiment}: SkyPilot sends the working folder, {here}: put the experiment file into it")
+    return experiment.resolve().relative_to(here)
+
+
+def _to_do(study: Study, cloud: Cloud) -> str:
+    """A comment: what the user has to bring there before; empty for nothing."""
+    built = [name for name in _corpora(study) if name in TIERS]
+    vocab = study.runs[0].data.vocab
+    return "".join(
+        f"# First, once: launch.py corpus build {name} --vocab {vocab}, and copy the folder tier-{name}-{vocab} of "
+        f"~/.cache/mmfree_jax into cache/ on {cloud.storage}.\n"
+        for name in built
+    )
+
+
+def _corpora(study: Study) -> list[str]:
+    data = study.runs[0].data
+    return [data.corpus, *data.mixture]
+
+
+def _environment(study: Study) -> dict[str, str]:
+    """Where tasks find corpora that they cannot build themselves."""
+    return {"MMFREE_JAX_CACHE": CACHE} if any(name in TIERS for name in _corpora(study)) else {}
+
+
 def task_name(study: Study, chain: Sequence[RunConfig]) -> str:
-    """A name that Kubernetes and SkyPilot take: letters, digits and dashes; that of the chain's first run."""
+    """A name that Kubernetes and SkyPilot take, after the chain's first run."""
     return _plain(f"{study.name}-{chain[0].name}")
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:50].strip("-")
+    """Letters, digits and dashes, a letter first; of a name that is cut, the end is a digest of all of it."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    plain = plain if plain[:1].isalpha() else f"s-{plain}"
+    if len(plain) <= LONGEST_NAME:
+        return plain
+    return f"{plain[: LONGEST_NAME - 7].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def shape(chain: Sequence[RunConfig], cloud: Cloud) -> Shape:
@@ -117,14 +172,22 @@ def shape(chain: Sequence[RunConfig], cloud: Cloud) -> Shape:
     return Shape(*machines(chain, device.per_host, "host"))
 
 
-def worker_command(study: Study, experiment: str | Path, chain: Sequence[RunConfig]) -> str:
+def worker_command(study: Study, experiment: str | Path, chain: Sequence[RunConfig], limit_hours: float = 0.0) -> str:
     """The one command of every executor, for a machine that has the experiment file and the folder of runs."""
-    names = shlex.join(run.name for run in chain)
-    place = shlex.join(["--experiment", str(experiment), f"{RUNS}/{study.name}"])
-    return f"python -m mmfree_jax.sweep.worker {place} {names}"
+    limit = ["--limit-hours", f"{limit_hours:g}"] if limit_hours else []
+    words = [*limit, "--experiment", str(experiment), f"{RUNS}/{study.name}", *(run.name for run in chain)]
+    return f"-m mmfree_jax.sweep.worker {shlex.join(words)}"
 
 
-def skypilot(study: Study, experiment: Path, name: str, chain: Sequence[RunConfig], cut: Shape, cloud: Cloud) -> dict:
+def skypilot(
+    study: Study,
+    experiment: Path,
+    name: str,
+    chain: Sequence[RunConfig],
+    cut: Shape,
+    cloud: Cloud,
+    limit_hours: float = 0.0,
+) -> dict:
     """A managed job (docs.skypilot.co, "SkyPilot YAML"); on a slice SkyPilot counts each host as a node."""
     device = DEVICES[cloud.device]
     accelerators = device.sky.format(n=cut.devices) if device.is_tpu else f"{device.sky}:{cut.per_host}"
@@ -137,24 +200,48 @@ def skypilot(study: Study, experiment: Path, name: str, chain: Sequence[RunConfi
         },
         "num_nodes": 1 if device.is_tpu else cut.hosts,
         "workdir": ".",
-        "file_mounts": {RUNS: {"source": cloud.storage, "mode": "MOUNT_CACHED"}},
-        "setup": f"pip install . 'jax[{device.extra}]'\n",
+        "envs": _environment(study),
+        "file_mounts": {RUNS: {"source": cloud.storage, "mode": _mount(name, cut, cloud)}},
+        # SkyPilot brings uv with it, and often a Python that is too old.
+        "setup": 'export PATH="$HOME/.local/bin:$PATH"\n'
+        + "uv venv --allow-existing --python 3.12 ~/mmfree\n"
+        + f"uv pip install --python ~/mmfree/bin/python . 'jax[{device.extra}]'\n",
         "run": f'export JAX_COORDINATOR_ADDRESS="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}"\n'
         + "export JAX_NUM_PROCESSES=$SKYPILOT_NUM_NODES JAX_PROCESS_ID=$SKYPILOT_NODE_RANK\n"
-        + f"exec {worker_command(study, experiment, chain)}\n",
+        + f"exec ~/mmfree/bin/python {worker_command(study, experiment, chain, limit_hours)}\n",
     }
 
 
-def _skypilot(study: Study, experiment: Path, folder: Path, cloud: Cloud, tasks: dict) -> list[Path]:
-    paths = []
-    for name, (chain, cut) in tasks.items():
-        paths.append(folder / f"{name}.yaml")
-        write_atomically(paths[-1], _yaml(skypilot(study, experiment, name, chain, cut, cloud)))
-    launch = "".join(f"sky jobs launch --yes --async --name {path.stem} {shlex.quote(str(path))}\n" for path in paths)
+def _mount(name: str, cut: Shape, cloud: Cloud) -> str:
+    """How a bucket becomes a folder. Raises ConfigError for one that the hosts of a run could not share.
+
+    MOUNT_CACHED behaves as a disk does, but shows a host the others' files late. Hosts that write one checkpoint
+    together need MOUNT, and that only Google's buckets can rename folders and append to files in.
+    """
+    if cut.hosts == 1:
+        return "MOUNT_CACHED"
+    shared = cloud.storage.startswith("gs://")
+    require(shared, f"{name}: its {cut.hosts} hosts can share a Google bucket only: --cloud.storage gs://…")
+    return "MOUNT"
+
+
+def _skypilot(
+    study: Study, experiment: Path, folder: Path, cloud: Cloud, tasks: dict, limit_hours: float
+) -> list[Path]:
+    made = {
+        folder / f"{name}.yaml": skypilot(study, experiment, name, chain, cut, cloud, limit_hours)
+        for name, (chain, cut) in tasks.items()
+    }
+    for path, task in made.items():
+        write_atomically(path, _yaml(task))
+    launch = "".join(
+        f"sky jobs launch --yes --async --name {path.stem} {shlex.quote(str(path.resolve()))}\n" for path in made
+    )
     script = folder / "launch.sh"
-    write_atomically(script, f"#!/bin/sh\n# From the folder that holds {experiment}.\nset -e\n{launch}")
+    go = f"cd {shlex.quote(str(Path.cwd()))}  # it is sent to the machines"
+    write_atomically(script, f"#!/bin/sh\n{_to_do(study, cloud)}set -e\n{go}\n{launch}")
     script.chmod(0o755)
-    return [script, *paths]
+    return [script, *made]
 
 
 def experiment_map(study: Study, experiment: Path) -> dict:
@@ -167,11 +254,57 @@ def experiment_map(study: Study, experiment: Path) -> dict:
     }
 
 
-def jobset(study: Study, experiment: Path, name: str, chain: Sequence[RunConfig], cut: Shape, cloud: Cloud) -> dict:
+def jobset(
+    study: Study,
+    experiment: Path,
+    name: str,
+    chain: Sequence[RunConfig],
+    cut: Shape,
+    cloud: Cloud,
+    limit_hours: float = 0.0,
+) -> dict:
     """A JobSet (jobset.sigs.k8s.io, v1alpha2) on GKE's node labels: an indexed job with a pod a host.
 
-    Exit status 75 starts a pod again without counting; a failed or evicted one starts the whole set again.
+    A pod that leaves with 75 or that its machine is taken away from starts again without counting. One that leaves with
+    1 ends the set: its runs would fail again. After anything else the whole set starts again.
     """
+    command = worker_command(study, f"{SENT}/{experiment.name}", chain, limit_hours)
+    job = {
+        "parallelism": cut.hosts,
+        "completions": cut.hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {
+            "rules": [
+                _on_exit("Ignore", PREEMPTED),
+                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                _on_exit("FailJob", RUN_FAILED),
+            ]
+        },
+        "template": {"spec": _pod(study, name, command, cut, cloud)},
+    }
+    # Without it the hosts of a run may be given to several slices, and no slice to any run.
+    whole = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    one_slice = {"annotations": whole} if DEVICES[cloud.device].is_tpu and cut.hosts > 1 else {}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": name, "labels": {"study": _plain(study.name)}, **one_slice},
+        "spec": {
+            "failurePolicy": {
+                "maxRestarts": RESTARTS,
+                "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
+            "replicatedJobs": [{"name": "worker", "replicas": 1, "template": {"spec": job}}],
+        },
+    }
+
+
+def _on_exit(action: str, status: int) -> dict:
+    return {"action": action, "onExitCodes": {"containerName": "worker", "operator": "In", "values": [status]}}
+
+
+def _pod(study: Study, name: str, command: str, cut: Shape, cloud: Cloud) -> dict:
     device = DEVICES[cloud.device]
     resource = "google.com/tpu" if device.is_tpu else "nvidia.com/gpu"
     selector = {f"cloud.google.com/gke-{'tpu-' if device.is_tpu else ''}accelerator": device.gke}
@@ -184,41 +317,25 @@ def jobset(study: Study, experiment: Path, name: str, chain: Sequence[RunConfig]
         {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{name}-worker-0-0.{name}:{PORT}"},
         {"name": "JAX_NUM_PROCESSES", "value": str(cut.hosts)},
         {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}},
+        *({"name": variable, "value": value} for variable, value in _environment(study).items()),
     ]
     container = {
         "name": "worker",
         "image": cloud.image,
-        "command": ["sh", "-c", f"exec {worker_command(study, f'{SENT}/{experiment.name}', chain)}"],
+        "command": ["sh", "-c", f"exec python {command}"],
         "env": variables,
         "resources": {"limits": {resource: cut.per_host}},
         "volumeMounts": [{"name": "runs", "mountPath": RUNS}, {"name": "experiment", "mountPath": SENT}],
     }
-    pod = {
+    return {
         "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
         "nodeSelector": selector,
         "containers": [container],
         "volumes": [
             {"name": "runs", "persistentVolumeClaim": {"claimName": cloud.storage}},
             {"name": "experiment", "configMap": {"name": f"{_plain(study.name)}-experiment"}},
         ],
-    }
-    again = {"action": "Ignore", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [PREEMPTED]}}
-    job = {
-        "parallelism": cut.hosts,
-        "completions": cut.hosts,
-        "completionMode": "Indexed",
-        "backoffLimit": 0,
-        "podFailurePolicy": {"rules": [again]},
-        "template": {"spec": pod},
-    }
-    return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {"name": name, "labels": {"study": _plain(study.name)}},
-        "spec": {
-            "failurePolicy": {"maxRestarts": RESTARTS},
-            "replicatedJobs": [{"name": "worker", "replicas": 1, "template": {"spec": job}}],
-        },
     }
 
 

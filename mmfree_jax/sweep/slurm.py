@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.config import ConfigError, RunConfig
+from mmfree_jax.config import ConfigError, RunConfig, require
 from mmfree_jax.files import last_line, read_json, write_json
-from mmfree_jax.sweep.executor import ATTEMPTS, Pending, worker_command
+from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, worker_command
 from mmfree_jax.sweep.experiment import chains, machines
 from mmfree_jax.sweep.heartbeat import last_beat
 from mmfree_jax.sweep.local import KEEP_MEMORY
@@ -67,6 +67,12 @@ class Slurm:
     """How often squeue is asked."""
     silent_minutes: float = 10.0
     """A running job without a sign of life for so long is cancelled and submitted again."""
+
+    def __post_init__(self) -> None:
+        for name in ("hours", "cpus", "parallel", "poll_seconds", "silent_minutes"):
+            require(getattr(self, name) > 0, f"slurm.{name}={getattr(self, name)}: must be positive")
+        for name in ("gpus_per_node", "memory_gb"):
+            require(getattr(self, name) >= 0, f"slurm.{name}={getattr(self, name)}: must not be negative")
 
     def shape(self, chain: Sequence[RunConfig]) -> tuple[int, int]:
         """Nodes, and processes on each, for the mesh of a chain. Raises ConfigError if it fills no whole nodes."""
@@ -187,6 +193,9 @@ class SlurmExecutor:
     limit_hours: float = 0.0
     say: Say = print
 
+    def __post_init__(self) -> None:
+        check_limit(self.limit_hours)
+
     def plan(self, runs: Sequence[RunConfig]) -> list[str]:
         """The arrays that would be submitted, and what each of their jobs asks for."""
         lines = []
@@ -299,10 +308,13 @@ class Driver:
                 one.abandon(self.out, f"its job {one.job} is gone, like the one before; its last words: {said}")
 
     def _listen(self, one: Tracked, place: Place) -> None:
-        """Cancel a job that SLURM believes to run and that has been silent for too long: its node may be lost."""
+        """Cancel a job that SLURM believes to run and that has been silent for too long: its node may be lost.
+
+        Also one that never gave a sign: its worker may hang before it begins.
+        """
         beats = [beat.at for run in one.runs if (beat := last_beat(run_folder(self.out, run)))]
         newest, now = max(beats, default=0.0), time.monotonic()
-        if place.state != "RUNNING" or not beats or newest != one.beat or not one.heard:
+        if place.state != "RUNNING" or newest != one.beat or not one.heard:
             one.beat, one.heard = newest, now
         elif now - one.heard > self.options.silent_minutes * 60:
             self.say(f"{one.runs[0].name}: job {one.job} gave no sign of life for {self.options.silent_minutes:g} min")

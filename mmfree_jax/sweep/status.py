@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mmfree_jax.config import RunConfig
+from mmfree_jax.config import RunConfig, require
 from mmfree_jax.files import last_line, read_json, write_atomically
 from mmfree_jax.sweep.heartbeat import Beat, holder
 
@@ -61,10 +61,17 @@ def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
     known = {"step": step, "loss": row.get("loss"), "tokens_per_s": row.get("tokens_per_s")}
     if beat := holder(folder, now):
         return RunStatus(run, "running", **known, holder=beat)
-    error = folder / "error.txt"
-    if error.exists():
-        return RunStatus(run, "failed", **known, error=error.read_text(encoding="utf-8").strip().splitlines()[-1])
+    if error := _error(folder):
+        return RunStatus(run, "failed", **known, error=error)
     return RunStatus(run, "stopped" if row else "waiting", **known)
+
+
+def _error(folder: Path) -> str:
+    """Why a run failed, in a line; empty if it did not, or if a driver that begins it again forgets the reason now."""
+    try:
+        return (folder / "error.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
+    except FileNotFoundError:
+        return ""
 
 
 def has_failed(out: Path, name: str) -> bool:
@@ -79,7 +86,12 @@ def fail(folder: Path, message: str) -> None:
 
 
 def collect(out: Path, runs: Sequence[RunConfig]) -> Path:
-    """Write runs.csv: one row for every finished run that was evaluated, in the order of the experiment."""
+    """Write runs.csv: one row for every finished run that was evaluated, in the order of the experiment.
+
+    Rows that versions of this program wrote with other columns than the first row's leave some empty, or add theirs.
+    Raises ConfigError where there is no such folder.
+    """
+    require(out.is_dir(), f"{out}: no such sweep folder")
     rows = [
         found.result
         for run in runs
@@ -87,7 +99,8 @@ def collect(out: Path, runs: Sequence[RunConfig]) -> Path:
     ]
     text = io.StringIO()
     if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
     path = out / "runs.csv"

@@ -32,9 +32,9 @@ def sweep(study: Study, out: Path, console: Console, executor: Executor, again: 
         table = collect(out, study.runs)
         found = [status(run_folder(out, run), run) for run in study.runs]
         for failed in (s for s in found if s.state == "failed"):
-            hint = "; --again runs it again" if failed.diverged else ""
-            place = run_folder(out, failed.config) / "log.txt"
-            say(f"[red]failed[/red]  {escape(describe(failed))}\n        see {place}{hint}")
+            log = run_folder(out, failed.config) / "log.txt"  # not of a run that was never begun
+            hints = [f"see {escape(str(log))}"] * log.exists() + ["--again runs it again"] * failed.diverged
+            say(f"[red]failed[/red]  {escape(describe(failed))}" + f"\n        {'; '.join(hints)}" * bool(hints))
         say(f"runs table: {table} (corpus {token_set.fingerprint[:16]})")
         return code or int(any(s.state != "done" for s in found))
 

@@ -5,13 +5,15 @@ finished runs are passed over, half-done ones taken up. It reads each run's conf
 `--experiment FILE` it takes them from there and makes the folders itself. Started as several processes, by `srun` or
 with JAX's variables (`mmfree_jax.distributed.meant`), they are one worker.
 
-Exit status: 0 all done, 1 a run failed, 75 or 130 stopped, 124 a run would not stop when its time was over.
+Exit status: 0 all done, 1 a run failed, 70 this process failed alone or others of the worker did not come, 75 or 130
+stopped, 124 a run would not stop when its time was over.
 """
 
 import argparse
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
 import time
@@ -26,6 +28,7 @@ from mmfree_jax.config import ConfigError, RunConfig, from_json
 from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import cache_folder, resolve_data
 from mmfree_jax.devices import use_compile_cache
+from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
 from mmfree_jax.sweep.status import fail, has_failed
@@ -45,6 +48,8 @@ class TimedOut(RuntimeError):
     """A run took longer than it may."""
 
 
+# GPUs and TPUs, XLA on CPU, NumPy: each says it in its own words.
+MEMORY_IS_FULL = re.compile("RESOURCE_EXHAUSTED|out of memory|^MemoryError", re.IGNORECASE)
 EVERYWHERE = (Diverged, ConfigError, TrunkFailed, TimedOut)  # what happens in every process of a run at once
 
 
@@ -66,8 +71,8 @@ def main(out: Path, names: list[str], experiment: Path | None = None, limit_hour
             failed.add(config.name)
             _explain(folder, error)
             if jax.process_count() > 1 and not isinstance(error, EVERYWHERE):
-                return 1  # the other processes may be waiting for this one: only its end ends them
-    return 1 if failed else 0
+                return LEFT_ALONE  # the other processes may be waiting for this one: only its end ends them
+    return RUN_FAILED if failed else 0
 
 
 def find_runs(out: Path, names: list[str], experiment: Path | None) -> list[RunConfig]:
@@ -127,7 +132,7 @@ def _explain(folder: Path, error: Exception) -> None:
     message = f"{type(error).__name__}: {error}"
     if isinstance(error, TrunkFailed):
         message = f"not started: {error}"
-    elif "RESOURCE_EXHAUSTED" in message:
+    elif MEMORY_IS_FULL.search(message):
         message = f"out of memory: lower data.batch, raise optim.accumulate, or set remat ({message})"
     if distributed.is_first():
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,5 +153,9 @@ if __name__ == "__main__":
     chosen = parse(sys.argv[1:])
     group = distributed.meant("", 0, -1)
     if group is not None:
-        distributed.join(group, PATIENCE_SECONDS)
+        try:
+            distributed.join(group, PATIENCE_SECONDS)
+        except distributed.MissingProcess as error:
+            print(error, file=sys.stderr)
+            sys.exit(LEFT_ALONE)
     sys.exit(main(chosen.out, chosen.names, chosen.experiment, chosen.limit_hours))
