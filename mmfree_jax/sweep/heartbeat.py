@@ -113,10 +113,11 @@ def _is_locked(folder: Path) -> bool:
         return False
 
 
-def wait_until_free(folder: Path, patience_s: float = 30.0) -> None:
+def wait_until_free(folder: Path, patience_s: float = 120.0) -> None:
     """Return when nobody else trains in `folder`, a dead machine's last sign of life grown old included.
 
-    Raises LockedError for one that goes on: after `patience_s` here, at its next beat elsewhere.
+    Raises LockedError for one that goes on: after `patience_s` here (one that was told to stop may have to finish
+    compiling, a step or an evaluation first), at its next beat elsewhere.
     """
     deadline, seen = time.monotonic() + patience_s, None
     while (beat := holder(folder)) is not None:

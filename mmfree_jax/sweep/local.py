@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import functools
 import os
 import select
 import signal
@@ -18,6 +19,8 @@ from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED
 
 STOP_SECONDS = 60.0  # for workers to save themselves after a signal
 POLL_SECONDS = 0.25
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
 
 
 # XLA allocates its temporaries anew in every step. Left to itself, glibc returns them to the system and the next step
@@ -132,7 +135,7 @@ class Local:
                 stderr=subprocess.STDOUT,
                 # Its own session: Ctrl-C reaches the driver only, which then stops the workers in good order.
                 start_new_session=True,
-                preexec_fn=lambda: _settle(slot),
+                preexec_fn=functools.partial(_settle, slot, os.getpid()),
             )
         job.slot = slot
 
@@ -148,11 +151,15 @@ def _wait_for_one(processes: Sequence[subprocess.Popen], seconds: float) -> None
             os.close(handle)
 
 
-def _settle(slot: Slot) -> None:
-    """In the child, before it starts: keep to the slot's cores, and save and leave if the driver dies."""
+def _settle(slot: Slot, driver: int) -> None:
+    """In the child, before it starts: keep to the slot's cores, and save and leave if the driver dies.
+
+    Nothing here may take a lock that another thread of the driver could hold: it would never be released in the child.
+    """
     os.sched_setaffinity(0, slot.cores)
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != driver:  # it died before it could be asked for the signal
+        os._exit(PREEMPTED)
 
 
 def _goes_on(out: Path, job: Job) -> bool:

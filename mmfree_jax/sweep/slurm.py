@@ -20,6 +20,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from mmfree_jax.config import ConfigError, RunConfig, require
@@ -246,12 +247,14 @@ class Driver:
         self.options, self.limit_hours, self.say = executor.options, executor.limit_hours, executor.say
         self.out, self.tracked, self.watch = out, tracked, watch
         self.largest, self.pause, self.not_before = LONGEST_ARRAY, 1.0, 0.0
+        self.first_look = True
         self.stopped: list[int] = []
 
     def run(self) -> int:
         """The loop. Returns 0, or 75 or 130 when this process was told to stop."""
         (self.out / "slurm").mkdir(exist_ok=True)
-        previous = signal.signal(signal.SIGTERM, lambda number, _: self.stopped.append(PREEMPTED))
+        # A flag: KeyboardInterrupt in the middle of sbatch would leave open whether it has submitted.
+        previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while self.tracked and not self.stopped:
                 live = self._look()
@@ -259,20 +262,26 @@ class Driver:
                     self._settle(live)
                     self._submit()
                 self._wait()
-        except KeyboardInterrupt:
-            self.stopped.append(INTERRUPTED)
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
         self.watch()
         if self.stopped:
             names = ",".join(sorted({one.ticket.label for one in self.tracked if one.ticket}))
             self.say(f"jobs go on, and the same command finds them again; to end them: scancel --name={names}")
         return self.stopped[0] if self.stopped else 0
 
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        self.stopped.append(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+        if number == signal.SIGINT:  # a second Ctrl-C is not caught
+            signal.signal(number, signal.default_int_handler)
+
     def _look(self) -> dict[Ticket, Place] | None:
         try:
             return live_tickets()
         except (OSError, subprocess.SubprocessError) as error:
+            if self.stopped:  # Ctrl-C in a terminal reaches squeue as well
+                return None
             said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
             self.say(f"squeue does not answer, so nothing is submitted: {said}")
             return None
@@ -295,6 +304,9 @@ class Driver:
             else:
                 self._after(one)
         self.tracked = [one for one in self.tracked if one.runs]
+        if self.first_look and (found := [one for one in self.tracked if one.ticket]):
+            self.say(f"{len(found)} jobs are there already: {_ends(found)}")
+        self.first_look = False
 
     def _after(self, one: Tracked) -> None:
         """A chain without a job: what is left of it, and whether its last job was in vain."""
@@ -318,7 +330,8 @@ class Driver:
             one.beat, one.heard = newest, now
         elif now - one.heard > self.options.silent_minutes * 60:
             self.say(f"{one.runs[0].name}: job {one.job} gave no sign of life for {self.options.silent_minutes:g} min")
-            subprocess.run(["scancel", one.job], check=False, capture_output=True, timeout=60)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # tried again after as long a silence
+                subprocess.run(["scancel", one.job], check=False, capture_output=True, timeout=60)
             one.heard = now
 
     def _submit(self) -> None:
@@ -333,7 +346,8 @@ class Driver:
                 try:
                     self._submit_array(chosen)
                 except Exception as error:
-                    self._refused(error, len(chosen))
+                    if not self.stopped:
+                        self._refused(error, len(chosen))
                     return
         self.pause = 1.0
 
@@ -363,8 +377,13 @@ class Driver:
                     for one in chosen
                 ]
         except Exception:
-            record.unlink()
+            if not self.stopped:  # else Ctrl-C may have ended sbatch after it had submitted
+                record.unlink()
             raise
         for index, (one, job) in enumerate(zip(chosen, jobs, strict=True)):
             one.ticket, one.job = Ticket(label, index), job.job_id
-        self.say(f"submitted {len(jobs)} jobs: {jobs[0].job_id}{' to ' + jobs[-1].job_id if jobs[1:] else ''}, {label}")
+        self.say(f"submitted {len(jobs)} jobs: {_ends(chosen)}, {label}")
+
+
+def _ends(some: Sequence[Tracked]) -> str:
+    return some[0].job + (f" to {some[-1].job}" if some[1:] else "")

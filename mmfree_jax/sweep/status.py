@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -57,13 +58,26 @@ def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
         return RunStatus(run, "done", run.steps, shown, result=result)
     line = last_line(folder / "metrics.jsonl")
     row = json.loads(line) if line else {}
-    step = row.get("step", run.first_step)
-    known = {"step": step, "loss": row.get("loss"), "tokens_per_s": row.get("tokens_per_s")}
+    saved = _saved_step(folder)
+    known = {
+        "step": max(row.get("step", run.first_step), saved),
+        "loss": row.get("loss"),
+        "tokens_per_s": row.get("tokens_per_s"),
+    }
     if beat := holder(folder, now):
         return RunStatus(run, "running", **known, holder=beat)
     if error := _error(folder):
         return RunStatus(run, "failed", **known, error=error)
-    return RunStatus(run, "stopped" if row else "waiting", **known)
+    return RunStatus(run, "stopped" if row or saved else "waiting", **known)
+
+
+def _saved_step(folder: Path) -> int:
+    """Of the newest checkpoint, which may be further than the newest row of metrics; 0 if there is none."""
+    try:
+        names = os.listdir(folder / "checkpoints")
+    except FileNotFoundError:
+        return 0
+    return max((int(name) for name in names if name.isdigit()), default=0)  # unfinished ones have other names
 
 
 def _error(folder: Path) -> str:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.sweep.ports import free_port
+
 CPUS = 4  # whatever the machine has
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue")
 
@@ -59,35 +61,36 @@ def missing() -> str:
 
 @contextlib.contextmanager
 def one_host_slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment in which SLURM's commands reach it. Raises RuntimeError, with the logs, if it does not start."""
+    """The environment in which SLURM's commands reach it. Raises RuntimeError, with the logs, if it does not start.
+
+    `folder`: new, with a short name, as it holds a socket.
+    """
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
     folder.chmod(0o755)
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
     (folder / "munge.key").chmod(0o600)
     host = socket.gethostname().split(".")[0]
-    with socket.create_server(("", 0)) as first, socket.create_server(("", 0)) as second:
-        ports = {"controller": first.getsockname()[1], "daemon": second.getsockname()[1]}
     config = folder / "slurm.conf"
-    config.write_text(CONFIG.format(folder=folder, host=host, cpus=CPUS, **ports))
+    config.write_text(CONFIG.format(folder=folder, host=host, cpus=CPUS, controller=free_port(), daemon=free_port()))
     env = {**os.environ, "SLURM_CONF": str(config)}
     munge = [f"--{name}={folder}/munge.{end}" for name, end in (("socket", "socket"), ("key-file", "key"))]
     munge += [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]
     try:
         for command in (["munged", "--force", *munge], ["slurmctld", "-c"], ["slurmd", "-c"]):
-            subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=30)
+            subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=120)
         _wait_until_idle(env, folder)
         yield env
     finally:
         with contextlib.suppress(subprocess.SubprocessError):
-            subprocess.run(["scancel", "--state=RUNNING", "--signal=KILL"], env=env, timeout=10, capture_output=True)
-            subprocess.run(["scancel", "--me"], env=env, timeout=10, capture_output=True)
+            subprocess.run(["scancel", "--state=RUNNING", "--signal=KILL"], env=env, timeout=60, capture_output=True)
+            subprocess.run(["scancel", "--me"], env=env, timeout=60, capture_output=True)
         for name in ("slurmd.pid", "slurmctld.pid", "munge.pid"):
             _end(folder / name)
 
 
 def _wait_until_idle(env: dict[str, str], folder: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     said = ""
     while time.monotonic() < deadline:
         asked = subprocess.run(["sinfo", "-h", "-o", "%T"], env=env, capture_output=True, text=True)

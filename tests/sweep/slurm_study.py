@@ -1,4 +1,4 @@
-"""A study for SLURM: four single runs and a trunk with two decays, each a second or so; paced by the environment."""
+"""A study for SLURM: two single runs and a trunk with two decays; which, and how long, says the environment."""
 
 import dataclasses
 import os
@@ -10,10 +10,9 @@ from tests.conftest import tiny_run
 
 def study() -> Study:
     corpus = Path(os.environ["SLURM_STUDY_CORPUS"])
-    base = dataclasses.replace(
-        tiny_run("transformer++", corpus), steps=int(os.environ.get("SLURM_STUDY_STEPS", "12")), evaluate=False
-    )
+    steps = int(os.environ["SLURM_STUDY_STEPS"])
+    base = tiny_run("transformer++", corpus, steps=steps, checkpoint_every=50, evaluate=False)
     wanted = os.environ["SLURM_STUDY_RUNS"].split()
-    single = [dataclasses.replace(base, name=f"r{i}", seed=i) for i in range(4)]
+    single = [dataclasses.replace(base, name=f"r{i}", seed=i) for i in range(2)]
     runs = [*single, *trunk_and_decays(dataclasses.replace(base, name="t"), (6, 12))]
     return Study("s", "t", tuple(run for run in runs if run.name.split("-")[0] in wanted), "a", "b")

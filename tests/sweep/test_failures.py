@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 import threading
-import time
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from mmfree_jax.sweep.heartbeat import STALE_SECONDS, Heartbeat, file_clock, hol
 from mmfree_jax.sweep.status import fail, run_folder, status
 from mmfree_jax.sweep.study import prepare
 from mmfree_jax.training.folder import claim
-from tests.conftest import tiny_run
+from tests.conftest import tiny_model, tiny_run
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +60,19 @@ def test_a_run_that_takes_too_much_memory_says_what_to_change_and_the_next_one_i
     assert status(run_folder(tmp_path, runs[0]), runs[0]).error.startswith("out of memory: lower data.batch, raise")
 
 
+@pytest.mark.slow
+def test_a_run_that_really_runs_out_of_memory_is_told_so(token_set, tmp_path):
+    """In a process that may have 32 GB, and a model of which one matrix takes 256."""
+    wide = tiny_model("transformer++", width=65536, glu_width=4 * 65536, heads=1024)
+    run = tiny_run("transformer++", token_set.path, model=wide, evaluate=False)
+    claim(run, run_folder(tmp_path, run))
+    command = [sys.executable, "-m", "mmfree_jax.sweep.worker", str(tmp_path), run.name]
+    limited = ["prlimit", f"--as={32 * 2**30}", *command]
+    done = subprocess.run(limited, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, timeout=600)
+    assert done.returncode == 1
+    assert status(run_folder(tmp_path, run), run).error.startswith("out of memory: lower data.batch, raise")
+
+
 def test_what_diverged_is_left_alone_with_its_branches_and_other_failures_are_tried_again(tmp_path):
     runs = trunk_and_decays(tiny_run("transformer++", Path("c"), name="bad"), (6, 12))
     other = tiny_run("transformer++", Path("c"), name="other")
@@ -90,23 +104,31 @@ def test_another_machine_is_judged_by_its_sign_of_life_alone(tmp_path):
 def test_a_run_that_another_machine_goes_on_with_is_not_taken(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     elsewhere(folder)
-    touch = threading.Timer(0.5, lambda: os.utime(folder / "heartbeat.json"))
-    touch.start()
-    with pytest.raises(LockedError, match="job 7 on elsewhere is working here"):
-        wait_until_free(folder)
-    touch.join()
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.1):
+            os.utime(folder / "heartbeat.json")
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        with pytest.raises(LockedError, match="job 7 on elsewhere is working here"):
+            wait_until_free(folder)
+    finally:
+        ended.set()
+        beating.join()
     monkeypatch.setenv("SLURM_JOB_ID", "7")  # the same job, queued again and begun on another node
     wait_until_free(folder)
 
 
 def test_a_heartbeat_beats_and_is_gone_afterwards(tmp_path, monkeypatch):
     monkeypatch.setattr("mmfree_jax.sweep.heartbeat.BEAT_SECONDS", 0.05)
-    called = []
-    with Heartbeat(tmp_path / "run", lambda: called.append(1)):
+    called = threading.Event()
+    with Heartbeat(tmp_path / "run", called.set):
         first = last_beat(tmp_path / "run")
-        time.sleep(0.3)
+        assert called.wait(60)
         assert last_beat(tmp_path / "run").at > first.at
-    assert called
     assert last_beat(tmp_path / "run") is None
 
 

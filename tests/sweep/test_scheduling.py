@@ -51,16 +51,26 @@ def prepared(out: Path, count: int, sleep: float = 0) -> list:
 
 
 def test_a_run_costs_the_scheduler_less_than_fifty_milliseconds(tmp_path):
-    """Wall clock in a process of its own, the shell's milliseconds included: the best of three, as other tests run."""
-    command = [sys.executable, "-c", DRIVER]
+    """Wall clock beyond that of the same workers started by two bare loops: the best of three, as other tests run."""
     cost = []
     while len(cost) < 3 and (not cost or min(cost) >= 0.05):
-        out = tmp_path / str(len(cost))
-        prepared(out, 200)
-        done = subprocess.run([*command, str(out)], capture_output=True, text=True, timeout=120)
+        out, bare = tmp_path / str(len(cost)), tmp_path / f"bare{len(cost)}"
+        runs = prepared(out, 200)
+        prepared(bare, 200)
+        done = subprocess.run([sys.executable, "-c", DRIVER, str(out)], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
-        cost.append(float(done.stdout.split()[-1]) / 200)
+        cost.append((float(done.stdout.split()[-1]) - seconds_of_bare_starts(bare, runs)) / 200)
     assert min(cost) < 0.05
+
+
+def seconds_of_bare_starts(out: Path, runs: list) -> float:
+    """Every run's worker once, two at a time."""
+    command = f"for name in $0 $@; do /bin/sh {out}/worker.sh {out} $name; done"
+    names = [run.name for run in runs]
+    began = time.perf_counter()
+    loops = [subprocess.Popen(["/bin/sh", "-c", command, *names[half::2]]) for half in range(2)]
+    assert [loop.wait(timeout=600) for loop in loops] == [0, 0]
+    return time.perf_counter() - began
 
 
 @pytest.mark.slow
@@ -76,7 +86,7 @@ def test_two_hundred_runs_survive_twenty_kills_of_the_driver(tmp_path):
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         driver.stdout.close()
-    assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=120).returncode == 0
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=600).returncode == 0
     assert all(status(run_folder(tmp_path, run), run).state == "done" for run in runs)
     starts = [len((run_folder(tmp_path, run) / "starts").read_text().splitlines()) for run in runs]
     assert sum(starts) <= len(runs) + 2 * 20  # only what a killed driver had under way is begun again

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mmfree_jax.config import ConfigError, MeshConfig
-from mmfree_jax.sweep.slurm import Slurm, SlurmExecutor
+from mmfree_jax.files import read_json
+from mmfree_jax.sweep.slurm import Driver, Place, Slurm, SlurmExecutor, Tracked
 from tests.conftest import tiny_run
 from tests.sweep.one_host_slurm import missing, one_host_slurm
 
@@ -20,8 +22,13 @@ ROOT = Path(__file__).parents[2]
 FLAGS = ["--executor", "slurm", "--slurm.gpus-per-node", "0", "--slurm.cpus", "1", "--slurm.poll-seconds", "0.5"]
 
 
+# Of runs that are to be under way while something happens to them: they are never waited for.
+ENDLESS = 10**6
+LONG = 600  # seconds that a machine under load may need for anything here
+
+
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def cluster(tmp_path_factory):
     if why := missing():
         if os.environ.get("REQUIRE_SLURM"):
             pytest.fail(f"REQUIRE_SLURM is set, but {why}")
@@ -30,39 +37,63 @@ def slurm(tmp_path_factory):
         yield env
 
 
+@pytest.fixture
+def slurm(cluster):
+    """An empty SLURM, which is left empty."""
+    yield cluster
+    subprocess.run(["scancel", "--me"], env=cluster, check=True)
+    wait_until(lambda: not queue(cluster), "the queue to be empty")
+
+
+def queue(env: dict[str, str], *options: str) -> list[str]:
+    command = ["squeue", "--noheader", "--array", "--format=%i", *options]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+
+
+def wait_until(holds: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + LONG
+    while not holds():
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(0.05)
+
+
 class Sweep:
     """`launch.py sweep --executor slurm` on slurm_study.py, in one folder."""
 
-    def __init__(self, out: Path, env: dict[str, str], corpus: Path, runs: str, steps: int = 12):
-        self.out = out
+    def __init__(self, folder: Path, env: dict[str, str], corpus: Path, runs: str, steps: int = 12):
+        self.out, self.said = folder / "out", folder / "said.txt"
         self.env = {**env, "JAX_PLATFORMS": "cpu", "SLURM_STUDY_CORPUS": str(corpus), "SLURM_STUDY_RUNS": runs}
-        self.env |= {"SLURM_STUDY_STEPS": str(steps), "MMFREE_JAX_CACHE": str(out.parent / "cache")}
+        self.env |= {"SLURM_STUDY_STEPS": str(steps), "MMFREE_JAX_CACHE": str(folder / "cache")}
 
     def start(self, *more: str) -> subprocess.Popen:
+        """A driver; what it says is in `said`."""
         command = [sys.executable, "launch.py", "sweep", "tests/sweep/slurm_study.py", "--out", str(self.out)]
-        return subprocess.Popen(
-            [*command, *FLAGS, *more],
-            cwd=ROOT,
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        with self.said.open("w") as said:
+            return subprocess.Popen([*command, *FLAGS, *more], cwd=ROOT, env=self.env, stdout=said, stderr=said)
 
     def run(self, *more: str) -> tuple[int, str]:
-        process = self.start(*more)
-        text = process.communicate(timeout=180)[0]
-        return process.returncode, text
+        code = self.start(*more).wait(timeout=LONG)
+        return code, self.said.read_text()
+
+    def stop(self, driver: subprocess.Popen) -> str:
+        """Ctrl-C; what the driver has said."""
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(timeout=LONG) == 130
+        return self.said.read_text()
 
     def ask(self, *command: str) -> str:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, check=True).stdout
 
-    def wait_for_step(self, name: str) -> None:
-        path = self.out / "runs" / name / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (path.exists() and path.stat().st_size):
-            assert time.monotonic() < deadline, f"{name} did not begin"
-            time.sleep(0.05)
+    def wait_for(self, driver: subprocess.Popen, words: str) -> None:
+        wait_until(lambda: words in self.said.read_text() or driver.poll() is not None, f"the driver to say: {words}")
+        assert words in self.said.read_text(), self.said.read_text()
+
+    def wait_for_start(self, name: str, number: int = 1) -> None:
+        """Until a run has been begun for the `number`th time and has logged a step since."""
+        log, metrics = (self.out / "runs" / name / file for file in ("log.txt", "metrics.jsonl"))
+        wait_until(lambda: log.exists() and self.attempts(name) == number, f"{name} to begin")
+        before = metrics.stat().st_size if metrics.exists() else 0
+        wait_until(lambda: metrics.exists() and metrics.stat().st_size > before, f"{name} to go on")
 
     def attempts(self, name: str) -> int:
         return (self.out / "runs" / name / "log.txt").read_text().count(f" {name} at step")
@@ -73,60 +104,60 @@ class Sweep:
 
 @pytest.mark.slow
 def test_an_array_two_at_a_time_and_a_trunk_with_its_decays(slurm, token_set, tmp_path):
-    sweep = Sweep(tmp_path / "out", slurm, token_set.path, "r0 r1 r2 r3 t")
-    process = sweep.start("--slurm.parallel", "2")
-    most, text = 0, ""
-    while process.poll() is None:
-        most = max(most, sweep.ask("squeue", "-h", "-r", "-t", "RUNNING").count("\n"))
+    sweep = Sweep(tmp_path, slurm, token_set.path, "r0 r1 t")
+    driver = sweep.start("--slurm.parallel", "2")
+    most = 0
+    while driver.poll() is None:
+        most = max(most, len(queue(slurm, "--states=RUNNING")))
         time.sleep(0.2)
-    text = process.communicate()[0]
-    assert process.returncode == 0, text + sweep.logs()
+    text = sweep.said.read_text()
+    assert driver.returncode == 0, text + sweep.logs()
     assert most == 2
-    assert "submitted 5 jobs" in text
-    assert len(list(sweep.out.glob("runs/*/result.json"))) == 7
+    assert "submitted 3 jobs" in text
+    assert len(list(sweep.out.glob("runs/*/result.json"))) == 5
     code, text = sweep.run("--status")
     assert code == 0
-    assert text.count("   done  ") == 7
+    assert text.count("   done  ") == 5
     assert sweep.run()[1].count("submitted") == 0
 
 
 @pytest.mark.slow
 def test_a_cancelled_job_is_submitted_again_and_a_preempted_one_queues_itself(slurm, token_set, tmp_path):
     """Neither needs accounting; the cancelled one is noticed by its absence from squeue."""
-    sweep = Sweep(tmp_path / "out", slurm, token_set.path, "r0 r1", steps=600)
-    process = sweep.start()
-    sweep.wait_for_step("r0")
-    sweep.wait_for_step("r1")
-    (array,) = set(re.findall(r"(\d+)_", sweep.ask("squeue", "-h", "-r", "-o", "%i")))
-    status = sweep.run("--status")[1]
-    assert re.search(rf"running  r0  step \d+/\d+ loss .* tokens/s, [\d:]+ left  job {array}_0 on ", status), status
-    sweep.ask("scancel", f"{array}_0")
-    sweep.ask("scancel", "--signal=USR2", f"{array}_1")
-    text = process.communicate(timeout=180)[0]
-    assert process.returncode == 0, text + sweep.logs()
-    assert f"r0: job {array}_0 is gone; submitted again" in text, text
+    sweep = Sweep(tmp_path, slurm, token_set.path, "r0 r1", steps=ENDLESS)
+    driver = sweep.start()
+    sweep.wait_for_start("r0")
+    sweep.wait_for_start("r1")
+    first, second = sorted(queue(slurm))
+    sweep.ask("scancel", first)
+    sweep.ask("scancel", "--signal=USR2", second)
+    sweep.wait_for_start("r0", 2)
+    sweep.wait_for_start("r1", 2)
+    text = sweep.stop(driver)
+    assert f"r0: job {first} is gone; submitted again" in text, text
     assert text.count("submitted 1 jobs") == 1  # the preempted one is SLURM's own to start again
-    assert sweep.attempts("r0") == sweep.attempts("r1") == 2
-    assert "resume r1 at step " in (sweep.out / "runs" / "r1" / "log.txt").read_text()
+    assert second in queue(slurm)
+    for name in ("r0", "r1"):  # SIGTERM and SIGUSR2 alike: what was done is not done again
+        assert f"resume {name} at step " in (sweep.out / "runs" / name / "log.txt").read_text()
 
 
 @pytest.mark.slow
 def test_a_driver_that_is_killed_finds_its_jobs_again(slurm, token_set, tmp_path):
-    sweep = Sweep(tmp_path / "out", slurm, token_set.path, "r0 r1", steps=600)
-    process = sweep.start()
-    sweep.wait_for_step("r0")
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert "running  r0" in sweep.run("--status")[1]
-    process = sweep.start()
-    time.sleep(1.5)
-    process.send_signal(signal.SIGINT)
-    text = process.communicate(timeout=30)[0]
-    assert process.returncode == 130
+    sweep = Sweep(tmp_path, slurm, token_set.path, "r0 r1", steps=ENDLESS)
+    driver = sweep.start()
+    sweep.wait_for_start("r0")
+    sweep.wait_for_start("r1")
+    driver.kill()
+    driver.wait()
+    first, second = sorted(queue(slurm))
+    status = sweep.run("--status")[1]
+    assert re.search(rf"running  r0  step \d+/1000000 loss .* tokens/s, [\d:]+ left  job {first} on ", status), status
+    driver = sweep.start()
+    sweep.wait_for(driver, f"2 jobs are there already: {first} to {second}")
+    text = sweep.stop(driver)
     assert "jobs go on, and the same command finds them again" in text
-    code, text = sweep.run()
-    assert code == 0, text + sweep.logs()
     assert "submitted" not in text
+    assert sorted(queue(slurm)) == [first, second]
     assert sweep.attempts("r0") == sweep.attempts("r1") == 1
 
 
@@ -142,7 +173,7 @@ exec {sbatch} "$@"
 
 @pytest.mark.slow
 def test_a_full_queue_is_tried_again_with_smaller_arrays(slurm, token_set, tmp_path):
-    sweep = Sweep(tmp_path / "out", slurm, token_set.path, "r0 r1 r2 r3")
+    sweep = Sweep(tmp_path, slurm, token_set.path, "r0 r1")
     real = sweep.ask("which", "sbatch").strip()
     fake = tmp_path / "bin" / "sbatch"
     fake.parent.mkdir()
@@ -151,13 +182,13 @@ def test_a_full_queue_is_tried_again_with_smaller_arrays(slurm, token_set, tmp_p
     sweep.env["PATH"] = f"{fake.parent}:{sweep.env['PATH']}"
     code, text = sweep.run()
     assert code == 0, text + sweep.logs()
-    assert "the queue takes no array of 4 now, tried again with 2: " in text
-    assert text.count("submitted 1 jobs") == 4
+    assert "the queue takes no array of 2 now, tried again with 1: " in text
+    assert text.count("submitted 1 jobs") == 2
     assert text.count("the queue takes no array") == 2
 
 
 def test_what_sbatch_will_never_take_is_an_error(slurm, token_set, tmp_path):
-    sweep = Sweep(tmp_path / "out", slurm, token_set.path, "r0")
+    sweep = Sweep(tmp_path, slurm, token_set.path, "r0")
     code, text = sweep.run("--slurm.partition", "nowhere")
     assert code == 1
     assert "launch.py sweep: sbatch refuses: " in text
@@ -168,16 +199,55 @@ def test_what_sbatch_will_never_take_is_an_error(slurm, token_set, tmp_path):
 @pytest.mark.slow
 def test_a_job_that_falls_silent_is_cancelled_and_submitted_again(slurm, token_set, tmp_path):
     """As on a node that is lost before SLURM knows; here its worker is stopped."""
-    sweep = Sweep(tmp_path / "out", slurm, token_set.path, "r0", steps=600)
-    process = sweep.start("--slurm.silent-minutes", "0.12")
-    sweep.wait_for_step("r0")
-    worker = int((sweep.out / "runs" / "r0" / "heartbeat.json").read_text().split('"pid": ')[1].split(",")[0])
+    sweep = Sweep(tmp_path, slurm, token_set.path, "r0", steps=ENDLESS)
+    patient = sweep.start()
+    sweep.wait_for_start("r0")
+    sweep.stop(patient)
+    worker = read_json(sweep.out / "runs" / "r0" / "heartbeat.json")["pid"]
     os.kill(worker, signal.SIGSTOP)
-    text = process.communicate(timeout=180)[0]
-    assert process.returncode == 0, text + sweep.logs()
-    assert "gave no sign of life for 0.12 min" in text
+    # Shorter than a worker takes to begin, so the driver is stopped as soon as it has acted.
+    driver = sweep.start("--slurm.silent-minutes", "0.05")
+    sweep.wait_for(driver, "submitted 1 jobs")
+    text = sweep.stop(driver)
+    assert "r0: job" in text
+    assert "gave no sign of life for 0.05 min" in text
     assert "is gone; submitted again" in text
-    assert sweep.attempts("r0") == 2
+
+
+class Clock:
+    """`time`, for a driver; moved by hand."""
+
+    def __init__(self):
+        self.now = 1.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "PENDING"])
+def test_a_running_job_that_never_gives_a_sign_of_life_is_cancelled_and_a_waiting_one_is_not(
+    tmp_path, monkeypatch, state
+):
+    clock, commands = Clock(), []
+    monkeypatch.setattr("mmfree_jax.sweep.slurm.time", clock)
+    monkeypatch.setattr("mmfree_jax.sweep.slurm.subprocess.run", lambda command, **_: commands.append(command))
+    executor = SlurmExecutor(Slurm(silent_minutes=10), say=lambda line: None)
+    one = Tracked([tiny_run("transformer++", Path("c"))], job="7_0")
+    driver = Driver(executor, tmp_path, [one], lambda: None)
+    for clock.now in (1.0, 300.0, 600.0):
+        driver._listen(one, Place("7_0", state))
+    assert commands == []
+    clock.now = 602.0
+    driver._listen(one, Place("7_0", state))
+    assert commands == ([["scancel", "7_0"]] if state == "RUNNING" else [])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"hours": 0}, {"parallel": 0}, {"gpus_per_node": -1}, {"poll_seconds": 0}, {"silent_minutes": -1}]
+)
+def test_numbers_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"slurm.{next(iter(wrong))}="):
+        Slurm(**wrong)
 
 
 def test_a_mesh_becomes_nodes_and_processes():

@@ -4,6 +4,9 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
+from mmfree_jax.config import ConfigError
 from mmfree_jax.sweep.status import collect, run_folder, status
 from tests.conftest import tiny_run
 
@@ -27,3 +30,18 @@ def test_two_thousand_runs_are_listed_and_collected_in_seconds(tmp_path):
     assert states == ["stopped", "done"] * 1000
     with table.open() as file:
         assert [row["run_id"] for row in csv.DictReader(file)] == [run.name for run in runs[1::2]]
+
+
+def test_rows_of_two_versions_make_one_table(tmp_path):
+    runs = [tiny_run("matmul-free", Path("c"), name=name) for name in ("old", "new")]
+    for run, more in zip(runs, ({}, {"added": 7}), strict=True):
+        folder = run_folder(tmp_path, run)
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"run_id": run.name, "loss": 2.0, "train_loss": 2.1, **more}))
+    with collect(tmp_path, runs).open() as file:
+        assert [(row["run_id"], row["added"]) for row in csv.DictReader(file)] == [("old", ""), ("new", "7")]
+
+
+def test_a_sweep_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere: no such sweep folder"):
+        collect(tmp_path / "nowhere", [])

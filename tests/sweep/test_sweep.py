@@ -4,14 +4,13 @@ import csv
 import dataclasses
 import io
 import os
-import signal
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from mmfree_jax.config import ConfigError
-from mmfree_jax.files import locked
+from mmfree_jax.files import locked, write_json
 from mmfree_jax.sweep.executor import open_chains
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
 from mmfree_jax.sweep.local import Local, Slot, find_slots
@@ -19,7 +18,6 @@ from mmfree_jax.sweep.status import collect, run_folder, status
 from mmfree_jax.sweep.study import sweep
 from mmfree_jax.sweep.view import View
 from mmfree_jax.training.folder import claim
-from mmfree_jax.training.loop import train
 from tests.conftest import tiny_run
 
 SLOTS = [Slot("one", {"JAX_PLATFORMS": "cpu"}, frozenset(os.sched_getaffinity(0)))]
@@ -55,26 +53,19 @@ def test_a_failing_trunk_takes_its_branches_with_it_and_nothing_else(token_set, 
         assert [row["run_id"] for row in csv.DictReader(file)] == ["good"]
 
 
-def test_a_worker_killed_twice_is_reported_with_its_signal(token_set, tmp_path, monkeypatch):
+def test_a_worker_killed_twice_is_reported_with_its_signal(tmp_path, monkeypatch):
     """As the kernel does to a process that takes too much memory."""
-    run = tiny_run("matmul-free", token_set.path)
+    run = tiny_run("matmul-free", Path("c"))
     claim(run, run_folder(tmp_path, run))
-    started = []
-
-    def kill_it() -> None:
-        for process in os.listdir("/proc"):
-            command = f"/proc/{process}/cmdline"
-            if process.isdigit() and os.path.exists(command):
-                words = Path(command).read_bytes().split(b"\0")
-                if b"mmfree_jax.sweep.worker" in words and str(tmp_path).encode() in words and process not in started:
-                    started.append(process)
-                    os.kill(int(process), signal.SIGKILL)
-
-    assert Local(SLOTS).execute(tmp_path, open_chains(tmp_path, [run]), kill_it) == 0
-    assert len(started) == 2
+    starts = tmp_path / "starts"
+    monkeypatch.setattr(
+        "mmfree_jax.sweep.executor.WORKER", ("/bin/sh", "-c", f"echo begun | tee -a {starts}; kill -9 $$")
+    )
+    assert Local(SLOTS).execute(tmp_path, open_chains(tmp_path, [run]), lambda: None) == 0
+    assert starts.read_text().count("begun") == 2
     found = status(run_folder(tmp_path, run), run)
     assert found.state == "failed"
-    assert "was killed by SIGKILL" in found.error
+    assert found.error == "its worker was killed by SIGKILL; its last words: begun"
 
 
 def test_a_run_in_progress_is_seen_from_outside_and_a_stopped_one_is_not_running(token_set, tmp_path):
@@ -90,10 +81,21 @@ def test_a_run_in_progress_is_seen_from_outside_and_a_stopped_one_is_not_running
     assert status(folder, run).state == "stopped"
 
 
+def test_a_run_that_was_saved_before_it_logged_anything_is_stopped_not_waiting(tmp_path):
+    run = tiny_run("matmul-free", Path("c"))
+    folder = run_folder(tmp_path, run)
+    (folder / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir(parents=True)  # never finished
+    assert status(folder, run).state == "waiting"
+    for step in (3, 10):
+        (folder / "checkpoints" / str(step)).mkdir()
+    assert (status(folder, run).state, status(folder, run).step) == ("stopped", 10)
+
+
 def test_a_finished_sweep_runs_nothing_and_an_edited_one_is_refused(token_set, tmp_path):
     run = tiny_run("matmul-free", token_set.path, steps=6)
     study = Study("s", "t", (run,), "a", "b")
-    train(run, run_folder(tmp_path, run), token_set)
+    claim(run, run_folder(tmp_path, run))
+    write_json(run_folder(tmp_path, run) / "result.json", {"run_id": run.name, "loss": 2.0, "train_loss": 1.9})
     before = collect(tmp_path, study.runs).read_text()
     console = Console(file=io.StringIO())
     assert sweep(study, tmp_path, console, Local(SLOTS)) == 0

@@ -1,7 +1,6 @@
 """The one command of every executor, given nothing but an experiment file and a shared folder."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from mmfree_jax.config import ConfigError, RunConfig, from_json
 from mmfree_jax.files import read_json
 from mmfree_jax.sweep.worker import main
+from tests.sweep.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = """
@@ -34,17 +34,15 @@ def experiment(folder: Path, corpus: Path, devices: int = 1) -> Path:
 
 @pytest.mark.slow
 def test_two_processes_named_by_jax_variables_train_a_chain_from_an_experiment_file(token_set, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "MMFREE_JAX_CACHE": str(tmp_path / "cache"), "JAX_NUM_PROCESSES": "2"}
-    env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
+    env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "mmfree_jax.sweep.worker", "--experiment"]
     command += [str(experiment(tmp_path, token_set.path, devices=2)), str(tmp_path / "out"), "two-trunk", "two-1.28k"]
     workers = [
         subprocess.Popen(command, cwd=ROOT, env={**env, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True)
         for i in range(2)
     ]
-    said = [worker.communicate(timeout=120)[1] for worker in workers]
+    said = [worker.communicate(timeout=600)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
     for name in ("two-trunk", "two-1.28k"):
         folder = tmp_path / "out" / "runs" / name
