@@ -117,7 +117,10 @@ def machines(chain: Sequence[RunConfig], per_machine: int, name: str) -> tuple[i
 
 
 def load_study(path: Path) -> Study:
-    """Run an experiment file and return what its `study()` declares. Raises ConfigError if there is no such thing."""
+    """Run an experiment file and return what its `study()` declares: a Study, or just a list of runs.
+
+    Raises ConfigError if there is no such thing, or if it compares families of which it has no run.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such experiment file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -128,6 +131,16 @@ def load_study(path: Path) -> Study:
     declare = getattr(module, "study", None)
     if not callable(declare):
         raise ConfigError(f"{path}: defines no function study() that returns a Study")
-    study = declare()
-    require(isinstance(study, Study), f"{path}: study() returned {type(study).__name__}, not a Study")
+    found = declare()
+    study = _study_of_list(path.stem, found) if isinstance(found, list) else found
+    require(isinstance(study, Study), f"{path}: study() returned {type(found).__name__}, not a Study or a list of runs")
+    families = {run.model.family for run in study.runs}
+    for family in (study.baseline, study.challenger):
+        require(family in families, f"{path}: compares {family!r}, but its runs are of {', '.join(sorted(families))}")
     return study
+
+
+def _study_of_list(name: str, runs: list) -> Study:
+    """Runs without more to say: named after their file; the first run's family is the baseline of the last one's."""
+    require(bool(runs) and all(isinstance(run, RunConfig) for run in runs), f"study {name}: not a list of run configs")
+    return Study(name, name, tuple(runs), baseline=runs[0].model.family, challenger=runs[-1].model.family)

@@ -1,4 +1,6 @@
-"""A ladder with one dial: a model size gives width, depth, batch, learning rate, weight decay and horizon.
+"""A ladder with one dial: a model size gives width, depth, heads, batch, learning rate, weight decay and horizon.
+
+Shape: `mmfree_jax.sweep.shapes`. Batch, rate and weight decay: the functions below. Horizon: `ratios` of `rungs`.
 
 Every formula is somebody's measurement, at other sizes and on other data than yours: the place to begin, not to end.
 Widths and depths transfer by muP (`mmfree_jax.parametrisation`), so one rate is measured, at the base.

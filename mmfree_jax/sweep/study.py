@@ -80,6 +80,7 @@ def run_study(study: Study, out: Path, console: Console, executor: Executor, aga
         curves=sweep_curves(out),
         title=study.title,
         provenance=provenance(study),
+        baseline=study.baseline,
         delta=delta_from_noise(runs),
     )
     console.print(report.terminal_summary(console.width), highlight=False, markup=False)

@@ -15,4 +15,6 @@ def study() -> Study:
     wanted = os.environ["SLURM_STUDY_RUNS"].split()
     single = [dataclasses.replace(base, name=f"r{i}", seed=i) for i in range(2)]
     runs = [*single, *trunk_and_decays(dataclasses.replace(base, name="t"), (6, 12))]
-    return Study("s", "t", tuple(run for run in runs if run.name.split("-")[0] in wanted), "a", "b")
+    return Study(
+        "s", "t", tuple(run for run in runs if run.name.split("-")[0] in wanted), "transformer++", "transformer++"
+    )

@@ -74,9 +74,32 @@ def test_a_study_that_cannot_be_run_is_refused(runs, says):
         study(*runs)
 
 
+LISTED = """
+from mmfree_jax.presets import run_preset
+from mmfree_jax.sweep.experiment import Study
+from mmfree_jax.sweep.grids import chain, grid
+families = ("transformer++", "hgrn")
+runs = chain(*(grid(run_preset(f"{family}-tiny"), {"optim.lr": (1e-3, 2e-3)}) for family in families))
+"""
+
+
+def test_a_list_of_runs_is_an_experiment_too(tmp_path):
+    path = tmp_path / "rates.py"
+    path.write_text(LISTED + "def study(): return runs\n")
+    found = load_study(path)
+    assert (found.name, found.baseline, found.challenger) == ("rates", "transformer++", "hgrn")
+    assert [run.optim.lr for run in found.runs] == [1e-3, 2e-3] * 2
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("x = 1\n", r"defines no function study\(\)"), ("def study(): return 3\n", "returned int, not a Study")],
+    [
+        ("x = 1\n", r"defines no function study\(\)"),
+        ("def study(): return 3\n", "returned int, not a Study or a list"),
+        ("def study(): return []\n", "not a list of run configs"),
+        ("def study(): return [3]\n", "not a list of run configs"),
+        (LISTED + "def study(): return Study('s', 't', tuple(runs), 'bitnet', 'hgrn')\n", "compares 'bitnet', but"),
+    ],
 )
 def test_a_file_that_declares_no_study_is_named(tmp_path, text, says):
     path = tmp_path / "e.py"
