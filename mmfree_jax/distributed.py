@@ -24,10 +24,11 @@ from mmfree_jax.config import require
 HEARTBEAT_SECONDS = 30  # a process silent for so long is taken for dead, and all others end
 FAREWELL_SECONDS = 10  # how long one that ends waits for the others to end too
 RETRY_SECONDS = 0.2
+GREETING_SECONDS = 5  # within which one that connects has said its number, or is not of this run
 
 
 class MissingProcess(RuntimeError):
-    """A process that did not come, or has gone. The message names it and the coordinator, and says what to check."""
+    """Processes did not come. The message names them and the coordinator, and says what to check."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ def call_roll(group: Group, patience_s: float) -> None:
         missing = _wait_for_others(int(port), group.count, deadline)
         absent = f"of {group.count} processes, {_numbers(missing)} did not come"
     else:
-        missing = _report(host, int(port), group.index, deadline)
+        missing = _report(host, int(port), group.index, deadline, patience_s)
         absent = f"processes {_numbers(missing)} did not come" if missing else "nobody answers there"
     if missing is None or missing:
         raise MissingProcess(
@@ -142,22 +143,27 @@ def _wait_for_others(port: int, count: int, deadline: float) -> set[int]:
     with contextlib.ExitStack() as stack, socket.create_server(("", port), backlog=count) as server:
         while missing and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, ConnectionError):
                 connection = stack.enter_context(server.accept()[0])
-                connection.settimeout(max(1.0, left))
-                missing.discard(int(connection.recv(16) or 0))
-                waiting.append(connection)
+                connection.settimeout(GREETING_SECONDS)
+                number = connection.recv(16)
+                if number.isdigit():  # a stranger says something else
+                    missing.discard(int(number))
+                    waiting.append(connection)
         for connection in waiting:
             connection.sendall(f"here;{_numbers(missing)}".encode())
     return missing
 
 
-def _report(host: str, port: int, index: int, deadline: float) -> set[int] | None:
-    """Another process: give process 0 this number; returns who is missing, None where process 0 cannot be reached."""
+def _report(host: str, port: int, index: int, deadline: float, patience_s: float) -> set[int] | None:
+    """Another process: give process 0 this number; returns who is missing, None where process 0 cannot be reached.
+
+    Process 0 may have come at the last moment: who has reached it waits for as long as it does.
+    """
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=left) as connection:
             connection.sendall(str(index).encode())
-            connection.settimeout(left + RETRY_SECONDS)  # process 0 began to wait later, or earlier, than this one
+            connection.settimeout(left + patience_s)
             answer = connection.recv(65536).decode()
             if answer.startswith("here;"):
                 return {int(number) for number in answer[5:].split(", ") if number}

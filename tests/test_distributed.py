@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from mmfree_jax.config import ConfigError
 from mmfree_jax.distributed import Group, call_roll, meant
 from mmfree_jax.files import read_json
 from tests.conftest import read_metrics
+from tests.simulated import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[1]
 SHAPE = "--model.width 16 --model.depth 2 --model.glu-width 32 --model.vocab 257 --data.vocab 257"
@@ -29,8 +31,11 @@ BRIEF = ("--no-evaluate", "--diagnose-every", "0")
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """Below those that the system hands out, lest it does so before the process that this is for takes it."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def start(family: str, corpus: Path, out: Path, devices: int, *more: str) -> subprocess.Popen:
@@ -59,8 +64,8 @@ def group(count: int, family: str, corpus: Path, out: Path, *more: str) -> Itera
             process.communicate()
 
 
-def finish(processes: list[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str, str]]:
-    deadline = time.monotonic() + timeout
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    deadline = time.monotonic() + PATIENCE_SECONDS
     outputs = [process.communicate(timeout=max(1, deadline - time.monotonic())) for process in processes]
     return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
@@ -70,12 +75,24 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(folder)}
 
 
-def wait_for_steps(folder: Path, steps: int, timeout: float = 100) -> None:
-    """Until the run has logged that many steps."""
-    deadline = time.monotonic() + timeout
-    while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < steps:
-        assert time.monotonic() < deadline, "the run does not get on"
+def wait_for_steps(folder: Path, steps: int, processes: list[subprocess.Popen]) -> None:
+    """Until the run of these processes has logged that many steps."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < steps:
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes)
         time.sleep(0.05)
+
+
+def stranger(address: str, while_running: concurrent.futures.Future) -> bool:
+    """Whether somebody who is no process of the run got to speak to process 0."""
+    while not while_running.done():
+        host, port = address.split(":")
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"GET / HTTP/1.1")
+            return True
+    return False
 
 
 @pytest.mark.slow
@@ -101,7 +118,7 @@ def test_a_run_stopped_in_two_processes_goes_on_in_one_and_in_four(token_set, tm
     """The signal reaches the second process alone; both stop after the same step and save it."""
     folder, family, more = tmp_path / "two", "transformer++", ["--steps", "4000", *BRIEF]
     with group(2, family, token_set.path, folder, *more) as processes:
-        wait_for_steps(folder, 2)
+        wait_for_steps(folder, 2, processes)
         os.kill(processes[1].pid, signal.SIGTERM)
         ended = finish(processes)
     assert [status for status, *_ in ended] == [75, 75], ended
@@ -127,9 +144,9 @@ def test_a_run_stopped_in_two_processes_goes_on_in_one_and_in_four(token_set, tm
 @pytest.mark.slow
 def test_where_one_process_dies_the_other_ends_with_an_error(token_set, tmp_path):
     with group(2, "matmul-free", token_set.path, tmp_path / "run", "--steps", "100000", *BRIEF) as processes:
-        wait_for_steps(tmp_path / "run", 2)
+        wait_for_steps(tmp_path / "run", 2, processes)
         os.kill(processes[1].pid, signal.SIGKILL)
-        _, errors = processes[0].communicate(timeout=120)
+        _, errors = processes[0].communicate(timeout=PATIENCE_SECONDS)
     assert processes[0].returncode not in (0, 75)
     # The broken connection, or by the newest JAX the silent process, is what it names.
     assert re.search(r"^launch.py train: .*Gloo|stopped sending heartbeats", errors, re.MULTILINE)
@@ -139,10 +156,11 @@ def test_a_process_that_does_not_come_is_named(token_set, tmp_path):
     """Three of four come: each of them names the fourth, the address and what to check."""
     address = f"127.0.0.1:{free_port()}"
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        calls = [pool.submit(call_roll, Group(address, 4, index), 1.0) for index in (0, 1, 3)]
+        calls = [pool.submit(call_roll, Group(address, 4, index), 3.0) for index in (0, 1, 3)]
+        assert stranger(address, while_running=calls[0])
         errors = [str(call.exception()) for call in calls]
     for error in errors:
-        assert re.search(rf"coordinator {address}: .* 2 did not come within 1 s; check that every process", error)
+        assert re.search(rf"coordinator {address}: .* 2 did not come within 3 s; check that every process", error)
     flags = ["--coordinator", address, "--processes", "2", "--process", "1", "--patience", "0.5"]
     status, _, errors = finish([start("matmul-free", token_set.path, tmp_path / "run", 1, *flags)])[0]
     assert status == 1
