@@ -4,6 +4,7 @@ File locks may not travel over a shared file system, and clocks differ. So nothi
 the age of a file is the difference of two time stamps that the file system itself gave.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import os
@@ -55,8 +56,8 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            # No time given: the server of a shared file system takes its own.
-            os.utime(self._path)
+            with contextlib.suppress(OSError):  # a shared file system's bad moment; a lasting one shows as silence
+                os.utime(self._path)  # no time given: the server of a shared file system takes its own
             self._also()
 
 

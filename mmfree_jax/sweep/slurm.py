@@ -33,6 +33,9 @@ from mmfree_jax.sweep.status import run_folder
 from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED
 
 NOTICE_SECONDS = 300  # before its time limit a job is told to save itself
+# Of a job of several processes, once one has left: the others may end too. To kill them at once, as some clusters do,
+# would take from those that leave with 75 the exit status by which the job knows that it is to go on.
+LAST_PROCESSES = ["--kill-on-bad-exit=0", "--wait=60"]
 LONGEST_ARRAY = 1000  # SLURM's own default for MaxArraySize
 LONGEST_PAUSE = 300.0  # between two attempts to submit to a full queue
 WATCH_SECONDS = 0.25
@@ -98,7 +101,7 @@ class Slurm:
             "signal_delay_s": min(NOTICE_SECONDS, minutes * 15),
             "array_parallelism": self.parallel,
             "setup": list(self.setup) or None,
-            "srun_args": ["--kill-on-bad-exit=1"] if nodes * tasks > 1 else None,
+            "srun_args": LAST_PROCESSES if nodes * tasks > 1 else None,
             "additional_parameters": {"requeue": True, **extra},
         }
         return {name: value for name, value in asked.items() if value is not None}

@@ -129,6 +129,15 @@ def test_a_heartbeat_beats_and_is_gone_afterwards(tmp_path, monkeypatch):
         first = last_beat(tmp_path / "run")
         assert called.wait(60)
         assert last_beat(tmp_path / "run").at > first.at
+        (tmp_path / "run").rename(tmp_path / "away")  # as when a file server does not answer
+        called.clear()
+        assert called.wait(60)
+        (tmp_path / "away").rename(tmp_path / "run")
+        gone = last_beat(tmp_path / "run").at
+        for _ in range(2):  # the first may have been under way
+            called.clear()
+            assert called.wait(60)
+        assert last_beat(tmp_path / "run").at > gone
     assert last_beat(tmp_path / "run") is None
 
 

@@ -122,22 +122,25 @@ def test_an_array_two_at_a_time_and_a_trunk_with_its_decays(slurm, token_set, tm
 
 
 @pytest.mark.slow
-def test_a_cancelled_job_is_submitted_again_and_a_preempted_one_queues_itself(slurm, token_set, tmp_path):
+def test_a_cancelled_job_is_submitted_again_and_a_preempted_one_of_two_processes_queues_itself(
+    slurm, token_set, tmp_path
+):
     """Neither needs accounting; the cancelled one is noticed by its absence from squeue."""
-    sweep = Sweep(tmp_path, slurm, token_set.path, "r0 r1", steps=ENDLESS)
+    sweep = Sweep(tmp_path, slurm, token_set.path, "r0 wide", steps=ENDLESS)
     driver = sweep.start()
-    sweep.wait_for_start("r0")
-    sweep.wait_for_start("r1")
-    first, second = sorted(queue(slurm))
-    sweep.ask("scancel", first)
-    sweep.ask("scancel", "--signal=USR2", second)
-    sweep.wait_for_start("r0", 2)
-    sweep.wait_for_start("r1", 2)
+    for name in ("r0", "wide"):
+        sweep.wait_for_start(name)
+    jobs = {name: read_json(sweep.out / "runs" / name / "heartbeat.json")["job"] for name in ("r0", "wide")}
+    assert sorted(queue(slurm)) == sorted(jobs.values())
+    sweep.ask("scancel", jobs["r0"])
+    sweep.ask("scancel", "--signal=USR2", jobs["wide"])
+    for name in ("r0", "wide"):
+        sweep.wait_for_start(name, 2)
     text = sweep.stop(driver)
-    assert f"r0: job {first} is gone; submitted again" in text, text
-    assert text.count("submitted 1 jobs") == 1  # the preempted one is SLURM's own to start again
-    assert second in queue(slurm)
-    for name in ("r0", "r1"):  # SIGTERM and SIGUSR2 alike: what was done is not done again
+    assert f"r0: job {jobs['r0']} is gone; submitted again" in text, text
+    assert text.count("submitted 1 jobs") == 3  # the preempted one is SLURM's own to start again
+    assert jobs["wide"] in queue(slurm)
+    for name in ("r0", "wide"):  # SIGTERM and SIGUSR2 alike: what was done is not done again
         assert f"resume {name} at step " in (sweep.out / "runs" / name / "log.txt").read_text()
 
 
