@@ -13,9 +13,10 @@ from mmfree_jax.bench.timing import memory_bytes, time_calls
 from mmfree_jax.ops.attention import causal_attention
 from mmfree_jax.ops.bit_linear import Recipe, bit_linear
 from mmfree_jax.ops.cross_entropy import head_loss
-from mmfree_jax.ops.gated_recurrence import gated_recurrence
+from mmfree_jax.ops.gated_recurrence import gated_recurrence, gates
 from mmfree_jax.ops.kernels.choice import kernels_allowed, on_hopper
 from mmfree_jax.ops.prologue import Prologue
+from mmfree_jax.ops.recurrence import recurrence
 from mmfree_jax.ops.rms_norm import rms_norm
 
 
@@ -59,23 +60,45 @@ def draw(key: jax.Array, *shapes: Sequence[int], dtype: Any = jnp.bfloat16) -> t
 
 
 def recurrence_cases(B: int, T: int, D: int) -> Iterator[Case]:
-    """Gates and recurrence: read two and write one number a step forward, read four and write two backward."""
-    forward = lambda c, f: gated_recurrence(c, f, None)[0]
+    """The recurrence alone, and with the MLGRU's gates: in one pass, and gates first.
 
-    def arrays(key, B=B, T=T, dtype=jnp.bfloat16):
-        return draw(key, (B, T, D), (B, T, D), dtype=dtype)
+    Both read two and write one number a step forward; backward they write two and read three, with gates four.
+    """
 
-    small = functools.partial(arrays, B=1, T=min(T, 256), dtype=jnp.float32)
-    step = 2 * B * T * D
-    size = f"B={B} T={T} D={D}"
-    yield Case(f"gated recurrence, {size}", both(forward), arrays, small, 1e-4, moved=3 * step)
+    def arrays(key, count=2, B=B, T=T, dtype=jnp.bfloat16):
+        return draw(key, *[(B, T, D)] * count, dtype=dtype)
 
-    def with_gradient(key, B=B, T=T, dtype=jnp.bfloat16):
-        return draw(key, (B, T, D), (B, T, D), (B, T, D), dtype=dtype)
+    def factors(key, **options):
+        f, *others = arrays(key, **options)
+        return jax.nn.sigmoid(f), *others
 
-    small = functools.partial(with_gradient, B=1, T=min(T, 256), dtype=jnp.float32)
-    both_ways = both(gradient_of(forward, 2))
-    yield Case(f"gated recurrence and gradient, {size}", both_ways, with_gradient, small, 1e-3, moved=9 * step)
+    plain = lambda f, x: recurrence(f, x, dtype=x.dtype)
+    gated = lambda c, f: gated_recurrence(c, f, None)[0]
+    yield from _forward_and_gradient(f"recurrence, B={B} T={T} D={D}", both(plain), factors, (3, 5), 2 * B * T * D)
+    forms = {**both(gated), **_gates_first()}
+    yield from _forward_and_gradient(f"gated recurrence, B={B} T={T} D={D}", forms, arrays, (3, 6), 2 * B * T * D)
+
+
+def _forward_and_gradient(
+    name: str, forms: dict[str, Callable], arrays: Callable, passes: tuple[int, int], size: int
+) -> Iterator[Case]:
+    """A recurrence alone and with its gradient; passes: arrays of `size` bytes moved forward and backward."""
+    forward, backward = passes
+    check = functools.partial(arrays, B=1, T=256, dtype=jnp.float32)
+    yield Case(name, forms, arrays, check, 1e-4, moved=forward * size)
+    with_gradient = {form: gradient_of(function, 2) for form, function in forms.items()}
+    three = functools.partial(arrays, count=3), functools.partial(check, count=3)
+    yield Case(f"{name} and gradient", with_gradient, *three, 1e-3, moved=(forward + backward) * size)
+
+
+def _gates_first() -> dict[str, Callable]:
+    """What the kernel with gates has to beat where there is one."""
+
+    def gates_first(c, f):
+        factor, x = (a.astype(c.dtype) for a in gates(c, f, None))
+        return recurrence(factor, x, dtype=c.dtype)
+
+    return {"gates, then kernel": gates_first} if on_hopper() else {}
 
 
 def bit_linear_cases(M: int, D: int, F: int) -> Iterator[Case]:

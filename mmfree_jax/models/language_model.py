@@ -12,14 +12,15 @@ from jax.ad_checkpoint import checkpoint_name
 from mmfree_jax.config import ModelConfig, Remat
 from mmfree_jax.models.attention import Attention, rotary
 from mmfree_jax.models.glu import GLU
-from mmfree_jax.models.layers import Context, RMSNorm, gain, normal, recipe
+from mmfree_jax.models.layers import Context, Projection, RMSNorm, gain, normal, recipe
 from mmfree_jax.models.mlgru import MLGRU, floors
 from mmfree_jax.models.rwkv4 import RWKV4
 from mmfree_jax.ops.bit_linear import bit_linear
 from mmfree_jax.ops.cross_entropy import head_loss, head_nats
 from mmfree_jax.ops.embedding import embed
 from mmfree_jax.ops.prologue import Prologue
-from mmfree_jax.ops.ternary import wide
+from mmfree_jax.ops.ternary import Quantised, wide
+from mmfree_jax.ops.ternary_weights import quantise_kernel
 from mmfree_jax.parametrisation import scales
 from mmfree_jax.sharding import constrain, gathered, partitioned
 
@@ -157,7 +158,7 @@ class LanguageModel(nnx.Module):
         """
         x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
         operands = self.head.operands(x_BTD, self.embedding[...])
-        total = head_loss(self.head.recipe, *operands, targets_BT, mask_BT, z_loss=z_loss)
+        total = head_loss(self.head.recipe, *operands, targets_BT, mask_BT, kernel=self.head.codes, z_loss=z_loss)
         count = targets_BT.size if mask_BT is None else jnp.sum(mask_BT.astype(total.dtype))
         return total, jnp.asarray(count, total.dtype)
 
@@ -178,6 +179,19 @@ class LanguageModel(nnx.Module):
         body = remat_policy(self.remat)(body)
         x_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), (self.blocks, self._floors()), unroll=self.unroll)
         return self.norm(x_BTD)
+
+    def make_codes(self) -> tuple:
+        """Codes of all ternary weights, for `use_codes` of models with the same parameters."""
+        return tuple(layer.stacked_codes() for layer in self._projections()), self.head.make_codes(self.embedding[...])
+
+    def use_codes(self, codes: tuple) -> None:
+        """Take codes in place of quantising the weights at each use; gradients go to the weights all the same."""
+        layers, self.head.codes = codes
+        for layer, own in zip(self._projections(), layers, strict=True):
+            layer.codes = nnx.data(own)
+
+    def _projections(self) -> list[Projection]:
+        return [module for _, module in nnx.iter_modules(self.blocks) if isinstance(module, Projection)]
 
     def residuals(self, tokens_BT: jax.Array) -> jax.Array:
         """The residual stream after the embedding and after each block, [L + 1, B, T, D], to look at."""
@@ -261,6 +275,12 @@ class Head(nnx.Module):
         self.kernel = None if config.tie_embeddings else make()
         has_norm = self.recipe is not None and config.linear_norm
         self.gain = gain((config.width,), param_dtype) if has_norm else None
+        self.codes: Quantised | None = nnx.data(None)  # of the kernel, where they are made ahead of its use
+
+    def make_codes(self, table_VD: jax.Array) -> Quantised | None:
+        """Codes for `self.codes`; None for a dense head."""
+        kernel_DV = table_VD.T if self.kernel is None else self.kernel[...]
+        return None if self.recipe is None else quantise_kernel(self.recipe, kernel_DV[None])[0]
 
     def operands(self, x_BTD: jax.Array, table_VD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Input [B, T, D], kernel [D, V] and the gain of the head's own norm, if it has one.

@@ -1,5 +1,6 @@
 """Parameters of the parts that every family shares: norms, projections, and what a block is told about its tokens."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from mmfree_jax.ops.bit_linear import Recipe, bit_linear
 from mmfree_jax.ops.dense import dense
 from mmfree_jax.ops.prologue import Prologue, settled
 from mmfree_jax.ops.rms_norm import rms_norm
+from mmfree_jax.ops.ternary import Quantised
+from mmfree_jax.ops.ternary_weights import quantise_kernel
 from mmfree_jax.parametrisation import output_depth, scales
 from mmfree_jax.sharding import partitioned
 
@@ -120,6 +123,7 @@ class Projection(nnx.Module):
         has_norm = self.recipe is not None and config.linear_norm
         own = (groups, inputs) if groups and not joint else (inputs,)
         self.gain = gain(own, param_dtype) if has_norm else None
+        self.codes: tuple[Quantised, ...] | None = nnx.data(None)  # of the kernel, where they are made ahead of its use
 
     def __call__(self, x: jax.Array | Prologue) -> tuple[jax.Array, ...]:
         """[..., D] -> one [..., F] for each group (a tuple of one without groups)."""
@@ -127,8 +131,15 @@ class Projection(nnx.Module):
         if self.recipe is None:
             ys = dense(self.axes, settled(x), w_GDF)
         else:
-            ys = bit_linear(self.recipe, x, w_GDF, None if self.gain is None else self.gain[...])
+            ys = bit_linear(self.recipe, x, w_GDF, None if self.gain is None else self.gain[...], self.codes)
         return tuple(checkpoint_name(y, "projection") for y in ys)
+
+    def stacked_codes(self) -> tuple[Quantised, ...] | None:
+        """Codes for `self.codes`, each with layers in front, if this stands for all layers; None for dense ones."""
+        if self.recipe is None:
+            return None
+        w_LGDF = self.kernel[...] if self.groups else self.kernel[...][:, None]
+        return jax.vmap(functools.partial(quantise_kernel, self.recipe))(w_LGDF)
 
 
 def recipe(config: ModelConfig, axes: tuple[str, str], joint: bool = False) -> Recipe:

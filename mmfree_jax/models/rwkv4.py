@@ -13,8 +13,8 @@ from flax import nnx
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
+from mmfree_jax.ops.chunks import previous
 from mmfree_jax.ops.prologue import Prologue, settled
-from mmfree_jax.ops.recurrence import previous
 from mmfree_jax.ops.wkv import WKVState, empty, wkv
 from mmfree_jax.sharding import constrain, partitioned
 

@@ -50,7 +50,11 @@ class Saved(NamedTuple):
 
 
 def bit_linear(
-    recipe: Recipe, x: jax.Array | Prologue, w_GDF: jax.Array, gain: jax.Array | None
+    recipe: Recipe,
+    x: jax.Array | Prologue,
+    w_GDF: jax.Array,
+    gain: jax.Array | None,
+    kernel: tuple[Quantised, ...] | None = None,
 ) -> tuple[jax.Array, ...]:
     """G ternary products of one input.
 
@@ -59,15 +63,16 @@ def bit_linear(
         x: [..., D] activations, or how they are to be made: they are then made again in the backward pass, not kept.
         w_GDF: latent weights, quantised per `recipe.scale_axes`.
         gain: of the RMSNorm before the quantiser: [D] shared by the products, [G, D] one each, None for no norm.
+        kernel: what `quantise_kernel` made of w_GDF, where that was done ahead; gradients go to w_GDF all the same.
 
     Returns:
         G arrays [..., F] of x's type.
     """
     if not isinstance(x, Prologue):
-        return _bit_linear(recipe, (x,), None, w_GDF, gain)
+        return _bit_linear(recipe, (x,), None, w_GDF, gain, kernel)
     if x.gain is not None and x.eps != recipe.eps:
         raise ValueError(f"the norms of one BitLinear share their epsilon: {x.eps} and {recipe.eps}")
-    return _bit_linear(recipe._replace(prologue=x.kind), x.sources, x.gain, w_GDF, gain)
+    return _bit_linear(recipe._replace(prologue=x.kind), x.sources, x.gain, w_GDF, gain, kernel)
 
 
 def quantise_input(
@@ -177,13 +182,13 @@ def _norm_backward(x: jax.Array, saved: Saved, dys: list[jax.Array]) -> tuple[ja
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _bit_linear(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.Array | None):
-    return _forward(recipe, sources, source_gain, w_GDF, gain)[0]
+def _bit_linear(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.Array | None, kernel):
+    return _forward(recipe, sources, source_gain, w_GDF, gain, kernel)[0]
 
 
-def _forward(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.Array | None):
+def _forward(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.Array | None, kernel):
     saved = quantise_input(recipe, sources, source_gain, gain)
-    shards, axes = quantise_kernel(recipe, w_GDF), whole(recipe.axes)
+    shards, axes = quantise_kernel(recipe, w_GDF) if kernel is None else kernel, whole(recipe.axes)
     kernel, dtype, rows = gather_kernel(recipe, shards), sources[0].dtype, rows_of(sources[0].ndim, axes[1])
     ys = [product(q, w, dtype, dtype, axes) for q, w in zip(spread(saved.inputs, kernel), kernel, strict=True)]
     if saved.scales:
@@ -209,7 +214,7 @@ def _backward(recipe: Recipe, residuals, dys):
     dw_GDF = weight_gradients(recipe, inputs, dys).astype(like.dtype)
     # Gains are whole on every device: gathered here once, or the optimizer would do it for each of its moments.
     whole_gain = lambda d: None if d is None else constrain(d, *(None,) * d.ndim)
-    return dsources, whole_gain(dsource_gain), dw_GDF, whole_gain(dgain)
+    return dsources, whole_gain(dsource_gain), dw_GDF, whole_gain(dgain), None
 
 
 _bit_linear.defvjp(_forward, _backward)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from mmfree_jax.devices import backend
 from mmfree_jax.ops.bit_linear import Saved, input_backward, quantise_input
+from mmfree_jax.ops.dense import outer
 from mmfree_jax.ops.ternary import Quantised, dequantise, wide
-from mmfree_jax.ops.ternary_weights import Recipe, gather_kernel, input_gradient, outer, product, quantise_kernel
+from mmfree_jax.ops.ternary_weights import Recipe, gather_kernel, input_gradient, product, quantise_kernel
 from mmfree_jax.sharding import Names, Summed, axis_if_cut, constrain, gathered, per_shard, ways
 
 LOGITS_PER_CHUNK = {"cpu": 2**19, "gpu": 2**26, "tpu": 2**26}  # 2 MiB stay in a core's cache; 256 MiB of memory
@@ -33,6 +34,7 @@ def head_loss(
     targets_BT: jax.Array,
     mask_BT: jax.Array | None = None,
     *,
+    kernel: Quantised | None = None,
     z_loss: float = 0.0,
     chunks: int = 0,
 ) -> jax.Array:
@@ -45,6 +47,7 @@ def head_loss(
         gain_D: of the head's own norm, ternary heads only; None for no norm.
         targets_BT: int32 token to predict at each position.
         mask_BT: weight of each position, 0 to leave it out; None counts all.
+        kernel: what `quantise_kernel` made of w_DV, where that was done ahead.
         z_loss: adds z_loss * logsumexp^2 per token, which keeps logits near zero (PaLM, Chowdhery et al. 2022,
             arXiv 2204.02311, section 5).
         chunks: how many pieces the time axis is cut into; 0 chooses by device and size.
@@ -53,7 +56,7 @@ def head_loss(
         a scalar in at least float32. The mask receives no gradient.
     """
     weights_BT = jnp.ones(targets_BT.shape, wide(x_BTD.dtype)) if mask_BT is None else mask_BT.astype(wide(x_BTD.dtype))
-    return _head_loss((recipe, z_loss, chunks), x_BTD, w_DV, gain_D, targets_BT, weights_BT)
+    return _head_loss((recipe, z_loss, chunks), x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel)
 
 
 def head_nats(
@@ -83,12 +86,13 @@ def chunk_count(targets_BT: jax.Array, kernel: Quantised) -> int:
     return min(targets_BT.shape[1], math.ceil(targets_BT.size * kernel.codes.shape[1] / budget))
 
 
-def _operands(recipe, x_BTD, w_DV, gain_D) -> tuple[Saved, Quantised]:
+def _operands(recipe, x_BTD, w_DV, gain_D, kernel: Quantised | None = None) -> tuple[Saved, Quantised]:
     """Both sides of the head's product as codes and scales; a dense head is codes without a scale."""
     if recipe is None:
         kernel_DV = gathered(w_DV.astype(x_BTD.dtype), ("embed", "vocab"))
         return Saved((x_BTD,), None, None, None, (Quantised(x_BTD, None),)), Quantised(kernel_DV, None)
-    kernel = gather_kernel(recipe, quantise_kernel(recipe, w_DV[None]))[0]
+    shards = quantise_kernel(recipe, w_DV[None]) if kernel is None else (kernel,)
+    (kernel,) = gather_kernel(recipe, shards)
     return quantise_input(recipe, (x_BTD,), None, gain_D), kernel
 
 
@@ -127,7 +131,7 @@ def _loss_and_gradients(kernel: Quantised, piece: tuple, z_loss: float, dtype, a
     chosen_BTV = _chosen(logits_BTV, targets_BT, axis)
     g_BTV = softmax_BTV * pull_BT[..., None] - jnp.where(chosen_BTV, weights_BT[..., None], 0)
     g_BTV = g_BTV.astype(dtype)
-    return loss, (input_gradient(kernel, g_BTV).scaled(dtype), outer(dequantise(x, dtype), g_BTV))
+    return loss, (input_gradient(kernel, g_BTV).scaled(dtype), outer(dequantise(x, dtype), g_BTV, wide(dtype)))
 
 
 def _cut(tree, chunks: int):
@@ -147,9 +151,9 @@ def _join(a: jax.Array, time: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_loss(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT) -> jax.Array:
+def _head_loss(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel) -> jax.Array:
     recipe, z_loss, chunks = static
-    saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D)
+    saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D, kernel)
     axis = axis_if_cut("vocab", w_DV.shape[1])
 
     def local(x, kernel, targets_BT, weights_BT):
@@ -164,9 +168,9 @@ def _head_loss(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT) -> jax.Array
     return per_shard(local, [ROWS, KERNEL, TOKENS, TOKENS], [Summed(())], *arguments)[0]
 
 
-def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT):
+def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel):
     recipe, z_loss, chunks = static
-    saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D)
+    saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D, kernel)
     axis = axis_if_cut("vocab", w_DV.shape[1])
 
     def local(x, kernel, targets_BT, weights_BT):
@@ -193,7 +197,7 @@ def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT):
 
 def _backward(static, gradients, g):
     scaled = jax.tree.map(lambda a: (a * g).astype(a.dtype), gradients)
-    return *scaled, None, None
+    return *scaled, None, None, None
 
 
 _head_loss.defvjp(_forward, _backward)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mmfree_jax.sharding import Names, Summed, constrain, gathered, per_shard, rows_of, ways, whole
 
@@ -29,9 +30,7 @@ def _backward(axes: Names, saved, dys: tuple[jax.Array, ...]):
     parts = [jnp.matmul(dy, w_DF.T) for dy, w_DF in zip(dys, whole_GDF, strict=True)]
     dx = constrain(sum(parts[1:], parts[0]), *rows_of(x.ndim, whole(axes)[0]))
 
-    def local(x, dys):
-        over = tuple(range(x.ndim - 1))
-        return (jnp.stack([jax.lax.dot_general(x, dy, ((over, over), ((), ()))) for dy in dys]),)
+    local = lambda x, dys: (jnp.stack([outer(x, dy) for dy in dys]),)
 
     into, out = (name if ways(name, size) > 1 else None for name, size in zip(axes, w_GDF.shape[1:], strict=True))
     names = [rows_of(x.ndim, name) for name in whole((into, out))]
@@ -40,3 +39,9 @@ def _backward(axes: Names, saved, dys: tuple[jax.Array, ...]):
 
 
 dense.defvjp(_forward, _backward)
+
+
+def outer(x: jax.Array, dy: jax.Array, out: DTypeLike | None = None) -> jax.Array:
+    """The gradient to w of x @ w, summed over all rows: [..., D], [..., F] -> [D, F] as `out` (default: dy's type)."""
+    rows = tuple(range(dy.ndim - 1))
+    return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=out or dy.dtype)

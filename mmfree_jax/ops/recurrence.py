@@ -9,20 +9,20 @@ product of its factors and its end from zero; these travel, and each device star
 """
 
 import functools
-import itertools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from mmfree_jax.devices import backend
+from mmfree_jax.ops.chunks import STATE, STEPS, carried
+from mmfree_jax.ops.fused_recurrence import fused_recurrence, serves
 from mmfree_jax.ops.ternary import wide
-from mmfree_jax.sharding import Names, axis_if_cut, per_shard
+from mmfree_jax.sharding import axis_if_cut, per_shard
 
-STEPS: Names = ("batch", "time", "channels")  # logical names of [B, T, D]
-STATE: Names = ("batch", "channels")
-Form = Literal["auto", "scan", "associative"]
+Form = Literal["auto", "scan", "associative", "kernel"]
 
 
 def recurrence(
@@ -31,6 +31,7 @@ def recurrence(
     h_BD: jax.Array | None = None,
     *,
     resets_BT: jax.Array | None = None,
+    dtype: DTypeLike | None = None,
     impl: Form = "auto",
 ) -> jax.Array:
     """All states of h_t = f_t * h_{t-1} + x_t.
@@ -40,25 +41,33 @@ def recurrence(
         x_BTD: inputs.
         h_BD: state before the first step; None is zero.
         resets_BT: true where the state before the step is forgotten (the first token of a document).
-        impl: "scan" walks over time, "associative" is a parallel prefix (Martin & Cundy 2018, arXiv 1709.04057);
-            "auto" walks on CPU, where that is up to four times faster, and for single steps.
+        dtype: of the result; None is at least float32.
+        impl: "scan" walks over time, "associative" is a parallel prefix (Martin & Cundy 2018, arXiv 1709.04057),
+            "kernel" is one pass over memory on Hopper GPUs; "auto" takes the kernel where it serves and walks on CPU,
+            where that is up to four times faster than the prefix.
 
     Returns:
-        h_BTD in at least float32; the last step is the state to continue from.
+        h_BTD; the last step is the state to continue from.
     """
     exact = wide(x_BTD.dtype)
+    dtype = exact if dtype is None else jnp.dtype(dtype)
+    form = _choose(impl, x_BTD, dtype)
+    if form == "kernel":
+        return fused_recurrence(x_BTD.astype(dtype), f_BTD.astype(dtype), None, h_BD, resets_BT)[0]
     f_BTD, x_BTD = f_BTD.astype(exact), x_BTD.astype(exact)
     if resets_BT is not None:
         f_BTD = jnp.where(resets_BT[..., None], 0, f_BTD)
     h_BD = jnp.zeros_like(x_BTD[:, 0]) if h_BD is None else h_BD.astype(exact)
     if x_BTD.shape[1] == 1:
-        return f_BTD * h_BD[:, None] + x_BTD
-    return _recurrence(_choose(impl), f_BTD, x_BTD, h_BD)
+        return (f_BTD * h_BD[:, None] + x_BTD).astype(dtype)
+    return _recurrence(form, f_BTD, x_BTD, h_BD).astype(dtype)
 
 
-def _choose(impl: Form) -> str:
+def _choose(impl: Form, x_BTD: jax.Array, dtype: jnp.dtype) -> str:
     if impl != "auto":
         return impl
+    if x_BTD.shape[1] > 1 and serves(jax.ShapeDtypeStruct(x_BTD.shape, dtype)):
+        return "kernel"
     return "scan" if backend() == "cpu" else "associative"
 
 
@@ -89,43 +98,6 @@ def _prefix(f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reverse: bool) 
         return left[0] * right[0], left[1] * right[0] + right[1]
 
     return jax.lax.associative_scan(combine, (f_BTD, x_BTD), axis=1, reverse=reverse)[1]
-
-
-def previous(x_BTD: jax.Array, first_BD: jax.Array, channels: str | None = "channels") -> jax.Array:
-    """Each step's predecessor, [B, T, D]; first_BD stands before the first. One step of each chunk travels.
-
-    `channels` is the logical name of the last axis.
-    """
-    axis = axis_if_cut("time", x_BTD.shape[1])
-
-    def local(x_BTD, first_BD):
-        if axis is not None:
-            size = jax.lax.axis_size(axis)
-            before_BD = jax.lax.ppermute(x_BTD[:, -1], axis, [(i, i + 1) for i in range(size - 1)])
-            first_BD = jnp.where(jax.lax.axis_index(axis) == 0, first_BD, before_BD)
-        return (jnp.concatenate([first_BD[:, None], x_BTD[:, :-1]], axis=1),)
-
-    steps, state = (*STEPS[:2], channels), (STATE[0], channels)
-    return per_shard(local, [steps, state], [steps], x_BTD, first_BD)[0]
-
-
-def carried(
-    decay_BSD: jax.Array, end_BSD: jax.Array, h_BD: jax.Array, axis: str | None = None, reverse: bool = False
-) -> jax.Array:
-    """The state before each of S segments, [B, S, D]: a segment turns state h into decay * h + end.
-
-    Segments follow one another on the devices along `axis` of the mesh, if given. With reverse they run backward in
-    time, and the state before a segment is that after it in time.
-    """
-    S = decay_BSD.shape[1]
-    if axis is not None:
-        decay_BSD, end_BSD = (jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (decay_BSD, end_BSD))
-    order = range(decay_BSD.shape[1])[:: -1 if reverse else 1]
-    states = {order[0]: h_BD}
-    for s, after in itertools.pairwise(order):
-        states[after] = decay_BSD[:, s] * states[s] + end_BSD[:, s]
-    states_BSD = jnp.stack([states[s] for s in sorted(states)], axis=1)
-    return states_BSD if axis is None else jax.lax.dynamic_slice_in_dim(states_BSD, jax.lax.axis_index(axis) * S, S, 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mmfree_jax.ops.dense import outer
 from mmfree_jax.ops.kernels.choice import on_hopper
 from mmfree_jax.ops.prologue import Kind
 from mmfree_jax.ops.ternary import (
@@ -152,14 +153,11 @@ def _quantised_gradient(dy: jax.Array, bits: int, last: Axes) -> Quantised:
     return per_shard(local, [rows_of(dy.ndim)], [rows_of(dy.ndim)], dy)[0]
 
 
-def outer(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """The gradient to w of x @ w, summed over all rows: [..., D], [..., F] -> [D, F] in `wide(dy.dtype)`."""
-    rows = tuple(range(dy.ndim - 1))
-    return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=wide(dy.dtype))
-
-
 def weight_gradients(recipe: Recipe, inputs: tuple[jax.Array, ...], dys: tuple[jax.Array, ...]) -> jax.Array:
-    """`outer` for each matrix, [G, D, F], each summed where its weights live."""
+    """`outer` for each matrix, [G, D, F], each summed where its weights live.
+
+    In the type of dys, as the dense layers' are: the sum over a device's rows is in at least float32 and rounded once.
+    """
     into, out = recipe.axes
     into, out = (name if ways(name, a.shape[-1]) > 1 else None for name, a in ((into, inputs[0]), (out, dys[0])))
     names = [rows_of(dys[0].ndim, name) for name in whole((into, out))]

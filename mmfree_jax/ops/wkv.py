@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.ops.recurrence import STATE, STEPS, previous, recurrence
+from mmfree_jax.ops.chunks import STATE, STEPS, previous
+from mmfree_jax.ops.recurrence import recurrence
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import axis_if_cut, per_shard
 

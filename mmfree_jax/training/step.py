@@ -163,9 +163,14 @@ def _train_step(
     # Of all micro-batches together: each target weighs the same, whichever micro-batch it is in.
     count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
 
+    # Once a step, not once a micro-batch. A single batch makes them layer by layer, where they are needed.
+    codes = nnx.merge(graphdef, state.params).make_codes() if accumulate > 1 else None
+
     def mean_loss(params: nnx.State, rows_BT: jax.Array) -> jax.Array:
         segments_BT, mask_BT = _documents(rows_BT, separator)
         model = nnx.merge(graphdef, params)
+        if codes is not None:
+            model.use_codes(codes)
         targets_BT, z_loss = rows_BT[:, 1:], key.optim.z_loss
         nats, _ = model.loss(rows_BT[:, :-1], targets_BT, mask_BT, segments_BT=segments_BT, z_loss=z_loss)
         return nats / (count / accumulate)

@@ -9,10 +9,11 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmfree_jax.ops import gated_recurrence as op
-from mmfree_jax.ops.kernels import gated_recurrence as kernel
 from mmfree_jax.ops.kernels import normed_codes
+from mmfree_jax.ops.kernels import recurrence as kernel
 from mmfree_jax.ops.kernels.int8_matmul import int8_matmul, supports
 from mmfree_jax.ops.prologue import combine
+from mmfree_jax.ops.recurrence import recurrence
 
 interpreted = pytest.mark.skipif(
     not hasattr(plgpu, "force_gpu_interpret_mode"), reason="this jax cannot interpret Mosaic GPU kernels"
@@ -127,6 +128,35 @@ def test_gated_recurrence_in_segments_and_at_any_size(monkeypatch, time, width, 
     assert kernel.segments(2, time + -time % 32, 128) == {64: 2, 128: 4, 50: 1, 1: 1}[time]
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(("time", "width", "blocks"), [(64, 128, 1), (128, 128, 8), (50, 200, 1)])
+def test_recurrence_without_gates(monkeypatch, time, width, blocks):
+    """States equal those of float64, gradients those of the walk, whole and in segments, at any size."""
+    monkeypatch.setattr(kernel, "BLOCKS", blocks)
+    (x, f, _, h), resets = inputs(time, width, jnp.float32)
+    f, weigh = jax.nn.sigmoid(f), jax.random.normal(jax.random.key(1), x.shape)
+
+    def gradients(impl):
+        def value(f, x, h):
+            out = recurrence(f, x, h, resets_BT=resets, impl=impl)
+            return jnp.sum(out * weigh), out
+
+        return jax.jit(jax.grad(value, (0, 1, 2), has_aux=True))(f, x, h)
+
+    expected = gradients("scan")
+    with pretended_gpu():
+        found = gradients("kernel")
+        half = recurrence(f.astype(jnp.bfloat16), x.astype(jnp.bfloat16), dtype=jnp.bfloat16, impl="kernel")
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    state, exact = np.asarray(h, np.float64), np.empty(x.shape)
+    for t in range(time):
+        state = np.where(np.asarray(resets)[:, t, None], 0, f[:, t] * state) + x[:, t]
+        exact[:, t] = state
+    np.testing.assert_allclose(found[1], exact, atol=2e-6, rtol=2e-6)
+    assert half.dtype == jnp.bfloat16
 
 
 @interpreted

@@ -26,6 +26,7 @@ def supports(rows: int, inner: int, columns: int) -> bool:
     return rows % (COMPUTE_GROUPS * TILE_M) == 0 and columns % TILE_N == 0 and inner % TILE_K == 0
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def int8_matmul(
     x_MK: jax.Array, w_NK: jax.Array, x_scale_M: jax.Array, w_scale: jax.Array, dtype: Any = jnp.bfloat16
 ) -> jax.Array:

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mmfree_jax.ops.kernels.mosaic import STREAMING, sigmoid
 from mmfree_jax.ops.ternary import SMALLEST, TINY
 
 THREADS = 128  # of a warpgroup
@@ -34,6 +35,7 @@ def supports(width: int, gains: int, dtype: Any) -> bool:
     return width % LANES == 0 and gains * width // THREADS <= REGISTERS and dtype in (jnp.bfloat16, jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "eps"))
 def forward(
     kind: str, sources: Sequence[jax.Array], norm_gain: jax.Array | None, gains: Sequence[jax.Array], eps: float
 ) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -84,11 +86,12 @@ def forward(
         grid=(blocks,),
         grid_names=("block",),
         scratch_types=[plgpu.SMEM((2, G, rows, *shape), jnp.int8)],
-        compiler_params=_PARAMS(),
+        compiler_params=STREAMING(),
     )(*(a.reshape(*a.shape[:-1], *shape) for a in (*sources, *vectors)))
     return [codes.reshape(M, D) for codes in out[:G]], list(out[G:])
 
 
+@jax.jit
 def codes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int8 codes [M, D] of x [M, D] by absmax, as they are, and float32 scales [M]; rows of zeros have codes zero."""
     M, D = x.shape
@@ -120,11 +123,12 @@ def codes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         grid=(blocks,),
         grid_names=("block",),
         scratch_types=[plgpu.SMEM((2, rows, *shape), jnp.int8)],
-        compiler_params=_PARAMS(),
+        compiler_params=STREAMING(),
     )(x.reshape(M, *shape))
     return found.reshape(M, D), scales
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "eps"))
 def backward(
     kind: str,
     sources: Sequence[jax.Array],
@@ -200,7 +204,7 @@ def backward(
         grid=(blocks,),
         grid_names=("block",),
         scratch_types=[plgpu.SMEM((results, rows, *shape), dtype)],
-        compiler_params=_PARAMS(),
+        compiler_params=STREAMING(),
     )(*(a.reshape(*a.shape[:-1], *shape) for a in (*inputs, *vectors)), *scales, factors)
     made = [a.reshape(M, D) for a in made]
     dvectors = list(jnp.sum(sums, axis=0).reshape(len(vectors), D))
@@ -212,12 +216,12 @@ def _combine(kind: str, sources: list[Row], rstd: Any, gain: Row | None, dtype: 
     """`prologue.combine` of one row, rounded where that rounds and kept in float32; rstd: of the norm inside it."""
     rounded = lambda a: a.astype(dtype).astype(jnp.float32)
     if kind == "swiglu":
-        return [rounded(gate * _sigmoid(gate) * up) for gate, up in zip(*sources, strict=True)]
+        return [rounded(gate * sigmoid(gate) * up) for gate, up in zip(*sources, strict=True)]
     assert gain is not None
     normed = [rounded(a * rstd * g) for a, g in zip(sources[0], gain, strict=True)]
     if kind == "norm":
         return normed
-    return [rounded(n * h * _sigmoid(h)) for n, h in zip(normed, sources[1], strict=True)]
+    return [rounded(n * h * sigmoid(h)) for n, h in zip(normed, sources[1], strict=True)]
 
 
 def _pull(kind: str, sources: list[Row], rstd: Any, gain: Row | None, dx: Row, D: int) -> tuple[list[Row], list[Row]]:
@@ -225,7 +229,7 @@ def _pull(kind: str, sources: list[Row], rstd: Any, gain: Row | None, dx: Row, D
     if kind == "swiglu":
         dgate, dup = [], []
         for gate, up, d in zip(*sources, dx, strict=True):
-            share = _sigmoid(gate)
+            share = sigmoid(gate)
             dgate.append(d * up * share * (1 + gate * (1 - share)))
             dup.append(d * gate * share)
         return [dgate, dup], []
@@ -235,7 +239,7 @@ def _pull(kind: str, sources: list[Row], rstd: Any, gain: Row | None, dx: Row, D
         dfirst, dgain = _norm_pull(sources[0], rstd, rstd * mean, [gain], [dx])
         return [dfirst], dgain
     first, other = sources
-    opened: Row = [_sigmoid(h) for h in other]
+    opened: Row = [sigmoid(h) for h in other]
     dnormed: Row = [d * h * o for d, h, o in zip(dx, other, opened, strict=True)]
     mean = _dot(first, _through([gain], [dnormed])) * (1 / D)
     dfirst, dgain = _norm_pull(first, rstd, rstd * mean, [gain], [dnormed])
@@ -285,10 +289,6 @@ def _largest(parts: Iterable[jax.Array]) -> jax.Array:
     return jnp.max(functools.reduce(jnp.maximum, [jnp.abs(part) for part in parts]))
 
 
-def _sigmoid(x: jax.Array) -> jax.Array:
-    return 1.0 / (1.0 + jnp.exp(-x))
-
-
 def _cut(M: int, D: int, direction: str) -> tuple[int, int]:
     """Blocks, and rows of a stage: both whole divisors of what they cut."""
     blocks = next(n for n in range(min(BLOCKS, M), 0, -1) if M % n == 0)
@@ -333,12 +333,3 @@ def _walk(stage: Any, M: int, D: int, blocks: int, rows: int, inputs: int, start
         max_concurrent_steps=min(STAGES, M // blocks // rows),
         init_carry=start,
     )
-
-
-# No automatic barriers: no shared memory here is both read and written by several threads between the explicit ones.
-_PARAMS = functools.partial(
-    plgpu.CompilerParams,
-    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-    approx_math=True,
-    unsafe_no_auto_barriers=True,
-)
