@@ -149,13 +149,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-if __name__ == "__main__":
-    chosen = parse(sys.argv[1:])
+def start(arguments: list[str]) -> int:
+    """The command; returns its exit status."""
+    chosen = parse(arguments)
     group = distributed.meant("", 0, -1)
     if group is not None:
         try:
             distributed.join(group, PATIENCE_SECONDS)
         except distributed.MissingProcess as error:
             print(error, file=sys.stderr)
-            sys.exit(LEFT_ALONE)
-    sys.exit(main(chosen.out, chosen.names, chosen.experiment, chosen.limit_hours))
+            return LEFT_ALONE
+    return main(chosen.out, chosen.names, chosen.experiment, chosen.limit_hours)
+
+
+if __name__ == "__main__":
+    sys.exit(start(sys.argv[1:]))
