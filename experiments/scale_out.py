@@ -1,15 +1,18 @@
 """One device against two: tokens a second at the same batch on each, and what travels between them.
 
-    python experiments/scale_out.py > experiments/results/scale_out.md        # on a machine with two GPUs, 10 minutes
+    python experiments/scale_out.py > experiments/results/scale_out.md        # on a machine with two GPUs, 8 minutes
 
-Expected on two H200s joined by NVLink: an efficiency of 95 % or more. `--small` tries the script on CPU, where
-XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two devices out of one and the times mean nothing.
+Expected on two H200s joined by NVLink: an efficiency of 95 % or more. A line is printed as soon as it is measured;
+compiling takes most of the time, and presets that are named, `scale_out.py matmul-free-1.3b`, are the only ones.
+`--small` tries the script on CPU, where XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two devices out of one
+and the times mean nothing.
 """
 
 import argparse
 import dataclasses
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -66,8 +69,8 @@ def measure(run: RunConfig) -> Measurement:
                 state, metrics = compiled(state, batch, now)
             jax.block_until_ready(metrics)
             rates.append(steps * run.data.tokens_per_step / (time.perf_counter() - began))
-    rates = rates[1:]
-    return Measurement(statistics.median(rates), min(rates), max(rates), tuple(read_traffic(compiled.as_text() or "")))
+    rates, found = rates[1:], read_traffic(compiled.as_text() or "", run.mesh)
+    return Measurement(statistics.median(rates), min(rates), max(rates), tuple(found))
 
 
 def sent(found: Measurement, kind: str) -> str:
@@ -76,35 +79,37 @@ def sent(found: Measurement, kind: str) -> str:
     return ", ".join(parts) or "none"
 
 
-def rows(preset: str, small: bool) -> list[str]:
-    """The lines of one preset: one device, then two."""
-    lines, alone = [], 0.0
+def rows(preset: str, small: bool) -> Iterator[str]:
+    """The lines of one preset, each when it is measured: one device, then two."""
+    alone = 0.0
     for devices in (1, 2):
         found = measure(run_of(preset, devices, small))
         alone = alone or found.tokens_per_s
         rates = f"{found.tokens_per_s:,.0f} | {found.least:,.0f} to {found.most:,.0f}"
         efficiency = f"{found.tokens_per_s / (devices * alone):.1%}"
         travelled = f"{sent(found, 'all-gather')} | {sent(found, 'reduce-scatter')}"
-        lines.append(f"| {preset} | {devices} | {rates} | {efficiency} | {travelled} |")
+        yield f"| {preset} | {devices} | {rates} | {efficiency} | {travelled} |"
         make_program.cache_clear()
         jax.clear_caches()
-    return lines
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="One device against two.")
     parser.add_argument("--small", action="store_true", help="tiny models, to try the script")
-    small = parser.parse_args().small
+    parser.add_argument("presets", nargs="*", help=f"which to measure (default: {', '.join(PRESETS)})")
+    arguments = parser.parse_args()
+    small = arguments.small
     if jax.device_count() < 2:
         raise SystemExit(f"scale_out: needs two devices, {jax.device_count()} found")
     shape = "2 x 64" if small else "8 x 2048"
     print(f"# One and two x {jax.devices()[0].device_kind}, jax {jax.__version__}, {shape} tokens on each\n")
     print("Median, least and most of five rounds of five queued steps. Sent: by one device in a step.\n")
     print("| preset | devices | tokens/s | least to most | efficiency | weights gathered, GB | gradients reduced, GB |")
-    print("|---|---:|---:|---|---:|---|---|")
-    for preset in SMALL if small else PRESETS:
-        print("\n".join(rows(preset, small)), flush=True)
+    print("|---|---:|---:|---|---:|---|---|", flush=True)
+    for preset in arguments.presets or (SMALL if small else PRESETS):
+        for row in rows(preset, small):
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -91,14 +91,16 @@ def collectives(text: str) -> list[Collective]:
 
 
 def total(found: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, float]]:
-    """By kind and dtype: (executions, bytes sent by one device). A fused instruction of two dtypes counts in both."""
+    """By kind and dtype: (arrays that travel, bytes sent by one device), over all executions.
+
+    Arrays, not instructions: compilers join as many arrays in one instruction as they like.
+    """
     count: Counter[tuple[str, str]] = Counter()
     sent: defaultdict[tuple[str, str], float] = defaultdict(float)
     for one in found:
-        for dtype in {dtype for dtype, _ in one.arrays}:
-            part = sum(math.prod(shape) * item_bytes(dtype) for d, shape in one.arrays if d == dtype)
+        for dtype, shape in one.arrays:
             count[one.kind, dtype] += one.executions
-            sent[one.kind, dtype] += one.sent * part / max(one.payload, 1)
+            sent[one.kind, dtype] += one.sent * math.prod(shape) * item_bytes(dtype) / max(one.payload, 1)
     return {key: (count[key], sent[key]) for key in sorted(count)}
 
 

@@ -1,14 +1,11 @@
 """Collectives are counted where they run, in every notation that XLA writes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from mmfree_jax.hlo import collectives, total
+from tests.simulated import run
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -66,11 +63,13 @@ def test_asynchronous_and_fused_instructions():
     (found,) = collectives(module(f"%s = {both} all-gather-start(%a, %b), replica_groups=[4,2]<=[8]"))
     assert found.arrays == (("f32", (8,)), ("s8", (4, 2)))
     assert total([found]) == {("all-gather", "f32"): (1, 16), ("all-gather", "s8"): (1, 4)}
+    assert total([found, found])["all-gather", "s8"] == (2, 8)
     (found,) = collectives(module("%r = bf16[3]{0} reduce-scatter(%a), replica_groups=[2,4]<=[8], dimensions={0}"))
     assert (found.payload, found.sent) == (24, 18)
     both = "((f32[8]{0}, f32[4]{0}), (f32[2]{0}, f32[1]{0}))"
     (found,) = collectives(module(f"%r = {both} reduce-scatter-start(%a, %b), replica_groups=[2,4]<=[8]"))
     assert (found.payload, found.sent) == (48, 36)
+    assert total([found]) == {("reduce-scatter", "f32"): (2, 36)}  # two arrays in one instruction
     (found,) = collectives(module("%r = ((f32[8]{0}), f32[8]{0}) all-reduce-start(%a), replica_groups=[2,4]<=[8]"))
     assert (found.payload, found.sent) == (32, 48)
     (found,) = collectives(module("%p = f32[3]{0} collective-permute(%a), source_target_pairs={{0,2},{2,0},{4,6}}"))
@@ -86,16 +85,6 @@ def test_what_cannot_be_counted_is_refused():
 
 
 def test_instructions_in_nested_loops_count_once_an_iteration():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = {row[0]: row[1:] for row in json.loads(done.stdout.splitlines()[-1])}
+    rows = {row[0]: row[1:] for row in json.loads(run("-c", PROGRAM)[0].splitlines()[-1])}
     assert rows["all-gather"] == [[["s8", [64, 64]]], 15, ["fsdp"], 4096, 15 * 4096 * 3 / 4]
     assert rows["all-reduce"][1:] == [1, ["data", "fsdp"], 4, 7]

@@ -2,17 +2,14 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from mmfree_jax.config import FAMILIES, ConfigError, MeshConfig, RunConfig
-from mmfree_jax.files import locked
+from mmfree_jax.lowering.program import REMATERIALISED
 from mmfree_jax.sharding import make_mesh
 from tests.mesh_program import B, D, F, L, T, V
+from tests.simulated import run_once
 
 CODES = L * (4 * D * D + 3 * D * F)  # of all blocks; a byte each
 SMALLEST = D * D  # weights of the smallest matrix
@@ -20,25 +17,10 @@ SMALLEST = D * D  # weights of the smallest matrix
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-    """What the program found; run once for all the processes that share these tests."""
-    shared = tmp_path_factory.getbasetemp()
-    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
-    path = shared / f"meshes-{os.environ.get('PYTEST_XDIST_TESTRUNUID', 'alone')}.json"
-    with locked(shared / path.stem, wait_s=600):
-        if not path.exists():
-            path.write_text(run_program(), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def run_program() -> str:
-    root = Path(__file__).parents[1]
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(root)}
-    command = [sys.executable, "tests/mesh_program.py"]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Involuntary full rematerialization" not in done.stderr
-    return done.stdout.splitlines()[-1]
+    """What the program found."""
+    said, beside = run_once(tmp_path_factory, "meshes", "tests/mesh_program.py")
+    assert REMATERIALISED not in beside
+    return json.loads(said.splitlines()[-1])
 
 
 def payload(traffic: list, kind: str, *dtypes: str) -> int:

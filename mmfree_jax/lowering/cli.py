@@ -52,17 +52,20 @@ def main(arguments: list[str]) -> int:
 
 def with_mesh(arguments: list[str]) -> list[str]:
     """`--mesh fsdp=64,tensor=8` as `--mesh.fsdp 64 --mesh.tensor 8`. Raises ConfigError for anything else."""
+    split = lambda argument: argument.split("=", 1) if argument.startswith("--mesh=") else [argument]
+    arguments = [part for argument in arguments for part in split(argument)]
     if "--mesh" not in arguments:
         return arguments
     at = arguments.index("--mesh")
     text = arguments[at + 1] if at + 1 < len(arguments) else ""
     axes = [field.name for field in dataclasses.fields(MeshConfig)]
-    long = []
+    long: list[str] = []
     for part in text.split(","):
         found = re.fullmatch(r"(\w+)=(\d+)", part)
         require(found is not None, f"--mesh {text!r}: must be axes and sizes such as fsdp=64,tensor=8")
         assert found is not None
         require(found[1] in axes, f"--mesh {text!r}: no axis {found[1]!r}{suggestion(found[1], axes)}")
+        require(f"--mesh.{found[1]}" not in long, f"--mesh {text!r}: {found[1]} is given twice")
         long += [f"--mesh.{found[1]}", found[2]]
     return [*arguments[:at], *long, *arguments[at + 2 :]]
 
@@ -90,13 +93,15 @@ def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
         f"{run.data.batch} x {run.data.sequence} tokens a step, remat {run.remat}"
     )
     console.print(_memory_table(verdict))
-    console.print(_traffic_table(verdict))
+    console.print(_traffic_table(run, verdict))
     console.print(_time_table(run, verdict))
     if verdict.report.rematerialised:
         console.print(f"the partitioner put {verdict.report.rematerialised} arrays whole on every device")
     console.print(
-        "[dim]State and collectives are read from the step, lowered for this platform and partitioned for this mesh on "
-        "simulated devices. Activations, gradients and working set are a model of it, as are times: data-sheet rates "
+        "[dim]State and collectives are read from the step without hand-written kernels, lowered for this platform and "
+        "partitioned for this mesh on simulated devices. Gathers and reduce-scatters are those of a GPU's compiler "
+        "too, which adds up some of what is all-reduced along tensor first: up to 1.6 times fewer bytes. "
+        "Activations, gradients and working set are a model of it, as are times: data-sheet rates "
         "(mmfree_jax/devices.py) times the shares measured on an H200, nothing overlapping.[/dim]"
     )
     for line in _proposals(verdict):
@@ -117,12 +122,11 @@ def _memory_table(verdict: Verdict) -> Table:
     return table
 
 
-def _traffic_table(verdict: Verdict) -> Table:
-    table = Table("collective", "type", "times a step", "sent by one device, GB", "group spans")
-    for one in verdict.report.traffic:
-        if one.sent:
-            span = f"{one.span} devices"
-            table.add_row(one.kind, one.dtype, f"{one.executions:,}", f"{one.sent / 1e9:.3f}", span)
+def _traffic_table(run: RunConfig, verdict: Verdict) -> Table:
+    table = Table("collective", "type", "arrays a step", "sent by one device, GB", "along")
+    for one in sorted(verdict.report.traffic, key=lambda one: -one.sent):
+        along = " x ".join(f"{axis} {getattr(run.mesh, axis)}" for axis in one.axes)
+        table.add_row(one.kind, one.dtype, f"{one.count:,}", f"{one.sent / 1e9:.3f}", along)
     return table
 
 

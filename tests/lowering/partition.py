@@ -44,7 +44,7 @@ def measured(family: str, mesh: str) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     gathered: Counter[str] = Counter()
     for one in report.traffic:
-        counts[f"{one.kind} {one.dtype}"] += one.executions
+        counts[f"{one.kind} {one.dtype}"] += one.count
         if one.kind == "all-gather":
             gathered[one.dtype] += int(one.sent)
     return {"collectives": dict(sorted(counts.items())), "gathered": dict(gathered), "sharded": report.sharded}

@@ -4,9 +4,6 @@ Older versions of XLA say nothing about arrays that they put whole on every devi
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,27 +12,38 @@ import pytest
 from mmfree_jax import flops
 from mmfree_jax.lowering.program import REMATERIALISED
 from tests.lowering.partition import MESHES, cases, small_run
+from tests.simulated import run, run_once
 
-ROOT = Path(__file__).parents[2]
 GOLDEN = json.loads((Path(__file__).parent / "collectives.json").read_text())
 newest = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the gates hold for the newest JAX, 0.12 or later")
 
+UNGUARDED = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+place = lambda *axes: NamedSharding(mesh, P(*axes))
+move = jax.jit(
+    lambda w_LDF: jax.lax.with_sharding_constraint(2 * w_LDF, place(None, "fsdp", "tensor")),
+    in_shardings=place(("tensor", "fsdp"), None, None),
+)
+move.lower(jax.ShapeDtypeStruct((64, 64, 64), jnp.float32)).compile()
+"""  # both axes in one move
+
 
 @pytest.fixture(scope="module")
-def partitioned() -> tuple[dict, str]:
+def partitioned(tmp_path_factory) -> tuple[dict, str]:
     """What tests/lowering/partition.py prints, and the compiler's words."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "tests.lowering.partition"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout), done.stderr
+    said, beside = run_once(tmp_path_factory, "gates", "-m", "tests.lowering.partition")
+    return json.loads(said), beside
 
 
 @newest
 @pytest.mark.slow
 def test_nothing_is_put_whole_on_every_device_for_want_of_a_better_way(partitioned):
+    """That the compiler would say so, a program shows that moves two axes at once."""
     assert REMATERIALISED not in partitioned[1]
+    assert REMATERIALISED in run("-c", UNGUARDED)[1]
 
 
 @newest

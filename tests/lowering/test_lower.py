@@ -47,7 +47,7 @@ def instant(monkeypatch):
 
 
 def test_the_last_line_is_the_verdict_and_the_status_says_it_too(instant, capsys):
-    assert cli.main(["matmul-free-7b", "--mesh", "fsdp=64", "--device", "h200"]) == 0
+    assert cli.main(["matmul-free-7b", "--mesh=fsdp=64", "--device", "h200"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("fits: ")
     assert cli.main(["transformer++-7b", "--mesh", "fsdp=8", "--device", "tpu-v5e"]) == 2
     *_, proposal, last = capsys.readouterr().out.splitlines()
@@ -70,7 +70,13 @@ def test_what_is_proposed_fits_and_what_lies_beyond_does_not(instant):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "wrong"), [("fsdp", "must be axes and sizes"), ("fdsp=8", "did you mean fsdp"), ("", "must be axes")]
+    ("mesh", "wrong"),
+    [
+        ("fsdp", "must be axes and sizes"),
+        ("fdsp=8", "did you mean fsdp"),
+        ("", "must be axes"),
+        ("fsdp=2,fsdp=4", "given twice"),
+    ],
 )
 def test_a_wrong_mesh_says_what_is_right(mesh, wrong):
     with pytest.raises(ConfigError, match=wrong):
@@ -78,7 +84,7 @@ def test_a_wrong_mesh_says_what_is_right(mesh, wrong):
 
 
 def test_traffic_within_an_island_takes_its_links_and_beyond_it_the_network():
-    within, beyond = (Traffic("all-gather", "s8", 1, 1e9, span) for span in (8, 9))
+    within, beyond = (Traffic("all-gather", "s8", 1, 1e9, ("fsdp",), span) for span in (8, 9))
     device = DEVICES["h200"]
     ratio = communication([beyond], device) / communication([within], device)
     assert ratio == pytest.approx(device.link / device.network)
@@ -87,7 +93,9 @@ def test_traffic_within_an_island_takes_its_links_and_beyond_it_the_network():
 def test_types_that_a_cpu_widens_are_read_as_they_are_elsewhere():
     promoted = "  %a = f32[4,8]{1,0} all-reduce(%x), to_apply=%add.clone_promoted"
     gathered = "  %g = f32[512,1024]{1,0} all-gather(%w), dimensions={0}"
+    keys = "  %k = f32[8,2048,16,64]{3,2,1,0} all-gather(%w), dimensions={1}"
+    states = "  %h = f32[8,16,1024]{2,1,0} all-gather(%w), dimensions={1}"
     scales = "  %s = f32[4,8]{1,0} all-gather(%w), dimensions={0}"
     gradient = "  %r = f32[512,1024]{1,0} reduce-scatter(%w), to_apply=%add"
-    text = in_bfloat16("\n".join([promoted, gathered, scales, gradient]))
-    assert [line.split(" = ")[1][:4] for line in text.splitlines()] == ["bf16", "bf16", "f32[", "f32["]
+    text = in_bfloat16("\n".join([promoted, gathered, keys, states, scales, gradient]))
+    assert [line.split(" = ")[1][:4] for line in text.splitlines()] == ["bf16"] * 3 + ["f32["] * 3
