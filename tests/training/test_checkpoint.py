@@ -11,6 +11,7 @@ from tests.simulated import run
 PROGRAM = """
 import dataclasses, json, shutil, sys
 from pathlib import Path
+import jax
 from mmfree_jax.config import MeshConfig, OptimConfig
 from mmfree_jax.data import TokenSet
 from mmfree_jax.training import loop
@@ -25,7 +26,11 @@ run = dataclasses.replace(
     optim=OptimConfig(lr=1e-3, warmup_steps=1),
     mesh=MeshConfig(data=4, fsdp=2),
 )
-own, loop.Diagnostics = loop.Diagnostics, Guarded
+class HostGuarded(Guarded):
+    def __init__(self, config, *_):
+        self.last, self.guard = config.steps - 1, jax.transfer_guard_host_to_device("disallow")
+
+own, loop.Diagnostics = loop.Diagnostics, HostGuarded
 loop.train(run, out / "4x2", TokenSet.open(corpus))
 loop.Diagnostics = own
 curves = {}
@@ -44,7 +49,7 @@ print(json.dumps(curves))
 
 @pytest.mark.slow
 def test_a_run_saved_on_one_mesh_goes_on_on_others(token_set, tmp_path):
-    """On the first, from its third step on, transfers to or from devices that nobody asked for are errors."""
+    """On the first, from its third step on, transfers from the host that nobody asked for are errors."""
     said, _ = run("-c", PROGRAM, "matmul-free", str(token_set.path), str(tmp_path))
     curves = json.loads(said.splitlines()[-1])
     saved = curves.pop("4x2")
