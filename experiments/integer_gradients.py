@@ -25,5 +25,4 @@ def study() -> Study:
         title="Integer products in the backward pass",
         runs=tuple(grid(base, {"model.gradient_bits": (0, 8), "seed": tuple(SEEDS)})),
         baseline=FAMILY,
-        challenger=FAMILY,
     )

@@ -29,7 +29,6 @@ def study() -> Study:
         title="Transformer++ and MatMul-free, rates transferred by muP",
         runs=tuple(runs),
         baseline="transformer++",
-        challenger="matmul-free",
         notes={
             "hyperparameters": "one learning rate a family at width 256, transferred by muP with depth; batch, weight "
             "decay and horizon as mmfree_jax/sweep/ladder.py cites",

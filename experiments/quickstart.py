@@ -58,7 +58,6 @@ def study() -> Study:
         title="Quickstart: Transformer++ and MatMul-free on documentation text",
         runs=tuple(runs),
         baseline="transformer++",
-        challenger="matmul-free",
         notes={
             "hyperparameters": "learning rate per family from experiments/results/quickstart_rates.csv; "
             "AdamW (0.9, 0.95), weight decay 0.1, clip 1.0 for both",

@@ -36,5 +36,4 @@ def study() -> Study:
         title="Learning rates of the quickstart",
         runs=tuple(runs),
         baseline="transformer++",
-        challenger="matmul-free",
     )

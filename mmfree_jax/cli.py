@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from mmfree_jax.config import ConfigError, RunConfig
+from mmfree_jax.config import ConfigError, RunConfig, require
 from mmfree_jax.flops import parameters
 from mmfree_jax.sweep.executor import Executor
 from mmfree_jax.sweep.local import Local, find_slots
@@ -147,6 +147,9 @@ def _sweep(verb: str, arguments: list[str]) -> int:
     from mmfree_jax.sweep.experiment import load_study
 
     chosen = parse(SweepArguments, arguments, f"launch.py {verb}")
+    asked = [name for name in ("dry_run", "status", "collect", "render") if getattr(chosen, name)]
+    flags = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
+    require(len(asked) < 2, f"{flags} are asked for together: choose one")
     declared = load_study(chosen.experiment)
     console = Console()
     if chosen.dry_run:
@@ -159,7 +162,8 @@ def _sweep(verb: str, arguments: list[str]) -> int:
         print(f"runs table: {flow.collect(chosen.out, declared.runs)}")
         return 0
     if chosen.render:
-        print(*render(declared, chosen.experiment, chosen.out, chosen.render, chosen.cloud), sep="\n")
+        placed = declared, chosen.experiment, chosen.out, chosen.render
+        print(*render(*placed, chosen.cloud, chosen.limit_hours), sep="\n")
         return 0
     run = flow.run_study if verb == "study" else flow.sweep
     return run(declared, chosen.out, console, _executor(chosen, console), chosen.again)
@@ -167,6 +171,7 @@ def _sweep(verb: str, arguments: list[str]) -> int:
 
 def _executor(chosen: SweepArguments, console: Console) -> Executor:
     if chosen.executor == "slurm":
+        require(chosen.slots == 0, "--slots is for workers of this machine: with SLURM use --slurm.parallel")
         say = lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)
         return SlurmExecutor(chosen.slurm, chosen.limit_hours, say)
     return Local(find_slots(chosen.slots), chosen.limit_hours)

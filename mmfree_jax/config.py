@@ -224,7 +224,7 @@ class OptimConfig:
         require(self.accumulate >= 1, f"optim.accumulate={self.accumulate}: must be at least 1")
         require(
             self.decay_steps == 0 or self.schedule == "wsd",
-            f"optim.decay_steps={self.decay_steps} would do nothing with schedule={self.schedule}",
+            f"optim.decay_steps={self.decay_steps} would do nothing with schedule={self.schedule}: set it to 0",
         )
         require(
             self.optimizer == "muon" or self.momentum == OptimConfig.momentum,

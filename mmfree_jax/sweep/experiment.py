@@ -14,15 +14,14 @@ from mmfree_jax.config import Branch, ConfigError, RunConfig, require
 class Study:
     """A set of runs and the comparison that they are for.
 
-    `baseline` and `challenger` are family names; `notes` goes into the report's provenance as it stands (how the
-    learning rates were chosen, say). Runs must be named uniquely and listed after the trunks they branch from.
+    `baseline` is the family that the others are compared with; `notes` goes into the report's provenance as it stands
+    (how the learning rates were chosen, say). Runs must be named uniquely and listed after the trunks they branch from.
     """
 
     name: str
     title: str
     runs: tuple[RunConfig, ...]
     baseline: str
-    challenger: str
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -134,13 +133,13 @@ def load_study(path: Path) -> Study:
     found = declare()
     study = _study_of_list(path.stem, found) if isinstance(found, list) else found
     require(isinstance(study, Study), f"{path}: study() returned {type(found).__name__}, not a Study or a list of runs")
-    families = {run.model.family for run in study.runs}
-    for family in (study.baseline, study.challenger):
-        require(family in families, f"{path}: compares {family!r}, but its runs are of {', '.join(sorted(families))}")
+    families = sorted({run.model.family for run in study.runs})
+    of = ", ".join(families)
+    require(study.baseline in families, f"{path}: its baseline is {study.baseline!r}, but its runs are of {of}")
     return study
 
 
 def _study_of_list(name: str, runs: list) -> Study:
-    """Runs without more to say: named after their file; the first run's family is the baseline of the last one's."""
+    """Runs without more to say: named after their file; the first run's family is the baseline."""
     require(bool(runs) and all(isinstance(run, RunConfig) for run in runs), f"study {name}: not a list of run configs")
-    return Study(name, name, tuple(runs), baseline=runs[0].model.family, challenger=runs[-1].model.family)
+    return Study(name, name, tuple(runs), baseline=runs[0].model.family)

@@ -47,7 +47,7 @@ def study() -> Study:
             shape = nearest_model(family, size, DATA.vocab)
             base = RunConfig(name=name, model=shape, data=DATA, optim=optim, steps=max(budgets))
             runs += trunk_and_decays(base, sorted(set(budgets)))
-    return Study(name={name!r}, title="Planned ladder", runs=tuple(runs), baseline=FAMILIES[0], challenger=FAMILIES[1])
+    return Study(name={name!r}, title="Planned ladder", runs=tuple(runs), baseline=FAMILIES[0])
 '''
 
 

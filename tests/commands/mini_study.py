@@ -23,4 +23,4 @@ def study() -> Study:
                 checkpoint_every=10,
             )
             runs += trunk_and_decays(base, BUDGETS)
-    return Study("mini", "A test", tuple(runs), "transformer++", "matmul-free", {"hypothesis": "none"})
+    return Study("mini", "A test", tuple(runs), "transformer++", {"hypothesis": "none"})

@@ -36,6 +36,14 @@ def test_help_explains_itself(arguments):
         (("study", "experiments/quickstart.py"), "--out is required"),
         (("study", "experiments/none.py", "--out", "x"), "no such experiment file"),
         (("study", "experiments/quickstart.py", "--out", "x", "--slotss", "3"), "did you mean --slots?"),
+        (
+            ("sweep", "experiments/quickstart.py", "--out", "x", "--status", "--collect"),
+            "--status and --collect are asked for together",
+        ),
+        (
+            ("sweep", "experiments/quickstart.py", "--out", "x", "--executor", "slurm", "--slots", "2"),
+            "--slots is for workers of this machine",
+        ),
         (("train", "matmul-free-tinny", "--out", "x"), "matmul-free-tiny"),
         (("train", "matmul-free-tiny", "--out", "x", "--optim.lrr", "1"), "did you mean --optim.lr?"),
         (

@@ -20,6 +20,4 @@ def study() -> Study:
     single = [dataclasses.replace(base, name=f"r{i}", seed=i) for i in range(2)]
     wide = dataclasses.replace(base, name="wide", mesh=MeshConfig(data=2))
     runs = [*single, wide, *trunk_and_decays(dataclasses.replace(base, name="t"), (6, 12))]
-    return Study(
-        "s", "t", tuple(run for run in runs if run.name.split("-")[0] in wanted), "transformer++", "transformer++"
-    )
+    return Study("s", "t", tuple(run for run in runs if run.name.split("-")[0] in wanted), "transformer++")

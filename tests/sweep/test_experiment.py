@@ -13,7 +13,7 @@ BASE = tiny_run("matmul-free", "corpus", steps=100)
 
 
 def study(*runs, **changes) -> Study:
-    return Study(**{"name": "s", "title": "t", "runs": runs, "baseline": "a", "challenger": "b", **changes})
+    return Study(**{"name": "s", "title": "t", "runs": runs, "baseline": "a", **changes})
 
 
 def test_one_trunk_carries_every_budget():
@@ -87,7 +87,7 @@ def test_a_list_of_runs_is_an_experiment_too(tmp_path):
     path = tmp_path / "rates.py"
     path.write_text(LISTED + "def study(): return runs\n")
     found = load_study(path)
-    assert (found.name, found.baseline, found.challenger) == ("rates", "transformer++", "hgrn")
+    assert (found.name, found.baseline) == ("rates", "transformer++")
     assert [run.optim.lr for run in found.runs] == [1e-3, 2e-3] * 2
 
 
@@ -98,7 +98,7 @@ def test_a_list_of_runs_is_an_experiment_too(tmp_path):
         ("def study(): return 3\n", "returned int, not a Study or a list"),
         ("def study(): return []\n", "not a list of run configs"),
         ("def study(): return [3]\n", "not a list of run configs"),
-        (LISTED + "def study(): return Study('s', 't', tuple(runs), 'bitnet', 'hgrn')\n", "compares 'bitnet', but"),
+        (LISTED + "def study(): return Study('s', 't', tuple(runs), 'bitnet')\n", "its baseline is 'bitnet', but"),
     ],
 )
 def test_a_file_that_declares_no_study_is_named(tmp_path, text, says):

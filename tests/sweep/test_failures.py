@@ -144,14 +144,14 @@ def test_a_heartbeat_beats_and_is_gone_afterwards(tmp_path, monkeypatch):
 def test_changed_runs_are_all_named_before_anything_is_written(token_set, tmp_path):
     runs = [tiny_run("transformer++", token_set.path, name=f"r{i}") for i in range(3)]
     console = Console(quiet=True)
-    prepare(Study("s", "t", tuple(runs), "a", "b"), tmp_path, console)
+    prepare(Study("s", "t", tuple(runs), "a"), tmp_path, console)
     edited = [
         runs[0],
         *(dataclasses.replace(run, seed=1) for run in runs[1:]),
         dataclasses.replace(runs[0], name="new"),
     ]
     with pytest.raises(ConfigError, match=r"r1 \(seed is 0, not 1\); r2 \(seed is 0, not 1\). Rename them"):
-        prepare(Study("s", "t", tuple(edited), "a", "b"), tmp_path, console)
+        prepare(Study("s", "t", tuple(edited), "a"), tmp_path, console)
     assert not (tmp_path / "runs" / "new").exists()
-    prepare(Study("s", "t", (*runs, edited[-1]), "a", "b"), tmp_path, console)
+    prepare(Study("s", "t", (*runs, edited[-1]), "a"), tmp_path, console)
     assert (tmp_path / "runs" / "new").exists()

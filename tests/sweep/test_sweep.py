@@ -41,7 +41,7 @@ def test_a_failing_trunk_takes_its_branches_with_it_and_nothing_else(token_set, 
         *trunk_and_decays(bad, (6, 12)),
         dataclasses.replace(good, optim=dataclasses.replace(good.optim, decay_steps=0)),
     )
-    study = Study("s", "t", runs, "a", "b")
+    study = Study("s", "t", runs, "a")
     text = io.StringIO()
     assert sweep(study, tmp_path / "out", Console(file=text, width=200), Local(find_slots())) == 1
     assert states(tmp_path / "out", runs) == ["failed", "failed", "failed", "done"]
@@ -93,7 +93,7 @@ def test_a_run_that_was_saved_before_it_logged_anything_is_stopped_not_waiting(t
 
 def test_a_finished_sweep_runs_nothing_and_an_edited_one_is_refused(token_set, tmp_path):
     run = tiny_run("matmul-free", token_set.path, steps=6)
-    study = Study("s", "t", (run,), "a", "b")
+    study = Study("s", "t", (run,), "a")
     claim(run, run_folder(tmp_path, run))
     write_json(run_folder(tmp_path, run) / "result.json", {"run_id": run.name, "loss": 2.0, "train_loss": 1.9})
     before = collect(tmp_path, study.runs).read_text()
@@ -101,7 +101,7 @@ def test_a_finished_sweep_runs_nothing_and_an_edited_one_is_refused(token_set, t
     assert sweep(study, tmp_path, console, Local(SLOTS)) == 0
     assert (tmp_path / "runs.csv").read_text() == before
     assert not (tmp_path / "workers").exists()
-    edited = Study("s", "t", (dataclasses.replace(run, seed=1),), "a", "b")
+    edited = Study("s", "t", (dataclasses.replace(run, seed=1),), "a")
     with pytest.raises(ConfigError, match=r"matmul-free-tiny \(seed is 0, not 1\). Rename them"):
         sweep(edited, tmp_path, console, Local(SLOTS))
 

@@ -25,7 +25,7 @@ from tests.conftest import tiny_run
 
 def study():
     base = tiny_run("transformer++", Path({corpus!r}), name="two", mesh=MeshConfig(data={devices}))
-    return Study("s", "t", tuple(trunk_and_decays(base, (6, 10))), "transformer++", "transformer++")
+    return Study("s", "t", tuple(trunk_and_decays(base, (6, 10))), "transformer++")
 """
 
 
