@@ -1,9 +1,9 @@
 """What the compiler asks for: the training step compiled for an H200 that is not here, as a table of bytes.
 
-    JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES=-1 python experiments/h200_memory.py > experiments/results/h200_memory.csv
+    JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES=-1 python -m experiments.h200_memory > experiments/results/h200_memory.csv
 
-Needs jax 0.11 or later with its CUDA plugin, but no GPU (`pip install 'jax[cuda13]'`, 5 GB); about half an hour on one
-core. `mmfree_jax.lowering.memory` is held to these figures by tests/lowering/test_memory.py.
+About half an hour on one core; absent_h200.py says what it needs. `mmfree_jax.lowering.memory` is held to these figures
+by tests/lowering/test_memory.py.
 """
 
 import csv
@@ -13,28 +13,12 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
 
+from experiments.absent_h200 import compiled_step
 from mmfree_jax.config import MeshConfig, RunConfig
 from mmfree_jax.ops.kernels import choice
 from mmfree_jax.presets import run_preset
-from mmfree_jax.sharding import MESH_AXES, batch_sharding
-from mmfree_jax.training.optim import Rates
-from mmfree_jax.training.step import build_program, program_key
 
-# NVIDIA H200 data sheet and CUDA C programming guide, compute capability 9.0.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
-  clock_rate_ghz: 1.98 device_memory_size: 141000000000 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
 COLUMNS = (
     "preset",
     "depth",
@@ -93,16 +77,7 @@ def run_of(preset: str, depth: int, batch: int, sequence: int, *more: Any) -> Ru
 
 def compiled_bytes(run: RunConfig) -> int:
     """State, batch and temporaries of the compiled step on one device of its mesh."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{run.mesh.devices}")
-    sizes = dataclasses.asdict(run.mesh)
-    mesh = topologies.make_mesh(topology, tuple(sizes[axis] for axis in MESH_AXES), MESH_AXES)
-    program = build_program(program_key(run, None), mesh)
-    shape = (run.data.batch, run.data.sequence + 1)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = program.train_step.lower(program.abstract_state, tokens, Rates(rate, rate)).compile()
-    found: Any = compiled.memory_analysis()
+    found = compiled_step(run).memory_analysis()
     return found.argument_size_in_bytes + found.temp_size_in_bytes
 
 

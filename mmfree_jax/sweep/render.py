@@ -85,6 +85,18 @@ class Shape:
         return self.hosts * self.per_host
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One chain of a study, on the machines of its mesh; a run may take `limit_hours` (0: any number)."""
+
+    study: Study
+    name: str
+    chain: Sequence[RunConfig]
+    shape: Shape
+    cloud: Cloud
+    limit_hours: float
+
+
 def render(
     study: Study, experiment: Path, out: Path, target: Target, cloud: Cloud, limit_hours: float = 0.0
 ) -> list[Path]:
@@ -94,16 +106,14 @@ def render(
     experiment file that the machines would not see, or two chains of one name.
     """
     _check_storage(target, cloud)
-    tasks = {task_name(study, chain): (chain, shape(chain, cloud)) for chain in chains(study.runs)}
-    require(len(tasks) == len(chains(study.runs)), f"study {study.name}: some names differ only in signs")
+    names = [(task_name(study, chain), chain) for chain in chains(study.runs)]
+    tasks = [Task(study, name, chain, shape(chain, cloud), cloud, limit_hours) for name, chain in names]
+    require(len(dict(names)) == len(names), f"study {study.name}: some names differ only in signs")
     folder = out / target
     folder.mkdir(parents=True, exist_ok=True)
     if target == "skypilot":
-        return _skypilot(study, _inside_working_folder(experiment), folder, cloud, tasks, limit_hours)
-    documents = [experiment_map(study, experiment)]
-    documents += [
-        jobset(study, experiment, name, chain, cut, cloud, limit_hours) for name, (chain, cut) in tasks.items()
-    ]
+        return _skypilot(tasks, _inside_working_folder(experiment), folder)
+    documents = [experiment_map(study, experiment), *(jobset(task, experiment) for task in tasks)]
     path = folder / "jobsets.yaml"
     write_atomically(path, _to_do(study, cloud) + "---\n".join(map(_yaml, documents)))
     return [path]
@@ -172,27 +182,19 @@ def shape(chain: Sequence[RunConfig], cloud: Cloud) -> Shape:
     return Shape(*machines(chain, device.per_host, "host"))
 
 
-def worker_command(study: Study, experiment: str | Path, chain: Sequence[RunConfig], limit_hours: float = 0.0) -> str:
+def worker_command(task: Task, experiment: str | Path) -> str:
     """The one command of every executor, for a machine that has the experiment file and the folder of runs."""
-    limit = ["--limit-hours", f"{limit_hours:g}"] if limit_hours else []
-    words = [*limit, "--experiment", str(experiment), f"{RUNS}/{study.name}", *(run.name for run in chain)]
+    limit = ["--limit-hours", f"{task.limit_hours:g}"] if task.limit_hours else []
+    words = [*limit, "--experiment", str(experiment), f"{RUNS}/{task.study.name}", *(run.name for run in task.chain)]
     return f"-m mmfree_jax.sweep.worker {shlex.join(words)}"
 
 
-def skypilot(
-    study: Study,
-    experiment: Path,
-    name: str,
-    chain: Sequence[RunConfig],
-    cut: Shape,
-    cloud: Cloud,
-    limit_hours: float = 0.0,
-) -> dict:
+def skypilot(task: Task, experiment: Path) -> dict:
     """A managed job (docs.skypilot.co, "SkyPilot YAML"); on a slice SkyPilot counts each host as a node."""
-    device = DEVICES[cloud.device]
+    cut, cloud, device = task.shape, task.cloud, DEVICES[task.cloud.device]
     accelerators = device.sky.format(n=cut.devices) if device.is_tpu else f"{device.sky}:{cut.per_host}"
     return {
-        "name": name,
+        "name": task.name,
         "resources": {
             "accelerators": accelerators,
             "use_spot": cloud.spot,
@@ -200,38 +202,33 @@ def skypilot(
         },
         "num_nodes": 1 if device.is_tpu else cut.hosts,
         "workdir": ".",
-        "envs": _environment(study),
-        "file_mounts": {RUNS: {"source": cloud.storage, "mode": _mount(name, cut, cloud)}},
+        "envs": _environment(task.study),
+        "file_mounts": {RUNS: {"source": cloud.storage, "mode": _mount(task)}},
         # SkyPilot brings uv with it, and often a Python that is too old.
         "setup": 'export PATH="$HOME/.local/bin:$PATH"\n'
         + "uv venv --allow-existing --python 3.12 ~/mmfree\n"
         + f"uv pip install --python ~/mmfree/bin/python . 'jax[{device.extra}]'\n",
         "run": f'export JAX_COORDINATOR_ADDRESS="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}"\n'
         + "export JAX_NUM_PROCESSES=$SKYPILOT_NUM_NODES JAX_PROCESS_ID=$SKYPILOT_NODE_RANK\n"
-        + f"exec ~/mmfree/bin/python {worker_command(study, experiment, chain, limit_hours)}\n",
+        + f"exec ~/mmfree/bin/python {worker_command(task, experiment)}\n",
     }
 
 
-def _mount(name: str, cut: Shape, cloud: Cloud) -> str:
+def _mount(task: Task) -> str:
     """How a bucket becomes a folder. Raises ConfigError for one that the hosts of a run could not share.
 
     MOUNT_CACHED behaves as a disk does, but shows a host the others' files late. Hosts that write one checkpoint
     together need MOUNT, and that only Google's buckets can rename folders and append to files in.
     """
-    if cut.hosts == 1:
+    if task.shape.hosts == 1:
         return "MOUNT_CACHED"
-    shared = cloud.storage.startswith("gs://")
-    require(shared, f"{name}: its {cut.hosts} hosts can share a Google bucket only: --cloud.storage gs://…")
+    shared = task.cloud.storage.startswith("gs://")
+    require(shared, f"{task.name}: its {task.shape.hosts} hosts can share a Google bucket only: --cloud.storage gs://…")
     return "MOUNT"
 
 
-def _skypilot(
-    study: Study, experiment: Path, folder: Path, cloud: Cloud, tasks: dict, limit_hours: float
-) -> list[Path]:
-    made = {
-        folder / f"{name}.yaml": skypilot(study, experiment, name, chain, cut, cloud, limit_hours)
-        for name, (chain, cut) in tasks.items()
-    }
+def _skypilot(tasks: Sequence[Task], experiment: Path, folder: Path) -> list[Path]:
+    made = {folder / f"{task.name}.yaml": skypilot(task, experiment) for task in tasks}
     for path, task in made.items():
         write_atomically(path, _yaml(task))
     launch = "".join(
@@ -239,7 +236,7 @@ def _skypilot(
     )
     script = folder / "launch.sh"
     go = f"cd {shlex.quote(str(Path.cwd()))}  # it is sent to the machines"
-    write_atomically(script, f"#!/bin/sh\n{_to_do(study, cloud)}set -e\n{go}\n{launch}")
+    write_atomically(script, f"#!/bin/sh\n{_to_do(tasks[0].study, tasks[0].cloud)}set -e\n{go}\n{launch}")
     script.chmod(0o755)
     return [script, *made]
 
@@ -254,21 +251,13 @@ def experiment_map(study: Study, experiment: Path) -> dict:
     }
 
 
-def jobset(
-    study: Study,
-    experiment: Path,
-    name: str,
-    chain: Sequence[RunConfig],
-    cut: Shape,
-    cloud: Cloud,
-    limit_hours: float = 0.0,
-) -> dict:
+def jobset(task: Task, experiment: Path) -> dict:
     """A JobSet (jobset.sigs.k8s.io, v1alpha2) on GKE's node labels: an indexed job with a pod a host.
 
     A pod that leaves with 75 or that its machine is taken away from starts again without counting. One that leaves with
     1 ends the set: its runs would fail again. After anything else the whole set starts again.
     """
-    command = worker_command(study, f"{SENT}/{experiment.name}", chain, limit_hours)
+    cut, labels = task.shape, {"study": _plain(task.study.name)}
     job = {
         "parallelism": cut.hosts,
         "completions": cut.hosts,
@@ -281,15 +270,15 @@ def jobset(
                 _on_exit("FailJob", RUN_FAILED),
             ]
         },
-        "template": {"spec": _pod(study, name, command, cut, cloud)},
+        "template": {"spec": _pod(task, worker_command(task, f"{SENT}/{experiment.name}"))},
     }
     # Without it the hosts of a run may be given to several slices, and no slice to any run.
     whole = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    one_slice = {"annotations": whole} if DEVICES[cloud.device].is_tpu and cut.hosts > 1 else {}
+    one_slice = {"annotations": whole} if DEVICES[task.cloud.device].is_tpu and cut.hosts > 1 else {}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {"name": name, "labels": {"study": _plain(study.name)}, **one_slice},
+        "metadata": {"name": task.name, "labels": labels, **one_slice},
         "spec": {
             "failurePolicy": {
                 "maxRestarts": RESTARTS,
@@ -304,8 +293,8 @@ def _on_exit(action: str, status: int) -> dict:
     return {"action": action, "onExitCodes": {"containerName": "worker", "operator": "In", "values": [status]}}
 
 
-def _pod(study: Study, name: str, command: str, cut: Shape, cloud: Cloud) -> dict:
-    device = DEVICES[cloud.device]
+def _pod(task: Task, command: str) -> dict:
+    cut, cloud, device = task.shape, task.cloud, DEVICES[task.cloud.device]
     resource = "google.com/tpu" if device.is_tpu else "nvidia.com/gpu"
     selector = {f"cloud.google.com/gke-{'tpu-' if device.is_tpu else ''}accelerator": device.gke}
     if device.is_tpu:
@@ -314,10 +303,10 @@ def _pod(study: Study, name: str, command: str, cut: Shape, cloud: Cloud) -> dic
         selector["cloud.google.com/gke-spot"] = "true"
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     variables = [
-        {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{name}-worker-0-0.{name}:{PORT}"},
+        {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{task.name}-worker-0-0.{task.name}:{PORT}"},
         {"name": "JAX_NUM_PROCESSES", "value": str(cut.hosts)},
         {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}},
-        *({"name": variable, "value": value} for variable, value in _environment(study).items()),
+        *({"name": variable, "value": value} for variable, value in _environment(task.study).items()),
     ]
     container = {
         "name": "worker",
@@ -334,7 +323,7 @@ def _pod(study: Study, name: str, command: str, cut: Shape, cloud: Cloud) -> dic
         "containers": [container],
         "volumes": [
             {"name": "runs", "persistentVolumeClaim": {"claimName": cloud.storage}},
-            {"name": "experiment", "configMap": {"name": f"{_plain(study.name)}-experiment"}},
+            {"name": "experiment", "configMap": {"name": f"{_plain(task.study.name)}-experiment"}},
         ],
     }
 
