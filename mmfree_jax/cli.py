@@ -207,12 +207,14 @@ def _train(config: RunConfig, out: Path, profiled: range) -> int:
 
     from mmfree_jax.data.corpora import cache_folder, resolve_data
     from mmfree_jax.devices import use_compile_cache
+    from mmfree_jax.sharding import make_mesh
     from mmfree_jax.sweep.view import follow
     from mmfree_jax.training.interrupt import Interrupted
     from mmfree_jax.training.loop import train as train_run
 
     console = Console(quiet=jax.process_index() > 0)
     say = lambda line: console.print(line, highlight=False, soft_wrap=True)
+    make_mesh(config.mesh)  # devices that do not exist are missed before a corpus is prepared for them
     token_set = resolve_data(config.data, say)
     use_compile_cache(cache_folder() / "compiled")
 

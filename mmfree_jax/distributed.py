@@ -236,6 +236,15 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def repeat(number: np.generic, sharding: NamedSharding) -> jax.Array:
+    """A scalar, of which every process has the same, on each device of a sharding that cuts nothing.
+
+    Device by device: told to do it at once, JAX asks all processes whether the number is the same.
+    """
+    pieces = [jax.device_put(number, device) for device in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays((), sharding, pieces)
+
+
 def own_rows(sharding: NamedSharding, batch: int) -> list[int]:
     """Which rows of a global batch the devices of this process hold, ascending: wherever the mesh puts them."""
     held = sharding.addressable_devices_indices_map((batch, 1)).values()

@@ -70,7 +70,7 @@ def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag,
                 now = jax.tree.map(np.float32, rates(config.optim, config.steps, step))
                 trace.before(step)
                 diagnostics.before(step, state)
-                state, metrics = program.train_step(state, tokens_BT, jax.device_put(now))
+                state, metrics = program.train_step(state, tokens_BT, program.repeat(now))
                 diagnostics.after(step, state)
                 trace.after(step, metrics)
                 # Only now, with this step already queued, are the metrics of the steps before it fetched.

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from mmfree_jax.config import Gather, Kernels, MeshConfig, ModelConfig, OptimConfig, Precision, Remat, RunConfig
 from mmfree_jax.data.packing import document_ids, is_target
 from mmfree_jax.devices import backend
-from mmfree_jax.distributed import put
+from mmfree_jax.distributed import put, repeat
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.ops.kernels.choice import kernels_allowed
 from mmfree_jax.sharding import batch_sharding, make_mesh, packing, shardings
@@ -65,6 +65,10 @@ class Program:
     def place(self, array: Any) -> jax.Array:
         """Put a [B, ...] host array, of which every process has the whole, where the step expects it."""
         return put(array, batch_sharding(self.mesh))
+
+    def repeat(self, numbers: Any) -> Any:
+        """Put host numbers, of which every process has the same, on all devices: a step would copy them from one."""
+        return jax.tree.map(lambda number: repeat(number, NamedSharding(self.mesh, P())), numbers)
 
 
 def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:

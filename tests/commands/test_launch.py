@@ -54,6 +54,7 @@ def test_help_explains_itself(arguments):
         (("train", "matmul-free-tiny", "--out", "x", "--data.weights", "3", "1"), "each of data.mixture, or none (see"),
         (("train", "matmul-free-tiny", "--out", "x", "--mesh.data", "3"), "data.batch=16 is not divisible"),
         (("train", "matmul-free-tiny", "--out", "x", "--data.corpus", "nowhere"), "no corpus 'nowhere'"),
+        (("train", "matmul-free-tiny", "--out", "x", "--mesh.data", "8"), "needs 8 devices, only"),
     ],
 )
 def test_wrong_usage_is_one_clear_line_and_status_1(arguments, says):

@@ -26,11 +26,7 @@ run = dataclasses.replace(
     optim=OptimConfig(lr=1e-3, warmup_steps=1),
     mesh=MeshConfig(data=4, fsdp=2),
 )
-class HostGuarded(Guarded):
-    def __init__(self, config, *_):
-        self.last, self.guard = config.steps - 1, jax.transfer_guard_host_to_device("disallow")
-
-own, loop.Diagnostics = loop.Diagnostics, HostGuarded
+own, loop.Diagnostics = loop.Diagnostics, Guarded
 loop.train(run, out / "4x2", TokenSet.open(corpus))
 loop.Diagnostics = own
 curves = {}
