@@ -55,7 +55,7 @@ def cases() -> list[tuple]:
         for remat in ("none", "products")
         for fsdp, tensor in ((8, 1), (4, 2))
     ]
-    return [*found, ("transformer++-1.3b", 4, 8, 2048, "full", 1, "auto", 2, 1, 1)]
+    return [*found, *((preset, 4, 8, 2048, "full", 1, "auto", 2, 1, 1) for preset in policies)]
 
 
 def run_of(preset: str, depth: int, batch: int, sequence: int, *more: Any) -> RunConfig:

@@ -95,7 +95,9 @@ def kept(run: RunConfig, device: Device) -> Kept:
     found = table.get("looped", table["none"]) if looped(run, device) and run.remat == "none" else table[run.remat]
     # Kernels that make codes again need whole rows: those of both output projections are kept where tensor cuts them.
     cut_codes = 1 if table is MLGRU_KERNELS and run.mesh.tensor > 1 and run.remat != "full" else 0
-    return dataclasses.replace(found, cut=found.cut + cut_codes, glu=found.glu + cut_codes)
+    # Several micro-batches share codes that are made ahead of them all, whatever the policy.
+    weights = max(found.weights, 1.0 if model.linear == "ternary" and run.optim.accumulate > 1 else 0.0)
+    return dataclasses.replace(found, cut=found.cut + cut_codes, glu=found.glu + cut_codes, weights=weights)
 
 
 def looped(run: RunConfig, device: Device) -> bool:
