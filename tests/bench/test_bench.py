@@ -34,9 +34,12 @@ def test_every_suite_runs_on_a_cpu_and_writes_its_figures(tmp_path):
     saved, kept = (asked["matmul-free-tiny", remat, ""] for remat in ("full", "none"))
     assert saved < kept < asked["matmul-free-tiny", "none", "float32"]
     assert all(row["step_ms_least"] <= row["step_ms"] <= row["step_ms_most"] for row in found["step"])
+    assert all(0 < row["cached_s"] < row["compile_s"] for row in found["step"])
     done = bench("--suite", "kernels", "--only", "recurrence")
     assert done.returncode == 0, done.stderr
-    assert "gated recurrence and gradient" in done.stdout
+    for name in ("recurrence", "gated recurrence"):
+        assert f" {name}, B=2 T=256 D=128 " in done.stdout
+        assert f" {name} and gradient, B=2 T=256 D=128 " in done.stdout
 
 
 def test_a_case_nobody_knows_and_a_wrong_suite_fail_in_a_line():
