@@ -74,21 +74,15 @@ def recurrence_cases(B: int, T: int, D: int) -> Iterator[Case]:
 
     plain = lambda f, x: recurrence(f, x, dtype=x.dtype)
     gated = lambda c, f: gated_recurrence(c, f, None)[0]
-    yield from _forward_and_gradient(f"recurrence, B={B} T={T} D={D}", both(plain), factors, (3, 5), 2 * B * T * D)
-    forms = {**both(gated), **_gates_first()}
-    yield from _forward_and_gradient(f"gated recurrence, B={B} T={T} D={D}", forms, arrays, (3, 6), 2 * B * T * D)
-
-
-def _forward_and_gradient(
-    name: str, forms: dict[str, Callable], arrays: Callable, passes: tuple[int, int], size: int
-) -> Iterator[Case]:
-    """A recurrence alone and with its gradient; passes: arrays of `size` bytes moved forward and backward."""
-    forward, backward = passes
-    check = functools.partial(arrays, B=1, T=256, dtype=jnp.float32)
-    yield Case(name, forms, arrays, check, 1e-4, moved=forward * size)
-    with_gradient = {form: gradient_of(function, 2) for form, function in forms.items()}
-    three = functools.partial(arrays, count=3), functools.partial(check, count=3)
-    yield Case(f"{name} and gradient", with_gradient, *three, 1e-3, moved=(forward + backward) * size)
+    forms = {"recurrence": both(plain), "gated recurrence": {**both(gated), **_gates_first()}}
+    makes: tuple[Callable, ...] = (factors, arrays)
+    step, size = 2 * B * T * D, f"B={B} T={T} D={D}"
+    for (name, functions), make, backward in zip(forms.items(), makes, (5, 6), strict=True):
+        check = functools.partial(make, B=1, T=256, dtype=jnp.float32)
+        yield Case(f"{name}, {size}", functions, make, check, 1e-4, moved=3 * step)
+        with_gradient = {form: gradient_of(function, 2) for form, function in functions.items()}
+        three = functools.partial(make, count=3), functools.partial(check, count=3)
+        yield Case(f"{name} and gradient, {size}", with_gradient, *three, 1e-3, moved=(3 + backward) * step)
 
 
 def _gates_first() -> dict[str, Callable]:
