@@ -65,7 +65,7 @@ def command(module, *arguments):
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 

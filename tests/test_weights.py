@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 def launch(*arguments) -> subprocess.CompletedProcess:
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "launch.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 def parameters(model: nnx.Module) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ def launch(*arguments, **env) -> subprocess.CompletedProcess:
         env={**os.environ, "JAX_PLATFORMS": "cpu", **{k: str(v) for k, v in env.items()}},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 

@@ -17,7 +17,7 @@ WIDE_ROWS = ladder_rows(**WIDE)
 
 def call(*arguments):
     command = [sys.executable, "-m", "scaling", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_importing_scaling_never_imports_jax():
 
 def test_a_reader_that_stops_early_is_no_error(tables):
     command = f"{sys.executable} -m scaling lint {tables[0]} | true"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.stderr == ""
 
 

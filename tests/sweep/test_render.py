@@ -159,13 +159,13 @@ def test_what_no_machine_has_is_refused(tmp_path, target, axes, cloud, reason):
 
 def test_the_flag_writes_files_and_launches_nothing(tmp_path):
     command = [sys.executable, "launch.py", "sweep", str(EXPERIMENT), "--out", str(tmp_path), "--render", "skypilot"]
-    done = subprocess.run([*command, "--cloud.storage", "gs://b/r"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "--cloud.storage", "gs://b/r"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     written = [Path(line) for line in done.stdout.splitlines()]
     assert len(written) == len(chains(STUDY.runs)) + 1
     assert all(path.exists() for path in written)
     assert not (tmp_path / "runs").exists()
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert refused.returncode == 1
     assert len(refused.stderr.splitlines()) == 1
 
