@@ -61,7 +61,7 @@ def measure(run: RunConfig) -> Measurement:
     with jax.set_mesh(program.mesh):
         state = program.init(jax.random.key(0))
         batch = program.place(tokens)
-        now = jax.device_put(Rates(np.float32(1e-4), np.float32(1)))
+        now = program.repeat(Rates(np.float32(1e-4), np.float32(1)))
         compiled = program.train_step.lower(state, batch, now).compile()
         for steps in [WARM, *[STEPS] * ROUNDS]:
             began = time.perf_counter()

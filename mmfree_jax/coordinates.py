@@ -82,7 +82,7 @@ def movement(model: ModelConfig, optim: OptimConfig, steps: int, seed: int = 0) 
         state = program.init(jax.random.key(seed))
         before = activations(state.params)
         for _ in range(steps):
-            state, _ = program.train_step(state, tokens_BT, jax.device_put(np.float32(optim.lr)))
+            state, _ = program.train_step(state, tokens_BT, program.repeat(np.float32(optim.lr)))
         after = activations(state.params)
     return np.array([float(jnp.sqrt(jnp.mean((b - a) ** 2))) for a, b in zip(before, after, strict=True)])
 

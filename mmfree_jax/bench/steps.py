@@ -96,7 +96,7 @@ def measure(case: StepCase, limits: dict[str, float]) -> dict[str, Any]:
     tokens = np.random.default_rng(0).integers(0, run.model.vocab, shape, dtype=np.int32)
     with jax.set_mesh(program.mesh):
         state = program.init(jax.random.key(0))
-        batch, rate = program.place(tokens), jax.device_put(np.float32(1e-4))
+        batch, rate = program.place(tokens), program.repeat(np.float32(1e-4))
         compile_s, compiled = _compiled(step, state, batch, rate)
         cached_s, _ = _compiled(step, state, batch, rate)  # which may not know its memory
         seconds, loss = [], float("nan")
