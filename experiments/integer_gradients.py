@@ -1,8 +1,8 @@
-"""What integer products in the backward pass cost in loss: MatMul-free with and without, six seeds each.
+"""What integer products in the backward pass cost in loss: MatMul-free with and without, twelve seeds each.
 
     python launch.py sweep experiments/integer_gradients.py --out runs/integer-gradients
 
-About ten minutes on 2 CPU cores. Runs differ in the initial weights and in whether the gradient that reaches a ternary
+About half an hour on 2 CPU cores. Runs differ in the initial weights and in whether the gradient that reaches a ternary
 layer is quantised to 8 bits for the product with its weights (`model.gradient_bits`); pairs of one seed see the same
 data. Its runs table, cut to the columns that matter, is results/integer_gradients.csv: expect a mean difference within
 two standard errors of zero.
@@ -14,7 +14,7 @@ from mmfree_jax.sweep.experiment import Study
 from mmfree_jax.sweep.grids import grid
 
 FAMILY = "matmul-free"
-SEEDS = range(6)
+SEEDS = range(12)
 
 
 def study() -> Study:

@@ -31,8 +31,8 @@ class BenchArguments:
     json: Path | None = None
     """File for all figures."""
     only: str = ""
-    """Leave out cases whose name does not contain this: of operations the name shown, of steps and memory the preset,
-    "B=8 T=2048" and what differs from the preset ("remat=codes", say)."""
+    """Leave out cases whose name does not contain this, or one of several separated by "|": of operations the name
+    shown, of steps and memory the preset, "B=8 T=2048" and what differs from the preset ("remat=codes", say)."""
     small: tyro.conf.FlagCreatePairsOff[bool] = False
     """Tiny shapes; a CPU always takes these."""
 
@@ -80,13 +80,13 @@ def _is_small(chosen: BenchArguments) -> bool:
 
 
 def _operation_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
-    for case in operations.cases(_is_small(chosen)):
-        if chosen.only in case.name:
-            yield from operations.measure(case, limits)
+    cases = tuple(operations.cases(_is_small(chosen)))
+    yield from operations.measure(_chosen(chosen, cases, cases), limits)
 
 
 def _chosen(chosen: BenchArguments, small: tuple, full: tuple) -> tuple:
-    return tuple(case for case in (small if _is_small(chosen) else full) if chosen.only in case.name)
+    wanted = chosen.only.split("|")
+    return tuple(case for case in (small if _is_small(chosen) else full) if any(name in case.name for name in wanted))
 
 
 def _step_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterator[dict[str, Any]]:

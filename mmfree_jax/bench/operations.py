@@ -1,15 +1,18 @@
-"""The operations of the models, each variant checked against a float64 reference and then timed."""
+"""The operations of the models, each variant checked against the reference and then timed."""
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
-from mmfree_jax.bench.timing import memory_bytes, time_calls
+from mmfree_jax.bench.timing import applications, memory_bytes, repeated, time_calls
 from mmfree_jax.ops.attention import causal_attention
 from mmfree_jax.ops.bit_linear import Recipe, bit_linear
 from mmfree_jax.ops.cross_entropy import head_loss
@@ -26,6 +29,7 @@ class Case:
 
     variants: name -> function of `arrays`; the first is the reference in XLA, to which the others are held in float32
     on a few rows. moved: bytes that have to be read and written at least, flops: of its products; either may be 0.
+    tuned: whether the compiler may time candidates on the device, as it does for products.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Case:
     tolerance: float
     moved: float = 0
     flops: float = 0
+    tuned: bool = True
 
 
 def gradient_of(function: Callable, count: int) -> Callable:
@@ -59,13 +64,13 @@ def draw(key: jax.Array, *shapes: Sequence[int], dtype: Any = jnp.bfloat16) -> t
     return tuple(jax.random.normal(k, shape, jnp.float32).astype(dtype) for k, shape in zip(keys, shapes, strict=True))
 
 
-def recurrence_cases(B: int, T: int, D: int) -> Iterator[Case]:
-    """The recurrence alone, and with the MLGRU's gates: in one pass, and gates first.
+def recurrence_cases(sizes: Sequence[tuple[int, int]], D: int) -> Iterator[Case]:
+    """The recurrence alone, and with the MLGRU's gates: in one pass, and gates first; of each size (B, T).
 
     Both read two and write one number a step forward; backward they write two and read three, with gates four.
     """
 
-    def arrays(key, count=2, B=B, T=T, dtype=jnp.bfloat16):
+    def arrays(key, count=2, B=1, T=256, dtype=jnp.bfloat16):
         return draw(key, *[(B, T, D)] * count, dtype=dtype)
 
     def factors(key, **options):
@@ -74,15 +79,21 @@ def recurrence_cases(B: int, T: int, D: int) -> Iterator[Case]:
 
     plain = lambda f, x: recurrence(f, x, dtype=x.dtype)
     gated = lambda c, f: gated_recurrence(c, f, None)[0]
-    forms = {"recurrence": both(plain), "gated recurrence": {**both(gated), **_gates_first()}}
-    makes: tuple[Callable, ...] = (factors, arrays)
-    step, size = 2 * B * T * D, f"B={B} T={T} D={D}"
-    for (name, functions), make, backward in zip(forms.items(), makes, (5, 6), strict=True):
-        check = functools.partial(make, B=1, T=256, dtype=jnp.float32)
-        yield Case(f"{name}, {size}", functions, make, check, 1e-4, moved=3 * step)
-        with_gradient = {form: gradient_of(function, 2) for form, function in functions.items()}
-        three = functools.partial(make, count=3), functools.partial(check, count=3)
-        yield Case(f"{name} and gradient, {size}", with_gradient, *three, 1e-3, moved=(3 + backward) * step)
+    forms: list[tuple[str, dict[str, Callable], Callable, float, float]] = []
+    for name, make, functions, backward in (
+        ("recurrence", factors, both(plain), 5),
+        ("gated recurrence", arrays, {**both(gated), **_gates_first()}, 6),
+    ):
+        gradients = {form: gradient_of(function, 2) for form, function in functions.items()}
+        forms.append((name, functions, make, 1e-4, 3))
+        forms.append((f"{name} and gradient", gradients, functools.partial(make, count=3), 1e-3, 3 + backward))
+    # All sizes have the same functions and check, which is then compiled once.
+    checks = [functools.partial(make, dtype=jnp.float32) for _, _, make, _, _ in forms]
+    for B, T in sizes:
+        for (name, functions, make, tolerance, passes), check in zip(forms, checks, strict=True):
+            moved, size = passes * 2 * B * T * D, f"B={B} T={T} D={D}"
+            timed = functools.partial(make, B=B, T=T)
+            yield Case(f"{name}, {size}", functions, timed, check, tolerance, moved=moved, tuned=False)
 
 
 def _gates_first() -> dict[str, Callable]:
@@ -175,9 +186,7 @@ def head_case(B: int, T: int, D: int, V: int) -> Case:
 def cases(small: bool) -> Iterator[Case]:
     """The shapes of a 1.3B model at 16,384 tokens a step; or tiny ones, for a CPU."""
     B, T, D, F, V = (2, 256, 128, 384, 512) if small else (8, 2048, 2048, 5632, 32000)
-    yield from recurrence_cases(B, T, D)
-    if not small:
-        yield from recurrence_cases(2, 8192, D)
+    yield from recurrence_cases([(B, T)] if small else [(B, T), (2, 8192)], D)
     yield from bit_linear_cases(B * T, D, F)
     yield swiglu_case(B * T, F)
     yield attention_case(B, T, D // 128, 128)
@@ -187,31 +196,91 @@ def cases(small: bool) -> Iterator[Case]:
 def worst_difference(found: Any, wanted: Any) -> float:
     """The largest difference of any result, relative to the largest value of that result."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
-    wide = lambda a: np.asarray(a, np.float64)
+    wide = lambda a: np.asarray(a, np.float32)
     return max(float(np.abs(wide(a) - wide(b)).max() / max(np.abs(wide(b)).max(), 1e-30)) for a, b in pairs)
 
 
-def measure(case: Case, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
-    """A row for each variant. Raises ValueError when one does not compute what the reference does."""
-    checked = case.check_arrays(jax.random.key(0))
-    wanted = jax.jit(case.variants[next(iter(case.variants))])(*checked)
-    arrays = case.arrays(jax.random.key(0))
-    for name, function in case.variants.items():
+def measure(cases: Sequence[Case], limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """A row for each variant. Raises ValueError when one does not compute what the reference does.
+
+    On accelerators, what is timed is one program that applies the operation several times (`timing.repeated`), and a
+    time is that of the program divided by how many they are: it holds no gap between programs, which takes 10 us.
+    `error` and `temporary_mb` are of one application.
+
+    All programs are built before the first is timed, beside each other. Those with products wait for each other: the
+    compiler times candidates for them, which nothing else may disturb.
+    """
+    with ThreadPoolExecutor(min(6, os.cpu_count() or 1)) as many, ThreadPoolExecutor(1) as one:
+
+        @functools.cache
+        def built(function: Callable, times: int, shapes: tuple, tuned: bool) -> Future:
+            return (one if tuned else many).submit(_build, function, times, shapes)
+
+        plans = [_plan(case, limits, built) for case in cases]
+    for case, plan in zip(cases, plans, strict=True):
+        yield from _rows(case, plan, limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The programs of one case: what draws its inputs, and those of each variant."""
+
+    draw_checked: Future
+    draw: Future
+    checks: dict[str, Future]
+    timed: dict[str, Future]
+    times: int
+
+
+def _plan(case: Case, limits: dict[str, float], built: Callable[..., Future]) -> _Plan:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    few, all_rows = (jax.eval_shape(make, key) for make in (case.check_arrays, case.arrays))
+    results = jax.eval_shape(next(iter(case.variants.values())), *all_rows)
+    result_bytes = sum(r.size * r.dtype.itemsize for r in jax.tree.leaves(results))
+    least_s = max(case.moved / limits["copy_bytes_per_s"], case.flops / limits["bf16_flops"])
+    times = applications(least_s, result_bytes)
+    checked = [name for name in case.variants if name != "dense bf16"]  # another function, there for its time
+    return _Plan(
+        built(case.check_arrays, 1, (key,), False),
+        built(case.arrays, 1, (key,), False),
+        {name: built(case.variants[name], 1, few, case.tuned) for name in checked},
+        {name: built(function, times, all_rows, case.tuned) for name, function in case.variants.items()},
+        times,
+    )
+
+
+def _build(function: Callable, times: int, shapes: tuple) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    """The programs of one application and of `times`, two compilations of one lowering: that of a kernel takes long."""
+    if times == 1:
+        return (jax.jit(function).lower(*shapes).compile(),) * 2
+    allowed = [export.DisabledSafetyCheck.custom_call("ALL")]  # it is called in this process only
+    once = export.export(jax.jit(function), disabled_checks=allowed)(*shapes).call
+    return jax.jit(once).lower(*shapes).compile(), jax.jit(repeated(once, times)).lower(*shapes).compile()
+
+
+def _rows(case: Case, plan: _Plan, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    key = jax.random.key(0)
+    checked, arrays = (program.result()[0](key) for program in (plan.draw_checked, plan.draw))
+    wanted = None
+    for name in case.variants:
         error = None
-        if name != "dense bf16":  # another function, there for its time
-            error = worst_difference(jax.jit(function)(*checked), wanted)
+        if name in plan.checks:
+            found = jax.device_get(plan.checks[name].result()[0](*checked))
+            wanted = found if wanted is None else wanted
+            error = worst_difference(found, wanted)
             if not error <= case.tolerance:
                 raise ValueError(f"{case.name}: {name} differs from the reference by {error:.2g}")
-        compiled = jax.jit(function).lower(*arrays).compile()
-        timing = time_calls(functools.partial(compiled, *arrays))
+        one, many = plan.timed[name].result()
+        timing = time_calls(functools.partial(many, *arrays))
+        median_s = timing.median_s / plan.times
         yield {
             "case": case.name,
             "variant": name,
             "error": error,
-            "ms": timing.median_s * 1e3,
-            "ms_least": timing.least_s * 1e3,
-            "ms_most": timing.most_s * 1e3,
-            "of_copy": case.moved / timing.median_s / limits["copy_bytes_per_s"] if case.moved else None,
-            "of_bf16": case.flops / timing.median_s / limits["bf16_flops"] if case.flops else None,
-            "temporary_mb": memory_bytes(compiled)["temporary"] / 1e6,
+            "ms": median_s * 1e3,
+            "ms_least": timing.least_s / plan.times * 1e3,
+            "ms_most": timing.most_s / plan.times * 1e3,
+            "of_copy": case.moved / median_s / limits["copy_bytes_per_s"] if case.moved else None,
+            "of_bf16": case.flops / median_s / limits["bf16_flops"] if case.flops else None,
+            "temporary_mb": memory_bytes(one)["temporary"] / 1e6,
         }

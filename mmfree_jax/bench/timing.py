@@ -1,6 +1,7 @@
 """Times and memory of compiled functions."""
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 
 ROUNDS = 5
 ROUND_S = {"cpu": 0.1, "gpu": 0.05, "tpu": 0.05}  # calls are repeated for at least this long in a round
+PROGRAM_S = 2e-3  # a program that repeats an operation should run this long: the 10 us between programs are then 0.5%
+MOST, RESULT_BYTES = 16, 4e9  # applications in such a program, and what all their results may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,36 @@ def time_calls(call: Callable[[], Any]) -> Timing:
 
     rounds = [one_round() for _ in range(ROUNDS)]
     return Timing(statistics.median(rounds), min(rounds), max(rounds))
+
+
+def applications(least_s: float, result_bytes: int) -> int:
+    """How often a program should repeat an operation of at least `least_s` whose results take `result_bytes`.
+
+    Once on a CPU: there is no gap to hide, and its compiler ignores the barriers of `repeated`.
+    """
+    if jax.default_backend() == "cpu":
+        return 1
+    wanted = math.ceil(PROGRAM_S / max(least_s, PROGRAM_S / MOST))
+    return max(1, min(wanted, int(RESULT_BYTES / max(result_bytes, 1))))
+
+
+def repeated(function: Callable, times: int) -> Callable:
+    """A function of the same arguments that applies `function` that often, one after the other; returns all results.
+
+    Each application waits for the one before: a barrier joins its arguments to those results. Both have to be used
+    after the barrier, arguments by the application and results by the caller: the compiler takes out what is not, and
+    would find that all applications compute the same. It may still share what needs no argument, such as zeros.
+    """
+    once = jax.jit(function)  # traced and lowered once, however often it is applied
+
+    def program(*arguments):
+        results = []
+        for _ in range(times - 1):
+            arguments, result = jax.lax.optimization_barrier((arguments, once(*arguments)))
+            results.append(result)
+        return [*results, once(*arguments)]
+
+    return program
 
 
 def memory_bytes(compiled: Any) -> dict[str, int]:

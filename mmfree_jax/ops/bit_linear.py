@@ -26,10 +26,14 @@ from mmfree_jax.ops.ternary import (
     wide,
 )
 from mmfree_jax.ops.ternary_weights import (
+    GradientCodes,
     Recipe,
     Unscaled,
     gather_kernel,
+    gradient_codes,
     input_gradient,
+    integer_input_gradient,
+    integer_weight_gradients,
     product,
     quantise_kernel,
     spread,
@@ -122,13 +126,15 @@ def _one_pass(recipe: Recipe, sources, source_gain, gain) -> tuple[Quantised, ..
 
 
 def _one_pass_backward(recipe: Recipe, saved: Saved, dinputs: list[Unscaled]) -> tuple:
-    """What `input_backward` returns, and the dequantised inputs, made again on the way."""
+    """What `input_backward` returns, and the quantised inputs, made again on the way: as codes where a product of
+    integers takes them, as values otherwise."""
     from mmfree_jax.ops.kernels.normed_codes import backward
 
     def local(sources, source_gain, gain, scales, dys, factors):
         scales, dys = [scale.reshape(-1) for scale in scales], [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         arrays = _flat(sources, source_gain, gain)
-        drows, dsource_gain, dgains, inputs = backward(recipe.prologue, *arrays, scales, dys, factors, recipe.eps)
+        how = recipe.eps, bool(recipe.gradient_bits)
+        drows, dsource_gain, dgains, inputs = backward(recipe.prologue, *arrays, scales, dys, factors, *how)
         shaped = lambda rows: tuple(a.reshape(sources[0].shape) for a in rows)
         return shaped(drows), dsource_gain, jnp.stack(dgains), shaped(inputs)
 
@@ -141,7 +147,8 @@ def _one_pass_backward(recipe: Recipe, saved: Saved, dinputs: list[Unscaled]) ->
     arguments, names = (sources, source_gain, gain, saved.scales, dys, factors), [rows, (None,), gains, rows, rows]
     dsources, dsource_gain, dgains, inputs = per_shard(local, [*names, (None,)], results, *arguments)
     like = lambda d, a: None if a is None else d.reshape(a.shape).astype(a.dtype)
-    return (dsources, like(dsource_gain, source_gain), like(dgains, gain)), inputs
+    made = map(Quantised, inputs, saved.scales if recipe.gradient_bits else (None,) * len(inputs))
+    return (dsources, like(dsource_gain, source_gain), like(dgains, gain)), tuple(made)
 
 
 def _flat(sources, source_gain, gain) -> tuple[list, jax.Array | None, list]:
@@ -202,16 +209,27 @@ def _backward(recipe: Recipe, residuals, dys):
     # keeps gathered codes, which are gathered again.
     (saved, shards, like), dys = jax.lax.optimization_barrier((residuals, dys))
     kernel, axes = gather_kernel(recipe, shards), whole(recipe.axes)
-    out = dys[0].dtype if saved.scales else None
-    dinputs = [input_gradient(w, dy, recipe.gradient_bits, axes, out) for w, dy in zip(kernel, dys, strict=True)]
+    out, dtype = dys[0].dtype if saved.scales else None, dys[0].dtype
+    scales = saved.scales or tuple(q.scale for q in saved.inputs if q.scale is not None)
+    codes: list[GradientCodes] = []
+    if recipe.gradient_bits:
+        triples = zip(kernel, dys, spread(scales, dys) or (None,) * len(dys), strict=True)
+        codes = [gradient_codes(recipe, w, dy, scale) for w, dy, scale in triples]
+        dinputs = [integer_input_gradient(w, c, dtype, axes) for w, c in zip(kernel, codes, strict=True)]
+    else:
+        dinputs = [input_gradient(w, dy, axes, out) for w, dy in zip(kernel, dys, strict=True)]
     dinputs = [d._replace(values=constrain(d.values, *rows_of(d.values.ndim, axes[0]))) for d in dinputs]
     if saved.scales:  # the forward pass chose; the user's choice may not reach here
         (dsources, dsource_gain, dgain), inputs = _one_pass_backward(recipe, saved, dinputs)
     else:
-        scaled = [d.scaled(dy.dtype) for d, dy in zip(dinputs, dys, strict=True)]
+        scaled = [d.scaled(dtype) for d in dinputs]
         dsources, dsource_gain, dgain = input_backward(recipe, saved, scaled)
-        inputs = tuple(dequantise(q, dy.dtype) for q, dy in zip(saved.inputs, dys, strict=False))
-    dw_GDF = weight_gradients(recipe, inputs, dys).astype(like.dtype)
+        inputs = saved.inputs
+    if codes and scales:
+        dw_GDF = integer_weight_gradients(recipe, kernel, inputs, codes, dtype)
+    else:
+        dw_GDF = weight_gradients(recipe, tuple(dequantise(q, dtype) for q in inputs), dys)
+    dw_GDF = dw_GDF.astype(like.dtype)
     # Gains are whole on every device: gathered here once, or the optimizer would do it for each of its moments.
     whole_gain = lambda d: None if d is None else constrain(d, *(None,) * d.ndim)
     return dsources, whole_gain(dsource_gain), dw_GDF, whole_gain(dgain), None

@@ -18,6 +18,7 @@ from mmfree_jax.sharding import Names, constrain
 BLOCKS = 64  # per axis, in which weights are summed
 SMALLEST = 1e-5  # floor of a mean or maximum magnitude, in the unit of the quantised values: keeps zeros finite
 TINY = 1e-30  # the same for gradients, whose unit is small
+TOP = 127  # largest 8-bit code
 
 
 class Quantised(NamedTuple):
@@ -105,6 +106,52 @@ def quantise_gradients(dy: jax.Array, bits: int) -> Quantised:
     top = 2 ** (bits - 1) - 1
     largest = jnp.maximum(jnp.max(jnp.abs(exact), axis=-1, keepdims=True), TINY)
     return Quantised(jnp.round(exact * (top / largest)).astype(jnp.int8), largest / top)
+
+
+def column_codes(q: Quantised, by: jax.Array, largest: jax.Array | None = None) -> Quantised:
+    """8-bit codes of q * by with one scale a column, for a sum over rows, out of which no scale of a row can be taken.
+
+    Rounding is dithered: what is small beside the largest of its column is kept on average, and so in a sum over many
+    rows (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551, with an additive sequence in place of chance).
+
+    Args:
+        q: codes [R, F], scale [R, 1]. by: [R, 1].
+        largest: magnitude of q * by in each column, [F], where it is known already.
+
+    Returns:
+        int8 codes [R, F]; scale [1, F] in q.scale's type.
+    """
+    assert q.scale is not None
+    factor = q.scale * by
+    if largest is None:
+        largest = jnp.max(jnp.abs(q.codes * factor), axis=0)
+    scale = column_scale(largest)
+    rows, columns = dither_phases(*q.codes.shape)
+    values = q.codes * factor.astype(jnp.float32) * (1 / scale).astype(jnp.float32)
+    return Quantised(dithered(values, rows[:, None] + columns), scale[None])
+
+
+def column_scale(largest: jax.Array) -> jax.Array:
+    """Of 8-bit codes whose largest magnitude stands for this."""
+    return jnp.maximum(largest, TINY) / TOP
+
+
+def dither_phases(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
+    """int32 [rows] and [columns]: their sums, modulo 1 in units of 2^-23, cover [0, 1) evenly along both axes and in
+    rectangles. Steps are the first two inverse powers of the plastic number, as in Roberts' R2 sequence."""
+    steps = (0.7548776662466927, 0.5698402909980532)
+    sequence = lambda n, step: jnp.arange(1, n + 1, dtype=jnp.int32) * int(step * 2**23)  # may wrap: 2^23 divides 2^32
+    return sequence(rows, steps[0]), sequence(columns, steps[1])
+
+
+def dithered(values: jax.Array, phases: jax.Array) -> jax.Array:
+    """float32 values in [-TOP, TOP] as int8, each rounded up where its fraction and its phase together exceed 1.
+
+    Phases become fractions, and sums whole numbers, by their bits: a GPU converts a quarter as fast as it adds.
+    """
+    fraction = jax.lax.bitcast_convert_type((phases & 0x7FFFFF) | 0x3F800000, jnp.float32)  # in [1, 2)
+    rounded = jnp.clip(values + (fraction - 1.5), -TOP, TOP) + 1.5 * 2**23  # whose last bits are the nearest integer
+    return jax.lax.bitcast_convert_type(rounded, jnp.int32).astype(jnp.int8)
 
 
 def dequantise(q: Quantised, dtype: DTypeLike) -> jax.Array:

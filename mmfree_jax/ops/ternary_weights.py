@@ -14,7 +14,11 @@ from mmfree_jax.ops.dense import outer
 from mmfree_jax.ops.kernels.choice import on_hopper
 from mmfree_jax.ops.prologue import Kind
 from mmfree_jax.ops.ternary import (
+    TOP,
     Quantised,
+    column_codes,
+    column_scale,
+    dequantise,
     pack,
     quantise_gradients,
     ternary_codes,
@@ -22,7 +26,7 @@ from mmfree_jax.ops.ternary import (
     weight_scale,
     wide,
 )
-from mmfree_jax.sharding import Axes, Names, Summed, constrain, packed_gathers, per_shard, rows_of, ways, whole
+from mmfree_jax.sharding import Names, Summed, constrain, packed_gathers, per_shard, rows_of, ways, whole
 
 
 class Recipe(NamedTuple):
@@ -32,7 +36,7 @@ class Recipe(NamedTuple):
     scale_axes: tuple[int, ...] = (-2, -1)  # axes of w_GDF that share one weight scale
     eps: float = 1e-6
     axes: tuple[str | None, str | None] = (None, None)  # logical names of the input and output axes of w
-    gradient_bits: int = 0  # 8: the gradient to an output is quantised for the product that gives the input's
+    gradient_bits: int = 0  # 8: the gradient to an output is quantised, and both products of it are of integers
     prologue: Kind = "plain"  # how the input is made of the arrays that are kept; set by `bit_linear`
 
 
@@ -45,6 +49,13 @@ class Unscaled(NamedTuple):
     def scaled(self, dtype: Any) -> jax.Array:
         """The gradient itself."""
         return (self.values if self.factor is None else self.values * self.factor).astype(dtype)
+
+
+class GradientCodes(NamedTuple):
+    """The gradient to an output, quantised for both of its products."""
+
+    rows: Quantised  # times the weights' scale where every column has its own; one scale a token
+    largest: jax.Array | None  # magnitude of `rows` times the input's scale in each column, of each device: [.., .., F]
 
 
 def quantise_kernel(recipe: Recipe, w_GDF: jax.Array) -> tuple[Quantised, ...]:
@@ -78,79 +89,98 @@ def _packs(recipe: Recipe, shape: tuple[int, ...]) -> bool:
     return cut.get("embed", (0, 1))[1] > 1 and rows // shards % 4 == 0
 
 
-def product(x: Quantised, w: Quantised, dtype: Any, out: Any = None, axes: Names = (None, None)) -> jax.Array:
-    """[..., D] x [D, F] of codes, then both scales, as `out` (default: `wide(dtype)`).
+def product(
+    x: Quantised, w: Quantised, dtype: Any, out: Any = None, axes: Names = (None, None), turned: bool = False
+) -> jax.Array:
+    """[..., D] x [D, F] of codes, or turned [..., F] x [D, F]^T, then both scales, as `out` (default: `wide(dtype)`).
 
     Integers of these sizes are exact in bfloat16 and float32 alike, so the product does not depend on the type that
     carries them, nor on the integer units doing it. `axes` are the logical names of w's axes.
     """
     out = wide(dtype) if out is None else out
-    if _integer_units_serve(x, w, out, axes):
-        return _integer_product(x, w, out, axes)
-    y = jnp.matmul(x.codes.astype(dtype), w.codes.astype(dtype), preferred_element_type=wide(dtype))
+    if _integer_units_serve(x, w, out, axes, turned):
+        return _integer_product(x, w, out, axes, turned)
+    w_codes = w.codes.astype(dtype)
+    y = jnp.matmul(x.codes.astype(dtype), w_codes.T if turned else w_codes, preferred_element_type=wide(dtype))
     for scale in (x.scale, w.scale):
         y = y if scale is None else y * scale.astype(y.dtype)
     return y.astype(out)
 
 
-def _integer_units_serve(x: Quantised, w: Quantised, out: Any, axes: Names) -> bool:
-    """Whether the int8 kernel computes this product: whole blocks of int8 codes and whole sums on every device, one
+def _integer_units_serve(x: Quantised, w: Quantised, out: Any, axes: Names, turned: bool) -> bool:
+    """Whether the int8 kernels compute this product: whole blocks of int8 codes and whole sums on every device, one
     weight scale, bfloat16 wanted."""
     if x.scale is None or w.scale is None or w.scale.size != 1 or out != jnp.bfloat16 or not on_hopper():
         return False
-    if ways(axes[0], w.codes.shape[0]) > 1:
+    if ways(axes[turned], w.codes.shape[turned]) > 1:
         return False
-    from mmfree_jax.ops.kernels.int8_matmul import supports
+    from mmfree_jax.ops.kernels import int8_matmul, transposed_codes
 
     rows = [size // ways(name, size) for name, size in zip(rows_of(x.codes.ndim), x.codes.shape[:-1], strict=False)]
-    inner, columns = (size // ways(name, size) for name, size in zip(axes, w.codes.shape, strict=True))
-    return x.codes.dtype == jnp.int8 and supports(math.prod(rows), inner, columns)
+    shape = [size // ways(name, size) for name, size in zip(axes, w.codes.shape, strict=True)]
+    inner, columns = reversed(shape) if turned else shape
+    whole_blocks = int8_matmul.supports(math.prod(rows), inner, columns) and transposed_codes.supports(inner, columns)
+    return x.codes.dtype == jnp.int8 and whole_blocks
 
 
-def _integer_product(x: Quantised, w: Quantised, out: Any, axes: Names) -> jax.Array:
+def _integer_product(x: Quantised, w: Quantised, out: Any, axes: Names, turned: bool) -> jax.Array:
     from mmfree_jax.ops.kernels.int8_matmul import int8_matmul
+    from mmfree_jax.ops.kernels.transposed_codes import transposed
 
     def local(x_codes, x_scale, w_codes, w_scale):
         rows = x_codes.reshape(-1, x_codes.shape[-1])
-        y = int8_matmul(rows, w_codes.T, x_scale.reshape(-1), w_scale.reshape(1), out)
+        summed_last = w_codes if turned else transposed(w_codes)
+        y = int8_matmul(rows, summed_last, x_scale.reshape(-1), w_scale.reshape(1), out)
         return (y.reshape(*x_codes.shape[:-1], -1),)
 
-    rows, columns = rows_of(x.codes.ndim), rows_of(x.codes.ndim, axes[1])
+    rows, columns = rows_of(x.codes.ndim), rows_of(x.codes.ndim, axes[not turned])
     return per_shard(local, [rows, rows, axes, (None, None)], [columns], x.codes, x.scale, w.codes, w.scale)[0]
 
 
-def input_gradient(w: Quantised, dy: jax.Array, bits: int = 0, axes: Names = (None, None), out: Any = None) -> Unscaled:
-    """The gradient to the dequantised input [..., D] of `product`.
+def input_gradient(w: Quantised, dy: jax.Array, axes: Names = (None, None), out: Any = None) -> Unscaled:
+    """The gradient to the dequantised input [..., D] of `product`. `axes` are the logical names of w's.
 
-    With bits, dy is quantised by absmax per token first and the product is one of integers, as in SwitchBack
-    (Wortsman et al. 2023, arXiv 2304.13013, section 2.2); the gradient to the weights never is. `axes` are w's. A
-    weight scale that all of w shares is left to the caller, who may have a pass over the gradient to put it into: then
-    `out` can be dy's type (default: at least float32), or a GPU writes float32 and converts it in another pass.
+    A weight scale that all of w shares is left to the caller, who may have a pass over the gradient to put it into:
+    then `out` can be dy's type (default: at least float32), or a GPU writes float32 and converts it in another pass.
     """
-    shared = None if w.scale is None or w.scale.size != 1 else w.scale.reshape(())
-    dy = dy if w.scale is None or shared is not None else (dy * w.scale).astype(dy.dtype)
-    if bits:
-        scale = None if shared is None else shared.reshape(1, 1)
-        codes = _quantised_gradient(dy, bits, axes[1])
-        return Unscaled(product(codes, Quantised(w.codes.T, scale), dy.dtype, dy.dtype, axes[::-1]), None)
-    dx = jnp.matmul(dy, w.codes.astype(dy.dtype).T, preferred_element_type=out or wide(dy.dtype))
-    return Unscaled(dx, shared)
+    dx = jnp.matmul(_per_channel(w, dy), w.codes.astype(dy.dtype).T, preferred_element_type=out or wide(dy.dtype))
+    return Unscaled(dx, _shared_scale(w))
 
 
-def _quantised_gradient(dy: jax.Array, bits: int, last: Axes) -> Quantised:
-    """`quantise_gradients`, in one pass where the kernel serves; `last` names dy's last axis."""
-    if not on_hopper() or bits != 8 or ways(last, dy.shape[-1]) > 1:
-        return quantise_gradients(dy, bits)
+def integer_input_gradient(w: Quantised, codes: GradientCodes, dtype: Any, axes: Names = (None, None)) -> Unscaled:
+    """`input_gradient` as a product of integers, [..., D] as `dtype` (SwitchBack, Wortsman et al. 2023, arXiv
+    2304.13013, section 2.2)."""
+    shared = _shared_scale(w)
+    scaled = w._replace(scale=None if shared is None else shared.reshape(1, 1))
+    return Unscaled(product(codes.rows, scaled, dtype, dtype, axes, turned=True), None)
+
+
+def _shared_scale(w: Quantised) -> jax.Array | None:
+    return None if w.scale is None or w.scale.size != 1 else w.scale.reshape(())
+
+
+def _per_channel(w: Quantised, dy: jax.Array) -> jax.Array:
+    return dy if w.scale is None or w.scale.size == 1 else (dy * w.scale).astype(dy.dtype)
+
+
+def gradient_codes(recipe: Recipe, w: Quantised, dy: jax.Array, x_scale: jax.Array | None) -> GradientCodes:
+    """8-bit codes of dy [..., F] by absmax per token; x_scale [..., 1]: of the product's input."""
+    dy = _per_channel(w, dy)
+    last = whole(recipe.axes)[1]
+    if not on_hopper() or recipe.gradient_bits != 8 or ways(last, dy.shape[-1]) > 1:
+        return GradientCodes(quantise_gradients(dy, recipe.gradient_bits), None)
     from mmfree_jax.ops.kernels import normed_codes
 
     if not normed_codes.supports(dy.shape[-1], 0, dy.dtype):
-        return quantise_gradients(dy, bits)
+        return GradientCodes(quantise_gradients(dy, recipe.gradient_bits), None)
 
-    def local(dy):
-        codes, scale = normed_codes.codes(dy.reshape(-1, dy.shape[-1]))
-        return (Quantised(codes.reshape(dy.shape), scale.reshape(*dy.shape[:-1], 1)),)
+    def local(dy, by):
+        codes, scale, largest = normed_codes.codes(dy.reshape(-1, dy.shape[-1]), None if by is None else by.reshape(-1))
+        rows = Quantised(codes.reshape(dy.shape), scale.reshape(*dy.shape[:-1], 1))
+        return rows, None if largest is None else largest.reshape(*(1,) * (dy.ndim - 1), -1)
 
-    return per_shard(local, [rows_of(dy.ndim)], [rows_of(dy.ndim)], dy)[0]
+    rows = rows_of(dy.ndim)
+    return GradientCodes(*per_shard(local, [rows, rows], [rows, rows], dy, x_scale))
 
 
 def weight_gradients(recipe: Recipe, inputs: tuple[jax.Array, ...], dys: tuple[jax.Array, ...]) -> jax.Array:
@@ -164,6 +194,55 @@ def weight_gradients(recipe: Recipe, inputs: tuple[jax.Array, ...], dys: tuple[j
     local = lambda inputs, dys: (jnp.stack([outer(x, dy) for x, dy in zip(spread(inputs, dys), dys, strict=True)]),)
     dw_GDF = per_shard(local, names, [Summed((None, into, out))], inputs, dys)[0]
     return constrain(dw_GDF, None, *recipe.axes)
+
+
+def integer_weight_gradients(
+    recipe: Recipe, kernel: tuple[Quantised, ...], inputs: tuple[Quantised, ...], dys: list[GradientCodes], dtype: Any
+) -> jax.Array:
+    """`weight_gradients` by products of integers, as `dtype`: of the inputs' codes and those of dys.
+
+    The sum is over tokens, so no token's scale can be taken out of it: the codes of dys take in both of theirs, and are
+    brought to one scale a column (`ternary.column_codes`; each device's part has its own).
+    """
+    (into, out), (D, F) = recipe.axes, kernel[0].codes.shape
+    into, out = (name if ways(name, size) > 1 else None for name, size in ((into, D), (out, F)))
+    per_channel = tuple(w.scale if w.scale is not None and w.scale.size > 1 else None for w in kernel)
+
+    def local(inputs, dys, per_channel):
+        triples = zip(spread(inputs, dys), dys, per_channel, strict=True)
+        return (jnp.stack([_integer_outer(x, dy, channel, dtype) for x, dy, channel in triples]),)
+
+    names = [rows_of(dys[0].rows.codes.ndim, name) for name in whole((into, out))]
+    summed = Summed((None, into, out))
+    dw_GDF = per_shard(local, [*names, (None, out)], [summed], inputs, tuple(dys), per_channel)[0]
+    return constrain(dw_GDF, None, *recipe.axes)
+
+
+def _integer_outer(x: Quantised, dy: GradientCodes, per_channel: jax.Array | None, dtype: Any) -> jax.Array:
+    """[D, F] as `dtype`: the sum over tokens of x and dy / per_channel."""
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    codes, by, rows = flat(x.codes), flat(x.scale), Quantised(*map(flat, dy.rows))
+    largest = None if dy.largest is None else dy.largest.reshape(-1)
+    if largest is not None and dtype == jnp.bfloat16 and _integer_units_turn(codes, rows.codes):
+        from mmfree_jax.ops.kernels.int8_matmul import int8_matmul
+        from mmfree_jax.ops.kernels.transposed_codes import transposed
+
+        scale = column_scale(largest)
+        turned = transposed(rows.codes, (rows.scale * by).reshape(-1), scale)
+        scale = scale if per_channel is None else scale / per_channel.reshape(-1)
+        return int8_matmul(transposed(codes), turned, jnp.ones(codes.shape[-1]), scale, dtype)
+    columns = column_codes(rows, by, largest)
+    sums = outer(codes.astype(dtype), columns.codes.astype(dtype), wide(dtype))
+    return dequantise(Quantised(sums if per_channel is None else sums / per_channel, columns.scale), dtype)
+
+
+def _integer_units_turn(x: jax.Array, dy: jax.Array) -> bool:
+    """Whether the int8 kernels compute a sum over rows: whole blocks, and no more rows than an int32 surely holds."""
+    from mmfree_jax.ops.kernels import int8_matmul, transposed_codes
+
+    (rows, inner), columns = x.shape, dy.shape[-1]
+    turn = transposed_codes.supports(rows, inner) and transposed_codes.supports(rows, columns)
+    return turn and int8_matmul.supports(inner, rows, columns) and rows * 128 * TOP < 2**31
 
 
 def spread(inputs: tuple, kernel: tuple) -> tuple:

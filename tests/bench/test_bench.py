@@ -10,8 +10,11 @@ from flax import nnx
 
 from mmfree_jax.bench import operations, unoptimised
 from mmfree_jax.bench.operations import Case
+from mmfree_jax.bench.timing import Timing, applications, repeated
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.presets import model_preset
+
+LIMITS = {"copy_bytes_per_s": 1e9, "bf16_flops": 1e9}
 
 
 def bench(*arguments):
@@ -35,8 +38,10 @@ def test_every_suite_runs_on_a_cpu_and_writes_its_figures(tmp_path):
     assert saved < kept < asked["matmul-free-tiny", "none", "float32"]
     assert all(row["step_ms_least"] <= row["step_ms"] <= row["step_ms_most"] for row in found["step"])
     assert all(0 < row["cached_s"] < row["compile_s"] for row in found["step"])
-    done = bench("--suite", "kernels", "--only", "recurrence")
+    done = bench("--suite", "kernels", "--only", "recurrence|SwiGLU")
     assert done.returncode == 0, done.stderr
+    assert " SwiGLU to codes and gradient, 512 x 384 " in done.stdout
+    assert "BitLinear" not in done.stdout
     for name in ("recurrence", "gated recurrence"):
         assert f" {name}, B=2 T=256 D=128 " in done.stdout
         assert f" {name} and gradient, B=2 T=256 D=128 " in done.stdout
@@ -56,10 +61,66 @@ def test_a_case_nobody_knows_and_a_wrong_suite_fail_in_a_line():
 def test_a_variant_that_computes_something_else_is_refused():
     draw = lambda key: (jax.random.normal(key, (8, 8)),)
     case = Case("square", {"xla": lambda x: x * x, "wrong": lambda x: x * x + 0.01 * x}, draw, draw, tolerance=1e-4)
-    rows = operations.measure(case, {"copy_bytes_per_s": 1e9, "bf16_flops": 1e9})
+    rows = operations.measure([case], LIMITS)
     assert next(rows)["error"] == 0
     with pytest.raises(ValueError, match="square: wrong differs from the reference by"):
         next(rows)
+
+
+def test_a_repeated_operation_runs_that_often_one_after_the_other():
+    ran = []
+
+    def function(x, w):
+        jax.debug.callback(lambda: ran.append(1))
+        return jnp.tanh(x @ w), x @ w.T
+
+    arguments = jax.random.normal(jax.random.key(0), (8, 8)), jnp.eye(8) * 0.5
+    results = jax.jit(repeated(function, 3))(*arguments)
+    jax.effects_barrier()
+    assert len(ran) == len(results) == 3
+    for result in results:
+        for found, wanted in zip(result, function(*arguments), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    steps = jax.make_jaxpr(repeated(function, 3))(*arguments)
+    calls, barriers = steps.eqns[::2], steps.eqns[1::2]
+    assert {e.primitive.name for e in barriers} == {"optimization_barrier"}
+    for before, barrier, after in zip(calls, barriers, calls[1:], strict=False):
+        joined, passed = barrier.outvars[:2], barrier.outvars[2:]
+        assert barrier.invars[2:] == before.outvars  # waits for all results
+        assert after.invars == joined
+        assert set(passed) <= set(steps.jaxpr.outvars)  # in use, or the compiler may take the barrier out
+
+
+@pytest.mark.skipif(jax.default_backend() == "cpu", reason="compilers for CPUs ignore barriers")
+def test_the_compiler_keeps_all_applications():
+    x = jnp.ones((256, 256))
+    programs = [jax.jit(repeated(lambda x: x * x + 1, n)).lower(x).compile().as_text() for n in (1, 4)]
+    assert [program.count(" fusion(") for program in programs] == [1, 4]
+
+
+def test_programs_repeat_short_operations_within_memory(monkeypatch):
+    assert applications(1e-4, 10**6) == 1  # on a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [applications(least_s, 10**8) for least_s in (0, 7e-5, 2e-4, 1e-3, 5e-3)] == [16, 16, 10, 2, 1]
+    assert [applications(0, result_bytes) for result_bytes in (10**9, 10**10)] == [4, 1]
+
+
+def test_times_are_of_one_application_and_the_same_check_is_built_once(monkeypatch):
+    monkeypatch.setattr(operations, "applications", lambda least_s, result_bytes: 4)
+    monkeypatch.setattr(operations, "time_calls", lambda call: Timing(4.0, 2.0, 8.0) if len(call()) == 4 else None)
+    traced = []
+
+    def square(x):
+        traced.append(x.shape)
+        return x * x
+
+    variants, draw = {"xla": square}, lambda n: lambda key: (jax.random.normal(key, (n, 8)),)
+    check = draw(2)
+    cases = [Case(f"{n} rows", variants, draw(n), check, tolerance=0, moved=4e9) for n in (8, 16)]
+    rows = list(operations.measure(cases, LIMITS))
+    assert [(row["ms"], row["ms_least"], row["ms_most"]) for row in rows] == [(1e3, 5e2, 2e3)] * 2
+    assert [row["of_copy"] for row in rows] == [4.0] * 2
+    assert traced.count((2, 8)) == 1
 
 
 def test_the_unoptimised_model_computes_the_same_loss_and_gradients():

@@ -10,7 +10,7 @@ from mmfree_jax.ops.bit_linear import Recipe, bit_linear, quantise_input
 from mmfree_jax.ops.kernels.choice import kernels_allowed
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.rms_norm import rms_norm
-from mmfree_jax.ops.ternary import quantise_activations, quantise_weights
+from mmfree_jax.ops.ternary import Quantised, column_codes, quantise_activations, quantise_weights
 from mmfree_jax.ops.ternary_weights import quantise_kernel
 
 X = jax.random.normal(jax.random.key(0), (2, 9, 16))
@@ -70,22 +70,48 @@ def test_gradients_are_the_analytic_ones():
 @pytest.mark.parametrize("unit", [1.0, 1e-9])
 @pytest.mark.parametrize("axes", [(-2, -1), (-2,)])
 def test_integer_gradients_are_quantised_per_token_whatever_their_size(axes, unit):
-    """With gradient_bits, dx is that of codes times scale of dy, which dW does not see (SwitchBack)."""
+    """With gradient_bits, dx is that of codes times scale of dy; so is dw, its codes brought to a scale a column."""
     dout = unit * jax.random.normal(jax.random.key(3), (2, 9, 24)) * jnp.linspace(0.1, 3, 9)[:, None]
-    pull = lambda bits: jax.vjp(
-        lambda x, w: bit_linear(Recipe(scale_axes=axes, gradient_bits=bits), x, w[None], None)[0], X, W[0]
-    )[1](dout.at[0, 0].set(0))
-    (dx, dw), (_, exact_dw) = pull(8), pull(0)
-    (kernel,) = quantise_kernel(Recipe(scale_axes=axes), W[:1])
+    recipe = Recipe(scale_axes=axes, gradient_bits=8)
+    pull = lambda recipe: jax.vjp(lambda x, w: bit_linear(recipe, x, w[None], None)[0], X, W[0])[1](
+        dout.at[0, 0].set(0)
+    )
+    (dx, dw), exact = pull(recipe), pull(recipe._replace(gradient_bits=0))
+    (kernel,), (x,) = quantise_kernel(recipe, W[:1]), quantise_input(recipe, (X,), None, None).inputs
     dy, scale = np.asarray(dout, np.float64), np.asarray(kernel.scale, np.float64)
-    dy[0, 0] = 0
     per_channel = dy if scale.size == 1 else dy * scale
     step = np.abs(per_channel).max(-1, keepdims=True) / 127
     codes = np.round(per_channel / np.where(step == 0, 1, step))
     expected = codes * step @ np.asarray(kernel.codes, np.float64).T * (scale.item() if scale.size == 1 else 1)
     np.testing.assert_allclose(dx, expected, rtol=1e-5, atol=1e-5 * unit)
-    assert np.abs(dx - pull(0)[0]).max() > 1e-4 * unit
-    np.testing.assert_array_equal(dw, exact_dw)
+    assert np.abs(dx - exact[0]).max() > 1e-4 * unit
+
+    values = (codes * step * np.asarray(x.scale, np.float64)).reshape(-1, 24)
+    one_a_column = np.abs(values).max(0) / 127
+    within_one = np.einsum("btd,btf->df", np.abs(x.codes).astype(np.float64), np.ones_like(dy)) * one_a_column
+    product = np.einsum("rd,rf->df", np.asarray(x.codes, np.float64).reshape(-1, 16), values)
+    to_values = 1 if scale.size == 1 else 1 / scale[0]
+    assert np.all(np.abs(dw - product * to_values) < within_one * to_values)
+    assert np.abs(dw - exact[1]).max() > 1e-4 * unit
+
+
+def test_codes_of_columns_keep_what_is_small_on_average():
+    """A gradient shared by all tokens, a thirtieth of a step of each column's codes, survives in the sum over tokens;
+    rounded to nearest it would be lost. Whole codes stay as they are."""
+    rng = np.random.default_rng(0)
+    dy = np.full((4096, 8), 0.03)
+    dy[rng.integers(0, 4096, 8), range(8)] = 127
+    ones = jnp.ones((4096, 1))
+    found = column_codes(Quantised(jnp.asarray(dy, jnp.float32), ones), ones)
+    np.testing.assert_allclose(found.scale, 1)
+    error = np.asarray(found.codes, np.float64) - dy
+    assert np.abs(error.sum(0)).max() < 4  # evenly in time: chance alone would give 11
+    by_chance = np.sqrt(4096 * 0.03 * 0.97)
+    assert np.abs(rng.choice([-1, 1], 4096) @ error).max() < 4 * by_chance
+    whole = rng.integers(-127, 128, (64, 8))
+    whole[0] = 127
+    q = Quantised(jnp.asarray(whole, jnp.int8), jnp.ones((64, 1)))
+    np.testing.assert_array_equal(column_codes(q, jnp.ones((64, 1))).codes, whole)
 
 
 def test_bfloat16_products_are_exact_on_codes():

@@ -9,11 +9,13 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmfree_jax.ops import gated_recurrence as op
-from mmfree_jax.ops.kernels import normed_codes
+from mmfree_jax.ops.bit_linear import Recipe, bit_linear
+from mmfree_jax.ops.kernels import normed_codes, transposed_codes
 from mmfree_jax.ops.kernels import recurrence as kernel
 from mmfree_jax.ops.kernels.int8_matmul import int8_matmul, supports
-from mmfree_jax.ops.prologue import combine
+from mmfree_jax.ops.prologue import Prologue, combine
 from mmfree_jax.ops.recurrence import recurrence
+from mmfree_jax.ops.ternary import Quantised, column_codes
 
 interpreted = pytest.mark.skipif(
     not hasattr(plgpu, "force_gpu_interpret_mode"), reason="this jax cannot interpret Mosaic GPU kernels"
@@ -160,13 +162,63 @@ def test_recurrence_without_gates(monkeypatch, time, width, blocks):
 
 
 @interpreted
+def test_int8_matmul_with_a_scale_a_column():
+    rng = np.random.default_rng(0)
+    x, w = rng.integers(-128, 128, (256, 256)), rng.integers(-127, 128, (128, 256))
+    scale, w_scale = rng.uniform(0.5, 2, 256).astype(np.float32), rng.uniform(0.5, 2, 128).astype(np.float32)
+    with pretended_gpu():
+        y = jax.jit(int8_matmul)(jnp.int8(x), jnp.int8(w), jnp.asarray(scale), jnp.asarray(w_scale))
+    exact = (x @ w.T).astype(np.float32) * (scale[:, None] * w_scale)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(jnp.bfloat16(exact), np.float32))
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (640, 128)])
+def test_transposed_codes(monkeypatch, rows, columns):
+    """As they are, and brought to a scale a column: bit for bit the reference's."""
+    monkeypatch.setattr(transposed_codes, "BLOCKS", 2)
+    rng = np.random.default_rng(0)
+    codes, by = jnp.int8(rng.integers(-127, 128, (rows, columns))), jnp.asarray(rng.uniform(0.1, 2, rows), jnp.float32)
+    wanted = column_codes(Quantised(codes, by[:, None]), jnp.ones((rows, 1)))
+    with pretended_gpu():
+        turned = jax.jit(transposed_codes.transposed)(codes)
+        scaled = jax.jit(transposed_codes.transposed)(codes, by, wanted.scale[0])
+    np.testing.assert_array_equal(turned, codes.T)
+    np.testing.assert_array_equal(scaled, wanted.codes.T)
+
+
+@interpreted
+def test_integer_gradients_equal_those_of_the_reference(monkeypatch):
+    """All kernels of a layer whose products are of integers both ways."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    x, w, dys = draw(2, 256, 256), draw(2, 256, 128).astype(jnp.float32), (draw(2, 256, 128), draw(2, 256, 128))
+    gains = jnp.asarray(rng.uniform(0.5, 2, 256), jnp.float32)
+    prologue = lambda x: Prologue("norm", (x,), jnp.ones(256), 1e-6)
+    layer = lambda x, w, gain: bit_linear(Recipe(gradient_bits=8), prologue(x), w, gain)
+    pull = jax.jit(lambda dys: jax.vjp(layer, x, w, gains)[1](dys))
+    expected = pull(dys)
+    monkeypatch.setattr("mmfree_jax.ops.kernels.choice._is_hopper", lambda: True)
+    jax.clear_caches()
+    with pretended_gpu():
+        text = pull.lower(dys).as_text(debug_info=True)
+        found = pull(dys)
+    assert all(name in text for name in ("transpose_codes", "row_codes", "int8_product", "normed_codes_backward"))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.float32(a), np.float32(b), atol=1e-2 * float(jnp.abs(b).max()))
+
+
+@interpreted
 @pytest.mark.parametrize("unit", [1.0, 1e-9])
 def test_codes_of_gradients(monkeypatch, unit):
     monkeypatch.setattr(normed_codes, "BLOCKS", 2)
-    x = unit * np.random.default_rng(0).normal(size=(6, 384))
+    x, by = unit * np.random.default_rng(0).normal(size=(6, 384)), np.linspace(0.5, 2, 6)
     x[3] = 0
     with pretended_gpu():
-        codes, scales = jax.jit(normed_codes.codes)(jnp.asarray(x, jnp.float32))
+        codes, scales, _ = jax.jit(normed_codes.codes)(jnp.asarray(x, jnp.float32))
+        *again, largest = jax.jit(normed_codes.codes)(jnp.asarray(x, jnp.float32), jnp.asarray(by, jnp.float32))
+    np.testing.assert_array_equal(again[0], codes)
+    np.testing.assert_allclose(largest, np.abs(codes * (np.asarray(scales) * by)[:, None]).max(0), rtol=1e-6)
     exact = np.abs(x).max(axis=-1) / 127
     np.testing.assert_allclose(scales, exact, rtol=1e-6, atol=1e-30)
     np.testing.assert_array_equal(codes, np.round(x / np.where(exact == 0, 1, exact)[:, None]))
@@ -191,7 +243,11 @@ def test_normed_codes_and_their_gradients(monkeypatch, kind, gains, products, wi
     operands = single((sources, inner, outer))
     with pretended_gpu():
         codes, scales = jax.jit(lambda: normed_codes.forward(kind, *operands, 1e-6))()
-        back = jax.jit(lambda: normed_codes.backward(kind, *operands, scales, single(dys), factors, 1e-6))()
+        backward = jax.jit(
+            lambda *how: normed_codes.backward(kind, *operands, scales, single(dys), factors, 1e-6, *how),
+            static_argnums=0,
+        )
+        back, as_codes = backward(), backward(True)
 
     norm = lambda a, gain: a / np.sqrt(np.mean(a * a, axis=-1, keepdims=True) + 1e-6) * gain
     silu = lambda a: a / (1 + np.exp(-a))
@@ -203,6 +259,8 @@ def test_normed_codes_and_their_gradients(monkeypatch, kind, gains, products, wi
         np.testing.assert_allclose(scale, exact, rtol=1e-6)
         np.testing.assert_array_equal(q, np.round(wanted / exact[:, None]))
         np.testing.assert_allclose(again, q * scale[:, None], rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(as_codes), jax.tree.leaves((*back[:3], codes)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
     def through(sources, inner, outer):
         x = combine(kind, tuple(sources), inner, 1e-6)

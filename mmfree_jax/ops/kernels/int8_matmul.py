@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mmfree_jax.ops.kernels.mosaic import spread
+
 TILE_M, TILE_N, TILE_K = 128, 128, 128  # of one warpgroup; two of them share a block's columns
 COMPUTE_GROUPS = 2
 STAGES = 4  # operand tiles in flight: 4 x (32 + 16) KiB
@@ -32,7 +34,7 @@ def int8_matmul(
 ) -> jax.Array:
     """(x @ w.T) * x_scale * w_scale as `dtype` [M, N].
 
-    x_MK, w_NK: int8, both with the summed axis last; the sum is exact. x_scale_M [M], w_scale [1]: float32.
+    x_MK, w_NK: int8, both with the summed axis last; the sum is exact. x_scale_M [M], w_scale [1] or [N]: float32.
     """
     (M, K), N = x_MK.shape, w_NK.shape[0]
     rows, columns = M // (COMPUTE_GROUPS * TILE_M), N // TILE_N
@@ -75,9 +77,9 @@ def int8_matmul(
                     @functools.partial(pl.run_scoped, sums=plgpu.ACC((TILE_M, TILE_N), jnp.int32))
                     def _(sums):
                         accumulate(sums)
-                        by_row = _row_scales(x_scale_gmem.at[at_m].at[mine]) * w_scale_gmem[0]
-                        scale = lax.broadcast_in_dim(by_row, (TILE_M, TILE_N), (0,))
-                        values = (sums[...].astype(jnp.float32) * scale).astype(dtype)
+                        scale = spread(x_scale_gmem.at[at_m].at[mine], (TILE_M, TILE_N), 0)
+                        by = w_scale_gmem[0] if w_scale.size == 1 else spread(w_scale_gmem.at[at_n], scale.shape, 1)
+                        values = (sums[...].astype(jnp.float32) * (scale * by)).astype(dtype)
                         store(values, out_smem.at[group], out_gmem.at[at_m, at_n].at[mine])
 
                 def step(_, x_smem, w_smem, sums):
@@ -117,12 +119,6 @@ def int8_matmul(
 
 def _operand_tile(shape: tuple[int, int], transforms: tuple) -> Any:
     return plgpu.BlockSpec(shape, lambda k: (0, k), transforms=transforms, memory_space=plgpu.SMEM)
-
-
-def _row_scales(ref: Any) -> jax.Array:
-    """[TILE_M] from global memory, each where the accumulator has its row."""
-    layout = plgpu.Layout.WGMMA.reduce(1)
-    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # as of jax 0.11
 
 
 def _cores() -> int:

@@ -1,9 +1,11 @@
 """What the kernels that stream over memory share: their compiler's settings and a function of the registers."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # No automatic barriers: these kernels have no shared memory that several threads both read and write between the
@@ -19,3 +21,10 @@ STREAMING = functools.partial(
 def sigmoid(x: jax.Array) -> jax.Array:
     """1 / (1 + e^-x), an exponential and a reciprocal."""
     return 1.0 / (1.0 + jnp.exp(-x))
+
+
+def spread(ref: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """A vector in global memory over an accumulator of this shape, along one of its axes and repeated on the other."""
+    layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+    values = plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # as of jax 0.11
+    return lax.broadcast_in_dim(values, shape, (axis,))

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmfree_jax.ops.kernels.mosaic import STREAMING, sigmoid
-from mmfree_jax.ops.ternary import SMALLEST, TINY
+from mmfree_jax.ops.ternary import SMALLEST, TINY, TOP
 
 THREADS = 128  # of a warpgroup
 LANES = 128  # a row is seen as [D / LANES, LANES]: the copy engine moves at most 256 elements along an axis
@@ -25,7 +25,6 @@ STAGE_VALUES = {"forward": 4096, "backward": 2048}  # of one input copied ahead 
 STAGES = 2  # copied ahead
 BLOCKS = 528  # at most: four for each of an H200's 132 multiprocessors
 REGISTERS = 100  # a thread has for gains, which stay there for all rows of a block
-TOP = 127  # largest 8-bit code
 
 Row = list[jax.Array]  # a row in registers, in pieces of which each thread holds one vector
 
@@ -92,43 +91,61 @@ def forward(
 
 
 @jax.jit
-def codes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 codes [M, D] of x [M, D] by absmax, as they are, and float32 scales [M]; rows of zeros have codes zero."""
+def codes(x: jax.Array, by: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """int8 codes [M, D] of x [M, D] by absmax, as they are, and float32 scales [M]; rows of zeros have codes zero.
+
+    With factors `by` [M], float32, also the largest magnitude of codes * scale * by in each column, [D].
+    """
     M, D = x.shape
     blocks, rows = _cut(M, D, "forward")
 
-    def row_codes(x_gmem, code_gmem, scale_gmem, code_smem):
+    def row_codes(x_gmem, *refs):
+        by_gmem, (code_gmem, scale_gmem), largest_gmem, (code_smem,) = _split(refs, len(factors), 2, len(factors))
         block = lax.axis_index("block")
 
-        def stage(index, x_smem):
+        def stage(index, x_smem, tops):
             slot = lax.rem(index[0], 2)
             first = block * (M // blocks) + index[0] * rows
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             for r in range(rows):
                 x = _row(x_smem.at[r])
                 largest = jnp.maximum(_largest(x), TINY)
-                for part, values in enumerate(x):
-                    code_smem[slot, r, _part(part, values)] = jnp.round(values * (TOP / largest)).astype(jnp.int8)
+                whole = [jnp.round(values * (TOP / largest)) for values in x]
+                for part, values in enumerate(whole):
+                    code_smem[slot, r, _part(part, values)] = values.astype(jnp.int8)
                 scale_gmem[first + r] = largest / TOP
+                for by in by_gmem:
+                    factor = largest / TOP * by[first + r]
+                    tops = [jnp.maximum(top, jnp.abs(v) * factor) for top, v in zip(tops, whole, strict=True)]
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(code_smem.at[slot], code_gmem.at[pl.ds(first, rows)])
+            return tops
 
-        _walk(stage, M, D, blocks, rows, 1)(x_gmem.at[_mine(M, blocks)])
+        zeros = [jnp.zeros_like(part) for part in _row(x_gmem.at[0])] if factors else []
+        tops = _walk(stage, M, D, blocks, rows, 1, zeros)(x_gmem.at[_mine(M, blocks)])
+        for ref in largest_gmem:
+            for part, values in enumerate(tops):
+                ref[block, _part(part, values)] = values
         plgpu.wait_smem_to_gmem(0)
 
-    shape = (D // LANES, LANES)
-    found, scales = plgpu.kernel(
+    shape, factors = (D // LANES, LANES), [] if by is None else [by]
+    largest_of_blocks = [jax.ShapeDtypeStruct((blocks, *shape), jnp.float32)] * len(factors)
+    found, scales, *largest = plgpu.kernel(
         row_codes,
-        out_type=[jax.ShapeDtypeStruct((M, *shape), jnp.int8), jax.ShapeDtypeStruct((M,), jnp.float32)],
+        out_type=[
+            jax.ShapeDtypeStruct((M, *shape), jnp.int8),
+            jax.ShapeDtypeStruct((M,), jnp.float32),
+            *largest_of_blocks,
+        ],
         grid=(blocks,),
         grid_names=("block",),
         scratch_types=[plgpu.SMEM((2, rows, *shape), jnp.int8)],
         compiler_params=STREAMING(),
-    )(x.reshape(M, *shape))
-    return found.reshape(M, D), scales
+    )(x.reshape(M, *shape), *factors)
+    return found.reshape(M, D), scales, jnp.max(largest[0], axis=0).reshape(D) if largest else None
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "eps"))
+@functools.partial(jax.jit, static_argnames=("kind", "eps", "as_codes"))
 def backward(
     kind: str,
     sources: Sequence[jax.Array],
@@ -138,22 +155,24 @@ def backward(
     dinputs: Sequence[jax.Array],
     factors: jax.Array,
     eps: float,
+    as_codes: bool = False,
 ) -> tuple[list[jax.Array], jax.Array | None, list[jax.Array], list[jax.Array]]:
-    """Gradients of `forward`, straight through the quantiser, to sources, norm_gain and gains; and codes * scale.
+    """Gradients of `forward`, straight through the quantiser, to sources, norm_gain and gains; and the codes again.
 
     scales [M]: as `forward` returned them. dinputs [M, D]: gradients to the quantised inputs, one a product, each yet
-    to be multiplied by its factor (float32, [products]); with a single gain they are summed. The gradients to sources,
-    and the dequantised inputs [M, D] that the gradient to the weights needs, come in the sources' type; the gradients
-    to gains in float32.
+    to be multiplied by its factor (float32, [products]); with a single gain they are summed. The gradients to sources
+    come in their type, those to gains in float32. The gradient to the weights needs the codes, [M, D] one for each of
+    gains: times their scale and in the sources' type or, `as_codes`, as they are.
     """
     (M, D), G, dtype = sources[0].shape, len(gains), sources[0].dtype
     blocks, rows = _cut(M, D, "backward")
     vectors = [*([] if norm_gain is None else [norm_gain]), *gains]
-    inputs, results = [*sources, *dinputs], len(sources) + G
+    inputs, results, taken_as = [*sources, *dinputs], len(sources) + G, jnp.int8 if as_codes else dtype
 
     def normed_codes_backward(*refs):
         input_gmem, gain_gmem, scale_gmem, (factor_gmem,), refs = _split(refs, len(inputs), len(vectors), G, 1)
-        out_gmem, (sums_gmem,), (out_smem,) = _split(refs, results, 1)
+        out_gmem, (sums_gmem,), (source_out_smem, taken_smem) = _split(refs, results, 1)
+        out_smem = [*(source_out_smem.at[i] for i in range(len(sources))), *(taken_smem.at[g] for g in range(G))]
         block = lax.axis_index("block")
         held = [_row(ref) for ref in gain_gmem]
         inner, outer = (held[0], held[1:]) if norm_gain is not None else (None, held)
@@ -180,14 +199,16 @@ def backward(
                     for total, new in zip(sums, [*dinner, *dgains], strict=True):
                         for part, values in zip(parts, new, strict=True):
                             total[part] = total[part] + values
-                    taken = [_requantised(x, g, rstd, s[first + r]) for g, s in zip(gains, scale_gmem, strict=True)]
-                    for i, row in enumerate([*dsources, *taken]):
-                        for part, d in zip(parts, row, strict=True):
-                            out_smem[i, r, _part(part, d)] = d.astype(dtype)
+                    scales = [ref[first + r] for ref in scale_gmem]
+                    codes = [_requantised(x, gain, rstd, s) for gain, s in zip(gains, scales, strict=True)]
+                    if not as_codes:
+                        codes = [[c * s for c in row] for row, s in zip(codes, scales, strict=True)]
+                    for smem, row in zip(out_smem, [*dsources, *codes], strict=True):
+                        for part, values in zip(parts, row, strict=True):
+                            smem[r, _part(part, values)] = values.astype(smem.dtype)
             plgpu.commit_smem()
-            for i, ref in enumerate(out_gmem):
-                here = ref.at[pl.ds(first, rows)]
-                plgpu.copy_smem_to_gmem(out_smem.at[i], here, commit_group=i == results - 1)
+            for i, (smem, gmem) in enumerate(zip(out_smem, out_gmem, strict=True)):
+                plgpu.copy_smem_to_gmem(smem, gmem.at[pl.ds(first, rows)], commit_group=i == results - 1)
             return sums
 
         walk = _walk(stage, M, D, blocks, rows, len(inputs), [[part * 0.0 for part in gain] for gain in held])
@@ -199,11 +220,15 @@ def backward(
     shape = (D // LANES, LANES)
     *made, sums = plgpu.kernel(
         normed_codes_backward,
-        out_type=[jax.ShapeDtypeStruct((M, *shape), dtype)] * results
+        out_type=[jax.ShapeDtypeStruct((M, *shape), dtype)] * len(sources)
+        + [jax.ShapeDtypeStruct((M, *shape), taken_as)] * G
         + [jax.ShapeDtypeStruct((blocks, len(vectors), *shape), jnp.float32)],
         grid=(blocks,),
         grid_names=("block",),
-        scratch_types=[plgpu.SMEM((results, rows, *shape), dtype)],
+        scratch_types=[
+            plgpu.SMEM((len(sources), rows, *shape), dtype),
+            plgpu.SMEM((G, rows, *shape), taken_as),
+        ],
         compiler_params=STREAMING(),
     )(*(a.reshape(*a.shape[:-1], *shape) for a in (*inputs, *vectors)), *scales, factors)
     made = [a.reshape(M, D) for a in made]
@@ -255,8 +280,8 @@ def _norm_pull(x: Row, rstd: Any, mean: Any, gains: list[Row], dys: list[Row]) -
 
 
 def _requantised(x: Row, gain: Row, rstd: Any, scale: Any) -> Row:
-    """Codes times scale of x * rstd * gain."""
-    return [jnp.round(a * g * (rstd / scale)) * scale for a, g in zip(x, gain, strict=True)]
+    """Codes of x * rstd * gain, as `forward` made them with this scale."""
+    return [jnp.round(a * g * (rstd / scale)) for a, g in zip(x, gain, strict=True)]
 
 
 def _through(gains: list[Row], dys: list[Row]) -> Row:

@@ -117,13 +117,17 @@ def forward(
         def stage(index, c_smem, f_smem, keep_smem, h):
             slot = lax.rem(index[0], 2)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            for first in range(0, ROWS, GROUP):
-                rows = range(first, first + GROUP)
+
+            def group(i, h):
+                rows = [i * GROUP + r for r in range(GROUP)]
                 loaded = [(c_smem[r].astype(jnp.float32), f_smem[r].astype(jnp.float32), keep_smem[r]) for r in rows]
                 for r, (c, f, keep) in zip(rows, loaded, strict=True):
                     factor, x = _step(c, f, floor)
                     h = keep * factor * h + x
                     out_smem[slot, r] = h.astype(out_smem.dtype)
+                return h
+
+            h = lax.fori_loop(0, ROWS // GROUP, group, h)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[slot], out_gmem.at[b, pl.ds(index[0] * ROWS, ROWS), lanes])
             return h
@@ -173,25 +177,33 @@ def backward(
             before = _lane_vector(out_gmem.at[b, jnp.maximum(t * ROWS - 1, 0), lanes]).astype(jnp.float32)
             before = jnp.where(t == 0, 1.0, 0.0) * (initial - before) + before
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            for first in range(ROWS - GROUP, -1, -GROUP):
-                rows = range(first, first + GROUP)
+
+            def group(i, carry):
+                (g, dfloor), first = carry, ROWS - (i + 1) * GROUP
+                rows = [first + r for r in range(GROUP)]
                 loaded = [
                     (
                         [ref[r].astype(jnp.float32) for ref in c_smem],
                         f_smem[r].astype(jnp.float32),
-                        out_smem[r - 1].astype(jnp.float32) if r else before,
                         dout_smem[r].astype(jnp.float32),
                         keep_smem[r],
                     )
                     for r in rows
                 ]
-                for r, (c, f, h_before, dout, keep) in reversed(list(zip(rows, loaded, strict=True))):
+                # The state before the first row of a stage is not in it.
+                earlier = out_smem[jnp.maximum(first - 1, 0)].astype(jnp.float32)
+                earlier = jnp.where(first == 0, 1.0, 0.0) * (before - earlier) + earlier
+                states = [earlier, *(out_smem[r].astype(jnp.float32) for r in rows[:-1])]
+                for r, h_before, (c, f, dout, keep) in reversed(list(zip(rows, states, loaded, strict=True))):
                     g = g + dout
                     dc, df, more, factor = _step_backward(c, f, floor, keep * h_before, g)
                     dc_smem[slot, r] = dc.astype(dc_smem.dtype)
                     df_smem[slot, r] = df.astype(df_smem.dtype)
                     dfloor = dfloor + more
                     g = g * factor * keep
+                return g, dfloor
+
+            g, dfloor = lax.fori_loop(0, ROWS // GROUP, group, (g, dfloor))
             plgpu.commit_smem()
             here = pl.ds(t * ROWS, ROWS)
             plgpu.copy_smem_to_gmem(dc_smem.at[slot], dc_gmem.at[b, here, lanes], commit_group=False)

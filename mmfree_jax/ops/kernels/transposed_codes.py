@@ -1,0 +1,87 @@
+"""int8 codes [M, D] as [D, M], on the way brought to one scale a column (Pallas Mosaic GPU, Hopper).
+
+Hopper's integer units sum along the last axis of both operands; the gradient to weights sums over tokens, the first
+axis of both. A tile is turned by those units themselves: its product with an identity is exact, and they leave each
+value in the register from which its place in the other order is written. XLA's transpositions of bytes reach a third
+of the memory's bandwidth.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mmfree_jax.ops.kernels.mosaic import STREAMING, spread
+from mmfree_jax.ops.ternary import dither_phases, dithered
+
+TILE = 128  # rows and columns turned at a time, by one warpgroup
+STAGES = 2  # copied ahead
+BLOCKS = 528  # at least, where there are as many tiles: four for each of an H200's 132 multiprocessors
+
+
+def supports(rows: int, columns: int) -> bool:
+    """Whether [rows, columns] falls into whole tiles."""
+    return rows % TILE == 0 and columns % TILE == 0
+
+
+@jax.jit
+def transposed(codes_MD: jax.Array, by_M: jax.Array | None = None, scale_D: jax.Array | None = None) -> jax.Array:
+    """int8 [D, M]: the codes themselves; or, with float32 factors, codes * by_M / scale_D rounded by `dithered`."""
+    M, D = codes_MD.shape
+    columns, tiles = D // TILE, M // TILE
+    walks = next(n for n in range(min(tiles, -(-BLOCKS // columns)), 0, -1) if tiles % n == 0)
+    swizzle = plgpu.find_swizzle(TILE * 8)
+    tiled = (plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle))
+    vectors: list[jax.Array] = []
+    if by_M is not None and scale_D is not None:
+        by_row, by_column = dither_phases(M, D)
+        vectors = [by_M, 1 / scale_D, by_row, by_column]
+
+    def transpose_codes(codes_gmem, identity_gmem, *refs):
+        *vector_gmem, out_gmem, identity_smem, out_smem, arrived = refs
+        at_d = pl.ds(lax.axis_index("column") * TILE, TILE)
+        first = lax.axis_index("walk") * (tiles // walks)
+        plgpu.copy_gmem_to_smem(identity_gmem, identity_smem, arrived)
+        plgpu.barrier_wait(arrived)
+        down = [spread(ref.at[at_d], (TILE, TILE), 0) for ref in vector_gmem[1::2]]
+
+        def stage(index, codes_smem):
+            slot, at_m = lax.rem(index[0], 2), pl.ds((first + index[0]) * TILE, TILE)
+            across = [spread(ref.at[at_m], (TILE, TILE), 1) for ref in vector_gmem[::2]]
+
+            @functools.partial(pl.run_scoped, turned=plgpu.ACC((TILE, TILE), jnp.int32))
+            def _(turned):
+                plgpu.wgmma(turned, identity_smem, codes_smem.T)
+                plgpu.wgmma_wait(0)
+                values = turned[...]
+                if vectors:
+                    (by, row), (scale, column) = across, down
+                    values = dithered(values.astype(jnp.float32) * by * scale, row + column)
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                out_smem[slot] = values.astype(jnp.int8)
+
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem.at[slot], out_gmem.at[at_d, at_m])
+
+        tile = plgpu.BlockSpec((TILE, TILE), lambda i: (first + i, 0), transforms=tiled, memory_space=plgpu.SMEM)
+        steps = tiles // walks
+        plgpu.emit_pipeline(stage, grid=(steps,), in_specs=[tile], max_concurrent_steps=min(STAGES, steps))(
+            codes_gmem.at[:, at_d]
+        )
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        transpose_codes,
+        out_type=jax.ShapeDtypeStruct((D, M), jnp.int8),
+        grid=(walks, columns),
+        grid_names=("walk", "column"),
+        scratch_types=[
+            plgpu.SMEM((TILE, TILE), jnp.int8, transforms=tiled),
+            plgpu.SMEM((2, TILE, TILE), jnp.int8, transforms=tiled),
+            plgpu.Barrier(),
+        ],
+        compiler_params=STREAMING(),
+    )(codes_MD, jnp.eye(TILE, dtype=jnp.int8), *vectors)
