@@ -176,7 +176,7 @@ def test_int8_matmul_with_a_scale_a_column():
 @pytest.mark.parametrize(("rows", "columns"), [(128, 256), (640, 128)])
 def test_transposed_codes(monkeypatch, rows, columns):
     """As they are, and brought to a scale a column: bit for bit the reference's."""
-    monkeypatch.setattr(transposed_codes, "BLOCKS", 2)
+    monkeypatch.setattr(transposed_codes, "RESIDENT", 2)  # several tiles a block
     rng = np.random.default_rng(0)
     codes, by = jnp.int8(rng.integers(-127, 128, (rows, columns))), jnp.asarray(rng.uniform(0.1, 2, rows), jnp.float32)
     wanted = column_codes(Quantised(codes, by[:, None]), jnp.ones((rows, 1)))

@@ -18,8 +18,9 @@ from mmfree_jax.ops.kernels.mosaic import STREAMING, spread
 from mmfree_jax.ops.ternary import dither_phases, dithered
 
 TILE = 128  # rows and columns turned at a time, by one warpgroup
+HALF = 64  # columns in registers at a time: three blocks then share a multiprocessor's
 STAGES = 2  # copied ahead
-BLOCKS = 528  # at least, where there are as many tiles: four for each of an H200's 132 multiprocessors
+RESIDENT = 396  # blocks at a time: three for each of an H200's 132 multiprocessors
 
 
 def supports(rows: int, columns: int) -> bool:
@@ -32,7 +33,9 @@ def transposed(codes_MD: jax.Array, by_M: jax.Array | None = None, scale_D: jax.
     """int8 [D, M]: the codes themselves; or, with float32 factors, codes * by_M / scale_D rounded by `dithered`."""
     M, D = codes_MD.shape
     columns, tiles = D // TILE, M // TILE
-    walks = next(n for n in range(min(tiles, -(-BLOCKS // columns)), 0, -1) if tiles % n == 0)
+    # Blocks that walk down a column of tiles: whole waves of them, few enough that starting one (a tile's time) is rare.
+    rounds = lambda n: -(-n * columns // RESIDENT) * (tiles // n + 1)
+    walks = min((n for n in range(1, tiles + 1) if tiles % n == 0), key=rounds)
     swizzle = plgpu.find_swizzle(TILE * 8)
     tiled = (plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle))
     vectors: list[jax.Array] = []
@@ -46,25 +49,27 @@ def transposed(codes_MD: jax.Array, by_M: jax.Array | None = None, scale_D: jax.
         first = lax.axis_index("walk") * (tiles // walks)
         plgpu.copy_gmem_to_smem(identity_gmem, identity_smem, arrived)
         plgpu.barrier_wait(arrived)
-        down = [spread(ref.at[at_d], (TILE, TILE), 0) for ref in vector_gmem[1::2]]
+        halves = [pl.ds(half * HALF, HALF) for half in range(TILE // HALF)]
+        down = [[spread(ref.at[at_d].at[half], (HALF, TILE), 0) for ref in vector_gmem[1::2]] for half in halves]
 
         def stage(index, codes_smem):
-            slot, at_m = lax.rem(index[0], 2), pl.ds((first + index[0]) * TILE, TILE)
-            across = [spread(ref.at[at_m], (TILE, TILE), 1) for ref in vector_gmem[::2]]
+            at_m = pl.ds((first + index[0]) * TILE, TILE)
+            across = [spread(ref.at[at_m], (HALF, TILE), 1) for ref in vector_gmem[::2]]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for half, of_columns in zip(halves, down, strict=True):
 
-            @functools.partial(pl.run_scoped, turned=plgpu.ACC((TILE, TILE), jnp.int32))
-            def _(turned):
-                plgpu.wgmma(turned, identity_smem, codes_smem.T)
-                plgpu.wgmma_wait(0)
-                values = turned[...]
-                if vectors:
-                    (by, row), (scale, column) = across, down
-                    values = dithered(values.astype(jnp.float32) * by * scale, row + column)
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                out_smem[slot] = values.astype(jnp.int8)
+                @functools.partial(pl.run_scoped, turned=plgpu.ACC((HALF, TILE), jnp.int32))
+                def _(turned, half=half, of_columns=of_columns):
+                    plgpu.wgmma(turned, identity_smem.at[half], codes_smem.T)
+                    plgpu.wgmma_wait(0)
+                    values = turned[...]
+                    if vectors:
+                        (by, row), (scale, column) = across, of_columns
+                        values = dithered(values.astype(jnp.float32) * by * scale, row + column)
+                    out_smem[half] = values.astype(jnp.int8)
 
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[slot], out_gmem.at[at_d, at_m])
+            plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[at_d, at_m])
 
         tile = plgpu.BlockSpec((TILE, TILE), lambda i: (first + i, 0), transforms=tiled, memory_space=plgpu.SMEM)
         steps = tiles // walks
@@ -80,7 +85,7 @@ def transposed(codes_MD: jax.Array, by_M: jax.Array | None = None, scale_D: jax.
         grid_names=("walk", "column"),
         scratch_types=[
             plgpu.SMEM((TILE, TILE), jnp.int8, transforms=tiled),
-            plgpu.SMEM((2, TILE, TILE), jnp.int8, transforms=tiled),
+            plgpu.SMEM((TILE, TILE), jnp.int8, transforms=tiled),
             plgpu.Barrier(),
         ],
         compiler_params=STREAMING(),
