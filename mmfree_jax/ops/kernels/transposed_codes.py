@@ -33,7 +33,7 @@ def transposed(codes_MD: jax.Array, by_M: jax.Array | None = None, scale_D: jax.
     """int8 [D, M]: the codes themselves; or, with float32 factors, codes * by_M / scale_D rounded by `dithered`."""
     M, D = codes_MD.shape
     columns, tiles = D // TILE, M // TILE
-    # Blocks that walk down a column of tiles: whole waves of them, few enough that starting one (a tile's time) is rare.
+    # Blocks walk down a column of tiles, in whole waves of blocks and with few starts, which take the time of a tile.
     rounds = lambda n: -(-n * columns // RESIDENT) * (tiles // n + 1)
     walks = min((n for n in range(1, tiles + 1) if tiles % n == 0), key=rounds)
     swizzle = plgpu.find_swizzle(TILE * 8)
