@@ -207,7 +207,8 @@ def _forward(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.A
 def _backward(recipe: Recipe, residuals, dys):
     # Behind a barrier, or the compiler makes the dequantised inputs in the forward pass and keeps them until here; and
     # keeps gathered codes, which are gathered again.
-    (saved, shards, like), dys = jax.lax.optimization_barrier((residuals, dys))
+    saved, shards, like = residuals
+    shards, (saved, dys) = jax.lax.optimization_barrier(shards), jax.lax.optimization_barrier((saved, dys))
     kernel, axes = gather_kernel(recipe, shards), whole(recipe.axes)
     out, dtype = dys[0].dtype if saved.scales else None, dys[0].dtype
     scales = saved.scales or tuple(q.scale for q in saved.inputs if q.scale is not None)

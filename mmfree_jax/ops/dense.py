@@ -25,7 +25,8 @@ def _forward(axes: Names, x: jax.Array, w_GDF: jax.Array):
 
 
 def _backward(axes: Names, saved, dys: tuple[jax.Array, ...]):
-    (x, w_GDF), dys = jax.lax.optimization_barrier((saved, dys))
+    x, w_GDF = saved
+    w_GDF, (x, dys) = jax.lax.optimization_barrier(w_GDF), jax.lax.optimization_barrier((x, dys))
     whole_GDF = gathered(w_GDF.astype(x.dtype), (None, *axes))
     parts = [jnp.matmul(dy, w_DF.T) for dy, w_DF in zip(dys, whole_GDF, strict=True)]
     dx = constrain(sum(parts[1:], parts[0]), *rows_of(x.ndim, whole(axes)[0]))
