@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from mmfree_jax.bench import operations, steps
+from mmfree_jax.bench import first_step, operations, steps
 from mmfree_jax.bench.timing import ceilings
 from mmfree_jax.cli import parse
 from mmfree_jax.config import ConfigError
@@ -25,9 +25,10 @@ from mmfree_jax.files import write_json
 class BenchArguments:
     """Time the operations, each checked against its reference first, and whole training steps on this machine."""
 
-    suite: Literal["all", "kernels", "step", "memory"] = "all"
-    """kernels: the operations, variants side by side; step: training steps of presets; memory: what steps with every
-    remat policy ask for, compiled but not run."""
+    suite: Literal["all", "start", "kernels", "step", "memory"] = "all"
+    """start: what a process waits for before its first step, cold and from the cache; kernels: the operations, variants
+    side by side; step: training steps of presets; memory: what steps with every remat policy ask for, compiled but not
+    run."""
     json: Path | None = None
     """File for all figures."""
     only: str = ""
@@ -98,14 +99,20 @@ def _memory_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterator[d
     yield from steps.each(_chosen(chosen, steps.SMALL_MEMORY, steps.FULL_MEMORY), steps.memory)
 
 
-SUITES: dict[str, Rows] = {"kernels": _operation_rows, "step": _step_rows, "memory": _memory_rows}
+def _start_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    for case in _chosen(chosen, first_step.SMALL, first_step.FULL):
+        yield from first_step.measure(case)
+
+
+SUITES: dict[str, Rows] = {"start": _start_rows, "kernels": _operation_rows, "step": _step_rows, "memory": _memory_rows}
 CASE = ("preset", "batch", "sequence", "remat", "kernels", "gradient_bits", "unoptimised")
 SHOWN = {
+    "start": ("preset", "batch", "sequence", "start", "start_s", "lower_s", "compile_s", "compiled"),
     "kernels": ("case", "variant", "ms", "ms_least", "ms_most", "of_copy", "of_bf16", "temporary_mb", "error"),
     "step": (
         *CASE,
         *("tokens_per_s", "step_ms", "step_ms_least", "step_ms_most"),
-        *("of_bf16", "of_data_sheet", "total_gb", "temporary_gb", "compile_s", "cached_s"),
+        *("of_bf16", "of_data_sheet", "total_gb", "temporary_gb", "compile_s"),
     ),
     "memory": (*CASE, "total_gb", "temporary_gb", "compile_s"),
 }

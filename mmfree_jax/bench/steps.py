@@ -92,8 +92,8 @@ def measure(case: StepCase, limits: dict[str, float]) -> dict[str, Any]:
     """Seconds a step, tokens a second, utilisation by exact products, memory and compile time of one case.
 
     `total_gb` is what the compiled step asks for at once: state, batch, temporaries. The memory that other cases left
-    allocated does not count. `compile_s` lowers, compiles and fills the persistent cache; `cached_s` is what a second
-    process would wait for. A step that asks for more than the device has is not run: it has no times.
+    allocated does not count. `compile_s` traces, lowers and compiles. A step that asks for more than the device has is
+    not run: it has no times.
     """
     run, program, step = _step(case)
     shape = (case.batch, case.sequence + 1)
@@ -102,14 +102,12 @@ def measure(case: StepCase, limits: dict[str, float]) -> dict[str, Any]:
         state = program.init(jax.random.key(0))
         batch, rate = program.place(tokens), program.repeat(np.float32(1e-4))
         compile_s, compiled = _compiled(step, state, batch, rate)
-        cached_s, _ = _compiled(step, state, batch, rate)  # which may not know its memory
         memory = memory_bytes(compiled)
         asked = {
             **dataclasses.asdict(case),
             "total_gb": memory["total"] / 1e9,
             "temporary_gb": memory["temporary"] / 1e9,
             "compile_s": compile_s,
-            "cached_s": cached_s,
         }
         held = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
         if memory["total"] > held:

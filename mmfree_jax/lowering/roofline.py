@@ -31,6 +31,7 @@ ELEMENTWISE = {
 }
 WITHOUT_KERNELS = 1.6  # times as much where XLA alone does the ternary layers and the recurrence
 FORWARD = 0.25
+GRADIENT_CODES = 60  # more where gradients are quantised: codes of 10.5 widths of them, these and 7.75 of inputs turned
 SCORES = 24  # bytes a score, where attention makes them whole: in float32 out and in, softmax, and all of it backwards
 
 
@@ -80,8 +81,8 @@ def _products(run: RunConfig, device: Device) -> float:
     blocks = per_token.dense + per_token.ternary
     # The backward pass makes the products again under `full` and, from their codes, under `codes`.
     forwards = 2 if run.remat in ("codes", "full") else 1
-    inputs = forward_rate if run.model.gradient_bits else rate  # of the products that give gradients to inputs
-    seconds = blocks * (forwards / forward_rate + 1 / inputs + 1 / rate) + 3 * per_token.head / rate
+    backward_rate = forward_rate if run.model.gradient_bits else rate
+    seconds = blocks * (forwards / forward_rate + 2 / backward_rate) + 3 * per_token.head / rate
     return _share(run) * seconds
 
 
@@ -99,6 +100,7 @@ def _bytes_moved(run: RunConfig, device: Device) -> float:
     per_token = float(ELEMENTWISE[model.mixer, model.linear] * model.width)
     per_token *= 1 if _fast(run, device) or model.family == "transformer++" else WITHOUT_KERNELS
     per_token *= 1 if run.remat == "none" else 1 + FORWARD
+    per_token += GRADIENT_CODES * model.width if model.gradient_bits and _fast(run, device) else 0
     per_token += SCORES * model.heads * run.data.sequence if whole_scores(run, device) else 0
     return (2 if run.precision == "float32" else 1) * per_token * model.depth * _share(run)
 
