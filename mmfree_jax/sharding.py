@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -187,6 +188,9 @@ def _added(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: tuple[s
     """The sum of parts over the mesh axes `rows`; over `pieces` of them, only this device's piece along embed."""
     if pieces and "embed" in names:
         part = jax.lax.psum_scatter(part, pieces, scatter_dimension=names.index("embed"), tiled=True)
+        # Left to itself, XLA's GPU compiler hands on the layout that it scatters in, and the optimizer then copies the
+        # weights and both moments out of it and back.
+        part = with_layout_constraint(part, Layout(major_to_minor=tuple(range(part.ndim))))
         rows = tuple(axis for axis in rows if axis not in pieces)
     return jax.lax.psum(part, rows) if rows else part
 

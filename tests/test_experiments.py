@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import integer_gradients, ladder, quickstart, quickstart_rates
+from experiments import integer_gradients, integer_gradients_105m, ladder, quickstart, quickstart_rates
 from experiments.learning_rate_picture import curves, optimum
 from experiments.learning_rate_transfer import GRID, read
 from mmfree_jax import flops
@@ -66,6 +66,16 @@ def test_integer_gradients_cost_no_more_than_the_seeds_do():
     differences = [losses["8", str(seed)] - losses["0", str(seed)] for seed in integer_gradients.SEEDS]
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     assert abs(statistics.mean(differences)) < 2 * error < 0.02
+
+
+def test_integer_gradients_at_105m_parameters_cost_no_more_than_the_seeds_do():
+    """The runs that there was time for, none of them of another experiment."""
+    with (RESULTS / "integer_gradients_105m.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["run_id"] for row in rows} <= {run.name for run in integer_gradients_105m.study().runs}
+    exact, integer = ([float(row["loss"]) for row in rows if row["gradient_bits"] == bits] for bits in ("0", "8"))
+    error = math.hypot(*(statistics.stdev(losses) / math.sqrt(len(losses)) for losses in (exact, integer)))
+    assert abs(statistics.mean(integer) - statistics.mean(exact)) < 2 * error < 0.02
 
 
 def optima(family, parametrisation):
