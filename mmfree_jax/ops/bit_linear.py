@@ -205,8 +205,8 @@ def _forward(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.A
 
 
 def _backward(recipe: Recipe, residuals, dys):
-    # Behind a barrier, or the compiler makes the dequantised inputs in the forward pass and keeps them until here; and
-    # keeps gathered codes, which are gathered again.
+    # Behind barriers, or the compiler makes the dequantised inputs in the forward pass and keeps them until here; and
+    # keeps gathered codes, which are gathered again. These have one of their own: they need not wait for dys.
     saved, shards, like = residuals
     shards, (saved, dys) = jax.lax.optimization_barrier(shards), jax.lax.optimization_barrier((saved, dys))
     kernel, axes = gather_kernel(recipe, shards), whole(recipe.axes)

@@ -13,7 +13,7 @@ from mmfree_jax.sharding import Names, Summed, constrain, gathered, per_shard, r
 def dense(axes: Names, x: jax.Array, w_GDF: jax.Array) -> tuple[jax.Array, ...]:
     """G products [..., F] of one input [..., D], in its type; `axes` are the logical names of D and F.
 
-    The backward pass gathers the weights again: kept, they would be a whole copy on every device.
+    The backward pass gathers the weights again, as early as it likes: kept, they would be a whole copy on every device.
     """
     return _forward(axes, x, w_GDF)[0]
 

@@ -33,14 +33,18 @@ def recurrence(c, f, floor, h):
     out, last = gated_recurrence(c, f, floor, h, resets_BT=resets)
     return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(last))
 
-def layer(x, w, gains, gain):
-    ys = bit_linear(Recipe(axes=("embed", "heads")), Prologue("norm", (x,), gain, 1e-6), w, gains)
+def layer(x, w, gains, gain, bits=0):
+    recipe = Recipe(axes=("embed", "heads"), gradient_bits=bits)
+    ys = bit_linear(recipe, Prologue("norm", (x,), gain, 1e-6), w, gains)
     return sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in ys)
+
+integers = lambda *args: layer(*args, bits=8)
 
 resets = jnp.asarray(rng.uniform(size=(4, 64)) < 0.1)
 cases = {
     "recurrence": (recurrence, (draw(4, 64, 128), draw(4, 64, 128), jnp.full(128, 0.3), draw(4, 128))),
     "layer": (layer, (draw(4, 256, 128).astype(jnp.bfloat16), draw(2, 128, 128), jnp.ones((2, 128)), jnp.ones(128))),
+    "integers": (integers, (draw(2, 256, 256).astype(jnp.bfloat16), draw(1, 256, 128), jnp.ones(256), jnp.ones(256))),
 }
 found = {}
 for name, (f, args) in cases.items():
@@ -56,7 +60,8 @@ for name, (f, args) in cases.items():
     pairs = zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True)
     wide = lambda a: np.asarray(a, np.float32)
     error = max(float(np.abs(wide(a) - wide(b)).max() / np.abs(wide(b)).max()) for a, b in pairs)
-    found[name] = [error, "Ref<gmem>" in str(traced.jaxpr)]  # a kernel sees global memory
+    text = str(traced.jaxpr)
+    found[name] = [error, "Ref<gmem>" in text, "transpose_codes" in text]  # a kernel sees global memory
 print(json.dumps(found))
 """
 
@@ -76,4 +81,6 @@ def test_kernels_compute_each_devices_part():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["recurrence"][0] < 2e-6
     assert found["layer"][0] < 0.03  # of the largest; bfloat16 is rounded elsewhere on the way
-    assert all(in_kernels for _, in_kernels in found.values()), found
+    assert found["integers"][0] < 0.03  # codes of gradients have a scale a column, of each device's rows
+    assert found["integers"][2], "sums over tokens are not of integers"
+    assert all(in_kernels for _, in_kernels, _ in found.values()), found
