@@ -33,12 +33,13 @@ def recurrence(c, f, floor, h):
     out, last = gated_recurrence(c, f, floor, h, resets_BT=resets)
     return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(last))
 
-def layer(x, w, gains, gain, bits=0):
+def outputs(x, w, gains, gain, bits=0):
     recipe = Recipe(axes=("embed", "heads"), gradient_bits=bits)
-    ys = bit_linear(recipe, Prologue("norm", (x,), gain, 1e-6), w, gains)
-    return sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in ys)
+    return [y.astype(jnp.float32) for y in bit_linear(recipe, Prologue("norm", (x,), gain, 1e-6), w, gains)]
 
-integers = lambda *args: layer(*args, bits=8)
+layer = lambda *args: sum(jnp.sum(jnp.sin(y)) for y in outputs(*args))
+integers = lambda *args: sum(jnp.sum(y * weigh) for y in outputs(*args, bits=8))
+weigh = draw(2, 256, 128)
 
 resets = jnp.asarray(rng.uniform(size=(4, 64)) < 0.1)
 cases = {
