@@ -19,24 +19,27 @@ def dense(axes: Names, x: jax.Array, w_GDF: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _forward(axes: Names, x: jax.Array, w_GDF: jax.Array):
-    whole_GDF = gathered(w_GDF.astype(x.dtype), (None, *axes))
-    ys = (constrain(jnp.matmul(x, w_DF), *rows_of(x.ndim, whole(axes)[1])) for w_DF in whole_GDF)
+    ys = (constrain(jnp.matmul(x, w_DF), *rows_of(x.ndim, whole(axes)[1])) for w_DF in _gathered(axes, x, w_GDF))
     return tuple(ys), (x, w_GDF)
+
+
+def _gathered(axes: Names, x: jax.Array, w_GDF: jax.Array) -> list[jax.Array]:
+    """Whole matrices in x's type, each by itself: a stack would be turned before it travels, and turned back after."""
+    return [gathered(w_DF.astype(x.dtype), axes) for w_DF in w_GDF]
 
 
 def _backward(axes: Names, saved, dys: tuple[jax.Array, ...]):
     x, w_GDF = saved
     w_GDF, (x, dys) = jax.lax.optimization_barrier(w_GDF), jax.lax.optimization_barrier((x, dys))
-    whole_GDF = gathered(w_GDF.astype(x.dtype), (None, *axes))
-    parts = [jnp.matmul(dy, w_DF.T) for dy, w_DF in zip(dys, whole_GDF, strict=True)]
+    parts = [jnp.matmul(dy, w_DF.T) for dy, w_DF in zip(dys, _gathered(axes, x, w_GDF), strict=True)]
     dx = constrain(sum(parts[1:], parts[0]), *rows_of(x.ndim, whole(axes)[0]))
 
-    local = lambda x, dys: (jnp.stack([outer(x, dy) for dy in dys]),)
+    local = lambda x, dys: tuple(outer(x, dy) for dy in dys)
 
     into, out = (name if ways(name, size) > 1 else None for name, size in zip(axes, w_GDF.shape[1:], strict=True))
     names = [rows_of(x.ndim, name) for name in whole((into, out))]
-    dw_GDF = per_shard(local, names, [Summed((None, into, out))], x, dys)[0]
-    return dx, constrain(dw_GDF, None, *axes).astype(w_GDF.dtype)
+    dws = per_shard(local, names, [Summed((into, out))] * len(dys), x, dys)
+    return dx, jnp.stack([constrain(dw_DF, *axes) for dw_DF in dws]).astype(w_GDF.dtype)
 
 
 dense.defvjp(_forward, _backward)
