@@ -3,9 +3,9 @@
     python launch.py sweep experiments/integer_gradients.py --out runs/integer-gradients
 
 About half an hour on 2 CPU cores. Runs differ in the initial weights and in whether the gradient that reaches a ternary
-layer is quantised to 8 bits for the product with its weights (`model.gradient_bits`); pairs of one seed see the same
-data. Its runs table, cut to the columns that matter, is results/integer_gradients.csv: expect a mean difference within
-two standard errors of zero.
+layer is quantised to 8 bits for both of its products (`model.gradient_bits`); pairs of one seed see the same data. Its
+runs table, cut to the columns that matter, is results/integer_gradients.csv: expect a mean difference within two
+standard errors of zero.
 """
 
 from experiments.quickstart import WIDTHS, base_run, rate

@@ -4,6 +4,7 @@ Products of integers run on the integer units of a Hopper GPU where a kernel ser
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -166,21 +167,26 @@ def _per_channel(w: Quantised, dy: jax.Array) -> jax.Array:
 def gradient_codes(recipe: Recipe, w: Quantised, dy: jax.Array, x_scale: jax.Array | None) -> GradientCodes:
     """8-bit codes of dy [..., F] by absmax per token; x_scale [..., 1]: of the product's input."""
     dy = _per_channel(w, dy)
-    last = whole(recipe.axes)[1]
-    if not on_hopper() or recipe.gradient_bits != 8 or ways(last, dy.shape[-1]) > 1:
+    if not _one_pass_codes(recipe, dy):
         return GradientCodes(quantise_gradients(dy, recipe.gradient_bits), None)
-    from mmfree_jax.ops.kernels import normed_codes
-
-    if not normed_codes.supports(dy.shape[-1], 0, dy.dtype):
-        return GradientCodes(quantise_gradients(dy, recipe.gradient_bits), None)
+    from mmfree_jax.ops.kernels.normed_codes import codes
 
     def local(dy, by):
-        codes, scale, largest = normed_codes.codes(dy.reshape(-1, dy.shape[-1]), None if by is None else by.reshape(-1))
-        rows = Quantised(codes.reshape(dy.shape), scale.reshape(*dy.shape[:-1], 1))
+        found, scale, largest = codes(dy.reshape(-1, dy.shape[-1]), None if by is None else by.reshape(-1))
+        rows = Quantised(found.reshape(dy.shape), scale.reshape(*dy.shape[:-1], 1))
         return rows, None if largest is None else largest.reshape(*(1,) * (dy.ndim - 1), -1)
 
     rows = rows_of(dy.ndim)
     return GradientCodes(*per_shard(local, [rows, rows], [rows, rows], dy, x_scale))
+
+
+def _one_pass_codes(recipe: Recipe, dy: jax.Array) -> bool:
+    """Whether the kernel quantises this gradient: 8 bits, and rows that are whole on a device and fill whole lanes."""
+    if not on_hopper() or recipe.gradient_bits != 8 or ways(whole(recipe.axes)[1], dy.shape[-1]) > 1:
+        return False
+    from mmfree_jax.ops.kernels.normed_codes import supports
+
+    return supports(dy.shape[-1], 0, dy.dtype)
 
 
 def weight_gradients(recipe: Recipe, inputs: tuple[jax.Array, ...], dys: tuple[jax.Array, ...]) -> jax.Array:
@@ -188,12 +194,7 @@ def weight_gradients(recipe: Recipe, inputs: tuple[jax.Array, ...], dys: tuple[j
 
     In the type of dys, as the dense layers' are: the sum over a device's rows is in at least float32 and rounded once.
     """
-    into, out = recipe.axes
-    into, out = (name if ways(name, a.shape[-1]) > 1 else None for name, a in ((into, inputs[0]), (out, dys[0])))
-    names = [rows_of(dys[0].ndim, name) for name in whole((into, out))]
-    local = lambda inputs, dys: (jnp.stack([outer(x, dy) for x, dy in zip(spread(inputs, dys), dys, strict=True)]),)
-    dw_GDF = per_shard(local, names, [Summed((None, into, out))], inputs, dys)[0]
-    return constrain(dw_GDF, None, *recipe.axes)
+    return _over_tokens(recipe, lambda x, dy, _: outer(x, dy), inputs, dys, (None,) * len(dys))
 
 
 def integer_weight_gradients(
@@ -204,17 +205,24 @@ def integer_weight_gradients(
     The sum is over tokens, so no token's scale can be taken out of it: the codes of dys take in both of theirs, and are
     brought to one scale a column (`ternary.column_codes`; each device's part has its own).
     """
-    (into, out), (D, F) = recipe.axes, kernel[0].codes.shape
-    into, out = (name if ways(name, size) > 1 else None for name, size in ((into, D), (out, F)))
     per_channel = tuple(w.scale if w.scale is not None and w.scale.size > 1 else None for w in kernel)
+    one = lambda x, dy, channel: _integer_outer(x, dy, channel, dtype)
+    return _over_tokens(recipe, one, inputs, tuple(dys), per_channel)
+
+
+def _over_tokens(
+    recipe: Recipe, one: Callable[..., jax.Array], inputs: tuple, dys: tuple, per_channel: tuple
+) -> jax.Array:
+    """[G, D, F]: for each matrix `one` [D, F] of an input, a gradient and a scale [1, F], of each device's rows, added
+    up where the weights live. Inputs and gradients are arrays, or trees whose first leaf is one."""
+    (into, out), x, dy = recipe.axes, jax.tree.leaves(inputs)[0], jax.tree.leaves(dys)[0]
+    into, out = (name if ways(name, a.shape[-1]) > 1 else None for name, a in ((into, x), (out, dy)))
+    names = [*(rows_of(dy.ndim, name) for name in whole((into, out))), (None, out)]
 
     def local(inputs, dys, per_channel):
-        triples = zip(spread(inputs, dys), dys, per_channel, strict=True)
-        return (jnp.stack([_integer_outer(x, dy, channel, dtype) for x, dy, channel in triples]),)
+        return (jnp.stack([one(*three) for three in zip(spread(inputs, dys), dys, per_channel, strict=True)]),)
 
-    names = [rows_of(dys[0].rows.codes.ndim, name) for name in whole((into, out))]
-    summed = Summed((None, into, out))
-    dw_GDF = per_shard(local, [*names, (None, out)], [summed], inputs, tuple(dys), per_channel)[0]
+    dw_GDF = per_shard(local, names, [Summed((None, into, out))], inputs, dys, per_channel)[0]
     return constrain(dw_GDF, None, *recipe.axes)
 
 
