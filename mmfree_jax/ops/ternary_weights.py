@@ -217,7 +217,8 @@ def _over_tokens(
     up where the weights live. Inputs and gradients are arrays, or trees whose first leaf is one."""
     (into, out), x, dy = recipe.axes, jax.tree.leaves(inputs)[0], jax.tree.leaves(dys)[0]
     into, out = (name if ways(name, a.shape[-1]) > 1 else None for name, a in ((into, x), (out, dy)))
-    names = [*(rows_of(dy.ndim, name) for name in whole((into, out))), (None, out)]
+    of_input, of_output = whole((into, out))
+    names = [rows_of(dy.ndim, of_input), rows_of(dy.ndim, of_output), (None, of_output)]
 
     def local(inputs, dys, per_channel):
         return (jnp.stack([one(*three) for three in zip(spread(inputs, dys), dys, per_channel, strict=True)]),)
