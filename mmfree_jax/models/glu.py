@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.models.layers import Projection, RMSNorm, matrix_inits
+from mmfree_jax.ops.bit_glu import bit_glu
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.sharding import constrain
 
@@ -25,6 +27,10 @@ class GLU(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array | Prologue) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
+        into, out = self.gate_up.recipe, self.down.recipe
+        if into is not None and out is not None and self.norm is None:
+            y_BTD = bit_glu(into, x_BTD, self.gate_up.weights(), out, self.down.weights())
+            return checkpoint_name(y_BTD, "projection")
         gate_up_BTF = tuple(constrain(a, "batch", "time", "channels") for a in self.gate_up(x_BTD))
-        y_BTF = Prologue("swiglu", gate_up_BTF)
-        return self.down(y_BTF if self.norm is None else self.norm(y_BTF.value()))[0]
+        y_BTF = Prologue("swiglu", gate_up_BTF).value()
+        return self.down(y_BTF if self.norm is None else self.norm(y_BTF))[0]

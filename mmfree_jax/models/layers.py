@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.ops.bit_linear import Recipe, bit_linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
 from mmfree_jax.ops.dense import dense
 from mmfree_jax.ops.prologue import Prologue, settled
 from mmfree_jax.ops.rms_norm import rms_norm
@@ -127,12 +127,16 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array | Prologue) -> tuple[jax.Array, ...]:
         """[..., D] -> one [..., F] for each group (a tuple of one without groups)."""
-        w_GDF = self.kernel[...] if self.groups else self.kernel[...][None]
         if self.recipe is None:
-            ys = dense(self.axes, settled(x), w_GDF)
+            ys = dense(self.axes, settled(x), self.weights().w_GDF)
         else:
-            ys = bit_linear(self.recipe, x, w_GDF, None if self.gain is None else self.gain[...], self.codes)
+            ys = bit_linear(self.recipe, x, *self.weights())
         return tuple(checkpoint_name(y, "projection") for y in ys)
+
+    def weights(self) -> Weights:
+        """Its arrays, as the ops take them."""
+        w_GDF = self.kernel[...] if self.groups else self.kernel[...][None]
+        return Weights(w_GDF, None if self.gain is None else self.gain[...], self.codes)
 
     def stacked_codes(self) -> tuple[Quantised, ...] | None:
         """Codes for `self.codes`, each with layers in front, if this stands for all layers; None for dense ones."""

@@ -29,11 +29,13 @@ from mmfree_jax.ops.ternary_weights import (
     GradientCodes,
     Recipe,
     Unscaled,
+    codes_of_rows,
     gather_kernel,
     gradient_codes,
     input_gradient,
     integer_input_gradient,
     integer_weight_gradients,
+    one_pass_codes,
     product,
     quantise_kernel,
     spread,
@@ -53,6 +55,27 @@ class Saved(NamedTuple):
     scales: tuple[jax.Array, ...] = ()  # theirs, where a kernel makes the codes again and `inputs` need not be kept
 
 
+class Weights(NamedTuple):
+    """The arrays of G BitLinears with one input.
+
+    w_GDF: latent weights, quantised per `recipe.scale_axes`. gain: of the RMSNorm before the quantiser: [D] shared by
+    the products, [G, D] one each, None for no norm. kernel: what `quantise_kernel` made of w_GDF, where that was done
+    ahead; gradients go to w_GDF all the same.
+    """
+
+    w_GDF: jax.Array
+    gain: jax.Array | None
+    kernel: tuple[Quantised, ...] | None = None
+
+
+class Residuals(NamedTuple):
+    """What `forward` leaves to `backward`."""
+
+    saved: Saved
+    shards: tuple[Quantised, ...]  # the quantised weights, where they live
+    like: jax.Array  # a scalar of the weights' type: residuals are arrays
+
+
 def bit_linear(
     recipe: Recipe,
     x: jax.Array | Prologue,
@@ -65,18 +88,21 @@ def bit_linear(
     Args:
         recipe: static options.
         x: [..., D] activations, or how they are to be made: they are then made again in the backward pass, not kept.
-        w_GDF: latent weights, quantised per `recipe.scale_axes`.
-        gain: of the RMSNorm before the quantiser: [D] shared by the products, [G, D] one each, None for no norm.
-        kernel: what `quantise_kernel` made of w_GDF, where that was done ahead; gradients go to w_GDF all the same.
+        w_GDF, gain, kernel: of the G matrices (`Weights`).
 
     Returns:
         G arrays [..., F] of x's type.
     """
+    return _bit_linear(*opened(recipe, x), Weights(w_GDF, gain, kernel))
+
+
+def opened(recipe: Recipe, x: jax.Array | Prologue) -> tuple[Recipe, tuple[jax.Array, ...], jax.Array | None]:
+    """The recipe with the prologue's kind, its sources and its gain. Raises ValueError if their epsilons differ."""
     if not isinstance(x, Prologue):
-        return _bit_linear(recipe, (x,), None, w_GDF, gain, kernel)
+        return recipe, (x,), None
     if x.gain is not None and x.eps != recipe.eps:
         raise ValueError(f"the norms of one BitLinear share their epsilon: {x.eps} and {recipe.eps}")
-    return _bit_linear(recipe._replace(prologue=x.kind), x.sources, x.gain, w_GDF, gain, kernel)
+    return recipe._replace(prologue=x.kind), x.sources, x.gain
 
 
 def quantise_input(
@@ -125,18 +151,19 @@ def _one_pass(recipe: Recipe, sources, source_gain, gain) -> tuple[Quantised, ..
     return tuple(map(_kept, inputs))
 
 
-def _one_pass_backward(recipe: Recipe, saved: Saved, dinputs: list[Unscaled]) -> tuple:
-    """What `input_backward` returns, and the quantised inputs, made again on the way: as codes where a product of
-    integers takes them, as values otherwise."""
+def _one_pass_backward(recipe: Recipe, saved: Saved, dinputs: list[Unscaled], by: jax.Array | None) -> tuple:
+    """What `input_backward` returns, with factors `by` [..., 1] of rows as `GradientCodes`; and the quantised inputs,
+    made again on the way: as codes where a product of integers takes them, as values otherwise."""
     from mmfree_jax.ops.kernels.normed_codes import backward
 
-    def local(sources, source_gain, gain, scales, dys, factors):
+    def local(sources, source_gain, gain, scales, dys, factors, by):
         scales, dys = [scale.reshape(-1) for scale in scales], [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        arrays = _flat(sources, source_gain, gain)
-        how = recipe.eps, bool(recipe.gradient_bits)
-        drows, dsource_gain, dgains, inputs = backward(recipe.prologue, *arrays, scales, dys, factors, *how)
-        shaped = lambda rows: tuple(a.reshape(sources[0].shape) for a in rows)
-        return shaped(drows), dsource_gain, jnp.stack(dgains), shaped(inputs)
+        arrays, shape = _flat(sources, source_gain, gain), sources[0].shape
+        how = recipe.eps, bool(recipe.gradient_bits), None if by is None else by.reshape(-1)
+        found = backward(recipe.prologue, *arrays, scales, dys, factors, *how)
+        shaped = lambda rows: tuple(a.reshape(shape) for a in rows)
+        dsources = shaped(found.sources) if by is None else tuple(codes_of_rows(c, shape) for c in found.sources)
+        return dsources, found.norm_gain, jnp.stack(found.gains), shaped(found.inputs)
 
     sources, source_gain, gain = saved.sources, saved.source_gain, saved.gain
     assert gain is not None
@@ -144,8 +171,9 @@ def _one_pass_backward(recipe: Recipe, saved: Saved, dinputs: list[Unscaled]) ->
     results: list[Names | Summed] = [rows, Summed((None,)), Summed((None, None)), rows]
     dys = tuple(d.values.astype(sources[0].dtype) for d in dinputs)
     factors = jnp.stack([jnp.ones((), jnp.float32) if d.factor is None else d.factor for d in dinputs])
-    arguments, names = (sources, source_gain, gain, saved.scales, dys, factors), [rows, (None,), gains, rows, rows]
-    dsources, dsource_gain, dgains, inputs = per_shard(local, [*names, (None,)], results, *arguments)
+    arguments = sources, source_gain, gain, saved.scales, dys, factors, by
+    names: list[Names] = [rows, (None,), gains, rows, rows, (None,), rows]
+    dsources, dsource_gain, dgains, inputs = per_shard(local, names, results, *arguments)
     like = lambda d, a: None if a is None else d.reshape(a.shape).astype(a.dtype)
     made = map(Quantised, inputs, saved.scales if recipe.gradient_bits else (None,) * len(inputs))
     return (dsources, like(dsource_gain, source_gain), like(dgains, gain)), tuple(made)
@@ -188,40 +216,46 @@ def _norm_backward(x: jax.Array, saved: Saved, dys: list[jax.Array]) -> tuple[ja
     return dx.astype(x.dtype), dgain.astype(gain.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _bit_linear(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.Array | None, kernel):
-    return _forward(recipe, sources, source_gain, w_GDF, gain, kernel)[0]
-
-
-def _forward(recipe: Recipe, sources, source_gain, w_GDF: jax.Array, gain: jax.Array | None, kernel):
-    saved = quantise_input(recipe, sources, source_gain, gain)
-    shards, axes = quantise_kernel(recipe, w_GDF) if kernel is None else kernel, whole(recipe.axes)
-    kernel, dtype, rows = gather_kernel(recipe, shards), sources[0].dtype, rows_of(sources[0].ndim, axes[1])
+def forward(
+    recipe: Recipe, sources: tuple[jax.Array, ...], source_gain: jax.Array | None, weights: Weights
+) -> tuple[tuple[jax.Array, ...], Residuals]:
+    """The products [..., F], and what `backward` needs."""
+    saved = quantise_input(recipe, sources, source_gain, weights.gain)
+    shards = quantise_kernel(recipe, weights.w_GDF) if weights.kernel is None else weights.kernel
+    axes, dtype = whole(recipe.axes), sources[0].dtype
+    kernel, rows = gather_kernel(recipe, shards), rows_of(sources[0].ndim, axes[1])
     ys = [product(q, w, dtype, dtype, axes) for q, w in zip(spread(saved.inputs, kernel), kernel, strict=True)]
     if saved.scales:
         saved = saved._replace(inputs=())
-    like = jnp.zeros((), w_GDF.dtype)  # residuals are arrays: this one carries the weights' type
-    return tuple(constrain(y, *rows) for y in ys), (saved, shards, like)
+    return tuple(constrain(y, *rows) for y in ys), Residuals(saved, shards, jnp.zeros((), weights.w_GDF.dtype))
 
 
-def _backward(recipe: Recipe, residuals, dys):
+def backward(
+    recipe: Recipe, residuals: Residuals, dys: tuple[jax.Array | GradientCodes, ...], by: jax.Array | None = None
+) -> tuple[tuple, jax.Array | None, Weights]:
+    """Gradients to sources, source_gain and weights, given those to the products, or the codes of those.
+
+    by: `codes_taken_by` of a BitLinear whose products the sources are: where a kernel makes the gradients to sources,
+    they come as `GradientCodes`.
+    """
     # Behind barriers, or the compiler makes the dequantised inputs in the forward pass and keeps them until here; and
     # keeps gathered codes, which are gathered again. These have one of their own: they need not wait for dys.
     saved, shards, like = residuals
     shards, (saved, dys) = jax.lax.optimization_barrier(shards), jax.lax.optimization_barrier((saved, dys))
     kernel, axes = gather_kernel(recipe, shards), whole(recipe.axes)
-    out, dtype = dys[0].dtype if saved.scales else None, dys[0].dtype
-    scales = saved.scales or tuple(q.scale for q in saved.inputs if q.scale is not None)
+    dtype = saved.sources[0].dtype
+    scales = _scales(saved)
     codes: list[GradientCodes] = []
     if recipe.gradient_bits:
         triples = zip(kernel, dys, spread(scales, dys) or (None,) * len(dys), strict=True)
         codes = [gradient_codes(recipe, w, dy, scale) for w, dy, scale in triples]
         dinputs = [integer_input_gradient(w, c, dtype, axes) for w, c in zip(kernel, codes, strict=True)]
     else:
+        out = dtype if saved.scales else None
         dinputs = [input_gradient(w, dy, axes, out) for w, dy in zip(kernel, dys, strict=True)]
     dinputs = [d._replace(values=constrain(d.values, *rows_of(d.values.ndim, axes[0]))) for d in dinputs]
     if saved.scales:  # the forward pass chose; the user's choice may not reach here
-        (dsources, dsource_gain, dgain), inputs = _one_pass_backward(recipe, saved, dinputs)
+        (dsources, dsource_gain, dgain), inputs = _one_pass_backward(recipe, saved, dinputs, by)
     else:
         scaled = [d.scaled(dtype) for d in dinputs]
         dsources, dsource_gain, dgain = input_backward(recipe, saved, scaled)
@@ -230,10 +264,26 @@ def _backward(recipe: Recipe, residuals, dys):
         dw_GDF = integer_weight_gradients(recipe, kernel, inputs, codes, dtype)
     else:
         dw_GDF = weight_gradients(recipe, tuple(dequantise(q, dtype) for q in inputs), dys)
-    dw_GDF = dw_GDF.astype(like.dtype)
     # Gains are whole on every device: gathered here once, or the optimizer would do it for each of its moments.
     whole_gain = lambda d: None if d is None else constrain(d, *(None,) * d.ndim)
-    return dsources, whole_gain(dsource_gain), dw_GDF, whole_gain(dgain), None
+    return dsources, whole_gain(dsource_gain), Weights(dw_GDF.astype(like.dtype), whole_gain(dgain))
 
 
-_bit_linear.defvjp(_forward, _backward)
+def codes_taken_by(recipe: Recipe, residuals: Residuals) -> jax.Array | None:
+    """The scale [..., 1] of the input, if codes by a kernel may stand for the gradients to the products; else None."""
+    scales, like = _scales(residuals.saved), residuals.saved.sources[0]
+    one_scale = all(q.scale is not None and q.scale.size == 1 for q in residuals.shards)
+    columns = residuals.shards[0].codes.shape[-1]
+    return scales[0] if len(scales) == 1 and one_scale and one_pass_codes(recipe, columns, like.dtype) else None
+
+
+def _scales(saved: Saved) -> tuple[jax.Array, ...]:
+    return saved.scales or tuple(q.scale for q in saved.inputs if q.scale is not None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bit_linear(recipe: Recipe, sources, source_gain, weights: Weights):
+    return forward(recipe, sources, source_gain, weights)[0]
+
+
+_bit_linear.defvjp(forward, backward)

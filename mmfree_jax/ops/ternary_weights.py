@@ -164,29 +164,41 @@ def _per_channel(w: Quantised, dy: jax.Array) -> jax.Array:
     return dy if w.scale is None or w.scale.size == 1 else (dy * w.scale).astype(dy.dtype)
 
 
-def gradient_codes(recipe: Recipe, w: Quantised, dy: jax.Array, x_scale: jax.Array | None) -> GradientCodes:
-    """8-bit codes of dy [..., F] by absmax per token; x_scale [..., 1]: of the product's input."""
+def gradient_codes(
+    recipe: Recipe, w: Quantised, dy: jax.Array | GradientCodes, x_scale: jax.Array | None
+) -> GradientCodes:
+    """8-bit codes of dy [..., F] by absmax per token, if it is not codes yet; x_scale [..., 1]: of the product's
+    input."""
+    if isinstance(dy, GradientCodes):
+        return dy
     dy = _per_channel(w, dy)
-    if not _one_pass_codes(recipe, dy):
+    if not one_pass_codes(recipe, dy.shape[-1], dy.dtype):
         return GradientCodes(quantise_gradients(dy, recipe.gradient_bits), None)
     from mmfree_jax.ops.kernels.normed_codes import codes
 
     def local(dy, by):
-        found, scale, largest = codes(dy.reshape(-1, dy.shape[-1]), None if by is None else by.reshape(-1))
-        rows = Quantised(found.reshape(dy.shape), scale.reshape(*dy.shape[:-1], 1))
-        return rows, None if largest is None else largest.reshape(*(1,) * (dy.ndim - 1), -1)
+        found = codes(dy.reshape(-1, dy.shape[-1]), None if by is None else by.reshape(-1))
+        return codes_of_rows(found, dy.shape)
 
     rows = rows_of(dy.ndim)
     return GradientCodes(*per_shard(local, [rows, rows], [rows, rows], dy, x_scale))
 
 
-def _one_pass_codes(recipe: Recipe, dy: jax.Array) -> bool:
-    """Whether the kernel quantises this gradient: 8 bits, and rows that are whole on a device and fill whole lanes."""
-    if not on_hopper() or recipe.gradient_bits != 8 or ways(whole(recipe.axes)[1], dy.shape[-1]) > 1:
+def codes_of_rows(found: tuple[jax.Array, jax.Array, jax.Array | None], shape: tuple[int, ...]) -> GradientCodes:
+    """What a kernel found, `normed_codes.RowCodes` of a gradient of this shape. On a mesh, of a device's part of it."""
+    codes, scales, largest = found
+    rows = Quantised(codes.reshape(shape), scales.reshape(*shape[:-1], 1))
+    return GradientCodes(rows, None if largest is None else largest.reshape(*(1,) * (len(shape) - 1), -1))
+
+
+def one_pass_codes(recipe: Recipe, columns: int, dtype: Any) -> bool:
+    """Whether a kernel makes the codes of gradients [..., columns]: 8 bits, and rows that are whole on a device and
+    fill whole lanes."""
+    if not on_hopper() or recipe.gradient_bits != 8 or ways(whole(recipe.axes)[1], columns) > 1:
         return False
     from mmfree_jax.ops.kernels.normed_codes import supports
 
-    return supports(dy.shape[-1], 0, dy.dtype)
+    return supports(columns, 0, dtype)
 
 
 def weight_gradients(recipe: Recipe, inputs: tuple[jax.Array, ...], dys: tuple[jax.Array, ...]) -> jax.Array:

@@ -9,7 +9,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmfree_jax.ops import gated_recurrence as op
-from mmfree_jax.ops.bit_linear import Recipe, bit_linear
+from mmfree_jax.ops.bit_glu import bit_glu
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
 from mmfree_jax.ops.kernels import normed_codes, transposed_codes
 from mmfree_jax.ops.kernels import recurrence as kernel
 from mmfree_jax.ops.kernels.int8_matmul import int8_matmul, supports
@@ -206,6 +207,58 @@ def test_integer_gradients_equal_those_of_the_reference(monkeypatch):
     assert all(name in text for name in ("transpose_codes", "row_codes", "int8_product", "normed_codes_backward"))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.float32(a), np.float32(b), atol=1e-2 * float(jnp.abs(b).max()))
+
+
+@interpreted
+def test_gradients_to_a_gated_unit_s_sources_as_codes(monkeypatch):
+    """Bit for bit those of `codes`, which reads the gradients that the kernel would have written."""
+    monkeypatch.setattr(normed_codes, "BLOCKS", 2)
+    rng = np.random.default_rng(0)
+    draw = lambda: jnp.asarray(rng.normal(size=(6, 384)), jnp.bfloat16)
+    sources, gains, dys = [draw(), draw()], [jnp.asarray(rng.uniform(0.5, 2, 384), jnp.float32)], [draw()]
+    by = jnp.linspace(0.5, 2, 6)
+    with pretended_gpu():
+        _, scales = jax.jit(lambda: normed_codes.forward("swiglu", sources, None, gains, 1e-6))()
+        back = lambda by: normed_codes.backward(
+            "swiglu", sources, None, gains, scales, dys, jnp.ones(1), 1e-6, True, by
+        )
+        values, as_codes = jax.jit(lambda: back(None))(), jax.jit(lambda: back(by))()
+        expected = [jax.jit(normed_codes.codes)(d, by) for d in values.sources]
+    for a, b in zip(jax.tree.leaves(as_codes), jax.tree.leaves(values._replace(sources=expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@interpreted
+@pytest.mark.parametrize(("scale_axes", "separate"), [((-3, -2, -1), 1), ((-3, -2), 3)])
+def test_gradients_between_the_products_of_a_gated_unit(monkeypatch, scale_axes, separate):
+    """Bit for bit those of two layers; where all columns share a weight scale, a kernel of its own makes codes of the
+    gradient to the output only."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    x, dy, gains = draw(1, 8, 128), draw(1, 8, 128), jnp.asarray(rng.uniform(0.5, 2, (2, 128)), jnp.float32)
+    weights = draw(2, 128, 128).astype(jnp.float32), draw(1, 128, 128).astype(jnp.float32)
+    into, out = (Recipe(scale_axes=axes, gradient_bits=8) for axes in (scale_axes, scale_axes[1:]))
+    prologue = lambda x: Prologue("norm", (x,), jnp.ones(128), 1e-6)
+
+    def one_op(x, gate_up, down, gains):
+        return bit_glu(into, prologue(x), Weights(gate_up, gains[0]), out, Weights(down, gains[1]))
+
+    def two_ops(x, gate_up, down, gains):
+        gate_and_up = bit_linear(into, prologue(x), gate_up, gains[0])
+        return bit_linear(out, Prologue("swiglu", gate_and_up), down, gains[1])[0]
+
+    monkeypatch.setattr("mmfree_jax.ops.kernels.choice._is_hopper", lambda: True)
+    made, codes = [], normed_codes.codes
+    monkeypatch.setattr(normed_codes, "codes", lambda *a: made.append(a) or codes(*a))
+    gradients = []
+    with pretended_gpu():
+        for form in (one_op, two_ops):
+            gradients += [jax.jit(lambda dy, form=form: jax.vjp(form, x, *weights, gains)[1](dy))(dy)]
+            made += ["|"]
+    assert made.index("|") == separate
+    assert len(made) == separate + 3 + 2
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_array_equal(np.float32(a), np.float32(b))
 
 
 @interpreted

@@ -8,7 +8,7 @@ three passes of the first and up to five of the second, because every mean or ma
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def forward(
                 x = _combine(kind, read(), rstd, inner, dtype)
                 rstd = _rstd(x, D, eps)
                 for g, gain in enumerate(outer):
-                    largest = jnp.maximum(_largest(a * b for a, b in zip(x, gain, strict=True)) * rstd, SMALLEST)
+                    largest = jnp.maximum(_largest([a * b for a, b in zip(x, gain, strict=True)]) * rstd, SMALLEST)
                     scale = rstd * TOP / largest
                     for part, (a, b) in enumerate(zip(x, gain, strict=True)):
                         codes = jnp.round(a * b * scale).astype(jnp.int8)
@@ -90,12 +90,18 @@ def forward(
     return [codes.reshape(M, D) for codes in out[:G]], list(out[G:])
 
 
-@jax.jit
-def codes(x: jax.Array, by: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """int8 codes [M, D] of x [M, D] by absmax, as they are, and float32 scales [M]; rows of zeros have codes zero.
+class RowCodes(NamedTuple):
+    """A matrix [M, D] as int8 codes, float32 scales [M] of its rows and, where factors of rows were given, the largest
+    magnitude of codes * scale * factor in each column, [D]."""
 
-    With factors `by` [M], float32, also the largest magnitude of codes * scale * by in each column, [D].
-    """
+    codes: jax.Array
+    scales: jax.Array
+    largest: jax.Array | None
+
+
+@jax.jit
+def codes(x: jax.Array, by: jax.Array | None = None) -> RowCodes:
+    """Codes of x [M, D] by absmax, as it is; rows of zeros have codes zero. by [M], float32: factors of rows."""
     M, D = x.shape
     blocks, rows = _cut(M, D, "forward")
 
@@ -108,24 +114,15 @@ def codes(x: jax.Array, by: jax.Array | None = None) -> tuple[jax.Array, jax.Arr
             first = block * (M // blocks) + index[0] * rows
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             for r in range(rows):
-                x = _row(x_smem.at[r])
-                largest = jnp.maximum(_largest(x), TINY)
-                whole = [jnp.round(values * (TOP / largest)) for values in x]
-                for part, values in enumerate(whole):
-                    code_smem[slot, r, _part(part, values)] = values.astype(jnp.int8)
-                scale_gmem[first + r] = largest / TOP
-                for by in by_gmem:
-                    factor = largest / TOP * by[first + r]
-                    tops = [jnp.maximum(top, jnp.abs(v) * factor) for top, v in zip(tops, whole, strict=True)]
+                x, factors = _row(x_smem.at[r]), [ref[first + r] for ref in by_gmem]
+                scale_gmem[first + r] = _absmax_codes(x, _largest(x), code_smem.at[slot, r], factors, tops)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(code_smem.at[slot], code_gmem.at[pl.ds(first, rows)])
             return tops
 
-        zeros = [jnp.zeros_like(part) for part in _row(x_gmem.at[0])] if factors else []
-        tops = _walk(stage, M, D, blocks, rows, 1, zeros)(x_gmem.at[_mine(M, blocks)])
-        for ref in largest_gmem:
-            for part, values in enumerate(tops):
-                ref[block, _part(part, values)] = values
+        walk = _walk(stage, M, D, blocks, rows, 1, [_zeros(x_gmem.at[0]) for _ in factors])
+        for ref, top in zip(largest_gmem, walk(x_gmem.at[_mine(M, blocks)]), strict=True):
+            _store(top, ref.at[block])
         plgpu.wait_smem_to_gmem(0)
 
     shape, factors = (D // LANES, LANES), [] if by is None else [by]
@@ -142,7 +139,16 @@ def codes(x: jax.Array, by: jax.Array | None = None) -> tuple[jax.Array, jax.Arr
         scratch_types=[plgpu.SMEM((2, rows, *shape), jnp.int8)],
         compiler_params=STREAMING(),
     )(x.reshape(M, *shape), *factors)
-    return found.reshape(M, D), scales, jnp.max(largest[0], axis=0).reshape(D) if largest else None
+    return RowCodes(found.reshape(M, D), scales, jnp.max(largest[0], axis=0).reshape(D) if largest else None)
+
+
+class Gradients(NamedTuple):
+    """What `backward` returns; [M, D] and [D]."""
+
+    sources: list[jax.Array] | list[RowCodes]
+    norm_gain: jax.Array | None
+    gains: list[jax.Array]
+    inputs: list[jax.Array]  # the quantised ones, once for each gain
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "eps", "as_codes"))
@@ -156,85 +162,122 @@ def backward(
     factors: jax.Array,
     eps: float,
     as_codes: bool = False,
-) -> tuple[list[jax.Array], jax.Array | None, list[jax.Array], list[jax.Array]]:
+    by: jax.Array | None = None,
+) -> Gradients:
     """Gradients of `forward`, straight through the quantiser, to sources, norm_gain and gains; and the codes again.
 
     scales [M]: as `forward` returned them. dinputs [M, D]: gradients to the quantised inputs, one a product, each yet
     to be multiplied by its factor (float32, [products]); with a single gain they are summed. The gradients to sources
-    come in their type, those to gains in float32. The gradient to the weights needs the codes, [M, D] one for each of
-    gains: times their scale and in the sources' type or, `as_codes`, as they are.
+    come in their type or, with factors `by` of rows ([M], float32), as the codes that `codes` would make of them; those
+    to gains in float32. The gradient to the weights needs the codes, [M, D] one for each of gains: times their scale
+    and in the sources' type or, `as_codes`, as they are.
     """
-    (M, D), G, dtype = sources[0].shape, len(gains), sources[0].dtype
+    (M, D), S, G, dtype = sources[0].shape, len(sources), len(gains), sources[0].dtype
     blocks, rows = _cut(M, D, "backward")
     vectors = [*([] if norm_gain is None else [norm_gain]), *gains]
-    inputs, results, taken_as = [*sources, *dinputs], len(sources) + G, jnp.int8 if as_codes else dtype
+    inputs, taken_as = [*sources, *dinputs], jnp.int8 if as_codes else dtype
+    onward = [] if by is None else [by]
+    given_as = jnp.int8 if onward else dtype
 
     def normed_codes_backward(*refs):
-        input_gmem, gain_gmem, scale_gmem, (factor_gmem,), refs = _split(refs, len(inputs), len(vectors), G, 1)
-        out_gmem, (sums_gmem,), (source_out_smem, taken_smem) = _split(refs, results, 1)
-        out_smem = [*(source_out_smem.at[i] for i in range(len(sources))), *(taken_smem.at[g] for g in range(G))]
+        counts = len(inputs), len(vectors), G, 1, len(onward)
+        input_gmem, gain_gmem, scale_gmem, (factor_gmem,), by_gmem, refs = _split(refs, *counts)
+        out_gmem, onward_gmem, (sums_gmem,), refs = _split(refs, S + G, S * len(onward), 1)
+        (source_smem,), (taken_smem,), code_smem = _split(refs, 1, 1)
+        staged = [*(source_smem.at[i] for i in range(S)), *(taken_smem.at[g] for g in range(G))]
+        code_smem = [ref.at[i] for ref in code_smem for i in range(S)]
         block = lax.axis_index("block")
-        held = [_row(ref) for ref in gain_gmem]
-        inner, outer = (held[0], held[1:]) if norm_gain is not None else (None, held)
-        by = [factor_gmem[i] for i in range(len(dinputs))]
+        # Columns' maxima take the registers in which gains could stay.
+        held = [] if onward else [_row(ref) for ref in gain_gmem]
+        factor = [factor_gmem[i] for i in range(len(dinputs))]
+
+        def gains_of(parts=None):
+            pick = lambda row: row if parts is None else [row[part] for part in parts]
+            found = [pick(row) for row in held] or [_row(ref, parts) for ref in gain_gmem]
+            return (None, found) if norm_gain is None else (found[0], found[1:])
 
         def stage(index, *refs_and_sums):
             *input_smem, sums = refs_and_sums
-            source_smem, dy_smem = input_smem[: len(sources)], input_smem[len(sources) :]
+            source_smem, dy_smem = input_smem[:S], input_smem[S:]
             first = block * (M // blocks) + index[0] * rows
             for r in range(rows):
                 # Read again for every pass over the row: shared memory is near, registers are few.
                 read = lambda parts=None, r=r: [_row(ref.at[r], parts) for ref in source_smem]
-                read_dys = lambda parts=None, r=r: _merged(_scaled(dy_smem, by, r, parts), G)
+                read_dys = lambda parts=None, r=r: _merged(_scaled(dy_smem, factor, r, parts), G)
+                inner, outer = gains_of()
                 rstd_inner = _rstd(read()[0], D, eps) if inner else None
                 x = _combine(kind, read(), rstd_inner, inner, dtype)
                 rstd, mean = _rstd(x, D, eps), _dot(x, _through(outer, read_dys())) * (1 / D)
                 if r == 0:  # the results of the stage before have left
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                peaks = [jnp.zeros_like(x[0]) for _ in code_smem]
                 for parts in [range(len(x))] if inner else [[part] for part in range(len(x))]:
-                    gains = [[gain[part] for part in parts] for gain in outer]
+                    inner, gains = gains_of(parts)
                     x = _combine(kind, read(parts), rstd_inner, inner, dtype)
                     dx, dgains = _norm_pull(x, rstd, rstd * mean, gains, read_dys(parts))
                     dsources, dinner = _pull(kind, read(parts), rstd_inner, inner, dx, D)
-                    for total, new in zip(sums, [*dinner, *dgains], strict=True):
+                    for total, new in zip(sums[: len(vectors)], [*dinner, *dgains], strict=True):
                         for part, values in zip(parts, new, strict=True):
                             total[part] = total[part] + values
                     scales = [ref[first + r] for ref in scale_gmem]
                     codes = [_requantised(x, gain, rstd, s) for gain, s in zip(gains, scales, strict=True)]
                     if not as_codes:
                         codes = [[c * s for c in row] for row, s in zip(codes, scales, strict=True)]
-                    for smem, row in zip(out_smem, [*dsources, *codes], strict=True):
-                        for part, values in zip(parts, row, strict=True):
-                            smem[r, _part(part, values)] = values.astype(smem.dtype)
+                    dsources = [[values.astype(dtype) for values in row] for row in dsources]
+                    for smem, row in zip(staged, [*dsources, *codes], strict=True):
+                        _store(row, smem.at[r], parts)
+                    peaks = [_raised(peak, row) for peak, row in zip(peaks, dsources, strict=False)]
+                for i, (smem, peak, top) in enumerate(zip(code_smem, peaks, sums[len(vectors) :], strict=True)):
+                    d, factors = _row(staged[i].at[r]), [ref[first + r] for ref in by_gmem]
+                    onward_gmem[i][first + r] = _absmax_codes(d, jnp.max(peak), smem.at[r], factors, [top])
             plgpu.commit_smem()
-            for i, (smem, gmem) in enumerate(zip(out_smem, out_gmem, strict=True)):
-                plgpu.copy_smem_to_gmem(smem, gmem.at[pl.ds(first, rows)], commit_group=i == results - 1)
+            leaving = [*(code_smem or staged[:S]), *staged[S:]]
+            for i, (smem, gmem) in enumerate(zip(leaving, out_gmem, strict=True)):
+                plgpu.copy_smem_to_gmem(smem, gmem.at[pl.ds(first, rows)], commit_group=i == S + G - 1)
             return sums
 
-        walk = _walk(stage, M, D, blocks, rows, len(inputs), [[part * 0.0 for part in gain] for gain in held])
+        start = [_zeros(ref) for ref in gain_gmem] + [_zeros(gain_gmem[0]) for _ in code_smem]
+        walk = _walk(stage, M, D, blocks, rows, len(inputs), start)
         for i, total in enumerate(walk(*(ref.at[_mine(M, blocks)] for ref in input_gmem))):
-            for part, values in enumerate(total):
-                sums_gmem[block, i, _part(part, values)] = values
+            _store(total, sums_gmem.at[block, i])
         plgpu.wait_smem_to_gmem(0)
 
-    shape = (D // LANES, LANES)
+    shape, tops = (D // LANES, LANES), S * len(onward)
     *made, sums = plgpu.kernel(
         normed_codes_backward,
-        out_type=[jax.ShapeDtypeStruct((M, *shape), dtype)] * len(sources)
+        out_type=[jax.ShapeDtypeStruct((M, *shape), given_as)] * S
         + [jax.ShapeDtypeStruct((M, *shape), taken_as)] * G
-        + [jax.ShapeDtypeStruct((blocks, len(vectors), *shape), jnp.float32)],
+        + [jax.ShapeDtypeStruct((M,), jnp.float32)] * tops
+        + [jax.ShapeDtypeStruct((blocks, len(vectors) + tops, *shape), jnp.float32)],
         grid=(blocks,),
         grid_names=("block",),
         scratch_types=[
-            plgpu.SMEM((len(sources), rows, *shape), dtype),
+            plgpu.SMEM((S, rows, *shape), dtype),
             plgpu.SMEM((G, rows, *shape), taken_as),
+            *[plgpu.SMEM((S, rows, *shape), jnp.int8)] * len(onward),
         ],
         compiler_params=STREAMING(),
-    )(*(a.reshape(*a.shape[:-1], *shape) for a in (*inputs, *vectors)), *scales, factors)
-    made = [a.reshape(M, D) for a in made]
-    dvectors = list(jnp.sum(sums, axis=0).reshape(len(vectors), D))
+    )(*(a.reshape(*a.shape[:-1], *shape) for a in (*inputs, *vectors)), *scales, factors, *onward)
+    made, row_scales = [a.reshape(M, D) for a in made[: S + G]], made[S + G :]
+    sums, tops = (a.reshape(blocks, -1, D) for a in (sums[:, : len(vectors)], sums[:, len(vectors) :]))
+    dvectors = list(jnp.sum(sums, axis=0))
     dnorm_gain = dvectors.pop(0) if norm_gain is not None else None
-    return made[: len(sources)], dnorm_gain, dvectors, made[len(sources) :]
+    dsources = made[:S]
+    if onward:
+        dsources = [RowCodes(*each) for each in zip(made[:S], row_scales, jnp.max(tops, axis=0), strict=True)]
+    return Gradients(dsources, dnorm_gain, dvectors, made[S:])
+
+
+def _absmax_codes(x: Row, largest: Any, code_smem: Any, factors: list, tops: list[Row]) -> Any:
+    """Store the codes of a row whose largest magnitude this is; its scale. For each factor of the row, raise tops to
+    the magnitude of codes * scale * factor."""
+    largest = jnp.maximum(largest, TINY)
+    scale, codes = largest / TOP, [jnp.round(values * (TOP / largest)) for values in x]
+    _store(codes, code_smem)
+    for factor, top in zip(factors, tops, strict=True):
+        for part, values in enumerate(codes):
+            top[part] = jnp.maximum(top[part], jnp.abs(values) * (scale * factor))
+    return scale
 
 
 def _combine(kind: str, sources: list[Row], rstd: Any, gain: Row | None, dtype: Any) -> Row:
@@ -310,8 +353,13 @@ def _dot(x: Row, y: Row) -> jax.Array:
     return jnp.sum(functools.reduce(jnp.add, [a * b for a, b in zip(x, y, strict=True)]))
 
 
-def _largest(parts: Iterable[jax.Array]) -> jax.Array:
-    return jnp.max(functools.reduce(jnp.maximum, [jnp.abs(part) for part in parts]))
+def _largest(row: Row) -> jax.Array:
+    return jnp.max(_raised(jnp.zeros_like(row[0]), row))
+
+
+def _raised(least: jax.Array, row: Row) -> jax.Array:
+    """The largest of some pieces' magnitudes, and at least this, place by place."""
+    return functools.reduce(jnp.maximum, [jnp.abs(part.astype(jnp.float32)) for part in row], least)
 
 
 def _cut(M: int, D: int, direction: str) -> tuple[int, int]:
@@ -342,6 +390,16 @@ def _row(ref: Any, parts: Iterable[int] | None = None) -> Row:
     # As of jax 0.11, `load` has these arguments and no types for them.
     load = lambda part: plgpu.load(ref.at[pl.ds(part * size, size)], layout=layout, optimized=False)  # type: ignore[call-arg]
     return [load(part).astype(jnp.float32) for part in (range(count // size) if parts is None else parts)]
+
+
+def _store(row: Row, ref: Any, parts: Iterable[int] | None = None) -> None:
+    """A row, or some pieces of it, in the type that it is stored in."""
+    for part, values in zip(range(len(row)) if parts is None else parts, row, strict=True):
+        ref[_part(part, values)] = values.astype(ref.dtype)
+
+
+def _zeros(ref: Any) -> Row:
+    return [jnp.zeros_like(part) for part in _row(ref)]
 
 
 def _part(index: int, values: jax.Array) -> Any:
