@@ -59,12 +59,14 @@ class Attention(nnx.Module):
 
     def __call__(
         self, u_BTD: jax.Array | Prologue, context: Context, floor_D: None, state: Cache | None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Mix over time: [B, T, D] -> [B, T, D] and the cache with these tokens added (None without a cache)."""
+    ) -> tuple[jax.Array, Cache | None, jax.Array | Prologue]:
+        """Mix over time: [B, T, D] -> [B, T, D], the cache with these tokens added (None without a cache), and u
+        (`Projection.read`)."""
         assert context.rotary is not None
         time = u_BTD.shape[1]
         heads = lambda a: constrain(a.reshape(*a.shape[:2], -1, self.head_width), "batch", "time", "heads", None)
-        (q,), (k, v) = self.query(u_BTD), self.key_value(u_BTD)
+        (q,), u_BTD = self.query.read(u_BTD)
+        (k, v), u_BTD = self.key_value.read(u_BTD)
         q = q if self.score_scale == 1 else q * self.score_scale
         q_BTHK, k_BTHK = (rotate(heads(a), context.rotary) for a in (q, k))
         if state is None:
@@ -75,7 +77,7 @@ class Attention(nnx.Module):
             y_BTHK = attend(q_BTHK, state.k_BSHK, state.v_BSHK, _cache_mask(state, context, time))
             y_BTHK = jnp.where(context.position + time > state.k_BSHK.shape[1], jnp.nan, y_BTHK)
         y_BTD = y_BTHK.reshape(u_BTD.shape)
-        return self.out(y_BTD if self.norm is None else self.norm(y_BTD))[0], state
+        return self.out(y_BTD if self.norm is None else self.norm(y_BTD))[0], state, u_BTD
 
     @staticmethod
     def start(batch: int, capacity: int, config: ModelConfig, dtype: Any) -> Cache:

@@ -25,12 +25,12 @@ class GLU(nnx.Module):
         self.norm = RMSNorm(F, config.norm_eps, param_dtype) if config.sublayer_norm else None
         self.down = Projection(config, F, D, init=out, axes=("mlp", "embed"), **kwargs)
 
-    def __call__(self, x_BTD: jax.Array | Prologue) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(self, u_BTD: jax.Array | Prologue) -> tuple[jax.Array, jax.Array | Prologue]:
+        """[B, T, D] -> [B, T, D], and u (`Projection.read`)."""
         into, out = self.gate_up.recipe, self.down.recipe
-        if into is not None and out is not None and self.norm is None:
-            y_BTD = bit_glu(into, x_BTD, self.gate_up.weights(), out, self.down.weights())
-            return checkpoint_name(y_BTD, "projection")
-        gate_up_BTF = tuple(constrain(a, "batch", "time", "channels") for a in self.gate_up(x_BTD))
-        y_BTF = Prologue("swiglu", gate_up_BTF).value()
-        return self.down(y_BTF if self.norm is None else self.norm(y_BTF))[0]
+        if into is not None and out is not None and self.norm is None and isinstance(u_BTD, Prologue):
+            y_BTD, u_BTD = bit_glu(into, u_BTD, self.gate_up.weights(), out, self.down.weights())
+            return checkpoint_name(y_BTD, "projection"), u_BTD
+        gate_up, u_BTD = self.gate_up.read(u_BTD)
+        y_BTF = Prologue("swiglu", tuple(constrain(a, "batch", "time", "channels") for a in gate_up)).value()
+        return self.down(y_BTF if self.norm is None else self.norm(y_BTF))[0], u_BTD

@@ -84,13 +84,16 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, context: Context, floor_D: jax.Array | None, state: Any) -> tuple:
         """[B, T, D] -> [B, T, D] and the mixer's state after the last token."""
-        y_BTD, state = self.mixer(self._normed(self.mixer_norm, x_BTD), context, floor_D, state)
-        x_BTD = checkpoint_name(constrain(x_BTD + self._scaled(y_BTD), "batch", "time", None), "residual")
-        y_BTD = self.glu(self._normed(self.glu_norm, x_BTD))
-        return constrain(x_BTD + self._scaled(y_BTD), "batch", "time", None), state
+        y_BTD, state, u_BTD = self.mixer(self._normed(self.mixer_norm, x_BTD), context, floor_D, state)
+        x_BTD = checkpoint_name(self._added(x_BTD, u_BTD, y_BTD), "residual")
+        y_BTD, u_BTD = self.glu(self._normed(self.glu_norm, x_BTD))
+        return self._added(x_BTD, u_BTD, y_BTD), state
 
-    def _scaled(self, y_BTD: jax.Array) -> jax.Array:
-        return y_BTD if self.residual == 1 else y_BTD * self.residual
+    def _added(self, x_BTD: jax.Array, u_BTD: jax.Array | Prologue, y_BTD: jax.Array) -> jax.Array:
+        """x + c y, with x out of the prologue in which a ternary layer handed it on."""
+        x_BTD = u_BTD.sources[0] if isinstance(u_BTD, Prologue) else x_BTD
+        y_BTD = y_BTD if self.residual == 1 else y_BTD * self.residual
+        return constrain(x_BTD + y_BTD, "batch", "time", None)
 
     def _normed(self, norm: RMSNorm, x_BTD: jax.Array) -> jax.Array | Prologue:
         """Ternary layers take the norm unevaluated; dense ones share its value."""

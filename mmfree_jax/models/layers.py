@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, bit_linear_beside
 from mmfree_jax.ops.dense import dense
 from mmfree_jax.ops.prologue import Prologue, settled
 from mmfree_jax.ops.rms_norm import rms_norm
@@ -132,6 +132,14 @@ class Projection(nnx.Module):
         else:
             ys = bit_linear(self.recipe, x, *self.weights())
         return tuple(checkpoint_name(y, "projection") for y in ys)
+
+    def read(self, u: Prologue | jax.Array) -> tuple[tuple[jax.Array, ...], Prologue | jax.Array]:
+        """`__call__`, and u once more. If u is of a stream that others need besides, they take it from there: a ternary
+        layer then adds up both gradients to it in its own pass over them."""
+        if self.recipe is None or not isinstance(u, Prologue):
+            return self(u), u
+        ys, u = bit_linear_beside(self.recipe, u, self.weights())
+        return tuple(checkpoint_name(y, "projection") for y in ys), u
 
     def weights(self) -> Weights:
         """Its arrays, as the ops take them."""

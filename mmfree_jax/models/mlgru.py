@@ -43,7 +43,7 @@ class MLGRU(nnx.Module):
 
     def __call__(
         self, u_BTD: jax.Array | Prologue, context: Context, floor_D: jax.Array | None, state: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array | Prologue]:
         """Mix over time.
 
         Args:
@@ -53,13 +53,13 @@ class MLGRU(nnx.Module):
             state: h_BD to continue from, in at least float32; None for zeros.
 
         Returns:
-            [B, T, D] of u's type, and the state after the last token.
+            [B, T, D] of u's type, the state after the last token, and u (`Projection.read`).
         """
-        i_BTD, f_BTD, g_BTD = self.gates(u_BTD)
+        (i_BTD, f_BTD, g_BTD), u_BTD = self.gates.read(u_BTD)
         i_BTD, f_BTD = (constrain(a, "batch", "time", "channels") for a in (i_BTD, f_BTD))
         h_BTD, last_BD = gated_recurrence(i_BTD, f_BTD, floor_D, state, resets_BT=context.starts_BT)
         y_BTD = self._output_gate(g_BTD, h_BTD)
-        return self.out(y_BTD if self.norm is None else self.norm(settled(y_BTD)))[0], last_BD
+        return self.out(y_BTD if self.norm is None else self.norm(settled(y_BTD)))[0], last_BD, u_BTD
 
     @staticmethod
     def start(batch: int, capacity: int, config: ModelConfig, dtype: Any) -> jax.Array:

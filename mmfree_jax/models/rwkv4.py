@@ -68,9 +68,9 @@ class RWKV4(nnx.Module):
 
     def __call__(
         self, u_BTD: jax.Array | Prologue, context: Context, floor_D: None, state: TimeMixState | None
-    ) -> tuple[jax.Array, TimeMixState]:
-        """Mix over time: [B, T, D] -> [B, T, D] and the state after the last token."""
-        u_BTD = settled(u_BTD)
+    ) -> tuple[jax.Array, TimeMixState, jax.Array | Prologue]:
+        """Mix over time: [B, T, D] -> [B, T, D], the state after the last token, and u as it was."""
+        given, u_BTD = u_BTD, settled(u_BTD)
         before_BTD = shifted(u_BTD, None if state is None else state.last_BD, context.starts_BT)
         mix = self.mix[...].astype(u_BTD.dtype)
         r_BTD, k_BTD, v_BTD = (
@@ -82,7 +82,7 @@ class RWKV4(nnx.Module):
         y_BTD, after = wkv(decay_D, self.bonus[...], k_BTD, v_BTD, before, resets_BT=context.starts_BT)
         y_BTD = jax.nn.sigmoid(r_BTD) * y_BTD.astype(u_BTD.dtype)
         y_BTD = self.out(y_BTD if self.norm is None else self.norm(y_BTD))[0]
-        return y_BTD, TimeMixState(u_BTD[:, -1], after)
+        return y_BTD, TimeMixState(u_BTD[:, -1], after), given
 
     @staticmethod
     def start(batch: int, capacity: int, config: ModelConfig, dtype: Any) -> TimeMixState:

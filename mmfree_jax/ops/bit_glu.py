@@ -14,28 +14,33 @@ from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.ternary_weights import Recipe
 
 
-def bit_glu(into: Recipe, x: jax.Array | Prologue, gate_up: Weights, out: Recipe, down: Weights) -> jax.Array:
-    """What `bit_linear(out, Prologue("swiglu", bit_linear(into, x, gate_up)), down)` is: [..., D] of x's type."""
-    into, sources, source_gain = opened(into, x)
-    return _bit_glu(into, out._replace(prologue="swiglu"), sources, source_gain, gate_up, down)
+def bit_glu(into: Recipe, x: Prologue, gate_up: Weights, out: Recipe, down: Weights) -> tuple[jax.Array, Prologue]:
+    """The unit of an input x, [..., D] of its type, and x once more as of `bit_linear_beside`.
+
+    `into` and `gate_up` (two matrices) are what `bit_linear` takes for the first products, `out` and `down` for the
+    second.
+    """
+    into, *sources = opened(into, x)
+    y, first = _bit_glu((into, out._replace(prologue="swiglu")), *sources, gate_up, down)
+    return y, x._replace(sources=(first, *x.sources[1:]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _bit_glu(into: Recipe, out: Recipe, sources, source_gain, gate_up: Weights, down: Weights) -> jax.Array:
-    return _forward(into, out, sources, source_gain, gate_up, down)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bit_glu(recipes: tuple[Recipe, Recipe], sources, source_gain, gate_up: Weights, down: Weights):
+    return _forward(recipes, sources, source_gain, gate_up, down)[0]
 
 
-def _forward(into: Recipe, out: Recipe, sources, source_gain, gate_up: Weights, down: Weights):
+def _forward(recipes: tuple[Recipe, Recipe], sources, source_gain, gate_up: Weights, down: Weights):
+    into, out = recipes
     ys, of_into = forward(into, sources, source_gain, gate_up)
-    gate_and_up = tuple(checkpoint_name(y, "projection") for y in ys)
-    (y,), of_out = forward(out, gate_and_up, None, down)
-    return y, (of_into, of_out)
+    (y,), of_out = forward(out, tuple(checkpoint_name(y, "projection") for y in ys), None, down)
+    return (y, sources[0]), (of_into, of_out)
 
 
-def _backward(into: Recipe, out: Recipe, residuals: tuple[Residuals, Residuals], dy: jax.Array):
-    of_into, of_out = residuals
-    dgate_and_up, _, ddown = backward(out, of_out, (dy,), codes_taken_by(into, of_into))
-    return *backward(into, of_into, dgate_and_up), ddown
+def _backward(recipes: tuple[Recipe, Recipe], residuals: tuple[Residuals, Residuals], gradients):
+    (into, out), (of_into, of_out), (dy, dfirst) = recipes, residuals, gradients
+    dgate_and_up, _, ddown = backward(out, of_out, (dy,), by=codes_taken_by(into, of_into))
+    return *backward(into, of_into, dgate_and_up, beside=dfirst), ddown
 
 
 _bit_glu.defvjp(_forward, _backward)

@@ -10,7 +10,7 @@ the codes too where they share the gain.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,18 @@ def bit_linear(
     Returns:
         G arrays [..., F] of x's type.
     """
-    return _bit_linear(*opened(recipe, x), Weights(w_GDF, gain, kernel))
+    recipe, *sources = opened(recipe, x)
+    return _bit_linear(recipe, False, *sources, Weights(w_GDF, gain, kernel))[0]
+
+
+def bit_linear_beside(recipe: Recipe, x: Prologue, weights: Weights) -> tuple[tuple[jax.Array, ...], Prologue]:
+    """`bit_linear`, and the prologue once more with its first source as it was.
+
+    Whoever needs that source besides takes it from there: both gradients to it are then added up in one pass over it.
+    """
+    recipe, *sources = opened(recipe, x)
+    ys, first = _bit_linear(recipe, True, *sources, weights)
+    return ys, x._replace(sources=(first, *x.sources[1:]))
 
 
 def opened(recipe: Recipe, x: jax.Array | Prologue) -> tuple[Recipe, tuple[jax.Array, ...], jax.Array | None]:
@@ -151,16 +162,19 @@ def _one_pass(recipe: Recipe, sources, source_gain, gain) -> tuple[Quantised, ..
     return tuple(map(_kept, inputs))
 
 
-def _one_pass_backward(recipe: Recipe, saved: Saved, dinputs: list[Unscaled], by: jax.Array | None) -> tuple:
+def _one_pass_backward(
+    recipe: Recipe, saved: Saved, dinputs: list[Unscaled], by: jax.Array | None, beside: jax.Array | None
+) -> tuple:
     """What `input_backward` returns, with factors `by` [..., 1] of rows as `GradientCodes`; and the quantised inputs,
     made again on the way: as codes where a product of integers takes them, as values otherwise."""
     from mmfree_jax.ops.kernels.normed_codes import backward
 
-    def local(sources, source_gain, gain, scales, dys, factors, by):
+    def local(sources, source_gain, gain, scales, dys, factors, by, beside):
         scales, dys = [scale.reshape(-1) for scale in scales], [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         arrays, shape = _flat(sources, source_gain, gain), sources[0].shape
-        how = recipe.eps, bool(recipe.gradient_bits), None if by is None else by.reshape(-1)
-        found = backward(recipe.prologue, *arrays, scales, dys, factors, *how)
+        by, beside = None if by is None else by.reshape(-1), None if beside is None else beside.reshape(dys[0].shape)
+        how = recipe.eps, bool(recipe.gradient_bits)
+        found = backward(recipe.prologue, *arrays, scales, dys, factors, *how, by, beside)
         shaped = lambda rows: tuple(a.reshape(shape) for a in rows)
         dsources = shaped(found.sources) if by is None else tuple(codes_of_rows(c, shape) for c in found.sources)
         return dsources, found.norm_gain, jnp.stack(found.gains), shaped(found.inputs)
@@ -171,8 +185,8 @@ def _one_pass_backward(recipe: Recipe, saved: Saved, dinputs: list[Unscaled], by
     results: list[Names | Summed] = [rows, Summed((None,)), Summed((None, None)), rows]
     dys = tuple(d.values.astype(sources[0].dtype) for d in dinputs)
     factors = jnp.stack([jnp.ones((), jnp.float32) if d.factor is None else d.factor for d in dinputs])
-    arguments = sources, source_gain, gain, saved.scales, dys, factors, by
-    names: list[Names] = [rows, (None,), gains, rows, rows, (None,), rows]
+    arguments = sources, source_gain, gain, saved.scales, dys, factors, by, beside
+    names: list[Names] = [rows, (None,), gains, rows, rows, (None,), rows, rows]
     dsources, dsource_gain, dgains, inputs = per_shard(local, names, results, *arguments)
     like = lambda d, a: None if a is None else d.reshape(a.shape).astype(a.dtype)
     made = map(Quantised, inputs, saved.scales if recipe.gradient_bits else (None,) * len(inputs))
@@ -191,12 +205,14 @@ def _kept(q: Quantised) -> Quantised:
     return q if q.scale is None else Quantised(checkpoint_name(q.codes, "codes"), checkpoint_name(q.scale, "per_token"))
 
 
-def input_backward(recipe: Recipe, saved: Saved, dys: list[jax.Array]) -> tuple:
-    """Gradients to sources, source_gain and gain, given those to the quantised inputs, one for each product."""
+def input_backward(recipe: Recipe, saved: Saved, dys: list[jax.Array], beside: jax.Array | None = None) -> tuple:
+    """Gradients to sources, source_gain and gain, given those to the quantised inputs, one for each product; beside: a
+    gradient that comes to the first source on another way."""
     make = functools.partial(combine, recipe.prologue, eps=recipe.eps)
     x, pull = jax.vjp(lambda sources, gain: make(sources, gain), saved.sources, saved.source_gain)
     dx, dgain = _norm_backward(x, saved, dys)
-    return *pull(dx), dgain
+    (dfirst, *others), dsource_gain = pull(dx)
+    return (dfirst if beside is None else dfirst + beside, *others), dsource_gain, dgain
 
 
 def _norm_backward(x: jax.Array, saved: Saved, dys: list[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
@@ -231,12 +247,17 @@ def forward(
 
 
 def backward(
-    recipe: Recipe, residuals: Residuals, dys: tuple[jax.Array | GradientCodes, ...], by: jax.Array | None = None
+    recipe: Recipe,
+    residuals: Residuals,
+    dys: tuple[Any, ...],
+    *,
+    beside: jax.Array | None = None,
+    by: jax.Array | None = None,
 ) -> tuple[tuple, jax.Array | None, Weights]:
-    """Gradients to sources, source_gain and weights, given those to the products, or the codes of those.
+    """Gradients to sources, source_gain and weights, given those to the products: arrays, or `GradientCodes`.
 
-    by: `codes_taken_by` of a BitLinear whose products the sources are: where a kernel makes the gradients to sources,
-    they come as `GradientCodes`.
+    beside: a gradient that comes to the first source on another way. by: `codes_taken_by` of a BitLinear whose products
+    the sources are: where a kernel makes the gradients to sources, they come as `GradientCodes`.
     """
     # Behind barriers, or the compiler makes the dequantised inputs in the forward pass and keeps them until here; and
     # keeps gathered codes, which are gathered again. These have one of their own: they need not wait for dys.
@@ -255,10 +276,10 @@ def backward(
         dinputs = [input_gradient(w, dy, axes, out) for w, dy in zip(kernel, dys, strict=True)]
     dinputs = [d._replace(values=constrain(d.values, *rows_of(d.values.ndim, axes[0]))) for d in dinputs]
     if saved.scales:  # the forward pass chose; the user's choice may not reach here
-        (dsources, dsource_gain, dgain), inputs = _one_pass_backward(recipe, saved, dinputs, by)
+        (dsources, dsource_gain, dgain), inputs = _one_pass_backward(recipe, saved, dinputs, by, beside)
     else:
         scaled = [d.scaled(dtype) for d in dinputs]
-        dsources, dsource_gain, dgain = input_backward(recipe, saved, scaled)
+        dsources, dsource_gain, dgain = input_backward(recipe, saved, scaled, beside)
         inputs = saved.inputs
     if codes and scales:
         dw_GDF = integer_weight_gradients(recipe, kernel, inputs, codes, dtype)
@@ -281,9 +302,19 @@ def _scales(saved: Saved) -> tuple[jax.Array, ...]:
     return saved.scales or tuple(q.scale for q in saved.inputs if q.scale is not None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _bit_linear(recipe: Recipe, sources, source_gain, weights: Weights):
-    return forward(recipe, sources, source_gain, weights)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _bit_linear(recipe: Recipe, beside: bool, sources, source_gain, weights: Weights):
+    return _forward(recipe, beside, sources, source_gain, weights)[0]
 
 
-_bit_linear.defvjp(forward, backward)
+def _forward(recipe: Recipe, beside: bool, sources, source_gain, weights: Weights):
+    ys, residuals = forward(recipe, sources, source_gain, weights)
+    return (ys, sources[0] if beside else None), residuals
+
+
+def _backward(recipe: Recipe, beside: bool, residuals: Residuals, gradients):
+    dys, dfirst = gradients
+    return backward(recipe, residuals, dys, beside=dfirst)
+
+
+_bit_linear.defvjp(_forward, _backward)

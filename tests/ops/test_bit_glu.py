@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmfree_jax.ops.bit_glu import bit_glu
-from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, bit_linear_beside
 from mmfree_jax.ops.prologue import Prologue
 
 X = jax.random.normal(jax.random.key(0), (2, 9, 16))
@@ -23,23 +23,43 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("deferred", [False, True])
-def test_values_and_gradients_are_those_of_two_layers(case, deferred):
+def test_values_and_gradients_are_those_of_two_layers(case):
+    """Also where the input is needed besides, as by a residual stream."""
     out, (into_gain, out_gain) = CASES[case]
     into = out._replace(scale_axes=(-3, *out.scale_axes))
 
-    def given(x, norm_gain):
-        return Prologue("norm", (x,), norm_gain, 1e-6) if deferred else x * norm_gain
-
     def one_op(x, norm_gain, gate_up, down):
-        return bit_glu(into, given(x, norm_gain), Weights(gate_up, into_gain), out, Weights(down, out_gain))
+        u = Prologue("norm", (x,), norm_gain, 1e-6)
+        y, u = bit_glu(into, u, Weights(gate_up, into_gain), out, Weights(down, out_gain))
+        return u.sources[0] + y
 
     def two_ops(x, norm_gain, gate_up, down):
-        gate_and_up = bit_linear(into, given(x, norm_gain), gate_up, into_gain)
-        return bit_linear(out, Prologue("swiglu", gate_and_up), down, out_gain)[0]
+        gate_and_up = bit_linear(into, Prologue("norm", (x,), norm_gain, 1e-6), gate_up, into_gain)
+        return x + bit_linear(out, Prologue("swiglu", gate_and_up), down, out_gain)[0]
 
-    operands = X, jnp.linspace(1, 2, 16), GATE_UP, DOWN
+    compare(one_op, two_ops, X, jnp.linspace(1, 2, 16), GATE_UP, DOWN)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_hands_on_what_it_reads(case):
+    recipe, (gain, _) = CASES[case]
+
+    def handed_on(x, norm_gain, w):
+        ys, u = bit_linear_beside(recipe, Prologue("norm", (x,), norm_gain, 1e-6), Weights(w, gain))
+        return jnp.sin(u.sources[0]) + sum(ys)[..., :16]
+
+    def beside(x, norm_gain, w):
+        return jnp.sin(x) + sum(bit_linear(recipe, Prologue("norm", (x,), norm_gain, 1e-6), w, gain))[..., :16]
+
+    compare(handed_on, beside, X, jnp.linspace(1, 2, 16), GATE_UP)
+
+
+def compare(form, reference, *operands):
     weigh = jax.random.normal(jax.random.key(3), X.shape)
-    score = lambda form: jax.jit(jax.value_and_grad(lambda *a: jnp.sum(form(*a) * weigh), argnums=(0, 1, 2, 3)))
-    for a, b in zip(*(jax.tree.leaves(score(form)(*operands)) for form in (one_op, two_ops)), strict=True):
+
+    def found(f):
+        gradients = jax.value_and_grad(lambda *a: jnp.sum(f(*a) * weigh), argnums=range(len(operands)))
+        return jax.tree.leaves(jax.jit(gradients)(*operands))
+
+    for a, b in zip(found(form), found(reference), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * float(jnp.abs(b).max()))

@@ -241,7 +241,7 @@ def test_gradients_between_the_products_of_a_gated_unit(monkeypatch, scale_axes,
     prologue = lambda x: Prologue("norm", (x,), jnp.ones(128), 1e-6)
 
     def one_op(x, gate_up, down, gains):
-        return bit_glu(into, prologue(x), Weights(gate_up, gains[0]), out, Weights(down, gains[1]))
+        return bit_glu(into, prologue(x), Weights(gate_up, gains[0]), out, Weights(down, gains[1]))[0]
 
     def two_ops(x, gate_up, down, gains):
         gate_and_up = bit_linear(into, prologue(x), gate_up, gains[0])
@@ -283,7 +283,8 @@ def test_codes_of_gradients(monkeypatch, unit):
     [("norm", 3, 3, 256), ("norm", 1, 2, 384), ("gated", 1, 1, 256), ("swiglu", 1, 1, 512)],
 )
 def test_normed_codes_and_their_gradients(monkeypatch, kind, gains, products, width):
-    """Codes equal those of float64; gradients straight through; inputs made again equal codes times scale."""
+    """Codes equal those of float64; gradients straight through; inputs made again equal codes times scale; a gradient
+    that comes to the first source besides is added to it."""
     monkeypatch.setattr(normed_codes, "BLOCKS", 2)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape)
@@ -293,14 +294,14 @@ def test_normed_codes_and_their_gradients(monkeypatch, kind, gains, products, wi
     dys = [draw(6, width) for _ in range(products)]
     factors = jnp.linspace(0.5, 2, products)
     single = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
-    operands = single((sources, inner, outer))
+    operands, beside = single((sources, inner, outer)), single(draw(6, width))
     with pretended_gpu():
         codes, scales = jax.jit(lambda: normed_codes.forward(kind, *operands, 1e-6))()
         backward = jax.jit(
             lambda *how: normed_codes.backward(kind, *operands, scales, single(dys), factors, 1e-6, *how),
             static_argnums=0,
         )
-        back, as_codes = backward(), backward(True)
+        back, as_codes = backward(), backward(True, None, beside)
 
     norm = lambda a, gain: a / np.sqrt(np.mean(a * a, axis=-1, keepdims=True) + 1e-6) * gain
     silu = lambda a: a / (1 + np.exp(-a))
@@ -312,7 +313,9 @@ def test_normed_codes_and_their_gradients(monkeypatch, kind, gains, products, wi
         np.testing.assert_allclose(scale, exact, rtol=1e-6)
         np.testing.assert_array_equal(q, np.round(wanted / exact[:, None]))
         np.testing.assert_allclose(again, q * scale[:, None], rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(as_codes), jax.tree.leaves((*back[:3], codes)), strict=True):
+    first, *others = jax.tree.leaves(as_codes)
+    np.testing.assert_allclose(first, back.sources[0] + beside, atol=1e-6, rtol=1e-6)
+    for a, b in zip(others, jax.tree.leaves((back.sources[1:], *back[1:3], codes)), strict=True):
         np.testing.assert_array_equal(a, b)
 
     def through(sources, inner, outer):

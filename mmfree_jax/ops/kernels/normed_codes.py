@@ -163,6 +163,7 @@ def backward(
     eps: float,
     as_codes: bool = False,
     by: jax.Array | None = None,
+    beside: jax.Array | None = None,
 ) -> Gradients:
     """Gradients of `forward`, straight through the quantiser, to sources, norm_gain and gains; and the codes again.
 
@@ -170,13 +171,14 @@ def backward(
     to be multiplied by its factor (float32, [products]); with a single gain they are summed. The gradients to sources
     come in their type or, with factors `by` of rows ([M], float32), as the codes that `codes` would make of them; those
     to gains in float32. The gradient to the weights needs the codes, [M, D] one for each of gains: times their scale
-    and in the sources' type or, `as_codes`, as they are.
+    and in the sources' type or, `as_codes`, as they are. beside [M, D]: a gradient that comes to the first source on
+    another way, and is added to the one found here.
     """
     (M, D), S, G, dtype = sources[0].shape, len(sources), len(gains), sources[0].dtype
     blocks, rows = _cut(M, D, "backward")
     vectors = [*([] if norm_gain is None else [norm_gain]), *gains]
-    inputs, taken_as = [*sources, *dinputs], jnp.int8 if as_codes else dtype
-    onward = [] if by is None else [by]
+    inputs = [*sources, *dinputs, *([] if beside is None else [beside])]
+    onward, taken_as = [] if by is None else [by], jnp.int8 if as_codes else dtype
     given_as = jnp.int8 if onward else dtype
 
     def normed_codes_backward(*refs):
@@ -198,7 +200,7 @@ def backward(
 
         def stage(index, *refs_and_sums):
             *input_smem, sums = refs_and_sums
-            source_smem, dy_smem = input_smem[:S], input_smem[S:]
+            source_smem, dy_smem, beside_smem = _split(input_smem, S, len(dinputs))
             first = block * (M // blocks) + index[0] * rows
             for r in range(rows):
                 # Read again for every pass over the row: shared memory is near, registers are few.
@@ -216,6 +218,8 @@ def backward(
                     x = _combine(kind, read(parts), rstd_inner, inner, dtype)
                     dx, dgains = _norm_pull(x, rstd, rstd * mean, gains, read_dys(parts))
                     dsources, dinner = _pull(kind, read(parts), rstd_inner, inner, dx, D)
+                    for ref in beside_smem:
+                        dsources[0] = _sum([dsources[0], _row(ref.at[r], parts)])
                     for total, new in zip(sums[: len(vectors)], [*dinner, *dgains], strict=True):
                         for part, values in zip(parts, new, strict=True):
                             total[part] = total[part] + values
