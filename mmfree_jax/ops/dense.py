@@ -13,14 +13,17 @@ from mmfree_jax.sharding import Names, Summed, constrain, gathered, per_shard, r
 def dense(axes: Names, x: jax.Array, w_GDF: jax.Array) -> tuple[jax.Array, ...]:
     """G products [..., F] of one input [..., D], in its type; `axes` are the logical names of D and F.
 
-    The backward pass gathers the weights again, as early as it likes: kept, they would be a whole copy on every device.
+    The backward pass uses the same copies of the weights in that type. Where these were put together out of fsdp shards
+    it gathers them again, as early as it likes: kept, they would be a whole model on every device.
     """
     return _forward(axes, x, w_GDF)[0]
 
 
 def _forward(axes: Names, x: jax.Array, w_GDF: jax.Array):
-    ys = (constrain(jnp.matmul(x, w_DF), *rows_of(x.ndim, whole(axes)[1])) for w_DF in _gathered(axes, x, w_GDF))
-    return tuple(ys), (x, w_GDF)
+    whole_ws, cut = _gathered(axes, x, w_GDF), ways("embed", w_GDF.shape[1 + axes.index("embed")]) > 1
+    ys = (constrain(jnp.matmul(x, w_DF), *rows_of(x.ndim, whole(axes)[1])) for w_DF in whole_ws)
+    like = jnp.zeros((), w_GDF.dtype)  # residuals are arrays: this one carries the weights' type
+    return tuple(ys), (x, w_GDF if cut else whole_ws, like)
 
 
 def _gathered(axes: Names, x: jax.Array, w_GDF: jax.Array) -> list[jax.Array]:
@@ -29,17 +32,19 @@ def _gathered(axes: Names, x: jax.Array, w_GDF: jax.Array) -> list[jax.Array]:
 
 
 def _backward(axes: Names, saved, dys: tuple[jax.Array, ...]):
-    x, w_GDF = saved
-    w_GDF, (x, dys) = jax.lax.optimization_barrier(w_GDF), jax.lax.optimization_barrier((x, dys))
-    parts = [jnp.matmul(dy, w_DF.T) for dy, w_DF in zip(dys, _gathered(axes, x, w_GDF), strict=True)]
+    x, ws, like = saved
+    if not isinstance(ws, list):
+        ws, (x, dys) = jax.lax.optimization_barrier(ws), jax.lax.optimization_barrier((x, dys))
+        ws = _gathered(axes, x, ws)
+    parts = [jnp.matmul(dy, w_DF.T) for dy, w_DF in zip(dys, ws, strict=True)]
     dx = constrain(sum(parts[1:], parts[0]), *rows_of(x.ndim, whole(axes)[0]))
 
     local = lambda x, dys: tuple(outer(x, dy) for dy in dys)
 
-    into, out = (name if ways(name, size) > 1 else None for name, size in zip(axes, w_GDF.shape[1:], strict=True))
+    into, out = (name if ways(name, size) > 1 else None for name, size in zip(axes, ws[0].shape, strict=True))
     names = [rows_of(x.ndim, name) for name in whole((into, out))]
     dws = per_shard(local, names, [Summed((into, out))] * len(dys), x, dys)
-    return dx, jnp.stack([constrain(dw_DF, *axes) for dw_DF in dws]).astype(w_GDF.dtype)
+    return dx, jnp.stack([constrain(dw_DF, *axes) for dw_DF in dws]).astype(like.dtype)
 
 
 dense.defvjp(_forward, _backward)

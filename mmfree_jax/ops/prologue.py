@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 
 from mmfree_jax.ops.rms_norm import rms_norm
+from mmfree_jax.ops.ternary import wide
 
 Kind = Literal["plain", "norm", "gated", "swiglu"]
 
@@ -46,7 +47,24 @@ def combine(kind: Kind, sources: tuple[jax.Array, ...], gain: jax.Array | None, 
     if kind == "plain":
         return first
     if kind == "swiglu":
-        return jax.nn.silu(first) * sources[1]
+        return swiglu(first, sources[1])
     assert gain is not None
     normed = rms_norm(first, gain, eps)
     return normed if kind == "norm" else normed * jax.nn.silu(sources[1])
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202). Its backward pass computes in at least float32."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Behind a barrier, or XLA's GPU compiler makes two passes of the two gradients.
+    gate, up, d = (a.astype(wide(a.dtype)) for a in jax.lax.optimization_barrier((*saved, d)))
+    share = jax.nn.sigmoid(gate)
+    dgate, dup = d * up * share * (1 + gate * (1 - share)), d * gate * share
+    return dgate.astype(saved[0].dtype), dup.astype(saved[1].dtype)
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)

@@ -22,8 +22,9 @@ from mmfree_jax.devices import backend
 from mmfree_jax.distributed import put, repeat
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.ops.kernels.choice import kernels_allowed
+from mmfree_jax.parametrisation import Role
 from mmfree_jax.sharding import batch_sharding, make_mesh, packing, shardings
-from mmfree_jax.training.optim import Rates, make_optimizer
+from mmfree_jax.training.optim import Rates, make_optimizer, roles
 
 
 @jax.tree_util.register_dataclass
@@ -115,8 +116,8 @@ def make_program(key: ProgramKey) -> Program:
 def build_program(key: ProgramKey, mesh: Any) -> Program:
     """The programs of a key on a Mesh, or on an AbstractMesh, where they can be lowered, not run."""
     dtype = compute_dtype(key.precision)
-    unroll = key.unroll or (key.model.depth if backend() == "gpu" else 1)
-    build = lambda rngs: LanguageModel(key.model, rngs=rngs, dtype=dtype, remat=key.remat, unroll=unroll)
+    key = dataclasses.replace(key, unroll=key.unroll or (key.model.depth if backend() == "gpu" else 1))
+    build = lambda rngs: LanguageModel(key.model, rngs=rngs, dtype=dtype, remat=key.remat, unroll=key.unroll)
     optimizer = make_optimizer(key.optim, key.model)
 
     def init(rng: jax.Array) -> TrainState:
@@ -180,6 +181,8 @@ def _train_step(
         return nats / (count / accumulate)
 
     loss, grads = _accumulated(jax.value_and_grad(mean_loss), state.params, tokens_BT, accumulate)
+    if accumulate == 1 and key.unroll >= key.model.depth:
+        grads = _stacked(grads, compute_dtype(key.precision))
     updates, opt = optimizer.update(grads, state.opt, state.params, decay=decay)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     return TrainState(state.step + 1, params, opt), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
@@ -195,6 +198,19 @@ def _accumulated(loss_and_grad: Callable, params: nnx.State, tokens_BT: jax.Arra
     add = lambda total, rows: (jax.tree.map(jnp.add, total, loss_and_grad(params, rows)), None)
     total, _ = jax.lax.scan(add, zero, tokens_ABT)
     return jax.tree.map(lambda a: a / steps, total)
+
+
+def _stacked(grads: nnx.State, dtype: Any) -> nnx.State:
+    """The same, with the gradients to the matrices of unrolled blocks stacked once, in the type they were computed in.
+
+    They come one by one. XLA's GPU compiler would stack them in the optimizer, which then takes three passes over the
+    state in place of one: 36 bytes a parameter in place of 30.
+    """
+
+    def one(role: Role, grad: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(grad.astype(dtype)).astype(grad.dtype) if role == "matrix" else grad
+
+    return jax.tree.map(one, roles(grads), grads)
 
 
 def _evaluate(
