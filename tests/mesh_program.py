@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from mmfree_jax.config import FAMILIES, DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
 from mmfree_jax.hlo import collectives
 from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.ops.bit_linear import bit_linear
 from mmfree_jax.ops.ternary_weights import Recipe, gather_kernel, quantise_kernel
 from mmfree_jax.sharding import MESH_AXES, fitted, make_mesh, packing, shardings, spec
 from mmfree_jax.training.optim import Rates
@@ -90,6 +91,17 @@ def codes_everywhere() -> list:
     return different
 
 
+def integer_gradients(shape: tuple) -> dict:
+    """Errors of a layer whose outputs are cut over fsdp, of their own weight scales, beside one device."""
+    recipe = Recipe(scale_axes=(-2,), axes=("mlp", "embed"), gradient_bits=8)
+    draw = lambda seed, *size: jax.random.normal(jax.random.key(seed), size) * jnp.linspace(0.1, 3, size[-1])
+    x, w, weigh = draw(1, B, T, F), draw(2, 1, F, D), draw(3, B, T, D)
+    score = jax.value_and_grad(lambda x, w: jnp.sum(bit_linear(recipe, x, w, None)[0] * weigh), (0, 1))
+    pairs = zip(*(jax.tree.leaves(jax.device_get(on_mesh(s, score, x, w))) for s in (shape, (1, 1, 1, 1))), strict=True)
+    errors = (float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+    return dict(zip(("loss", "inputs", "weights"), errors, strict=True))
+
+
 def sent(family: str, shape: tuple, **changes) -> list:
     """The collectives of a train step: kind, arrays, executions, mesh axes, where in the program they come from."""
     run = run_config(family, shape, **changes)
@@ -114,7 +126,8 @@ def main() -> None:
         "rwkv4": sent("matmul-free-rwkv4", every),
         "dense": sent("transformer++", every),
     }
-    print(json.dumps({"agree": agree, "different": codes_everywhere(), "traffic": traffic}))
+    found = {"agree": agree, "integers": integer_gradients(every), "different": codes_everywhere(), "traffic": traffic}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
