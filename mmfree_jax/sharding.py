@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding
@@ -117,6 +118,11 @@ def constrain(x: jax.Array, *axes: Axes) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, fitted(x.shape, spec(*axes), mesh))
+
+
+def unfilled(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """An array whose values are yet to be written. On a mesh zeros, as the compiler cannot cut what is nothing."""
+    return jax.lax.empty(shape, dtype) if _surrounding() is None else jnp.zeros(shape, dtype)
 
 
 _packed: ContextVar[bool] = ContextVar("packed", default=False)

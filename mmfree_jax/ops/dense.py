@@ -13,29 +13,25 @@ from mmfree_jax.sharding import Names, Summed, constrain, gathered, per_shard, r
 def dense(axes: Names, x: jax.Array, w_GDF: jax.Array) -> tuple[jax.Array, ...]:
     """G products [..., F] of one input [..., D], in its type; `axes` are the logical names of D and F.
 
-    The backward pass uses the same copies of the weights in that type. Where these were put together out of fsdp shards
-    it gathers them again, as early as it likes: kept, they would be a whole model on every device.
+    The weights are kept for the backward pass in that type, and where they live: what was gathered of fsdp shards is
+    gathered again, as early as it likes. Kept, it would be a whole model on every device.
     """
     return _forward(axes, x, w_GDF)[0]
 
 
 def _forward(axes: Names, x: jax.Array, w_GDF: jax.Array):
-    whole_ws, cut = _gathered(axes, x, w_GDF), ways("embed", w_GDF.shape[1 + axes.index("embed")]) > 1
-    ys = (constrain(jnp.matmul(x, w_DF), *rows_of(x.ndim, whole(axes)[1])) for w_DF in whole_ws)
-    like = jnp.zeros((), w_GDF.dtype)  # residuals are arrays: this one carries the weights' type
-    return tuple(ys), (x, w_GDF if cut else whole_ws, like)
-
-
-def _gathered(axes: Names, x: jax.Array, w_GDF: jax.Array) -> list[jax.Array]:
-    """Whole matrices in x's type, each by itself: a stack would be turned before it travels, and turned back after."""
-    return [gathered(w_DF.astype(x.dtype), axes) for w_DF in w_GDF]
+    # Each matrix by itself: a stack would be turned before it travels, and turned back after.
+    shards = [w_DF.astype(x.dtype) for w_DF in w_GDF]
+    rows = rows_of(x.ndim, whole(axes)[1])
+    ys = tuple(constrain(jnp.matmul(x, gathered(w_DF, axes)), *rows) for w_DF in shards)
+    return ys, (x, shards, jnp.zeros((), w_GDF.dtype))  # residuals are arrays: the last carries the weights' type
 
 
 def _backward(axes: Names, saved, dys: tuple[jax.Array, ...]):
-    x, ws, like = saved
-    if not isinstance(ws, list):
-        ws, (x, dys) = jax.lax.optimization_barrier(ws), jax.lax.optimization_barrier((x, dys))
-        ws = _gathered(axes, x, ws)
+    x, shards, like = saved
+    if any(name == "embed" and ways(name, size) > 1 for name, size in zip(axes, shards[0].shape, strict=True)):
+        shards, (x, dys) = jax.lax.optimization_barrier(shards), jax.lax.optimization_barrier((x, dys))
+    ws = [gathered(w_DF, axes) for w_DF in shards]
     parts = [jnp.matmul(dy, w_DF.T) for dy, w_DF in zip(dys, ws, strict=True)]
     dx = constrain(sum(parts[1:], parts[0]), *rows_of(x.ndim, whole(axes)[0]))
 

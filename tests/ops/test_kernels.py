@@ -204,7 +204,7 @@ def test_integer_gradients_equal_those_of_the_reference(monkeypatch):
     with pretended_gpu():
         text = pull.lower(dys).as_text(debug_info=True)
         found = pull(dys)
-    assert all(name in text for name in ("transpose_codes", "row_codes", "int8_product", "normed_codes_backward"))
+    assert all(name in text for name in ("transpose_codes", "row_codes", "int8_product", "norm_codes_backward"))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.float32(a), np.float32(b), atol=1e-2 * float(jnp.abs(b).max()))
 
@@ -212,7 +212,7 @@ def test_integer_gradients_equal_those_of_the_reference(monkeypatch):
 @interpreted
 def test_gradients_to_a_gated_unit_s_sources_as_codes(monkeypatch):
     """Bit for bit those of `codes`, which reads the gradients that the kernel would have written."""
-    monkeypatch.setattr(normed_codes, "BLOCKS", 2)
+    monkeypatch.setattr(normed_codes, "BLOCKS", {"forward": 2, "backward": 2})
     rng = np.random.default_rng(0)
     draw = lambda: jnp.asarray(rng.normal(size=(6, 384)), jnp.bfloat16)
     sources, gains, dys = [draw(), draw()], [jnp.asarray(rng.uniform(0.5, 2, 384), jnp.float32)], [draw()]
@@ -264,7 +264,7 @@ def test_gradients_between_the_products_of_a_gated_unit(monkeypatch, scale_axes,
 @interpreted
 @pytest.mark.parametrize("unit", [1.0, 1e-9])
 def test_codes_of_gradients(monkeypatch, unit):
-    monkeypatch.setattr(normed_codes, "BLOCKS", 2)
+    monkeypatch.setattr(normed_codes, "BLOCKS", {"forward": 2, "backward": 2})
     x, by = unit * np.random.default_rng(0).normal(size=(6, 384)), np.linspace(0.5, 2, 6)
     x[3] = 0
     with pretended_gpu():
@@ -285,7 +285,7 @@ def test_codes_of_gradients(monkeypatch, unit):
 def test_normed_codes_and_their_gradients(monkeypatch, kind, gains, products, width):
     """Codes equal those of float64; gradients straight through; inputs made again equal codes times scale; a gradient
     that comes to the first source besides is added to it."""
-    monkeypatch.setattr(normed_codes, "BLOCKS", 2)
+    monkeypatch.setattr(normed_codes, "BLOCKS", {"forward": 2, "backward": 2})
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape)
     sources = [draw(6, width) for _ in range(1 if kind == "norm" else 2)]

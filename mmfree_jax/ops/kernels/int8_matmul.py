@@ -112,7 +112,7 @@ def int8_matmul(
         thread_name="group",
         scratch_types={"out_smem": plgpu.SMEM((COMPUTE_GROUPS, 2, PIECE, PIECE), dtype, transforms=staged)},
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )(x_MK, w_NK, x_scale_M, w_scale)
 

@@ -16,14 +16,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mmfree_jax.ops.kernels.mosaic import STREAMING, sigmoid
+from mmfree_jax.ops.kernels.mosaic import STREAMING, nearest, sigmoid
 from mmfree_jax.ops.ternary import SMALLEST, TINY, TOP
 
 THREADS = 128  # of a warpgroup
 LANES = 128  # a row is seen as [D / LANES, LANES]: the copy engine moves at most 256 elements along an axis
 STAGE_VALUES = {"forward": 4096, "backward": 2048}  # of one input copied ahead at a time
 STAGES = 2  # copied ahead
-BLOCKS = 528  # at most: four for each of an H200's 132 multiprocessors
+BLOCKS = {"forward": 528, "backward": 264}  # at most: four and two for each of an H200's 132 multiprocessors
 REGISTERS = 100  # a thread has for gains, which stay there for all rows of a block
 
 Row = list[jax.Array]  # a row in registers, in pieces of which each thread holds one vector
@@ -61,14 +61,13 @@ def forward(
             for r in range(rows):
                 read = lambda r=r: [_row(ref.at[r]) for ref in source_smem]
                 rstd = _rstd(read()[0], D, eps) if inner else None
-                x = _combine(kind, read(), rstd, inner, dtype)
+                x = _combine(kind, read(), _opened(kind, read()), rstd, inner, dtype)
                 rstd = _rstd(x, D, eps)
                 for g, gain in enumerate(outer):
                     largest = jnp.maximum(_largest([a * b for a, b in zip(x, gain, strict=True)]) * rstd, SMALLEST)
                     scale = rstd * TOP / largest
-                    for part, (a, b) in enumerate(zip(x, gain, strict=True)):
-                        codes = jnp.round(a * b * scale).astype(jnp.int8)
-                        code_smem[slot, g, r, _part(part, a)] = codes
+                    codes = [nearest(a * b * scale)[1] for a, b in zip(x, gain, strict=True)]
+                    _store(codes, code_smem.at[slot, g, r])
                     scale_gmem[g][first + r] = largest / TOP
             plgpu.commit_smem()
             for g in range(G):
@@ -78,7 +77,7 @@ def forward(
         _walk(stage, M, D, blocks, rows, len(sources))(*(ref.at[_mine(M, blocks)] for ref in source_gmem))
         plgpu.wait_smem_to_gmem(0)
 
-    shape = (D // LANES, LANES)
+    normed_codes.__name__, shape = f"{kind}_codes", (D // LANES, LANES)  # profiles show the name
     out = plgpu.kernel(
         normed_codes,
         out_type=[jax.ShapeDtypeStruct((M, *shape), jnp.int8)] * G + [jax.ShapeDtypeStruct((M,), jnp.float32)] * G,
@@ -207,28 +206,26 @@ def backward(
                 read = lambda parts=None, r=r: [_row(ref.at[r], parts) for ref in source_smem]
                 read_dys = lambda parts=None, r=r: _merged(_scaled(dy_smem, factor, r, parts), G)
                 inner, outer = gains_of()
-                rstd_inner = _rstd(read()[0], D, eps) if inner else None
-                x = _combine(kind, read(), rstd_inner, inner, dtype)
+                rstd_inner, opened = _rstd(read()[0], D, eps) if inner else None, _opened(kind, read())
+                x = _combine(kind, read(), opened, rstd_inner, inner, dtype)
                 rstd, mean = _rstd(x, D, eps), _dot(x, _through(outer, read_dys())) * (1 / D)
                 if r == 0:  # the results of the stage before have left
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 peaks = [jnp.zeros_like(x[0]) for _ in code_smem]
                 for parts in [range(len(x))] if inner else [[part] for part in range(len(x))]:
-                    inner, gains = gains_of(parts)
-                    x = _combine(kind, read(parts), rstd_inner, inner, dtype)
+                    (inner, gains), open_here = gains_of(parts), opened and [opened[part] for part in parts]
+                    x = _combine(kind, read(parts), open_here, rstd_inner, inner, dtype)
                     dx, dgains = _norm_pull(x, rstd, rstd * mean, gains, read_dys(parts))
-                    dsources, dinner = _pull(kind, read(parts), rstd_inner, inner, dx, D)
+                    dsources, dinner = _pull(kind, read(parts), open_here, rstd_inner, inner, dx, D)
                     for ref in beside_smem:
                         dsources[0] = _sum([dsources[0], _row(ref.at[r], parts)])
                     for total, new in zip(sums[: len(vectors)], [*dinner, *dgains], strict=True):
                         for part, values in zip(parts, new, strict=True):
                             total[part] = total[part] + values
                     scales = [ref[first + r] for ref in scale_gmem]
-                    codes = [_requantised(x, gain, rstd, s) for gain, s in zip(gains, scales, strict=True)]
-                    if not as_codes:
-                        codes = [[c * s for c in row] for row, s in zip(codes, scales, strict=True)]
+                    taken = [_requantised(x, gain, rstd, s, as_codes) for gain, s in zip(gains, scales, strict=True)]
                     dsources = [[values.astype(dtype) for values in row] for row in dsources]
-                    for smem, row in zip(staged, [*dsources, *codes], strict=True):
+                    for smem, row in zip(staged, [*dsources, *taken], strict=True):
                         _store(row, smem.at[r], parts)
                     peaks = [_raised(peak, row) for peak, row in zip(peaks, dsources, strict=False)]
                 for i, (smem, peak, top) in enumerate(zip(code_smem, peaks, sums[len(vectors) :], strict=True)):
@@ -246,7 +243,8 @@ def backward(
             _store(total, sums_gmem.at[block, i])
         plgpu.wait_smem_to_gmem(0)
 
-    shape, tops = (D // LANES, LANES), S * len(onward)
+    normed_codes_backward.__name__, shape = f"{kind}_codes_backward", (D // LANES, LANES)  # profiles show the name
+    tops = S * len(onward)
     *made, sums = plgpu.kernel(
         normed_codes_backward,
         out_type=[jax.ShapeDtypeStruct((M, *shape), given_as)] * S
@@ -276,46 +274,55 @@ def _absmax_codes(x: Row, largest: Any, code_smem: Any, factors: list, tops: lis
     """Store the codes of a row whose largest magnitude this is; its scale. For each factor of the row, raise tops to
     the magnitude of codes * scale * factor."""
     largest = jnp.maximum(largest, TINY)
-    scale, codes = largest / TOP, [jnp.round(values * (TOP / largest)) for values in x]
-    _store(codes, code_smem)
+    scale, found = largest / TOP, [nearest(values * (TOP / largest)) for values in x]
+    _store([codes for _, codes in found], code_smem)
     for factor, top in zip(factors, tops, strict=True):
-        for part, values in enumerate(codes):
+        for part, (values, _) in enumerate(found):
             top[part] = jnp.maximum(top[part], jnp.abs(values) * (scale * factor))
     return scale
 
 
-def _combine(kind: str, sources: list[Row], rstd: Any, gain: Row | None, dtype: Any) -> Row:
+def _opened(kind: str, sources: list[Row]) -> Row | None:
+    """The sigmoid of the source that opens the other, in a combination that has such a gate: computed once a row."""
+    gate = {"swiglu": 0, "gated": 1}.get(kind)
+    return None if gate is None else [sigmoid(a) for a in sources[gate]]
+
+
+def _combine(kind: str, sources: list[Row], opened: Row | None, rstd: Any, gain: Row | None, dtype: Any) -> Row:
     """`prologue.combine` of one row, rounded where that rounds and kept in float32; rstd: of the norm inside it."""
     rounded = lambda a: a.astype(dtype).astype(jnp.float32)
     if kind == "swiglu":
-        return [rounded(gate * sigmoid(gate) * up) for gate, up in zip(*sources, strict=True)]
+        assert opened is not None
+        return [rounded(gate * share * up) for gate, up, share in zip(*sources, opened, strict=True)]
     assert gain is not None
     normed = [rounded(a * rstd * g) for a, g in zip(sources[0], gain, strict=True)]
-    if kind == "norm":
+    if opened is None:
         return normed
-    return [rounded(n * h * sigmoid(h)) for n, h in zip(normed, sources[1], strict=True)]
+    return [rounded(n * h * share) for n, h, share in zip(normed, sources[1], opened, strict=True)]
 
 
-def _pull(kind: str, sources: list[Row], rstd: Any, gain: Row | None, dx: Row, D: int) -> tuple[list[Row], list[Row]]:
+def _pull(
+    kind: str, sources: list[Row], opened: Row | None, rstd: Any, gain: Row | None, dx: Row, D: int
+) -> tuple[list[Row], list[Row]]:
     """Gradients of `_combine` to its sources, and to its gain if it has one."""
     if kind == "swiglu":
+        assert opened is not None
         dgate, dup = [], []
-        for gate, up, d in zip(*sources, dx, strict=True):
-            share = sigmoid(gate)
+        for gate, up, share, d in zip(*sources, opened, dx, strict=True):
             dgate.append(d * up * share * (1 + gate * (1 - share)))
             dup.append(d * gate * share)
         return [dgate, dup], []
     assert gain is not None
-    if kind == "norm":
-        mean = _dot(sources[0], _through([gain], [dx])) * (1 / D)
-        dfirst, dgain = _norm_pull(sources[0], rstd, rstd * mean, [gain], [dx])
+    first = sources[0]
+    if opened is None:
+        mean = _dot(first, _through([gain], [dx])) * (1 / D)
+        dfirst, dgain = _norm_pull(first, rstd, rstd * mean, [gain], [dx])
         return [dfirst], dgain
-    first, other = sources
-    opened: Row = [sigmoid(h) for h in other]
-    dnormed: Row = [d * h * o for d, h, o in zip(dx, other, opened, strict=True)]
+    other = sources[1]
+    dnormed: Row = [d * h * share for d, h, share in zip(dx, other, opened, strict=True)]
     mean = _dot(first, _through([gain], [dnormed])) * (1 / D)
     dfirst, dgain = _norm_pull(first, rstd, rstd * mean, [gain], [dnormed])
-    slope = [o * (1 + h * (1 - o)) for h, o in zip(other, opened, strict=True)]
+    slope = [share * (1 + h * (1 - share)) for h, share in zip(other, opened, strict=True)]
     dother = [d * a * rstd * g * s for d, a, g, s in zip(dx, first, gain, slope, strict=True)]
     return [dfirst, dother], dgain
 
@@ -326,9 +333,10 @@ def _norm_pull(x: Row, rstd: Any, mean: Any, gains: list[Row], dys: list[Row]) -
     return dx, [[d * a * rstd for d, a in zip(dy, x, strict=True)] for dy in dys]
 
 
-def _requantised(x: Row, gain: Row, rstd: Any, scale: Any) -> Row:
-    """Codes of x * rstd * gain, as `forward` made them with this scale."""
-    return [jnp.round(a * g * (rstd / scale)) for a, g in zip(x, gain, strict=True)]
+def _requantised(x: Row, gain: Row, rstd: Any, scale: Any, as_codes: bool) -> Row:
+    """Codes of x * rstd * gain, as `forward` made them with this scale; or those times scale."""
+    found = [nearest(a * g * (rstd / scale)) for a, g in zip(x, gain, strict=True)]
+    return [codes if as_codes else values * scale for values, codes in found]
 
 
 def _through(gains: list[Row], dys: list[Row]) -> Row:
@@ -368,7 +376,7 @@ def _raised(least: jax.Array, row: Row) -> jax.Array:
 
 def _cut(M: int, D: int, direction: str) -> tuple[int, int]:
     """Blocks, and rows of a stage: both whole divisors of what they cut."""
-    blocks = next(n for n in range(min(BLOCKS, M), 0, -1) if M % n == 0)
+    blocks = next(n for n in range(min(BLOCKS[direction], M), 0, -1) if M % n == 0)
     rows = next(n for n in range(max(1, STAGE_VALUES[direction] // D), 0, -1) if M // blocks % n == 0)
     return blocks, rows
 
@@ -403,7 +411,8 @@ def _store(row: Row, ref: Any, parts: Iterable[int] | None = None) -> None:
 
 
 def _zeros(ref: Any) -> Row:
-    return [jnp.zeros_like(part) for part in _row(ref)]
+    """Of the shape of this row, in registers."""
+    return [part * 0 for part in _row(ref)]
 
 
 def _part(index: int, values: jax.Array) -> Any:
