@@ -184,7 +184,8 @@ def _one_pass_backward(
     rows, gains = rows_of(sources[0].ndim), (None,) * gain.ndim
     results: list[Names | Summed] = [rows, Summed((None,)), Summed((None, None)), rows]
     dys = tuple(d.values.astype(sources[0].dtype) for d in dinputs)
-    factors = jnp.stack([jnp.ones((), jnp.float32) if d.factor is None else d.factor for d in dinputs])
+    given = [d.factor for d in dinputs if d.factor is not None]  # all of them, or none
+    factors = jnp.stack(given) if given else None
     arguments = sources, source_gain, gain, saved.scales, dys, factors, by, beside
     names: list[Names] = [rows, (None,), gains, rows, rows, (None,), rows, rows]
     dsources, dsource_gain, dgains, inputs = per_shard(local, names, results, *arguments)

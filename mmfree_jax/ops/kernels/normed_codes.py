@@ -158,7 +158,7 @@ def backward(
     gains: Sequence[jax.Array],
     scales: Sequence[jax.Array],
     dinputs: Sequence[jax.Array],
-    factors: jax.Array,
+    factors: jax.Array | None,
     eps: float,
     as_codes: bool = False,
     by: jax.Array | None = None,
@@ -167,22 +167,24 @@ def backward(
     """Gradients of `forward`, straight through the quantiser, to sources, norm_gain and gains; and the codes again.
 
     scales [M]: as `forward` returned them. dinputs [M, D]: gradients to the quantised inputs, one a product, each yet
-    to be multiplied by its factor (float32, [products]); with a single gain they are summed. The gradients to sources
-    come in their type or, with factors `by` of rows ([M], float32), as the codes that `codes` would make of them; those
-    to gains in float32. The gradient to the weights needs the codes, [M, D] one for each of gains: times their scale
-    and in the sources' type or, `as_codes`, as they are. beside [M, D]: a gradient that comes to the first source on
-    another way, and is added to the one found here.
+    to be multiplied by its factor (float32, [products], None for ones); with a single gain they are summed. beside
+    [M, D]: a gradient that comes to the first source on another way, and is added to the one found here.
+
+    The gradients to sources come in their type or, with factors `by` of rows ([M], float32), as the codes that `codes`
+    would make of them; those to gains in float32. The gradient to the weights needs the codes, [M, D] one for each of
+    gains: times their scale and in the sources' type or, `as_codes`, as they are.
     """
     (M, D), S, G, dtype = sources[0].shape, len(sources), len(gains), sources[0].dtype
     blocks, rows = _cut(M, D, "backward")
     vectors = [*([] if norm_gain is None else [norm_gain]), *gains]
     inputs = [*sources, *dinputs, *([] if beside is None else [beside])]
+    scalars = [] if factors is None else [factors]
     onward, taken_as = [] if by is None else [by], jnp.int8 if as_codes else dtype
     given_as = jnp.int8 if onward else dtype
 
     def normed_codes_backward(*refs):
-        counts = len(inputs), len(vectors), G, 1, len(onward)
-        input_gmem, gain_gmem, scale_gmem, (factor_gmem,), by_gmem, refs = _split(refs, *counts)
+        counts = len(inputs), len(vectors), G, len(scalars), len(onward)
+        input_gmem, gain_gmem, scale_gmem, factor_gmem, by_gmem, refs = _split(refs, *counts)
         out_gmem, onward_gmem, (sums_gmem,), refs = _split(refs, S + G, S * len(onward), 1)
         (source_smem,), (taken_smem,), code_smem = _split(refs, 1, 1)
         staged = [*(source_smem.at[i] for i in range(S)), *(taken_smem.at[g] for g in range(G))]
@@ -190,7 +192,7 @@ def backward(
         block = lax.axis_index("block")
         # Columns' maxima take the registers in which gains could stay.
         held = [] if onward else [_row(ref) for ref in gain_gmem]
-        factor = [factor_gmem[i] for i in range(len(dinputs))]
+        each = [ref[i] for ref in factor_gmem for i in range(len(dinputs))]
 
         def gains_of(parts=None):
             pick = lambda row: row if parts is None else [row[part] for part in parts]
@@ -204,7 +206,7 @@ def backward(
             for r in range(rows):
                 # Read again for every pass over the row: shared memory is near, registers are few.
                 read = lambda parts=None, r=r: [_row(ref.at[r], parts) for ref in source_smem]
-                read_dys = lambda parts=None, r=r: _merged(_scaled(dy_smem, factor, r, parts), G)
+                read_dys = lambda parts=None, r=r: _merged(_scaled(dy_smem, each, r, parts), G)
                 inner, outer = gains_of()
                 rstd_inner, opened = _rstd(read()[0], D, eps) if inner else None, _opened(kind, read())
                 x = _combine(kind, read(), opened, rstd_inner, inner, dtype)
@@ -259,7 +261,7 @@ def backward(
             *[plgpu.SMEM((S, rows, *shape), jnp.int8)] * len(onward),
         ],
         compiler_params=STREAMING(),
-    )(*(a.reshape(*a.shape[:-1], *shape) for a in (*inputs, *vectors)), *scales, factors, *onward)
+    )(*(a.reshape(*a.shape[:-1], *shape) for a in (*inputs, *vectors)), *scales, *scalars, *onward)
     made, row_scales = [a.reshape(M, D) for a in made[: S + G]], made[S + G :]
     sums, tops = (a.reshape(blocks, -1, D) for a in (sums[:, : len(vectors)], sums[:, len(vectors) :]))
     dvectors = list(jnp.sum(sums, axis=0))
@@ -309,8 +311,9 @@ def _pull(
         assert opened is not None
         dgate, dup = [], []
         for gate, up, share, d in zip(*sources, opened, dx, strict=True):
-            dgate.append(d * up * share * (1 + gate * (1 - share)))
-            dup.append(d * gate * share)
+            d_share = d * share
+            dgate.append(d_share * up * (1 + gate * (1 - share)))
+            dup.append(d_share * gate)
         return [dgate, dup], []
     assert gain is not None
     first = sources[0]
@@ -328,9 +331,10 @@ def _pull(
 
 
 def _norm_pull(x: Row, rstd: Any, mean: Any, gains: list[Row], dys: list[Row]) -> tuple[Row, list[Row]]:
-    """Gradients of x * rstd * gain to x and to each gain; mean: of x * rstd times `_through`."""
-    dx = [rstd * (t - a * rstd * mean) for t, a in zip(_through(gains, dys), x, strict=True)]
-    return dx, [[d * a * rstd for d, a in zip(dy, x, strict=True)] for dy in dys]
+    """Gradients of x * rstd * gain to x and to each gain; mean: of x times `_through`, times rstd."""
+    normed, by = [a * rstd for a in x], rstd * mean
+    dx = [rstd * t - n * by for t, n in zip(_through(gains, dys), normed, strict=True)]
+    return dx, [[d * n for d, n in zip(dy, normed, strict=True)] for dy in dys]
 
 
 def _requantised(x: Row, gain: Row, rstd: Any, scale: Any, as_codes: bool) -> Row:
@@ -344,8 +348,9 @@ def _through(gains: list[Row], dys: list[Row]) -> Row:
 
 
 def _scaled(refs: Sequence[Any], factors: Sequence[Any], r: int, parts: Iterable[int] | None) -> list[Row]:
-    """Row r of each, times its factor."""
-    return [[part * factor for part in _row(ref.at[r], parts)] for ref, factor in zip(refs, factors, strict=True)]
+    """Row r of each, times its factor if they have any."""
+    rows = [_row(ref.at[r], parts) for ref in refs]
+    return [[part * factor for part in row] for row, factor in zip(rows, factors, strict=True)] if factors else rows
 
 
 def _merged(dys: list[Row], gains: int) -> list[Row]:
