@@ -16,7 +16,7 @@ from mmfree_jax.sweep.shapes import ladder_model
 FAMILY = "matmul-free"
 WIDTH, DEPTH = 768, 14
 SEEDS = range(3)
-STEPS = 1000  # of 32 x 1024 tokens
+STEPS = 1500  # of 32 x 1024 tokens
 
 
 def study() -> Study:
