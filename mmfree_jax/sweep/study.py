@@ -71,17 +71,14 @@ def run_study(study: Study, out: Path, console: Console, executor: Executor, aga
     from scaling.report.write import write_report
     from scaling.tables.curves import sweep_curves
     from scaling.tables.runs import Runs
-    from scaling.uncertainty.sensitivity import delta_from_noise
 
-    runs = Runs.read(out / "runs.csv")
     report = write_report(
-        runs,
+        Runs.read(out / "runs.csv"),
         out / "report",
         curves=sweep_curves(out),
         title=study.title,
         provenance=provenance(study),
         baseline=study.baseline,
-        delta=delta_from_noise(runs),
     )
     console.print(report.terminal_summary(console.width), highlight=False, markup=False)
     console.print(f"\nreport: {out / 'report' / 'report.html'}", highlight=False)
