@@ -36,7 +36,10 @@ def sweep(study: Study, out: Path, console: Console, executor: Executor, again: 
             hints = [f"see {escape(str(log))}"] * log.exists() + ["--again runs it again"] * failed.diverged
             say(f"[red]failed[/red]  {escape(describe(failed))}" + f"\n        {'; '.join(hints)}" * bool(hints))
         say(f"runs table: {table} (corpus {token_set.fingerprint[:16]})")
-        return code or int(any(s.state != "done" for s in found))
+        ended = sum(s.state == "done" for s in found)
+        if code:
+            say(f"interrupted with {ended} of {len(found)} runs done: the same command goes on")
+        return code or int(ended < len(found))
 
 
 def prepare(study: Study, out: Path, console: Console) -> TokenSet:
