@@ -55,6 +55,7 @@ def main(arguments: list[str]) -> int:
     try:
         return getattr(importlib.import_module(module), name)(rest)
     except KeyboardInterrupt:
+        print(f"launch.py {verb}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:

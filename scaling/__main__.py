@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from scaling.commands import allocate, backtest, compare, fit, lint, plan, plot, predict, report, verify
 from scaling.commands.arguments import OneLineParser
-from scaling.commands.output import ERROR
+from scaling.commands.output import ERROR, INTERRUPTED
 from scaling.tables.runs import ScalingError
 
 
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns 0 (ok), 1 (error, one line on stderr) or 2 (a gate failed)."""
+    """Runs one verb; returns 0 (ok), 1 (error, one line on stderr), 2 (a gate failed) or 130 (interrupted)."""
     arguments = parser().parse_args(argv)
     try:
         status = int(arguments.run(arguments))
@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `scaling … | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except (ScalingError, OSError) as error:
         if arguments.debug:
             raise

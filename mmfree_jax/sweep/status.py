@@ -13,6 +13,8 @@ from mmfree_jax.config import RunConfig, require
 from mmfree_jax.files import last_line, read_json, write_atomically
 from mmfree_jax.sweep.heartbeat import Beat, holder
 
+COLUMNS = ("run_id", "family", "N", "D", "loss")  # without which no table is one of runs
+
 State = Literal["waiting", "running", "stopped", "done", "failed"]
 
 
@@ -20,7 +22,8 @@ State = Literal["waiting", "running", "stopped", "done", "failed"]
 class RunStatus:
     """Where one run stands. `loss` is the held-out loss of a finished run, else the latest training loss.
 
-    `holder` is who trains it now.
+    `step` is the last one logged or saved, 0 before the first, also in a run that branches off another. `holder` is who
+    trains it now.
     """
 
     config: RunConfig
@@ -60,7 +63,7 @@ def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
     row = json.loads(line) if line else {}
     saved = _saved_step(folder)
     known = {
-        "step": max(row.get("step", run.first_step), saved),
+        "step": max(row.get("step", 0), saved),
         "loss": row.get("loss"),
         "tokens_per_s": row.get("tokens_per_s"),
     }
@@ -102,7 +105,8 @@ def fail(folder: Path, message: str) -> None:
 def collect(out: Path, runs: Sequence[RunConfig]) -> Path:
     """Write runs.csv: one row for every finished run that was evaluated, in the order of the experiment.
 
-    Rows that versions of this program wrote with other columns than the first row's leave some empty, or add theirs.
+    Before the first of them it is a header alone. Rows that versions of this program wrote with other columns than the
+    first row's leave some empty, or add theirs.
     Raises ConfigError where there is no such folder.
     """
     require(out.is_dir(), f"{out}: no such sweep folder")
@@ -112,11 +116,10 @@ def collect(out: Path, runs: Sequence[RunConfig]) -> Path:
         if (found := status(run_folder(out, run), run)).result and found.result["loss"] is not None
     ]
     text = io.StringIO()
-    if rows:
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
+    columns = list(dict.fromkeys(name for row in rows for name in row)) or COLUMNS
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
     path = out / "runs.csv"
     write_atomically(path, text.getvalue())
     return path

@@ -36,7 +36,10 @@ def sweep(study: Study, out: Path, console: Console, executor: Executor, again: 
             hints = [f"see {escape(str(log))}"] * log.exists() + ["--again runs it again"] * failed.diverged
             say(f"[red]failed[/red]  {escape(describe(failed))}" + f"\n        {'; '.join(hints)}" * bool(hints))
         say(f"runs table: {table} (corpus {token_set.fingerprint[:16]})")
-        return code or int(any(s.state != "done" for s in found))
+        ended = sum(s.state == "done" for s in found)
+        if code:
+            say(f"interrupted with {ended} of {len(found)} runs done: the same command goes on")
+        return code or int(ended < len(found))
 
 
 def prepare(study: Study, out: Path, console: Console) -> TokenSet:
@@ -71,17 +74,14 @@ def run_study(study: Study, out: Path, console: Console, executor: Executor, aga
     from scaling.report.write import write_report
     from scaling.tables.curves import sweep_curves
     from scaling.tables.runs import Runs
-    from scaling.uncertainty.sensitivity import delta_from_noise
 
-    runs = Runs.read(out / "runs.csv")
     report = write_report(
-        runs,
+        Runs.read(out / "runs.csv"),
         out / "report",
         curves=sweep_curves(out),
         title=study.title,
         provenance=provenance(study),
         baseline=study.baseline,
-        delta=delta_from_noise(runs),
     )
     console.print(report.terminal_summary(console.width), highlight=False, markup=False)
     console.print(f"\nreport: {out / 'report' / 'report.html'}", highlight=False)

@@ -8,13 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from scaling.commands.arguments import delta_of, fit_arguments, new_verb, positive, read_table, table_arguments
+from scaling.commands.arguments import (
+    delta_of,
+    fit_arguments,
+    new_verb,
+    objective_line,
+    positive,
+    read_table,
+    table_arguments,
+)
 from scaling.commands.output import exit_code, print_gates, print_json
 from scaling.fitting.approaches import envelope_exponent, isoflop
 from scaling.fitting.fit import fit, ladder_gate
+from scaling.fitting.solve import objective_named
 from scaling.tables.runs import Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap, interval
 from scaling.verdict.frontier import Cost, frontier
+
+ABSENT = "–"
 
 
 @dataclass(frozen=True)
@@ -53,9 +64,10 @@ def add(verbs: Any) -> None:
 
 def run(a: argparse.Namespace) -> int:
     runs = read_table(a)
+    delta = delta_of(a, runs)
     out, gates, sampled = {}, [], {}
     for family in runs.families:
-        fitted = fit(runs.family(family), a.law, a.objective, delta_of(a, runs), seed=a.seed)
+        fitted = fit(runs.family(family), a.law, a.objective, delta, seed=a.seed)
         if set(fitted.law.inputs) != {"N", "D"}:
             raise ScalingError(f"law {a.law!r} is not a function of N and D: it has no best allocation")
         sampled[family] = bootstrap(fitted, a.draws, a.seed)
@@ -65,7 +77,11 @@ def run(a: argparse.Namespace) -> int:
         print_json({family: [asdict(x) for x in found] for family, found in out.items()})
     else:
         print("\n".join(x.line(family) for family, found in out.items() for x in found))
-        print("\n".join(exponents(sampled[family], runs.family(family)) for family in out))
+        slopes = "\n".join(exponents(sampled[family], runs.family(family)) for family in out)
+        print(slopes)
+        if ABSENT in slopes:
+            print(f"  {ABSENT}: the runs give none; an envelope takes three, IsoFLOP two budgets with four sizes each")
+        print(objective_line(a, objective_named(a.objective, delta)))
         print_gates(gates)
     return exit_code(gates)
 
@@ -78,7 +94,8 @@ def exponents(sampled: Draws, runs: Runs) -> str:
         for theta in (sampled.fit.theta[None], sampled.theta)
     ]
     low, high = interval(slopes[1])
-    others = f"envelope {envelope_exponent(runs):.3f}, IsoFLOP {isoflop(runs).exponent_n:.3f} (nan: no such design)"
+    found = (envelope_exponent(runs), isoflop(runs).exponent_n)
+    others = "envelope {}, IsoFLOP {}".format(*(ABSENT if np.isnan(x) else f"{x:.3f}" for x in found))
     return f"{runs['family'][0]}: N* goes as C^{slopes[0][0]:.3f} ({low:.3f} to {high:.3f}) by the fitted law; {others}"
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from scaling.commands.output import ERROR
+from scaling.fitting.solve import Objective
 from scaling.laws.forms import LAWS
 from scaling.tables.runs import Runs, ScalingError, as_number
-from scaling.uncertainty.sensitivity import delta_from_noise
+from scaling.uncertainty.sensitivity import CUSTOMARY_DELTA, delta_from_noise, objective_text
 from scaling.verdict.costs import AXES, Prices
 
 OBJECTIVES = ("huber", "lad", "log-ls", "raw-ls")
@@ -73,8 +74,8 @@ def fit_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--delta",
         type=threshold,
-        default=1e-3,
-        help="Huber threshold on log loss, or auto: from the noise (default 1e-3)",
+        help="Huber threshold on log loss (default auto: from the noise of the runs that are fitted, but not below "
+        f"{CUSTOMARY_DELTA:g}, with which published fits are made)",
     )
     verb.add_argument("--draws", type=count, default=2000, help="bootstrap draws (default 2000)")
     verb.add_argument("--seed", type=int, default=0)
@@ -131,8 +132,13 @@ def positive_setting(text: str, flag: str) -> float:
 
 
 def delta_of(a: argparse.Namespace, runs: Runs) -> float:
-    """The Huber threshold asked for."""
+    """The Huber threshold asked for, or that of the noise of these rows, which are to be fitted."""
     return delta_from_noise(runs, a.law) if a.delta is None else a.delta
+
+
+def objective_line(a: argparse.Namespace, objective: Objective) -> str:
+    """By what the laws were fitted, for the terminal."""
+    return f"fitted by {objective_text(objective, a.delta is None)}"
 
 
 def read_table(a: argparse.Namespace, allow_midrun: bool = False) -> Runs:

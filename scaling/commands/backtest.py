@@ -11,6 +11,7 @@ from scaling.commands.arguments import (
     delta_of,
     fit_arguments,
     new_verb,
+    objective_line,
     positive_setting,
     read_table,
     share_argument,
@@ -18,6 +19,7 @@ from scaling.commands.arguments import (
     table_arguments,
 )
 from scaling.commands.output import GATE, OK, print_json
+from scaling.fitting.solve import objective_named
 from scaling.tables.runs import ScalingError
 from scaling.uncertainty.backtest import BINS, DIFFERENCE, LEVELS, ORIGINS, BackTest, backtest
 
@@ -40,11 +42,13 @@ def run(a: argparse.Namespace) -> int:
     if min(origins) <= 1:
         raise ScalingError(f"--q {a.q}: every q must be above 1, else nothing is held out")
     share = shared(a) if len(runs.families) > 1 else ()
-    found = backtest(runs, origins, share, a.law, a.objective, delta_of(a, runs), a.draws, a.seed)
+    delta = delta_of(a, runs)
+    found = backtest(runs, origins, share, a.law, a.objective, delta, a.draws, a.seed)
     if a.json:
         print_json({"held": [asdict(h) for h in found.held], "skipped": list(found.skipped)})
     else:
         print("\n".join(lines(found, len(runs.families) > 1)))
+        print(objective_line(a, objective_named(a.objective, delta)))
     return OK if found.held else GATE
 
 

@@ -12,6 +12,7 @@ from scaling.commands.arguments import (
     delta_of,
     fit_arguments,
     new_verb,
+    objective_line,
     out_argument,
     pair_arguments,
     prices_of,
@@ -24,7 +25,7 @@ from scaling.commands.report import full_report
 from scaling.report.artefact import comparison_json, crossover_json
 from scaling.tables.runs import ScalingError
 from scaling.verdict.break_even import break_even
-from scaling.verdict.compare import Comparison, compare
+from scaling.verdict.compare import Comparison, compare, pick_families
 from scaling.verdict.crossing_profile import profile_crossing
 from scaling.verdict.words import bound_text, crossing_sentence, headline, short_ladders, verdict
 
@@ -50,9 +51,11 @@ def comparison(a: argparse.Namespace) -> Comparison:
     rest = [name for name in names if name != first]
     if not a.b and not rest:
         raise ScalingError(f"the table holds one family, {names[0]!r}; a comparison needs two")
-    options = {"law": a.law, "objective": a.objective, "delta": delta_of(a, runs), "horizon": a.horizon}
+    second = a.b or rest[0]
+    delta = delta_of(a, pick_families(runs, (first, second)))
+    options = {"law": a.law, "objective": a.objective, "delta": delta, "horizon": a.horizon}
     axes = {"axis": a.axis, "along": a.along, "prices": prices_of(a)}
-    return compare(runs, first, a.b or rest[0], shared(a), a.draws, a.seed, **options, **axes)
+    return compare(runs, first, second, shared(a), a.draws, a.seed, **options, **axes)
 
 
 def run_compare(a: argparse.Namespace) -> int:
@@ -67,6 +70,7 @@ def run_compare(a: argparse.Namespace) -> int:
     print("\n".join(verdict(c)))
     if price:
         print(price.sentence(c.measured[1]))
+    print(objective_line(a, c.fit.objective))
     print_gates(c.gates)
     return exit_code(c.gates)
 
@@ -87,4 +91,5 @@ def run_crossover(a: argparse.Namespace) -> int:
     print(f"one-sided 95 % bounds: {c.b} takes the lead above {above}; it leads by {by}")
     for flops in 10.0 ** np.arange(np.ceil(np.log10(c.measured[0])), np.log10(x.horizon) + 1e-9):
         print(f"  P({c.b} leads for good by {flops:.0e} {c.unit}) = {x.p_before(flops):.3f}")
+    print(objective_line(a, c.fit.objective))
     return OK

@@ -16,7 +16,8 @@ from scaling.tables.runs import Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap
 from scaling.uncertainty.profile import SIMULATIONS, Intervals, profile_intervals
 from scaling.uncertainty.replicates import lack_of_fit
-from scaling.uncertainty.selection import CHOICES, fit_chosen
+from scaling.uncertainty.selection import CHOICES, chosen, fit_chosen
+from scaling.uncertainty.sensitivity import objective_text
 from scaling.verdict.compare import spread_gate
 
 
@@ -35,7 +36,8 @@ def run(a: argparse.Namespace) -> int:
         raise ScalingError("--select answers on the terminal or as --json; --out writes the report of a whole table")
     if a.out:
         return full_report(a, runs, share=("E",), gate=True)
-    sampled = {family: draws_of(a, runs, family) for family in runs.families}
+    delta = delta_of(a, runs.select(chosen(runs, a.select, runs["loss"][None])[0]))
+    sampled = {family: draws_of(a, runs.family(family), delta) for family in runs.families}
     profiles = {family: profiles_of(a, draws) for family, draws in sampled.items()}
     gates = [g for f, d in sampled.items() for g in (*d.fit.gates, spread_gate(d, f, f), ladder_gate(runs, f))]
     if a.json:
@@ -43,16 +45,15 @@ def run(a: argparse.Namespace) -> int:
         print_json({"families": families, "notes": list(runs.notes)})
         return exit_code(gates)
     for family, draws in sampled.items():
-        print_fit(family, draws, profiles[family])
+        print_fit(family, draws, profiles[family], objective_text(draws.fit.objective, a.delta is None))
     for note in runs.notes:
         print(f"note: {note}")
     print_gates(gates)
     return exit_code(gates)
 
 
-def draws_of(a: argparse.Namespace, runs: Runs, family: str) -> Draws:
+def draws_of(a: argparse.Namespace, part: Runs, delta: float) -> Draws:
     """One family's fit, to the rows asked for, and its bootstrap."""
-    part, delta = runs.family(family), delta_of(a, runs)
     if a.select == "all":
         return bootstrap(fit(part, a.law, a.objective, delta, seed=a.seed), a.draws, a.seed)
     return fit_chosen(part, a.select, a.draws, a.seed, a.law, a.objective, delta)
@@ -65,13 +66,11 @@ def profiles_of(a: argparse.Namespace, draws: Draws) -> Intervals:
     return profile_intervals(draws, min(SIMULATIONS, a.draws), a.seed)
 
 
-def print_fit(family: str, draws: Draws, profiles: Intervals) -> None:
+def print_fit(family: str, draws: Draws, profiles: Intervals, objective: str) -> None:
     """Parameters with both intervals, lack of fit where runs repeat, certificate."""
     fitted = draws.fit
     c, ends = fitted.certificate, draws.intervals()
-    print(
-        f"{family}: {fitted.law.name}, {fitted.objective.name}, {len(fitted.runs)} rows, {draws.clusters[0]} clusters"
-    )
+    print(f"{family}: {fitted.law.name}, {objective}, {len(fitted.runs)} rows, {draws.clusters[0]} clusters")
     print(f"  {'':<8}{'fit':<13}{f'95 % by {draws.method} bootstrap':<34}95 % by profile likelihood")
     for name, value in fitted.params.items():
         print(f"  {name:<8}{value:<13.6g}{span(ends[name]):<31}{span(profiles[name])}")

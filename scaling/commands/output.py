@@ -1,4 +1,4 @@
-"""What every verb prints and returns: 0 ok, 1 error, 2 a gate failed."""
+"""What every verb prints and returns: 0 ok, 1 error, 2 a gate failed, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from scaling.fitting.fit import Gate
 
-OK, ERROR, GATE = 0, 1, 2
+OK, ERROR, GATE, INTERRUPTED = 0, 1, 2, 130
 
 
 def exit_code(gates: Sequence[Gate]) -> int:

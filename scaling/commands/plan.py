@@ -14,6 +14,7 @@ from scaling.commands.arguments import (
     count,
     fit_arguments,
     new_verb,
+    objective_line,
     pair_arguments,
     positive,
     positive_setting,
@@ -23,6 +24,7 @@ from scaling.commands.arguments import (
 from scaling.commands.compare import comparison
 from scaling.commands.output import GATE, OK, print_json
 from scaling.fitting.fit import Fit
+from scaling.report.artefact import plain
 from scaling.tables.runs import ScalingError
 from scaling.verdict.experiment_file import write_experiment
 from scaling.verdict.plan import MISFIT, Question, Trunk, candidates, cheapest, next_values, noise_of, question
@@ -80,10 +82,11 @@ def run_plan(a: argparse.Namespace) -> int:
         write_experiment(plan, c.fit.runs, (c.a, c.b), a.experiment)
     found = power_of(a, c.fit, q, plan.trunks, not a.fresh)
     if a.json:
-        print_json(asdict(plan) | {"enough": enough, "power": asdict(found)})
+        print_json(asdict(plan) | {"enough": enough, "power": power_json(found)})
         return OK if enough else GATE
     print("\n".join([*plan.lines(), *found.lines()]))
     print_values(q, options)
+    print(objective_line(a, c.fit.objective))
     if not enough:
         print(f"GATE plan: the budget leaves an sd of {plan.sd_then:.3g}; {enough_at:g} was asked for")
     return OK if enough else GATE
@@ -107,11 +110,17 @@ def run_power(a: argparse.Namespace) -> int:
     q = question(c.fit, noise_of(c.fit, misfit=a.misfit), a.target)
     found = power_of(a, c.fit, q, trunks, keep=False)
     if a.json:
-        print_json(asdict(found))
+        print_json(power_json(found))
         return OK
     print(f"{len(trunks)} sizes at {len(ratios)} budgets, {sum(t.flops for t in trunks):.2e} FLOP for both families")
     print("\n".join(found.lines()))
+    print(objective_line(a, c.fit.objective))
     return OK
+
+
+def power_json(found: Power) -> dict[str, Any]:
+    """Power as JSON takes it: None for an sd that too many ladders without a crossing leave unbounded."""
+    return {name: plain(value) for name, value in asdict(found).items()}
 
 
 def power_of(a: argparse.Namespace, fitted: Fit, q: Question, trunks: Sequence[Trunk], keep: bool) -> Power:

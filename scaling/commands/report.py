@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from scaling.commands.arguments import (
-    delta_of,
     fit_arguments,
     new_verb,
     price_arguments,
@@ -42,7 +41,7 @@ def full_report(a: argparse.Namespace, runs: Runs, gate: bool = False, **options
     """Writes the report folder; `fit` and `compare` answer with their gates, `report` prints them as verdicts."""
     from scaling.report.write import write_report
 
-    settings = {"law": a.law, "objective": a.objective, "delta": delta_of(a, runs), "draws": a.draws, "seed": a.seed}
+    settings = {"law": a.law, "objective": a.objective, "delta": a.delta, "draws": a.draws, "seed": a.seed}
     report = write_report(runs, a.out, curves=sweep_curves(a.runs), provenance={}, **settings, **options)
     if a.json:
         print((a.out / "fit.json").read_text(), end="")

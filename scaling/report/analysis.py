@@ -39,7 +39,8 @@ NESTED_DRAWS = 200
 @dataclass(frozen=True)
 class Settings:
     """How a report is made: law, objective and its threshold, bootstrap draws, seed, parameters that the joint fit
-    shares, the family compared with (None: Transformer++ or else the first), prices for the cost axes."""
+    shares, the family compared with (None: Transformer++ or else the first), prices for the cost axes; delta_found:
+    whether the threshold is that of the table's noise."""
 
     law: str = "chinchilla"
     objective: str = "huber"
@@ -49,6 +50,7 @@ class Settings:
     share: Sequence[str] = ("E",)
     baseline: str | None = None
     prices: Prices = field(default_factory=lambda: CITED)
+    delta_found: bool = False
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,9 @@ def isoflop_figure(found: Mapping[str, IsoFlop], views: Sequence[FamilyView]) ->
             axes.plot(curve.n, curve.loss, SHAPES[view.marker], color=view.colour, ms=4, mec="white", mew=0.4)
             axes.plot(curve.grid, curve.fitted, color=view.colour, lw=1)
             axes.plot([curve.best_n], [curve.best_loss], "*", color=view.colour, ms=11, mec="black", mew=0.5)
-        axes.plot([], [], color=view.colour, label=f"{view.name}: N* ∝ C^{found[view.name].exponent_n:.3f}")
+        slope = found[view.name].exponent_n
+        power = "" if np.isnan(slope) else f": N* ∝ C^{slope:.3f}"
+        axes.plot([], [], color=view.colour, label=f"{view.name}{power}")
     everything = np.concatenate(losses)
     axes.set_xscale("log")
     log_loss_axis(axes, everything.min() * 0.98, everything.max() * 1.02)

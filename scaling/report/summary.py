@@ -175,6 +175,7 @@ def terminal_summary(
     runs: Runs,
     fits: Mapping[str, Fit],
     draws: Mapping[str, Draws],
+    objective: str,
     verdict: Sequence[str],
     forecasts: str,
     width: int,
@@ -188,7 +189,7 @@ def terminal_summary(
         out += [f"{f}: {len(runs.family(f))} runs" for f in runs.families]
     some = next(iter(fits.values()))
     how = f"95 % intervals by {next(iter(draws.values())).method} bootstrap"
-    out += ["", f"FIT   {some.law.name}, {some.objective.name}; {how}"]
+    out += ["", *textwrap.wrap(f"FIT   {some.law.name}, {objective}; {how}", width)]
     out += columns(*parameter_table(fits, draws), width)
     out += ["", "VERDICT"]
     for line in verdict[:TERMINAL_SENTENCES]:

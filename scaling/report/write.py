@@ -35,6 +35,7 @@ from scaling.report.ledger import (
 from scaling.report.markdown import markdown
 from scaling.report.summary import terminal_summary
 from scaling.tables.runs import Runs
+from scaling.uncertainty.sensitivity import delta_from_noise, objective_text
 from scaling.verdict.costs import CITED, Prices
 
 
@@ -58,7 +59,9 @@ class Report:
     def terminal_summary(self, width: int = 100) -> str:
         """Plain text that is read in ten seconds: runs, fitted parameters with intervals, verdict."""
         found = self.found
-        return terminal_summary(found.runs, found.fits, found.draws, found.verdict, ledger_sentence(self.ledger), width)
+        goal = objective_text(next(iter(found.fits.values())).objective, found.settings.delta_found)
+        forecasts = ledger_sentence(self.ledger)
+        return terminal_summary(found.runs, found.fits, found.draws, goal, found.verdict, forecasts, width)
 
 
 def write_report(
@@ -72,7 +75,7 @@ def write_report(
     seed: int = 0,
     law: str = "chinchilla",
     objective: str = "huber",
-    delta: float = 1e-3,
+    delta: float | None = None,
     share: Sequence[str] = ("E",),
     baseline: str | None = None,
     prices: Prices = CITED,
@@ -82,9 +85,11 @@ def write_report(
     Files: report.html (self-contained), report.md, fit.json, draws.npz (each family's centred draws), runs.csv,
     forecast.jsonl (see `ledger`), one PNG per figure. `curves` maps run_id to arrays "tokens", "flops", "loss" of its
     training curve, drawn faintly. `provenance` holds what the table cannot tell (how rates were tuned, which data);
-    what is absent is listed as missing. Equal input gives equal bytes, the ledger's dates apart.
+    what is absent is listed as missing. `delta` is the Huber threshold, None for `delta_from_noise`. Equal input gives
+    equal bytes, the ledger's dates apart.
     """
-    settings = Settings(law, objective, delta, draws, seed, share, baseline, prices)
+    threshold = delta_from_noise(runs, law) if delta is None else delta
+    settings = Settings(law, objective, threshold, draws, seed, share, baseline, prices, delta is None)
     found, out = analyse(runs, settings, provenance or {}), Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     ledger = updated_ledger(found, out)

@@ -26,6 +26,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], str]:
     if not path.is_file():
         raise ScalingError(f"no such file or directory: {path}")
     data = path.read_bytes()
+    if not data.strip():
+        raise ScalingError(f"{path} is empty")
     if path.suffix == ".parquet":
         return read_parquet(path), hashlib.sha256(data).hexdigest()
     if path.suffix in {".pkl", ".pickle", ".pt"}:

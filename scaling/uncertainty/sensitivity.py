@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scaling.fitting.fit import Fit, bounds_of, fit
-from scaling.fitting.solve import refit
+from scaling.fitting.solve import Objective, refit
 from scaling.laws.forms import law_named
 from scaling.lint import lint
 from scaling.tables.runs import Runs
@@ -16,6 +16,7 @@ OBJECTIVES = ("huber", "lad", "log-ls", "raw-ls")
 MOST_LEFT_OUT = 300  # rows that are left out one by one to measure their influence
 DOUBTS = ("duplicates", "near duplicates", "loss rises with data", "off-centre IsoFLOP")  # findings about single rows
 MAD_TO_SD = 1.4826  # of a normal distribution
+CUSTOMARY_DELTA = 1e-3  # Hoffmann et al. 2022, section 3.3
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,11 @@ class Variant:
 
 
 def sensitivity(
-    runs: Runs, law: str = "chinchilla", delta: float = 1e-3, top: tuple[int, ...] = (1, 3, 5), starts: int = 24
+    runs: Runs,
+    law: str = "chinchilla",
+    delta: float = CUSTOMARY_DELTA,
+    top: tuple[int, ...] = (1, 3, 5),
+    starts: int = 24,
 ) -> list[Variant]:
     """One family refitted under each objective, without its highest losses, without its cheapest tenth, without
     the rows that lint doubts, and with a head that does not count as parameters where the table tells (`N_nonemb`).
@@ -70,7 +75,7 @@ def robust_delta(residuals: np.ndarray, multiple: float = 1.345) -> float:
     return float(multiple * MAD_TO_SD * np.median(np.abs(residuals - np.median(residuals))))
 
 
-def delta_from_noise(runs: Runs, law: str = "chinchilla", smallest: float = 1e-3, starts: int = 64) -> float:
+def delta_from_noise(runs: Runs, law: str = "chinchilla", smallest: float = CUSTOMARY_DELTA, starts: int = 64) -> float:
     """Huber threshold that suits the noise of a table: `robust_delta` of each family's least-squares residuals.
 
     Far below the noise a Huber fit is a least-absolute-deviations fit, which passes exactly through as many points as
@@ -83,6 +88,14 @@ def delta_from_noise(runs: Runs, law: str = "chinchilla", smallest: float = 1e-3
         rows, used = len(squares.runs), len(squares.law.names)
         scaled.append(squares.residuals() * np.sqrt(rows / (rows - used)))
     return max(smallest, robust_delta(np.concatenate(scaled)))
+
+
+def objective_text(objective: Objective, found: bool) -> str:
+    """An objective in words; of Huber's, the threshold and whether it was `found` by `delta_from_noise` or given."""
+    if objective.name != "huber":
+        return objective.name
+    source = "as given" if not found else "from the noise" if objective.delta > CUSTOMARY_DELTA else "above the noise"
+    return f"huber, delta {objective.delta:.3g} {source}"
 
 
 def influence(fitted: Fit) -> np.ndarray:

@@ -29,11 +29,12 @@ class Power:
 
     def lines(self) -> list[str]:
         """The result as text."""
+        spread = f"{self.sd_log_crossing:.2f}" if np.isfinite(self.sd_log_crossing) else "–, for too many fit none"
         return [
             f"power over {self.ladders} simulated ladders, if the laws are as assumed:",
             f"  P(the interval of the difference at {self.target:.1e} FLOP excludes zero) = {self.p_sign:.2f}",
             f"  P(the interval of the crossing is closed on both sides) = {self.p_crossing:.2f}",
-            f"  P(no crossing is fitted) = {self.p_none:.2f}; sd of log10 C*: {self.sd_log_crossing:.2f}",
+            f"  P(no crossing is fitted) = {self.p_none:.2f}; sd of log10 C*: {spread}",
             f"  rms error of the difference there: {self.rms_difference:.4f} nats",
         ]
 
@@ -89,7 +90,7 @@ def power(
     low, high = np.quantile(np.maximum(points, exact.measured[0]), [0.16, 0.84], method="nearest")
     rms = float(np.sqrt(np.mean(np.square(errors))))
     none = float(np.isinf(points).mean())
-    half = float(np.log10(high / low) / 2)
+    half = float(np.log10(high / low) / 2) if np.isfinite(high) else np.inf
     return Power(ladders, target, float(np.mean(signs)), float(np.mean(closed)), half, none, rms)
 
 

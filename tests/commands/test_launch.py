@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from launch import main
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -77,3 +79,12 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     assert "matmul-free-w144-1.05M: steps 819..1024" in done.stdout
     assert "32 runs" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_verb_says_so(monkeypatch, capsys):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmfree_jax.cli.study", stopped)
+    assert main(["study"]) == 130
+    assert capsys.readouterr().err == "launch.py study: interrupted\n"

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from scaling.__main__ import main as scaling
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = ("run_id", "family", "N", "D", "loss", "loss_se", "bpb", "train_loss", "flops", "cluster", "lr")
@@ -72,7 +75,7 @@ def whole(token_set, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_study_leaves_what_it_promises(whole):
+def test_the_study_leaves_what_it_promises(whole, capsys):
     out, text, _ = whole
     assert len(list(out.glob("runs/*/result.json"))) == RUNS
     assert len(table(out)) == 12  # the trunks are not comparable end points
@@ -90,6 +93,10 @@ def test_the_study_leaves_what_it_promises(whole):
     assert "not determined" in text
     for row in table(out):
         assert row["run_id"] in (out / "runs.csv").read_text()
+    scaling(["fit", str(out), "--draws", "20", "--json"])
+    again = json.loads(capsys.readouterr().out)["families"]
+    for family, entry in fit["families"].items():
+        assert again[family]["parameters"] == entry["parameters"]
 
 
 @pytest.mark.slow
@@ -100,7 +107,10 @@ def test_a_study_stopped_in_the_middle_ends_with_the_same_numbers(number, whole,
     process = start(out, token_set, cache)
     wait_until_some_run_is_half_way(out)
     process.send_signal(number)
-    assert process.wait(timeout=LONG) == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    said, _ = process.communicate(timeout=LONG)
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    if number == signal.SIGINT:
+        assert re.fullmatch(r"interrupted with \d+ of 16 runs done: the same command goes on", said.splitlines()[-1])
     done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
     assert 0 < len(done) < RUNS
 

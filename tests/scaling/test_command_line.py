@@ -24,6 +24,7 @@ def call(*arguments):
 def tables(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tables")
     small = write_csv(folder / "small.csv", ladder_rows(noise=0.003))
+    (folder / "nothing.csv").touch()
     return small, write_csv(folder / "wide.csv", ladder_rows(**WIDE)), folder
 
 
@@ -55,17 +56,55 @@ def test_compare_prints_its_verdict(tables):
     assert done.stdout.startswith("The crossing is not determined")
 
 
-def test_report_then_predict(tables):
+@pytest.fixture(scope="module")
+def reported(tables):
+    """The folder of a report on the small table, and what the command printed."""
     out = tables[2] / "out"
     done = call("report", tables[0], "--out", out, "--draws", 100)
     assert done.returncode == 0, done.stderr
-    assert "VERDICT" in done.stdout
+    return out, done.stdout
+
+
+def test_report_then_predict(reported):
+    out, said = reported
+    assert "VERDICT" in said
     assert (out / "report.html").is_file()
     guess = call("predict", out, "--N", "2e6", "--D", "4e7", "--family", "matmul-free", "--json")
     assert guess.returncode == 0, guess.stderr
     entry = json.loads(guess.stdout)["matmul-free"]
     assert entry["low"] < entry["loss"] < entry["high"]
     assert entry["extrapolation"] > 1
+
+
+def test_one_table_gives_one_answer_by_every_route(tables, reported, capsys):
+    """Wherever no threshold is given it is that of the noise; `study` writes its report as `report` does."""
+    out, said = reported
+    report = json.loads((out / "fit.json").read_text())
+    delta = report["families"]["matmul-free"]["objective"]["delta"]
+    assert delta > 1e-3
+    assert f"huber, delta {delta:.3g} from the noise" in said
+    main(["fit", str(tables[0]), "--draws", "60", "--json"])
+    found = json.loads(capsys.readouterr().out)["families"]
+    assert {f: e["parameters"] for f, e in found.items()} == {f: e["parameters"] for f, e in report["families"].items()}
+    main(["compare", str(tables[0]), "--draws", "100", "--json"])
+    assert json.loads(capsys.readouterr().out)["difference"] == report["comparisons"][0]["difference"]
+
+
+def test_a_threshold_that_is_given_is_the_one_used(tables, capsys):
+    main(["fit", str(tables[0]), "--draws", "20", "--delta", "1e-3"])
+    assert "huber, delta 0.001 as given" in capsys.readouterr().out
+    main(["fit", str(tables[0]), "--draws", "20", "--objective", "lad"])
+    assert "chinchilla, lad, 12 rows" in capsys.readouterr().out
+
+
+def test_a_family_that_cannot_be_fitted_does_not_keep_two_others_from_being_compared(tables, tmp_path, capsys):
+    lone = ladder_rows(noise=0.003)[0] | {"run_id": "lone", "family": "other"}
+    table = write_csv(tmp_path / "three.csv", [*ladder_rows(noise=0.003), lone])
+    answers = []
+    for path in (tables[0], table):
+        main(["compare", str(path), "--a", "transformer++", "--b", "matmul-free", "--draws", "20"])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
 
 
 def test_fit_prints_both_intervals_and_reports_them_in_json(tables, capsys):
@@ -108,6 +147,34 @@ def test_allocation_spends_the_budget_and_names_the_extrapolation(tables, capsys
     assert "not a function of N and D" in capsys.readouterr().err
 
 
+def test_an_exponent_that_the_design_cannot_give_is_a_dash(tables, tmp_path, capsys):
+    main(["allocate", str(tables[0]), "--C", "1e15", "--draws", "60"])
+    out = capsys.readouterr().out
+    assert "nan" not in out
+    assert out.count("IsoFLOP –\n") == 2
+    assert out.count("IsoFLOP two budgets") == 1
+    grid = [(n, c / (6 * n)) for c in (1e16, 1e17) for n in np.geomspace(1e6, 1e8, 5)]
+    rows = [
+        r | {"run_id": i, "N": n, "D": d, "flops": 6 * n * d, "cluster": i}
+        for i, (n, d) in enumerate(grid)
+        for r in WIDE_ROWS[:1]
+    ]
+    law = lambda r: r | {"loss": 1.8 + 180 / r["N"] ** 0.34 + 420 / r["D"] ** 0.37}
+    main(["allocate", str(write_csv(tmp_path / "iso.csv", [law(r) for r in rows])), "--C", "1e18", "--draws", "60"])
+    out = capsys.readouterr().out
+    assert "IsoFLOP 0." in out
+    assert "IsoFLOP two budgets" not in out
+
+
+def test_an_interrupted_verb_says_so(tables, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scaling.commands.lint.lint", stopped)
+    assert main(["lint", str(tables[0])]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_plot_and_lint(tables):
     picture = tables[2] / "curves.png"
     assert call("plot", tables[0], "--x", "flops", "--out", picture).returncode == 0
@@ -121,6 +188,7 @@ def test_plot_and_lint(tables):
     ("arguments", "said"),
     [
         (["fit", "absent.csv"], "no such file"),
+        (["fit", "{folder}/nothing.csv"], "nothing.csv is empty"),
         (["fit", "{small}", "--where", "family=nobody"], "no rows"),
         (["fit", "{small}", "--column", "N=parms"], "no column 'parms'"),
         (["compare", "{small}", "--b", "matmul"], "did you mean 'matmul-free'"),

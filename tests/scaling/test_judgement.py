@@ -6,8 +6,16 @@ from conftest import DATA, ladder_rows
 
 from scaling import Runs, fit
 from scaling.fitting.approaches import envelope, isoflop
+from scaling.fitting.solve import objective_named
 from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest, Held, backtest
-from scaling.uncertainty.sensitivity import delta_from_noise, influence, robust_delta, sensitivity
+from scaling.uncertainty.sensitivity import (
+    CUSTOMARY_DELTA,
+    delta_from_noise,
+    influence,
+    objective_text,
+    robust_delta,
+    sensitivity,
+)
 from scaling.verdict.nested import nested
 
 SIX = tuple(np.geomspace(1e6, 1e8, 6))
@@ -94,6 +102,13 @@ def test_robust_delta_tracks_the_noise_not_the_outliers():
 def test_the_threshold_follows_the_noise_of_a_small_ladder(noise, low, high):
     runs = Runs.from_rows(ladder_rows(sizes=SIX[:4], ratios=RATIOS[:3], noise=noise))
     assert low <= delta_from_noise(runs) <= high
+
+
+def test_an_objective_in_words_says_where_its_threshold_is_from():
+    said = {objective_text(objective_named("huber", delta), found) for delta, found in ((0.01, True), (0.01, False))}
+    assert said == {"huber, delta 0.01 from the noise", "huber, delta 0.01 as given"}
+    assert objective_text(objective_named("huber", CUSTOMARY_DELTA), True) == "huber, delta 0.001 above the noise"
+    assert objective_text(objective_named("raw-ls"), True) == "raw-ls"
 
 
 @pytest.mark.parametrize("rho", [0.6, 1.0])

@@ -1,5 +1,6 @@
 """Planning: noise, cheapest ladder, value of the next run, power, and the experiment file."""
 
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from conftest import ROOT, write_csv
 
 from scaling import ScalingError, compare
+from scaling.commands.plan import power_json
 from scaling.uncertainty.simulate import Ladder, Noise, draw
 from scaling.verdict.assumed import crossing_at, optimal_loss
 from scaling.verdict.experiment_file import write_experiment
@@ -150,6 +152,15 @@ def test_a_plan_is_written_and_swept_as_it_is(pilot_table):
     chosen = [line for line in planned.stdout.splitlines() if line.strip()[:1].isdigit()]
     runs = 2 * sum(1 + line.count(",") + 1 for line in chosen)
     assert f"{runs} runs in " in swept.stdout
+
+
+def test_an_sd_of_no_crossing_at_all_is_a_dash():
+    """The second family has the higher loss at every budget."""
+    truth = {"a": (1.8, 180.0, 420.0, 0.34, 0.37), "b": (1.8, 220.0, 420.0, 0.30, 0.37)}
+    found = power(truth, Ladder((1e6, 1e7, 1e8), (10, 20, 40)).cells, Noise(1e-4), 1e18, ladders=3, draws=20)
+    assert (found.p_none, found.sd_log_crossing) == (1.0, np.inf)
+    assert "P(no crossing is fitted) = 1.00; sd of log10 C*: –" in "\n".join(found.lines())
+    assert json.loads(json.dumps(power_json(found), allow_nan=False))["sd_log_crossing"] is None
 
 
 def test_power_of_a_proposed_ladder_as_a_command(pilot_table):

@@ -106,6 +106,33 @@ def test_a_finished_sweep_runs_nothing_and_an_edited_one_is_refused(token_set, t
         sweep(edited, tmp_path, console, Local(SLOTS))
 
 
+@dataclasses.dataclass
+class Stopped:
+    """An executor that is stopped after some runs."""
+
+    code: int
+    done: int
+
+    def plan(self, runs):
+        return []
+
+    def execute(self, out, work, watch):
+        for chain in work[: self.done]:
+            row = {"run_id": chain[0].name, "loss": 2.0, "train_loss": 1.9}
+            write_json(run_folder(out, chain[0]) / "result.json", row)
+        return self.code
+
+
+@pytest.mark.parametrize(("code", "done"), [(130, 0), (75, 1)])
+def test_a_sweep_that_is_stopped_ends_by_saying_so(code, done, token_set, tmp_path):
+    runs = tuple(tiny_run("matmul-free", token_set.path, name=name) for name in ("one", "two"))
+    text = io.StringIO()
+    assert sweep(Study("s", "t", runs, "a"), tmp_path, Console(file=text, width=200), Stopped(code, done)) == code
+    last = text.getvalue().splitlines()[-1]
+    assert last == f"interrupted with {done} of 2 runs done: the same command goes on"
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 1 + done
+
+
 def test_the_table_shows_a_line_a_run_and_fits_the_terminal(token_set, tmp_path):
     runs = [tiny_run("matmul-free", token_set.path, name=f"run-{i}") for i in range(30)]
     entries = [(run, run_folder(tmp_path, run)) for run in runs]
