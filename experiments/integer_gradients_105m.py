@@ -3,9 +3,9 @@
     python launch.py corpus build m --vocab 8192
     python launch.py sweep experiments/integer_gradients_105m.py --out runs/integer-gradients-105m
 
-About ten minutes on one H100, compiling included. As experiments/integer_gradients.py, but in bfloat16 and on the
-kernels: 33M tokens of tier M, each seen once. results/integer_gradients_105m.csv holds five of the six runs; expect a
-difference within two standard errors of zero.
+Seven minutes on two H100s, compiling included. As experiments/integer_gradients.py, but in bfloat16 and on the kernels:
+49M tokens of tier M, each seen once. Expect a difference within two standard errors of zero
+(results/integer_gradients_105m.csv).
 """
 
 from mmfree_jax.config import DataConfig, OptimConfig, RunConfig
