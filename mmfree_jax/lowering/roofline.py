@@ -31,7 +31,9 @@ ELEMENTWISE = {
 }
 WITHOUT_KERNELS = 1.6  # times as much where XLA alone does the ternary layers and the recurrence
 FORWARD = 0.25
-GRADIENT_CODES = 60  # more where gradients are quantised: codes of 10.5 widths of them, these and 7.75 of inputs turned
+# More where gradients are quantised: codes of 5 widths of them in a pass of their own, 10.5 widths of codes and 7.75 of
+# inputs' turned; less what is written as codes in place of values.
+GRADIENT_CODES = 38
 SCORES = 24  # bytes a score, where attention makes them whole: in float32 out and in, softmax, and all of it backwards
 
 

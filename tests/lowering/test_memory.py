@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 COMPILED = list(csv.DictReader((RESULTS / "h200_memory.csv").open()))
 # experiments/results/h200_bench.md and h100_bench.md, "Steps": device, preset, batch, sequence, remat, gradient_bits,
 # GB, ms a step. (h200_steps.md times the same through `train`; its ternary steps are of kernels that are no more.)
-# The model's shares were fitted to the steps on the H200; those on the H100 it had not seen.
+# The model's shares were fitted to the steps on the H200, of an earlier version; those on the H100 it had not seen.
 MEASURED = [
     ("h200", "transformer++-1.3b", 8, 2048, "none", 0, 43.7, 266.2),
     ("h200", "matmul-free-1.3b", 8, 2048, "none", 0, 37.5, 230.8),
@@ -26,13 +26,15 @@ MEASURED = [
     ("h200", "transformer++-1.3b", 2, 8192, "none", 0, 43.7, 329.8),
     ("h200", "matmul-free-1.3b", 2, 8192, "none", 0, 37.5, 231.8),
     ("h200", "transformer++-370m", 8, 2048, "none", 0, 18.3, 88.8),
-    ("h100", "transformer++-1.3b", 8, 2048, "none", 0, 43.7, 278.8),
-    ("h100", "matmul-free-1.3b", 8, 2048, "none", 0, 37.5, 226.1),
-    ("h100", "matmul-free-1.3b", 8, 2048, "none", 8, 38.4, 187.0),
-    ("h100", "transformer++-1.3b", 2, 8192, "none", 0, 43.7, 343.6),
-    ("h100", "matmul-free-1.3b", 2, 8192, "none", 0, 37.5, 226.9),
-    ("h100", "matmul-free-1.3b", 2, 8192, "none", 8, 38.4, 188.7),
-    ("h100", "transformer++-370m", 8, 2048, "none", 0, 18.3, 94.4),
+    ("h100", "transformer++-1.3b", 8, 2048, "none", 0, 46.2, 268.5),
+    ("h100", "matmul-free-1.3b", 8, 2048, "none", 0, 39.0, 220.8),
+    ("h100", "matmul-free-1.3b", 8, 2048, "none", 8, 37.8, 177.7),
+    ("h100", "matmul-free-1.3b", 8, 2048, "codes", 0, 27.7, 242.6),
+    ("h100", "transformer++-1.3b", 2, 8192, "none", 0, 46.2, 332.7),
+    ("h100", "matmul-free-1.3b", 2, 8192, "none", 0, 39.0, 221.3),
+    ("h100", "matmul-free-1.3b", 2, 8192, "none", 8, 37.7, 180.9),
+    ("h100", "transformer++-370m", 8, 2048, "none", 0, 18.9, 91.2),
+    ("h100", "matmul-free-370m", 8, 2048, "none", 0, 15.3, 77.1),
 ]
 
 
