@@ -1,6 +1,7 @@
 """The GPU kernels, interpreted on a CPU, against float64. Interpretation needs jax 0.11 or later."""
 
 import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,20 @@ from mmfree_jax.ops.prologue import Prologue, combine
 from mmfree_jax.ops.recurrence import recurrence
 from mmfree_jax.ops.ternary import Quantised, column_codes
 
+KERNELS = {f"{kind}_codes{way}" for kind in ("norm", "gated", "swiglu") for way in ("", "_backward")}
+KERNELS |= {"recurrence", "recurrence_backward", "int8_product", "transpose_codes", "row_codes"}
+
 interpreted = pytest.mark.skipif(
     not hasattr(plgpu, "force_gpu_interpret_mode"), reason="this jax cannot interpret Mosaic GPU kernels"
 )
 
 
 @contextlib.contextmanager
-def pretended_gpu():
+def pretended_gpu(interpret: bool = True):
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=4)
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    run = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()) if interpret else contextlib.nullcontext()
+    with jax.sharding.use_abstract_mesh(mesh), run:
         yield
 
 
@@ -325,3 +330,30 @@ def test_normed_codes_and_their_gradients(monkeypatch, kind, gains, products, wi
     expected = jax.grad(through, (0, 1, 2))(*operands)
     for a, b in zip(jax.tree.leaves(back[:3]), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@interpreted
+@pytest.mark.parametrize("gradient_bits", [0, 8])
+def test_kernels_of_a_block_lower_for_a_gpu(monkeypatch, gradient_bits):
+    """At the widths of 1.3b: layouts and registers are checked here, which an interpreter does without."""
+    half = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    single = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    into, out = (Recipe(scale_axes=axes, gradient_bits=gradient_bits) for axes in ((-3, -2, -1), (-2, -1)))
+
+    def block(x, gates, w_out, gate_up, down, gain, wide_gain, floor):
+        i, f, g = bit_linear(out, Prologue("norm", (x,), gain), gates, jnp.stack([gain] * 3))
+        h = op.gated_recurrence(i, f, floor, None, impl="kernel")[0]
+        x += bit_linear(out, Prologue("gated", (g, h), gain), w_out, gain)[0]
+        y, u = bit_glu(into, Prologue("norm", (x,), gain), Weights(gate_up, gain), out, Weights(down, wide_gain))
+        return jnp.sum((u.sources[0] + y).astype(jnp.float32))
+
+    weights = single(3, 2048, 2048), single(1, 2048, 2048), single(2, 2048, 5632), single(1, 5632, 2048)
+    arguments = half(2, 1024, 2048), *weights, single(2048), single(5632), single(2048)
+    monkeypatch.setattr("mmfree_jax.ops.kernels.choice._is_hopper", lambda: True)
+    jax.clear_caches()
+    with pretended_gpu(interpret=False):
+        text = jax.jit(jax.grad(block, range(8))).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    forward = {"norm_codes", "gated_codes", "swiglu_codes", "recurrence", "int8_product", "transpose_codes"}
+    backward = {"norm_codes_backward", "gated_codes_backward", "swiglu_codes_backward", "recurrence_backward"}
+    found = {name.removeprefix("00") for name in re.findall(r"(\w+)_mosaic_gpu\b", text)}
+    assert forward | backward | ({"row_codes"} if gradient_bits else set()) == found & KERNELS
