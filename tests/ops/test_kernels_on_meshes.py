@@ -16,7 +16,8 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, NamedSharding, PartitionSpec as P
 from mmfree_jax.config import MeshConfig
-from mmfree_jax.ops.bit_linear import Recipe, bit_linear
+from mmfree_jax.ops.bit_glu import bit_glu
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
 from mmfree_jax.ops.gated_recurrence import gated_recurrence
 from mmfree_jax.ops.kernels import choice
 from mmfree_jax.ops.prologue import Prologue
@@ -41,10 +42,19 @@ layer = lambda *args: sum(jnp.sum(jnp.sin(y)) for y in outputs(*args))
 integers = lambda *args: sum(jnp.sum(y * weigh) for y in outputs(*args, bits=8))
 weigh = draw(2, 256, 128)
 
+def unit(x, gate_up, down, gains):
+    into = Recipe(axes=("embed", "mlp"), scale_axes=(-3, -2, -1), gradient_bits=8)
+    out = Recipe(axes=("mlp", "embed"), gradient_bits=8)
+    u = Prologue("norm", (x,), gains[0], 1e-6)
+    y, u = bit_glu(into, u, Weights(gate_up, gains[1]), out, Weights(down, gains[1]))
+    return jnp.sum((u.sources[0] + y).astype(jnp.float32) * weigh_unit)
+
+weigh_unit = draw(4, 8, 128)
 resets = jnp.asarray(rng.uniform(size=(4, 64)) < 0.1)
 cases = {
     "recurrence": (recurrence, (draw(4, 64, 128), draw(4, 64, 128), jnp.full(128, 0.3), draw(4, 128))),
     "layer": (layer, (draw(4, 256, 128).astype(jnp.bfloat16), draw(2, 128, 128), jnp.ones((2, 128)), jnp.ones(128))),
+    "unit": (unit, (draw(4, 8, 128).astype(jnp.bfloat16), draw(2, 128, 128), draw(1, 128, 128), jnp.ones((2, 128)))),
     "integers": (integers, (draw(2, 256, 256).astype(jnp.bfloat16), draw(1, 256, 128), jnp.ones(256), jnp.ones(256))),
 }
 found = {}
@@ -82,6 +92,7 @@ def test_kernels_compute_each_devices_part():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["recurrence"][0] < 2e-6
     assert found["layer"][0] < 0.03  # of the largest; bfloat16 is rounded elsewhere on the way
-    assert found["integers"][0] < 0.03  # codes of gradients have a scale a column, of each device's rows
+    for name in ("integers", "unit"):
+        assert found[name][0] < 0.03  # codes of gradients have a scale a column, of each device's rows
     assert found["integers"][2], "sums over tokens are not of integers"
     assert all(in_kernels for _, in_kernels, _ in found.values()), found
