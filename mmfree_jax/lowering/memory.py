@@ -29,13 +29,13 @@ class Kept:
 FULL = Kept(2, 0, 0)  # the residual stream at the layer's start
 ATTENTION = {
     "none": Kept(8, 8, 6, 2),  # two residuals and their norms; q, k, v, y; gate, up, their product
-    "looped": Kept(12, 12, 10, 2),
+    "looped": Kept(12, 12, 4, 2),
     "products": Kept(4, 6, 4, 2),
     "full": FULL,
 }
 BITNET: dict[str, Kept] = {
     "none": Kept(6, 8, 5, 1),  # as attention without the norms, and the codes of every input
-    "looped": Kept(6, 9, 13, 1),
+    "looped": Kept(6, 9, 8, 1),
     "products": Kept(6, 8, 5, 1),
     "codes": Kept(6, 1, 1, 1),
     "full": FULL,
@@ -61,7 +61,7 @@ RWKV4 = {
 }
 HGRN = {
     "none": Kept(8, 10, 6, 2),
-    "looped": Kept(12, 14, 10, 2),
+    "looped": Kept(12, 14, 5, 2),
     "products": Kept(4, 8, 4, 2),
     "full": FULL,
 }
