@@ -22,7 +22,7 @@ def bit_glu(into: Recipe, x: Prologue, gate_up: Weights, out: Recipe, down: Weig
     """
     into, *sources = opened(into, x)
     y, first = _bit_glu((into, out._replace(prologue="swiglu")), *sources, gate_up, down)
-    return y, x._replace(sources=(first, *x.sources[1:]))
+    return y, x.reread(first)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

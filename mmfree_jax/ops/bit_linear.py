@@ -104,7 +104,7 @@ def bit_linear_beside(recipe: Recipe, x: Prologue, weights: Weights) -> tuple[tu
     """
     recipe, *sources = opened(recipe, x)
     ys, first = _bit_linear(recipe, True, *sources, weights)
-    return ys, x._replace(sources=(first, *x.sources[1:]))
+    return ys, x.reread(first)
 
 
 def opened(recipe: Recipe, x: jax.Array | Prologue) -> tuple[Recipe, tuple[jax.Array, ...], jax.Array | None]:

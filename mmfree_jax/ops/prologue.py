@@ -30,6 +30,10 @@ class Prologue(NamedTuple):
         """The value in the sources' type; norms compute in at least float32."""
         return combine(self.kind, self.sources, self.gain, self.eps)
 
+    def reread(self, first: jax.Array) -> "Prologue":
+        """The same, its first source as an op handed it on."""
+        return self._replace(sources=(first, *self.sources[1:]))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the value."""

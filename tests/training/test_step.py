@@ -37,3 +37,22 @@ def test_z_loss_is_in_the_training_loss_and_not_in_the_held_out_one():
 def test_a_negative_z_loss_is_refused():
     with pytest.raises(ConfigError, match=r"z_loss=-1: must not be negative"):
         OptimConfig(z_loss=-1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["transformer++", "matmul-free"])
+def test_unrolled_layers_take_the_same_step_as_a_loop(family, precision):
+    """Their gradients are stacked before the optimizer, in the type that they were computed in."""
+    tokens_BT = np.random.default_rng(0).integers(0, 257, (4, 33)).astype(np.int32)
+    looped = dataclasses.replace(tiny_run(family, Path("none")), precision=precision, unroll=1)
+    steps = []
+    for run in (looped, dataclasses.replace(looped, unroll=looped.model.depth)):
+        program = make_program(program_key(run, None))
+        with jax.set_mesh(program.mesh):
+            state, metrics = program.train_step(
+                program.init(jax.random.key(0)), program.place(tokens_BT), np.float32(1e-3)
+            )
+        steps.append(jax.tree.leaves((state.opt, metrics)))
+    tolerance = 1e-5 if precision == "float32" else 2e-2
+    for a, b in zip(*steps, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(float(jnp.abs(b).max()), 1e-12))

@@ -246,13 +246,13 @@ def backward(
         plgpu.wait_smem_to_gmem(0)
 
     normed_codes_backward.__name__, shape = f"{kind}_codes_backward", (D // LANES, LANES)  # profiles show the name
-    tops = S * len(onward)
+    maxima = S * len(onward)
     *made, sums = plgpu.kernel(
         normed_codes_backward,
         out_type=[jax.ShapeDtypeStruct((M, *shape), given_as)] * S
         + [jax.ShapeDtypeStruct((M, *shape), taken_as)] * G
-        + [jax.ShapeDtypeStruct((M,), jnp.float32)] * tops
-        + [jax.ShapeDtypeStruct((blocks, len(vectors) + tops, *shape), jnp.float32)],
+        + [jax.ShapeDtypeStruct((M,), jnp.float32)] * maxima
+        + [jax.ShapeDtypeStruct((blocks, len(vectors) + maxima, *shape), jnp.float32)],
         grid=(blocks,),
         grid_names=("block",),
         scratch_types=[
@@ -416,7 +416,7 @@ def _store(row: Row, ref: Any, parts: Iterable[int] | None = None) -> None:
 
 
 def _zeros(ref: Any) -> Row:
-    """Of the shape of this row, in registers."""
+    """A row of zeros in the registers of this one: what a loop carries has its layout from the start."""
     return [part * 0 for part in _row(ref)]
 
 
