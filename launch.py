@@ -1,6 +1,7 @@
 """The command line: `python launch.py VERB …`. Verbs only; what they do lives in the packages."""
 
 import importlib
+import os
 import sys
 
 VERBS = {
@@ -53,7 +54,12 @@ def main(arguments: list[str]) -> int:
         return 1
     module, name, _ = VERBS[verb]
     try:
-        return getattr(importlib.import_module(module), name)(rest)
+        status = getattr(importlib.import_module(module), name)(rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `… | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"launch.py {verb}: interrupted", file=sys.stderr)
         return 130

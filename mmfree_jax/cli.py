@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -128,8 +129,17 @@ def one_line(panel: str, prog: str) -> str:
     for marker, template in (("Perhaps you meant", "{0} (did you mean {1}?)"), ("Missing from", "{1} is required")):
         at = next((i for i, line in enumerate(lines[:-1]) if line.startswith(marker)), None)
         if at is not None:
-            return template.format(wrong, lines[at + 1].split()[0].rstrip(","))
+            return template.format(wrong, lines[at + 1].split()[0].rstrip(",")) + _also_unknown(lines)
     return f"{wrong} (see {prog} --help)"
+
+
+def _also_unknown(lines: list[str]) -> str:
+    """A panel on what is missing lists below it, one a line, what it could not place."""
+    at = next((i for i, line in enumerate(lines) if line == "Unrecognized options:"), None)
+    if at is None:
+        return ""
+    words = itertools.takewhile(lambda line: "───" not in line and " " not in line, lines[at + 1 :])
+    return f" (and these are unknown: {' '.join(words)})"
 
 
 def study(arguments: list[str]) -> int:

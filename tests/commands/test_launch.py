@@ -36,6 +36,7 @@ def test_help_explains_itself(arguments):
     [
         (("studdy",), "no verb 'studdy'"),
         (("study", "experiments/quickstart.py"), "--out is required"),
+        (("train", "matmul-free-tiny", "--optim.lrr", "1"), "--out is required (and these are unknown: --optim.lrr 1)"),
         (("study", "experiments/none.py", "--out", "x"), "no such experiment file"),
         (("study", "experiments/quickstart.py", "--out", "x", "--slotss", "3"), "did you mean --slots?"),
         (
@@ -88,3 +89,11 @@ def test_an_interrupted_verb_says_so(monkeypatch, capsys):
     monkeypatch.setattr("mmfree_jax.cli.study", stopped)
     assert main(["study"]) == 130
     assert capsys.readouterr().err == "launch.py study: interrupted\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    verb = f"{sys.executable} launch.py study experiments/quickstart.py --out x --dry-run"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{verb} | sed -u q"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
