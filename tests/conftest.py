@@ -5,8 +5,9 @@ import json
 import os
 from pathlib import Path
 
-# Tests compile many small programs and run each a few times: unoptimised code is faster overall. Set before JAX loads.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+from tests.compiling import xla_flags
+
+os.environ.setdefault("XLA_FLAGS", xla_flags())  # before JAX loads
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests run beside each other: waiting threads would spin
 
 import hypothesis

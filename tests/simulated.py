@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from mmfree_jax.files import locked
+from tests.compiling import xla_flags
 
 ROOT = Path(__file__).parents[1]
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 PATIENCE_SECONDS = 900  # for what takes a minute or two on an idle machine
 
 
 def run(*arguments: str) -> tuple[str, str]:
     """What `python ARGUMENTS`, from the project's root, says on the standard output and beside it."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=8), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -20,6 +20,7 @@ import pytest
 from mmfree_jax.config import ConfigError
 from mmfree_jax.distributed import Group, call_roll, meant
 from mmfree_jax.files import read_json
+from tests.compiling import xla_flags
 from tests.conftest import read_metrics
 from tests.simulated import PATIENCE_SECONDS
 
@@ -41,7 +42,7 @@ def free_port() -> int:
 def start(family: str, corpus: Path, out: Path, devices: int, *more: str) -> subprocess.Popen:
     """`launch.py train` on that many simulated devices."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "MMFREE_JAX_CACHE": str(out.parent / "cache")}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    env["XLA_FLAGS"] = xla_flags(devices)
     heads = ["--model.heads", "2"] if family == "transformer++" else []
     command = [sys.executable, "launch.py", "train", f"{family}-tiny", *RUN.split(), *heads]
     command += ["--data.corpus", str(corpus), "--out", str(out), "--mesh.data", "2", "--mesh.fsdp", "4", *more]

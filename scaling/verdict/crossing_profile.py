@@ -22,10 +22,14 @@ from scaling.verdict.crossing import LEVEL
 from scaling.verdict.frontier import Frontier, frontier_along
 
 SQUARES = Objective("log-ls", True, np.inf)
-STIFFNESS = 1e6  # weight of the constraint beside a row's weight of one: the frontiers meet to about 1e-6
+# Weights of the constraint beside a row's weight of one, each with so many of the solver's steps. The first leaves room
+# to move along the constraint, where the last alone would take hundreds; with the last, frontiers meet to about 1e-6.
+STIFFNESS = ((1e2, 20), (1e6, 8))
 PER_DECADE = 4
 REFINEMENTS, POINTS_BETWEEN = 2, 10
-PASSES, SETTLED = 8, 1e-3  # of the search among neighbours; the gain in log squares at which it ends
+NEIGHBOURS = (0, 1, -1, 4, -4)  # whose places a pass starts from
+PASSES, SETTLED = 12, 1e-3  # at most; the gain in log squares at which that search ends
+WRONG_WAY = 1e100  # on the squares of a fit in which B falls behind
 JUST_AFTER = 0.05  # natural log of a budget
 SIMULATIONS = 300
 
@@ -123,6 +127,12 @@ def overtaking(c: Comparison, theta: np.ndarray, log_budget: np.ndarray) -> np.n
     return ends[1] < ends[0]
 
 
+def misfit(c: Comparison, theta: np.ndarray, log_budget: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(M,) sums of squares of fits whose frontiers meet at these budgets, those of the wrong way behind all others: at
+    one budget both may be optima, and only the better of the right ones belongs to the profile."""
+    return squares(c.fit.model, theta, target) * np.where(overtaking(c, theta, log_budget), 1.0, WRONG_WAY)
+
+
 def refined_grid(c: Comparison, free: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Log budgets (M,) and the fits held to them (M, P): a regular grid, then ever finer about the best of them, since
     a precise ladder's whole interval may lie between two points."""
@@ -130,7 +140,7 @@ def refined_grid(c: Comparison, free: np.ndarray, target: np.ndarray) -> tuple[n
     grid = np.linspace(low, high, max(9, int(PER_DECADE * (high - low) / np.log(10)) + 1))
     met = smoothed(c, grid, constrained(c, np.repeat(free, len(grid), axis=0), grid, target), target)
     for _ in range(REFINEMENTS):
-        best = int(np.argmin(squares(c.fit.model, met, target)))
+        best = int(np.argmin(misfit(c, met, grid, target)))
         left, right = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
         more = np.linspace(left, right, POINTS_BETWEEN + 2)[1:-1]
         added = constrained(c, np.repeat(met[[best]], len(more), axis=0), more, target)
@@ -140,14 +150,14 @@ def refined_grid(c: Comparison, free: np.ndarray, target: np.ndarray) -> tuple[n
 
 
 def smoothed(c: Comparison, grid: np.ndarray, met: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Each budget's fit again from both neighbours' optima, the best kept, until none improves: one start may end in a
-    worse valley far from the unconstrained optimum, and a profile has no jumps."""
-    found = squares(c.fit.model, met, target)
+    """Each budget's fit carried on from its own place and from neighbours', the best kept, until none improves: one
+    start may end in a worse valley far from the unconstrained optimum, and a profile has no jumps."""
+    found = misfit(c, met, grid, target)
     for _ in range(PASSES):
-        starts = np.concatenate([np.roll(met, shift, axis=0) for shift in (1, -1)])
-        again = constrained(c, starts, np.tile(grid, 2), target)
-        tries = np.stack([met, again[: len(grid)], again[len(grid) :]])
-        every = np.stack([squares(c.fit.model, theta, target) for theta in tries])
+        starts = np.concatenate([np.roll(met, shift, axis=0) for shift in NEIGHBOURS])
+        again = constrained(c, starts, np.tile(grid, len(NEIGHBOURS)), target)
+        tries = np.concatenate([met, again]).reshape(-1, *met.shape)
+        every = np.stack([misfit(c, theta, grid, target) for theta in tries])
         met = tries[np.argmin(every, axis=0), np.arange(len(grid))]
         gain, found = np.log(found / every.min(axis=0)).max(), every.min(axis=0)
         if gain < SETTLED:
@@ -169,8 +179,10 @@ def constrained(c: Comparison, start: np.ndarray, log_budget: np.ndarray, target
     low, high = bounds_of(plain, c.fit.runs["loss"])
     box = np.append(low, -np.inf), np.append(high, np.inf)
     goal = np.column_stack([np.broadcast_to(target, (len(start), target.shape[1])), np.zeros(len(start))])
-    weight = np.append(np.ones(target.shape[1]), STIFFNESS)
-    theta, _ = minimise(model, SQUARES, goal, weight, np.column_stack([start, log_budget]), box, 60, 1e-8)
+    theta = np.column_stack([start, log_budget])
+    for stiffness, steps in STIFFNESS:
+        weight = np.append(np.ones(target.shape[1]), stiffness)
+        theta, _ = minimise(model, SQUARES, goal, weight, theta, box, steps, 1e-8)
     return theta[:, :-1]
 
 
@@ -186,9 +198,10 @@ def critical_values(
     met = replace(c.fit, theta=theta)
     target = met.model.value(theta[None]) + null_noise(c.fit, simulations, np.random.default_rng(seed))
     free = squares(met.model, free_fit(met, target), target)
-    start = np.repeat(theta[None], simulations, axis=0)
-    held = squares(met.model, constrained(c, start, np.full(simulations, log_budget), target), target)
-    ratio = np.log(np.maximum(held / free, 1.0))
+    held, budget = np.repeat(theta[None], simulations, axis=0), np.full(simulations, log_budget)
+    for _ in range(2):  # the second takes up the few that a weak ladder leaves on the way
+        held = constrained(c, held, budget, target)
+    ratio = np.log(np.maximum(squares(met.model, held, target) / free, 1.0))
     return float(np.quantile(ratio, LEVEL)), float(np.quantile(ratio, 2 * LEVEL - 1))
 
 

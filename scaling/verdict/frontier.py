@@ -11,6 +11,7 @@ from scaling.tables.runs import Runs, ScalingError, as_number
 
 GOLDEN = (np.sqrt(5) - 1) / 2
 SEARCH_STEPS = 34  # golden sections; 60 e-folds of N shrink to 5e-6, and the loss is flat to second order there
+RATIO_STEPS = 60  # at most, to the size of a prescribed ratio
 COST_DEGREE, COST_POINTS = 2, 65  # of log cost in log N, and the points at which it is tabulated
 
 
@@ -81,8 +82,10 @@ def frontier_along(
 def fixed_ratio(cost: Cost, log_flops: np.ndarray, ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """log N and log D along budgets at a fixed number of tokens per parameter."""
     log_n = (log_flops - np.log(ratio) - cost.log_cost.mean()) / 2
-    for _ in range(60):  # cost per parameter and token varies slowly with N, so this contracts
-        log_n = (log_flops - np.log(ratio) - np.interp(log_n, cost.log_n, cost.log_cost)) / 2
+    for _ in range(RATIO_STEPS):  # cost per parameter and token varies slowly with N, so this contracts
+        before, log_n = log_n, (log_flops - np.log(ratio) - np.interp(log_n, cost.log_n, cost.log_cost)) / 2
+        if np.allclose(log_n, before, rtol=0, atol=1e-13):
+            break
     return log_n, log_n + np.log(ratio)
 
 

@@ -92,8 +92,8 @@ def test_an_interrupted_verb_says_so(monkeypatch, capsys):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    verb = f"{sys.executable} launch.py study experiments/quickstart.py --out x --dry-run"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{verb} | sed -u q"], cwd=ROOT, capture_output=True, text=True)
+    piped = f"{sys.executable} launch.py study experiments/quickstart.py --out x --dry-run | sed -u q"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", piped], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 1
     assert done.stderr == ""

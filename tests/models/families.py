@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +40,6 @@ CONFIGS = {name: family(name) for name in FAMILIES} | {
 }
 
 
-def compiled(function: Callable) -> Callable:
-    """jit with LLVM's optimiser off: these programs are compiled for one run of a few milliseconds."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @functools.lru_cache(maxsize=64)
 def model(config: ModelConfig, seed: int = 0, **kwargs) -> LanguageModel:
     """A model with noise on every gain and floor, so that a norm applied in the wrong place changes the outcome."""
@@ -57,18 +51,18 @@ def model(config: ModelConfig, seed: int = 0, **kwargs) -> LanguageModel:
         return leaf if matrix else leaf + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
     make = lambda key: jax.tree_util.tree_map_with_path(jitter, nnx.state(build(key)))
-    params = compiled(make)(jax.random.key(seed))
+    params = jax.jit(make)(jax.random.key(seed))
     return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: build(jax.random.key(0)))), params)
 
 
 def plain_model(config: ModelConfig, **kwargs) -> LanguageModel:
     """A model as it is initialised."""
     build = lambda key: LanguageModel(config, rngs=nnx.Rngs(key), **kwargs)
-    params = compiled(lambda key: nnx.state(build(key)))(jax.random.key(0))
+    params = jax.jit(lambda key: nnx.state(build(key)))(jax.random.key(0))
     return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: build(jax.random.key(0)))), params)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(jax.jit, static_argnums=0)
 def _logits(graph, params, ids, kwargs):
     return nnx.merge(graph, params)(ids, **kwargs)
 
@@ -78,7 +72,7 @@ def logits(built: LanguageModel, ids: jax.Array, **kwargs) -> jax.Array:
     return _logits(*nnx.split(built), ids, kwargs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5), compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(jax.jit, static_argnums=(0, 5))
 def _extend(graph, params, ids, state, segments, last_only):
     return nnx.merge(graph, params).extend(ids, state, segments_BT=segments, last_only=last_only)
 

@@ -9,7 +9,6 @@ from models import reference
 from models.families import (
     ABLATIONS,
     CONFIGS,
-    compiled,
     family,
     in_float64,
     logits,
@@ -53,7 +52,7 @@ def test_a_logit_depends_on_no_later_token(name):
     built = model(CONFIGS[name])
     x_BTD = jax.random.normal(jax.random.key(0), (1, 12, built.config.width))
     outputs = lambda x_BTD: _hidden_of(built, x_BTD)[0].sum(-1)
-    rate = compiled(jax.jacrev(outputs))(x_BTD)[:, 0]  # [T out, T in, D]
+    rate = jax.jit(jax.jacrev(outputs))(x_BTD)[:, 0]  # [T out, T in, D]
     influence = np.abs(rate).max(-1)
     assert (np.triu(influence, 1) == 0).all()
     assert (np.diag(influence) > 0).all()
@@ -83,12 +82,12 @@ def test_loss_and_its_gradients_are_those_of_the_plain_cross_entropy(name):
         return (nats * mask).sum(), nats
 
     fused = lambda params: nnx.merge(graph, params).loss(inputs, targets, mask)
-    (total, count), gradient = compiled(jax.value_and_grad(fused, has_aux=True))(params)
-    (expected, nats), right = compiled(jax.value_and_grad(plain, has_aux=True))(params)
+    (total, count), gradient = jax.jit(jax.value_and_grad(fused, has_aux=True))(params)
+    (expected, nats), right = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
     np.testing.assert_allclose(total, expected, rtol=2e-5)
     assert count == 17 + 9
     assert (total.dtype, count.dtype, total.shape) == (jnp.float32, jnp.float32, ())
-    np.testing.assert_allclose(compiled(lambda p: nnx.merge(graph, p).nats(inputs, targets))(params), nats, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(lambda p: nnx.merge(graph, p).nats(inputs, targets))(params), nats, atol=2e-5)
     for (path, a), b in zip(jax.tree.leaves_with_path(gradient), jax.tree.leaves(right), strict=True):
         scale = float(jnp.abs(b).max())
         assert scale > 0, f"{jax.tree_util.keystr(path)} gets no gradient"
@@ -103,7 +102,7 @@ def test_remat_and_unroll_change_no_gradient(name):
     def gradient(**kwargs):
         graph, params = nnx.split(plain_model(config, **kwargs))
         loss = lambda params: nnx.merge(graph, params).loss(ids[:, :-1], ids[:, 1:])[0]
-        return jax.tree.leaves(compiled(jax.grad(loss))(params))
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
 
     plain = gradient()
     for kwargs in ({"remat": "products"}, {"remat": "codes"}, {"remat": "full", "unroll": 2}):

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.compiling import xla_flags
+
 PROGRAM = """
 import jax, jax.numpy as jnp
 from flax import nnx
@@ -41,8 +43,7 @@ def run(families, dtype, tolerance, **environment):
     program = PROGRAM
     for name, value in {"families": families, "dtype": dtype, "tolerance": tolerance}.items():
         program = program.replace(f"{{{name}}}", str(value))
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | environment
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=8)} | environment
     return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=600)
 
 

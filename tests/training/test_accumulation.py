@@ -11,7 +11,7 @@ from flax import nnx
 from mmfree_jax.config import OptimConfig
 from mmfree_jax.training.step import make_program, program_key
 from tests.conftest import tiny_run
-from tests.models.families import CONFIGS, compiled, model, tokens
+from tests.models.families import CONFIGS, model, tokens
 
 
 @pytest.mark.parametrize("name", ["transformer++", "matmul-free", "tied", "dense-head", "scale-per-channel"])
@@ -26,10 +26,10 @@ def test_codes_made_ahead_change_neither_loss_nor_gradients(name):
             again.use_codes(codes)
         return again.loss(ids[:, :-1], ids[:, 1:])[0]
 
-    ahead = compiled(lambda params: nnx.merge(graphdef, params).make_codes())(params)
-    gradient = compiled(jax.value_and_grad(loss))
+    ahead = jax.jit(lambda params: nnx.merge(graphdef, params).make_codes())(params)
+    gradient = jax.jit(jax.value_and_grad(loss))
     for a, b in zip(jax.tree.leaves(gradient(params, ahead)), jax.tree.leaves(gradient(params, None)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 def largest_roundings(jaxpr, inside: bool = False) -> dict[bool, int]:

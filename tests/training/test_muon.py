@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.training.muon import _moves
+from tests.compiling import xla_flags
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -57,7 +58,7 @@ def test_sharded_and_unsharded_agree_and_only_pieces_move(matrices):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(matrices)],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=8)},
         capture_output=True,
         text=True,
         timeout=600,
