@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tests.compiling import xla_flags
-
 PROGRAM = """
 import json
 import jax, jax.numpy as jnp, numpy as np
@@ -87,7 +85,7 @@ def test_kernels_compute_each_devices_part():
     """Rows over two devices, time over two: the recurrence carries its state from one to the next."""
     root = Path(__file__).parents[2]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    env["XLA_FLAGS"] = xla_flags(devices=4)
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
