@@ -52,7 +52,7 @@ def run(a: argparse.Namespace) -> int:
 
 def remember(folder: Path, table: str, found: Mapping[str, Prediction], n: float, d: float) -> bool:
     """Adds the forecasts of runs that do not exist yet to the ledger beside the fit; whether there were any."""
-    runs = Runs.read(folder / "runs.csv")
+    runs = Runs.read(folder / "runs.csv", allow_midrun=True)  # whoever wrote the report has accepted them
     now = datetime.now(UTC).isoformat(timespec="seconds")
     new = [made_of(p, now, table, family, n, d) for family, p in found.items() if not holds_cell(runs, family, n, d)]
     write_ledger(folder, record(read_ledger(folder), new))

@@ -43,16 +43,21 @@ def isoflop(runs: Runs, budgets: np.ndarray | None = None) -> IsoFlop:
     """Approach 2 (Hoffmann et al. 2022, section 3.2): a parabola in log N per budget, then a line through the minima.
 
     `budgets` (n,) labels the rows' budgets; without it rows of nearly equal compute are grouped. Curves with fewer than
-    four runs or without a minimum are left out; fewer than two curves give NaN exponents.
+    four sizes or without a minimum are left out; fewer than two curves give NaN exponents.
     """
     labels = budget_labels(runs["flops"]) if budgets is None else budgets
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    curves = [c for rows in groups if len(rows) >= MIN_POINTS for c in iso_curve(runs.select(rows))]
+    curves = [c for rows in groups if sizes(runs, rows) >= MIN_POINTS for c in iso_curve(runs.select(rows))]
     if len(curves) < 2:
         return IsoFlop(tuple(curves), float("nan"), float("nan"))
     log_c = np.log([c.flops for c in curves])
     slopes = [np.polyfit(log_c, np.log([getattr(c, best) for c in curves]), 1)[0] for best in ("best_n", "best_d")]
     return IsoFlop(tuple(curves), float(slopes[0]), float(slopes[1]))
+
+
+def sizes(runs: Runs, rows: np.ndarray) -> int:
+    """How many sizes these rows have: seeds of one size do not bend a parabola."""
+    return len(np.unique(np.log(runs["N"][rows]).round(2)))
 
 
 def budget_labels(flops: np.ndarray) -> np.ndarray:

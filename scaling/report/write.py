@@ -112,7 +112,7 @@ def updated_ledger(found: Analysis, out: Path) -> list[Forecast]:
         data, draws = read_fit_json(out), read_draws(out)
         earlier = {f: Forecaster.of(entry, draws[f]) for f, entry in data["families"].items()}
         if data["table"] != table:
-            seen = Runs.read(out / "runs.csv")
+            seen = Runs.read(out / "runs.csv", allow_midrun=True)
             ledger = record(ledger, unasked(ledger, runs, seen, data["table"], earlier))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return record(score(ledger, runs, table), [made_of(p, now, table, *cell) for cell, p in next_forecasts(found)])

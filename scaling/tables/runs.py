@@ -273,7 +273,8 @@ def parse_column(name: str, values: Sequence[Any]) -> np.ndarray:
     if name in BOOLEAN:
         return np.array([parse_boolean(name, v, i) for i, v in enumerate(values)])
     if name in TEXT:
-        return np.array(["" if v is None else str(v).strip() for v in values], dtype=object)
+        words = ["" if v is None else str(v).strip() for v in values]
+        return np.array(["" if word.lower() in MISSING_WORDS else word for word in words], dtype=object)
     numbers = [as_number(v) for v in values]
     bad = next((i for i, v in enumerate(numbers) if v is None), None)
     if bad is None:

@@ -16,6 +16,7 @@ from scaling.tables.runs import Runs
 from scaling.uncertainty.noise import least_squares_residuals
 
 SAME_CELL = 0.005  # log N and log D this close are one cell
+COPIES = 1e-9  # of log loss: repeats that differ by less are no runs of their own
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class LackOfFit:
 
 
 def lack_of_fit(fit: Fit) -> LackOfFit | None:
-    """The test on the rows of a fit; None without repeated cells, with too few cells for the law, or where the rows are
-    so many that any law fails it."""
+    """The test on the rows of a fit; None without repeated cells, with too few cells for the law, where repeats are
+    copies of each other, or where the rows are so many that any law fails it."""
     if len(fit.runs) > LARGE_TABLE:
         return None
     residual, frame = least_squares_residuals(fit)
@@ -53,6 +54,8 @@ def lack_of_fit(fit: Fit) -> LackOfFit | None:
         return None
     inside = residual - (np.bincount(place, residual) / np.bincount(place))[place]
     pure = float((inside**2).sum())
+    if pure < pure_freedom * COPIES**2:
+        return None
     misfit = float((residual**2).sum()) - pure
     ratio = (misfit / misfit_freedom) / max(pure / pure_freedom, 1e-300)
     chance = float(fisher.sf(ratio, misfit_freedom, pure_freedom))

@@ -138,8 +138,8 @@ def contrast(
     costs = {f: Cost.of(joint.runs.family(f), spent[f]) for f in (a, b)}
     measured = measured_range(spent[a], spent[b])
     horizon = horizon or measured[1] * 10**HORIZON_DECADES
-    if horizon <= measured[0]:
-        raise ScalingError(f"the horizon {horizon:.3g} lies below the cheapest run, {measured[0]:.3g} {AXES[axis]}")
+    if horizon < measured[1]:
+        raise ScalingError(f"the horizon {horizon:.3g} lies below the dearest run, {measured[1]:.3g} {AXES[axis]}")
     log_flops = compute_grid(measured[0], *([measured[1]] if measured[1] < horizon else []), horizon)
     point = {f: family_frontier(joint, joint.theta[None], f, costs[f], log_flops, along) for f in (a, b)}
     drawn = {f: family_frontier(joint, sampled.theta, f, costs[f], log_flops, along) for f in (a, b)}

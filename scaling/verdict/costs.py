@@ -113,7 +113,8 @@ def arithmetic_energy(runs: Runs, prices: Prices = CITED) -> np.ndarray:
 
 
 def ternary_share(runs: Runs) -> float:
-    """Share of operations that are ternary accumulations (median over runs); 1 where nothing is counted by class."""
-    if "flops_ternary" not in runs.columns:
-        return 1.0
-    return float(np.nanmedian(runs["flops_ternary"] / runs["flops"]))
+    """Share of operations that are ternary accumulations (median over runs); 0 where they are not counted for every
+    run, and nothing can be said of their price."""
+    if "flops_ternary" not in runs.columns or np.isnan(runs["flops_ternary"]).any():
+        return 0.0
+    return float(np.median(runs["flops_ternary"] / runs["flops"]))

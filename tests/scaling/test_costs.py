@@ -47,6 +47,15 @@ def test_a_family_without_ternary_operations_has_no_break_even_price(half_worth)
     assert break_even(compare(half_worth, "b", "a", draws=10)) is None
 
 
+@pytest.mark.parametrize("counts", [None, [*[1e15] * 3, np.nan]], ids=["no column", "a blank"])
+def test_nothing_is_said_of_a_price_whose_operations_are_not_counted(half_worth, counts):
+    columns = {name: half_worth[name] for name in half_worth.columns if name != "flops_ternary"}
+    if counts:
+        columns["flops_ternary"] = np.resize(counts, len(half_worth))
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    assert break_even(compare(Runs.from_rows(rows), "a", "b", draws=10)) is None
+
+
 def test_fixed_paths_evaluate_the_law(half_worth):
     ratio = compare(half_worth, "a", "b", draws=20, along="ratio=20")
     size = compare(half_worth, "a", "b", draws=20, along="size=1e8")

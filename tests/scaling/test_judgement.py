@@ -141,6 +141,13 @@ def test_isoflop_finds_the_allocation_exponent():
     assert found.exponent_n + found.exponent_d == pytest.approx(1.0, abs=2e-3)
 
 
+def test_seeds_of_one_size_do_not_bend_a_parabola():
+    n, d = np.repeat([[1e6, 1e7, 1e8]], 4, axis=0), np.geomspace(1, 100, 3)
+    tables = [Runs.of(N=n.ravel(), D=(c / 6 / n).ravel(), loss=np.tile([3.1, 3.0, 3.2], 4)) for c in 1e17 * d]
+    rows = Runs.of(**{name: np.concatenate([t[name] for t in tables]) for name in ("N", "D", "loss")})
+    assert isoflop(rows).curves == ()
+
+
 def test_envelope_keeps_only_runs_that_no_cheaper_one_beats():
     runs = Runs.of(N=[1e6, 2e6, 3e6, 4e6], D=1e8, loss=[4.0, 4.2, 3.5, 3.6])
     assert envelope(runs).tolist() == [0, 2]

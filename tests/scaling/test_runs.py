@@ -39,6 +39,12 @@ def test_cluster_defaults_to_the_run():
     assert runs["cluster"].tolist() == runs["run_id"].tolist()
 
 
+@pytest.mark.parametrize("word", ["", "NA", "nan", None, float("nan")])
+def test_a_cluster_that_is_missing_in_any_word_is_the_run(word):
+    rows = [row | {"cluster": word} for row in ladder_rows()]
+    assert len(np.unique(Runs.from_rows(rows)["cluster"])) == len(rows)
+
+
 def test_columns_where_and_constants(tmp_path):
     text = "name,params,tok,c4,kind\na,1e6,1e7,4.0,x\nb,2e6,2e7,3.5,x\nc,2e6,2e7,3.4,y\n"
     (tmp_path / "t.csv").write_text(text)
