@@ -51,8 +51,8 @@ class BreakEven:
 
 
 def break_even(c: Comparison, decades: float = 2.0) -> BreakEven | None:
-    """kappa* from the lowest measured compute to `decades` beyond the largest; None where B has no ternary operation, or
-    has them not counted for every run.
+    """kappa* from the lowest measured compute to `decades` beyond the largest. None where B has no ternary operation
+    or not every run of B has them counted.
 
     B needs C_b FLOP for the loss that A reaches with C; with a share s of B's operations at price kappa, B is cheaper
     once (1 - s + s kappa) C_b < C. Where B does not reach that loss before the horizon, kappa* is negative.
