@@ -3,7 +3,7 @@
     python launch.py corpus build m --vocab 4096
     python launch.py study experiments/ladder.py --out runs/ladder
 
-0.5M to 3.2M parameters, 5 to 20 tokens a parameter, as many as tier M holds without repetition. Add sizes and a larger
+0.6M to 2.8M parameters, 5 to 20 tokens a parameter, as many as tier M holds without repetition. Add sizes and a larger
 corpus as the budget allows: everything else follows (mmfree_jax/sweep/ladder.py).
 """
 
