@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import select
 import sys
 
 VERBS = {
@@ -32,6 +33,16 @@ SCALING = {
 }
 
 
+STDOUT = 1  # its file descriptor
+
+
+def reader_gone() -> bool:
+    """Whether nobody reads the standard output any more: sockets and other processes' pipes break as well."""
+    watch = select.poll()
+    watch.register(STDOUT, 0)
+    return any(events & select.POLLERR for _, events in watch.poll(0))
+
+
 def usage() -> str:
     """The text of --help."""
     rows = {**{verb: text for verb, (_, _, text) in VERBS.items()}, **SCALING}
@@ -57,13 +68,13 @@ def main(arguments: list[str]) -> int:
         status = getattr(importlib.import_module(module), name)(rest)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # `… | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         print(f"launch.py {verb}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_gone():  # `… | head`: it has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+            return 0
         if debug:
             raise
         print(f"launch.py {verb}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)

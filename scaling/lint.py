@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.fitting.approaches import MIN_POINTS, budget_labels
+from scaling.fitting.approaches import MIN_POINTS, budget_labels, sizes
 from scaling.fitting.fit import ladder_gate
 from scaling.tables.runs import CONVENTIONS, Runs
 from scaling.uncertainty.bootstrap import cluster_labels
@@ -209,13 +209,13 @@ def isoflops(runs: Runs) -> Iterator[Finding]:
     for family in runs.families:
         part = runs.family(family)
         labels = budget_labels(part["flops"])
-        for label in np.flatnonzero(np.bincount(labels) >= MIN_POINTS):
+        for label in np.unique(labels):
             curve = part.select(labels == label)
-            sizes = np.log(curve["N"])
-            if len(np.unique(sizes)) < MIN_POINTS or len(curve) == len(part):
+            if sizes(curve) < MIN_POINTS or len(curve) == len(part):
                 continue
-            bend, slope, _ = np.polyfit(sizes - sizes.mean(), curve["loss"], 2)
-            place = (sizes.mean() - slope / (2 * bend) - sizes.min()) / np.ptp(sizes) if bend > 0 else np.nan
+            log_n = np.log(curve["N"])
+            bend, slope, _ = np.polyfit(log_n - log_n.mean(), curve["loss"], 2)
+            place = (log_n.mean() - slope / (2 * bend) - log_n.min()) / np.ptp(log_n) if bend > 0 else np.nan
             if not EDGE < place < 1 - EDGE:
                 what = "has its minimum at an edge" if bend > 0 else "has no minimum"
                 message = f"{family}: the IsoFLOP curve at {np.median(curve['flops']):.2g} FLOP {what}"

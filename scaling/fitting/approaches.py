@@ -46,8 +46,8 @@ def isoflop(runs: Runs, budgets: np.ndarray | None = None) -> IsoFlop:
     four sizes or without a minimum are left out; fewer than two curves give NaN exponents.
     """
     labels = budget_labels(runs["flops"]) if budgets is None else budgets
-    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    curves = [c for rows in groups if sizes(runs, rows) >= MIN_POINTS for c in iso_curve(runs.select(rows))]
+    groups = [runs.select(labels == label) for label in np.unique(labels)]
+    curves = [c for group in groups if sizes(group) >= MIN_POINTS for c in iso_curve(group)]
     if len(curves) < 2:
         return IsoFlop(tuple(curves), float("nan"), float("nan"))
     log_c = np.log([c.flops for c in curves])
@@ -55,9 +55,9 @@ def isoflop(runs: Runs, budgets: np.ndarray | None = None) -> IsoFlop:
     return IsoFlop(tuple(curves), float(slopes[0]), float(slopes[1]))
 
 
-def sizes(runs: Runs, rows: np.ndarray) -> int:
-    """How many sizes these rows have: seeds of one size do not bend a parabola."""
-    return len(np.unique(np.log(runs["N"][rows]).round(2)))
+def sizes(runs: Runs) -> int:
+    """How many sizes there are, to about a hundredth: seeds of one size do not bend a parabola."""
+    return len(np.unique(np.log(runs["N"]).round(2)))
 
 
 def budget_labels(flops: np.ndarray) -> np.ndarray:

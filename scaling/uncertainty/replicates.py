@@ -57,7 +57,7 @@ def lack_of_fit(fit: Fit) -> LackOfFit | None:
     if pure < pure_freedom * COPIES**2:
         return None
     misfit = float((residual**2).sum()) - pure
-    ratio = (misfit / misfit_freedom) / max(pure / pure_freedom, 1e-300)
+    ratio = (misfit / misfit_freedom) / (pure / pure_freedom)
     chance = float(fisher.sf(ratio, misfit_freedom, pure_freedom))
     sizes = np.sqrt([pure / pure_freedom, max(misfit, 0.0) / misfit_freedom])
     return LackOfFit(float(sizes[0]), float(sizes[1]), pure_freedom, misfit_freedom, float(ratio), chance)

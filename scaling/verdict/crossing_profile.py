@@ -155,10 +155,9 @@ def smoothed(c: Comparison, grid: np.ndarray, met: np.ndarray, target: np.ndarra
     found = misfit(c, met, grid, target)
     for _ in range(PASSES):
         starts = np.concatenate([np.roll(met, shift, axis=0) for shift in NEIGHBOURS])
-        again = constrained(c, starts, np.tile(grid, len(NEIGHBOURS)), target)
-        tries = np.concatenate([met, again]).reshape(-1, *met.shape)
-        every = np.stack([misfit(c, theta, grid, target) for theta in tries])
-        met = tries[np.argmin(every, axis=0), np.arange(len(grid))]
+        again = constrained(c, starts, np.tile(grid, len(NEIGHBOURS)), target).reshape(-1, *met.shape)
+        every = np.stack([found, *(misfit(c, theta, grid, target) for theta in again)])
+        met = np.concatenate([met[None], again])[np.argmin(every, axis=0), np.arange(len(grid))]
         gain, found = np.log(found / every.min(axis=0)).max(), every.min(axis=0)
         if gain < SETTLED:
             break

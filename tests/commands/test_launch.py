@@ -91,6 +91,15 @@ def test_an_interrupted_verb_says_so(monkeypatch, capsys):
     assert capsys.readouterr().err == "launch.py study: interrupted\n"
 
 
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
+    def lost(_):
+        raise BrokenPipeError("the coordinator is gone")
+
+    monkeypatch.setattr("mmfree_jax.cli.study", lost)
+    assert main(["study"]) == 1
+    assert capsys.readouterr().err == "launch.py study: the coordinator is gone\n"
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     piped = f"{sys.executable} launch.py study experiments/quickstart.py --out x --dry-run | sed -u q"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", piped], cwd=ROOT, capture_output=True, text=True)

@@ -76,6 +76,15 @@ def test_report_then_predict(reported):
     assert entry["extrapolation"] > 1
 
 
+def test_a_report_on_unfinished_runs_can_be_used_and_renewed(tmp_path, capsys):
+    rows = [row | {"ended": "false"} for row in ladder_rows(noise=0.003) if row["family"] == "matmul-free"]
+    for part in (rows[:-1], rows):
+        table = write_csv(tmp_path / "table.csv", part)
+        asked = ["report", str(table), "--allow-midrun", "--draws", "20", "--out", str(tmp_path / "out")]
+        assert main(asked) == 0, capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "out"), "--N", "2e6", "--D", "4e7"]) == 0, capsys.readouterr().err
+
+
 def test_one_table_gives_one_answer_by_every_route(tables, reported, capsys):
     """Wherever no threshold is given it is that of the noise; `study` writes its report as `report` does."""
     out, said = reported

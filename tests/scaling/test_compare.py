@@ -65,6 +65,12 @@ def test_parallel_laws_do_not_cross():
     assert (c.p_b_better < 0.05).all()
 
 
+def test_a_horizon_below_the_dearest_run_is_refused():
+    runs = Runs.from_rows(ladder_rows(sizes=SIZES, ratios=(5, 20, 80)))
+    with pytest.raises(ScalingError, match=r"the horizon 1e\+16 lies below the dearest run"):
+        compare(runs, "transformer++", "matmul-free", draws=20, horizon=1e16)
+
+
 def test_draws_that_never_cross_count():
     """Three draws in ten cross; the interval must reach infinity and the share must be told."""
     log_c = np.linspace(0, 10, 11)
