@@ -100,7 +100,7 @@ def product(
     """
     out = wide(dtype) if out is None else out
     if _integer_units_serve(x, w, out, axes, turned):
-        return _integer_product(x, w, out, axes, turned)
+        return _integer_product(x, w, axes, turned)
     w_codes = w.codes.astype(dtype)
     y = jnp.matmul(x.codes.astype(dtype), w_codes.T if turned else w_codes, preferred_element_type=wide(dtype))
     for scale in (x.scale, w.scale):
@@ -124,14 +124,14 @@ def _integer_units_serve(x: Quantised, w: Quantised, out: Any, axes: Names, turn
     return x.codes.dtype == jnp.int8 and whole_blocks
 
 
-def _integer_product(x: Quantised, w: Quantised, out: Any, axes: Names, turned: bool) -> jax.Array:
+def _integer_product(x: Quantised, w: Quantised, axes: Names, turned: bool) -> jax.Array:
     from mmfree_jax.ops.kernels.int8_matmul import int8_matmul
     from mmfree_jax.ops.kernels.transposed_codes import transposed
 
     def local(x_codes, x_scale, w_codes, w_scale):
         rows = x_codes.reshape(-1, x_codes.shape[-1])
         summed_last = w_codes if turned else transposed(w_codes)
-        y = int8_matmul(rows, summed_last, x_scale.reshape(-1), w_scale.reshape(1), out)
+        y = int8_matmul(rows, summed_last, x_scale.reshape(-1), w_scale.reshape(1))
         return (y.reshape(*x_codes.shape[:-1], -1),)
 
     rows, columns = rows_of(x.codes.ndim), rows_of(x.codes.ndim, axes[not turned])
@@ -251,7 +251,7 @@ def _integer_outer(x: Quantised, dy: GradientCodes, per_channel: jax.Array | Non
         scale = column_scale(largest)
         turned = transposed(rows.codes, (rows.scale * by).reshape(-1), scale)
         scale = scale if per_channel is None else scale / per_channel.reshape(-1)
-        return int8_matmul(transposed(codes), turned, jnp.ones(codes.shape[-1]), scale, dtype)
+        return int8_matmul(transposed(codes), turned, jnp.ones(codes.shape[-1]), scale)
     columns = column_codes(rows, by, largest)
     sums = outer(codes.astype(dtype), columns.codes.astype(dtype), wide(dtype))
     return dequantise(Quantised(sums if per_channel is None else sums / per_channel, columns.scale), dtype)

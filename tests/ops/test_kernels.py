@@ -94,7 +94,15 @@ def test_gated_recurrence_gradients_equal_those_of_the_reference(time):
 
 
 @interpreted
-@pytest.mark.parametrize(("rows", "inner", "columns"), [(256, 128, 128), (512, 384, 256)])
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"),
+    [
+        (256, 128, 128),  # one block
+        (512, 384, 256),  # two blocks that share rows
+        (1024, 512, 512),  # copies run ahead from output to output, two and two of them a pair of blocks
+        (768, 1024, 384),  # the same, alone: two outputs for one block and three for another
+    ],
+)
 def test_int8_matmul_is_exact_before_rounding(rows, inner, columns):
     rng = np.random.default_rng(0)
     x, w = rng.integers(-128, 128, (rows, inner)), rng.integers(-1, 2, (columns, inner))
@@ -182,7 +190,7 @@ def test_int8_matmul_with_a_scale_a_column():
 @pytest.mark.parametrize(("rows", "columns"), [(128, 256), (640, 128)])
 def test_transposed_codes(monkeypatch, rows, columns):
     """As they are, and brought to a scale a column: bit for bit the reference's."""
-    monkeypatch.setattr(transposed_codes, "RESIDENT", 2)  # several tiles a block
+    monkeypatch.setattr(transposed_codes, "RESIDENT", {"plain": 2, "scaled": 2})  # several tiles a block
     rng = np.random.default_rng(0)
     codes, by = jnp.int8(rng.integers(-127, 128, (rows, columns))), jnp.asarray(rng.uniform(0.1, 2, rows), jnp.float32)
     wanted = column_codes(Quantised(codes, by[:, None]), jnp.ones((rows, 1)))

@@ -34,7 +34,7 @@ def nearest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def spread(ref: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """A vector in global memory over an accumulator of this shape, along one of its axes and repeated on the other."""
+    """A vector in memory over an accumulator of this shape, along one of its axes and repeated on the other."""
     layout = plgpu.Layout.WGMMA.reduce(1 - axis)
     values = plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # as of jax 0.11
     return lax.broadcast_in_dim(values, shape, (axis,))

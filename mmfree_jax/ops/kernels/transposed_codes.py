@@ -18,9 +18,9 @@ from mmfree_jax.ops.kernels.mosaic import STREAMING, spread
 from mmfree_jax.ops.ternary import dither_phases, dithered
 
 TILE = 128  # rows and columns turned at a time, by one warpgroup
-HALF = 64  # columns in registers at a time: three blocks then share a multiprocessor's
+HALF = 64  # columns in registers at a time: three or four blocks then share a multiprocessor's
 STAGES = 2  # copied ahead
-RESIDENT = 396  # blocks at a time: three for each of an H200's 132 multiprocessors
+RESIDENT = {"plain": 396, "scaled": 528}  # blocks at a time: three and four for each of an H200's 132 multiprocessors
 
 
 def supports(rows: int, columns: int) -> bool:
@@ -34,7 +34,8 @@ def transposed(codes_MD: jax.Array, by_M: jax.Array | None = None, scale_D: jax.
     M, D = codes_MD.shape
     columns, tiles = D // TILE, M // TILE
     # Blocks walk down a column of tiles, in whole waves of blocks and with few starts, which take the time of a tile.
-    rounds = lambda n: -(-n * columns // RESIDENT) * (tiles // n + 1)
+    resident = RESIDENT["plain" if by_M is None else "scaled"]
+    rounds = lambda n: -(-n * columns // resident) * (tiles // n + 1)
     walks = min((n for n in range(1, tiles + 1) if tiles % n == 0), key=rounds)
     swizzle = plgpu.find_swizzle(TILE * 8)
     tiled = (plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle))
@@ -52,9 +53,9 @@ def transposed(codes_MD: jax.Array, by_M: jax.Array | None = None, scale_D: jax.
         halves = [pl.ds(half * HALF, HALF) for half in range(TILE // HALF)]
         down = [[spread(ref.at[at_d].at[half], (HALF, TILE), 0) for ref in vector_gmem[1::2]] for half in halves]
 
-        def stage(index, codes_smem):
+        def stage(index, codes_smem, *across_smem):
             at_m = pl.ds((first + index[0]) * TILE, TILE)
-            across = [spread(ref.at[at_m], (HALF, TILE), 1) for ref in vector_gmem[::2]]
+            across = [spread(ref, (HALF, TILE), 1) for ref in across_smem]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for half, of_columns in zip(halves, down, strict=True):
 
@@ -72,10 +73,14 @@ def transposed(codes_MD: jax.Array, by_M: jax.Array | None = None, scale_D: jax.
             plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[at_d, at_m])
 
         tile = plgpu.BlockSpec((TILE, TILE), lambda i: (first + i, 0), transforms=tiled, memory_space=plgpu.SMEM)
-        steps = tiles // walks
-        plgpu.emit_pipeline(stage, grid=(steps,), in_specs=[tile], max_concurrent_steps=min(STAGES, steps))(
-            codes_gmem.at[:, at_d]
-        )
+        of_rows = plgpu.BlockSpec((TILE,), lambda i: (first + i,), memory_space=plgpu.SMEM)
+        steps, across_gmem = tiles // walks, vector_gmem[::2]
+        plgpu.emit_pipeline(
+            stage,
+            grid=(steps,),
+            in_specs=[tile] + [of_rows] * len(across_gmem),
+            max_concurrent_steps=min(STAGES, steps),
+        )(codes_gmem.at[:, at_d], *across_gmem)
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
