@@ -37,8 +37,8 @@ COLUMNS = (
 def cases() -> list[tuple]:
     """Rows of the table but for their last column: shallow models, as every further layer asks for the same."""
     policies: dict[str, tuple[str, ...]] = {
-        "transformer++-1.3b": ("none", "products", "full"),
-        "matmul-free-1.3b": ("none", "products", "codes", "full"),
+        "transformer++-1.3b": ("none", "products", "mixer", "full"),
+        "matmul-free-1.3b": ("none", "products", "mixer", "codes", "full"),
     }
     found = [
         (preset, depth, 8, 2048, remat, unroll, "auto", 1, 1, 1)

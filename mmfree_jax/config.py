@@ -21,7 +21,7 @@ Parametrisation = Literal["standard", "mup"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["constant", "wsd", "cosine", "cosine-halving", "two-stage"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Remat = Literal["none", "products", "codes", "full"]
+Remat = Literal["none", "products", "mixer", "codes", "full"]
 Kernels = Literal["auto", "off"]
 Gather = Literal["int8", "packed"]
 

@@ -62,6 +62,7 @@ FULL = (
     StepCase("matmul-free-1.3b", 2, 8192, gradient_bits=8),
     StepCase("transformer++-370m", 8, 2048),
     StepCase("matmul-free-370m", 8, 2048),
+    StepCase("matmul-free-1.3b", 8, 2048, remat="mixer"),
     StepCase("matmul-free-1.3b", 8, 2048, remat="codes"),
     StepCase("matmul-free-1.3b", 8, 2048, unoptimised="bfloat16"),
     StepCase("matmul-free-1.3b", 4, 2048, unoptimised="float32"),
@@ -76,10 +77,10 @@ SMALL = (
     StepCase("matmul-free-tiny", 4, 128, unoptimised="float32"),
 )
 FULL_MEMORY = (
-    *(StepCase("matmul-free-1.3b", 4, 2048, remat=remat) for remat in ("none", "products", "codes", "full")),
+    *(StepCase("matmul-free-1.3b", 4, 2048, remat=remat) for remat in ("none", "products", "mixer", "codes", "full")),
     StepCase("matmul-free-1.3b", 4, 2048, unoptimised="bfloat16"),
     StepCase("matmul-free-1.3b", 4, 2048, unoptimised="float32"),
-    *(StepCase("transformer++-1.3b", 4, 2048, remat=remat) for remat in ("none", "products", "full")),
+    *(StepCase("transformer++-1.3b", 4, 2048, remat=remat) for remat in ("none", "products", "mixer", "full")),
 )
 SMALL_MEMORY = (
     *(StepCase("matmul-free-tiny", 16, 512, remat=remat) for remat in ("none", "full")),

@@ -31,18 +31,21 @@ ATTENTION = {
     "none": Kept(8, 8, 6, 2),  # two residuals and their norms; q, k, v, y; gate, up, their product
     "looped": Kept(12, 12, 4, 2),
     "products": Kept(4, 6, 4, 2),
+    "mixer": Kept(4, 6, 0, 2),
     "full": FULL,
 }
 BITNET: dict[str, Kept] = {
     "none": Kept(6, 8, 5, 1),  # as attention without the norms, and the codes of every input
     "looped": Kept(6, 9, 8, 1),
     "products": Kept(6, 8, 5, 1),
+    "mixer": Kept(6, 8, 1, 1),
     "codes": Kept(6, 1, 1, 1),
     "full": FULL,
 }
 MLGRU_KERNELS = {
     "none": Kept(4, 8, 4, 1),  # two residuals; i, f, g, h; gate and up: kernels make all else again
     "products": Kept(4, 8, 4, 1),
+    "mixer": Kept(5, 8, 0, 1),
     "codes": Kept(8, 2, 0, 1),
     "full": FULL,
 }
@@ -50,12 +53,14 @@ MLGRU_XLA = {
     "none": Kept(7, 14, 5, 1),  # states in float32 and the codes as well
     "looped": Kept(9, 39, 5, 1),
     "products": Kept(7, 12, 5, 1),
+    "mixer": Kept(7, 12, 1, 1),
     "codes": Kept(7, 6, 1, 1),
     "full": FULL,
 }
 RWKV4 = {
     "none": Kept(13, 53, 5, 1),
     "products": Kept(8, 15, 5, 1),
+    "mixer": Kept(8, 15, 1, 1),
     "codes": Kept(8, 9, 1, 1),
     "full": FULL,
 }
@@ -63,6 +68,7 @@ HGRN = {
     "none": Kept(8, 10, 6, 2),
     "looped": Kept(12, 14, 5, 2),
     "products": Kept(4, 8, 4, 2),
+    "mixer": Kept(4, 8, 0, 2),
     "full": FULL,
 }
 
@@ -205,4 +211,5 @@ def _gathered(run: RunConfig) -> float:
 
 def policies(run: RunConfig) -> list[Remat]:
     """The remat policies that a run can have, the fastest first."""
-    return ["none", "products", "codes", "full"] if run.model.linear == "ternary" else ["none", "products", "full"]
+    codes: list[Remat] = ["codes"] if run.model.linear == "ternary" else []
+    return ["none", "products", "mixer", *codes, "full"]

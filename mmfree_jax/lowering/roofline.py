@@ -81,8 +81,9 @@ def _products(run: RunConfig, device: Device) -> float:
     integers = _fast(run, device) and run.model.linear == "ternary"
     forward_rate = PRODUCTS * device.int8 if integers else rate
     blocks = per_token.dense + per_token.ternary
-    # The backward pass makes the products again under `full` and, from their codes, under `codes`.
-    forwards = 2 if run.remat in ("codes", "full") else 1
+    # The backward pass makes the products again under `full` and, from their codes, under `codes`; gate and up, `mixer`.
+    gate_up = 4 * run.model.depth * run.model.width * run.model.glu_width / blocks
+    forwards = 1 + {"codes": 1.0, "full": 1.0, "mixer": gate_up}.get(run.remat, 0.0)
     backward_rate = forward_rate if run.model.gradient_bits else rate
     seconds = blocks * (forwards / forward_rate + 2 / backward_rate) + 3 * per_token.head / rate
     return _share(run) * seconds
@@ -90,7 +91,7 @@ def _products(run: RunConfig, device: Device) -> float:
 
 def _attention(run: RunConfig, device: Device) -> float:
     """A fused kernel leaves out the masked half."""
-    passes = 4 if run.remat in ("products", "full") else 3
+    passes = 4 if run.remat in ("products", "mixer", "full") else 3
     masked = 2 if whole_scores(run, device) else 1
     per_token = flops.flops_per_token(run.model, run.data.sequence).attention
     return passes * masked * _share(run) * per_token / (ATTENTION * PRODUCTS * device.bf16)

@@ -26,7 +26,8 @@ from mmfree_jax.sharding import constrain, gathered, partitioned
 
 MIXERS: dict[str, Any] = {"mlgru": MLGRU, "attention": Attention, "rwkv4": RWKV4}
 KEPT: dict[str, tuple[str, ...]] = {  # names that ops and modules give to what they compute
-    "products": ("projection", "residual", "state", "codes", "per_token"),
+    "products": ("projection", "gate_up", "residual", "state", "codes", "per_token"),
+    "mixer": ("projection", "residual", "state", "codes", "per_token"),
     "codes": ("residual", "state", "codes", "per_token"),
     "full": (),
 }
@@ -36,7 +37,7 @@ def remat_policy(remat: Remat) -> Callable[[Any], Any]:
     """Wraps the body of the scan over layers: what the backward pass keeps of each block, and what it makes again.
 
     none: keeps whatever autodiff needs. products: makes norms, gates and attention again, no product or recurrence.
-    codes: of ternary layers keeps the integer codes that went in, and makes the products again with those. full: keeps
+    mixer: as products, but makes the GLU's gate and up again, the widest that a block has. codes: of ternary layers keeps the integer codes that went in, and makes the products again with those. full: keeps
     the residual stream at the block's start and makes all else again.
     """
     if remat == "none":

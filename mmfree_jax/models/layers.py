@@ -114,7 +114,9 @@ class Projection(nnx.Module):
         joint: bool = False,
         param_dtype: Any = jnp.float32,
         dense: bool = False,
+        kept_as: str = "projection",
     ):
+        self.kept_as = kept_as
         shape = (groups, inputs, outputs) if groups else (inputs, outputs)
         names = (None, *axes) if groups else axes
         self.groups, self.axes = groups, axes
@@ -131,7 +133,7 @@ class Projection(nnx.Module):
             ys = dense(self.axes, settled(x), self.weights().w_GDF)
         else:
             ys = bit_linear(self.recipe, x, *self.weights())
-        return tuple(checkpoint_name(y, "projection") for y in ys)
+        return tuple(checkpoint_name(y, self.kept_as) for y in ys)
 
     def read(self, u: Prologue | jax.Array) -> tuple[tuple[jax.Array, ...], Prologue | jax.Array]:
         """`__call__`, and u once more. If u is of a stream that others need besides, they take it from there: a ternary
@@ -139,7 +141,7 @@ class Projection(nnx.Module):
         if self.recipe is None or not isinstance(u, Prologue):
             return self(u), u
         ys, u = bit_linear_beside(self.recipe, u, self.weights())
-        return tuple(checkpoint_name(y, "projection") for y in ys), u
+        return tuple(checkpoint_name(y, self.kept_as) for y in ys), u
 
     def weights(self) -> Weights:
         """Its arrays, as the ops take them."""

@@ -33,7 +33,7 @@ def _bit_glu(recipes: tuple[Recipe, Recipe], sources, source_gain, gate_up: Weig
 def _forward(recipes: tuple[Recipe, Recipe], sources, source_gain, gate_up: Weights, down: Weights):
     into, out = recipes
     ys, of_into = forward(into, sources, source_gain, gate_up)
-    (y,), of_out = forward(out, tuple(checkpoint_name(y, "projection") for y in ys), None, down)
+    (y,), of_out = forward(out, tuple(checkpoint_name(y, "gate_up") for y in ys), None, down)
     return (y, sources[0]), (of_into, of_out)
 
 

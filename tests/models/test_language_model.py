@@ -105,9 +105,24 @@ def test_remat_and_unroll_change_no_gradient(name):
         return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
 
     plain = gradient()
-    for kwargs in ({"remat": "products"}, {"remat": "codes"}, {"remat": "full", "unroll": 2}):
+    for kwargs in ({"remat": "products"}, {"remat": "mixer"}, {"remat": "codes"}, {"remat": "full", "unroll": 2}):
         for a, b in zip(gradient(**kwargs), plain, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", ["transformer++", "matmul-free"])
+def test_remat_mixer_keeps_nothing_as_wide_as_the_glu(name):
+    config = CONFIGS[name]
+    ids = tokens(config, time=18)
+
+    def wide_values(remat):
+        graph, params = nnx.split(plain_model(config, remat=remat))
+        loss = lambda params: nnx.merge(graph, params).loss(ids[:, :-1], ids[:, 1:])[0]
+        kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params))
+        return [a.shape for a in kept if a.shape[-2:] == (17, config.glu_width) and a.dtype == jnp.float32]
+
+    assert wide_values("products")
+    assert not wide_values("mixer")
 
 
 @EVERY_FAMILY
