@@ -204,12 +204,33 @@ def train(arguments: list[str]) -> int:
     if group is not None:
         distributed.join(group, chosen.patience)
         print(distributed.process_table(), flush=True)
-    run = chosen.run
-    if run.init:
-        from mmfree_jax.weights import model_config
-
-        run = dataclasses.replace(run, init=str(Path(run.init).resolve()), model=model_config(Path(run.init)))
+    run = _of_weights(chosen.run, preset) if chosen.run.init else chosen.run
     return _train(run, chosen.out, step_range(chosen.profile))
+
+
+def _of_weights(run: RunConfig, preset: str) -> RunConfig:
+    """The run with the architecture of the weights that it starts from.
+
+    Raises ConfigError where the preset is of another family, whose rate and schedule would be another's, or the command
+    line asks for another architecture. How gradients are computed is the run's own.
+    """
+    from mmfree_jax.presets import run_preset
+    from mmfree_jax.weights import model_config
+
+    found, usual = model_config(Path(run.init)), run_preset(preset).model
+    require(
+        found.family == usual.family,
+        f"init={run.init} holds a model of family {found.family}, and {preset} is of {usual.family}: take a preset of "
+        f"{found.family}",
+    )
+    for name in (field.name for field in dataclasses.fields(found)):
+        asked = getattr(run.model, name)
+        require(
+            asked in (getattr(usual, name), getattr(found, name)) or name == "gradient_bits",
+            f"model.{name}={asked!r}, but init={run.init} has {getattr(found, name)!r}: leave it out",
+        )
+    model = dataclasses.replace(found, gradient_bits=run.model.gradient_bits)
+    return dataclasses.replace(run, init=str(Path(run.init).resolve()), model=model)
 
 
 def _train(config: RunConfig, out: Path, profiled: range) -> int:

@@ -129,9 +129,10 @@ def _with_weights(state: TrainState, config: RunConfig) -> TrainState:
     from mmfree_jax.weights import load_model
 
     model = load_model(Path(config.init))
+    found = dataclasses.replace(model.config, gradient_bits=config.model.gradient_bits)  # no matter of the weights
     require(
-        model.config == config.model,
-        f"init={config.init} holds another architecture ({differences(model.config, config.model)})",
+        found == config.model,
+        f"init={config.init} holds another architecture ({differences(found, config.model)})",
     )
     params = jax.tree.map(
         lambda new, old: distributed.put(np.asarray(new), old.sharding), nnx.state(model, nnx.Param), state.params
