@@ -24,9 +24,10 @@ def sweep(study: Study, out: Path, console: Console, executor: Executor, again: 
     Runs that diverged are left alone unless `again`.
     """
     with locked(out):
+        plan = executor.plan(study.runs)  # first: it refuses runs that this executor has no machines for
         token_set = prepare(study, out, console)
         say = lambda line: console.print(line, highlight=False, soft_wrap=True)
-        say("\n".join(executor.plan(study.runs)))
+        say("\n".join(plan))
         with View([(run, run_folder(out, run)) for run in study.runs], console) as view:
             code = executor.execute(out, open_chains(out, study.runs, again), view.update)
         table = collect(out, study.runs)
