@@ -333,6 +333,9 @@ class RunConfig:
         if self.branch is not None:
             last = self.steps - optim.decay_steps
             require(
+                self.branch.step < self.steps, f"branch.step={self.branch.step} leaves nothing of steps={self.steps}"
+            )
+            require(
                 self.branch.step <= last,
                 f"branch.step={self.branch.step} lies inside the decay, which begins at step {last}",
             )

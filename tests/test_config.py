@@ -31,6 +31,7 @@ RUN = RunConfig(
     optim=OptimConfig(decay_steps=50, lr=1 / 3),
     steps=100,
 )
+DECAYING = OptimConfig(decay_steps=10)
 
 
 def test_json_round_trip_is_exact():
@@ -90,7 +91,8 @@ def test_fingerprint_is_the_same_in_every_process():
         (lambda: DataConfig(mixture=("s",), weights=(1.0,)), "one positive number for data.corpus and each of"),
         (lambda: DataConfig(weights=(0.0,)), "one positive number"),
         (lambda: RunConfig("r", mesh=MeshConfig(sequence=3)), "sequence=256 is not divisible"),
-        (lambda: RunConfig("r", steps=100, branch=Branch("t", 101)), "inside the decay"),
+        (lambda: RunConfig("r", steps=100, optim=DECAYING, branch=Branch("t", 91)), "inside the decay"),
+        (lambda: RunConfig("r", steps=100, branch=Branch("t", 100)), "branch.step=100 leaves nothing of steps=100"),
         (lambda: RunConfig("a/b"), "plain file name"),
     ],
 )

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mmfree_jax.config import Branch, ConfigError
+from mmfree_jax.config import Branch, ConfigError, RunConfig
 from mmfree_jax.sweep.experiment import Study, chains, load_study, run_flops, trunk_and_decays
 from mmfree_jax.training.optim import learning_rate
 from tests.conftest import MAIN_FAMILIES, tiny_run
@@ -52,7 +52,22 @@ def test_chains_keep_a_trunk_with_its_branches():
     ]
 
 
+def test_a_branch_of_a_branch_is_in_the_chain_of_the_trunk_of_both():
+    """Its checkpoint is there only when the branch has been trained."""
+    trunk, whole = trunk_and_decays(BASE, (100,))
+    steady = dataclasses.replace(trunk, name="longer", steps=120, milestones=(100,), branch=Branch(trunk.name, 80))
+    end = dataclasses.replace(whole, name="end", steps=120, branch=Branch("longer", 100))
+    runs = study(trunk, whole, steady, end).runs
+    assert chains(runs) == [[trunk, whole, steady, end]]
+    assert chains((steady, end)) == [[steady, end]]  # what is left when the trunk is done
+    assert chains((end,)) == [[end]]
+
+
 TRUNK, SHORT, LONG = trunk_and_decays(BASE, (50, 100))
+
+
+def optim(run: RunConfig, **changes) -> RunConfig:
+    return dataclasses.replace(run, optim=dataclasses.replace(run.optim, **changes))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +81,10 @@ TRUNK, SHORT, LONG = trunk_and_decays(BASE, (50, 100))
             "step 7, which is not among the milestones",
         ),
         ((TRUNK, dataclasses.replace(SHORT, seed=3)), "its seed differs from its trunk's"),
+        ((TRUNK, optim(SHORT, lr=0.5)), r"its optim.lr=0.5 differs from its trunk's, 0.01"),
+        ((TRUNK, optim(SHORT, optimizer="muon")), "its optim.optimizer=muon differs"),
+        ((TRUNK, optim(SHORT, schedule="cosine", decay_steps=0)), "schedule=cosine has no constant rate to branch off"),
+        ((optim(TRUNK, decay_steps=10), LONG), f"branches inside the decay of {TRUNK.name}, which begins at step 70"),
         ((TRUNK, dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, corpus="x"))), "several corpora"),
     ],
 )

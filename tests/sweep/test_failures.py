@@ -11,7 +11,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from mmfree_jax.config import ConfigError
+from mmfree_jax.config import Branch, ConfigError
 from mmfree_jax.files import LockedError
 from mmfree_jax.sweep import worker
 from mmfree_jax.sweep.executor import open_chains
@@ -82,6 +82,9 @@ def test_what_diverged_is_left_alone_with_its_branches_and_other_failures_are_tr
     fail(run_folder(tmp_path, other), "its worker was killed by SIGKILL")
     assert open_chains(tmp_path, [*runs, other]) == [[other]]
     assert status(run_folder(tmp_path, runs[0]), runs[0]).diverged
+    longer = dataclasses.replace(runs[0], name="longer", steps=14, branch=Branch(runs[0].name, 10), milestones=(12,))
+    end = dataclasses.replace(runs[2], name="end", steps=14, branch=Branch("longer", 12))
+    assert open_chains(tmp_path, [*runs, longer, end, other]) == [[other]]
     assert sorted(map(len, open_chains(tmp_path, [*runs, other], again=True))) == [1, 3]
 
 
