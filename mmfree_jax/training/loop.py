@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range 
 
     A finished run is returned as it stands. A trace of the steps `profiled` is written to `folder`/profile.
     Raises ConfigError (the folder holds another run, the corpus does not fit), Diverged, or Interrupted once the state
-    has been saved after a signal.
+    has been saved after a signal; or the result, where it came after the last step.
     """
     check_data(config, token_set)
     with contextlib.ExitStack() as stack:
@@ -92,6 +93,10 @@ def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag,
 
     result = result_row(config, token_set, progress, scores)
     distributed.first_does(lambda: write_json(folder / "result.json", result))
+    # A signal during the evaluation is not lost: a worker would begin its next run. A run that has ended is not late.
+    asked = agreed(stop.signal) or agreed(None)
+    if asked and asked != signal.SIGALRM:
+        raise Interrupted(exit_status(asked), f"{config.name}: finished, in {folder}; stopped after that")
     return result
 
 

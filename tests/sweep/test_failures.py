@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -58,6 +59,28 @@ def test_a_run_that_takes_too_much_memory_says_what_to_change_and_the_next_one_i
     assert worker.main(tmp_path, ["large", "small"]) == 1
     assert [status(run_folder(tmp_path, run), run).state for run in runs] == ["failed", "done"]
     assert status(run_folder(tmp_path, runs[0]), runs[0]).error.startswith("out of memory: lower data.batch, raise")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGALRM, 0)])
+def test_a_worker_told_to_stop_while_it_evaluates_does_not_begin_the_next_run(
+    number, code, token_set, tmp_path, monkeypatch
+):
+    """But for the notice that the time of a run is over, which then is no matter of the next."""
+    runs = [tiny_run("matmul-free", token_set.path, name=name, steps=6) for name in ("first", "second")]
+    for run in runs:
+        claim(run, run_folder(tmp_path, run))
+    told = []
+
+    def evaluate(*arguments):
+        if not told:
+            told.append(number)
+            os.kill(os.getpid(), number)
+        return {"loss": 1.0}
+
+    monkeypatch.setattr("mmfree_jax.training.loop.evaluate", evaluate)
+    assert worker.main(tmp_path, [run.name for run in runs]) == code
+    later = "waiting" if code else "done"
+    assert [status(run_folder(tmp_path, run), run).state for run in runs] == ["done", later]
 
 
 @pytest.mark.slow
