@@ -32,7 +32,8 @@ def model_config(path: Path) -> ModelConfig:
 def run_config(path: Path) -> RunConfig:
     """The run that made a model, on one device; for a model that no run here made, a bare one with its architecture."""
     if _is_run(path):
-        return from_json(RunConfig, json.dumps(read_json(path / "config.json") | {"mesh": {}}))
+        here = {"mesh": {}, "gather": "int8"}  # packed gathers are of a mesh
+        return from_json(RunConfig, json.dumps(read_json(path / "config.json") | here))
     model = model_config(path)
     return RunConfig(path.name or "model", model, DataConfig(vocab=max(257, model.vocab), sequence=2048))
 

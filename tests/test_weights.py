@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 from mmfree_jax import cli
-from mmfree_jax.config import ConfigError
+from mmfree_jax.config import ConfigError, MeshConfig
 from mmfree_jax.interop import load_huggingface, save_huggingface
 from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.training.folder import claim
 from mmfree_jax.training.loop import train
 from mmfree_jax.weights import load_model, model_config, run_config, save_model
 from tests.conftest import MAIN_FAMILIES, tiny_model, tiny_run
@@ -78,6 +79,12 @@ def test_evaluating_a_run_gives_the_loss_of_its_result(token_set, tmp_path):
     scores = dict(line.split() for line in done.stdout.splitlines())
     assert float(scores["loss"]) == pytest.approx(result["loss"], rel=1e-5)
     assert int(scores["tokens"]) == result["val_tokens"]
+
+
+def test_a_run_of_packed_gathers_is_read_on_one_device(tmp_path):
+    config = tiny_run("matmul-free", Path("c"), mesh=MeshConfig(fsdp=2), gather="packed")
+    claim(config, tmp_path)
+    assert model_config(tmp_path) == config.model
 
 
 def test_weights_of_another_architecture_are_refused(token_set, tmp_path):

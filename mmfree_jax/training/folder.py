@@ -1,8 +1,7 @@
 """The folder of a run: which config it belongs to, and whether the corpus suits it. Nothing here imports JAX."""
 
-import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,33 +35,39 @@ def _check_lengths(data: DataConfig, token_set: TokenSet) -> None:
     )
 
 
+# Fields that change where and how a run is computed, not what but for rounding.
+HOW = ("mesh", "remat", "kernels", "gather", "unroll", "optim.accumulate")
+
+
 def claim(config: RunConfig, folder: Path) -> None:
     """Write config.json into a new folder; check it in one that holds a run. Raises ConfigError if it is another.
 
-    A run may go on on another mesh, which then stands in its config.json: every mesh computes the same.
+    A run may go on where and how it is told now (`HOW`: another mesh, less memory), which then stands in its
+    config.json. A finished one keeps what it was computed with.
     """
     if why := changes(config, folder):
         raise ConfigError(f"{folder} holds another run ({why}): choose another folder")
     path, text = folder / "config.json", to_json(config) + "\n"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    ended = (folder / "result.json").exists()
+    if not path.exists() or (not ended and path.read_text(encoding="utf-8") != text):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
 
 
 def changes(config: RunConfig, folder: Path) -> str:
-    """How `config` differs from the run that `folder` holds; empty if it is that run, or the folder holds none."""
+    """How `config` differs from the run that `folder` holds; empty if it is that run, but for `HOW`, or none."""
     path = folder / "config.json"
     if not path.exists():
         return ""
     held = from_json(RunConfig, path.read_text(encoding="utf-8"))
-    moved = dataclasses.replace(held, mesh=config.mesh) == config and not (folder / "result.json").exists()
-    return "" if held == config or moved else differences(held, config)
+    return differences(held, config, HOW)
 
 
-def differences(held: Any, wanted: Any) -> str:
-    """The first few fields in which two configs of one kind differ, and how."""
+def differences(held: Any, wanted: Any, free: Collection[str] = ()) -> str:
+    """The first few fields in which two configs of one kind differ, and how; but for those that are `free`."""
     old, new = (dict(_leaves(json.loads(to_json(c)))) for c in (held, wanted))
-    changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+    bound = [key for key in old.keys() | new.keys() if key not in free and key.partition(".")[0] not in free]
+    changed = [key for key in bound if old.get(key) != new.get(key)]
     return ", ".join(f"{key} is {old.get(key)}, not {new.get(key)}" for key in sorted(changed)[:4])
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmfree_jax.config import Branch, ConfigError, OptimConfig
+from mmfree_jax.config import Branch, ConfigError, OptimConfig, RunConfig, from_json
 from mmfree_jax.data.token_writer import write_token_set
 from mmfree_jax.data.tokenization import byte_tokenizer
 from mmfree_jax.files import read_json
@@ -147,6 +147,19 @@ def test_a_folder_with_another_run_is_refused(token_set, tmp_path):
     train(config, tmp_path, token_set)
     with pytest.raises(ConfigError, match=r"holds another run \(optim.lr is 0.01, not 0.5\)"):
         train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5)), tmp_path, token_set)
+
+
+def test_a_run_that_took_too_much_memory_goes_on_with_less(token_set, tmp_path, monkeypatch):
+    """What such a run is told to change may be changed; what is finished keeps what it was computed with."""
+    config = tiny_run("matmul-free", token_set.path)
+    whole = train(config, tmp_path, token_set)
+    (tmp_path / "result.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    less = dataclasses.replace(config, remat="full", optim=dataclasses.replace(config.optim, accumulate=2))
+    again = train(less, tmp_path, token_set)
+    assert again["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert train(config, tmp_path, token_set) == again
+    assert from_json(RunConfig, (tmp_path / "config.json").read_text()) == less
 
 
 def test_a_changed_corpus_is_refused(token_set, tmp_path):
