@@ -160,6 +160,7 @@ def _sweep(verb: str, arguments: list[str]) -> int:
     asked = [name for name in ("dry_run", "status", "collect", "render") if getattr(chosen, name)]
     flags = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
     require(len(asked) < 2, f"{flags} are asked for together: choose one")
+    _check_idle(chosen)
     declared = load_study(chosen.experiment)
     console = Console()
     if chosen.dry_run:
@@ -177,6 +178,16 @@ def _sweep(verb: str, arguments: list[str]) -> int:
         return 0
     run = flow.run_study if verb == "study" else flow.sweep
     return run(declared, chosen.out, console, _executor(chosen, console), chosen.again)
+
+
+def _check_idle(chosen: SweepArguments) -> None:
+    """Refuse options of machines that are not asked for: a sweep meant for a cluster would begin on this one."""
+    watched = chosen.status or chosen.collect  # of a sweep that ran wherever it ran
+    require(
+        chosen.slurm == Slurm() or chosen.executor == "slurm" or watched,
+        "--slurm.… would do nothing: it needs --executor slurm",
+    )
+    require(chosen.cloud == Cloud() or bool(chosen.render) or watched, "--cloud.… would do nothing: it needs --render")
 
 
 def _executor(chosen: SweepArguments, console: Console) -> Executor:
