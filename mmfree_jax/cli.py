@@ -18,7 +18,7 @@ from mmfree_jax.sweep.executor import Executor
 from mmfree_jax.sweep.local import Local, find_slots
 from mmfree_jax.sweep.render import Cloud, render
 from mmfree_jax.sweep.slurm import Slurm, SlurmExecutor
-from mmfree_jax.training.folder import check_data
+from mmfree_jax.training.folder import check_held_out_text, check_vocabulary
 
 T = TypeVar("T")
 SIGNS = re.compile(r"[╭╮╰╯│─┌┐└┘]")
@@ -287,7 +287,8 @@ def evaluate(arguments: list[str]) -> int:
         run.data, corpus=chosen.corpus or run.data.corpus, sequence=chosen.sequence or run.data.sequence
     )
     token_set = resolve_corpus(data.corpus, data.vocab)
-    check_data(dataclasses.replace(run, data=data), token_set)
+    check_vocabulary(run.model, token_set)
+    check_held_out_text(token_set)
     program = make_program(program_key(run, token_set.end_of_document))
     params = nnx.state(load_model(chosen.model), nnx.Param)
     scores = evaluation.evaluate(program, params, token_set, data.sequence)

@@ -5,29 +5,41 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.config import ConfigError, DataConfig, RunConfig, from_json, require, to_json
+from mmfree_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, from_json, require, to_json
 from mmfree_jax.data import TokenSet
 from mmfree_jax.files import write_atomically
 
 
 def check_data(config: RunConfig, token_set: TokenSet) -> None:
-    """Refuse a corpus that the run cannot be trained on. Raises ConfigError before anything is compiled."""
-    require(
-        config.model.vocab == token_set.vocab_size,
-        f"model.vocab={config.model.vocab}, but the corpus has {token_set.vocab_size} tokens: set model.vocab to that",
-    )
+    """Refuse a corpus that the run cannot be trained on, or evaluated where it will be. Raises ConfigError before
+    anything is compiled."""
+    check_vocabulary(config.model, token_set)
     for one in token_set.sets:
-        _check_lengths(config.data, one)
+        _check_training_text(config.data, one)
+    if config.evaluate:
+        check_held_out_text(token_set)
 
 
-def _check_lengths(data: DataConfig, token_set: TokenSet) -> None:
-    for split in ("train", "valid"):
-        have = len(token_set.split(split))
-        require(
-            have > data.sequence,
-            f"data.sequence={data.sequence} is longer than the {split} split of {token_set.path} ({have} tokens): "
-            "shorten it",
-        )
+def check_vocabulary(model: ModelConfig, token_set: TokenSet) -> None:
+    """Raises ConfigError for a corpus with another number of tokens than the model's."""
+    require(
+        model.vocab == token_set.vocab_size,
+        f"model.vocab={model.vocab}, but the corpus has {token_set.vocab_size} tokens: set model.vocab to that",
+    )
+
+
+def check_held_out_text(token_set: TokenSet) -> None:
+    """Raises ConfigError for a corpus that nothing can be evaluated on; of a mixture the first part counts alone."""
+    have = len(token_set.split("valid")) if "valid" in token_set.splits else 0
+    require(have > 1, f"{token_set.path} has no held-out text: build it with some, or train with evaluate=False")
+
+
+def _check_training_text(data: DataConfig, token_set: TokenSet) -> None:
+    have = len(token_set.split("train"))
+    require(
+        have > data.sequence,
+        f"data.sequence={data.sequence} is longer than the train split of {token_set.path} ({have} tokens): shorten it",
+    )
     packed = token_set.packed_sequence
     require(
         packed is None or (packed == data.sequence and data.separate_documents),
