@@ -377,13 +377,15 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=1)
 
 
-def from_json(cls: type, text: str) -> Any:
-    """Inverse of to_json. Raises ConfigError for unknown keys (naming the nearest), wrong types, bad values."""
+def from_json(cls: type, text: str, source: str = "") -> Any:
+    """Inverse of to_json. Raises ConfigError for unknown keys (naming the nearest), wrong types, bad values; it names
+    `source`, where the text is from."""
     try:
-        values = json.loads(text)
+        return from_dict(cls, json.loads(text))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"not JSON: {error}") from None
-    return from_dict(cls, values)
+        raise ConfigError(f"{source or 'text'} is not JSON: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}" if source else str(error)) from None
 
 
 def from_dict(cls: type, values: Any, where: str = "") -> Any:

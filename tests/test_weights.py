@@ -81,6 +81,14 @@ def test_evaluating_a_run_gives_the_loss_of_its_result(token_set, tmp_path):
     assert int(scores["tokens"]) == result["val_tokens"]
 
 
+@pytest.mark.parametrize("text", ['{"name": ', '{"name": "r", "stepz": 3}'])
+def test_a_damaged_config_is_named(text, token_set, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    for read in (load_model, lambda path: train(tiny_run("matmul-free", token_set.path), path, token_set)):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.json"))):
+            read(tmp_path)
+
+
 def test_a_run_of_packed_gathers_is_read_on_one_device(tmp_path):
     config = tiny_run("matmul-free", Path("c"), mesh=MeshConfig(fsdp=2), gather="packed")
     claim(config, tmp_path)

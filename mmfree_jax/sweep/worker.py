@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 
 from mmfree_jax import distributed
-from mmfree_jax.config import ConfigError, RunConfig, from_json
+from mmfree_jax.config import ConfigError, RunConfig
 from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import cache_folder, resolve_data
 from mmfree_jax.devices import use_compile_cache
@@ -32,6 +32,7 @@ from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
 from mmfree_jax.sweep.status import fail, has_failed
+from mmfree_jax.training.folder import read_run
 from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
@@ -78,7 +79,7 @@ def main(out: Path, names: list[str], experiment: Path | None = None, limit_hour
 def find_runs(out: Path, names: list[str], experiment: Path | None) -> list[RunConfig]:
     """The named runs: from their folders, or from an experiment file. Raises ConfigError for unknown names."""
     if experiment is None:
-        return [from_json(RunConfig, (out / "runs" / name / "config.json").read_text("utf-8")) for name in names]
+        return [read_run(out / "runs" / name / "config.json") for name in names]
     known = {run.name: run for run in load_study(experiment).runs}
     if missing := [name for name in names if name not in known]:
         raise ConfigError(f"{experiment} has no run named {', '.join(missing)}")

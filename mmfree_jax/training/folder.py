@@ -66,12 +66,17 @@ def claim(config: RunConfig, folder: Path) -> None:
         write_atomically(path, text)
 
 
+def read_run(path: Path) -> RunConfig:
+    """A run's config.json. Raises ConfigError that names the file."""
+    return from_json(RunConfig, path.read_text(encoding="utf-8"), str(path))
+
+
 def changes(config: RunConfig, folder: Path) -> str:
     """How `config` differs from the run that `folder` holds; empty if it is that run, but for `HOW`, or none."""
     path = folder / "config.json"
     if not path.exists():
         return ""
-    held = from_json(RunConfig, path.read_text(encoding="utf-8"))
+    held = read_run(path)
     return differences(held, config, HOW)
 
 

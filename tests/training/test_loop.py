@@ -149,6 +149,18 @@ def test_a_folder_with_another_run_is_refused(token_set, tmp_path):
         train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5)), tmp_path, token_set)
 
 
+def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(token_set, tmp_path):
+    config = tiny_run("matmul-free", token_set.path)
+    result = train(config, tmp_path, token_set)
+    (tmp_path / "result.json").unlink()
+    newest = tmp_path / "checkpoints" / "12"
+    (newest / "state" / "_METADATA").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoints/12 cannot be read: .*remove it: .* is of step 10$"):
+        train(config, tmp_path, token_set)
+    shutil.rmtree(newest)
+    assert numbers(train(config, tmp_path, token_set)) == numbers(result)
+
+
 def test_a_run_that_took_too_much_memory_goes_on_with_less(token_set, tmp_path, monkeypatch):
     """What such a run is told to change may be changed; what is finished keeps what it was computed with."""
     config = tiny_run("matmul-free", token_set.path)
