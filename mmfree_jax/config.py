@@ -106,6 +106,7 @@ class ModelConfig:
         self._check_parametrisation()
 
     def _check_attention(self) -> None:
+        require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta}: must be positive")
         heads, kv = self.heads, self.kv_heads
         near = [h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0]
         require(
@@ -120,6 +121,7 @@ class ModelConfig:
 
     def _check_recurrent(self) -> None:
         self._keeps_default("heads", "kv_heads", why=f"mixer={self.mixer} is element-wise and has no heads")
+        self._keeps_default("rope_theta", why=f"mixer={self.mixer} has no rotary embeddings")
 
     def _check_parametrisation(self) -> None:
         if self.parametrisation == "standard":
@@ -226,6 +228,12 @@ class OptimConfig:
             self.decay_steps == 0 or self.schedule == "wsd",
             f"optim.decay_steps={self.decay_steps} would do nothing with schedule={self.schedule}: set it to 0",
         )
+        decays = self.schedule in ("cosine", "cosine-halving", "two-stage") or self.decay_steps > 0
+        require(
+            decays or self.final_lr == 0,
+            f"optim.final_lr={self.final_lr} would do nothing with schedule={self.schedule} and optim.decay_steps=0: "
+            "set it to 0, or the length of a decay",
+        )
         require(
             self.optimizer == "muon" or self.momentum == OptimConfig.momentum,
             f"optim.momentum={self.momentum} would do nothing with optimizer={self.optimizer}: beta1 is its momentum",
@@ -317,8 +325,21 @@ class RunConfig:
             self.gather == "int8" or (self.mesh.fsdp > 1 and self.model.linear == "ternary"),
             f"gather={self.gather!r} would do nothing: it needs mesh.fsdp above 1 and ternary layers",
         )
+        self._check_rates()
         self._check_lengths()
         self._check_batch()
+
+    def _check_rates(self) -> None:
+        model, optim = self.model, self.optim
+        require(
+            optim.bounds_lr == 1 or (model.mixer == "mlgru" and model.lower_bounds),
+            f"optim.bounds_lr={optim.bounds_lr} would do nothing: the model has no lower bounds",
+        )
+        require(
+            optim.head_lr == 1 or not model.tie_embeddings,
+            f"optim.head_lr={optim.head_lr} would do nothing: with model.tie_embeddings the head is the embedding, "
+            "whose rate is optim.embedding_lr",
+        )
 
     def _check_lengths(self) -> None:
         optim = self.optim

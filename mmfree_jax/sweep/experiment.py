@@ -81,16 +81,16 @@ def trunk_and_decays(base: RunConfig, budgets: Sequence[int], decay: float = 0.2
     require(0 < decay < 1, f"decay={decay}: must be a fraction in (0, 1)")
     lengths = {steps: max(1, round(steps * decay)) for steps in sorted(budgets)}
     stems = [steps - tail for steps, tail in lengths.items()]
-    optim = dataclasses.replace(base.optim, schedule="wsd", decay_steps=0)
+    steady = dataclasses.replace(base.optim, schedule="wsd", decay_steps=0, final_lr=0.0)
     trunk = dataclasses.replace(
-        base, name=f"{base.name}-trunk", steps=max(stems), milestones=tuple(stems), optim=optim, evaluate=False
+        base, name=f"{base.name}-trunk", steps=max(stems), milestones=tuple(stems), optim=steady, evaluate=False
     )
     return [trunk] + [
         dataclasses.replace(
             base,
             name=f"{base.name}-{_short(steps * base.data.tokens_per_step)}",
             steps=steps,
-            optim=dataclasses.replace(optim, decay_steps=tail),
+            optim=dataclasses.replace(steady, decay_steps=tail, final_lr=base.optim.final_lr),
             branch=Branch(trunk.name, steps - tail),
         )
         for steps, tail in lengths.items()

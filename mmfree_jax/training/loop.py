@@ -25,7 +25,7 @@ from mmfree_jax.training.folder import check_data, claim, differences
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
 from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
 from mmfree_jax.training.optim import rates
-from mmfree_jax.training.profiling import Profile
+from mmfree_jax.training.profiling import Profile, check_range
 from mmfree_jax.training.step import Program, TrainState, compute_dtype, make_program, program_key
 
 
@@ -37,6 +37,7 @@ def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range 
     has been saved after a signal; or the result, where it came after the last step.
     """
     check_data(config, token_set)
+    check_range(profiled, config.steps)
     with contextlib.ExitStack() as stack:
 
         def take() -> None:

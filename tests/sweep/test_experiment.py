@@ -36,6 +36,14 @@ def test_every_branch_follows_its_trunk_until_its_decay_and_ends_near_zero():
         assert last[-1] == pytest.approx(run.optim.lr / len(last))
 
 
+def test_decays_to_another_rate_than_none_leave_the_same_trunk():
+    ending = optim(BASE, final_lr=0.1)
+    (trunk, *_), (other, *branches) = trunk_and_decays(BASE, (50, 100)), trunk_and_decays(ending, (50, 100))
+    assert other == trunk
+    assert learning_rate(branches[-1].optim, 100, 100) == pytest.approx(0.1 * BASE.optim.lr)
+    study(other, *branches)
+
+
 def test_branches_cost_their_decays_only():
     trunk, *branches = trunk_and_decays(BASE, (25, 50, 100))
     whole = run_flops(dataclasses.replace(BASE, steps=100, branch=None))
