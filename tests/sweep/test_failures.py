@@ -1,6 +1,7 @@
 """What goes wrong in a run, and what the sweep makes of it."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -13,15 +14,17 @@ import pytest
 from rich.console import Console
 
 from mmfree_jax.config import Branch, ConfigError
+from mmfree_jax.data.token_writer import write_token_set
+from mmfree_jax.data.tokenization import byte_tokenizer
 from mmfree_jax.files import LockedError
 from mmfree_jax.sweep import worker
 from mmfree_jax.sweep.executor import open_chains
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
 from mmfree_jax.sweep.heartbeat import STALE_SECONDS, Heartbeat, file_clock, holder, last_beat, wait_until_free
 from mmfree_jax.sweep.status import fail, run_folder, status
-from mmfree_jax.sweep.study import prepare
+from mmfree_jax.sweep.study import prepare, provenance
 from mmfree_jax.training.folder import claim
-from tests.conftest import tiny_model, tiny_run
+from tests.conftest import sentences, tiny_model, tiny_run
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +184,29 @@ def test_changed_runs_are_all_named_before_anything_is_written(token_set, tmp_pa
     assert not (tmp_path / "runs" / "new").exists()
     prepare(Study("s", "t", (*runs, edited[-1]), "a"), tmp_path, console)
     assert (tmp_path / "runs" / "new").exists()
+
+
+def test_every_mixture_of_a_study_is_looked_at_before_anything_is_written(token_set, tmp_path):
+    run = tiny_run("transformer++", token_set.path)
+    texts = {"train": sentences(50, 5), "valid": []}
+    card = {"name": "more", "description": "made up", "sources": []}
+    more = write_token_set(tmp_path / "more", texts, byte_tokenizer(), card)
+    mixed = dataclasses.replace(run, name="mixed", data=dataclasses.replace(run.data, mixture=(str(more.path),)))
+    lost = dataclasses.replace(run, name="lost", data=dataclasses.replace(run.data, mixture=("nowhere",)))
+    console, out = Console(quiet=True), tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="no corpus 'nowhere'"):
+        prepare(Study("s", "t", (run, mixed, lost), "a"), out, console)
+    assert not (out / "runs").exists()
+    study = Study("s", "t", (run, mixed), "a")
+    assert prepare(study, out, console).path == token_set.path
+    assert json.loads((out / "data_card.json").read_text())["name"] == "tiny"
+    assert json.loads((out / "data_card-2.json").read_text())["name"] == "more"
+    said = provenance(study)
+    assert said["corpus"] == f"{token_set.path} or {token_set.path} + {more.path}, vocabulary 257"
+
+
+def test_a_ladder_says_the_batches_of_all_its_rungs():
+    small = tiny_run("transformer++", Path("c"))
+    large = dataclasses.replace(small, name="large", data=dataclasses.replace(small.data, batch=32))
+    assert provenance(Study("s", "t", (small, large), "a"))["batch"] == "128 to 1024 tokens a step"
+    assert provenance(Study("s", "t", (small,), "a"))["batch"] == "128 tokens a step"
