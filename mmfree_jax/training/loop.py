@@ -84,6 +84,7 @@ def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag,
                 if asked or due:
                     interval.flush() if due else interval.hold()
                     checkpoints.save(state, _meta(config, token_set, progress, log), step + 1)
+                    interval.resume()
                 if asked:
                     log.event(f"stopped by signal {asked} after step {step + 1}; saved")
                     place = f"stopped after step {step + 1}, saved in {folder}"

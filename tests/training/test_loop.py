@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from mmfree_jax.config import Branch, ConfigError, OptimConfig, RunConfig, from_
 from mmfree_jax.data.token_writer import write_token_set
 from mmfree_jax.data.tokenization import byte_tokenizer
 from mmfree_jax.files import read_json
-from mmfree_jax.training.checkpoint import CheckpointError
+from mmfree_jax.training.checkpoint import CheckpointError, Checkpoints
 from mmfree_jax.training.interrupt import Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
@@ -147,6 +148,20 @@ def test_a_folder_with_another_run_is_refused(token_set, tmp_path):
     train(config, tmp_path, token_set)
     with pytest.raises(ConfigError, match=r"holds another run \(optim.lr is 0.01, not 0.5\)"):
         train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5)), tmp_path, token_set)
+
+
+def test_saving_is_no_part_of_the_time_of_training(token_set, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def slowly(*arguments):
+        time.sleep(2)
+        save(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", slowly)
+    config = tiny_run("matmul-free", token_set.path, steps=8, checkpoint_every=2, evaluate=False)
+    result = train(config, tmp_path, token_set)
+    assert 0 < result["seconds"] < 2
+    assert all(row["tokens_per_s"] is None or row["tokens_per_s"] > 4 * 32 for row in read_metrics(tmp_path))
 
 
 def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(token_set, tmp_path):
