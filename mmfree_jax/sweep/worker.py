@@ -51,6 +51,7 @@ class TimedOut(RuntimeError):
 
 # GPUs and TPUs, XLA on CPU, NumPy: each says it in its own words.
 MEMORY_IS_FULL = re.compile("RESOURCE_EXHAUSTED|out of memory|^MemoryError", re.IGNORECASE)
+DISK_IS_FULL = re.compile("No space left on device|Disk quota exceeded")  # TensorStore calls it RESOURCE_EXHAUSTED too
 EVERYWHERE = (Diverged, ConfigError, TrunkFailed, TimedOut)  # what happens in every process of a run at once
 
 
@@ -133,6 +134,8 @@ def _explain(folder: Path, error: Exception) -> None:
     message = f"{type(error).__name__}: {error}"
     if isinstance(error, TrunkFailed):
         message = f"not started: {error}"
+    elif DISK_IS_FULL.search(message):
+        message = f"disk full: make room there and run the same command again ({message})"
     elif MEMORY_IS_FULL.search(message):
         message = f"out of memory: lower data.batch, raise optim.accumulate, or set remat ({message})"
     if distributed.is_first():

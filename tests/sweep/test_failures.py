@@ -47,21 +47,34 @@ def test_a_run_that_takes_too_long_is_saved_and_called_failed_and_goes_on_later(
     assert status(folder, run).state == "stopped"
 
 
-def test_a_run_that_takes_too_much_memory_says_what_to_change_and_the_next_one_is_trained(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes."),
+            "out of memory: lower data.batch, raise optim.accumulate",
+        ),
+        (
+            ValueError("RESOURCE_EXHAUSTED: Failed writing 17 bytes to file 27: No space left on device"),
+            "disk full: make room there and run the same command again",
+        ),
+    ],
+)
+def test_a_run_that_needs_too_much_says_what_to_change_and_the_next_one_is_trained(error, says, tmp_path, monkeypatch):
     runs = [tiny_run("transformer++", Path("c"), name=name) for name in ("large", "small")]
     for run in runs:
         claim(run, run_folder(tmp_path, run))
 
     def train(config, folder, token_set):
         if config.name == "large":
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.")
+            raise error
         (folder / "result.json").write_text('{"loss": 1.0, "train_loss": 1.0}')
 
     monkeypatch.setattr(worker, "train", train)
     monkeypatch.setattr(worker, "resolve_data", lambda data: None)
     assert worker.main(tmp_path, ["large", "small"]) == 1
     assert [status(run_folder(tmp_path, run), run).state for run in runs] == ["failed", "done"]
-    assert status(run_folder(tmp_path, runs[0]), runs[0]).error.startswith("out of memory: lower data.batch, raise")
+    assert status(run_folder(tmp_path, runs[0]), runs[0]).error.startswith(says)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGALRM, 0)])
