@@ -311,7 +311,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        require(bool(self.name) and "/" not in self.name, f"name={self.name!r}: must be a plain file name")
+        plain = bool(self.name) and "/" not in self.name and self.name[0] not in ".-"  # also as a command's argument
+        require(plain, f"name={self.name!r}: must be a plain file name")
         require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
         require(self.unroll >= 0, f"unroll={self.unroll}: must not be negative")
         require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints}: must be at least 1")

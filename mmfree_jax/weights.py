@@ -35,7 +35,7 @@ def run_config(path: Path) -> RunConfig:
         here = {"mesh": {}, "gather": "int8"}  # packed gathers are of a mesh
         return from_json(RunConfig, json.dumps(read_json(path / "config.json") | here), str(path / "config.json"))
     model = model_config(path)
-    return RunConfig(path.name or "model", model, DataConfig(vocab=max(257, model.vocab), sequence=2048))
+    return RunConfig("model", model, DataConfig(vocab=max(257, model.vocab), sequence=2048))
 
 
 def load_model(path: Path, dtype: str = "float32") -> LanguageModel:

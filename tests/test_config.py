@@ -99,7 +99,7 @@ def test_fingerprint_is_the_same_in_every_process():
         (lambda: RunConfig("r", mesh=MeshConfig(sequence=3)), "sequence=256 is not divisible"),
         (lambda: RunConfig("r", steps=100, optim=DECAYING, branch=Branch("t", 91)), "inside the decay"),
         (lambda: RunConfig("r", steps=100, branch=Branch("t", 100)), "branch.step=100 leaves nothing of steps=100"),
-        (lambda: RunConfig("a/b"), "plain file name"),
+        *((lambda name=name: RunConfig(name), "plain file name") for name in ("a/b", "..", "-x", "")),
     ],
 )
 def test_impossible_values_say_what_to_change(make, says):

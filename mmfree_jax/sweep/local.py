@@ -6,12 +6,14 @@ A run whose mesh has several devices takes as many GPUs; on CPUs its devices are
 import ctypes
 import dataclasses
 import functools
+import importlib.metadata
+import itertools
 import os
 import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mmfree_jax.config import RunConfig, require
@@ -70,10 +72,12 @@ def find_slots(limit: int = 0) -> list[Slot]:
 
 
 def _visible_gpus() -> list[str]:
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
+    """The GPUs that JAX would use, by the names that CUDA gives them."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not any("cuda" in plugin.name for plugin in _plugins()):
         return []
     if GPU in os.environ:
-        return [g for g in os.environ[GPU].split(",") if g]
+        named = [g for g in os.environ[GPU].split(",") if g]
+        return list(itertools.takewhile(lambda g: not g.startswith("-"), named))  # CUDA sees those before a wrong one
     import pynvml
 
     try:
@@ -81,6 +85,11 @@ def _visible_gpus() -> list[str]:
     except pynvml.NVMLError:  # no NVIDIA driver: not an error, there simply is no GPU
         return []
     return [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
+
+
+def _plugins() -> Iterable[importlib.metadata.EntryPoint]:
+    """JAX's own for accelerators: plain `pip install jax` brings none, and then a GPU is of no use to it."""
+    return importlib.metadata.entry_points(group="jax_plugins")
 
 
 def joined(slots: Sequence[Slot], devices: int) -> Slot:
@@ -110,7 +119,8 @@ class Local:
         work = chains(runs)
         most = max(map(self.room, work))
         shared = f", {most} of them as one where a mesh needs it" if most > 1 else ""
-        return [f"{len(runs)} runs in {len(work)} chains on {len(self.slots)} workers{shared}"]
+        kind = "GPU" if any(GPU in slot.env for slot in self.slots) else "CPU core"
+        return [f"{len(runs)} runs in {len(work)} chains on {len(self.slots)} workers, one a {kind}{shared}"]
 
     def room(self, chain: Sequence[RunConfig]) -> int:
         """How many slots a chain takes. Raises ConfigError for more GPUs than there are, and for several meshes."""

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.metadata
 import io
 import os
 from pathlib import Path
@@ -116,6 +117,25 @@ def test_a_mesh_on_cpus_is_simulated_on_as_many_cores(token_set, tmp_path):
     text = io.StringIO()
     assert sweep(Study("s", "t", (run,), "a"), tmp_path, Console(file=text, width=200), Local(find_slots())) == 0
     assert status(run_folder(tmp_path, run), run).result["devices"] == 2
+
+
+@pytest.mark.parametrize(
+    ("plugins", "visible", "gpus"),
+    [(["xla_cuda13"], None, "012"), ([], None, ""), (["xla_cuda13"], "2,0", "20"), (["xla_cuda13"], "-1", "")],
+)
+def test_workers_are_for_the_gpus_that_jax_can_use(plugins, visible, gpus, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("pynvml.nvmlInit", lambda: None)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetCount", lambda: 3)
+    found = [importlib.metadata.EntryPoint(name, f"jax_plugins.{name}", "jax_plugins") for name in plugins]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found)
+    slots = find_slots()
+    assert [slot.env.get("CUDA_VISIBLE_DEVICES") for slot in slots] == (list(gpus) or [None] * len(slots))
+    (line,) = Local(slots).plan([tiny_run("matmul-free", Path("c"))])
+    assert line.endswith("one a GPU" if gpus else "one a CPU core")
 
 
 def test_a_run_in_progress_is_seen_from_outside_and_a_stopped_one_is_not_running(token_set, tmp_path):
