@@ -10,7 +10,7 @@ from mmfree_jax import flops
 from mmfree_jax.config import Branch, ConfigError, RunConfig, require
 
 STEADY = ("wsd", "constant")  # schedules that branches can leave
-DECAY = {"schedule", "decay_steps", "final_lr"}  # what of the optimizer is a branch's own
+OWN = {"schedule", "decay_steps", "final_lr", "accumulate"}  # what of the optimizer may be a branch's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _check_optim(run: RunConfig, branch: Branch, trunk: RunConfig) -> None:
     last = trunk.steps - trunk.optim.decay_steps
     require(branch.step <= last, f"{run.name}: branches inside the decay of {trunk.name}, which begins at step {last}")
     of = {c.name: dataclasses.asdict(c.optim) for c in (run, trunk)}
-    for name in dataclasses.asdict(run.optim).keys() - DECAY:
+    for name in dataclasses.asdict(run.optim).keys() - OWN:
         own, its = of[run.name][name], of[trunk.name][name]
         require(own == its, f"{run.name}: its optim.{name}={own} differs from its trunk's, {its}")
 

@@ -71,6 +71,10 @@ def test_a_branch_of_a_branch_is_in_the_chain_of_the_trunk_of_both():
     assert chains((end,)) == [[end]]
 
 
+def test_a_branch_may_be_computed_in_other_micro_batches_than_its_trunk():
+    assert study(TRUNK, optim(SHORT, accumulate=2)).runs[1].optim.accumulate == 2
+
+
 TRUNK, SHORT, LONG = trunk_and_decays(BASE, (50, 100))
 
 
