@@ -292,7 +292,7 @@ def evaluate(arguments: list[str]) -> int:
     program = make_program(program_key(run, token_set.end_of_document))
     params = nnx.state(load_model(chosen.model), nnx.Param)
     scores = evaluation.evaluate(program, params, token_set, data.sequence)
-    print("\n".join(f"{name} {value:.6g}" for name, value in scores.items()))
+    print("\n".join(evaluation.shown(scores)))
     return 0
 
 

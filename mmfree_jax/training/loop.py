@@ -16,7 +16,7 @@ from mmfree_jax import distributed, flops
 from mmfree_jax.config import RunConfig, require, to_json
 from mmfree_jax.data import Batches, TokenSet, batches
 from mmfree_jax.devices import peak_memory_bytes
-from mmfree_jax.evaluation import evaluate
+from mmfree_jax.evaluation import Scores, evaluate, shown
 from mmfree_jax.files import locked, read_json, write_json
 from mmfree_jax.sharding import batch_sharding
 from mmfree_jax.training.checkpoint import Checkpoints, restore
@@ -91,7 +91,7 @@ def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag,
                     raise Interrupted(exit_status(asked), f"{config.name}: {place}")
 
             scores = evaluate(program, state.params, token_set, data.sequence) if config.evaluate else {}
-            log.event(f"finished after {config.steps} steps" + "".join(f", {k} {v:.6g}" for k, v in scores.items()))
+            log.event(f"finished after {config.steps} steps" + "".join(f", {line}" for line in shown(scores)))
 
     result = result_row(config, token_set, progress, scores)
     distributed.first_does(lambda: write_json(folder / "result.json", result))
@@ -180,7 +180,7 @@ def _describe(config: RunConfig, log: Log, progress: Progress) -> None:
         log.describe("config", to_json(config))
 
 
-def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, scores: dict[str, float]) -> dict[str, Any]:
+def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, scores: Scores) -> dict[str, Any]:
     """Everything that a row of the runs table needs. `loss` is null for a run that was not evaluated (a trunk)."""
     size = flops.parameters(config.model)
     data, optim = config.data, config.optim

@@ -150,6 +150,14 @@ def test_a_folder_with_another_run_is_refused(token_set, tmp_path):
         train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5)), tmp_path, token_set)
 
 
+def test_a_single_batch_of_held_out_text_has_no_standard_error(token_set, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmfree_jax.evaluation.EVALUATION_BATCH", 1000)
+    result = train(tiny_run("matmul-free", token_set.path), tmp_path, token_set)
+    assert result["loss"] > 0
+    assert result["loss_se"] is None
+    assert "loss_se" not in (tmp_path / "log.txt").read_text()
+
+
 def test_saving_is_no_part_of_the_time_of_training(token_set, tmp_path, monkeypatch):
     save = Checkpoints.save
 
