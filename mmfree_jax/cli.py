@@ -18,7 +18,7 @@ from mmfree_jax.sweep.executor import Executor
 from mmfree_jax.sweep.local import Local, find_slots
 from mmfree_jax.sweep.render import Cloud, render
 from mmfree_jax.sweep.slurm import Slurm, SlurmExecutor
-from mmfree_jax.training.folder import check_data
+from mmfree_jax.training.folder import check_held_out_text, check_vocabulary
 
 T = TypeVar("T")
 SIGNS = re.compile(r"[╭╮╰╯│─┌┐└┘]")
@@ -160,6 +160,7 @@ def _sweep(verb: str, arguments: list[str]) -> int:
     asked = [name for name in ("dry_run", "status", "collect", "render") if getattr(chosen, name)]
     flags = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
     require(len(asked) < 2, f"{flags} are asked for together: choose one")
+    _check_idle(chosen)
     declared = load_study(chosen.experiment)
     console = Console()
     if chosen.dry_run:
@@ -177,6 +178,16 @@ def _sweep(verb: str, arguments: list[str]) -> int:
         return 0
     run = flow.run_study if verb == "study" else flow.sweep
     return run(declared, chosen.out, console, _executor(chosen, console), chosen.again)
+
+
+def _check_idle(chosen: SweepArguments) -> None:
+    """Refuse options of machines that are not asked for: a sweep meant for a cluster would begin on this one."""
+    watched = chosen.status or chosen.collect  # of a sweep that ran wherever it ran
+    require(
+        chosen.slurm == Slurm() or chosen.executor == "slurm" or watched,
+        "--slurm.… would do nothing: it needs --executor slurm",
+    )
+    require(chosen.cloud == Cloud() or bool(chosen.render) or watched, "--cloud.… would do nothing: it needs --render")
 
 
 def _executor(chosen: SweepArguments, console: Console) -> Executor:
@@ -204,12 +215,33 @@ def train(arguments: list[str]) -> int:
     if group is not None:
         distributed.join(group, chosen.patience)
         print(distributed.process_table(), flush=True)
-    run = chosen.run
-    if run.init:
-        from mmfree_jax.weights import model_config
-
-        run = dataclasses.replace(run, init=str(Path(run.init).resolve()), model=model_config(Path(run.init)))
+    run = _of_weights(chosen.run, preset) if chosen.run.init else chosen.run
     return _train(run, chosen.out, step_range(chosen.profile))
+
+
+def _of_weights(run: RunConfig, preset: str) -> RunConfig:
+    """The run with the architecture of the weights that it starts from.
+
+    Raises ConfigError where the preset is of another family, whose rate and schedule would be another's, or the command
+    line asks for another architecture. How gradients are computed is the run's own.
+    """
+    from mmfree_jax.presets import run_preset
+    from mmfree_jax.weights import model_config
+
+    found, usual = model_config(Path(run.init)), run_preset(preset).model
+    require(
+        found.family == usual.family,
+        f"init={run.init} holds a model of family {found.family}, and {preset} is of {usual.family}: take a preset of "
+        f"{found.family}",
+    )
+    for name in (field.name for field in dataclasses.fields(found)):
+        asked = getattr(run.model, name)
+        require(
+            asked in (getattr(usual, name), getattr(found, name)) or name == "gradient_bits",
+            f"model.{name}={asked!r}, but init={run.init} has {getattr(found, name)!r}: leave it out",
+        )
+    model = dataclasses.replace(found, gradient_bits=run.model.gradient_bits)
+    return dataclasses.replace(run, init=str(Path(run.init).resolve()), model=model)
 
 
 def _train(config: RunConfig, out: Path, profiled: range) -> int:
@@ -255,11 +287,12 @@ def evaluate(arguments: list[str]) -> int:
         run.data, corpus=chosen.corpus or run.data.corpus, sequence=chosen.sequence or run.data.sequence
     )
     token_set = resolve_corpus(data.corpus, data.vocab)
-    check_data(dataclasses.replace(run, data=data), token_set)
+    check_vocabulary(run.model, token_set)
+    check_held_out_text(token_set)
     program = make_program(program_key(run, token_set.end_of_document))
     params = nnx.state(load_model(chosen.model), nnx.Param)
     scores = evaluation.evaluate(program, params, token_set, data.sequence)
-    print("\n".join(f"{name} {value:.6g}" for name, value in scores.items()))
+    print("\n".join(evaluation.shown(scores)))
     return 0
 
 

@@ -106,6 +106,7 @@ class ModelConfig:
         self._check_parametrisation()
 
     def _check_attention(self) -> None:
+        require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta}: must be positive")
         heads, kv = self.heads, self.kv_heads
         near = [h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0]
         require(
@@ -120,6 +121,7 @@ class ModelConfig:
 
     def _check_recurrent(self) -> None:
         self._keeps_default("heads", "kv_heads", why=f"mixer={self.mixer} is element-wise and has no heads")
+        self._keeps_default("rope_theta", why=f"mixer={self.mixer} has no rotary embeddings")
 
     def _check_parametrisation(self) -> None:
         if self.parametrisation == "standard":
@@ -226,6 +228,12 @@ class OptimConfig:
             self.decay_steps == 0 or self.schedule == "wsd",
             f"optim.decay_steps={self.decay_steps} would do nothing with schedule={self.schedule}: set it to 0",
         )
+        decays = self.schedule in ("cosine", "cosine-halving", "two-stage") or self.decay_steps > 0
+        require(
+            decays or self.final_lr == 0,
+            f"optim.final_lr={self.final_lr} would do nothing with schedule={self.schedule} and optim.decay_steps=0: "
+            "set it to 0, or the length of a decay",
+        )
         require(
             self.optimizer == "muon" or self.momentum == OptimConfig.momentum,
             f"optim.momentum={self.momentum} would do nothing with optimizer={self.optimizer}: beta1 is its momentum",
@@ -303,7 +311,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        require(bool(self.name) and "/" not in self.name, f"name={self.name!r}: must be a plain file name")
+        plain = bool(self.name) and "/" not in self.name and self.name[0] not in ".-"  # also as a command's argument
+        require(plain, f"name={self.name!r}: must be a plain file name")
         require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
         require(self.unroll >= 0, f"unroll={self.unroll}: must not be negative")
         require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints}: must be at least 1")
@@ -317,8 +326,21 @@ class RunConfig:
             self.gather == "int8" or (self.mesh.fsdp > 1 and self.model.linear == "ternary"),
             f"gather={self.gather!r} would do nothing: it needs mesh.fsdp above 1 and ternary layers",
         )
+        self._check_rates()
         self._check_lengths()
         self._check_batch()
+
+    def _check_rates(self) -> None:
+        model, optim = self.model, self.optim
+        require(
+            optim.bounds_lr == 1 or (model.mixer == "mlgru" and model.lower_bounds),
+            f"optim.bounds_lr={optim.bounds_lr} would do nothing: the model has no lower bounds",
+        )
+        require(
+            optim.head_lr == 1 or not model.tie_embeddings,
+            f"optim.head_lr={optim.head_lr} would do nothing: with model.tie_embeddings the head is the embedding, "
+            "whose rate is optim.embedding_lr",
+        )
 
     def _check_lengths(self) -> None:
         optim = self.optim
@@ -332,6 +354,9 @@ class RunConfig:
             require(0 < step <= self.steps, f"milestones: {step} is outside 1..{self.steps}")
         if self.branch is not None:
             last = self.steps - optim.decay_steps
+            require(
+                self.branch.step < self.steps, f"branch.step={self.branch.step} leaves nothing of steps={self.steps}"
+            )
             require(
                 self.branch.step <= last,
                 f"branch.step={self.branch.step} lies inside the decay, which begins at step {last}",
@@ -374,13 +399,15 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=1)
 
 
-def from_json(cls: type, text: str) -> Any:
-    """Inverse of to_json. Raises ConfigError for unknown keys (naming the nearest), wrong types, bad values."""
+def from_json(cls: type, text: str, source: str = "") -> Any:
+    """Inverse of to_json. Raises ConfigError for unknown keys (naming the nearest), wrong types, bad values; it names
+    `source`, where the text is from."""
     try:
-        values = json.loads(text)
+        return from_dict(cls, json.loads(text))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"not JSON: {error}") from None
-    return from_dict(cls, values)
+        raise ConfigError(f"{source or 'text'} is not JSON: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}" if source else str(error)) from None
 
 
 def from_dict(cls: type, values: Any, where: str = "") -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import resource
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -93,7 +94,7 @@ class EnergyMeter:
         if jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind:
             self._nvml = importlib.import_module("pynvml")
             self._nvml.nvmlInit()
-            self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(d.local_hardware_id) for d in jax.local_devices()]
+            self._handles = [_handle(self._nvml, device.local_hardware_id) for device in jax.local_devices()]
         self.restart()
 
     def restart(self) -> None:
@@ -106,3 +107,13 @@ class EnergyMeter:
     def joules(self) -> float | None:
         """Energy since the last restart, or None where it cannot be measured."""
         return self._total() - self._start if self._handles else None
+
+
+def _handle(nvml: Any, number: int) -> Any:
+    """The GPU that CUDA gives this number: it counts those that the process may see, NVML all of the machine."""
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    name = seen[number] if seen else str(number)
+    if name.isdigit():
+        return nvml.nvmlDeviceGetHandleByIndex(int(name))
+    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    return next(handle for handle in handles if nvml.nvmlDeviceGetUUID(handle).startswith(name))  # it may be cut

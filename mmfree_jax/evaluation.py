@@ -1,7 +1,7 @@
 """How good a model is on text that it was not trained on."""
 
 import math
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -11,11 +11,26 @@ from mmfree_jax.training.step import Program
 EVALUATION_BATCH = 16  # sequences a device: enough to keep it busy, few enough for a laptop's memory
 
 
-def evaluate(program: Program, params: Any, token_set: TokenSet, sequence: int) -> dict[str, float]:
+class Scores(TypedDict, total=False):
+    """What `evaluate` finds; empty where it was not asked."""
+
+    loss: float
+    loss_se: float | None
+    bpb: float
+    tokens: int
+
+
+def shown(scores: Scores) -> list[str]:
+    """What is known, as NAME VALUE."""
+    return [f"{name} {value:.6g}" for name, value in scores.items() if isinstance(value, int | float)]
+
+
+def evaluate(program: Program, params: Any, token_set: TokenSet, sequence: int) -> Scores:
     """Mean loss over the whole held-out split, every token but the first predicted once.
 
     Returns `loss` (nats a token), `loss_se` (its standard error from the spread between batches, which are blocks of
-    consecutive text: tokens within a document are not independent), `bpb` (bits per byte of text) and `tokens`.
+    consecutive text: tokens within a document are not independent; None for a single batch), `bpb` (bits per byte of
+    text) and `tokens`.
     """
     shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     batch = EVALUATION_BATCH * shards
@@ -34,10 +49,10 @@ def evaluate(program: Program, params: Any, token_set: TokenSet, sequence: int) 
     }
 
 
-def _ratio_standard_error(nats: np.ndarray, counts: np.ndarray) -> float:
-    """Standard error of sum(nats)/sum(counts) over blocks (Cochran 1977, eq. 6.9); NaN-free for a single block."""
+def _ratio_standard_error(nats: np.ndarray, counts: np.ndarray) -> float | None:
+    """Standard error of sum(nats)/sum(counts) over blocks (Cochran 1977, eq. 6.9); None for a single one."""
     blocks = len(nats)
     if blocks < 2:
-        return 0.0
+        return None
     residual = nats - nats.sum() / counts.sum() * counts
     return float(math.sqrt(blocks / (blocks - 1) * (residual**2).sum()) / counts.sum())

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from mmfree_jax.config import ConfigError, ModelConfig, require
+from mmfree_jax.files import read_json
 from mmfree_jax.models.language_model import LanguageModel
 
 INDEX = "model.safetensors.index.json"
@@ -133,7 +134,7 @@ def read_config(folder: Path) -> ModelConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise InteropError(f"{folder} has no config.json: not a Hugging Face model folder")
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
     kind = values.get("model_type")
     require(kind in ("hgrn_bit", "llama"), f"{file}: model_type={kind!r}; only hgrn_bit and llama can be read")
     fixed = HGRN_FIXED if kind == "hgrn_bit" else LLAMA_FIXED
@@ -327,7 +328,7 @@ def _check(folder: Path, files: dict[str, Path], table: dict[str, Slot], config:
 def _files(folder: Path) -> dict[str, Path]:
     """Which file holds each tensor."""
     if (folder / INDEX).is_file():
-        named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        named = read_json(folder / INDEX)["weight_map"]
         files = {tensor: folder / file for tensor, file in named.items()}
         absent = sorted({str(file) for file in files.values() if not file.is_file()})
         if absent:

@@ -21,7 +21,7 @@ MODEL = "model.json"  # what an imported folder has in place of a run's config.j
 def model_config(path: Path) -> ModelConfig:
     """The architecture of a model on disk. Raises ConfigError for a folder that is none of the known kinds."""
     if (path / MODEL).exists():
-        return from_json(ModelConfig, (path / MODEL).read_text(encoding="utf-8"))
+        return from_json(ModelConfig, (path / MODEL).read_text(encoding="utf-8"), str(path / MODEL))
     if not (path / "config.json").exists():
         raise ConfigError(f"{path} is not a model: it has neither {MODEL} nor config.json")
     if _is_run(path):
@@ -32,9 +32,10 @@ def model_config(path: Path) -> ModelConfig:
 def run_config(path: Path) -> RunConfig:
     """The run that made a model, on one device; for a model that no run here made, a bare one with its architecture."""
     if _is_run(path):
-        return from_json(RunConfig, json.dumps(read_json(path / "config.json") | {"mesh": {}}))
+        here = {"mesh": {}, "gather": "int8"}  # packed gathers are of a mesh
+        return from_json(RunConfig, json.dumps(read_json(path / "config.json") | here), str(path / "config.json"))
     model = model_config(path)
-    return RunConfig(path.name or "model", model, DataConfig(vocab=max(257, model.vocab), sequence=2048))
+    return RunConfig("model", model, DataConfig(vocab=max(257, model.vocab), sequence=2048))
 
 
 def load_model(path: Path, dtype: str = "float32") -> LanguageModel:
@@ -59,7 +60,7 @@ def save_model(model: LanguageModel, path: Path) -> None:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "config.json").exists() and "model_type" not in json.loads((path / "config.json").read_text())
+    return (path / "config.json").exists() and "model_type" not in read_json(path / "config.json")
 
 
 def _run_params(path: Path) -> nnx.State:

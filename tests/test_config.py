@@ -31,6 +31,7 @@ RUN = RunConfig(
     optim=OptimConfig(decay_steps=50, lr=1 / 3),
     steps=100,
 )
+DECAYING = OptimConfig(decay_steps=10)
 
 
 def test_json_round_trip_is_exact():
@@ -79,6 +80,12 @@ def test_fingerprint_is_the_same_in_every_process():
         (lambda: attention(activation_bits=4), "would do nothing: linear=dense"),
         (lambda: attention(output_gate="paper"), "would do nothing: mixer=attention"),
         (lambda: ModelConfig(heads=8), "has no heads"),
+        (lambda: ModelConfig(rope_theta=5e5), "has no rotary embeddings"),
+        (lambda: attention(rope_theta=-1.0), "rope_theta=-1.0: must be positive"),
+        (lambda: OptimConfig(schedule="constant", final_lr=0.1), "would do nothing with schedule=constant"),
+        (lambda: OptimConfig(schedule="wsd", final_lr=0.1), "or the length of a decay"),
+        (lambda: RunConfig("r", attention(), optim=OptimConfig(bounds_lr=2.0)), "has no lower bounds"),
+        (lambda: RunConfig("r", ModelConfig(tie_embeddings=True), optim=OptimConfig(head_lr=2.0)), "embedding_lr"),
         (lambda: ModelConfig(mixer="lstm"), "mixer='lstm': choose one of attention, mlgru, rwkv4"),
         (lambda: ModelConfig(width=0), "at least 1"),
         (lambda: OptimConfig(lr=0.0), "positive"),
@@ -90,8 +97,9 @@ def test_fingerprint_is_the_same_in_every_process():
         (lambda: DataConfig(mixture=("s",), weights=(1.0,)), "one positive number for data.corpus and each of"),
         (lambda: DataConfig(weights=(0.0,)), "one positive number"),
         (lambda: RunConfig("r", mesh=MeshConfig(sequence=3)), "sequence=256 is not divisible"),
-        (lambda: RunConfig("r", steps=100, branch=Branch("t", 101)), "inside the decay"),
-        (lambda: RunConfig("a/b"), "plain file name"),
+        (lambda: RunConfig("r", steps=100, optim=DECAYING, branch=Branch("t", 91)), "inside the decay"),
+        (lambda: RunConfig("r", steps=100, branch=Branch("t", 100)), "branch.step=100 leaves nothing of steps=100"),
+        *((lambda name=name: RunConfig(name), "plain file name") for name in ("a/b", "..", "-x", "")),
     ],
 )
 def test_impossible_values_say_what_to_change(make, says):

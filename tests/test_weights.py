@@ -1,6 +1,7 @@
 """Models on disk: imported, trained on, exported, evaluated; through the commands that users type."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmfree_jax.config import ConfigError
+from mmfree_jax import cli
+from mmfree_jax.config import ConfigError, MeshConfig
 from mmfree_jax.interop import load_huggingface, save_huggingface
 from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.training.folder import claim
 from mmfree_jax.training.loop import train
-from mmfree_jax.weights import load_model, model_config, save_model
+from mmfree_jax.weights import load_model, model_config, run_config, save_model
 from tests.conftest import MAIN_FAMILIES, tiny_model, tiny_run
 
 ROOT = Path(__file__).parents[1]
@@ -78,8 +81,44 @@ def test_evaluating_a_run_gives_the_loss_of_its_result(token_set, tmp_path):
     assert int(scores["tokens"]) == result["val_tokens"]
 
 
+@pytest.mark.parametrize("text", ['{"name": ', '{"name": "r", "stepz": 3}'])
+def test_a_damaged_config_is_named(text, token_set, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    for read in (load_model, lambda path: train(tiny_run("matmul-free", token_set.path), path, token_set)):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.json"))):
+            read(tmp_path)
+
+
+def test_a_run_of_packed_gathers_is_read_on_one_device(tmp_path):
+    config = tiny_run("matmul-free", Path("c"), mesh=MeshConfig(fsdp=2), gather="packed")
+    claim(config, tmp_path)
+    assert model_config(tmp_path) == config.model
+
+
 def test_weights_of_another_architecture_are_refused(token_set, tmp_path):
     save_model(LanguageModel(tiny_model("matmul-free", width=24), rngs=nnx.Rngs(3)), tmp_path / "m")
     config = tiny_run("matmul-free", token_set.path, init=str(tmp_path / "m"))
     with pytest.raises(ConfigError, match=r"another architecture \(width is 24, not 16\)"):
         train(config, tmp_path / "run", token_set)
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "says"),
+    [
+        ("transformer++-tiny", [], "holds a model of family matmul-free, and transformer++-tiny is of transformer++"),
+        ("matmul-free-tiny", ["--model.depth", "3"], "model.depth=3, but init="),
+    ],
+)
+def test_what_the_weights_are_not_is_refused_and_not_replaced_by_what_they_are(preset, flags, says, tmp_path):
+    save_model(LanguageModel(tiny_model("matmul-free"), rngs=nnx.Rngs(3)), tmp_path / "m")
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        cli.train([preset, "--out", str(tmp_path / "run"), "--init", str(tmp_path / "m"), *flags])
+
+
+def test_gradients_are_computed_as_the_command_says_whatever_computed_the_weights(token_set, tmp_path):
+    save_model(LanguageModel(tiny_model("matmul-free"), rngs=nnx.Rngs(3)), tmp_path / "m")
+    settings = ["--data.corpus", token_set.path, "--data.sequence", 32, "--data.batch", 4, "--steps", 2]
+    settings += ["--optim.warmup-steps", 0, "--optim.decay-steps", 0, "--diagnose-every", 0, "--no-evaluate"]
+    settings += ["--model.gradient-bits", 8, "--init", tmp_path / "m"]
+    assert cli.train(["matmul-free-tiny", "--out", str(tmp_path / "run"), *map(str, settings)]) == 0
+    assert run_config(tmp_path / "run").model == tiny_model("matmul-free", gradient_bits=8)

@@ -1,6 +1,7 @@
 """`corpus`: build, look at, check, pack and measure token sets."""
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -44,6 +45,11 @@ def _tokenizer(options: argparse.Namespace, units: Sequence[Unit], recipe: Recip
     return train_tokenizer(units, recipe, options.vocab)
 
 
+def _spilled(out: Path) -> Path:
+    """Where documents without repetitions lie until they are tokenised."""
+    return out.with_name(f".{out.name}.documents")
+
+
 def _without_repetitions(
     options: argparse.Namespace, units: Sequence[Unit], reading: Reading
 ) -> tuple[list[Unit], dict]:
@@ -51,7 +57,7 @@ def _without_repetitions(
     _say("reading everything to remove repetitions")
     documents = documents_of(units, reading, english=options.english, shortest=options.shortest)
     prepared = prepare(documents, held_out=options.held_out)
-    spilled = spill(prepared, options.out.with_name(f".{options.out.name}.documents"))
+    spilled = spill(prepared, _spilled(options.out))
     names = list(bytes_by_source(documents))
     steps = {name: {step: left.get(name, 0) for step, left in prepared.left.items()} for name in names}
     counts = {name: sum(d.source == name for d in prepared.train + prepared.valid) for name in names}
@@ -60,6 +66,8 @@ def _without_repetitions(
 
 
 def _build_input(options: argparse.Namespace) -> TokenSet:
+    if options.dedup and options.raw:
+        raise ValueError("--raw and --dedup exclude each other: repetitions are found in cleaned text")
     reading = Reading(options.key, options.skip_bad)
     recipe = Recipe(reading, not options.raw, options.english, options.shortest, options.held_out)
     units = plan(options.what)
@@ -68,7 +76,10 @@ def _build_input(options: argparse.Namespace) -> TokenSet:
         units, more = _without_repetitions(options, units, reading)
         recipe, card = Recipe(clean=False), card | more
     tokenizer = _tokenizer(options, units, recipe)
-    return build(options.out, units, tokenizer, recipe, card, processes=options.processes, progress=_say)
+    result = build(options.out, units, tokenizer, recipe, card, processes=options.processes, progress=_say)
+    if options.dedup:
+        shutil.rmtree(_spilled(options.out))
+    return result
 
 
 def _build_named(options: argparse.Namespace) -> TokenSet:

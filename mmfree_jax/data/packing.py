@@ -1,7 +1,8 @@
 """Documents arranged so that windows do not cut them, and the numbers that tell documents in a window apart.
 
 Best-fit packing (Ding et al. 2024, arXiv 2404.10830): documents that fit a window are never truncated. The result is an
-ordinary token set whose windows of one length are the packed rows; what no document fills is end-of-document tokens.
+ordinary token set whose windows of one length are the packed rows. What no document fills is end-of-document tokens,
+and so is one more token after the last row.
 
 The last target of a window is the first token of the next row. After an end of document, as almost everywhere, that is
 some document's first token predicted from nothing, as at every other document start. Of a document longer than a row
@@ -83,6 +84,8 @@ def _write(folder: Path, token_set: TokenSet, name: str, sequence: int) -> dict[
             for item in row:
                 writer.add(split[int(starts[item]) : int(starts[item] + lengths[item])])
             writer.extend(np.full(sequence - int(lengths[row].sum()), token_set.end_of_document))
+        if first + per_shard >= len(rows):  # the target of the last row's last token: without it the row is no window
+            writer.extend(np.full(1, token_set.end_of_document))
         shards.append(writer.close())
     return split_entry(shards, token_set.text_bytes(name))
 

@@ -1,7 +1,6 @@
 """Documents that were prepared in memory, written out as units that `build` tokenises in parallel."""
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,16 +24,18 @@ def documents_of(units: Sequence[Unit], reading: Reading, *, english: bool, shor
 
 
 def _write_unit(path: Path, texts: Iterable[str], split: str) -> Unit:
-    with path.open("w", encoding="utf-8") as file:
-        for text in texts:
-            file.write(json.dumps({"text": text}) + "\n")
-    return Unit("jsonl", (str(path),), 0, path.stat().st_size, split)
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if not path.is_file() or path.read_bytes() != data:  # a build that goes on knows its input by the time of writing
+        path.write_bytes(data)
+    return Unit("jsonl", (str(path),), 0, len(data), split)
 
 
 def spill(prepared: Prepared, folder: Path) -> list[Unit]:
-    """Write the documents as JSON lines into `folder`, which is emptied first; returns units that name their split."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """Write the documents as JSON lines into `folder`; returns units that name their split.
+
+    Files of an earlier call with the same documents are left as they are, all others go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     units: list[Unit] = []
     for split, documents in (("train", prepared.train), ("valid", prepared.valid)):
         texts: list[str] = []
@@ -45,4 +46,6 @@ def spill(prepared: Prepared, folder: Path) -> list[Unit]:
             if size >= SPILLED_BYTES or i == len(documents):
                 units.append(_write_unit(folder / f"{split}-{len(units):05d}.jsonl", texts, split))
                 texts, size = [], 0
+    for file in set(folder.iterdir()) - {Path(unit.files[0]) for unit in units}:
+        file.unlink()
     return units

@@ -135,9 +135,14 @@ class TokenSet:
             raise TokenSetError(f"{path / INDEX} is not JSON ({error}): build the token set again") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise TokenSetError(f"{path / INDEX} does not describe a token set")
-        if index["version"] != VERSION:
-            raise TokenSetError(f"{path / INDEX} has format version {index['version']}, this program reads {VERSION}")
-        return TokenSet(path, index)
+        if index.get("version") != VERSION:
+            raise TokenSetError(
+                f"{path / INDEX} has format version {index.get('version')}, this program reads {VERSION}"
+            )
+        try:
+            return TokenSet(path, index)
+        except KeyError as error:
+            raise TokenSetError(f"{path / INDEX} has no {error}: build the token set again") from None
 
     def split(self, name: str) -> Split:
         """The split `name`; KeyError names the splits there are."""

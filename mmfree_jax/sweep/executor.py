@@ -42,7 +42,9 @@ def open_chains(out: Path, runs: Sequence[RunConfig], again: bool = False) -> li
     """
     found = {run.name: status(run_folder(out, run), run) for run in runs}
     hopeless = set() if again else {name for name, s in found.items() if s.diverged}
-    hopeless |= {run.name for run in runs if run.branch and run.branch.run in hopeless}
+    for run in runs:  # trunks come before their branches
+        if run.branch and run.branch.run in hopeless:
+            hopeless.add(run.name)
     wanted = [run for run in runs if found[run.name].state != "done" and run.name not in hopeless]
     for run in wanted:
         if found[run.name].state == "failed":

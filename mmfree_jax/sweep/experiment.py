@@ -9,6 +9,9 @@ from pathlib import Path
 from mmfree_jax import flops
 from mmfree_jax.config import Branch, ConfigError, RunConfig, require
 
+STEADY = ("wsd", "constant")  # schedules that branches can leave
+OWN = {"schedule", "decay_steps", "final_lr", "accumulate"}  # what of the optimizer may be a branch's own
+
 
 @dataclasses.dataclass(frozen=True)
 class Study:
@@ -52,6 +55,20 @@ def _check_branch(run: RunConfig, branch: Branch, trunk: RunConfig) -> None:
     shared = ("model", "data", "seed", "precision")
     for name in shared:
         require(getattr(run, name) == getattr(trunk, name), f"{run.name}: its {name} differs from its trunk's")
+    _check_optim(run, branch, trunk)
+
+
+def _check_optim(run: RunConfig, branch: Branch, trunk: RunConfig) -> None:
+    """Up to the branch point a run must be what its trunk is: its result is called that of one whole run."""
+    for config in (run, trunk):
+        schedule = config.optim.schedule
+        require(schedule in STEADY, f"{config.name}: schedule={schedule} has no constant rate to branch off: use wsd")
+    last = trunk.steps - trunk.optim.decay_steps
+    require(branch.step <= last, f"{run.name}: branches inside the decay of {trunk.name}, which begins at step {last}")
+    of = {c.name: dataclasses.asdict(c.optim) for c in (run, trunk)}
+    for name in dataclasses.asdict(run.optim).keys() - OWN:
+        own, its = of[run.name][name], of[trunk.name][name]
+        require(own == its, f"{run.name}: its optim.{name}={own} differs from its trunk's, {its}")
 
 
 def trunk_and_decays(base: RunConfig, budgets: Sequence[int], decay: float = 0.2) -> list[RunConfig]:
@@ -64,16 +81,16 @@ def trunk_and_decays(base: RunConfig, budgets: Sequence[int], decay: float = 0.2
     require(0 < decay < 1, f"decay={decay}: must be a fraction in (0, 1)")
     lengths = {steps: max(1, round(steps * decay)) for steps in sorted(budgets)}
     stems = [steps - tail for steps, tail in lengths.items()]
-    optim = dataclasses.replace(base.optim, schedule="wsd", decay_steps=0)
+    steady = dataclasses.replace(base.optim, schedule="wsd", decay_steps=0, final_lr=0.0)
     trunk = dataclasses.replace(
-        base, name=f"{base.name}-trunk", steps=max(stems), milestones=tuple(stems), optim=optim, evaluate=False
+        base, name=f"{base.name}-trunk", steps=max(stems), milestones=tuple(stems), optim=steady, evaluate=False
     )
     return [trunk] + [
         dataclasses.replace(
             base,
             name=f"{base.name}-{_short(steps * base.data.tokens_per_step)}",
             steps=steps,
-            optim=dataclasses.replace(optim, decay_steps=tail),
+            optim=dataclasses.replace(steady, decay_steps=tail, final_lr=base.optim.final_lr),
             branch=Branch(trunk.name, steps - tail),
         )
         for steps, tail in lengths.items()
@@ -94,10 +111,17 @@ def run_flops(run: RunConfig) -> float:
 
 
 def chains(runs: Iterable[RunConfig]) -> list[list[RunConfig]]:
-    """Runs grouped by trunk, each trunk first: the unit of work of one worker, which compiles once for all of them."""
+    """Runs grouped by trunk, each trunk first: the unit of work of one worker, which compiles once for all of them.
+
+    A branch of a branch goes with the trunk of both.
+    """
     groups: dict[str, list[RunConfig]] = {}
+    group_of: dict[str, list[RunConfig]] = {}
     for run in runs:
-        groups.setdefault(run.branch.run if run.branch else run.name, []).append(run)
+        above = run.branch.run if run.branch else run.name
+        group = group_of.get(above) or groups.setdefault(above, [])
+        group_of[run.name] = group
+        group.append(run)
     return list(groups.values())
 
 

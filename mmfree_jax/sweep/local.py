@@ -1,27 +1,32 @@
-"""The local executor: a pool of workers over this machine's accelerators, or over its CPU cores."""
+"""The local executor: a pool of workers over this machine's accelerators, or over its CPU cores.
+
+A run whose mesh has several devices takes as many GPUs; on CPUs its devices are simulated, on a core each.
+"""
 
 import ctypes
 import dataclasses
 import functools
+import importlib.metadata
+import itertools
 import os
 import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mmfree_jax.config import RunConfig, require
 from mmfree_jax.files import last_line
 from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, worker_command
-from mmfree_jax.sweep.experiment import chains
+from mmfree_jax.sweep.experiment import chains, machines
 from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED
 
 STOP_SECONDS = 60.0  # for workers to save themselves after a signal
 POLL_SECONDS = 0.25
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
-
+GPU = "CUDA_VISIBLE_DEVICES"
 
 # XLA allocates its temporaries anew in every step. Left to itself, glibc returns them to the system and the next step
 # faults every page in again, a sixth to a third of a small model's time on a CPU: let it keep what it has.
@@ -44,10 +49,10 @@ class Slot:
 
 @dataclasses.dataclass
 class Job(Pending):
-    """A chain and the worker it is on."""
+    """A chain, the worker it is on, and the slots that this takes."""
 
     name: str = ""
-    slot: Slot | None = None
+    slots: list[Slot] = dataclasses.field(default_factory=list)
     process: subprocess.Popen | None = None
 
 
@@ -60,17 +65,19 @@ def find_slots(limit: int = 0) -> list[Slot]:
     cores = sorted(os.sched_getaffinity(0))
     gpus = _visible_gpus()
     if gpus:
-        slots = [Slot(f"gpu{g}", {"CUDA_VISIBLE_DEVICES": g}, frozenset(cores)) for g in gpus]
+        slots = [Slot(f"gpu{g}", {GPU: g}, frozenset(cores)) for g in gpus]
     else:
         slots = [Slot(f"cpu{c}", {"JAX_PLATFORMS": "cpu", **KEEP_MEMORY}, frozenset([c])) for c in cores]
     return slots[:limit] if limit else slots
 
 
 def _visible_gpus() -> list[str]:
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
+    """The GPUs that JAX would use, by the names that CUDA gives them."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not any("cuda" in plugin.name for plugin in _plugins()):
         return []
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [g for g in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if g]
+    if GPU in os.environ:
+        named = [g for g in os.environ[GPU].split(",") if g]
+        return list(itertools.takewhile(lambda g: not g.startswith("-"), named))  # CUDA sees those before a wrong one
     import pynvml
 
     try:
@@ -80,9 +87,26 @@ def _visible_gpus() -> list[str]:
     return [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
 
 
+def _plugins() -> Iterable[importlib.metadata.EntryPoint]:
+    """JAX's own for accelerators: plain `pip install jax` brings none, and then a GPU is of no use to it."""
+    return importlib.metadata.entry_points(group="jax_plugins")
+
+
+def joined(slots: Sequence[Slot], devices: int) -> Slot:
+    """Room for one worker whose runs use so many devices: the GPUs of the slots, or simulated ones on their cores."""
+    env = {name: value for slot in slots for name, value in slot.env.items()}
+    if GPU in env:
+        env[GPU] = ",".join(slot.env[GPU] for slot in slots)
+    elif devices > 1:
+        flags = os.environ.get("XLA_FLAGS", "")
+        env["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
+    return Slot("+".join(slot.name for slot in slots), env, frozenset().union(*(slot.cores for slot in slots)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """A pool of workers on this machine, one a slot; each run may take `limit_hours` (0: any number)."""
+    """A pool of workers on this machine, one a slot or one for several; each run may take `limit_hours` (0: any
+    number)."""
 
     slots: Sequence[Slot]
     limit_hours: float = 0.0
@@ -91,11 +115,29 @@ class Local:
         check_limit(self.limit_hours)
 
     def plan(self, runs: Sequence[RunConfig]) -> list[str]:
-        """How many workers there would be."""
-        return [f"{len(runs)} runs in {len(chains(runs))} chains on {len(self.slots)} workers"]
+        """How many workers there would be. Raises ConfigError for a mesh of more GPUs than there are."""
+        work = chains(runs)
+        most = max(map(self.room, work))
+        shared = f", {most} of them as one where a mesh needs it" if most > 1 else ""
+        kind = "GPU" if any(GPU in slot.env for slot in self.slots) else "CPU core"
+        return [f"{len(runs)} runs in {len(work)} chains on {len(self.slots)} workers, one a {kind}{shared}"]
+
+    def room(self, chain: Sequence[RunConfig]) -> int:
+        """How many slots a chain takes. Raises ConfigError for more GPUs than there are, and for several meshes."""
+        _, devices = machines(chain, 0, "machine")
+        if any(GPU in slot.env for slot in self.slots):
+            have = len(self.slots)
+            require(
+                devices <= have,
+                f"{chain[0].name}: its mesh needs {devices} GPUs, and {have} may be used here: change its mesh",
+            )
+        return min(devices, len(self.slots))
 
     def execute(self, out: Path, work: list[list[RunConfig]], watch: Callable[[], None]) -> int:
-        """SIGINT (Ctrl-C) and SIGTERM stop the workers, which save themselves; then 130 or 75 is returned."""
+        """SIGINT (Ctrl-C) and SIGTERM stop the workers, which save themselves; then 130 or 75 is returned.
+
+        In the order of `work`: a chain that needs several slots is not overtaken by others that need fewer.
+        """
         queue = [Job(chain, name=chain[0].name) for chain in work]
         free, active = list(self.slots), list[Job]()
         stopped: list[int] = []
@@ -104,15 +146,15 @@ class Local:
         previous = {n: signal.signal(n, lambda number, _: stopped.append(answers[number])) for n in answers}
         try:
             while (queue or active) and not stopped:
-                while free and queue:
+                while queue and len(free) >= (room := self.room(queue[0].runs)):
                     job = queue.pop(0)
-                    self._start(out, job, free.pop(0))
+                    job.slots, free = free[:room], free[room:]
+                    self._start(out, job)
                     active.append(job)
                 _wait_for_one([job.process for job in active if job.process], POLL_SECONDS)
                 for job in [job for job in active if job.process and job.process.poll() is not None]:
                     active.remove(job)
-                    if job.slot:
-                        free.append(job.slot)
+                    free += job.slots
                     if _goes_on(out, job):
                         queue.insert(0, job)
                 watch()
@@ -123,8 +165,8 @@ class Local:
         watch()
         return stopped[0] if stopped else 0
 
-    def _start(self, out: Path, job: Job, slot: Slot) -> None:
-        path = _worker_log(out, job)
+    def _start(self, out: Path, job: Job) -> None:
+        slot, path = joined(job.slots, job.runs[0].mesh.devices), _worker_log(out, job)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as log:
             job.process = subprocess.Popen(
@@ -137,7 +179,6 @@ class Local:
                 start_new_session=True,
                 preexec_fn=functools.partial(_settle, slot, os.getpid()),
             )
-        job.slot = slot
 
 
 def _wait_for_one(processes: Sequence[subprocess.Popen], seconds: float) -> None:

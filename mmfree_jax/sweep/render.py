@@ -150,8 +150,7 @@ def _to_do(study: Study, cloud: Cloud) -> str:
 
 
 def _corpora(study: Study) -> list[str]:
-    data = study.runs[0].data
-    return [data.corpus, *data.mixture]
+    return list(dict.fromkeys(name for run in study.runs for name in (run.data.corpus, *run.data.mixture)))
 
 
 def _environment(study: Study) -> dict[str, str]:

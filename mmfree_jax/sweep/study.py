@@ -1,12 +1,13 @@
 """The main job: corpus -> sweep -> runs table -> fit -> report, resumable at any point."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from mmfree_jax.config import require
+from mmfree_jax.config import DataConfig, require
 from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.files import locked, write_atomically, write_json
 from mmfree_jax.sweep.executor import Executor, open_chains
@@ -24,9 +25,10 @@ def sweep(study: Study, out: Path, console: Console, executor: Executor, again: 
     Runs that diverged are left alone unless `again`.
     """
     with locked(out):
+        plan = executor.plan(study.runs)  # first: it refuses runs that this executor has no machines for
         token_set = prepare(study, out, console)
         say = lambda line: console.print(line, highlight=False, soft_wrap=True)
-        say("\n".join(executor.plan(study.runs)))
+        say("\n".join(plan))
         with View([(run, run_folder(out, run)) for run in study.runs], console) as view:
             code = executor.execute(out, open_chains(out, study.runs, again), view.update)
         table = collect(out, study.runs)
@@ -53,17 +55,25 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
         f"{out} holds other runs of these names: {'; '.join(changed)}. Rename them in the experiment file, put them "
         "back as they were, or choose another folder",
     )
-    token_set = resolve_data(study.runs[0].data, lambda line: console.print(line, highlight=False))
-    for run in study.runs:
-        check_data(run, token_set)
+    say = lambda line: console.print(line, highlight=False)
+    parts = [_parts(run.data) for run in study.runs]  # of one corpus, but perhaps of several mixtures with it
+    found = {one: resolve_data(one, say) for one in dict.fromkeys(parts)}
+    for run, read in zip(study.runs, parts, strict=True):
+        check_data(run, found[read])
     for run in study.runs:
         claim(run, run_folder(out, run))
     write_json(out / "sweep.json", {"study": study.name, "runs": [run.name for run in study.runs]})
-    for number, one in enumerate(token_set.sets, 1):
+    paths = dict.fromkeys(one.path for token_set in found.values() for one in token_set.sets)
+    for number, path in enumerate(paths, 1):
         for ending in ("json", "md"):
-            text = (one.path / f"data_card.{ending}").read_text(encoding="utf-8")
+            text = (path / f"data_card.{ending}").read_text(encoding="utf-8")
             write_atomically(out / (f"data_card.{ending}" if number == 1 else f"data_card-{number}.{ending}"), text)
-    return token_set
+    return found[parts[0]]
+
+
+def _parts(data: DataConfig) -> DataConfig:
+    """What is read, however it is cut into batches."""
+    return DataConfig(data.corpus, data.vocab, mixture=data.mixture, weights=data.weights)
 
 
 def run_study(study: Study, out: Path, console: Console, executor: Executor, again: bool = False) -> int:
@@ -91,13 +101,20 @@ def run_study(study: Study, out: Path, console: Console, executor: Executor, aga
 def provenance(study: Study) -> dict[str, Any]:
     """What the report says about where its numbers come from."""
     data = study.runs[0].data
+    mixtures = dict.fromkeys(" + ".join([run.data.corpus, *run.data.mixture]) for run in study.runs)
     return {
         "study": study.name,
-        "corpus": f"{' + '.join([data.corpus, *data.mixture])}, vocabulary {data.vocab}",
-        "sequence": f"{data.sequence} tokens",
-        "batch": f"{data.tokens_per_step} tokens a step",
+        "corpus": f"{' or '.join(mixtures)}, vocabulary {data.vocab}",
+        "sequence": f"{_span(run.data.sequence for run in study.runs)} tokens",
+        "batch": f"{_span(run.data.tokens_per_step for run in study.runs)} tokens a step",
         **study.notes,
     }
+
+
+def _span(numbers: Iterable[int]) -> str:
+    """The only number, or the smallest and the largest."""
+    ordered = sorted(set(numbers))
+    return " to ".join(map(str, ordered[:: max(1, len(ordered) - 1)]))
 
 
 def plan_lines(study: Study, executor: Executor) -> list[str]:

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 
 from mmfree_jax import distributed
-from mmfree_jax.config import ConfigError, RunConfig, from_json
+from mmfree_jax.config import ConfigError, RunConfig
 from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import cache_folder, resolve_data
 from mmfree_jax.devices import use_compile_cache
@@ -32,6 +32,7 @@ from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
 from mmfree_jax.sweep.status import fail, has_failed
+from mmfree_jax.training.folder import read_run
 from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
@@ -50,6 +51,7 @@ class TimedOut(RuntimeError):
 
 # GPUs and TPUs, XLA on CPU, NumPy: each says it in its own words.
 MEMORY_IS_FULL = re.compile("RESOURCE_EXHAUSTED|out of memory|^MemoryError", re.IGNORECASE)
+DISK_IS_FULL = re.compile("No space left on device|Disk quota exceeded")  # TensorStore calls it RESOURCE_EXHAUSTED too
 EVERYWHERE = (Diverged, ConfigError, TrunkFailed, TimedOut)  # what happens in every process of a run at once
 
 
@@ -78,7 +80,7 @@ def main(out: Path, names: list[str], experiment: Path | None = None, limit_hour
 def find_runs(out: Path, names: list[str], experiment: Path | None) -> list[RunConfig]:
     """The named runs: from their folders, or from an experiment file. Raises ConfigError for unknown names."""
     if experiment is None:
-        return [from_json(RunConfig, (out / "runs" / name / "config.json").read_text("utf-8")) for name in names]
+        return [read_run(out / "runs" / name / "config.json") for name in names]
     known = {run.name: run for run in load_study(experiment).runs}
     if missing := [name for name in names if name not in known]:
         raise ConfigError(f"{experiment} has no run named {', '.join(missing)}")
@@ -132,6 +134,8 @@ def _explain(folder: Path, error: Exception) -> None:
     message = f"{type(error).__name__}: {error}"
     if isinstance(error, TrunkFailed):
         message = f"not started: {error}"
+    elif DISK_IS_FULL.search(message):
+        message = f"disk full: make room there and run the same command again ({message})"
     elif MEMORY_IS_FULL.search(message):
         message = f"out of memory: lower data.batch, raise optim.accumulate, or set remat ({message})"
     if distributed.is_first():

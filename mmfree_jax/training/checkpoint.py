@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mmfree_jax.training.step import TrainState
 
+LONGEST_REASON = 300  # characters of what Orbax says
 _keep = ocp.training.preservation_policies
 
 # Orbax reports every step of every save at INFO and warns about defaults; a run's own log says what matters.
@@ -71,7 +72,14 @@ def _load(
     steps = sorted(checkpoint.step for checkpoint in orbax.checkpoints)
     if not steps or (step is not None and step not in steps):
         raise CheckpointError(f"{folder} has no checkpoint of step {step or 'any'} (it has: {steps or 'none'})")
-    found = orbax.load_checkpointables(
-        steps[-1] if step is None else step, abstract_checkpointables={"state": abstract_state, "meta": None}
-    )
+    chosen = steps[-1] if step is None else step
+    try:
+        found = orbax.load_checkpointables(chosen, abstract_checkpointables={"state": abstract_state, "meta": None})
+    except Exception as error:  # of many kinds; Orbax says what is wrong only in the cause of what it raises
+        why = " ".join(str(error.__cause__ or error).split())[:LONGEST_REASON]
+        before = [str(earlier) for earlier in steps if earlier < chosen][-1:]
+        there = f"the one before it is of step {before[0]}" if before else "there is none before it"
+        raise CheckpointError(
+            f"{folder / str(chosen)} cannot be read: {why}; if it is damaged, remove it: {there}"
+        ) from error
     return found["state"], found["meta"]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mmfree_jax import distributed, flops
 from mmfree_jax.config import RunConfig, require, to_json
 from mmfree_jax.data import Batches, TokenSet, batches
 from mmfree_jax.devices import peak_memory_bytes
-from mmfree_jax.evaluation import evaluate
+from mmfree_jax.evaluation import Scores, evaluate, shown
 from mmfree_jax.files import locked, read_json, write_json
 from mmfree_jax.sharding import batch_sharding
 from mmfree_jax.training.checkpoint import Checkpoints, restore
@@ -24,7 +25,7 @@ from mmfree_jax.training.folder import check_data, claim, differences
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
 from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
 from mmfree_jax.training.optim import rates
-from mmfree_jax.training.profiling import Profile
+from mmfree_jax.training.profiling import Profile, check_range
 from mmfree_jax.training.step import Program, TrainState, compute_dtype, make_program, program_key
 
 
@@ -33,9 +34,10 @@ def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range 
 
     A finished run is returned as it stands. A trace of the steps `profiled` is written to `folder`/profile.
     Raises ConfigError (the folder holds another run, the corpus does not fit), Diverged, or Interrupted once the state
-    has been saved after a signal.
+    has been saved after a signal; or the result, where it came after the last step.
     """
     check_data(config, token_set)
+    check_range(profiled, config.steps)
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
@@ -82,16 +84,21 @@ def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag,
                 if asked or due:
                     interval.flush() if due else interval.hold()
                     checkpoints.save(state, _meta(config, token_set, progress, log), step + 1)
+                    interval.resume()
                 if asked:
                     log.event(f"stopped by signal {asked} after step {step + 1}; saved")
                     place = f"stopped after step {step + 1}, saved in {folder}"
                     raise Interrupted(exit_status(asked), f"{config.name}: {place}")
 
             scores = evaluate(program, state.params, token_set, data.sequence) if config.evaluate else {}
-            log.event(f"finished after {config.steps} steps" + "".join(f", {k} {v:.6g}" for k, v in scores.items()))
+            log.event(f"finished after {config.steps} steps" + "".join(f", {line}" for line in shown(scores)))
 
     result = result_row(config, token_set, progress, scores)
     distributed.first_does(lambda: write_json(folder / "result.json", result))
+    # A signal during the evaluation is not lost: a worker would begin its next run. A run that has ended is not late.
+    asked = agreed(stop.signal) or agreed(None)
+    if asked and asked != signal.SIGALRM:
+        raise Interrupted(exit_status(asked), f"{config.name}: finished, in {folder}; stopped after that")
     return result
 
 
@@ -129,9 +136,10 @@ def _with_weights(state: TrainState, config: RunConfig) -> TrainState:
     from mmfree_jax.weights import load_model
 
     model = load_model(Path(config.init))
+    found = dataclasses.replace(model.config, gradient_bits=config.model.gradient_bits)  # no matter of the weights
     require(
-        model.config == config.model,
-        f"init={config.init} holds another architecture ({differences(model.config, config.model)})",
+        found == config.model,
+        f"init={config.init} holds another architecture ({differences(found, config.model)})",
     )
     params = jax.tree.map(
         lambda new, old: distributed.put(np.asarray(new), old.sharding), nnx.state(model, nnx.Param), state.params
@@ -172,7 +180,7 @@ def _describe(config: RunConfig, log: Log, progress: Progress) -> None:
         log.describe("config", to_json(config))
 
 
-def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, scores: dict[str, float]) -> dict[str, Any]:
+def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, scores: Scores) -> dict[str, Any]:
     """Everything that a row of the runs table needs. `loss` is null for a run that was not evaluated (a trunk)."""
     size = flops.parameters(config.model)
     data, optim = config.data, config.optim

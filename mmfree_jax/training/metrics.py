@@ -173,6 +173,13 @@ class Interval:
             self.meter.restart()
             self.began, self.waited, self.untimed = time.perf_counter(), 0.0, self.untimed + 1
 
+    def resume(self) -> None:
+        """Start the clocks anew after something that is not training; what came before it is logged."""
+        if self.began is not None:
+            self.joules_before = self.progress.joules or 0.0
+            self.meter.restart()
+            self.began, self.waited = time.perf_counter(), 0.0
+
     def hold(self) -> None:
         """Put what is not logged yet into the progress: a run that is stopped here logs the same rows in the end."""
         for step, metrics, rate in jax.device_get(self.pending):

@@ -19,6 +19,11 @@ def step_range(text: str) -> range:
     return steps
 
 
+def check_range(steps: range, end: int) -> None:
+    """Raises ConfigError for steps to trace that all come after the `end` of the run."""
+    require(not steps or steps.start < end, f"profile={steps.start}:{steps.stop}: the run has {end} steps")
+
+
 class Profile:
     """Traces `steps` into `folder` (for TensorBoard's profiler or Perfetto); a trace cut short is still written."""
 

@@ -47,6 +47,14 @@ def test_help_explains_itself(arguments):
             ("sweep", "experiments/quickstart.py", "--out", "x", "--executor", "slurm", "--slots", "2"),
             "--slots is for workers of this machine",
         ),
+        (
+            ("sweep", "experiments/quickstart.py", "--out", "x", "--slurm.partition", "gpu"),
+            "--slurm.… would do nothing: it needs --executor slurm",
+        ),
+        (
+            ("study", "experiments/quickstart.py", "--out", "x", "--cloud.storage", "s3://b/r"),
+            "--cloud.… would do nothing: it needs --render",
+        ),
         (("train", "matmul-free-tinny", "--out", "x"), "matmul-free-tiny"),
         (("train", "matmul-free-tiny", "--out", "x", "--optim.lrr", "1"), "did you mean --optim.lr?"),
         (

@@ -252,9 +252,29 @@ def test_the_command_removes_repetitions(tmp_path: Path) -> None:
     assert built.card["sources"][0]["bytes_after"]["read"] > 1.9 * built.card["sources"][0]["bytes_after"]["exact"]
 
 
+def test_a_build_without_repetitions_goes_on_where_it_was_and_leaves_only_the_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_input(tmp_path / "a.jsonl", 50)
+    command = ["build", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "set"), "--tokenizer", "bytes", "--dedup"]
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmfree_jax.data.build._publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            main([*command, "--held-out", "0.1"])
+    time.sleep(0.01)  # files written anew would have another time
+    assert main([*command, "--held-out", "0.1"]) == 0
+    assert "going on with an interrupted build" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "set"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["build", ".", "--out", "x", "--raw", "--dedup"], "--raw and --dedup exclude each other"),
         (["build", "nothing.txt", "--out", "x"], "nothing.txt does not exist"),
         (["build", "nothing.txt"], "--out is required"),
         (["build", "nothing.txt", "--out", "x", "--held-out", "3"], "held out 3.0: a share of the documents"),

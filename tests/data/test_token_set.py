@@ -102,6 +102,7 @@ def test_unreadable_indexes_are_named(built: TokenSet, tmp_path: Path) -> None:
         (json.dumps(content | {"version": 99}), "format version 99, this program reads 1"),
         (json.dumps({"format": "something"}), "does not describe a token set"),
         (index.read_text()[:-20], r"index\.json is not JSON"),
+        (index.read_text().replace('"vocab_size"', '"size"'), r"index\.json has no 'vocab_size'"),
     ]:
         index.write_text(changed)
         with pytest.raises(TokenSetError, match=message):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mmfree_jax.config import Branch, ConfigError
+from mmfree_jax.config import Branch, ConfigError, RunConfig
 from mmfree_jax.sweep.experiment import Study, chains, load_study, run_flops, trunk_and_decays
 from mmfree_jax.training.optim import learning_rate
 from tests.conftest import MAIN_FAMILIES, tiny_run
@@ -36,6 +36,14 @@ def test_every_branch_follows_its_trunk_until_its_decay_and_ends_near_zero():
         assert last[-1] == pytest.approx(run.optim.lr / len(last))
 
 
+def test_decays_to_another_rate_than_none_leave_the_same_trunk():
+    ending = optim(BASE, final_lr=0.1)
+    (trunk, *_), (other, *branches) = trunk_and_decays(BASE, (50, 100)), trunk_and_decays(ending, (50, 100))
+    assert other == trunk
+    assert learning_rate(branches[-1].optim, 100, 100) == pytest.approx(0.1 * BASE.optim.lr)
+    study(other, *branches)
+
+
 def test_branches_cost_their_decays_only():
     trunk, *branches = trunk_and_decays(BASE, (25, 50, 100))
     whole = run_flops(dataclasses.replace(BASE, steps=100, branch=None))
@@ -52,7 +60,26 @@ def test_chains_keep_a_trunk_with_its_branches():
     ]
 
 
+def test_a_branch_of_a_branch_is_in_the_chain_of_the_trunk_of_both():
+    """Its checkpoint is there only when the branch has been trained."""
+    trunk, whole = trunk_and_decays(BASE, (100,))
+    steady = dataclasses.replace(trunk, name="longer", steps=120, milestones=(100,), branch=Branch(trunk.name, 80))
+    end = dataclasses.replace(whole, name="end", steps=120, branch=Branch("longer", 100))
+    runs = study(trunk, whole, steady, end).runs
+    assert chains(runs) == [[trunk, whole, steady, end]]
+    assert chains((steady, end)) == [[steady, end]]  # what is left when the trunk is done
+    assert chains((end,)) == [[end]]
+
+
+def test_a_branch_may_be_computed_in_other_micro_batches_than_its_trunk():
+    assert study(TRUNK, optim(SHORT, accumulate=2)).runs[1].optim.accumulate == 2
+
+
 TRUNK, SHORT, LONG = trunk_and_decays(BASE, (50, 100))
+
+
+def optim(run: RunConfig, **changes) -> RunConfig:
+    return dataclasses.replace(run, optim=dataclasses.replace(run.optim, **changes))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +93,10 @@ TRUNK, SHORT, LONG = trunk_and_decays(BASE, (50, 100))
             "step 7, which is not among the milestones",
         ),
         ((TRUNK, dataclasses.replace(SHORT, seed=3)), "its seed differs from its trunk's"),
+        ((TRUNK, optim(SHORT, lr=0.5)), r"its optim.lr=0.5 differs from its trunk's, 0.01"),
+        ((TRUNK, optim(SHORT, optimizer="muon")), "its optim.optimizer=muon differs"),
+        ((TRUNK, optim(SHORT, schedule="cosine", decay_steps=0)), "schedule=cosine has no constant rate to branch off"),
+        ((optim(TRUNK, decay_steps=10), LONG), f"branches inside the decay of {TRUNK.name}, which begins at step 70"),
         ((TRUNK, dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, corpus="x"))), "several corpora"),
     ],
 )

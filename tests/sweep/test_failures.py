@@ -1,7 +1,9 @@
 """What goes wrong in a run, and what the sweep makes of it."""
 
 import dataclasses
+import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,16 +13,18 @@ import jax
 import pytest
 from rich.console import Console
 
-from mmfree_jax.config import ConfigError
+from mmfree_jax.config import Branch, ConfigError
+from mmfree_jax.data.token_writer import write_token_set
+from mmfree_jax.data.tokenization import byte_tokenizer
 from mmfree_jax.files import LockedError
 from mmfree_jax.sweep import worker
 from mmfree_jax.sweep.executor import open_chains
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
 from mmfree_jax.sweep.heartbeat import STALE_SECONDS, Heartbeat, file_clock, holder, last_beat, wait_until_free
 from mmfree_jax.sweep.status import fail, run_folder, status
-from mmfree_jax.sweep.study import prepare
+from mmfree_jax.sweep.study import prepare, provenance
 from mmfree_jax.training.folder import claim
-from tests.conftest import tiny_model, tiny_run
+from tests.conftest import sentences, tiny_model, tiny_run
 
 
 @pytest.fixture(autouse=True)
@@ -43,21 +47,56 @@ def test_a_run_that_takes_too_long_is_saved_and_called_failed_and_goes_on_later(
     assert status(folder, run).state == "stopped"
 
 
-def test_a_run_that_takes_too_much_memory_says_what_to_change_and_the_next_one_is_trained(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes."),
+            "out of memory: lower data.batch, raise optim.accumulate",
+        ),
+        (
+            ValueError("RESOURCE_EXHAUSTED: Failed writing 17 bytes to file 27: No space left on device"),
+            "disk full: make room there and run the same command again",
+        ),
+    ],
+)
+def test_a_run_that_needs_too_much_says_what_to_change_and_the_next_one_is_trained(error, says, tmp_path, monkeypatch):
     runs = [tiny_run("transformer++", Path("c"), name=name) for name in ("large", "small")]
     for run in runs:
         claim(run, run_folder(tmp_path, run))
 
     def train(config, folder, token_set):
         if config.name == "large":
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.")
+            raise error
         (folder / "result.json").write_text('{"loss": 1.0, "train_loss": 1.0}')
 
     monkeypatch.setattr(worker, "train", train)
     monkeypatch.setattr(worker, "resolve_data", lambda data: None)
     assert worker.main(tmp_path, ["large", "small"]) == 1
     assert [status(run_folder(tmp_path, run), run).state for run in runs] == ["failed", "done"]
-    assert status(run_folder(tmp_path, runs[0]), runs[0]).error.startswith("out of memory: lower data.batch, raise")
+    assert status(run_folder(tmp_path, runs[0]), runs[0]).error.startswith(says)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGALRM, 0)])
+def test_a_worker_told_to_stop_while_it_evaluates_does_not_begin_the_next_run(
+    number, code, token_set, tmp_path, monkeypatch
+):
+    """But for the notice that the time of a run is over, which then is no matter of the next."""
+    runs = [tiny_run("matmul-free", token_set.path, name=name, steps=6) for name in ("first", "second")]
+    for run in runs:
+        claim(run, run_folder(tmp_path, run))
+    told = []
+
+    def evaluate(*arguments):
+        if not told:
+            told.append(number)
+            os.kill(os.getpid(), number)
+        return {"loss": 1.0}
+
+    monkeypatch.setattr("mmfree_jax.training.loop.evaluate", evaluate)
+    assert worker.main(tmp_path, [run.name for run in runs]) == code
+    later = "waiting" if code else "done"
+    assert [status(run_folder(tmp_path, run), run).state for run in runs] == ["done", later]
 
 
 @pytest.mark.slow
@@ -82,6 +121,9 @@ def test_what_diverged_is_left_alone_with_its_branches_and_other_failures_are_tr
     fail(run_folder(tmp_path, other), "its worker was killed by SIGKILL")
     assert open_chains(tmp_path, [*runs, other]) == [[other]]
     assert status(run_folder(tmp_path, runs[0]), runs[0]).diverged
+    longer = dataclasses.replace(runs[0], name="longer", steps=14, branch=Branch(runs[0].name, 10), milestones=(12,))
+    end = dataclasses.replace(runs[2], name="end", steps=14, branch=Branch("longer", 12))
+    assert open_chains(tmp_path, [*runs, longer, end, other]) == [[other]]
     assert sorted(map(len, open_chains(tmp_path, [*runs, other], again=True))) == [1, 3]
 
 
@@ -155,3 +197,29 @@ def test_changed_runs_are_all_named_before_anything_is_written(token_set, tmp_pa
     assert not (tmp_path / "runs" / "new").exists()
     prepare(Study("s", "t", (*runs, edited[-1]), "a"), tmp_path, console)
     assert (tmp_path / "runs" / "new").exists()
+
+
+def test_every_mixture_of_a_study_is_looked_at_before_anything_is_written(token_set, tmp_path):
+    run = tiny_run("transformer++", token_set.path)
+    texts = {"train": sentences(50, 5), "valid": []}
+    card = {"name": "more", "description": "made up", "sources": []}
+    more = write_token_set(tmp_path / "more", texts, byte_tokenizer(), card)
+    mixed = dataclasses.replace(run, name="mixed", data=dataclasses.replace(run.data, mixture=(str(more.path),)))
+    lost = dataclasses.replace(run, name="lost", data=dataclasses.replace(run.data, mixture=("nowhere",)))
+    console, out = Console(quiet=True), tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="no corpus 'nowhere'"):
+        prepare(Study("s", "t", (run, mixed, lost), "a"), out, console)
+    assert not (out / "runs").exists()
+    study = Study("s", "t", (run, mixed), "a")
+    assert prepare(study, out, console).path == token_set.path
+    assert json.loads((out / "data_card.json").read_text())["name"] == "tiny"
+    assert json.loads((out / "data_card-2.json").read_text())["name"] == "more"
+    said = provenance(study)
+    assert said["corpus"] == f"{token_set.path} or {token_set.path} + {more.path}, vocabulary 257"
+
+
+def test_a_ladder_says_the_batches_of_all_its_rungs():
+    small = tiny_run("transformer++", Path("c"))
+    large = dataclasses.replace(small, name="large", data=dataclasses.replace(small.data, batch=32))
+    assert provenance(Study("s", "t", (small, large), "a"))["batch"] == "128 to 1024 tokens a step"
+    assert provenance(Study("s", "t", (small,), "a"))["batch"] == "128 tokens a step"

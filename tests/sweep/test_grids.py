@@ -26,6 +26,21 @@ def test_zipped_takes_values_together_and_chain_puts_parts_in_a_row():
         zipped(base, {"seed": (1, 2), "steps": (30,)})
 
 
+def test_values_that_are_possible_together_need_not_be_one_by_one():
+    base = tiny_run("transformer++", Path("c"), steps=12)  # warms up for 2 steps and decays for 4
+    (run,) = zipped(base, {"steps": (4,), "optim.warmup_steps": (1,), "optim.decay_steps": (2,)})
+    assert (run.steps, run.optim.warmup_steps, run.optim.decay_steps) == (4, 1, 2)
+    (run,) = grid(base, {"model.heads": (3,), "model.width": (48,)})
+    assert (run.model.heads, run.model.width) == (3, 48)
+
+
+def test_a_grid_over_mixtures_names_its_runs_after_their_last_folders():
+    base = tiny_run("matmul-free", Path("c"))
+    runs = grid(base, {"data.mixture": ((), ("corpora/code",), ("corpora/code", "corpora/books/"))})
+    assert [run.name.rpartition("-")[2] for run in runs] == ["mixturenone", "mixturecode", "mixturecode+books"]
+    assert runs[2].data.mixture == ("corpora/code", "corpora/books/")
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [

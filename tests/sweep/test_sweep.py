@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.metadata
 import io
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mmfree_jax.config import ConfigError
+from mmfree_jax.config import ConfigError, MeshConfig, RunConfig
 from mmfree_jax.files import locked, write_json
 from mmfree_jax.sweep.executor import open_chains
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
@@ -66,6 +67,75 @@ def test_a_worker_killed_twice_is_reported_with_its_signal(tmp_path, monkeypatch
     found = status(run_folder(tmp_path, run), run)
     assert found.state == "failed"
     assert found.error == "its worker was killed by SIGKILL; its last words: begun"
+
+
+def meshed(name: str, devices: int) -> RunConfig:
+    return tiny_run("matmul-free", Path("c"), name=name, mesh=MeshConfig(data=devices))
+
+
+# One line when it begins, one when it ends, with its name and its GPUs.
+SHARING = """
+name=$2
+echo "begins $name $CUDA_VISIBLE_DEVICES" >> "$LOG"; sleep 0.3; echo "ends $name $CUDA_VISIBLE_DEVICES" >> "$LOG"
+echo '{"loss": 1.0, "train_loss": 1.0}' > "$1/runs/$name/result.json"
+"""
+
+
+def test_a_run_takes_as_many_gpus_as_its_mesh_has_and_no_two_share_one(tmp_path, monkeypatch):
+    runs = [meshed("pair", 2), meshed("all", 4), meshed("one", 1), meshed("other", 2)]
+    for run in runs:
+        claim(run, run_folder(tmp_path, run))
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    monkeypatch.setattr("mmfree_jax.sweep.executor.WORKER", ("/bin/sh", "-c", SHARING, "sh"))
+    cores = frozenset(os.sched_getaffinity(0))
+    four = Local([Slot(f"gpu{g}", {"CUDA_VISIBLE_DEVICES": g}, cores) for g in "3012"])
+    assert four.execute(tmp_path, [[run] for run in runs], lambda: None) == 0
+    assert states(tmp_path, runs) == ["done"] * 4
+    held: dict[str, set[str]] = {}
+    order = []
+    for what, name, gpus in map(str.split, (tmp_path / "log").read_text().splitlines()):
+        if what == "ends":
+            del held[name]
+            continue
+        order.append(name)
+        assert not set(gpus.split(",")) & set().union(*held.values())
+        held[name] = set(gpus.split(","))
+        assert len(held[name]) == next(run.mesh.devices for run in runs if run.name == name)
+    assert order[:2] == ["pair", "all"]  # what needs all of them is not overtaken for ever
+
+
+def test_a_mesh_of_more_gpus_than_there_are_is_refused_before_anything_is_written(token_set, tmp_path):
+    run = tiny_run("matmul-free", token_set.path, name="wide", mesh=MeshConfig(data=4))
+    two = Local([Slot(f"gpu{g}", {"CUDA_VISIBLE_DEVICES": g}, frozenset([0])) for g in "01"])
+    with pytest.raises(ConfigError, match="wide: its mesh needs 4 GPUs, and 2 may be used here"):
+        sweep(Study("s", "t", (run,), "a"), tmp_path / "out", Console(file=io.StringIO()), two)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_mesh_on_cpus_is_simulated_on_as_many_cores(token_set, tmp_path):
+    run = tiny_run("matmul-free", token_set.path, mesh=MeshConfig(data=2))
+    text = io.StringIO()
+    assert sweep(Study("s", "t", (run,), "a"), tmp_path, Console(file=text, width=200), Local(find_slots())) == 0
+    assert status(run_folder(tmp_path, run), run).result["devices"] == 2
+
+
+@pytest.mark.parametrize(
+    ("plugins", "visible", "gpus"),
+    [(["xla_cuda13"], None, "012"), ([], None, ""), (["xla_cuda13"], "2,0", "20"), (["xla_cuda13"], "-1", "")],
+)
+def test_workers_are_for_the_gpus_that_jax_can_use(plugins, visible, gpus, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("pynvml.nvmlInit", lambda: None)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetCount", lambda: 3)
+    found = [importlib.metadata.EntryPoint(name, f"jax_plugins.{name}", "jax_plugins") for name in plugins]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found)
+    slots = find_slots()
+    assert [slot.env.get("CUDA_VISIBLE_DEVICES") for slot in slots] == (list(gpus) or [None] * len(slots))
+    (line,) = Local(slots).plan([tiny_run("matmul-free", Path("c"))])
+    assert line.endswith("one a GPU" if gpus else "one a CPU core")
 
 
 def test_a_run_in_progress_is_seen_from_outside_and_a_stopped_one_is_not_running(token_set, tmp_path):

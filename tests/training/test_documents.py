@@ -6,13 +6,17 @@ import jax
 import numpy as np
 import pytest
 
+from mmfree_jax import cli
 from mmfree_jax.config import FAMILIES, ConfigError, RunConfig
-from mmfree_jax.data import TokenSet, resolve_data
+from mmfree_jax.data import Mixture, TokenSet, resolve_data
 from mmfree_jax.data.packing import pack
+from mmfree_jax.data.token_writer import write_token_set
+from mmfree_jax.data.tokenization import byte_tokenizer
 from mmfree_jax.files import read_json
+from mmfree_jax.training.folder import check_data
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.step import make_program, program_key
-from tests.conftest import MAIN_FAMILIES, tiny_model, tiny_run
+from tests.conftest import MAIN_FAMILIES, sentences, tiny_model, tiny_run
 
 END, LENGTH = 0, 33
 FIRST, SECOND, THIRD = [7, 8, 9, 9, 8], [20, 21, 22, 23], [40, 41, 40, 42, 43, 44, 45]
@@ -87,6 +91,27 @@ def test_a_packed_set_is_refused_where_its_rows_would_be_torn_or_joined(token_se
         with pytest.raises(ConfigError, match=r"it needs data\.sequence=32 and data\.separate_documents=True"):
             train(wrong, tmp_path / "run", packed)
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_text_is_asked_only_of_what_is_evaluated_on(token_set: TokenSet, tmp_path):
+    texts = {"train": sentences(50, 5), "valid": []}
+    card = {"name": "all", "description": "made up", "sources": []}
+    none = write_token_set(tmp_path / "none", texts, byte_tokenizer(), card)
+    run = tiny_run("matmul-free", none.path)
+    with pytest.raises(ConfigError, match="has no held-out text: build it with some, or train with evaluate=False"):
+        check_data(run, none)
+    check_data(dataclasses.replace(run, evaluate=False), none)
+    check_data(run, Mixture([token_set, none], [1, 1]))
+    with pytest.raises(ConfigError, match="has no held-out text"):
+        check_data(run, Mixture([none, token_set], [1, 1]))
+
+
+def test_a_packed_set_is_evaluated_on_as_any_other(token_set: TokenSet, tmp_path, capsys):
+    """Its held-out text is not packed."""
+    packed = pack(token_set, tmp_path / "packed", 64)
+    result = train(tiny_run("matmul-free", token_set.path), tmp_path / "run", token_set)
+    assert cli.evaluate([str(tmp_path / "run"), "--corpus", str(packed.path)]) == 0
+    assert f"loss {result['loss']:.6g}" in capsys.readouterr().out
 
 
 def test_a_mixture_of_named_corpora_trains(token_set: TokenSet, tmp_path, monkeypatch):

@@ -5,16 +5,17 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from mmfree_jax.config import Branch, ConfigError, OptimConfig
+from mmfree_jax.config import Branch, ConfigError, OptimConfig, RunConfig, from_json
 from mmfree_jax.data.token_writer import write_token_set
 from mmfree_jax.data.tokenization import byte_tokenizer
 from mmfree_jax.files import read_json
-from mmfree_jax.training.checkpoint import CheckpointError
+from mmfree_jax.training.checkpoint import CheckpointError, Checkpoints
 from mmfree_jax.training.interrupt import Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
@@ -147,6 +148,53 @@ def test_a_folder_with_another_run_is_refused(token_set, tmp_path):
     train(config, tmp_path, token_set)
     with pytest.raises(ConfigError, match=r"holds another run \(optim.lr is 0.01, not 0.5\)"):
         train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5)), tmp_path, token_set)
+
+
+def test_a_single_batch_of_held_out_text_has_no_standard_error(token_set, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmfree_jax.evaluation.EVALUATION_BATCH", 1000)
+    result = train(tiny_run("matmul-free", token_set.path), tmp_path, token_set)
+    assert result["loss"] > 0
+    assert result["loss_se"] is None
+    assert "loss_se" not in (tmp_path / "log.txt").read_text()
+
+
+def test_saving_is_no_part_of_the_time_of_training(token_set, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def slowly(*arguments):
+        time.sleep(2)
+        save(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", slowly)
+    config = tiny_run("matmul-free", token_set.path, steps=8, checkpoint_every=2, evaluate=False)
+    result = train(config, tmp_path, token_set)
+    assert 0 < result["seconds"] < 2
+    assert all(row["tokens_per_s"] is None or row["tokens_per_s"] > 4 * 32 for row in read_metrics(tmp_path))
+
+
+def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(token_set, tmp_path):
+    config = tiny_run("matmul-free", token_set.path)
+    result = train(config, tmp_path, token_set)
+    (tmp_path / "result.json").unlink()
+    newest = tmp_path / "checkpoints" / "12"
+    (newest / "state" / "_METADATA").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoints/12 cannot be read: .*remove it: .* is of step 10$"):
+        train(config, tmp_path, token_set)
+    shutil.rmtree(newest)
+    assert numbers(train(config, tmp_path, token_set)) == numbers(result)
+
+
+def test_a_run_that_took_too_much_memory_goes_on_with_less(token_set, tmp_path, monkeypatch):
+    """What such a run is told to change may be changed; what is finished keeps what it was computed with."""
+    config = tiny_run("matmul-free", token_set.path)
+    whole = train(config, tmp_path, token_set)
+    (tmp_path / "result.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    less = dataclasses.replace(config, remat="full", optim=dataclasses.replace(config.optim, accumulate=2))
+    again = train(less, tmp_path, token_set)
+    assert again["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert train(config, tmp_path, token_set) == again
+    assert from_json(RunConfig, (tmp_path / "config.json").read_text()) == less
 
 
 def test_a_changed_corpus_is_refused(token_set, tmp_path):

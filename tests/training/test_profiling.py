@@ -24,6 +24,12 @@ def test_a_range_that_ends_after_the_run_is_still_written(token_set, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_range_that_begins_after_the_run_is_refused(token_set, tmp_path):
+    with pytest.raises(ConfigError, match="profile=8:9: the run has 8 steps"):
+        train(tiny_run("matmul-free", token_set.path, steps=8), tmp_path / "x", token_set, range(8, 9))
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_wrong_range_fails_before_anything_is_written(tmp_path):
     assert step_range("") == range(0)
     assert step_range("10:12") == range(10, 12)
