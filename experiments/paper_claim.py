@@ -9,7 +9,7 @@ intervals have no upper end, and a ladder that would settle the question.
 
 import argparse
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -25,8 +25,8 @@ from scaling.uncertainty.simulate import Cells, Noise, draw
 from scaling.verdict.assumed import BASELINE, crossing_at, optimal_loss
 from scaling.verdict.compare import compare
 from scaling.verdict.plan import Plan, candidates, cheapest, question
-from scaling.verdict.power import cells_of
-from scaling.verdict.trials import law_fit
+from scaling.verdict.power import designs_of
+from scaling.verdict.trials import COSTS, law_fit
 
 # Zhu et al. 2024 (arXiv 2406.02528), figure 3, digitised: (FLOP, training loss in nats) where each
 # curve of 370M, 1.3B and 2.7B parameters ends, and the straight lines of loss in log10 FLOP drawn through their tails.
@@ -144,15 +144,15 @@ def parallel_laws() -> dict[str, tuple[float, ...]]:
 def deciding_plan(budget: float = 1e23, target_sd: float = 0.3) -> Plan:
     """The cheapest ladder without a run above LARGEST_RUN whose sd of log10 C* is `target_sd` if the claim holds, or
     the one that comes nearest."""
-    options = candidates(np.geomspace(2e7, 4e9, 20).tolist(), RATIOS, LARGEST_RUN, 1e14)
+    options = candidates(np.geomspace(2e7, 4e9, 20).tolist(), RATIOS, COSTS, LARGEST_RUN, 1e14)
     return cheapest(question(law_fit(claimed_laws()), LADDER_NOISE), options, budget, target_sd, keep_runs=False)
 
 
-def decided(truths: dict[str, tuple[float, ...]], cells: Cells, ladders: int) -> tuple[float, float]:
+def decided(truths: dict[str, tuple[float, ...]], designs: Mapping[str, Cells], ladders: int) -> tuple[float, float]:
     """Shares of simulated ladders which find P(B leads for good by LATEST) above 0.95, and below 0.05."""
     chances = []
     for k in range(ladders):
-        runs = draw(truths, cells, LADDER_NOISE, np.random.default_rng([7, k]))
+        runs = draw(truths, designs, LADDER_NOISE, np.random.default_rng([7, k]))
         c = compare(runs, "A", "B", SHARE, 400, k, starts=4, objective="log-ls", horizon=1e28)
         chances.append(c.crossover.p_before(LATEST))
     return float(np.mean(np.array(chances) > 0.95)), float(np.mean(np.array(chances) < 0.05))
@@ -216,10 +216,10 @@ def ladder_rows(ladders: int) -> Iterator[Row]:
     yield "a ladder that would settle it", shape, "parameters x number of token budgets, both families alike"
     cost = f"{plan.flops:.2e} FLOP"
     yield "its cost", cost, f"both families; largest run at most {LARGEST_RUN:.0e}; sd of log10 C* {plan.sd_then:.2f}"
-    cells = cells_of(plan.trunks)
+    designs = designs_of(plan.trunks, ("A", "B"))
     asked = f"of {ladders} simulated ladders, with 0.5 % lack of fit"
     for name, truths in (("if the claim holds", claimed_laws()), ("if the laws are parallel", parallel_laws())):
-        yes, no = decided(truths, cells, ladders)
+        yes, no = decided(truths, designs, ladders)
         text = f"P(crossed by 1e24) > 0.95 in {yes:.0%}, < 0.05 in {no:.0%}"
         yield f"it would say, {name}", text, asked
 

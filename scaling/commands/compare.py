@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from scaling.commands.arguments import (
+    axis_arguments,
     delta_of,
+    family_arguments,
     fit_arguments,
     new_verb,
     objective_line,
     out_argument,
-    pair_arguments,
+    pair_of,
     prices_of,
     read_table,
     shared,
@@ -23,7 +25,6 @@ from scaling.commands.arguments import (
 from scaling.commands.output import OK, exit_code, print_gates, print_json
 from scaling.commands.report import full_report
 from scaling.report.artefact import comparison_json, crossover_json
-from scaling.tables.runs import ScalingError
 from scaling.verdict.break_even import break_even
 from scaling.verdict.compare import Comparison, compare, pick_families
 from scaling.verdict.crossing_profile import profile_crossing
@@ -38,7 +39,8 @@ def add(verbs: Any) -> None:
         verb = new_verb(verbs, name, run, text)
         table_arguments(verb)
         fit_arguments(verb)
-        pair_arguments(verb)
+        family_arguments(verb)
+        axis_arguments(verb)
         if name == "compare":
             out_argument(verb)
 
@@ -46,12 +48,7 @@ def add(verbs: Any) -> None:
 def comparison(a: argparse.Namespace) -> Comparison:
     """The comparison that the flags ask for."""
     runs = read_table(a)
-    names = runs.families
-    first = a.a or names[0]
-    rest = [name for name in names if name != first]
-    if not a.b and not rest:
-        raise ScalingError(f"the table holds one family, {names[0]!r}; a comparison needs two")
-    second = a.b or rest[0]
+    first, second = pair_of(a, runs)
     delta = delta_of(a, pick_families(runs, (first, second)))
     options = {"law": a.law, "objective": a.objective, "delta": delta, "horizon": a.horizon}
     axes = {"axis": a.axis, "along": a.along, "prices": prices_of(a)}

@@ -35,7 +35,7 @@ def run(a: argparse.Namespace) -> int:
     if a.out and a.select != "all":
         raise ScalingError("--select answers on the terminal or as --json; --out writes the report of a whole table")
     if a.out:
-        return full_report(a, runs, share=("E",), gate=True)
+        return full_report(a, runs, gate=True)
     delta = delta_of(a, runs.select(chosen(runs, a.select, runs["loss"][None])[0]))
     sampled = {family: draws_of(a, runs.family(family), delta) for family in runs.families}
     profiles = {family: profiles_of(a, draws) for family, draws in sampled.items()}

@@ -38,6 +38,7 @@ class Law(ABC):
     names: tuple[str, ...]
     exponents: tuple[str, ...]
     inputs: tuple[str, ...] = ("N", "D")
+    beside: str = ""  # the column that it needs besides, U or precision
     terms: tuple[Term, ...] = ()  # filled by sums of powers only, which a second, separable solver can take apart
 
     @abstractmethod

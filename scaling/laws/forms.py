@@ -197,6 +197,7 @@ class DataConstrained(EffectiveChinchilla):
 
     name = "data-constrained"
     names = ("E", "A", "B", "alpha", "beta", "R_D")
+    beside = "U"
     place, range, start_range = 1, (0.1, 1e3), (1.0, 60.0)
 
     def third(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
@@ -222,6 +223,7 @@ class Precision(EffectiveChinchilla):
 
     name = "precision"
     names = ("E", "A", "B", "alpha", "beta", "gamma")
+    beside = "precision"
     place, range, start_range = 0, (0.05, 50.0), (0.3, 10.0)
 
     def third(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
@@ -286,6 +288,12 @@ def law_named(name: str) -> Law:
     if name not in LAWS:
         raise ScalingError(f"unknown law {name!r}; choose from {', '.join(LAWS)}")
     return LAWS[name]()
+
+
+def usual_share(name: str) -> tuple[str, ...]:
+    """What several families have in common unless told otherwise: the same data and tokenizer have one irreducible
+    loss, where the law has one."""
+    return ("E",) if "E" in law_named(name).names else ()
 
 
 def bits_of(text: object) -> float:

@@ -39,15 +39,15 @@ NESTED_DRAWS = 200
 @dataclass(frozen=True)
 class Settings:
     """How a report is made: law, objective and its threshold, bootstrap draws, seed, parameters that the joint fit
-    shares, the family compared with (None: Transformer++ or else the first), prices for the cost axes; delta_found:
-    whether the threshold is that of the table's noise."""
+    shares (None: E, where the law has one), the family compared with (None: Transformer++ or else the first), prices
+    for the cost axes; delta_found: whether the threshold is that of the table's noise."""
 
     law: str = "chinchilla"
     objective: str = "huber"
     delta: float = 1e-3
     draws: int = 2000
     seed: int = 0
-    share: Sequence[str] = ("E",)
+    share: Sequence[str] | None = None
     baseline: str | None = None
     prices: Prices = field(default_factory=lambda: CITED)
     delta_found: bool = False

@@ -76,7 +76,7 @@ def write_report(
     law: str = "chinchilla",
     objective: str = "huber",
     delta: float | None = None,
-    share: Sequence[str] = ("E",),
+    share: Sequence[str] | None = None,
     baseline: str | None = None,
     prices: Prices = CITED,
 ) -> Report:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from scaling.fitting.fit import count_sizes, fit
-from scaling.laws.forms import law_named
+from scaling.laws.forms import law_named, usual_share
 from scaling.tables.runs import Runs
 from scaling.uncertainty.bootstrap import Draws, bootstrap, cluster_labels, sorted_clusters
 
@@ -104,7 +104,7 @@ class BackTest:
 def backtest(
     runs: Runs,
     origins: Sequence[float] = ORIGINS,
-    share: Sequence[str] = ("E",),
+    share: Sequence[str] | None = None,
     law: str = "chinchilla",
     objective: str = "huber",
     delta: float = 1e-3,
@@ -113,18 +113,19 @@ def backtest(
 ) -> BackTest:
     """Fits the runs with C <= C_max / q for each q and predicts the others, family by family and their differences.
 
-    One family, or several jointly with `share` tied. Origins that leave too little to fit are skipped and listed.
+    One family, or several jointly with `share` tied (None: E, where the law has one). Origins that leave too little to
+    fit are skipped and listed.
     """
     held: list[Held] = []
     skipped = []
+    tied = None if len(runs.families) == 1 else usual_share(law) if share is None else share
     for q in sorted(origins):
         inside = runs["flops"] <= runs["flops"].max() / q
         reason = too_little(runs, inside, law)
         if reason:
             skipped.append(f"C_max/{q:g} leaves {reason}")
             continue
-        several = len(runs.families) > 1
-        early = fit(runs.select(inside), law, objective, delta, starts=24, seed=seed, share=share if several else None)
+        early = fit(runs.select(inside), law, objective, delta, starts=24, seed=seed, share=tied)
         sampled = bootstrap(early, draws, seed)
         held += held_levels(runs, inside, sampled, q)
         held += held_differences(runs, inside, sampled, q)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.fitting.fit import Fit, Gate, fit, ladder_gate
+from scaling.laws.forms import usual_share
 from scaling.tables.runs import BITS, Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap
 from scaling.verdict.costs import AXES, CITED, Prices, axis_cost
@@ -80,7 +81,7 @@ def compare(
     runs: Runs,
     a: str,
     b: str,
-    share: Sequence[str] = ("E",),
+    share: Sequence[str] | None = None,
     draws: int = 2000,
     seed: int = 0,
     law: str = "chinchilla",
@@ -94,9 +95,9 @@ def compare(
 ) -> Comparison:
     """Compares family b with family a on their compute-optimal frontiers, or along another path.
 
-    One joint fit ties the parameters in `share`: the same data and tokenizer have one irreducible loss, and separate
-    5-parameter fits cannot place a crossing. For the rest see `contrast`. Raises ScalingError where the two sets of
-    losses are not comparable.
+    One joint fit ties the parameters in `share` (None: E, where the law has one): the same data and tokenizer have one
+    irreducible loss, and separate 5-parameter fits cannot place a crossing. For the rest see `contrast`. Raises
+    ScalingError where the two sets of losses are not comparable.
     """
     if a == b:
         raise ScalingError(f"family {a!r} cannot be compared with itself")
@@ -106,7 +107,7 @@ def compare(
 
 def joint_draws(
     runs: Runs,
-    share: Sequence[str] = ("E",),
+    share: Sequence[str] | None = None,
     draws: int = 2000,
     seed: int = 0,
     law: str = "chinchilla",
@@ -115,8 +116,21 @@ def joint_draws(
     starts: int = 64,
 ) -> Draws:
     """One joint fit of every family of the table, and its bootstrap; raises ScalingError on incomparable losses."""
+    return bootstrap(joint_fit(runs, share, law, objective, delta, starts, seed), draws, seed)
+
+
+def joint_fit(
+    runs: Runs,
+    share: Sequence[str] | None = None,
+    law: str = "chinchilla",
+    objective: str = "huber",
+    delta: float = 1e-3,
+    starts: int = 64,
+    seed: int = 0,
+) -> Fit:
+    """One fit of every family of the table; raises ScalingError on incomparable losses."""
     check_comparable(runs)
-    return bootstrap(fit(runs, law, objective, delta, starts, seed, share=share), draws, seed)
+    return fit(runs, law, objective, delta, starts, seed, usual_share(law) if share is None else share)
 
 
 def contrast(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.laws.base import Law
-from scaling.tables.runs import Runs, ScalingError, as_number
+from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, Runs, ScalingError, as_number
 
 GOLDEN = (np.sqrt(5) - 1) / 2
 SEARCH_STEPS = 34  # golden sections; 60 e-folds of N shrink to 5e-6, and the loss is flat to second order there
@@ -39,9 +39,16 @@ class Cost:
         grid = np.linspace(sizes[0], sizes[-1], COST_POINTS if len(sizes) > 1 else 1)
         return cls(grid, np.polyval(smooth, grid - middle))
 
+    def rate(self, n: np.ndarray | float) -> np.ndarray:
+        """FLOP per parameter and token at n parameters, shaped like n."""
+        return np.exp(np.interp(np.log(n), self.log_n, self.log_cost))
+
     def log_tokens(self, log_n: np.ndarray, log_flops: np.ndarray) -> np.ndarray:
         """log D that spends the whole budget at size log N."""
         return log_flops - log_n - np.interp(log_n, self.log_n, self.log_cost)
+
+
+SIX_N_D = Cost(np.zeros(1), np.log([FLOPS_PER_PARAMETER_TOKEN]))  # for laws that are assumed and have no runs
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,35 @@ def test_known_crossing_is_found():
     assert f"{c.crossover.low:.1e}" in verdict(c)[0]
 
 
+def test_a_known_crossing_moves_with_what_a_family_pays():
+    """Transformer++ pays 1.3 times 6 N D, so that its frontier at C is the one it would have at C / 1.3."""
+    truth, factor = crossing_truth(1e21), 1.3
+
+    def best(family, flops):
+        floor, a, b, alpha, beta = truth[family]
+        n = np.geomspace(1e3, 1e13, 20_001)
+        return (floor + a / n**alpha + b / (flops / 6 / n) ** beta).min()
+
+    budgets = np.geomspace(1e18, 1e22, 801)
+    ahead = [best("matmul-free", c) < best("transformer++", c / factor) for c in budgets]
+    expected = budgets[ahead.index(True)]
+    assert expected < 0.3e21
+    own = {"matmul-free": (tuple(np.geomspace(2e6, 5e8, 7)), (10, 30, 60))}
+    for designs in ({}, own):
+        rows = ladder_rows(SIZES, (5, 20, 80), 1e-6, truth=truth, factors={"transformer++": factor}, designs=designs)
+        c = compare(Runs.from_rows(rows), "transformer++", "matmul-free", draws=20)
+        assert c.draws.paired is not bool(designs)
+        assert np.log10(c.crossover.estimate) == pytest.approx(np.log10(expected), abs=0.02)
+
+
+def test_a_law_without_a_floor_shares_nothing_unless_told_to(wide_ladder):
+    c = compare(wide_ladder, "transformer++", "matmul-free", draws=5, law="kaplan")
+    assert c.fit.share == ()
+    assert compare(wide_ladder, "transformer++", "matmul-free", draws=5).fit.share == ("E",)
+    with pytest.raises(ScalingError, match="cannot share 'E'"):
+        compare(wide_ladder, "transformer++", "matmul-free", ("E",), draws=5, law="kaplan")
+
+
 def test_parallel_laws_do_not_cross():
     truth = {"transformer++": (1.8, 180.0, 420.0, 0.34, 0.37), "matmul-free": (1.8, 220.0, 420.0, 0.34, 0.37)}
     rows = ladder_rows(sizes=SIZES, ratios=(5, 20, 80), truth=truth, noise=1e-4)
