@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -108,18 +109,49 @@ class Fit:
         """(n,) log observed minus log fitted loss."""
         return np.log(self.runs["loss"]) - self.model.value(self.theta[None])[0]
 
-    def predict(self, N: np.ndarray | float, D: np.ndarray | float, family: str | None = None) -> np.ndarray:
-        """Loss in nats per token at N parameters and D tokens."""
-        return self.predict_theta(self.theta[None], N, D, family)[0]
+    def predict(
+        self, N: np.ndarray | float, D: np.ndarray | float, family: str | None = None, **known: Any
+    ) -> np.ndarray:
+        """(n,) losses at N parameters and D tokens, in the unit of the table; `known` as for `predict_theta`."""
+        return self.predict_theta(self.theta[None], N, D, family, **known)[0]
 
     def predict_theta(
-        self, theta: np.ndarray, N: np.ndarray | float, D: np.ndarray | float, family: str | None = None
+        self,
+        theta: np.ndarray,
+        N: np.ndarray | float,
+        D: np.ndarray | float,
+        family: str | None = None,
+        flops: np.ndarray | float | None = None,
+        unique: np.ndarray | float | None = None,
+        precision: str = "",
     ) -> np.ndarray:
-        """(K, n) losses for centred vectors (K, P)."""
-        columns = self.model.index[self.families.index(family) if family else 0]
-        points = np.broadcast_arrays(np.atleast_1d(N), np.atleast_1d(D))
-        features = self.law.features_at(np.log(points[0]), np.log(points[1]), self.centre)
-        return np.exp(self.law.value(theta[:, columns], features))
+        """(K, n) losses for centred vectors (K, P).
+
+        flops, unique (tokens) and precision are for the laws that depend on them; without them the family's own
+        precision counts where it has one, and tokens are all new where its runs repeat none. Raises ScalingError where
+        the law needs one of them all the same.
+        """
+        family = family or self.families[0]
+        law = self.law
+        if law.beside:
+            fresh, own = habits(self.runs.family(family))
+            law = law.given(fresh if unique is None else unique, precision or own)
+        known = [np.nan if value is None else value for value in (flops, unique)]
+        log_n, log_d, log_c, _ = np.log(np.broadcast_arrays(np.atleast_1d(N), np.atleast_1d(D), *known))
+        features = law.features_at(log_n, log_d, self.centre, None if flops is None else log_c)
+        return np.exp(law.value(theta[:, self.columns(family)], features))
+
+    def predict_rows(self, theta: np.ndarray, runs: Runs, family: str) -> np.ndarray:
+        """(K, n) losses of one family's curve at the rows of a table, with every column that the law depends on."""
+        return np.exp(self.law.value(theta[:, self.columns(family)], self.law.features(runs, self.centre)))
+
+    def columns(self, family: str) -> np.ndarray:
+        """(p,) places of one family's parameters in the joint vector."""
+        return self.model.index[self.families.index(family)]
+
+    def frontier_law(self, family: str) -> Law:
+        """The law along one family's frontier: new tokens only, and the precision of its runs."""
+        return self.law.given(np.inf, habits(self.runs.family(family))[1]) if self.law.beside else self.law
 
 
 def fit(
@@ -154,6 +186,18 @@ def fit(
     return replace(fitted, gates=tuple(gates_of(fitted)))
 
 
+def habits(part: Runs) -> tuple[float | None, str]:
+    """What a family's runs take for granted: unique tokens (inf: no run repeats any; None: some do) and the precision
+    of the weights ("" where there is none, or several)."""
+    kinds = part.kinds("precision")
+    return None if repeats_tokens(part) else np.inf, kinds[0] if len(kinds) == 1 else ""
+
+
+def repeats_tokens(part: Runs) -> bool:
+    """Whether some run saw a token twice; a blank U says that none did."""
+    return "U" in part.columns and bool((part["U"] < part["D"]).any())
+
+
 def check_rows(runs: Runs, model: Model) -> None:
     """Refuses tables on which some parameter has no data at all."""
     for family in runs.families:
@@ -170,6 +214,26 @@ def check_rows(runs: Runs, model: Model) -> None:
                 raise ScalingError(f"family {family!r} has a single value of {name}: its effect cannot be fitted")
         if np.ptp(part["loss"]) == 0:
             raise ScalingError(f"family {family!r}: all losses are identical, there is nothing to fit")
+    check_beside(runs, model)
+
+
+def check_beside(runs: Runs, model: Model) -> None:
+    """Refuses rows among which nothing tells what repetition or precision is worth, to each family that has its own
+    parameter for it, or to all that share one."""
+    law = model.law
+    if not law.beside:
+        return
+    last = model.index[:, -1]
+    for place in np.unique(last):
+        part = runs.select(np.concatenate([r for r, own in zip(model.rows, last, strict=True) if own == place]))
+        if law.beside == "U" and not repeats_tokens(part):
+            raise ScalingError(f"no run repeats its tokens (U below D): law {law.name!r} has nothing to fit R_D to")
+        if law.beside == "precision" and len(part.kinds("precision")) < 2:
+            kinds = ", ".join(part.kinds("precision"))
+            raise ScalingError(
+                f"a single precision ({kinds}) tells nothing of what bits are worth: law {law.name!r} needs two, "
+                f"in one family or in families that share {','.join(law.names)}"
+            )
 
 
 def check_conventions(part: Runs, family: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from scaling.fitting.approaches import IsoFlop, isoflop
 from scaling.fitting.fit import Fit, Gate, fit, ladder_gate
+from scaling.laws.forms import law_named
 from scaling.lint import Finding, lint
 from scaling.report.provenance import provenance_block
 from scaling.report.views import (
@@ -81,9 +82,9 @@ class Analysis:
     """What was found. gates: every check; verdict: the sentences at the top.
 
     Per family: fits, draws, profiles (likelihood intervals), variants (sensitivity), influences (n,), isoflops, views,
-    allocations. joint: draws of the joint fit of all families, None for a lone one; pairs: every other family against
-    the baseline; others: the pairs without the baseline; lone_test: the back-test of a lone family; steps: nested
-    models of all families, None for a lone one or a law other than Chinchilla's.
+    allocations (none for a law of compute alone). joint: draws of the joint fit of all families, None for a lone one;
+    pairs: every other family against the baseline; others: the pairs without the baseline; lone_test: the back-test of
+    a lone family; steps: nested models of all families, None for a lone one or a law other than Chinchilla's.
     """
 
     runs: Runs
@@ -154,7 +155,7 @@ def analyse(runs: Runs, settings: Settings, known: Mapping[str, Any]) -> Analysi
         verdict=tuple(pairs_verdict(joint, ordered, pairs, steps) if joint else lone_verdict(ordered[0], lone, gates)),
         provenance=provenance_block(runs, fits, sampled, known, s.draws, s.seed),
         views=tuple(view for view, _ in seen),
-        allocations=tuple(allocation for _, allocation in seen),
+        allocations=tuple(allocation for _, allocation in seen) if law_named(s.law).has_allocation else (),
     )
 
 
@@ -179,16 +180,21 @@ def tested(runs: Runs, s: Settings) -> BackTest:
 def pair_analysis(joint: Draws, a: str, b: str, s: Settings) -> Pair:
     """Everything about one family against the baseline."""
     runs = pick_families(joint.fit.runs, (a, b))
-    axes = {axis: contrast(joint, a, b, axis, prices=s.prices) for axis in available_axes(runs, s.prices)}
+    offered = available_axes(runs, s.prices, joint.fit.law)
+    axes = {axis: contrast(joint, a, b, axis, prices=s.prices) for axis in offered}
     test, main = tested(runs, s), axes["flops"]
     views = {axis: difference_view(c, test if axis == "flops" else None) for axis, c in axes.items()}
-    along = {"optimal": main} | {path: contrast(joint, a, b, along=path) for path in fixed_paths(runs)}
+    along = {"optimal": main} | {path: contrast(joint, a, b, along=path) for path in fixed_paths(joint.fit)}
     paths = {path: (c, profile_crossing(c, min(SIMULATIONS, s.draws), s.seed)) for path, c in along.items()}
     return Pair(axes, paths, test, break_even(main), views)
 
 
-def fixed_paths(runs: Runs) -> list[str]:
-    """The middle ratio of tokens to parameters and the largest size of a table, as paths to compare along."""
+def fixed_paths(joint: Fit) -> list[str]:
+    """The middle ratio of tokens to parameters and the largest size of a table, as paths to compare along; none for a
+    law of compute alone."""
+    if not joint.law.has_allocation:
+        return []
+    runs = joint.runs
     ratio = float(np.exp(np.median(np.log(runs["D"] / runs["N"]))))
     return [f"ratio={ratio:.2g}", f"size={runs['N'].max():.3g}"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling.fitting.fit import Fit
+from scaling.fitting.fit import Fit, habits
 from scaling.report.analysis import Analysis, Pair
 from scaling.report.forecast import calibration_steps, run_noise
 from scaling.report.ledger import Forecast, digest_of, scores
@@ -97,6 +97,7 @@ def family_json(
 ) -> dict[str, Any]:
     """One family's fit in full precision, with what a forecast needs."""
     family = fitted.families[0]
+    fresh, precision = habits(fitted.runs)
     return {
         "law": fitted.law.name,
         "parameters": fitted.family_params(family),
@@ -108,6 +109,9 @@ def family_json(
         "bootstrap": bootstrap_json(draws),
         "rows": len(fitted.runs),
         "largest_flops_6nd": float(6 * (fitted.runs["N"] * fitted.runs["D"]).max()),
+        "largest_flops": float(fitted.runs["flops"].max()),
+        "repeats_tokens": fresh is None,
+        "precision": precision,
         "centre": fitted.centre.tolist(),
         "theta": fitted.theta.tolist(),
         "run_noise": run_noise(fitted),

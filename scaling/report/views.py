@@ -114,12 +114,12 @@ def family_view(draws: Draws, family: str, place: int) -> tuple[FamilyView, Allo
 
 def supported(runs: Runs, found: Frontier, span: tuple[float, float]) -> np.ndarray:
     """(M,) whether runs stand behind the frontier at each budget: the budget lies within `span`, and the best size and
-    number of tokens within those that were trained, with 10 % to spare."""
+    number of tokens, for laws that know one, within those that were trained, with 10 % to spare."""
     budget = np.exp(found.log_flops)
     inside = (budget >= span[0] / SLACK) & (budget <= span[1] * SLACK)
     for name, best in (("N", found.log_n[0]), ("D", found.log_d[0])):
         trained = np.log(runs[name])
-        inside &= (best >= trained.min() - SPARE) & (best <= trained.max() + SPARE)
+        inside &= np.isnan(best) | ((best >= trained.min() - SPARE) & (best <= trained.max() + SPARE))
     return inside
 
 
@@ -140,8 +140,8 @@ def size_lines(fit: Fit, runs: Runs, family: str, cost: Cost) -> list[tuple[np.n
     for n in sizes if len(sizes) <= 12 else []:
         d = runs["D"][runs["N"] == n]
         tokens = np.geomspace(d.min() / 1.15, d.max() * 1.15, 24)
-        factor = np.exp(np.interp(np.log(n), cost.log_n, cost.log_cost))
-        lines.append((factor * n * tokens, fit.predict(n, tokens, family)))
+        flops = cost.rate(n) * n * tokens
+        lines.append((flops, fit.predict(n, tokens, family, flops=flops, unique=np.inf)))
     return lines
 
 

@@ -37,6 +37,7 @@ from scaling.report.summary import terminal_summary
 from scaling.tables.runs import Runs
 from scaling.uncertainty.sensitivity import delta_from_noise, objective_text
 from scaling.verdict.costs import CITED, Prices
+from scaling.verdict.frontier import Cost
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,13 @@ def next_forecasts(found: Analysis) -> list[tuple[tuple[str, float, float], Any]
     """What this table's fits say of the next size of each family's ladder."""
     out = []
     for family, fitted in found.fits.items():
-        draws = found.draws[family]
-        forecaster = Forecaster.of(family_json(fitted, draws, found.test_of(family)), draws.theta)
-        for n, d in next_cells(found.runs.family(family)):
+        draws, part = found.draws[family], found.runs.family(family)
+        forecaster, cost = Forecaster.of(family_json(fitted, draws, found.test_of(family)), draws.theta), Cost.of(part)
+        if set(forecaster.asks) - {"flops"}:  # nobody can say how often the next size will see its tokens
+            continue
+        for n, d in next_cells(part):
             if not holds_cell(found.runs, family, n, d):
-                out.append(((family, n, d), forecaster.at(n, d)))
+                out.append(((family, n, d), forecaster.at(n, d, flops=float(cost.rate(n) * n * d))))
     return out
 
 
@@ -135,12 +138,13 @@ def write_figures(found: Analysis, out: Path, curves: plot.Curves | None) -> Non
     figures = {
         "loss": plot.loss_figure(found.views, curves),
         "residuals": plot.residual_figure(found.fits, found.views),
-        "allocation": diagnostics.allocation_figure(found.allocations),
         "sensitivity": diagnostics.sensitivity_figure(found.variants, found.views),
         "influence": diagnostics.influence_figure(found.fits, found.influences, found.views),
         "starts": starts_figure(found.fits, found.views),
-        "approaches": approaches_figure(found.views, found.allocations),
     }
+    if found.allocations:
+        figures["allocation"] = diagnostics.allocation_figure(found.allocations)
+        figures["approaches"] = approaches_figure(found.views, found.allocations)
     for pair in found.pairs:
         tail = found.tail(pair.main.b)
         figures[f"difference{tail}"] = plot.difference_figure(pair.views["flops"])

@@ -10,6 +10,7 @@ There the noise is drawn from a model of it instead ("parametric": noise.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -49,9 +50,11 @@ class Draws:
         """Percentile intervals of the raw parameters by joint name."""
         return {name: interval(values, level) for name, values in self.raw().items()}
 
-    def predict(self, N: np.ndarray | float, D: np.ndarray | float, family: str | None = None) -> np.ndarray:
-        """(K, n) losses of the mean curve in each draw."""
-        return self.fit.predict_theta(self.theta, N, D, family)
+    def predict(
+        self, N: np.ndarray | float, D: np.ndarray | float, family: str | None = None, **known: Any
+    ) -> np.ndarray:
+        """(K, n) losses of the mean curve in each draw; `known` as for `Fit.predict_theta`."""
+        return self.fit.predict_theta(self.theta, N, D, family, **known)
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:

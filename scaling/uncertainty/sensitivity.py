@@ -111,8 +111,17 @@ def influence(fitted: Fit) -> np.ndarray:
     target = fitted.objective.target(fitted.runs["loss"])
     start = np.repeat(fitted.theta[None], len(rows), axis=0)
     theta = refit(fitted.model, fitted.objective, target, weight, start, bounds_of(fitted.model, fitted.runs["loss"]))
-    largest = int(np.argmax(fitted.runs["flops"]))
-    n, d = (fitted.runs[name][largest] * np.sqrt(10.0) for name in ("N", "D"))
+    further = enlarged(fitted.runs.select(np.array([np.argmax(fitted.runs["flops"])])), np.sqrt(10.0))
     change = np.zeros(len(fitted.runs))
-    change[rows] = fitted.predict_theta(theta, n, d)[:, 0] / fitted.predict(n, d)[0] - 1
+    left, kept = (fitted.predict_rows(x, further, fitted.families[0])[:, 0] for x in (theta, fitted.theta[None]))
+    change[rows] = left / kept - 1
     return change
+
+
+def enlarged(runs: Runs, times: float) -> Runs:
+    """The same runs at so many times the parameters and tokens, as often repeated, and the square of that in
+    compute."""
+    scale = {"N": times, "D": times, "U": times, "flops": times**2}
+    return replace(
+        runs, columns=runs.columns | {name: runs[name] * x for name, x in scale.items() if name in runs.columns}
+    )

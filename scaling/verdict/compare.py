@@ -12,7 +12,7 @@ from scaling.fitting.fit import Fit, Gate, fit, ladder_gate
 from scaling.laws.forms import usual_share
 from scaling.tables.runs import BITS, Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap
-from scaling.verdict.costs import AXES, CITED, Prices, axis_cost
+from scaling.verdict.costs import AXES, CITED, Prices, axis_cost, lacking
 from scaling.verdict.crossing import LEVEL, Crossover, crossover
 from scaling.verdict.frontier import Cost, Frontier, frontier_along
 
@@ -148,6 +148,9 @@ def contrast(
     "size=1e9" (parameters). `horizon` (in units of the axis) ends the search for crossings.
     """
     joint = sampled.fit
+    reason = lacking(pick_families(joint.runs, (a, b)), axis, prices, joint.law)
+    if reason:
+        raise ScalingError(f"axis {axis!r} {reason}")
     spent = {f: axis_cost(joint.runs.family(f), axis, prices) for f in (a, b)}
     costs = {f: Cost.of(joint.runs.family(f), spent[f]) for f in (a, b)}
     measured = measured_range(spent[a], spent[b])
@@ -199,9 +202,9 @@ def compute_grid(*ends: float) -> np.ndarray:
 def family_frontier(
     joint: Fit, theta: np.ndarray, family: str, cost: Cost, log_flops: np.ndarray, along: str = "optimal"
 ) -> Frontier:
-    """One family's frontier for joint vectors (K, P)."""
-    own = theta[:, joint.model.index[joint.families.index(family)]]
-    return frontier_along(along, joint.law, own, joint.centre, cost, log_flops)
+    """One family's frontier for joint vectors (K, P); tokens are taken to be new, weights as precise as its runs'."""
+    own = theta[:, joint.columns(family)]
+    return frontier_along(along, joint.frontier_law(family), own, joint.centre, cost, log_flops)
 
 
 def own_gates(joint: Fit, a: str, b: str) -> list[Gate]:

@@ -120,7 +120,7 @@ def question(fitted: Fit, noise: Noise, target: float | None = None) -> Question
 
 def check_plannable(law: Law) -> None:
     """A ladder is sizes and tokens; a law that asks for more leaves its runs undefined."""
-    if set(law.inputs) != {"N", "D"} or law.beside:
+    if not law.has_allocation or law.beside:
         raise ScalingError(f"a ladder is planned in N and D, and law {law.name!r} is not a function of these two alone")
 
 
