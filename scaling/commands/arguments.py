@@ -103,8 +103,8 @@ def pair_of(a: argparse.Namespace, runs: Runs) -> tuple[str, str]:
 def axis_arguments(verb: argparse.ArgumentParser) -> None:
     """What two families are compared at equal amounts of, and along which path."""
     verb.add_argument("--horizon", type=positive, help="cost up to which a crossing is looked for")
-    verb.add_argument("--axis", default="flops", choices=sorted(AXES), help="what is compared at equal amounts")
-    verb.add_argument("--along", default="optimal", help="optimal, ratio=20 (tokens a parameter) or size=1e9")
+    verb.add_argument("--axis", choices=sorted(AXES), help="what is compared at equal amounts (default flops)")
+    verb.add_argument("--along", help="optimal (default), ratio=20 (tokens a parameter) or size=1e9")
     price_arguments(verb)
 
 

@@ -25,6 +25,7 @@ from scaling.commands.arguments import (
 from scaling.commands.output import OK, exit_code, print_gates, print_json
 from scaling.commands.report import full_report
 from scaling.report.artefact import comparison_json, crossover_json
+from scaling.tables.runs import ScalingError
 from scaling.verdict.break_even import break_even
 from scaling.verdict.compare import Comparison, compare, pick_families
 from scaling.verdict.crossing_profile import profile_crossing
@@ -51,14 +52,13 @@ def comparison(a: argparse.Namespace) -> Comparison:
     first, second = pair_of(a, runs)
     delta = delta_of(a, pick_families(runs, (first, second)))
     options = {"law": a.law, "objective": a.objective, "delta": delta, "horizon": a.horizon}
-    axes = {"axis": a.axis, "along": a.along, "prices": prices_of(a)}
+    axes: dict[str, Any] = {"axis": a.axis or "flops", "along": a.along or "optimal", "prices": prices_of(a)}
     return compare(runs, first, second, shared(a), a.draws, a.seed, **options, **axes)
 
 
 def run_compare(a: argparse.Namespace) -> int:
     if a.out:
-        runs = read_table(a)
-        return full_report(a, runs, share=shared(a), baseline=a.a, prices=prices_of(a), gate=True)
+        return written(a)
     c = comparison(a)
     price = break_even(c) if c.axis == "flops" else None
     if a.json:
@@ -70,6 +70,19 @@ def run_compare(a: argparse.Namespace) -> int:
     print(objective_line(a, c.fit.objective))
     print_gates(c.gates)
     return exit_code(c.gates)
+
+
+def written(a: argparse.Namespace) -> int:
+    """The report of the pair that --b asks for, or of all families; it shows every axis and path that the table has."""
+    for flag in ("axis", "along", "horizon"):
+        if getattr(a, flag):
+            raise ScalingError(
+                f"--{flag} answers on the terminal or as --json; --out writes every axis and path there is"
+            )
+    runs = read_table(a)
+    pair = pair_of(a, runs)
+    chosen = pick_families(runs, pair) if a.b else runs
+    return full_report(a, chosen, share=shared(a), baseline=pair[0] if a.b else a.a, prices=prices_of(a), gate=True)
 
 
 def run_crossover(a: argparse.Namespace) -> int:
@@ -86,7 +99,7 @@ def run_crossover(a: argparse.Namespace) -> int:
     print(f"share of draws in which the order never changes before {x.horizon:.1e} {c.unit}: {x.p_none:.3f}")
     above, by = (bound_text(bound, c.unit) for bound in (x.lower_bound(), x.upper_bound()))
     print(f"one-sided 95 % bounds: {c.b} takes the lead above {above}; it leads by {by}")
-    for flops in 10.0 ** np.arange(np.ceil(np.log10(c.measured[0])), np.log10(x.horizon) + 1e-9):
+    for flops in 10.0 ** np.arange(np.ceil(np.log10(c.flops[0])), np.log10(x.horizon) + 1e-9):
         print(f"  P({c.b} leads for good by {flops:.0e} {c.unit}) = {x.p_before(flops):.3f}")
     print(objective_line(a, c.fit.objective))
     return OK

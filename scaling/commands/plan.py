@@ -43,7 +43,7 @@ from scaling.verdict.plan import (
 )
 from scaling.verdict.power import Power, designs_of, joined, own_designs, power, truths_of
 
-ENOUGH = {"log10 C*": 0.3, "difference": 0.002}  # sd of what is asked that decides: decades; nats
+ENOUGH = {"log10 C*": 0.3, "difference": 0.002}  # sd of what is asked that decides: decades; the unit of the losses
 SIZES_OFFERED = 24
 VALUES_SHOWN = 5
 DRAWS = 200  # of every simulated ladder
@@ -53,7 +53,7 @@ def add(verbs: Any) -> None:
     plan = new_verb(verbs, "plan", run_plan, "the cheapest ladder that would decide the crossing")
     common_arguments(plan)
     plan.add_argument("--budget", type=positive, required=True, help="FLOP for all planned runs of both families")
-    plan.add_argument("--target-sd", type=positive, help="sd that is enough (default 0.3 decades, or 0.002 nats)")
+    plan.add_argument("--target-sd", type=positive, help="sd that is enough (default 0.3 decades, or 0.002 of loss)")
     plan.add_argument("--max-run", type=positive, default=float("inf"), help="FLOP that one run may cost")
     plan.add_argument("--max-memory", type=positive, default=float("inf"), help="bytes of weights and optimizer state")
     plan.add_argument("--max-hours", type=positive, default=float("inf"), help="hours that one run may take")
@@ -151,4 +151,5 @@ def power_of(a: argparse.Namespace, q: Question, trunks: Sequence[Trunk], keep: 
     if keep:
         own = own_designs(q.fit)
         designs = {family: joined(own[family], cells) for family, cells in designs.items()}
-    return power(truths_of(q.fit), designs, q.noise, q.target, a.ladders, a.seed, q.fit.share, a.draws, a.law)
+    unit = q.fit.runs.loss_unit
+    return power(truths_of(q.fit), designs, q.noise, q.target, a.ladders, a.seed, q.fit.share, a.draws, a.law, unit)

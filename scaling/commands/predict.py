@@ -16,7 +16,7 @@ from scaling.laws.forms import law_named
 from scaling.report.artefact import read_draws, read_fit_json
 from scaling.report.forecast import Forecaster, Prediction
 from scaling.report.ledger import FILE, holds_cell, made_of, read_ledger, record, write_ledger
-from scaling.tables.runs import Runs, ScalingError
+from scaling.tables.runs import NATS, NATS_PER_TOKEN, Runs, ScalingError
 
 
 def add(verbs: Any) -> None:
@@ -48,7 +48,7 @@ def run(a: argparse.Namespace) -> int:
     for name, p in out.items():
         within = p.extrapolation <= 1
         beyond = "within the fitted range" if within else f"{p.extrapolation:.3g} times the largest fitted compute"
-        print(f"{name}: {p.loss:.4f} nats per token, 95 % {p.low:.4f} to {p.high:.4f}; {beyond}")
+        print(f"{name}: {p.loss:.4f} {loss_label(data['families'][name])}, 95 % {p.low:.4f} to {p.high:.4f}; {beyond}")
         widened = f", widened {p.factor:.2f} times by the back-test" if p.factor > 1 else ""
         print(f"  a new run there: 95 % {p.run_low:.4f} to {p.run_high:.4f}{widened}")
         if not within:
@@ -56,6 +56,12 @@ def run(a: argparse.Namespace) -> int:
     if recorded:
         print(f"recorded in {folder / FILE}, to be scored when the run is in a report's table")
     return OK
+
+
+def loss_label(entry: Mapping[str, Any]) -> str:
+    """Unit of a stored fit's losses; fits from before it was stored are in nats."""
+    unit = entry.get("loss_unit", NATS)
+    return NATS_PER_TOKEN if unit == NATS else unit
 
 
 def check_told(law: Law, a: argparse.Namespace) -> None:

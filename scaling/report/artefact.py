@@ -112,6 +112,7 @@ def family_json(
         "largest_flops": float(fitted.runs["flops"].max()),
         "repeats_tokens": fresh is None,
         "precision": precision,
+        "loss_unit": fitted.runs.loss_unit,
         "centre": fitted.centre.tolist(),
         "theta": fitted.theta.tolist(),
         "run_noise": run_noise(fitted),
@@ -205,7 +206,7 @@ def crossover_json(c: Comparison, profile: Profile | None = None) -> dict[str, A
 def break_even_json(price: BreakEven) -> dict[str, Any]:
     """kappa* along compute; None where B does not reach A's loss before the horizon."""
     curves = {name: [finite(v) for v in getattr(price, name)] for name in ("flops", "estimate", "low", "high")}
-    return {"ternary_share": price.share} | curves
+    return curves | {"ternary_share": price.share.tolist()}
 
 
 def read_draws(path: Path) -> dict[str, np.ndarray]:

@@ -90,7 +90,7 @@ def crossing_rows(c: Comparison, profile: Profile) -> tuple[list[str], list[list
         [f"P({c.b} leads throughout)", f"{x.p_always:.3f}"],
         [f"P({c.b} does not lead at {x.horizon:.0e} {unit})", f"{x.p_never:.3f}"],
     ]
-    tens = 10.0 ** np.arange(np.ceil(np.log10(c.measured[0])), np.log10(x.horizon) + 1e-9)
+    tens = 10.0 ** np.arange(np.ceil(np.log10(c.flops[0])), np.log10(x.horizon) + 1e-9)
     chances = [[f"P({c.b} leads for good by {at:.0e} {unit})", f"{x.p_before(at):.3f}"] for at in tens]
     return ["crossing", "value"], rows + chances
 
@@ -103,7 +103,8 @@ def path_rows(paths: Mapping[str, tuple[Comparison, Profile]]) -> tuple[list[str
         names = {"ratio": f"{number} tokens a parameter", "size": f"{short(float(number or 0))} parameters"}
         by_draws = ends_text(c.crossover.low, c.crossover.high, c.unit)
         by_profile = ends_text(profile.low, profile.high, c.unit)
-        chances = [f"{c.p_b_better[c.within][-1]:.3f}", f"{c.crossover.p_none:.3f}"]
+        last = int(np.argmin(np.abs(np.log(c.flops / c.measured[1]))))
+        chances = [f"{c.p_b_better[last]:.3f}", f"{c.crossover.p_none:.3f}"]
         rows.append([names.get(kind, "best allocation"), by_draws, by_profile, *chances])
     some = next(iter(paths.values()))[0]
     better = f"P({some.b} better), largest measured"
@@ -182,7 +183,7 @@ def terminal_summary(
 ) -> str:
     """Runs, fitted parameters with intervals, verdict, how forecasts did; lines no longer than `width`."""
     header, rows = paired_rows(runs)
-    out = ["RUNS  held-out loss, nats per token"]
+    out = [f"RUNS  held-out loss, {runs.loss_label}"]
     if len(rows) <= LONG_TABLE:
         out += columns(header, rows, width)
     else:

@@ -46,12 +46,13 @@ class FamilyView:
 
 @dataclass(frozen=True)
 class DifferenceView:
-    """Difference of two frontiers, nats, and the share of draws in which B is better, over budgets `flops` (M,) in
-    `unit`. measured (M,): where both best allocations are ones that runs support."""
+    """Difference of two frontiers, in `loss_label`, and the share of draws in which B is better, over budgets `flops`
+    (M,) in `unit`. measured (M,): where both best allocations are ones that runs support."""
 
     a: str
     b: str
     unit: str
+    loss_label: str
     headline: str
     flops: np.ndarray
     value: np.ndarray
@@ -181,7 +182,20 @@ def difference_view(c: Comparison, test: BackTest | None = None) -> DifferenceVi
             wider = value + factor * (low - value), value + factor * (high - value)
     chance = c.p_b_better[keep]
     return DifferenceView(
-        c.a, c.b, c.unit, headline(c), flops, value, low, high, chance, measured, c.measured[1], ends, wider
+        c.a,
+        c.b,
+        c.unit,
+        c.fit.runs.loss_label,
+        headline(c),
+        flops,
+        value,
+        low,
+        high,
+        chance,
+        measured,
+        c.measured[1],
+        ends,
+        wider,
     )
 
 

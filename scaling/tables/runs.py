@@ -30,7 +30,7 @@ TEXT = (
     "reason",
 )
 BOOLEAN = ("ended", "excluded", "embedding_counted")  # the last: whether N holds the input embedding
-BITS = "bits per byte"
+BITS, NATS, NATS_PER_TOKEN = "bits per byte", "nats", "nats per token"
 CONVENTIONS = (
     "tokenizer",
     "val_set",
@@ -58,7 +58,7 @@ class Runs:
     """A validated table of runs.
 
     `columns` maps a name to an array of one entry per row: float64 for numbers (NaN where missing), object (str) for
-    text. Always there: run_id, family, cluster (text); N, D, loss, flops (float64; parameters, tokens, nats per token,
+    text. Always there: run_id, family, cluster (text); N, D, loss, flops (float64; parameters, tokens, see `loss_unit`,
     floating-point operations). `notes` says what was derived rather than read; `set_aside` keeps the rows that the
     `excluded` column removed.
     """
@@ -155,6 +155,17 @@ class Runs:
     def families(self) -> list[str]:
         """Family names in order of first appearance."""
         return list(dict.fromkeys(self.columns["family"].tolist()))
+
+    @property
+    def loss_unit(self) -> str:
+        """What the losses are in, as the table states it: nats (also where it is silent) or bits per byte."""
+        kinds = self.kinds("loss_unit")
+        return kinds[0] if len(kinds) == 1 and kinds != [NATS_PER_TOKEN] else NATS
+
+    @property
+    def loss_label(self) -> str:
+        """The same for an axis: nats are per token."""
+        return NATS_PER_TOKEN if self.loss_unit == NATS else self.loss_unit
 
     def select(self, rows: np.ndarray) -> Runs:
         """The rows picked by a boolean mask or an index array."""

@@ -26,7 +26,8 @@ class Comparison:
     """B against A along budgets. Arrays over the grid `flops` (M,), in units of the axis; draws have shape (K, M).
 
     difference: loss of B minus loss of A on the two frontiers, nats per token; below zero B is better. measured: (low,
-    high) budget that both families' runs span. The fit may hold more families than these two.
+    high) budget that both families' runs span; low lies above high where there is none, see `overlap`. The fit may hold
+    more families than these two.
     """
 
     a: str
@@ -64,6 +65,11 @@ class Comparison:
     def p_b_better(self) -> np.ndarray:
         """(M,) share of draws in which B's frontier lies below A's."""
         return (self.difference_draws < 0).mean(axis=0)
+
+    @property
+    def overlap(self) -> bool:
+        """Whether any budget lies within the runs of both families."""
+        return self.measured[0] <= self.measured[1]
 
     @property
     def within(self) -> np.ndarray:
@@ -154,10 +160,10 @@ def contrast(
     spent = {f: axis_cost(joint.runs.family(f), axis, prices) for f in (a, b)}
     costs = {f: Cost.of(joint.runs.family(f), spent[f]) for f in (a, b)}
     measured = measured_range(spent[a], spent[b])
-    horizon = horizon or measured[1] * 10**HORIZON_DECADES
-    if horizon < measured[1]:
-        raise ScalingError(f"the horizon {horizon:.3g} lies below the dearest run, {measured[1]:.3g} {AXES[axis]}")
-    log_flops = compute_grid(measured[0], *([measured[1]] if measured[1] < horizon else []), horizon)
+    horizon = horizon or max(measured) * 10**HORIZON_DECADES
+    if horizon < max(measured):
+        raise ScalingError(f"the horizon {horizon:.3g} lies below the dearest run, {max(measured):.3g} {AXES[axis]}")
+    log_flops = compute_grid(*sorted({*measured, horizon}))
     point = {f: family_frontier(joint, joint.theta[None], f, costs[f], log_flops, along) for f in (a, b)}
     drawn = {f: family_frontier(joint, sampled.theta, f, costs[f], log_flops, along) for f in (a, b)}
     found = crossover(log_flops, point[b].loss - point[a].loss, drawn[b].loss - drawn[a].loss)
@@ -184,10 +190,9 @@ def check_comparable(runs: Runs) -> None:
 
 
 def measured_range(one: np.ndarray, two: np.ndarray) -> tuple[float, float]:
-    """Cost that the runs of both families span; falls back to the union when they do not overlap."""
-    low, high = max(one.min(), two.min()), min(one.max(), two.max())
-    both = np.concatenate([one, two])
-    return (float(low), float(high)) if low < high else (float(both.min()), float(both.max()))
+    """Cost that the runs of both families span: from the higher of their least to the lower of their largest, the first
+    being the larger where they have none in common."""
+    return float(max(one.min(), two.min())), float(min(one.max(), two.max()))
 
 
 def compute_grid(*ends: float) -> np.ndarray:

@@ -113,11 +113,3 @@ def arithmetic_energy(runs: Runs, prices: Prices = CITED) -> np.ndarray:
     present: Sequence[str] = counted_classes(runs)
     picojoules = [prices.energies[column.removeprefix("flops_")].picojoules for column in present]
     return 1e-12 * np.array(picojoules) @ np.stack([runs[column] for column in present])
-
-
-def ternary_share(runs: Runs) -> float:
-    """Share of operations that are ternary accumulations (median over runs); 0 where they are not counted for every
-    run, and nothing can be said of their price."""
-    if "flops_ternary" not in runs.columns or np.isnan(runs["flops_ternary"]).any():
-        return 0.0
-    return float(np.median(runs["flops_ternary"] / runs["flops"]))

@@ -62,7 +62,8 @@ class Trunk:
 @dataclass(frozen=True)
 class Plan:
     """Trunks chosen, what they cost in FLOP, sd of what is asked now and with them, and where it is asked: the compute
-    at which the fitted frontiers cross, or the target (`asked` = "log10 C*" or "difference")."""
+    at which the fitted frontiers cross, or the target (`asked` = "log10 C*" or "difference"); unit of the
+    difference."""
 
     trunks: tuple[Trunk, ...]
     flops: float
@@ -70,6 +71,7 @@ class Plan:
     sd_then: float
     target: float
     asked: str
+    unit: str
 
     def lines(self) -> list[str]:
         """The plan as text, one trunk a line."""
@@ -77,7 +79,7 @@ class Plan:
         for t in self.trunks:
             out.append(f"{t.n:>10.3g}  {', '.join(f'{r:g}' for r in t.ratios):<28}{t.flops:>20.2e}")
         change = f"{self.sd_now:.3g} now, {self.sd_then:.3g} with these runs"
-        what = "log10 C*" if self.asked == "log10 C*" else f"the difference at {self.target:.1e} FLOP (nats)"
+        what = "log10 C*" if self.asked == "log10 C*" else f"the difference at {self.target:.1e} FLOP ({self.unit})"
         out.append(f"total {self.flops:.2e} FLOP; sd of {what}: {change}")
         return out
 
@@ -265,7 +267,7 @@ def cheapest(
         raise ScalingError(f"{now}: that is enough, or no candidate lowers it")
     ordered = tuple(sorted(chosen, key=lambda t: t.n))
     total = sum(t.flops for t in chosen)
-    return Plan(ordered, total, pool.spread([]), pool.spread(chosen), q.target, q.asked)
+    return Plan(ordered, total, pool.spread([]), pool.spread(chosen), q.target, q.asked, q.fit.runs.loss_unit)
 
 
 def greedy(pool: Pool, options: Sequence[Trunk], budget: float, target_sd: float) -> list[Trunk]:

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from scaling.fitting.fit import Fit
+from scaling.tables.runs import NATS
 from scaling.uncertainty.simulate import AnyTruths, Cells, Noise, Truth, draw
 from scaling.verdict.compare import Comparison, compare, family_frontier
 from scaling.verdict.plan import Trunk
@@ -20,7 +21,8 @@ REACH = 1e3  # how far beyond target and largest run a crossing of a simulated l
 class Power:
     """Simulated ladders: share whose 95 % interval of the difference at the target excludes zero; share whose interval
     of the crossing is closed; half the middle 68 % of log10 C*, those without a crossing counted as infinite (hence inf
-    where they are many); share without one; rms error of the difference at the target, nats."""
+    where they are many); share without one; rms error of the difference at the target, in `unit`, that of the
+    losses."""
 
     ladders: int
     target: float
@@ -29,6 +31,7 @@ class Power:
     sd_log_crossing: float
     p_none: float
     rms_difference: float
+    unit: str = NATS
 
     def lines(self) -> list[str]:
         """The result as text."""
@@ -38,7 +41,7 @@ class Power:
             f"  P(the interval of the difference at {self.target:.1e} FLOP excludes zero) = {self.p_sign:.2f}",
             f"  P(the interval of the crossing is closed on both sides) = {self.p_crossing:.2f}",
             f"  P(no crossing is fitted) = {self.p_none:.2f}; sd of log10 C*: {spread}",
-            f"  rms error of the difference there: {self.rms_difference:.4f} nats",
+            f"  rms error of the difference there: {self.rms_difference:.4f} {self.unit}",
         ]
 
 
@@ -84,11 +87,12 @@ def power(
     share: Sequence[str] | None = None,
     draws: int = 200,
     law: str = "chinchilla",
+    unit: str = NATS,
 ) -> Power:
     """Trains nothing: draws the ladder of two families that often, fits and compares each as the real one would be.
 
-    The true difference at `target` FLOP is that of the same comparison of a ladder without noise. Raises ScalingError
-    where the ladder is too small to fit `law` to.
+    `unit` is that of the truths' losses. The true difference at `target` FLOP is that of the same comparison of a
+    ladder without noise. Raises ScalingError where the ladder is too small to fit `law` to.
     """
 
     def simulated(level: Noise, key: int | list[int], count: int) -> Comparison:
@@ -108,14 +112,14 @@ def power(
         closed.append(bool(np.isfinite(c.crossover.high) and c.crossover.low > 0))
         points.append(c.crossover.estimate)
         errors.append(gaps_at(c, c.fit.theta[None], target)[0] - truth)
-    low, high = np.quantile(np.maximum(points, exact.measured[0]), [0.16, 0.84], method="nearest")
+    low, high = np.quantile(np.maximum(points, exact.flops[0]), [0.16, 0.84], method="nearest")
     rms = float(np.sqrt(np.mean(np.square(errors))))
     none = float(np.isinf(points).mean())
     half = float(np.log10(high / low) / 2) if np.isfinite(high) else np.inf
-    return Power(ladders, target, float(np.mean(signs)), float(np.mean(closed)), half, none, rms)
+    return Power(ladders, target, float(np.mean(signs)), float(np.mean(closed)), half, none, rms, unit)
 
 
 def gaps_at(c: Comparison, theta: np.ndarray, flops: float) -> np.ndarray:
-    """(K,) difference of the frontiers, nats, at exactly this budget, for joint vectors (K, P)."""
+    """(K,) difference of the frontiers at exactly this budget, for joint vectors (K, P)."""
     ends = [family_frontier(c.fit, theta, f, c.costs[f], np.log([flops])).loss[:, 0] for f in (c.a, c.b)]
     return ends[1] - ends[0]

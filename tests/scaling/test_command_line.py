@@ -175,6 +175,37 @@ def test_an_exponent_that_the_design_cannot_give_is_a_dash(tables, tmp_path, cap
     assert "IsoFLOP two budgets" not in out
 
 
+def test_compare_writes_the_report_of_the_pair_that_is_asked_for(tables, tmp_path, capsys):
+    extra = [r | {"family": "third", "run_id": f"third-{r['run_id']}"} for r in ladder_rows(noise=0.003, seed=1)[:12]]
+    table = str(write_csv(tmp_path / "three.csv", [*ladder_rows(noise=0.003), *extra]))
+    asked = ["compare", table, "--a", "third", "--b", "matmul-free", "--draws", "20", "--out", str(tmp_path / "out")]
+    assert main(asked) == 2
+    found = json.loads((tmp_path / "out" / "fit.json").read_text())
+    assert list(found["families"]) == ["third", "matmul-free"]
+    assert (found["comparisons"][0]["a"], found["comparisons"][0]["b"]) == ("third", "matmul-free")
+    capsys.readouterr()
+    for flag in (["--axis", "flops-6nd"], ["--along", "ratio=20"], ["--horizon", "1e25"]):
+        assert main([*asked, *flag]) == 1
+        assert f"{flag[0]} answers on the terminal or as --json" in capsys.readouterr().err
+
+
+def test_laws_without_a_floor_are_compared_without_further_flags(tables, capsys):
+    assert main(["compare", str(tables[1]), "--law", "kaplan", "--draws", "20", "--json"]) in (0, 2)
+    assert json.loads(capsys.readouterr().out)["share"] == []
+
+
+def test_predictions_and_plans_name_the_unit_of_the_losses(tmp_path, capsys):
+    table = write_csv(tmp_path / "runs.csv", [r | {"loss_unit": "bits per byte"} for r in ladder_rows(noise=0.003)])
+    assert main(["report", str(table), "--draws", "20", "--out", str(tmp_path / "out")]) == 0
+    assert main(["predict", str(tmp_path / "out"), "--N", "2e6", "--D", "4e7"]) == 0
+    said = capsys.readouterr().out
+    assert " bits per byte, 95 %" in said
+    main(["plan", str(table), "--budget", "1e17", "--target", "1e16", "--ladders", "2", "--draws", "20"])
+    said += capsys.readouterr().out
+    assert "(bits per byte)" in said
+    assert "nats" not in said + (tmp_path / "out" / "report.md").read_text()
+
+
 def test_an_interrupted_verb_says_so(tables, monkeypatch, capsys):
     def stopped(*_):
         raise KeyboardInterrupt
@@ -188,6 +219,8 @@ def test_plot_and_lint(tables):
     picture = tables[2] / "curves.png"
     assert call("plot", tables[0], "--x", "flops", "--out", picture).returncode == 0
     assert picture.stat().st_size > 5_000
+    done = call("plot", tables[0], "--x", "N", "--out", picture, "--json")
+    assert json.loads(done.stdout) == {"file": str(picture), "x": "N", "runs": {"transformer++": 12, "matmul-free": 12}}
     linted = call("lint", tables[0])
     assert linted.returncode == 0
     assert "ladder too small" in linted.stdout
