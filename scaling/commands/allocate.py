@@ -21,6 +21,7 @@ from scaling.commands.output import exit_code, print_gates, print_json
 from scaling.fitting.approaches import envelope_exponent, isoflop
 from scaling.fitting.fit import fit, ladder_gate
 from scaling.fitting.solve import objective_named
+from scaling.lint import lint_gates
 from scaling.tables.runs import Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap, interval
 from scaling.verdict.compare import family_frontier
@@ -73,7 +74,7 @@ def run(a: argparse.Namespace) -> int:
             raise ScalingError(f"law {a.law!r} is not a function of N and D: it has no best allocation")
         sampled[family] = bootstrap(fitted, a.draws, a.seed)
         out[family] = [allocation(sampled[family], runs.family(family), flops) for flops in a.C]
-        gates += [*fitted.gates, ladder_gate(runs, family)]
+        gates += [*fitted.gates, ladder_gate(runs, family), *lint_gates(runs.family(family))]
     if a.json:
         print_json({family: [asdict(x) for x in found] for family, found in out.items()})
     else:

@@ -74,7 +74,7 @@ def fit_arguments(verb: argparse.ArgumentParser, draws: int = 2000, drawn: str =
     verb.add_argument(
         "--delta",
         type=threshold,
-        help="Huber threshold on log loss (default auto: from the noise of the runs that are fitted, but not below "
+        help="Huber threshold on log loss (default auto: from the noise of the table, but not below "
         f"{CUSTOMARY_DELTA:g}, with which published fits are made)",
     )
     verb.add_argument("--draws", type=count, default=draws, help=f"{drawn} (default {draws})")
@@ -149,7 +149,7 @@ def positive_setting(text: str, flag: str) -> float:
 
 
 def delta_of(a: argparse.Namespace, runs: Runs) -> float:
-    """The Huber threshold asked for, or that of the noise of these rows, which are to be fitted."""
+    """The Huber threshold asked for, or that of the noise of the table: the same whichever families a verb fits."""
     return delta_from_noise(runs, a.law) if a.delta is None else a.delta
 
 

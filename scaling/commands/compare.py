@@ -50,7 +50,7 @@ def comparison(a: argparse.Namespace) -> Comparison:
     """The comparison that the flags ask for."""
     runs = read_table(a)
     first, second = pair_of(a, runs)
-    delta = delta_of(a, pick_families(runs, (first, second)))
+    delta = delta_of(a, runs)
     options = {"law": a.law, "objective": a.objective, "delta": delta, "horizon": a.horizon}
     axes: dict[str, Any] = {"axis": a.axis or "flops", "along": a.along or "optimal", "prices": prices_of(a)}
     return compare(runs, first, second, shared(a), a.draws, a.seed, **options, **axes)

@@ -86,7 +86,7 @@ def asked(a: argparse.Namespace) -> Question:
     check_plannable(law_named(a.law))
     runs = read_table(a)
     pair = pick_families(runs, pair_of(a, runs))
-    fitted = joint_fit(pair, shared(a), a.law, a.objective, delta_of(a, pair), seed=a.seed)
+    fitted = joint_fit(pair, shared(a), a.law, a.objective, delta_of(a, runs), seed=a.seed)
     return question(fitted, noise_of(fitted, misfit=a.misfit), a.target)
 
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from scaling.fitting.second import second_solution
 from scaling.fitting.solve import (
+    AT_BOUND,
     Objective,
     evaluate,
-    gradient,
+    free_gradient,
     linearised,
     minimise,
     multistart,
@@ -45,7 +46,8 @@ class Gate:
 class Certificate:
     """Why the optimum is believed; `success` flags of libraries play no part.
 
-    objective: the minimised sum. gradient: largest cosine between residuals and a Jacobian column. agreeing, starts:
+    objective: the minimised sum. gradient: largest cosine between residuals and a Jacobian column,
+    those that a bound holds back left out. agreeing, starts:
     how many starts ended within 1e-6 of the best. moved: distance to the nearest start. bounds_hit: parameters at the
     box. second_solver_gap: relative objective of VarPro minus ours. condition: of the centred Gauss-Newton matrix.
     correlation: the largest between two parameters of one family. gaps: relative excess of each start's objective over
@@ -200,49 +202,45 @@ def repeats_tokens(part: Runs) -> bool:
 
 def check_rows(runs: Runs, model: Model) -> None:
     """Refuses tables on which some parameter has no data at all."""
-    for family in runs.families:
-        part = runs.family(family)
-        check_conventions(part, family)
-        law_size, inputs = len(model.law.names), model.law.inputs
-        if len(part) <= law_size:
-            raise ScalingError(
-                f"family {family!r} has {len(part)} rows; law {model.law.name!r} has {law_size} parameters "
-                "and needs more rows than that"
-            )
-        for name in inputs:
-            if len(np.unique(part["flops" if name == "C" else name])) < 2:
-                raise ScalingError(f"family {family!r} has a single value of {name}: its effect cannot be fitted")
-        if np.ptp(part["loss"]) == 0:
-            raise ScalingError(f"family {family!r}: all losses are identical, there is nothing to fit")
-    check_beside(runs, model)
-
-
-def check_beside(runs: Runs, model: Model) -> None:
-    """Refuses rows among which nothing tells what repetition or precision is worth, to each family that has its own
-    parameter for it, or to all that share one."""
-    law = model.law
-    if not law.beside:
-        return
+    faults = [row_fault(runs.family(family), model.law) for family in runs.families]
     last = model.index[:, -1]
-    for place in np.unique(last):
-        part = runs.select(np.concatenate([r for r, own in zip(model.rows, last, strict=True) if own == place]))
-        if law.beside == "U" and not repeats_tokens(part):
-            raise ScalingError(f"no run repeats its tokens (U below D): law {law.name!r} has nothing to fit R_D to")
-        if law.beside == "precision" and len(part.kinds("precision")) < 2:
-            kinds = ", ".join(part.kinds("precision"))
-            raise ScalingError(
-                f"a single precision ({kinds}) tells nothing of what bits are worth: law {law.name!r} needs two, "
-                f"in one family or in families that share {','.join(law.names)}"
-            )
+    for place in np.unique(last) if model.law.beside else []:  # families that share the parameter tell of it together
+        sharing = [rows for rows, own in zip(model.rows, last, strict=True) if own == place]
+        faults.append(beside_fault(runs.select(np.concatenate(sharing)), model.law))
+    fault = next(filter(None, faults), "")
+    if fault:
+        raise ScalingError(fault)
 
 
-def check_conventions(part: Runs, family: str) -> None:
-    """Refuses rows of one family that were counted or measured in different ways."""
+def row_fault(part: Runs, law: Law) -> str:
+    """Why the rows of one family cannot support a law at all; "" where they can."""
+    family = part["family"][0]
     for name in CONVENTIONS:
         kinds = part.kinds(name)
         if len(kinds) > 1:
             mixed = f"family {family!r} mixes {name} ({', '.join(kinds[:4])})"
-            raise ScalingError(f"{mixed}, so that its rows do not compare: keep one with --where {name}=VALUE")
+            return f"{mixed}, so that its rows do not compare: keep one with --where {name}=VALUE"
+    if len(part) <= len(law.names):
+        has = f"family {family!r} has {len(part)} rows; law {law.name!r} has {len(law.names)} parameters"
+        return f"{has} and needs more rows than that"
+    for name in law.inputs:
+        if len(np.unique(part["flops" if name == "C" else name])) < 2:
+            return f"family {family!r} has a single value of {name}: its effect cannot be fitted"
+    if np.ptp(part["loss"]) == 0:
+        return f"family {family!r}: all losses are identical, there is nothing to fit"
+    return ""
+
+
+def beside_fault(part: Runs, law: Law) -> str:
+    """Why rows cannot tell what repetition or precision is worth, to a law that asks; "" where they can."""
+    if law.beside == "U" and not repeats_tokens(part):
+        return f"no run repeats its tokens (U below D): law {law.name!r} has nothing to fit R_D to"
+    if law.beside == "precision" and len(part.kinds("precision")) < 2:
+        return (
+            f"a single precision ({', '.join(part.kinds('precision'))}) tells nothing of what bits are worth: law "
+            f"{law.name!r} needs two, in one family or in families that share {','.join(law.names)}"
+        )
+    return ""
 
 
 def bounds_of(model: Model, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -299,10 +297,10 @@ def finish(
     target, weight = objective.target(loss), np.ones(len(loss))
     theta, _ = minimise(model, objective, target, weight, start[None], box, iterations=40)
     best = polish(model, objective, target, weight, theta[0], box)
-    _, size = gradient(model, objective, best[None], target, weight)
+    size = free_gradient(model, objective, best, target, weight, box)
     value = float(evaluate(model, objective, best[None], target, weight)[0])
     condition, correlation = conditioning(model, objective, best)
-    measured = replace(certificate, objective=value, gradient=float(size[0]))
+    measured = replace(certificate, objective=value, gradient=size)
     return best, replace(measured, condition=condition, correlation=correlation)
 
 
@@ -327,12 +325,12 @@ def certify(
     weight, target = np.ones(len(loss)), objective.target(loss)
     value = float(evaluate(model, objective, theta[None], target, weight)[0])
     floor = float(objective.rho(np.full((1, len(loss)), 1e-9), weight)[0])  # below this a fit is exact to rounding
-    _, size = gradient(model, objective, theta[None], target, weight)
+    at_box = (theta <= box[0] + AT_BOUND) | (theta >= box[1] - AT_BOUND)
+    size = free_gradient(model, objective, theta, target, weight, box)
     condition, correlation = conditioning(model, objective, theta)
-    at_box = (theta <= box[0] + 1e-9) | (theta >= box[1] - 1e-9)
     return Certificate(
         objective=value,
-        gradient=0.0 if value <= floor else float(size[0]),
+        gradient=0.0 if value <= floor else size,
         agreeing=int((values <= max(value, floor) * (1 + AGREEMENT)).sum()),
         starts=len(values),
         moved=float(np.abs(starts - theta).max(axis=1).min()),
@@ -364,6 +362,7 @@ def conditioning(model: Model, objective: Objective, theta: np.ndarray) -> tuple
 def gates_of(fitted: Fit) -> list[Gate]:
     """Convergence gates and physical sense, with sentences."""
     c = fitted.certificate
+    at_bound = f", with {', '.join(c.bounds_hit)} at its bound here," if c.bounds_hit else ""
     return [
         Gate("moved", c.moved > 1e-9, f"distance from the nearest start {c.moved:.2g}"),
         Gate(
@@ -371,13 +370,13 @@ def gates_of(fitted: Fit) -> list[Gate]:
         ),
         Gate(
             "gradient",
-            c.gradient < GRADIENT_LIMIT or bool(c.bounds_hit),
+            c.gradient < GRADIENT_LIMIT,
             f"scale-free gradient {c.gradient:.1e} (limit {GRADIENT_LIMIT:g})",
         ),
         Gate(
             "second solver",
-            abs(c.second_solver_gap) < AGREEMENT or bool(c.bounds_hit),
-            f"the independent solver ends {c.second_solver_gap:+.1e} of the objective away",
+            abs(c.second_solver_gap) < AGREEMENT,
+            f"the independent solver{at_bound} ends {c.second_solver_gap:+.1e} of the objective away",
         ),
         *[identified_gate(fitted, family) for family in fitted.families],
     ]
@@ -386,7 +385,8 @@ def gates_of(fitted: Fit) -> list[Gate]:
 def identified_gate(fitted: Fit, family: str) -> Gate:
     """An optimum without physical sense predicts, but its exponents mean nothing."""
     params, part = fitted.family_params(family), fitted.runs.family(family)
-    faults = [f"{name} at its bound" for name in fitted.certificate.bounds_hit if name in fitted.names]
+    own = [fitted.names[place] for place in fitted.columns(family)]
+    faults = [f"{name} at its bound" for name in fitted.certificate.bounds_hit if name in own]
     floor = params.get("E", 0.0)
     if "E" in params and floor < 1e-3 * part["loss"].min():
         faults.append("E has gone to zero")

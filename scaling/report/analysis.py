@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from scaling.fitting.approaches import IsoFlop, isoflop
 from scaling.fitting.fit import Fit, Gate, fit, ladder_gate
 from scaling.laws.forms import law_named
-from scaling.lint import Finding, lint
+from scaling.lint import Finding, lint, lint_gates
 from scaling.report.provenance import provenance_block
 from scaling.report.views import (
     AllocationView,
@@ -113,8 +114,14 @@ class Analysis:
         return [pair.test for pair in self.pairs] or ([self.lone_test] if self.lone_test else [])
 
     def tail(self, family: str) -> str:
-        """Ending of the file names of a pair's figures: nothing where there is one pair, else the second family."""
-        return "" if len(self.pairs) < 2 else f"-{family}"
+        """Ending of the file names of a pair's figures: nothing where there is one pair, else the second family, or its
+        number where the name is none for a file or would be another's."""
+        if len(self.pairs) < 2:
+            return ""
+        names = [re.sub(r"[^\w.+-]", "_", pair.main.b).lower() for pair in self.pairs]
+        place = [pair.main.b for pair in self.pairs].index(family)
+        plain = re.fullmatch(r"[\w.+-]+", family) and names.count(names[place]) == 1
+        return f"-{family}" if plain else f"-{names[place]}-{place + 1}"
 
     def test_of(self, family: str) -> BackTest | None:
         """The back-test that a family took part in; the baseline's first one."""
@@ -204,6 +211,7 @@ def report_gates(runs: Runs, fits: Mapping[str, Fit], joint: Draws | None, pairs
     own = [(f, g) for f in fits for g in fits[f].gates]
     out = [Gate(g.name if "[" in g.name else f"{g.name} [{f}]", g.passed, g.message) for f, g in own]
     out += [ladder_gate(runs, family) for family in fits]
+    out += lint_gates(runs)
     if joint is not None:
         out += [Gate(f"joint fit: {g.name}", g.passed, g.message) for g in joint.fit.gates]
     for c in (pair.main for pair in pairs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -209,13 +209,22 @@ def break_even_json(price: BreakEven) -> dict[str, Any]:
     return curves | {"ternary_share": price.share.tolist()}
 
 
+def write_draws(folder: Path, draws: Mapping[str, np.ndarray]) -> None:
+    """Each family's centred draws (K, P) as draws.npz. The names of families are data, stored beside the arrays: as
+    names inside the archive they could be paths, or arguments of NumPy's."""
+    arrays = {f"theta_{k}": theta for k, theta in enumerate(draws.values())}
+    np.savez_compressed(folder / "draws.npz", families=np.array(list(draws)), **arrays)  # type: ignore[arg-type]
+
+
 def read_draws(path: Path) -> dict[str, np.ndarray]:
     """Each family's centred draws (K, P), from the draws.npz beside a fit.json; raises ScalingError."""
     path = (path if path.is_dir() else path.parent) / "draws.npz"
     if not path.is_file():
         raise ScalingError(f"no {path}: an interval needs the draws that the report wrote beside fit.json")
     with np.load(path, allow_pickle=False) as stored:
-        return dict(stored)
+        if "theta_0" not in stored:  # reports from before the names were stored apart
+            return dict(stored)
+        return {str(family): stored[f"theta_{k}"] for k, family in enumerate(stored["families"])}
 
 
 def read_fit_json(path: Path) -> dict[str, Any]:

@@ -197,9 +197,11 @@ def influence_table(found: Analysis) -> str:
 
 def findings_table(found: Analysis) -> str:
     """What lint has to say about the design."""
-    rows = [[page.escape(f.name), page.escape(f.severity), page.escape(f.message)] for f in found.findings]
+    rows = [[page.escape(x) for x in (f.name, f.severity, f.message, f.listed())] for f in found.findings]
     return (
-        page.table(["design", "kind", "finding"], rows, wrap=[2]) if rows else "<p class='soft'>No design faults.</p>"
+        page.table(["design", "kind", "finding", "rows"], rows, wrap=[2, 3])
+        if rows
+        else "<p class='soft'>No design faults.</p>"
     )
 
 

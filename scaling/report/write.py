@@ -9,14 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from scaling.fitting.fit import Gate
 from scaling.report import diagnostics, plot
 from scaling.report.agreement import starts_figure
 from scaling.report.analysis import Analysis, Settings, analyse
 from scaling.report.approaches import approaches_figure
-from scaling.report.artefact import family_json, fit_json, read_draws, read_fit_json
+from scaling.report.artefact import family_json, fit_json, read_draws, read_fit_json, write_draws
 from scaling.report.forecast import Forecaster
 from scaling.report.html import html_page
 from scaling.report.ledger import (
@@ -97,7 +95,7 @@ def write_report(
     data = fit_json(found, ledger)
     write_figures(found, out, curves)
     (out / "fit.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    np.savez_compressed(out / "draws.npz", **{f: d.theta for f, d in found.draws.items()})  # type: ignore[arg-type]
+    write_draws(out, {family: draws.theta for family, draws in found.draws.items()})
     (out / "report.html").write_text(html_page(found, title, ledger, curves), encoding="utf-8")
     (out / "report.md").write_text(markdown(found, title, ledger), encoding="utf-8")
     runs.write_csv(out / "runs.csv")

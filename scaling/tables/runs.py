@@ -90,7 +90,8 @@ class Runs:
         rows = rename_columns(rows, columns or {})
         unit = {"loss_unit": BITS} if (columns or {}).get("loss") == "bpb" else {}
         rows = [row | unit | dict(constants or {}) for row in rows]
-        rows = [row for row in rows if all(holds(row, condition) for condition in parse_where(where))]
+        present = dict.fromkeys(name for row in rows for name in row)
+        rows = [row for row in rows if all(holds(row, condition, present) for condition in parse_where(where))]
         return replace(cls.from_rows(rows, allow_midrun), source=Path(path).name, sha256=digest)
 
     @classmethod
@@ -228,17 +229,19 @@ def parse_where(where: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, str
     return parsed
 
 
-def holds(row: Mapping[str, Any], condition: tuple[str, str, str]) -> bool:
-    """Whether a row meets a condition, as numbers where both sides are numbers."""
+def holds(row: Mapping[str, Any], condition: tuple[str, str, str], present: Iterable[str]) -> bool:
+    """Whether a row meets a condition, as numbers where both sides are numbers; what the row leaves out of the columns
+    `present` in the table is blank. Raises ScalingError on a column that is not."""
     name, sign, value = condition
-    if name not in row:
-        raise ScalingError(f"--where: the table has no column {name!r}{nearest(name, row)}")
-    have, want = as_number(row[name]), as_number(value)
+    if name not in present:
+        raise ScalingError(f"--where: the table has no column {name!r}{nearest(name, present)}")
+    cell = row.get(name, "")
+    have, want = as_number(cell), as_number(value)
     if have is not None and want is not None:
         return bool(COMPARISONS[sign](have, want))
     if sign not in {"=", "!="}:
         return False
-    return bool(COMPARISONS[sign](str(row[name]).lower(), value.lower()))
+    return bool(COMPARISONS[sign](str(cell).lower(), value.lower()))
 
 
 def as_number(value: Any) -> float | None:

@@ -94,9 +94,7 @@ def bootstrap_large(fit: Fit, draws: int, seed: int, method: str) -> Draws:
     """Draws of a random subset of the clusters, their deviations shrunk by sqrt(m / n): m out of n bootstrap (Bickel,
     Goetze & van Zwet 1997). A table this large has small errors, and refits of all its rows would take hours."""
     rng = np.random.default_rng(seed)
-    names, place = np.unique(fit.runs["cluster"].astype(str), return_inverse=True)
-    kept = np.isin(place, rng.permutation(len(names))[: max(1, len(names) * LARGE_TABLE // len(fit.runs))])
-    rows = np.flatnonzero(kept)[:LARGE_TABLE]
+    rows = np.sort(np.concatenate([sampled_clusters(fit, family, rng) for family in fit.families]))
     model, loss = fit.model.subset(rows), fit.runs["loss"][rows]
     target, weight = fit.objective.target(loss), np.ones(len(rows))
     theta, _ = minimise(model, fit.objective, target, weight, fit.theta[None], bounds_of(model, loss), 100)
@@ -104,6 +102,16 @@ def bootstrap_large(fit: Fit, draws: int, seed: int, method: str) -> Draws:
     drawn = bootstrap(part, draws, seed, method)
     shrink = np.sqrt(len(rows) / len(fit.runs))
     return replace(drawn, fit=fit, theta=fit.theta + shrink * (drawn.theta - theta[0]))
+
+
+def sampled_clusters(fit: Fit, family: str, rng: np.random.Generator) -> np.ndarray:
+    """Row numbers of one family's clusters, drawn at random until they fill its part of LARGE_TABLE; what of the last
+    one would go beyond it is left out, at random."""
+    room = max(len(fit.law.names) + 1, LARGE_TABLE * int((fit.runs["family"] == family).sum()) // len(fit.runs))
+    rows, labels = np.flatnonzero(fit.runs["family"] == family), fit.runs["cluster"].astype(str)
+    _, place = np.unique(labels[rows], return_inverse=True)
+    order = np.lexsort((rng.random(len(rows)), rng.permutation(place.max() + 1)[place]))
+    return rows[order[:room]]
 
 
 def cluster_labels(runs: Runs, families: tuple[str, ...]) -> tuple[np.ndarray, bool]:

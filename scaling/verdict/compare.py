@@ -10,6 +10,7 @@ import numpy as np
 
 from scaling.fitting.fit import Fit, Gate, fit, ladder_gate
 from scaling.laws.forms import usual_share
+from scaling.lint import lint_gates
 from scaling.tables.runs import BITS, Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap
 from scaling.verdict.costs import AXES, CITED, Prices, axis_cost, lacking
@@ -216,7 +217,12 @@ def own_gates(joint: Fit, a: str, b: str) -> list[Gate]:
     """Checks of the fit that concern these two families, and whether each ladder is large enough."""
     others = [f"[{family}]" for family in joint.families if family not in (a, b)]
     kept = [gate for gate in joint.gates if not any(gate.name.endswith(other) for other in others)]
-    return [*kept, ladder_gate(joint.runs, a), ladder_gate(joint.runs, b)]
+    return [
+        *kept,
+        ladder_gate(joint.runs, a),
+        ladder_gate(joint.runs, b),
+        *lint_gates(pick_families(joint.runs, (a, b))),
+    ]
 
 
 def spread_gate(sampled: Draws, a: str, b: str) -> Gate:

@@ -1,6 +1,7 @@
 """`python -m scaling` as a user runs it."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -97,6 +98,22 @@ def test_one_table_gives_one_answer_by_every_route(tables, reported, capsys):
     assert {f: e["parameters"] for f, e in found.items()} == {f: e["parameters"] for f, e in report["families"].items()}
     main(["compare", str(tables[0]), "--draws", "100", "--json"])
     assert json.loads(capsys.readouterr().out)["difference"] == report["comparisons"][0]["difference"]
+
+
+def test_a_table_of_three_families_has_one_threshold_by_every_route(tables, tmp_path, capsys):
+    """The third family is far noisier: a threshold of those two alone would be another."""
+    noisy = {"third": (1.8, 200.0, 420.0, 0.34, 0.37)}
+    rows = [*ladder_rows(noise=0.003), *ladder_rows(noise=0.03, truth=noisy, seed=3)]
+    table = str(write_csv(tmp_path / "three.csv", rows))
+    said = []
+    for verb in ("fit", "compare", "crossover", "backtest"):
+        main([verb, table, "--draws", "20"])
+        said.append(re.search(r"delta ([\d.]+) from the noise", capsys.readouterr().out).group(1))
+    assert main(["report", table, "--draws", "20", "--out", str(tmp_path / "out")]) == 0
+    said.append(re.search(r"delta ([\d.]+) from the noise", capsys.readouterr().out).group(1))
+    assert len(set(said)) == 1, said
+    main(["compare", str(tables[0]), "--draws", "20"])
+    assert f"delta {said[0]} " not in capsys.readouterr().out
 
 
 def test_a_threshold_that_is_given_is_the_one_used(tables, capsys):
