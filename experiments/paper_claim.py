@@ -3,7 +3,8 @@
     python -m experiments.paper_claim --out docs
 
 A few minutes on one CPU core; no training. Writes paper-claim.csv and paper-claim.png, which docs/paper-claim.md
-explains. Expect: the two lines as drawn cross near 8e22 FLOP, refits of the same end points at 3e24 or 3e28, their
+explains. Expect: the two lines as drawn cross at 8.0e22 FLOP by their rounded coefficients
+(CLAIM, 7.7e22, is the same point before rounding), refits of the same end points at 3e24 or 3e28, their
 intervals have no upper end, and a ladder that would settle the question.
 """
 
@@ -40,7 +41,7 @@ PAPER_RUNS = ((3.7e8, 15e9), (1.3e9, 100e9), (2.7e9, 100e9))
 
 READING_SD = 0.02  # nats; how well points can be read off a curve of this width
 RUN_NOISE = 0.003  # sd of log loss about a smooth law, the least that published ladders show
-CLAIM = 7.7e22  # FLOP at which the lines as drawn cross
+CLAIM = 7.7e22  # FLOP at which the digitised lines cross; DRAWN, rounded to four digits, crosses at 8.0e22
 LATEST = 1e24  # FLOP before which a crossing is asked for
 GAP_AT = 1.75e21  # FLOP of the largest end points, where MatMul-free is GAP behind
 GAP = 2.20 - 2.076
@@ -206,7 +207,9 @@ def ladder_rows(ladders: int) -> Iterator[Row]:
         f"{gap:+.3f}",
         f"{GAP:.3f} nats behind at {GAP_AT:.2e} FLOP, level at {CLAIM:.1e}",
     )
-    how = f"straight lines through 370M, 1.3B, 2.7B of laws that cross at 10^22.89, {RUN_NOISE:.1%} noise"
+    how = (
+        f"straight lines through 370M, 1.3B, 2.7B of laws that cross at 10^{np.log10(CLAIM):.2f}, {RUN_NOISE:.1%} noise"
+    )
     for step, laws in ((gap, claimed_laws()), (ORDINARY_GAP, crossing_at(CLAIM, ORDINARY_GAP))):
         yield spread_row(f"three sizes a family, alpha {step:+.2f}", three_sizes(laws), how)
     spent = sum(c for points in END_POINTS.values() for c, _ in points)

@@ -232,7 +232,10 @@ def read_fit_json(path: Path) -> dict[str, Any]:
     path = path / "fit.json" if path.is_dir() else path
     if not path.is_file():
         raise ScalingError(f"no fit.json at {path}")
-    data = json.loads(path.read_text())
-    if "families" not in data:
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ScalingError(f"{path} is not a fit.json: {error}") from error
+    if not isinstance(data, dict) or "families" not in data:
         raise ScalingError(f"{path} is not a fit.json: it has no 'families'")
     return data

@@ -29,17 +29,14 @@ MATCH_N, MATCH_D = np.log(1.3), np.log(1.05)  # how close two families' cells mu
 
 @dataclass(frozen=True)
 class Draws:
-    """Refits of one fit: theta (K, P) centred; method; clusters per family; paired: same multipliers across families.
-
-    freedom: degrees of freedom of the residual scale that widens the draws (inf for pairs).
-    """
+    """Refits of one fit: theta (K, P) centred; method; clusters per family; paired: same multipliers across
+    families."""
 
     fit: Fit
     theta: np.ndarray
     method: str
     clusters: tuple[int, ...]
     paired: bool
-    freedom: float
     seed: int
 
     def raw(self) -> dict[str, np.ndarray]:
@@ -75,19 +72,19 @@ def bootstrap(fit: Fit, draws: int = 2000, seed: int = 0, method: str = "auto") 
     if method == "auto":
         method = "pairs" if min(counts) >= MIN_CLUSTERS_FOR_PAIRS else "parametric"
     rng = np.random.default_rng(seed)
-    loss, freedom, weight = fit.runs["loss"], np.inf, np.ones(len(fit.runs))
+    loss, weight = fit.runs["loss"], np.ones(len(fit.runs))
     target: np.ndarray = fit.objective.target(loss)
     if method == "pairs":
         weight = pair_weights(labels, fit.runs["family"], paired, draws, rng)
     elif method in ("parametric", "wild"):
-        noise, freedom = (parametric_noise if method == "parametric" else wild_noise)(fit, labels, paired, draws, rng)
+        noise, _ = (parametric_noise if method == "parametric" else wild_noise)(fit, labels, paired, draws, rng)
         shifted = fit.model.value(fit.theta[None]) + noise
         target = shifted if fit.objective.log else np.exp(shifted)
     else:
         raise ScalingError(f"unknown bootstrap {method!r}; choose from auto, pairs, parametric, wild")
     start = np.repeat(fit.theta[None], draws, axis=0)
     theta = refit(fit.model, fit.objective, target, weight, start, bounds_of(fit.model, loss))
-    return Draws(fit, theta, method, counts, paired, freedom, seed)
+    return Draws(fit, theta, method, counts, paired, seed)
 
 
 def bootstrap_large(fit: Fit, draws: int, seed: int, method: str) -> Draws:
