@@ -99,7 +99,7 @@ def run_crossover(a: argparse.Namespace) -> int:
     print(f"share of draws in which the order never changes before {x.horizon:.1e} {c.unit}: {x.p_none:.3f}")
     above, by = (bound_text(bound, c.unit) for bound in (x.lower_bound(), x.upper_bound()))
     print(f"one-sided 95 % bounds: {c.b} takes the lead above {above}; it leads by {by}")
-    for flops in 10.0 ** np.arange(np.ceil(np.log10(c.flops[0])), np.log10(x.horizon) + 1e-9):
+    for flops in 10.0 ** np.arange(np.ceil(np.log10(c.budgets[0])), np.log10(x.horizon) + 1e-9):
         print(f"  P({c.b} leads for good by {flops:.0e} {c.unit}) = {x.p_before(flops):.3f}")
     print(objective_line(a, c.fit.objective))
     return OK

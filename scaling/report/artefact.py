@@ -172,7 +172,7 @@ def comparison_json(c: Comparison, profile: Profile | None = None, price: BreakE
         "crossover": crossover_json(c, profile),
         "break_even": break_even_json(price) if price else None,
         "difference": {
-            "budget": c.flops.tolist(),
+            "budget": c.budgets.tolist(),
             "value": c.difference.tolist(),
             "low": low.tolist(),
             "high": high.tolist(),
@@ -192,7 +192,7 @@ def crossover_json(c: Comparison, profile: Profile | None = None) -> dict[str, A
         "p_always": x.p_always,
         "p_reverse": x.p_reverse,
         "p_never": x.p_never,
-        "p_before": [[float(budget), x.p_before(float(budget))] for budget in c.flops],
+        "p_before": [[float(budget), x.p_before(float(budget))] for budget in c.budgets],
         "horizon": x.horizon,
         "unit": c.unit,
     }

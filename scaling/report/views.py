@@ -169,12 +169,12 @@ def runs_views(runs: Runs) -> list[FamilyView]:
 
 def difference_view(c: Comparison, test: BackTest | None = None) -> DifferenceView:
     """The difference from the lowest common compute to two decades beyond the largest, widened by the back-test."""
-    keep = c.flops <= c.measured[1] * 10**SHOWN_DECADES * 1.01
+    keep = c.budgets <= c.measured[1] * 10**SHOWN_DECADES * 1.01
     low, high = c.band(c.difference_draws[:, keep])
     sides = [supported(c.fit.runs.family(f), c.frontiers[f], c.measured) for f in (c.a, c.b)]
     measured = (sides[0] & sides[1])[keep]
     ends = (c.crossover.low, c.crossover.high)
-    flops, value = c.flops[keep], c.difference[keep]
+    flops, value = c.budgets[keep], c.difference[keep]
     wider = None
     if test is not None and test.of(DIFFERENCE):
         factor = test.factors(DIFFERENCE, np.log10(flops / c.measured[1]))

@@ -69,12 +69,12 @@ def break_even(c: Comparison, decades: float = 2.0) -> BreakEven | None:
     ternary = ternary_cost(c.fit.runs.family(c.b))
     if ternary is None or not c.fit.law.has_allocation:
         return None
-    shown = (c.flops >= min(c.measured)) & (c.flops <= max(c.measured) * 10**decades * 1.01)
-    log_c = np.log(c.flops[shown])
+    shown = (c.budgets >= min(c.measured)) & (c.budgets <= max(c.measured) * 10**decades * 1.01)
+    log_c = np.log(c.budgets[shown])
     estimate, share = price(c, c.fit.theta[None], log_c, ternary)
     drawn, _ = price(c, c.draws.theta, log_c, ternary)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return BreakEven(c.a, c.b, c.flops[shown], estimate[0], low, high, share[0])
+    return BreakEven(c.a, c.b, c.budgets[shown], estimate[0], low, high, share[0])
 
 
 def ternary_cost(runs: Runs) -> Cost | None:
@@ -86,7 +86,7 @@ def ternary_cost(runs: Runs) -> Cost | None:
 def price(c: Comparison, theta: np.ndarray, log_c: np.ndarray, ternary: Cost) -> tuple[np.ndarray, np.ndarray]:
     """kappa* and B's ternary share at the size it needs, (K, M) each, for joint vectors (K, P) at log budgets (M,)."""
     goal = family_frontier(c.fit, theta, c.a, c.costs[c.a], log_c, c.along).loss
-    wide = compute_grid(c.flops[0] / 10**BELOW, c.flops[-1])
+    wide = compute_grid(c.budgets[0] / 10**BELOW, c.budgets[-1])
     own = family_frontier(c.fit, theta, c.b, c.costs[c.b], wide, c.along)
     need = np.stack([np.interp(-g, -row, wide, right=np.inf) for g, row in zip(goal, own.loss, strict=True)])
     sizes = np.exp(np.stack([np.interp(x, wide, row) for x, row in zip(need, own.log_n, strict=True)]))

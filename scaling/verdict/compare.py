@@ -24,7 +24,7 @@ POINTS_PER_DECADE = 8
 
 @dataclass(frozen=True)
 class Comparison:
-    """B against A along budgets. Arrays over the grid `flops` (M,), in units of the axis; draws have shape (K, M).
+    """B against A along budgets. Arrays over the grid `budgets` (M,), in units of the axis; draws have shape (K, M).
 
     difference: loss of B minus loss of A on the two frontiers, nats per token; below zero B is better. measured: (low,
     high) budget that both families' runs span; low lies above high where there is none, see `overlap`. The fit may hold
@@ -34,7 +34,7 @@ class Comparison:
     a: str
     b: str
     draws: Draws
-    flops: np.ndarray
+    budgets: np.ndarray
     costs: dict[str, Cost]
     frontiers: dict[str, Frontier]
     frontier_draws: dict[str, Frontier]
@@ -76,7 +76,7 @@ class Comparison:
     def within(self) -> np.ndarray:
         """(M,) which points of the grid lie where both families were measured."""
         slack = 1 + 1e-9
-        return (self.flops >= self.measured[0] / slack) & (self.flops <= self.measured[1] * slack)
+        return (self.budgets >= self.measured[0] / slack) & (self.budgets <= self.measured[1] * slack)
 
     def band(self, values: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
         """Pointwise percentile band (M,), (M,) of draws (K, M)."""

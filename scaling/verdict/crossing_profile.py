@@ -135,7 +135,7 @@ def misfit(c: Comparison, theta: np.ndarray, log_budget: np.ndarray, target: np.
 def refined_grid(c: Comparison, free: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Log budgets (M,) and the fits held to them (M, P): a regular grid, then ever finer about the best of them, since
     a precise ladder's whole interval may lie between two points."""
-    low, high = np.log(c.flops[[0, -1]])
+    low, high = np.log(c.budgets[[0, -1]])
     grid = np.linspace(low, high, max(9, int(PER_DECADE * (high - low) / np.log(10)) + 1))
     met = smoothed(c, grid, constrained(c, np.repeat(free, len(grid), axis=0), grid, target), target)
     for _ in range(REFINEMENTS):

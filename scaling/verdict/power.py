@@ -112,7 +112,7 @@ def power(
         closed.append(bool(np.isfinite(c.crossover.high) and c.crossover.low > 0))
         points.append(c.crossover.estimate)
         errors.append(gaps_at(c, c.fit.theta[None], target)[0] - truth)
-    low, high = np.quantile(np.maximum(points, exact.flops[0]), [0.16, 0.84], method="nearest")
+    low, high = np.quantile(np.maximum(points, exact.budgets[0]), [0.16, 0.84], method="nearest")
     rms = float(np.sqrt(np.mean(np.square(errors))))
     none = float(np.isinf(points).mean())
     half = float(np.log10(high / low) / 2) if np.isfinite(high) else np.inf

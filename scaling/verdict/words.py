@@ -51,7 +51,7 @@ def gaining_sentence(c: Comparison) -> str:
     """What the draws say of B's taking the lead."""
     x = c.crossover
     if x.p_always > LEVEL:
-        span = f"{c.flops[0]:.1e} to {x.horizon:.0e} {c.unit}"
+        span = f"{c.budgets[0]:.1e} to {x.horizon:.0e} {c.unit}"
         return f"{c.b} has the lower loss at every budget from {span} (P = {x.p_always:.2f})."
     if np.isinf(x.lower_bound()):
         return f"{c.b} does not overtake {c.a} before {x.horizon:.0e} {c.unit} (P = {x.p_never:.2f})."
@@ -115,13 +115,13 @@ def on_matched_cells(c: Comparison) -> list[str]:
 
 def at_measured(c: Comparison) -> str:
     """The difference where there are data: at the largest budget that both families reached."""
-    k = int(np.argmin(np.abs(np.log(c.flops / c.measured[1]))))
+    k = int(np.argmin(np.abs(np.log(c.budgets / c.measured[1]))))
     low, high = (float(v[k]) for v in c.band(c.difference_draws))
     value, unit = float(c.difference[k]), c.fit.runs.loss_unit
     side = "higher" if value > 0 else "lower"
     clear = "" if low * high > 0 else ", which does not tell the two apart"
     return (
-        f"At {c.flops[k]:.1e} {c.unit}, the largest measured, {c.b} has a loss {abs(value):.3f} {unit} {side} "
+        f"At {c.budgets[k]:.1e} {c.unit}, the largest measured, {c.b} has a loss {abs(value):.3f} {unit} {side} "
         f"than {c.a} (95 % interval of the difference {low:+.3f} to {high:+.3f}){clear}."
     )
 

@@ -61,7 +61,7 @@ def test_break_even_price_takes_the_share_of_the_size_asked_about():
     for budget in (1e15, 1e17, 1e19):
         k = found.nearest(budget)
         path = c.frontiers["b"].log_n[0]
-        n = np.exp(np.interp(np.log(2 * found.flops[k]), np.log(c.flops), path))
+        n = np.exp(np.interp(np.log(2 * found.flops[k]), np.log(c.budgets), path))
         shares.append(share(n))
         assert found.share[k] == pytest.approx(share(n), abs=0.02)
         assert found.estimate[k] == pytest.approx((0.5 - (1 - share(n))) / share(n), abs=0.03)
@@ -88,7 +88,7 @@ def test_fixed_paths_evaluate_the_law(half_worth):
     for c in (ratio, size):
         path = c.frontiers["a"]
         n, d = np.exp(path.log_n[0]), np.exp(path.log_d[0])
-        np.testing.assert_allclose(6 * n * d, c.flops, rtol=1e-9)
+        np.testing.assert_allclose(6 * n * d, c.budgets, rtol=1e-9)
         np.testing.assert_allclose(path.loss[0], c.fit.predict(n, d, "a"), rtol=1e-12)
     np.testing.assert_allclose(np.exp(ratio.frontiers["a"].log_d - ratio.frontiers["a"].log_n), 20, rtol=1e-9)
     best = compare(half_worth, "a", "b", draws=20)

@@ -157,7 +157,7 @@ def test_a_law_of_compute_is_compared_in_its_own_flop_alone(by_compute):
     c = contrast(by_compute, "transformer++", "matmul-free")
     for family in (c.a, c.b):
         p = by_compute.fit.family_params(family)
-        np.testing.assert_allclose(c.frontiers[family].loss[0], p["E"] + p["A"] / c.flops ** p["alpha"], rtol=1e-9)
+        np.testing.assert_allclose(c.frontiers[family].loss[0], p["E"] + p["A"] / c.budgets ** p["alpha"], rtol=1e-9)
     assert not any("best allocation" in line for line in verdict(c))
     assert available_axes(runs, law=by_compute.fit.law) == ["flops"]
     for axis in ("joules", "flops-6nd", "energy"):
