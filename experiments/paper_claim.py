@@ -3,13 +3,14 @@
     python -m experiments.paper_claim --out docs
 
 A few minutes on one CPU core; no training. Writes paper-claim.csv and paper-claim.png, which docs/paper-claim.md
-explains. Expect: the two lines as drawn cross near 8e22 FLOP, refits of the same end points at 3e24 or 3e28, their
+explains. Expect: the two lines as drawn cross at 8.0e22 FLOP by their rounded coefficients
+(CLAIM, 7.7e22, is the same point before rounding), refits of the same end points at 3e24 or 3e28, their
 intervals have no upper end, and a ladder that would settle the question.
 """
 
 import argparse
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -25,8 +26,8 @@ from scaling.uncertainty.simulate import Cells, Noise, draw
 from scaling.verdict.assumed import BASELINE, crossing_at, optimal_loss
 from scaling.verdict.compare import compare
 from scaling.verdict.plan import Plan, candidates, cheapest, question
-from scaling.verdict.power import cells_of
-from scaling.verdict.trials import law_fit
+from scaling.verdict.power import designs_of
+from scaling.verdict.trials import COSTS, law_fit
 
 # Zhu et al. 2024 (arXiv 2406.02528), figure 3, digitised: (FLOP, training loss in nats) where each
 # curve of 370M, 1.3B and 2.7B parameters ends, and the straight lines of loss in log10 FLOP drawn through their tails.
@@ -40,7 +41,7 @@ PAPER_RUNS = ((3.7e8, 15e9), (1.3e9, 100e9), (2.7e9, 100e9))
 
 READING_SD = 0.02  # nats; how well points can be read off a curve of this width
 RUN_NOISE = 0.003  # sd of log loss about a smooth law, the least that published ladders show
-CLAIM = 7.7e22  # FLOP at which the lines as drawn cross
+CLAIM = 7.7e22  # FLOP at which the digitised lines cross; DRAWN, rounded to four digits, crosses at 8.0e22
 LATEST = 1e24  # FLOP before which a crossing is asked for
 GAP_AT = 1.75e21  # FLOP of the largest end points, where MatMul-free is GAP behind
 GAP = 2.20 - 2.076
@@ -144,15 +145,15 @@ def parallel_laws() -> dict[str, tuple[float, ...]]:
 def deciding_plan(budget: float = 1e23, target_sd: float = 0.3) -> Plan:
     """The cheapest ladder without a run above LARGEST_RUN whose sd of log10 C* is `target_sd` if the claim holds, or
     the one that comes nearest."""
-    options = candidates(np.geomspace(2e7, 4e9, 20).tolist(), RATIOS, LARGEST_RUN, 1e14)
+    options = candidates(np.geomspace(2e7, 4e9, 20).tolist(), RATIOS, COSTS, LARGEST_RUN, 1e14)
     return cheapest(question(law_fit(claimed_laws()), LADDER_NOISE), options, budget, target_sd, keep_runs=False)
 
 
-def decided(truths: dict[str, tuple[float, ...]], cells: Cells, ladders: int) -> tuple[float, float]:
+def decided(truths: dict[str, tuple[float, ...]], designs: Mapping[str, Cells], ladders: int) -> tuple[float, float]:
     """Shares of simulated ladders which find P(B leads for good by LATEST) above 0.95, and below 0.05."""
     chances = []
     for k in range(ladders):
-        runs = draw(truths, cells, LADDER_NOISE, np.random.default_rng([7, k]))
+        runs = draw(truths, designs, LADDER_NOISE, np.random.default_rng([7, k]))
         c = compare(runs, "A", "B", SHARE, 400, k, starts=4, objective="log-ls", horizon=1e28)
         chances.append(c.crossover.p_before(LATEST))
     return float(np.mean(np.array(chances) > 0.95)), float(np.mean(np.array(chances) < 0.05))
@@ -206,7 +207,9 @@ def ladder_rows(ladders: int) -> Iterator[Row]:
         f"{gap:+.3f}",
         f"{GAP:.3f} nats behind at {GAP_AT:.2e} FLOP, level at {CLAIM:.1e}",
     )
-    how = f"straight lines through 370M, 1.3B, 2.7B of laws that cross at 10^22.89, {RUN_NOISE:.1%} noise"
+    how = (
+        f"straight lines through 370M, 1.3B, 2.7B of laws that cross at 10^{np.log10(CLAIM):.2f}, {RUN_NOISE:.1%} noise"
+    )
     for step, laws in ((gap, claimed_laws()), (ORDINARY_GAP, crossing_at(CLAIM, ORDINARY_GAP))):
         yield spread_row(f"three sizes a family, alpha {step:+.2f}", three_sizes(laws), how)
     spent = sum(c for points in END_POINTS.values() for c, _ in points)
@@ -216,10 +219,10 @@ def ladder_rows(ladders: int) -> Iterator[Row]:
     yield "a ladder that would settle it", shape, "parameters x number of token budgets, both families alike"
     cost = f"{plan.flops:.2e} FLOP"
     yield "its cost", cost, f"both families; largest run at most {LARGEST_RUN:.0e}; sd of log10 C* {plan.sd_then:.2f}"
-    cells = cells_of(plan.trunks)
+    designs = designs_of(plan.trunks, ("A", "B"))
     asked = f"of {ladders} simulated ladders, with 0.5 % lack of fit"
     for name, truths in (("if the claim holds", claimed_laws()), ("if the laws are parallel", parallel_laws())):
-        yes, no = decided(truths, cells, ladders)
+        yes, no = decided(truths, designs, ladders)
         text = f"P(crossed by 1e24) > 0.95 in {yes:.0%}, < 0.05 in {no:.0%}"
         yield f"it would say, {name}", text, asked
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.fitting.approaches import MIN_POINTS, budget_labels, sizes
-from scaling.fitting.fit import ladder_gate
+from scaling.fitting.fit import Gate, ladder_gate
 from scaling.tables.runs import CONVENTIONS, Runs
 from scaling.uncertainty.bootstrap import cluster_labels
 from scaling.uncertainty.replicates import cells
 
-NEAR = 0.005  # two runs of one family whose N and D agree this closely are near duplicates
 WARMUP_SHARE = 0.2  # Porian et al. 2024: longer warm-ups bias small runs
 REPEATS = 4.0  # epochs beyond which repeated tokens are worth visibly less (Muennighoff et al. 2023)
 SHAPES_APART = 2.0  # ratio of width to depth; fitted exponents swing with it (McLeish et al. 2025)
 EDGE = 0.1  # share of an IsoFLOP curve's width at either end in which its minimum counts as off-centre
+MIDRUN = "mid-schedule points"
 MUST_AGREE = (*CONVENTIONS, "vocab")
 SHOULD_AGREE = ("schedule", "seq_len")
 
@@ -59,6 +59,17 @@ def lint(runs: Runs) -> list[Finding]:
     return sorted(found, key=lambda f: f.severity != "error")
 
 
+def lint_gates(runs: Runs) -> list[Gate]:
+    """What lint calls an error in a family's own rows, as checks of a fit. Points inside a schedule are left out:
+    whoever let them in was told, and the table's notes say so."""
+    found = [(f, finding) for f in runs.families for finding in lint(runs.family(f))]
+    return [
+        Gate(f"{finding.name} [{family}]", False, f"{finding.message}: {finding.listed()}")
+        for family, finding in found
+        if finding.severity == "error" and finding.name != MIDRUN
+    ]
+
+
 def ids(runs: Runs, rows: np.ndarray) -> tuple[str, ...]:
     return tuple(str(name) for name in runs["run_id"][rows])
 
@@ -72,13 +83,8 @@ def duplicates(runs: Runs) -> Iterator[Finding]:
     exact = counts[place] > 1
     if exact.any():
         yield Finding("error", "duplicates", "equal family, N, D and loss", ids(runs, exact))
-    order = np.lexsort((np.log(runs["D"]), np.log(runs["N"]), runs["family"].astype(str)))
-    same = runs["family"][order][1:] == runs["family"][order][:-1]
-    close = (
-        same & (np.abs(np.diff(np.log(runs["N"][order]))) < NEAR) & (np.abs(np.diff(np.log(runs["D"][order]))) < NEAR)
-    )
-    near = np.zeros(len(runs), bool)
-    near[order[1:][close]] = near[order[:-1][close]] = True
+    cell = cells(runs)
+    near = np.bincount(cell)[cell] > 1
     if (near & ~exact).any():
         yield Finding(
             "warning", "near duplicates", "N and D within 0.5 %: repeats, or one run twice", ids(runs, near & ~exact)
@@ -91,7 +97,7 @@ def midrun(runs: Runs) -> Iterator[Finding]:
     _, place, counts = np.unique(runs["run_id"].astype(str), return_inverse=True, return_counts=True)
     inside = inside | (counts[place] > 1)
     if inside.any():
-        yield Finding("error", "mid-schedule points", "not the end of a schedule", ids(runs, inside))
+        yield Finding("error", MIDRUN, "not the end of a schedule", ids(runs, inside))
 
 
 def disagreements(runs: Runs) -> Iterator[Finding]:

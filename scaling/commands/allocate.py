@@ -21,9 +21,11 @@ from scaling.commands.output import exit_code, print_gates, print_json
 from scaling.fitting.approaches import envelope_exponent, isoflop
 from scaling.fitting.fit import fit, ladder_gate
 from scaling.fitting.solve import objective_named
+from scaling.lint import lint_gates
 from scaling.tables.runs import Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap, interval
-from scaling.verdict.frontier import Cost, frontier
+from scaling.verdict.compare import family_frontier
+from scaling.verdict.frontier import Cost
 
 ABSENT = "–"
 
@@ -68,11 +70,11 @@ def run(a: argparse.Namespace) -> int:
     out, gates, sampled = {}, [], {}
     for family in runs.families:
         fitted = fit(runs.family(family), a.law, a.objective, delta, seed=a.seed)
-        if set(fitted.law.inputs) != {"N", "D"}:
+        if not fitted.law.has_allocation:
             raise ScalingError(f"law {a.law!r} is not a function of N and D: it has no best allocation")
         sampled[family] = bootstrap(fitted, a.draws, a.seed)
         out[family] = [allocation(sampled[family], runs.family(family), flops) for flops in a.C]
-        gates += [*fitted.gates, ladder_gate(runs, family)]
+        gates += [*fitted.gates, ladder_gate(runs, family), *lint_gates(runs.family(family))]
     if a.json:
         print_json({family: [asdict(x) for x in found] for family, found in out.items()})
     else:
@@ -89,21 +91,23 @@ def run(a: argparse.Namespace) -> int:
 def exponents(sampled: Draws, runs: Runs) -> str:
     """The exponent of N* in compute by three approaches (Hoffmann et al. 2022); the first two only for comparison."""
     cost, log_c = Cost.of(runs), np.log([runs["flops"].min(), runs["flops"].max()])
+    family = str(runs["family"][0])
     slopes = [
-        np.diff(frontier(sampled.fit.law, theta, sampled.fit.centre, cost, log_c).log_n)[:, 0] / np.diff(log_c)
+        np.diff(family_frontier(sampled.fit, theta, family, cost, log_c).log_n)[:, 0] / np.diff(log_c)
         for theta in (sampled.fit.theta[None], sampled.theta)
     ]
     low, high = interval(slopes[1])
     found = (envelope_exponent(runs), isoflop(runs).exponent_n)
     others = "envelope {}, IsoFLOP {}".format(*(ABSENT if np.isnan(x) else f"{x:.3f}" for x in found))
-    return f"{runs['family'][0]}: N* goes as C^{slopes[0][0]:.3f} ({low:.3f} to {high:.3f}) by the fitted law; {others}"
+    return f"{family}: N* goes as C^{slopes[0][0]:.3f} ({low:.3f} to {high:.3f}) by the fitted law; {others}"
 
 
 def allocation(sampled: Draws, runs: Runs, flops: float) -> Allocation:
     """The minimum of the loss along the budget, by the cost that this family's own runs measured."""
     fitted, cost, log_c = sampled.fit, Cost.of(runs), np.log([flops])
-    point = frontier(fitted.law, fitted.theta[None], fitted.centre, cost, log_c)
-    drawn = frontier(fitted.law, sampled.theta, fitted.centre, cost, log_c)
+    point, drawn = (
+        family_frontier(fitted, theta, fitted.families[0], cost, log_c) for theta in (fitted.theta[None], sampled.theta)
+    )
     n, d, loss = float(np.exp(point.log_n[0, 0])), float(np.exp(point.log_d[0, 0])), float(point.loss[0, 0])
     spread = [np.exp(drawn.log_n), np.exp(drawn.log_d), np.exp(drawn.log_d - drawn.log_n), drawn.loss]
     ends = [interval(values[:, 0]) for values in spread]

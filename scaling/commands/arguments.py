@@ -12,7 +12,7 @@ import numpy as np
 
 from scaling.commands.output import ERROR
 from scaling.fitting.solve import Objective
-from scaling.laws.forms import LAWS
+from scaling.laws.forms import LAWS, usual_share
 from scaling.tables.runs import Runs, ScalingError, as_number
 from scaling.uncertainty.sensitivity import CUSTOMARY_DELTA, delta_from_noise, objective_text
 from scaling.verdict.costs import AXES, Prices
@@ -67,28 +67,44 @@ def table_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--allow-midrun", action="store_true", help="accept points inside a run (they mislead fits)")
 
 
-def fit_arguments(verb: argparse.ArgumentParser) -> None:
+def fit_arguments(verb: argparse.ArgumentParser, draws: int = 2000, drawn: str = "bootstrap draws") -> None:
     """Law, objective and bootstrap."""
     verb.add_argument("--law", default="chinchilla", choices=sorted(LAWS))
     verb.add_argument("--objective", default="huber", choices=OBJECTIVES)
     verb.add_argument(
         "--delta",
         type=threshold,
-        help="Huber threshold on log loss (default auto: from the noise of the runs that are fitted, but not below "
+        help="Huber threshold on log loss (default auto: from the noise of the table, but not below "
         f"{CUSTOMARY_DELTA:g}, with which published fits are made)",
     )
-    verb.add_argument("--draws", type=count, default=2000, help="bootstrap draws (default 2000)")
+    verb.add_argument("--draws", type=count, default=draws, help=f"{drawn} (default {draws})")
     verb.add_argument("--seed", type=int, default=0)
 
 
-def pair_arguments(verb: argparse.ArgumentParser) -> None:
-    """Two families, what they share, and the axis they are compared on."""
+def family_arguments(verb: argparse.ArgumentParser) -> None:
+    """Two families, and what they share: see `pair_of`."""
     verb.add_argument("--a", help="baseline family (default: the table's first)")
     verb.add_argument("--b", help="the family compared with it (default: the table's second)")
     share_argument(verb)
+
+
+def pair_of(a: argparse.Namespace, runs: Runs) -> tuple[str, str]:
+    """The two families that --a and --b name; raises ScalingError where the table has no two."""
+    first = a.a or runs.families[0]
+    rest = [name for name in runs.families if name != first]
+    if not a.b and not rest:
+        raise ScalingError(f"the table holds one family, {first!r}; a comparison needs two")
+    second = a.b or rest[0]
+    if first == second:
+        raise ScalingError(f"family {first!r} cannot be compared with itself")
+    return first, second
+
+
+def axis_arguments(verb: argparse.ArgumentParser) -> None:
+    """What two families are compared at equal amounts of, and along which path."""
     verb.add_argument("--horizon", type=positive, help="cost up to which a crossing is looked for")
-    verb.add_argument("--axis", default="flops", choices=sorted(AXES), help="what is compared at equal amounts")
-    verb.add_argument("--along", default="optimal", help="optimal, ratio=20 (tokens a parameter) or size=1e9")
+    verb.add_argument("--axis", choices=sorted(AXES), help="what is compared at equal amounts (default flops)")
+    verb.add_argument("--along", help="optimal (default), ratio=20 (tokens a parameter) or size=1e9")
     price_arguments(verb)
 
 
@@ -105,7 +121,8 @@ def prices_of(a: argparse.Namespace) -> Prices:
 
 
 def share_argument(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--share", default="E", help="parameters common to both, e.g. E or E,B,beta; '' for none")
+    text = "parameters common to all families, e.g. E,B,beta; '' for none (default: E where the law has one)"
+    verb.add_argument("--share", help=text)
 
 
 def out_argument(verb: argparse.ArgumentParser) -> None:
@@ -132,7 +149,7 @@ def positive_setting(text: str, flag: str) -> float:
 
 
 def delta_of(a: argparse.Namespace, runs: Runs) -> float:
-    """The Huber threshold asked for, or that of the noise of these rows, which are to be fitted."""
+    """The Huber threshold asked for, or that of the noise of the table: the same whichever families a verb fits."""
     return delta_from_noise(runs, a.law) if a.delta is None else a.delta
 
 
@@ -148,5 +165,7 @@ def read_table(a: argparse.Namespace, allow_midrun: bool = False) -> Runs:
 
 
 def shared(a: argparse.Namespace) -> tuple[str, ...]:
-    """The names in --share."""
+    """The names in --share, or what its law shares by itself."""
+    if a.share is None:
+        return usual_share(a.law)
     return tuple(name.strip() for name in a.share.split(",") if name.strip())

@@ -41,9 +41,8 @@ def run(a: argparse.Namespace) -> int:
     origins = [positive_setting(text, "--q") for text in a.q.split(",")]
     if min(origins) <= 1:
         raise ScalingError(f"--q {a.q}: every q must be above 1, else nothing is held out")
-    share = shared(a) if len(runs.families) > 1 else ()
     delta = delta_of(a, runs)
-    found = backtest(runs, origins, share, a.law, a.objective, delta, a.draws, a.seed)
+    found = backtest(runs, origins, shared(a), a.law, a.objective, delta, a.draws, a.seed)
     if a.json:
         print_json({"held": [asdict(h) for h in found.held], "skipped": list(found.skipped)})
     else:

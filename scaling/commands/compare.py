@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from scaling.commands.arguments import (
+    axis_arguments,
     delta_of,
+    family_arguments,
     fit_arguments,
     new_verb,
     objective_line,
     out_argument,
-    pair_arguments,
+    pair_of,
     prices_of,
     read_table,
     shared,
@@ -38,7 +40,8 @@ def add(verbs: Any) -> None:
         verb = new_verb(verbs, name, run, text)
         table_arguments(verb)
         fit_arguments(verb)
-        pair_arguments(verb)
+        family_arguments(verb)
+        axis_arguments(verb)
         if name == "compare":
             out_argument(verb)
 
@@ -46,22 +49,16 @@ def add(verbs: Any) -> None:
 def comparison(a: argparse.Namespace) -> Comparison:
     """The comparison that the flags ask for."""
     runs = read_table(a)
-    names = runs.families
-    first = a.a or names[0]
-    rest = [name for name in names if name != first]
-    if not a.b and not rest:
-        raise ScalingError(f"the table holds one family, {names[0]!r}; a comparison needs two")
-    second = a.b or rest[0]
-    delta = delta_of(a, pick_families(runs, (first, second)))
+    first, second = pair_of(a, runs)
+    delta = delta_of(a, runs)
     options = {"law": a.law, "objective": a.objective, "delta": delta, "horizon": a.horizon}
-    axes = {"axis": a.axis, "along": a.along, "prices": prices_of(a)}
+    axes: dict[str, Any] = {"axis": a.axis or "flops", "along": a.along or "optimal", "prices": prices_of(a)}
     return compare(runs, first, second, shared(a), a.draws, a.seed, **options, **axes)
 
 
 def run_compare(a: argparse.Namespace) -> int:
     if a.out:
-        runs = read_table(a)
-        return full_report(a, runs, share=shared(a), baseline=a.a, prices=prices_of(a), gate=True)
+        return written(a)
     c = comparison(a)
     price = break_even(c) if c.axis == "flops" else None
     if a.json:
@@ -73,6 +70,19 @@ def run_compare(a: argparse.Namespace) -> int:
     print(objective_line(a, c.fit.objective))
     print_gates(c.gates)
     return exit_code(c.gates)
+
+
+def written(a: argparse.Namespace) -> int:
+    """The report of the pair that --b asks for, or of all families; it shows every axis and path that the table has."""
+    for flag in ("axis", "along", "horizon"):
+        if getattr(a, flag):
+            raise ScalingError(
+                f"--{flag} answers on the terminal or as --json; --out writes every axis and path there is"
+            )
+    runs = read_table(a)
+    pair = pair_of(a, runs)
+    chosen = pick_families(runs, pair) if a.b else runs
+    return full_report(a, chosen, share=shared(a), baseline=pair[0] if a.b else a.a, prices=prices_of(a), gate=True)
 
 
 def run_crossover(a: argparse.Namespace) -> int:
@@ -89,7 +99,7 @@ def run_crossover(a: argparse.Namespace) -> int:
     print(f"share of draws in which the order never changes before {x.horizon:.1e} {c.unit}: {x.p_none:.3f}")
     above, by = (bound_text(bound, c.unit) for bound in (x.lower_bound(), x.upper_bound()))
     print(f"one-sided 95 % bounds: {c.b} takes the lead above {above}; it leads by {by}")
-    for flops in 10.0 ** np.arange(np.ceil(np.log10(c.measured[0])), np.log10(x.horizon) + 1e-9):
+    for flops in 10.0 ** np.arange(np.ceil(np.log10(c.budgets[0])), np.log10(x.horizon) + 1e-9):
         print(f"  P({c.b} leads for good by {flops:.0e} {c.unit}) = {x.p_before(flops):.3f}")
     print(objective_line(a, c.fit.objective))
     return OK

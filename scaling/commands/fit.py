@@ -11,6 +11,7 @@ from scaling.commands.arguments import delta_of, fit_arguments, new_verb, out_ar
 from scaling.commands.output import exit_code, print_gates, print_json
 from scaling.commands.report import full_report
 from scaling.fitting.fit import fit, ladder_gate
+from scaling.lint import lint_gates
 from scaling.report.artefact import family_json
 from scaling.tables.runs import Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap
@@ -35,11 +36,12 @@ def run(a: argparse.Namespace) -> int:
     if a.out and a.select != "all":
         raise ScalingError("--select answers on the terminal or as --json; --out writes the report of a whole table")
     if a.out:
-        return full_report(a, runs, share=("E",), gate=True)
+        return full_report(a, runs, gate=True)
     delta = delta_of(a, runs.select(chosen(runs, a.select, runs["loss"][None])[0]))
     sampled = {family: draws_of(a, runs.family(family), delta) for family in runs.families}
     profiles = {family: profiles_of(a, draws) for family, draws in sampled.items()}
     gates = [g for f, d in sampled.items() for g in (*d.fit.gates, spread_gate(d, f, f), ladder_gate(runs, f))]
+    gates += lint_gates(runs)
     if a.json:
         families = {f: family_json(d.fit, d, profiles=profiles[f]) for f, d in sampled.items()}
         print_json({"families": families, "notes": list(runs.notes)})

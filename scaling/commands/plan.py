@@ -12,34 +12,48 @@ import numpy as np
 
 from scaling.commands.arguments import (
     count,
+    delta_of,
+    family_arguments,
     fit_arguments,
     new_verb,
     objective_line,
-    pair_arguments,
+    pair_of,
     positive,
     positive_setting,
+    read_table,
     shared,
     table_arguments,
 )
-from scaling.commands.compare import comparison
 from scaling.commands.output import GATE, OK, print_json
-from scaling.fitting.fit import Fit
+from scaling.laws.forms import law_named
 from scaling.report.artefact import plain
 from scaling.tables.runs import ScalingError
+from scaling.verdict.compare import joint_fit, pick_families
 from scaling.verdict.experiment_file import write_experiment
-from scaling.verdict.plan import MISFIT, Question, Trunk, candidates, cheapest, next_values, noise_of, question
-from scaling.verdict.power import Power, cells_of, joined, own_cells, power, truths_of
+from scaling.verdict.plan import (
+    MISFIT,
+    Question,
+    Trunk,
+    candidates,
+    cheapest,
+    check_plannable,
+    next_values,
+    noise_of,
+    question,
+)
+from scaling.verdict.power import Power, designs_of, joined, own_designs, power, truths_of
 
-ENOUGH = {"log10 C*": 0.3, "difference": 0.002}  # sd of what is asked that decides: decades; nats
+ENOUGH = {"log10 C*": 0.3, "difference": 0.002}  # sd of what is asked that decides: decades; the unit of the losses
 SIZES_OFFERED = 24
 VALUES_SHOWN = 5
+DRAWS = 200  # of every simulated ladder
 
 
 def add(verbs: Any) -> None:
     plan = new_verb(verbs, "plan", run_plan, "the cheapest ladder that would decide the crossing")
     common_arguments(plan)
     plan.add_argument("--budget", type=positive, required=True, help="FLOP for all planned runs of both families")
-    plan.add_argument("--target-sd", type=positive, help="sd that is enough (default 0.3 decades, or 0.002 nats)")
+    plan.add_argument("--target-sd", type=positive, help="sd that is enough (default 0.3 decades, or 0.002 of loss)")
     plan.add_argument("--max-run", type=positive, default=float("inf"), help="FLOP that one run may cost")
     plan.add_argument("--max-memory", type=positive, default=float("inf"), help="bytes of weights and optimizer state")
     plan.add_argument("--max-hours", type=positive, default=float("inf"), help="hours that one run may take")
@@ -55,8 +69,8 @@ def add(verbs: Any) -> None:
 
 def common_arguments(verb: argparse.ArgumentParser) -> None:
     table_arguments(verb)
-    fit_arguments(verb)
-    pair_arguments(verb)
+    fit_arguments(verb, DRAWS, "bootstrap draws of every simulated ladder")
+    family_arguments(verb)
     verb.add_argument("--target", type=positive, help="FLOP at which the difference is asked for, not the crossing")
     verb.add_argument("--misfit", type=positive, default=MISFIT, help="rms lack of fit to allow for (default 0.005)")
     verb.add_argument("--ladders", type=count, default=20, help="ladders simulated for the power (default 20)")
@@ -67,26 +81,35 @@ def numbers(text: str, flag: str) -> list[float]:
     return sorted(positive_setting(part, flag) for part in text.split(","))
 
 
+def asked(a: argparse.Namespace) -> Question:
+    """What the ladder is to find out, about the joint fit of the two families."""
+    check_plannable(law_named(a.law))
+    runs = read_table(a)
+    pair = pick_families(runs, pair_of(a, runs))
+    fitted = joint_fit(pair, shared(a), a.law, a.objective, delta_of(a, runs), seed=a.seed)
+    return question(fitted, noise_of(fitted, misfit=a.misfit), a.target)
+
+
 def run_plan(a: argparse.Namespace) -> int:
-    c = comparison(a)
-    q = question(c.fit, noise_of(c.fit, misfit=a.misfit), a.target)
-    ratios = numbers(a.ratios, "--ratios")
-    low = float(c.fit.runs["N"].min())
-    sizes = np.geomspace(low, max(np.sqrt(a.budget / (6 * min(ratios))), 2 * low), SIZES_OFFERED)
+    q = asked(a)
+    runs, ratios = q.fit.runs, numbers(a.ratios, "--ratios")
+    low = float(runs["N"].min())
+    least = min(float(np.exp(cost.log_cost.min())) for cost in q.costs)
+    sizes = np.geomspace(low, max(np.sqrt(a.budget / (least * min(ratios))), 2 * low), SIZES_OFFERED)
     cap = min(a.max_run, a.max_hours * 3600 * a.flops_per_second)
-    options = candidates(sizes.tolist(), ratios, cap, a.max_memory)
+    options = candidates(sizes.tolist(), ratios, q.costs, cap, a.max_memory)
     enough_at = a.target_sd or ENOUGH[q.asked]
     plan = cheapest(q, options, a.budget, enough_at, not a.fresh)
     enough = plan.sd_then <= enough_at
     if a.experiment:
-        write_experiment(plan, c.fit.runs, (c.a, c.b), a.experiment)
-    found = power_of(a, c.fit, q, plan.trunks, not a.fresh)
+        write_experiment(plan, runs, q.fit.families, a.experiment)
+    found = power_of(a, q, plan.trunks, not a.fresh)
     if a.json:
         print_json(asdict(plan) | {"enough": enough, "power": power_json(found)})
         return OK if enough else GATE
     print("\n".join([*plan.lines(), *found.lines()]))
     print_values(q, options)
-    print(objective_line(a, c.fit.objective))
+    print(objective_line(a, q.fit.objective))
     if not enough:
         print(f"GATE plan: the budget leaves an sd of {plan.sd_then:.3g}; {enough_at:g} was asked for")
     return OK if enough else GATE
@@ -102,19 +125,18 @@ def print_values(q: Question, options: Sequence[Trunk]) -> None:
 
 
 def run_power(a: argparse.Namespace) -> int:
-    c = comparison(a)
-    ratios = tuple(numbers(a.ratios, "--ratios"))
-    trunks = [Trunk(n, ratios) for n in numbers(a.sizes, "--sizes")]
-    if len(trunks) < 2 or len(ratios) < 2:
+    ratios, sizes = numbers(a.ratios, "--ratios"), numbers(a.sizes, "--sizes")
+    if len(sizes) < 2 or len(ratios) < 2:
         raise ScalingError("a ladder needs two sizes and two ratios at least")
-    q = question(c.fit, noise_of(c.fit, misfit=a.misfit), a.target)
-    found = power_of(a, c.fit, q, trunks, keep=False)
+    q = asked(a)
+    trunks = [Trunk.of(n, ratios, q.costs) for n in sizes]
+    found = power_of(a, q, trunks, keep=False)
     if a.json:
         print_json(power_json(found))
         return OK
     print(f"{len(trunks)} sizes at {len(ratios)} budgets, {sum(t.flops for t in trunks):.2e} FLOP for both families")
     print("\n".join(found.lines()))
-    print(objective_line(a, c.fit.objective))
+    print(objective_line(a, q.fit.objective))
     return OK
 
 
@@ -123,7 +145,11 @@ def power_json(found: Power) -> dict[str, Any]:
     return {name: plain(value) for name, value in asdict(found).items()}
 
 
-def power_of(a: argparse.Namespace, fitted: Fit, q: Question, trunks: Sequence[Trunk], keep: bool) -> Power:
+def power_of(a: argparse.Namespace, q: Question, trunks: Sequence[Trunk], keep: bool) -> Power:
     """Power of trunks, with the runs at hand if they count, under the fitted laws and the noise found."""
-    cells = joined(own_cells(fitted), cells_of(trunks)) if keep else cells_of(trunks)
-    return power(truths_of(fitted), cells, q.noise, q.target, a.ladders, a.seed, shared(a))
+    designs = designs_of(trunks, q.fit.families)
+    if keep:
+        own = own_designs(q.fit)
+        designs = {family: joined(own[family], cells) for family, cells in designs.items()}
+    unit = q.fit.runs.loss_unit
+    return power(truths_of(q.fit), designs, q.noise, q.target, a.ladders, a.seed, q.fit.share, a.draws, a.law, unit)

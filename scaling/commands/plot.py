@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling.commands.arguments import new_verb, read_table, table_arguments
-from scaling.commands.output import OK
+from scaling.commands.output import OK, print_json
 from scaling.tables.curves import sweep_curves
 from scaling.tables.runs import ScalingError
 
@@ -28,5 +28,8 @@ def run(a: argparse.Namespace) -> int:
     runs = read_table(a, allow_midrun=True)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     save(runs_figure(runs_views(runs), a.x, sweep_curves(a.runs)), a.out)
-    print(a.out)
+    if a.json:
+        print_json({"file": str(a.out), "x": a.x, "runs": {f: len(runs.family(f)) for f in runs.families}})
+    else:
+        print(a.out)
     return OK

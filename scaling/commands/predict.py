@@ -11,10 +11,12 @@ from typing import Any
 
 from scaling.commands.arguments import new_verb, positive
 from scaling.commands.output import OK, print_json
+from scaling.laws.base import Law
+from scaling.laws.forms import law_named
 from scaling.report.artefact import read_draws, read_fit_json
 from scaling.report.forecast import Forecaster, Prediction
 from scaling.report.ledger import FILE, holds_cell, made_of, read_ledger, record, write_ledger
-from scaling.tables.runs import Runs, ScalingError
+from scaling.tables.runs import NATS, NATS_PER_TOKEN, Runs, ScalingError
 
 
 def add(verbs: Any) -> None:
@@ -22,6 +24,9 @@ def add(verbs: Any) -> None:
     verb.add_argument("artefact", type=Path)
     verb.add_argument("--N", type=positive, required=True, help="parameters")
     verb.add_argument("--D", type=positive, required=True, help="training tokens")
+    verb.add_argument("--C", type=positive, help="training FLOP, for laws in compute")
+    verb.add_argument("--U", type=positive, help="unique tokens among them, for the law data-constrained")
+    verb.add_argument("--precision", default="", help="of the weights (bf16, int8, ternary ...), for the law precision")
     verb.add_argument("--family", help="one family; all of them without it")
 
 
@@ -31,7 +36,10 @@ def run(a: argparse.Namespace) -> int:
     unknown = [name for name in names if name not in data["families"]]
     if unknown:
         raise ScalingError(f"fit.json has no family {unknown[0]!r}; it has {', '.join(data['families'])}")
-    out = {name: Forecaster.of(data["families"][name], draws[name]).at(a.N, a.D) for name in names}
+    for name in names:
+        check_told(law_named(data["families"][name]["law"]), a)
+    known = {"flops": a.C, "unique": a.U, "precision": a.precision}
+    out = {name: Forecaster.of(data["families"][name], draws[name]).at(a.N, a.D, **known) for name in names}
     folder = a.artefact if a.artefact.is_dir() else a.artefact.parent
     recorded = remember(folder, data["table"], out, a.N, a.D)
     if a.json:
@@ -40,7 +48,7 @@ def run(a: argparse.Namespace) -> int:
     for name, p in out.items():
         within = p.extrapolation <= 1
         beyond = "within the fitted range" if within else f"{p.extrapolation:.3g} times the largest fitted compute"
-        print(f"{name}: {p.loss:.4f} nats per token, 95 % {p.low:.4f} to {p.high:.4f}; {beyond}")
+        print(f"{name}: {p.loss:.4f} {loss_label(data['families'][name])}, 95 % {p.low:.4f} to {p.high:.4f}; {beyond}")
         widened = f", widened {p.factor:.2f} times by the back-test" if p.factor > 1 else ""
         print(f"  a new run there: 95 % {p.run_low:.4f} to {p.run_high:.4f}{widened}")
         if not within:
@@ -48,6 +56,20 @@ def run(a: argparse.Namespace) -> int:
     if recorded:
         print(f"recorded in {folder / FILE}, to be scored when the run is in a report's table")
     return OK
+
+
+def loss_label(entry: Mapping[str, Any]) -> str:
+    """Unit of a stored fit's losses; fits from before it was stored are in nats."""
+    unit = entry.get("loss_unit", NATS)
+    return NATS_PER_TOKEN if unit == NATS else unit
+
+
+def check_told(law: Law, a: argparse.Namespace) -> None:
+    """Refuses to be told what the law does not depend on, which would change nothing."""
+    uses = {"--C": "C" in law.inputs, "--U": law.beside == "U", "--precision": law.beside == "precision"}
+    for flag, value in {"--C": a.C, "--U": a.U, "--precision": a.precision}.items():
+        if value and not uses[flag]:
+            raise ScalingError(f"{flag}: the prediction of law {law.name!r} does not depend on it")
 
 
 def remember(folder: Path, table: str, found: Mapping[str, Prediction], n: float, d: float) -> bool:

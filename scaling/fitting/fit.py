@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from scaling.fitting.second import second_solution
 from scaling.fitting.solve import (
+    AT_BOUND,
     Objective,
     evaluate,
-    gradient,
+    free_gradient,
     linearised,
     minimise,
     multistart,
@@ -44,7 +46,8 @@ class Gate:
 class Certificate:
     """Why the optimum is believed; `success` flags of libraries play no part.
 
-    objective: the minimised sum. gradient: largest cosine between residuals and a Jacobian column. agreeing, starts:
+    objective: the minimised sum. gradient: largest cosine between residuals and a Jacobian column,
+    those that a bound holds back left out. agreeing, starts:
     how many starts ended within 1e-6 of the best. moved: distance to the nearest start. bounds_hit: parameters at the
     box. second_solver_gap: relative objective of VarPro minus ours. condition: of the centred Gauss-Newton matrix.
     correlation: the largest between two parameters of one family. gaps: relative excess of each start's objective over
@@ -108,18 +111,49 @@ class Fit:
         """(n,) log observed minus log fitted loss."""
         return np.log(self.runs["loss"]) - self.model.value(self.theta[None])[0]
 
-    def predict(self, N: np.ndarray | float, D: np.ndarray | float, family: str | None = None) -> np.ndarray:
-        """Loss in nats per token at N parameters and D tokens."""
-        return self.predict_theta(self.theta[None], N, D, family)[0]
+    def predict(
+        self, N: np.ndarray | float, D: np.ndarray | float, family: str | None = None, **known: Any
+    ) -> np.ndarray:
+        """(n,) losses at N parameters and D tokens, in the unit of the table; `known` as for `predict_theta`."""
+        return self.predict_theta(self.theta[None], N, D, family, **known)[0]
 
     def predict_theta(
-        self, theta: np.ndarray, N: np.ndarray | float, D: np.ndarray | float, family: str | None = None
+        self,
+        theta: np.ndarray,
+        N: np.ndarray | float,
+        D: np.ndarray | float,
+        family: str | None = None,
+        flops: np.ndarray | float | None = None,
+        unique: np.ndarray | float | None = None,
+        precision: str = "",
     ) -> np.ndarray:
-        """(K, n) losses for centred vectors (K, P)."""
-        columns = self.model.index[self.families.index(family) if family else 0]
-        points = np.broadcast_arrays(np.atleast_1d(N), np.atleast_1d(D))
-        features = self.law.features_at(np.log(points[0]), np.log(points[1]), self.centre)
-        return np.exp(self.law.value(theta[:, columns], features))
+        """(K, n) losses for centred vectors (K, P).
+
+        flops, unique (tokens) and precision are for the laws that depend on them; without them the family's own
+        precision counts where it has one, and tokens are all new where its runs repeat none. Raises ScalingError where
+        the law needs one of them all the same.
+        """
+        family = family or self.families[0]
+        law = self.law
+        if law.beside:
+            fresh, own = habits(self.runs.family(family))
+            law = law.given(fresh if unique is None else unique, precision or own)
+        known = [np.nan if value is None else value for value in (flops, unique)]
+        log_n, log_d, log_c, _ = np.log(np.broadcast_arrays(np.atleast_1d(N), np.atleast_1d(D), *known))
+        features = law.features_at(log_n, log_d, self.centre, None if flops is None else log_c)
+        return np.exp(law.value(theta[:, self.columns(family)], features))
+
+    def predict_rows(self, theta: np.ndarray, runs: Runs, family: str) -> np.ndarray:
+        """(K, n) losses of one family's curve at the rows of a table, with every column that the law depends on."""
+        return np.exp(self.law.value(theta[:, self.columns(family)], self.law.features(runs, self.centre)))
+
+    def columns(self, family: str) -> np.ndarray:
+        """(p,) places of one family's parameters in the joint vector."""
+        return self.model.index[self.families.index(family)]
+
+    def frontier_law(self, family: str) -> Law:
+        """The law along one family's frontier: new tokens only, and the precision of its runs."""
+        return self.law.given(np.inf, habits(self.runs.family(family))[1]) if self.law.beside else self.law
 
 
 def fit(
@@ -154,31 +188,59 @@ def fit(
     return replace(fitted, gates=tuple(gates_of(fitted)))
 
 
+def habits(part: Runs) -> tuple[float | None, str]:
+    """What a family's runs take for granted: unique tokens (inf: no run repeats any; None: some do) and the precision
+    of the weights ("" where there is none, or several)."""
+    kinds = part.kinds("precision")
+    return None if repeats_tokens(part) else np.inf, kinds[0] if len(kinds) == 1 else ""
+
+
+def repeats_tokens(part: Runs) -> bool:
+    """Whether some run saw a token twice; a blank U says that none did."""
+    return "U" in part.columns and bool((part["U"] < part["D"]).any())
+
+
 def check_rows(runs: Runs, model: Model) -> None:
     """Refuses tables on which some parameter has no data at all."""
-    for family in runs.families:
-        part = runs.family(family)
-        check_conventions(part, family)
-        law_size, inputs = len(model.law.names), model.law.inputs
-        if len(part) <= law_size:
-            raise ScalingError(
-                f"family {family!r} has {len(part)} rows; law {model.law.name!r} has {law_size} parameters "
-                "and needs more rows than that"
-            )
-        for name in inputs:
-            if len(np.unique(part["flops" if name == "C" else name])) < 2:
-                raise ScalingError(f"family {family!r} has a single value of {name}: its effect cannot be fitted")
-        if np.ptp(part["loss"]) == 0:
-            raise ScalingError(f"family {family!r}: all losses are identical, there is nothing to fit")
+    faults = [row_fault(runs.family(family), model.law) for family in runs.families]
+    last = model.index[:, -1]
+    for place in np.unique(last) if model.law.beside else []:  # families that share the parameter tell of it together
+        sharing = [rows for rows, own in zip(model.rows, last, strict=True) if own == place]
+        faults.append(beside_fault(runs.select(np.concatenate(sharing)), model.law))
+    fault = next(filter(None, faults), "")
+    if fault:
+        raise ScalingError(fault)
 
 
-def check_conventions(part: Runs, family: str) -> None:
-    """Refuses rows of one family that were counted or measured in different ways."""
+def row_fault(part: Runs, law: Law) -> str:
+    """Why the rows of one family cannot support a law at all; "" where they can."""
+    family = part["family"][0]
     for name in CONVENTIONS:
         kinds = part.kinds(name)
         if len(kinds) > 1:
             mixed = f"family {family!r} mixes {name} ({', '.join(kinds[:4])})"
-            raise ScalingError(f"{mixed}, so that its rows do not compare: keep one with --where {name}=VALUE")
+            return f"{mixed}, so that its rows do not compare: keep one with --where {name}=VALUE"
+    if len(part) <= len(law.names):
+        has = f"family {family!r} has {len(part)} rows; law {law.name!r} has {len(law.names)} parameters"
+        return f"{has} and needs more rows than that"
+    for name in law.inputs:
+        if len(np.unique(part["flops" if name == "C" else name])) < 2:
+            return f"family {family!r} has a single value of {name}: its effect cannot be fitted"
+    if np.ptp(part["loss"]) == 0:
+        return f"family {family!r}: all losses are identical, there is nothing to fit"
+    return ""
+
+
+def beside_fault(part: Runs, law: Law) -> str:
+    """Why rows cannot tell what repetition or precision is worth, to a law that asks; "" where they can."""
+    if law.beside == "U" and not repeats_tokens(part):
+        return f"no run repeats its tokens (U below D): law {law.name!r} has nothing to fit R_D to"
+    if law.beside == "precision" and len(part.kinds("precision")) < 2:
+        return (
+            f"a single precision ({', '.join(part.kinds('precision'))}) tells nothing of what bits are worth: law "
+            f"{law.name!r} needs two, in one family or in families that share {','.join(law.names)}"
+        )
+    return ""
 
 
 def bounds_of(model: Model, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -235,10 +297,10 @@ def finish(
     target, weight = objective.target(loss), np.ones(len(loss))
     theta, _ = minimise(model, objective, target, weight, start[None], box, iterations=40)
     best = polish(model, objective, target, weight, theta[0], box)
-    _, size = gradient(model, objective, best[None], target, weight)
+    size = free_gradient(model, objective, best, target, weight, box)
     value = float(evaluate(model, objective, best[None], target, weight)[0])
     condition, correlation = conditioning(model, objective, best)
-    measured = replace(certificate, objective=value, gradient=float(size[0]))
+    measured = replace(certificate, objective=value, gradient=size)
     return best, replace(measured, condition=condition, correlation=correlation)
 
 
@@ -263,12 +325,12 @@ def certify(
     weight, target = np.ones(len(loss)), objective.target(loss)
     value = float(evaluate(model, objective, theta[None], target, weight)[0])
     floor = float(objective.rho(np.full((1, len(loss)), 1e-9), weight)[0])  # below this a fit is exact to rounding
-    _, size = gradient(model, objective, theta[None], target, weight)
+    at_box = (theta <= box[0] + AT_BOUND) | (theta >= box[1] - AT_BOUND)
+    size = free_gradient(model, objective, theta, target, weight, box)
     condition, correlation = conditioning(model, objective, theta)
-    at_box = (theta <= box[0] + 1e-9) | (theta >= box[1] - 1e-9)
     return Certificate(
         objective=value,
-        gradient=0.0 if value <= floor else float(size[0]),
+        gradient=0.0 if value <= floor else size,
         agreeing=int((values <= max(value, floor) * (1 + AGREEMENT)).sum()),
         starts=len(values),
         moved=float(np.abs(starts - theta).max(axis=1).min()),
@@ -300,6 +362,7 @@ def conditioning(model: Model, objective: Objective, theta: np.ndarray) -> tuple
 def gates_of(fitted: Fit) -> list[Gate]:
     """Convergence gates and physical sense, with sentences."""
     c = fitted.certificate
+    at_bound = f", with {', '.join(c.bounds_hit)} at its bound here," if c.bounds_hit else ""
     return [
         Gate("moved", c.moved > 1e-9, f"distance from the nearest start {c.moved:.2g}"),
         Gate(
@@ -307,13 +370,13 @@ def gates_of(fitted: Fit) -> list[Gate]:
         ),
         Gate(
             "gradient",
-            c.gradient < GRADIENT_LIMIT or bool(c.bounds_hit),
+            c.gradient < GRADIENT_LIMIT,
             f"scale-free gradient {c.gradient:.1e} (limit {GRADIENT_LIMIT:g})",
         ),
         Gate(
             "second solver",
-            abs(c.second_solver_gap) < AGREEMENT or bool(c.bounds_hit),
-            f"the independent solver ends {c.second_solver_gap:+.1e} of the objective away",
+            abs(c.second_solver_gap) < AGREEMENT,
+            f"the independent solver{at_bound} ends {c.second_solver_gap:+.1e} of the objective away",
         ),
         *[identified_gate(fitted, family) for family in fitted.families],
     ]
@@ -322,7 +385,8 @@ def gates_of(fitted: Fit) -> list[Gate]:
 def identified_gate(fitted: Fit, family: str) -> Gate:
     """An optimum without physical sense predicts, but its exponents mean nothing."""
     params, part = fitted.family_params(family), fitted.runs.family(family)
-    faults = [f"{name} at its bound" for name in fitted.certificate.bounds_hit if name in fitted.names]
+    own = [fitted.names[place] for place in fitted.columns(family)]
+    faults = [f"{name} at its bound" for name in fitted.certificate.bounds_hit if name in own]
     floor = params.get("E", 0.0)
     if "E" in params and floor < 1e-3 * part["loss"].min():
         faults.append("E has gone to zero")

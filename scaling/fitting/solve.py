@@ -22,6 +22,7 @@ SEARCH_ROWS = 12  # for each parameter, while thresholds are wide
 ROUND = 8  # iterations after which starts are looked through for pairs that have met
 MEETING = 1e-3  # centred distance within which two starts are on the same way to the same optimum
 MAX_DAMPING = 1e12
+AT_BOUND = 1e-9  # how near a bound a parameter counts as lying at it
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,20 @@ def gradient(
 
     The second is MINPACK's gtol measure: unchanged by units, weights or duplicated rows.
     """
+    slope, cosines = gradient_cosines(model, objective, theta, target, weight)
+    return slope, np.abs(cosines).max(axis=1)
+
+
+def gradient_cosines(
+    model: Model, objective: Objective, theta: np.ndarray, target: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradient (K, P), and its cosines (K, P) between the clipped residuals and each column."""
     value, jacobian = linearised(model, objective, theta)
     clipped = np.clip(value - target, -objective.delta, objective.delta)
     slope = np.einsum("kpn,kn->kp", jacobian, weight * clipped)
     norms = np.sqrt(np.einsum("kpn,kn->kp", jacobian**2, np.broadcast_to(weight, clipped.shape)))
     size = np.sqrt((weight * clipped**2).sum(-1))[:, None]
-    return slope, np.max(np.abs(slope) / np.maximum(norms * size, 1e-300), axis=1)
+    return slope, slope / np.maximum(norms * size, 1e-300)
 
 
 def damped_steps(
@@ -267,23 +276,46 @@ def polish(
     theta: np.ndarray,
     bounds: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
-    """Full Newton steps (curvature of the law included) on one vector (P,), until the gradient is at rounding level."""
+    """Full Newton steps (curvature of the law included) on one vector (P,), until the gradient is at rounding level;
+    parameters that a bound holds back stay there, and the step is that of the others."""
     best = evaluate(model, objective, theta[None], target, weight)[0]
     for _ in range(20):
-        slope, size = gradient(model, objective, theta[None], target, weight)
-        if size[0] < 1e-12:
+        slope, cosines = (x[0] for x in gradient_cosines(model, objective, theta[None], target, weight))
+        free = ~held_back(theta, slope, bounds)
+        if not free.any() or np.abs(cosines[free]).max() < 1e-12:
             break
-        curvature = numeric_hessian(model, objective, target, weight, theta)
-        step = -np.linalg.lstsq(curvature, slope[0], rcond=1e-14)[0]
+        curvature = numeric_hessian(model, objective, target, weight, theta)[np.ix_(free, free)]
+        step = np.zeros(len(theta))
+        step[free] = -np.linalg.lstsq(curvature, slope[free], rcond=1e-14)[0]
         trials = np.clip(theta + step * (0.5 ** np.arange(12))[:, None], *bounds)
         scores = evaluate(model, objective, trials, target, weight)
         pick = int(np.nanargmin(scores))
         # Near the optimum the objective is flat to rounding: there a smaller gradient decides.
-        smaller = gradient(model, objective, trials[[pick]], target, weight)[1][0] < size[0]
+        there = gradient_cosines(model, objective, trials[[pick]], target, weight)[1][0]
+        smaller = np.abs(there[free]).max() < np.abs(cosines[free]).max()
         if not (scores[pick] < best or (scores[pick] <= best * (1 + 1e-14) and smaller)):
             break
         theta, best = trials[pick], min(best, scores[pick])
     return theta
+
+
+def held_back(theta: np.ndarray, slope: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """(P,) which parameters lie at a bound beyond which the objective would fall (Karush-Kuhn-Tucker)."""
+    low, high = theta <= bounds[0] + AT_BOUND, theta >= bounds[1] - AT_BOUND
+    return (low & (slope > 0)) | (high & (slope < 0))
+
+
+def free_gradient(
+    model: Model,
+    objective: Objective,
+    theta: np.ndarray,
+    target: np.ndarray,
+    weight: np.ndarray,
+    bounds: tuple[np.ndarray, np.ndarray],
+) -> float:
+    """Scale-free gradient of one vector (P,) in the directions that the box leaves open."""
+    slope, cosines = (x[0] for x in gradient_cosines(model, objective, theta[None], target, weight))
+    return float(np.abs(np.where(held_back(theta, slope, bounds), 0.0, cosines)).max())
 
 
 def numeric_hessian(

@@ -38,6 +38,7 @@ class Law(ABC):
     names: tuple[str, ...]
     exponents: tuple[str, ...]
     inputs: tuple[str, ...] = ("N", "D")
+    beside: str = ""  # the column that it needs besides, U or precision
     terms: tuple[Term, ...] = ()  # filled by sums of powers only, which a second, separable solver can take apart
 
     @abstractmethod
@@ -69,15 +70,31 @@ class Law(ABC):
     ) -> np.ndarray:
         """(inputs, ...) features at any points, broadcast together; (inputs, K, n) gives each vector its own points.
 
-        Compute is 6 N D unless `log_c` says otherwise.
+        log_c: log FLOP, for laws in compute. Raises ScalingError where the law needs what was not given: compute here,
+        unique tokens or precision by `given`.
         """
-        log_c = np.log(FLOPS_PER_PARAMETER_TOKEN) + log_n + log_d if log_c is None else log_c
         return self.logarithms(log_n, log_d, log_c, centre)
 
-    def logarithms(self, log_n: np.ndarray, log_d: np.ndarray, log_c: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        """The law's inputs, centred and stacked."""
-        at, middle = {"N": log_n, "D": log_d, "C": log_c}, middles(centre)
+    def logarithms(
+        self, log_n: np.ndarray, log_d: np.ndarray, log_c: np.ndarray | None, centre: np.ndarray
+    ) -> np.ndarray:
+        """The law's inputs, centred and stacked; raises ScalingError for a law in compute without any."""
+        at, middle = {"N": log_n, "D": log_d}, middles(centre)
+        if log_c is not None:
+            at["C"] = log_c
+        elif "C" in self.inputs:
+            raise ScalingError(f"law {self.name!r} is a function of training compute: give its FLOP (--C)")
         return np.stack(np.broadcast_arrays(*(at[name] - middle[name] for name in self.inputs)))
+
+    def given(self, unique: np.ndarray | float | None, precision: str) -> Law:
+        """The law for runs of so many unique tokens and weights of this precision, None and "" for what is known
+        already or not at all; only the laws that need them take notice."""
+        return self
+
+    @property
+    def has_allocation(self) -> bool:
+        """Whether there is a best N and D for a budget: not where compute alone counts."""
+        return set(self.inputs) == {"N", "D"}
 
 
 def middles(centre: np.ndarray) -> dict[str, float]:

@@ -149,8 +149,8 @@ class EffectiveChinchilla(Law):
         """(n,) what the effective amount depends on besides N and D."""
 
     @abstractmethod
-    def third_at(self, two: np.ndarray) -> np.ndarray:
-        """The third row (1, ...) when predicting, from the other two (2, ...)."""
+    def third_at(self, log_d: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """The third row (...) of runs to come, from what `given` said; raises ScalingError where it said nothing."""
 
     @abstractmethod
     def effective(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -162,8 +162,9 @@ class EffectiveChinchilla(Law):
     def features_at(
         self, log_n: np.ndarray, log_d: np.ndarray, centre: np.ndarray, log_c: np.ndarray | None = None
     ) -> np.ndarray:
-        two = self.base.features_at(log_n, log_d, centre, log_c)
-        return np.concatenate([two, self.third_at(two)])
+        two = self.base.features_at(log_n, log_d, centre)
+        third = self.third_at(np.asarray(log_d), centre)
+        return np.concatenate([two, np.broadcast_to(third, two.shape[1:])[None]])
 
     def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
         return self.value_jacobian(theta, features)[0]
@@ -192,20 +193,28 @@ class EffectiveChinchilla(Law):
 
 class DataConstrained(EffectiveChinchilla):
     """Chinchilla with D' = U (1 + R* (1 - exp(-(D/U - 1)/R*))) in place of D, U the unique tokens (Muennighoff et al.
-    2023, eq. 5, its data part; excess parameters are not discounted). R_D = R*: repetitions that are worth much.
-    Predictions assume that no token is seen twice."""
+    2023, eq. 5, its data part; excess parameters are not discounted). R_D = R*: repetitions that are worth much."""
 
     name = "data-constrained"
     names = ("E", "A", "B", "alpha", "beta", "R_D")
+    beside = "U"
     place, range, start_range = 1, (0.1, 1e3), (1.0, 60.0)
+    unique: np.ndarray | float | None = None
+
+    def given(self, unique: np.ndarray | float | None, precision: str) -> DataConstrained:
+        out = DataConstrained()
+        out.unique = self.unique if unique is None else unique
+        return out
 
     def third(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
         """Log unique tokens, centred like D."""
         unique = np.minimum(np.where(np.isnan(runs["U"]), runs["D"], runs["U"]), runs["D"])
         return np.log(unique) - centre[1]
 
-    def third_at(self, two: np.ndarray) -> np.ndarray:
-        return two[1:]
+    def third_at(self, log_d: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        if self.unique is None:
+            raise ScalingError(f"law {self.name!r} depends on repetition: give the unique tokens (--U)")
+        return np.minimum(log_d, np.log(self.unique)) - centre[1]
 
     def effective(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         repeats = np.expm1(features[1] - features[2])
@@ -218,18 +227,30 @@ class DataConstrained(EffectiveChinchilla):
 
 class Precision(EffectiveChinchilla):
     """Chinchilla with N_eff = N (1 - exp(-P/gamma)) for N, P the bits of a weight from the column `precision` (bf16,
-    int8, ternary, or a number): Kumar et al. 2024, eq. 3. Predictions are for 16-bit weights."""
+    int8, ternary, or a number): Kumar et al. 2024, eq. 3."""
 
     name = "precision"
     names = ("E", "A", "B", "alpha", "beta", "gamma")
+    beside = "precision"
     place, range, start_range = 0, (0.05, 50.0), (0.3, 10.0)
+    bits: float | None = None
+
+    def given(self, unique: np.ndarray | float | None, precision: str) -> Precision:
+        out = Precision()
+        out.bits = bits_of(precision) if precision else self.bits
+        return out
 
     def third(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
         """Bits of a weight."""
         return np.array([bits_of(text) for text in runs["precision"]])
 
-    def third_at(self, two: np.ndarray) -> np.ndarray:
-        return np.full_like(two[1:], 16.0)
+    def third_at(self, log_d: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        if self.bits is None:
+            raise ScalingError(
+                f"law {self.name!r} depends on the precision of the weights, and the runs have several: give one "
+                "(--precision), or make each a family (--column family=precision)"
+            )
+        return np.full_like(log_d, self.bits, dtype=np.float64)
 
     def effective(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ratio = features[2] / np.exp(theta[:, [5]])
@@ -286,6 +307,12 @@ def law_named(name: str) -> Law:
     if name not in LAWS:
         raise ScalingError(f"unknown law {name!r}; choose from {', '.join(LAWS)}")
     return LAWS[name]()
+
+
+def usual_share(name: str) -> tuple[str, ...]:
+    """What several families have in common unless told otherwise: the same data and tokenizer have one irreducible
+    loss, where the law has one."""
+    return ("E",) if "E" in law_named(name).names else ()
 
 
 def bits_of(text: object) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 
 from scaling.fitting.approaches import IsoFlop, isoflop
 from scaling.fitting.fit import Fit, Gate, fit, ladder_gate
-from scaling.lint import Finding, lint
+from scaling.laws.forms import law_named
+from scaling.lint import Finding, lint, lint_gates
 from scaling.report.provenance import provenance_block
 from scaling.report.views import (
     AllocationView,
@@ -39,15 +41,15 @@ NESTED_DRAWS = 200
 @dataclass(frozen=True)
 class Settings:
     """How a report is made: law, objective and its threshold, bootstrap draws, seed, parameters that the joint fit
-    shares, the family compared with (None: Transformer++ or else the first), prices for the cost axes; delta_found:
-    whether the threshold is that of the table's noise."""
+    shares (None: E, where the law has one), the family compared with (None: Transformer++ or else the first), prices
+    for the cost axes; delta_found: whether the threshold is that of the table's noise."""
 
     law: str = "chinchilla"
     objective: str = "huber"
     delta: float = 1e-3
     draws: int = 2000
     seed: int = 0
-    share: Sequence[str] = ("E",)
+    share: Sequence[str] | None = None
     baseline: str | None = None
     prices: Prices = field(default_factory=lambda: CITED)
     delta_found: bool = False
@@ -81,9 +83,9 @@ class Analysis:
     """What was found. gates: every check; verdict: the sentences at the top.
 
     Per family: fits, draws, profiles (likelihood intervals), variants (sensitivity), influences (n,), isoflops, views,
-    allocations. joint: draws of the joint fit of all families, None for a lone one; pairs: every other family against
-    the baseline; others: the pairs without the baseline; lone_test: the back-test of a lone family; steps: nested
-    models of all families, None for a lone one or a law other than Chinchilla's.
+    allocations (none for a law of compute alone). joint: draws of the joint fit of all families, None for a lone one;
+    pairs: every other family against the baseline; others: the pairs without the baseline; lone_test: the back-test of
+    a lone family; steps: nested models of all families, None for a lone one or a law other than Chinchilla's.
     """
 
     runs: Runs
@@ -112,8 +114,14 @@ class Analysis:
         return [pair.test for pair in self.pairs] or ([self.lone_test] if self.lone_test else [])
 
     def tail(self, family: str) -> str:
-        """Ending of the file names of a pair's figures: nothing where there is one pair, else the second family."""
-        return "" if len(self.pairs) < 2 else f"-{family}"
+        """Ending of the file names of a pair's figures: nothing where there is one pair, else the second family, or its
+        number where the name is none for a file or would be another's."""
+        if len(self.pairs) < 2:
+            return ""
+        names = [re.sub(r"[^\w.+-]", "_", pair.main.b).lower() for pair in self.pairs]
+        place = [pair.main.b for pair in self.pairs].index(family)
+        plain = re.fullmatch(r"[\w.+-]+", family) and names.count(names[place]) == 1
+        return f"-{family}" if plain else f"-{names[place]}-{place + 1}"
 
     def test_of(self, family: str) -> BackTest | None:
         """The back-test that a family took part in; the baseline's first one."""
@@ -154,7 +162,7 @@ def analyse(runs: Runs, settings: Settings, known: Mapping[str, Any]) -> Analysi
         verdict=tuple(pairs_verdict(joint, ordered, pairs, steps) if joint else lone_verdict(ordered[0], lone, gates)),
         provenance=provenance_block(runs, fits, sampled, known, s.draws, s.seed),
         views=tuple(view for view, _ in seen),
-        allocations=tuple(allocation for _, allocation in seen),
+        allocations=tuple(allocation for _, allocation in seen) if law_named(s.law).has_allocation else (),
     )
 
 
@@ -179,16 +187,21 @@ def tested(runs: Runs, s: Settings) -> BackTest:
 def pair_analysis(joint: Draws, a: str, b: str, s: Settings) -> Pair:
     """Everything about one family against the baseline."""
     runs = pick_families(joint.fit.runs, (a, b))
-    axes = {axis: contrast(joint, a, b, axis, prices=s.prices) for axis in available_axes(runs, s.prices)}
+    offered = available_axes(runs, s.prices, joint.fit.law)
+    axes = {axis: contrast(joint, a, b, axis, prices=s.prices) for axis in offered}
     test, main = tested(runs, s), axes["flops"]
     views = {axis: difference_view(c, test if axis == "flops" else None) for axis, c in axes.items()}
-    along = {"optimal": main} | {path: contrast(joint, a, b, along=path) for path in fixed_paths(runs)}
+    along = {"optimal": main} | {path: contrast(joint, a, b, along=path) for path in fixed_paths(joint.fit)}
     paths = {path: (c, profile_crossing(c, min(SIMULATIONS, s.draws), s.seed)) for path, c in along.items()}
     return Pair(axes, paths, test, break_even(main), views)
 
 
-def fixed_paths(runs: Runs) -> list[str]:
-    """The middle ratio of tokens to parameters and the largest size of a table, as paths to compare along."""
+def fixed_paths(joint: Fit) -> list[str]:
+    """The middle ratio of tokens to parameters and the largest size of a table, as paths to compare along; none for a
+    law of compute alone."""
+    if not joint.law.has_allocation:
+        return []
+    runs = joint.runs
     ratio = float(np.exp(np.median(np.log(runs["D"] / runs["N"]))))
     return [f"ratio={ratio:.2g}", f"size={runs['N'].max():.3g}"]
 
@@ -198,6 +211,7 @@ def report_gates(runs: Runs, fits: Mapping[str, Fit], joint: Draws | None, pairs
     own = [(f, g) for f in fits for g in fits[f].gates]
     out = [Gate(g.name if "[" in g.name else f"{g.name} [{f}]", g.passed, g.message) for f, g in own]
     out += [ladder_gate(runs, family) for family in fits]
+    out += lint_gates(runs)
     if joint is not None:
         out += [Gate(f"joint fit: {g.name}", g.passed, g.message) for g in joint.fit.gates]
     for c in (pair.main for pair in pairs):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scaling.fitting.fit import Fit
+from scaling.fitting.fit import Fit, habits
 from scaling.report.analysis import Analysis, Pair
 from scaling.report.forecast import calibration_steps, run_noise
 from scaling.report.ledger import Forecast, digest_of, scores
@@ -97,6 +97,7 @@ def family_json(
 ) -> dict[str, Any]:
     """One family's fit in full precision, with what a forecast needs."""
     family = fitted.families[0]
+    fresh, precision = habits(fitted.runs)
     return {
         "law": fitted.law.name,
         "parameters": fitted.family_params(family),
@@ -108,6 +109,10 @@ def family_json(
         "bootstrap": bootstrap_json(draws),
         "rows": len(fitted.runs),
         "largest_flops_6nd": float(6 * (fitted.runs["N"] * fitted.runs["D"]).max()),
+        "largest_flops": float(fitted.runs["flops"].max()),
+        "repeats_tokens": fresh is None,
+        "precision": precision,
+        "loss_unit": fitted.runs.loss_unit,
         "centre": fitted.centre.tolist(),
         "theta": fitted.theta.tolist(),
         "run_noise": run_noise(fitted),
@@ -167,7 +172,7 @@ def comparison_json(c: Comparison, profile: Profile | None = None, price: BreakE
         "crossover": crossover_json(c, profile),
         "break_even": break_even_json(price) if price else None,
         "difference": {
-            "budget": c.flops.tolist(),
+            "budget": c.budgets.tolist(),
             "value": c.difference.tolist(),
             "low": low.tolist(),
             "high": high.tolist(),
@@ -187,7 +192,7 @@ def crossover_json(c: Comparison, profile: Profile | None = None) -> dict[str, A
         "p_always": x.p_always,
         "p_reverse": x.p_reverse,
         "p_never": x.p_never,
-        "p_before": [[float(budget), x.p_before(float(budget))] for budget in c.flops],
+        "p_before": [[float(budget), x.p_before(float(budget))] for budget in c.budgets],
         "horizon": x.horizon,
         "unit": c.unit,
     }
@@ -201,7 +206,14 @@ def crossover_json(c: Comparison, profile: Profile | None = None) -> dict[str, A
 def break_even_json(price: BreakEven) -> dict[str, Any]:
     """kappa* along compute; None where B does not reach A's loss before the horizon."""
     curves = {name: [finite(v) for v in getattr(price, name)] for name in ("flops", "estimate", "low", "high")}
-    return {"ternary_share": price.share} | curves
+    return curves | {"ternary_share": price.share.tolist()}
+
+
+def write_draws(folder: Path, draws: Mapping[str, np.ndarray]) -> None:
+    """Each family's centred draws (K, P) as draws.npz. The names of families are data, stored beside the arrays: as
+    names inside the archive they could be paths, or arguments of NumPy's."""
+    arrays = {f"theta_{k}": theta for k, theta in enumerate(draws.values())}
+    np.savez_compressed(folder / "draws.npz", families=np.array(list(draws)), **arrays)  # type: ignore[arg-type]
 
 
 def read_draws(path: Path) -> dict[str, np.ndarray]:
@@ -210,7 +222,9 @@ def read_draws(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ScalingError(f"no {path}: an interval needs the draws that the report wrote beside fit.json")
     with np.load(path, allow_pickle=False) as stored:
-        return dict(stored)
+        if "theta_0" not in stored:  # reports from before the names were stored apart
+            return dict(stored)
+        return {str(family): stored[f"theta_{k}"] for k, family in enumerate(stored["families"])}
 
 
 def read_fit_json(path: Path) -> dict[str, Any]:
@@ -218,7 +232,10 @@ def read_fit_json(path: Path) -> dict[str, Any]:
     path = path / "fit.json" if path.is_dir() else path
     if not path.is_file():
         raise ScalingError(f"no fit.json at {path}")
-    data = json.loads(path.read_text())
-    if "families" not in data:
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ScalingError(f"{path} is not a fit.json: {error}") from error
+    if not isinstance(data, dict) or "families" not in data:
         raise ScalingError(f"{path} is not a fit.json: it has no 'families'")
     return data

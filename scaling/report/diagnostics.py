@@ -114,7 +114,7 @@ def sensitivity_figure(variants: Mapping[str, Sequence[Variant]], views: Sequenc
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].invert_yaxis()
     panels[0].set_xlabel("allocation exponent: N* ∝ C^a")
-    panels[1].set_xlabel("irreducible loss E (nats)")
+    panels[1].set_xlabel(f"irreducible loss E ({views[0].runs.loss_unit})")
     figure.legend(loc="outside upper right", ncols=len(views), frameon=False)
     return figure
 
@@ -151,7 +151,7 @@ def isoflop_figure(found: Mapping[str, IsoFlop], views: Sequence[FamilyView]) ->
         axes.plot([], [], color=view.colour, label=f"{view.name}{power}")
     everything = np.concatenate(losses)
     axes.set_xscale("log")
-    log_loss_axis(axes, everything.min() * 0.98, everything.max() * 1.02)
+    log_loss_axis(axes, everything.min() * 0.98, everything.max() * 1.02, views[0].runs.loss_label)
     axes.set_xlabel(AXIS_NAMES["N"])
     axes.legend(frameon=False, fontsize=9)
     return figure

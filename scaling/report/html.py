@@ -44,12 +44,11 @@ def html_page(found: Analysis, title: str, ledger: Sequence[Forecast], curves: C
     if found.others:
         parts.append(page.section("Every pair", every_pair(found)))
     loss = interactive.loss_figure(found.views, curves)
-    allocation = interactive.allocation_figure(found.allocations)
     residuals = interactive.residual_figure(found.fits, found.views)
     parts += [
         page.section("Loss against compute", page.figure("loss", loss, CAPTIONS["loss"])),
         page.section("Fitted parameters", *parameter_tables(found), nested_table(found.steps) if found.steps else ""),
-        page.section("Best allocation", page.figure("allocation", allocation, CAPTIONS["allocation"])),
+        *allocation_section(found),
         page.section("Runs", runs_table(found.runs), set_aside(found.runs)),
         page.section("Checks", gate_table(found), certificate_table(found), findings_table(found)),
         page.section("Back-test", *backtest_parts(found)),
@@ -67,8 +66,16 @@ def difference_section(place: int, pair: Pair, found: Analysis) -> str:
     panels = {axis: axis_panel(f"{place}-{axis}", view, pair) for axis, view in pair.views.items()}
     chooser = page.chooser(group, "Cost axis", {axis: AXES[axis] for axis in panels}, panels)
     prices = found.settings.prices
-    rest = missing_axes(found.runs, prices) + price_part(place, pair, prices)
+    rest = missing_axes(c.fit, prices) + price_part(place, pair, prices)
     return page.section(f"Difference: {c.b} − {c.a}", chooser, rest)
+
+
+def allocation_section(found: Analysis) -> list[str]:
+    """Best N and D, for laws that know one."""
+    if not found.allocations:
+        return []
+    drawn = interactive.allocation_figure(found.allocations)
+    return [page.section("Best allocation", page.figure("allocation", drawn, CAPTIONS["allocation"]))]
 
 
 def axis_panel(name: str, view: DifferenceView, pair: Pair) -> str:
@@ -85,9 +92,10 @@ def axis_panel(name: str, view: DifferenceView, pair: Pair) -> str:
     )
 
 
-def missing_axes(runs: Runs, prices: Prices) -> str:
-    """Which axes cannot be shown, and what the table would need for them."""
-    reasons = [f"{AXES[axis]} {lacking(runs, axis, prices)}" for axis in AXES if lacking(runs, axis, prices)]
+def missing_axes(fitted: Fit, prices: Prices) -> str:
+    """Which axes cannot be shown, and what the table or the law would need for them."""
+    found = {axis: lacking(fitted.runs, axis, prices, fitted.law) for axis in AXES}
+    reasons = [f"{AXES[axis]} {reason}" for axis, reason in found.items() if reason]
     return f"<p class='soft'>Not shown: {page.escape('; '.join(reasons))}.</p>" if reasons else ""
 
 
@@ -189,9 +197,11 @@ def influence_table(found: Analysis) -> str:
 
 def findings_table(found: Analysis) -> str:
     """What lint has to say about the design."""
-    rows = [[page.escape(f.name), page.escape(f.severity), page.escape(f.message)] for f in found.findings]
+    rows = [[page.escape(x) for x in (f.name, f.severity, f.message, f.listed())] for f in found.findings]
     return (
-        page.table(["design", "kind", "finding"], rows, wrap=[2]) if rows else "<p class='soft'>No design faults.</p>"
+        page.table(["design", "kind", "finding", "rows"], rows, wrap=[2, 3])
+        if rows
+        else "<p class='soft'>No design faults.</p>"
     )
 
 

@@ -110,13 +110,13 @@ def loss_figure(views: Sequence[FamilyView], curves: Curves | None = None) -> go
             figure.add_trace(
                 go.Scatter(x=flops, y=loss, mode="lines", line=thin_line, hoverinfo="skip", showlegend=False)
             )
-        hover = f"{view.name}, best allocation<br>%{{x:.3g}} FLOP: %{{y:.4f}} nats<extra></extra>"
+        hover = f"{view.name}, best allocation<br>%{{x:.3g}} FLOP: %{{y:.4f}} {view.runs.loss_unit}<extra></extra>"
         figure.add_traces(lines(view.flops, view.loss, view.measured, view.colour, view.name, hover))
         figure.add_trace(end_points(view))
     mark_edge(figure, max(view.edge for view in views))
     low, high = loss_limits(views)
     left, right = min(view.flops[0] for view in views) / 2, max(view.flops[-1] for view in views)
-    layout(figure, "training compute (FLOP)", "held-out loss (nats per token)", 520)
+    layout(figure, "training compute (FLOP)", f"held-out loss ({views[0].runs.loss_label})", 520)
     figure.update_xaxes(range=[np.log10(left), np.log10(right)])
     figure.update_yaxes(type="log", range=[np.log10(low), np.log10(high)], tickvals=loss_ticks(low, high))
     return figure
@@ -170,7 +170,7 @@ def difference_figure(view: DifferenceView) -> go.Figure:
     figure.add_hline(y=0, line={"color": "#888", "width": 1.5})
     if view.calibrated is not None:
         add_calibrated(figure, view, colour)
-    hover = f"%{{x:.3g}} {view.unit}: %{{y:+.4f}} nats<extra></extra>"
+    hover = f"%{{x:.3g}} {view.unit}: %{{y:+.4f}} {view.loss_label}<extra></extra>"
     figure.add_traces(lines(view.flops, view.value, view.measured, colour, f"{view.b} − {view.a}", hover))
     low, high = (float(np.clip(end, view.flops[0], view.flops[-1])) for end in view.crossover)
     if low < high:
@@ -190,7 +190,7 @@ def difference_figure(view: DifferenceView) -> go.Figure:
             xshift=6,
         )
     mark_edge(figure, view.edge)
-    layout(figure, axis_label(view.unit), f"{view.b} − {view.a} (nats per token)")
+    layout(figure, axis_label(view.unit), f"{view.b} − {view.a} ({view.loss_label})")
     figure.update_yaxes(range=list(difference_limits(view)))
     return figure
 

@@ -168,9 +168,13 @@ def unasked(
     made = min((f.made for f in ledger if f.table == table), default=None)
     if made is None:
         return []
-    cells = zip(*(runs[name].tolist() for name in ("family", "N", "D")), strict=True)
-    new = [cell for cell in cells if cell[0] in forecasters and not holds_cell(earlier, *cell)]
-    return [made_of(forecasters[f].at(n, d), made, table, f, n, d) for f, n, d in new]
+    out = []
+    for row in runs.records():
+        family, n, d = row["family"], row["N"], row["D"]
+        if family in forecasters and not holds_cell(earlier, family, n, d):
+            known = {"flops": row["flops"], "unique": row.get("U") or d, "precision": row.get("precision", "")}
+            out.append(made_of(forecasters[family].at(n, d, **known), made, table, family, n, d))
+    return out
 
 
 def ledger_sentence(ledger: Sequence[Forecast]) -> str:

@@ -37,12 +37,12 @@ def markdown(found: Analysis, title: str, ledger: Sequence[Forecast]) -> str:
         out += ["## Every pair", "", *markdown_table(*pair_rows(every)), ""]
     out += ["## Loss against compute", "", picture("loss", "loss"), "", "## Fitted parameters", ""]
     out += markdown_table(*parameter_table(found.fits, found.draws))
-    out += ["", "## Best allocation", "", picture("allocation", "allocation"), ""]
-    out += ["## Runs", "", *markdown_table(*paired_rows(found.runs)), "", "## Checks", ""]
+    out += ["", "## Best allocation", "", picture("allocation", "allocation")] if found.allocations else []
+    out += ["", "## Runs", "", *markdown_table(*paired_rows(found.runs)), "", "## Checks", ""]
     rows = [[g.name, "pass" if g.passed else "**fails**", g.message] for g in found.gates]
-    faults = [[f.name, f.severity, f.message] for f in found.findings]
+    faults = [[f.name, f.severity, f.message, f.listed()] for f in found.findings]
     out += [*markdown_table(["check", "result", "what was found"], rows), ""]
-    out += [*markdown_table(["design", "kind", "finding"], faults), "", picture("residuals", "residuals"), ""]
+    out += [*markdown_table(["design", "kind", "finding", "rows"], faults), "", picture("residuals", "residuals"), ""]
     out += ["## Forecasts", "", ledger_sentence(ledger), ""]
     for scored in (True, False):
         out += [*markdown_table(*forecast_rows([f for f in ledger if f.scored is scored], scored)), ""]

@@ -60,7 +60,7 @@ def loss_figure(views: Sequence[FamilyView], curves: Curves | None = None) -> Fi
         draw_family(axes, view)
     mark_extrapolation(axes, max(view.edge for view in views), max(view.flops[-1] for view in views))
     axes.set_xlim(left=min(view.flops[0] for view in views) / 2)
-    log_loss_axis(axes, *loss_limits(views))
+    log_loss_axis(axes, *loss_limits(views), views[0].runs.loss_label)
     axes.set_xlabel(AXIS_NAMES["flops"])
     axes.legend(loc="upper right", frameon=False, fontsize=9)
     return figure
@@ -111,14 +111,14 @@ def mark_extrapolation(axes: Axes, edge: float, end: float, words: str = "no dat
     axes.set_xlim(right=end)
 
 
-def log_loss_axis(axes: Axes, low: float, high: float) -> None:
+def log_loss_axis(axes: Axes, low: float, high: float, unit: str) -> None:
     axes.set_yscale("log")
     axes.set_ylim(low, high)
     ticks = loss_ticks(low, high)
     axes.yaxis.set_major_locator(FixedLocator(ticks.tolist()))
     axes.yaxis.set_major_formatter(FixedFormatter([f"{t:g}" for t in ticks]))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_ylabel("held-out loss (nats per token)")
+    axes.set_ylabel(f"held-out loss ({unit})")
 
 
 def difference_figure(view: DifferenceView) -> Figure:
@@ -138,7 +138,7 @@ def difference_figure(view: DifferenceView) -> Figure:
     mark_extrapolation(axes, view.edge, view.flops[-1])
     axes.set_title("\n".join(textwrap.wrap(view.headline, 92)), fontsize=9.5, loc="left", pad=18)
     axes.set_xlabel(axis_label(view.unit))
-    axes.set_ylabel(f"loss difference (nats per token)\n{view.b} minus {view.a}")
+    axes.set_ylabel(f"loss difference ({view.loss_label})\n{view.b} minus {view.a}")
     for height, side, name in ((0.985, "top", view.a), (0.075, "bottom", view.b)):
         axes.text(0.012, height, f"{name} better", transform=axes.transAxes, fontsize=9, color="0.3", va=side)
     return figure
@@ -158,7 +158,7 @@ def axes_figure(views: Sequence[DifferenceView]) -> Figure:
         mark_extrapolation(panel, view.edge, view.flops[-1], words="")
     limits = [difference_limits(view) for view in views]
     panels[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-    panels[0].set_ylabel(f"{views[0].b} − {views[0].a}\n(nats per token)")
+    panels[0].set_ylabel(f"{views[0].b} − {views[0].a}\n({views[0].loss_label})")
     return figure
 
 
@@ -249,7 +249,8 @@ def runs_figure(runs_by_family: Sequence[FamilyView], x: str, curves: Curves | N
         )
     axes.set_xscale("log")
     loss = np.concatenate([view.runs["loss"] for view in runs_by_family])
-    log_loss_axis(axes, loss.min() * 0.97, loss.max() * (1.35 if curves else 1.03))
+    unit = ", ".join(dict.fromkeys(view.runs.loss_label for view in runs_by_family))
+    log_loss_axis(axes, loss.min() * 0.97, loss.max() * (1.35 if curves else 1.03), unit)
     axes.set_xlabel(AXIS_NAMES.get(x, x))
     axes.legend(frameon=False)
     return figure

@@ -90,7 +90,7 @@ def crossing_rows(c: Comparison, profile: Profile) -> tuple[list[str], list[list
         [f"P({c.b} leads throughout)", f"{x.p_always:.3f}"],
         [f"P({c.b} does not lead at {x.horizon:.0e} {unit})", f"{x.p_never:.3f}"],
     ]
-    tens = 10.0 ** np.arange(np.ceil(np.log10(c.measured[0])), np.log10(x.horizon) + 1e-9)
+    tens = 10.0 ** np.arange(np.ceil(np.log10(c.budgets[0])), np.log10(x.horizon) + 1e-9)
     chances = [[f"P({c.b} leads for good by {at:.0e} {unit})", f"{x.p_before(at):.3f}"] for at in tens]
     return ["crossing", "value"], rows + chances
 
@@ -103,7 +103,8 @@ def path_rows(paths: Mapping[str, tuple[Comparison, Profile]]) -> tuple[list[str
         names = {"ratio": f"{number} tokens a parameter", "size": f"{short(float(number or 0))} parameters"}
         by_draws = ends_text(c.crossover.low, c.crossover.high, c.unit)
         by_profile = ends_text(profile.low, profile.high, c.unit)
-        chances = [f"{c.p_b_better[c.within][-1]:.3f}", f"{c.crossover.p_none:.3f}"]
+        last = int(np.argmin(np.abs(np.log(c.budgets / c.measured[1]))))
+        chances = [f"{c.p_b_better[last]:.3f}", f"{c.crossover.p_none:.3f}"]
         rows.append([names.get(kind, "best allocation"), by_draws, by_profile, *chances])
     some = next(iter(paths.values()))[0]
     better = f"P({some.b} better), largest measured"
@@ -125,11 +126,11 @@ def pair_rows(every: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: each pair at the largest compute that both reached, and its crossing."""
     rows = []
     for c in every:
-        k = int(np.argmin(np.abs(np.log(c.flops / c.measured[1]))))
+        k = int(np.argmin(np.abs(np.log(c.budgets / c.measured[1]))))
         low, high = (float(v[k]) for v in c.band(c.difference_draws))
         crossing = ends_text(c.crossover.low, c.crossover.high, c.unit)
         difference = f"{c.difference[k]:+.4f} [{low:+.4f}, {high:+.4f}]"
-        rows.append([f"{c.b} − {c.a}", f"{c.flops[k]:.1e}", difference, f"{c.p_b_better[k]:.3f}", crossing])
+        rows.append([f"{c.b} − {c.a}", f"{c.budgets[k]:.1e}", difference, f"{c.p_b_better[k]:.3f}", crossing])
     return ["pair", "FLOP", "difference, 95 %", "P(first better)", "crossing, 95 %"], rows
 
 
@@ -182,7 +183,7 @@ def terminal_summary(
 ) -> str:
     """Runs, fitted parameters with intervals, verdict, how forecasts did; lines no longer than `width`."""
     header, rows = paired_rows(runs)
-    out = ["RUNS  held-out loss, nats per token"]
+    out = [f"RUNS  held-out loss, {runs.loss_label}"]
     if len(rows) <= LONG_TABLE:
         out += columns(header, rows, width)
     else:

@@ -46,12 +46,13 @@ class FamilyView:
 
 @dataclass(frozen=True)
 class DifferenceView:
-    """Difference of two frontiers, nats, and the share of draws in which B is better, over budgets `flops` (M,) in
-    `unit`. measured (M,): where both best allocations are ones that runs support."""
+    """Difference of two frontiers, in `loss_label`, and the share of draws in which B is better, over budgets `flops`
+    (M,) in `unit`. measured (M,): where both best allocations are ones that runs support."""
 
     a: str
     b: str
     unit: str
+    loss_label: str
     headline: str
     flops: np.ndarray
     value: np.ndarray
@@ -114,12 +115,12 @@ def family_view(draws: Draws, family: str, place: int) -> tuple[FamilyView, Allo
 
 def supported(runs: Runs, found: Frontier, span: tuple[float, float]) -> np.ndarray:
     """(M,) whether runs stand behind the frontier at each budget: the budget lies within `span`, and the best size and
-    number of tokens within those that were trained, with 10 % to spare."""
+    number of tokens, for laws that know one, within those that were trained, with 10 % to spare."""
     budget = np.exp(found.log_flops)
     inside = (budget >= span[0] / SLACK) & (budget <= span[1] * SLACK)
     for name, best in (("N", found.log_n[0]), ("D", found.log_d[0])):
         trained = np.log(runs[name])
-        inside &= (best >= trained.min() - SPARE) & (best <= trained.max() + SPARE)
+        inside &= np.isnan(best) | ((best >= trained.min() - SPARE) & (best <= trained.max() + SPARE))
     return inside
 
 
@@ -140,8 +141,8 @@ def size_lines(fit: Fit, runs: Runs, family: str, cost: Cost) -> list[tuple[np.n
     for n in sizes if len(sizes) <= 12 else []:
         d = runs["D"][runs["N"] == n]
         tokens = np.geomspace(d.min() / 1.15, d.max() * 1.15, 24)
-        factor = np.exp(np.interp(np.log(n), cost.log_n, cost.log_cost))
-        lines.append((factor * n * tokens, fit.predict(n, tokens, family)))
+        flops = cost.rate(n) * n * tokens
+        lines.append((flops, fit.predict(n, tokens, family, flops=flops, unique=np.inf)))
     return lines
 
 
@@ -168,12 +169,12 @@ def runs_views(runs: Runs) -> list[FamilyView]:
 
 def difference_view(c: Comparison, test: BackTest | None = None) -> DifferenceView:
     """The difference from the lowest common compute to two decades beyond the largest, widened by the back-test."""
-    keep = c.flops <= c.measured[1] * 10**SHOWN_DECADES * 1.01
+    keep = c.budgets <= c.measured[1] * 10**SHOWN_DECADES * 1.01
     low, high = c.band(c.difference_draws[:, keep])
     sides = [supported(c.fit.runs.family(f), c.frontiers[f], c.measured) for f in (c.a, c.b)]
     measured = (sides[0] & sides[1])[keep]
     ends = (c.crossover.low, c.crossover.high)
-    flops, value = c.flops[keep], c.difference[keep]
+    flops, value = c.budgets[keep], c.difference[keep]
     wider = None
     if test is not None and test.of(DIFFERENCE):
         factor = test.factors(DIFFERENCE, np.log10(flops / c.measured[1]))
@@ -181,7 +182,20 @@ def difference_view(c: Comparison, test: BackTest | None = None) -> DifferenceVi
             wider = value + factor * (low - value), value + factor * (high - value)
     chance = c.p_b_better[keep]
     return DifferenceView(
-        c.a, c.b, c.unit, headline(c), flops, value, low, high, chance, measured, c.measured[1], ends, wider
+        c.a,
+        c.b,
+        c.unit,
+        c.fit.runs.loss_label,
+        headline(c),
+        flops,
+        value,
+        low,
+        high,
+        chance,
+        measured,
+        c.measured[1],
+        ends,
+        wider,
     )
 
 

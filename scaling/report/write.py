@@ -9,14 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from scaling.fitting.fit import Gate
 from scaling.report import diagnostics, plot
 from scaling.report.agreement import starts_figure
 from scaling.report.analysis import Analysis, Settings, analyse
 from scaling.report.approaches import approaches_figure
-from scaling.report.artefact import family_json, fit_json, read_draws, read_fit_json
+from scaling.report.artefact import family_json, fit_json, read_draws, read_fit_json, write_draws
 from scaling.report.forecast import Forecaster
 from scaling.report.html import html_page
 from scaling.report.ledger import (
@@ -37,6 +35,7 @@ from scaling.report.summary import terminal_summary
 from scaling.tables.runs import Runs
 from scaling.uncertainty.sensitivity import delta_from_noise, objective_text
 from scaling.verdict.costs import CITED, Prices
+from scaling.verdict.frontier import Cost
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def write_report(
     law: str = "chinchilla",
     objective: str = "huber",
     delta: float | None = None,
-    share: Sequence[str] = ("E",),
+    share: Sequence[str] | None = None,
     baseline: str | None = None,
     prices: Prices = CITED,
 ) -> Report:
@@ -96,7 +95,7 @@ def write_report(
     data = fit_json(found, ledger)
     write_figures(found, out, curves)
     (out / "fit.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    np.savez_compressed(out / "draws.npz", **{f: d.theta for f, d in found.draws.items()})  # type: ignore[arg-type]
+    write_draws(out, {family: draws.theta for family, draws in found.draws.items()})
     (out / "report.html").write_text(html_page(found, title, ledger, curves), encoding="utf-8")
     (out / "report.md").write_text(markdown(found, title, ledger), encoding="utf-8")
     runs.write_csv(out / "runs.csv")
@@ -122,11 +121,13 @@ def next_forecasts(found: Analysis) -> list[tuple[tuple[str, float, float], Any]
     """What this table's fits say of the next size of each family's ladder."""
     out = []
     for family, fitted in found.fits.items():
-        draws = found.draws[family]
-        forecaster = Forecaster.of(family_json(fitted, draws, found.test_of(family)), draws.theta)
-        for n, d in next_cells(found.runs.family(family)):
+        draws, part = found.draws[family], found.runs.family(family)
+        forecaster, cost = Forecaster.of(family_json(fitted, draws, found.test_of(family)), draws.theta), Cost.of(part)
+        if set(forecaster.asks) - {"flops"}:  # nobody can say how often the next size will see its tokens
+            continue
+        for n, d in next_cells(part):
             if not holds_cell(found.runs, family, n, d):
-                out.append(((family, n, d), forecaster.at(n, d)))
+                out.append(((family, n, d), forecaster.at(n, d, flops=float(cost.rate(n) * n * d))))
     return out
 
 
@@ -135,12 +136,13 @@ def write_figures(found: Analysis, out: Path, curves: plot.Curves | None) -> Non
     figures = {
         "loss": plot.loss_figure(found.views, curves),
         "residuals": plot.residual_figure(found.fits, found.views),
-        "allocation": diagnostics.allocation_figure(found.allocations),
         "sensitivity": diagnostics.sensitivity_figure(found.variants, found.views),
         "influence": diagnostics.influence_figure(found.fits, found.influences, found.views),
         "starts": starts_figure(found.fits, found.views),
-        "approaches": approaches_figure(found.views, found.allocations),
     }
+    if found.allocations:
+        figures["allocation"] = diagnostics.allocation_figure(found.allocations)
+        figures["approaches"] = approaches_figure(found.views, found.allocations)
     for pair in found.pairs:
         tail = found.tail(pair.main.b)
         figures[f"difference{tail}"] = plot.difference_figure(pair.views["flops"])

@@ -30,7 +30,7 @@ TEXT = (
     "reason",
 )
 BOOLEAN = ("ended", "excluded", "embedding_counted")  # the last: whether N holds the input embedding
-BITS = "bits per byte"
+BITS, NATS, NATS_PER_TOKEN = "bits per byte", "nats", "nats per token"
 CONVENTIONS = (
     "tokenizer",
     "val_set",
@@ -58,7 +58,7 @@ class Runs:
     """A validated table of runs.
 
     `columns` maps a name to an array of one entry per row: float64 for numbers (NaN where missing), object (str) for
-    text. Always there: run_id, family, cluster (text); N, D, loss, flops (float64; parameters, tokens, nats per token,
+    text. Always there: run_id, family, cluster (text); N, D, loss, flops (float64; parameters, tokens, see `loss_unit`,
     floating-point operations). `notes` says what was derived rather than read; `set_aside` keeps the rows that the
     `excluded` column removed.
     """
@@ -90,7 +90,8 @@ class Runs:
         rows = rename_columns(rows, columns or {})
         unit = {"loss_unit": BITS} if (columns or {}).get("loss") == "bpb" else {}
         rows = [row | unit | dict(constants or {}) for row in rows]
-        rows = [row for row in rows if all(holds(row, condition) for condition in parse_where(where))]
+        present = dict.fromkeys(name for row in rows for name in row)
+        rows = [row for row in rows if all(holds(row, condition, present) for condition in parse_where(where))]
         return replace(cls.from_rows(rows, allow_midrun), source=Path(path).name, sha256=digest)
 
     @classmethod
@@ -156,6 +157,17 @@ class Runs:
         """Family names in order of first appearance."""
         return list(dict.fromkeys(self.columns["family"].tolist()))
 
+    @property
+    def loss_unit(self) -> str:
+        """What the losses are in, as the table states it: nats (also where it is silent) or bits per byte."""
+        kinds = self.kinds("loss_unit")
+        return kinds[0] if len(kinds) == 1 and kinds != [NATS_PER_TOKEN] else NATS
+
+    @property
+    def loss_label(self) -> str:
+        """The same for an axis: nats are per token."""
+        return NATS_PER_TOKEN if self.loss_unit == NATS else self.loss_unit
+
     def select(self, rows: np.ndarray) -> Runs:
         """The rows picked by a boolean mask or an index array."""
         return replace(self, columns={name: values[rows] for name, values in self.columns.items()})
@@ -217,17 +229,19 @@ def parse_where(where: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, str
     return parsed
 
 
-def holds(row: Mapping[str, Any], condition: tuple[str, str, str]) -> bool:
-    """Whether a row meets a condition, as numbers where both sides are numbers."""
+def holds(row: Mapping[str, Any], condition: tuple[str, str, str], present: Iterable[str]) -> bool:
+    """Whether a row meets a condition, as numbers where both sides are numbers; what the row leaves out of the columns
+    `present` in the table is blank. Raises ScalingError on a column that is not."""
     name, sign, value = condition
-    if name not in row:
-        raise ScalingError(f"--where: the table has no column {name!r}{nearest(name, row)}")
-    have, want = as_number(row[name]), as_number(value)
+    if name not in present:
+        raise ScalingError(f"--where: the table has no column {name!r}{nearest(name, present)}")
+    cell = row.get(name, "")
+    have, want = as_number(cell), as_number(value)
     if have is not None and want is not None:
         return bool(COMPARISONS[sign](have, want))
     if sign not in {"=", "!="}:
         return False
-    return bool(COMPARISONS[sign](str(row[name]).lower(), value.lower()))
+    return bool(COMPARISONS[sign](str(cell).lower(), value.lower()))
 
 
 def as_number(value: Any) -> float | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from scaling.fitting.fit import count_sizes, fit
-from scaling.laws.forms import law_named
+from scaling.laws.forms import law_named, usual_share
 from scaling.tables.runs import Runs
 from scaling.uncertainty.bootstrap import Draws, bootstrap, cluster_labels, sorted_clusters
 
@@ -104,7 +104,7 @@ class BackTest:
 def backtest(
     runs: Runs,
     origins: Sequence[float] = ORIGINS,
-    share: Sequence[str] = ("E",),
+    share: Sequence[str] | None = None,
     law: str = "chinchilla",
     objective: str = "huber",
     delta: float = 1e-3,
@@ -113,18 +113,19 @@ def backtest(
 ) -> BackTest:
     """Fits the runs with C <= C_max / q for each q and predicts the others, family by family and their differences.
 
-    One family, or several jointly with `share` tied. Origins that leave too little to fit are skipped and listed.
+    One family, or several jointly with `share` tied (None: E, where the law has one). Origins that leave too little to
+    fit are skipped and listed.
     """
     held: list[Held] = []
     skipped = []
+    tied = None if len(runs.families) == 1 else usual_share(law) if share is None else share
     for q in sorted(origins):
         inside = runs["flops"] <= runs["flops"].max() / q
         reason = too_little(runs, inside, law)
         if reason:
             skipped.append(f"C_max/{q:g} leaves {reason}")
             continue
-        several = len(runs.families) > 1
-        early = fit(runs.select(inside), law, objective, delta, starts=24, seed=seed, share=share if several else None)
+        early = fit(runs.select(inside), law, objective, delta, starts=24, seed=seed, share=tied)
         sampled = bootstrap(early, draws, seed)
         held += held_levels(runs, inside, sampled, q)
         held += held_differences(runs, inside, sampled, q)
@@ -156,6 +157,11 @@ def robust_sd(values: np.ndarray) -> np.ndarray:
     return (high - low) / (2 * NORMAL_95)
 
 
+def vectors(sampled: Draws) -> tuple[np.ndarray, np.ndarray]:
+    """The fitted vector (1, P) and those of the draws (K, P)."""
+    return sampled.fit.theta[None], sampled.theta
+
+
 def held_levels(runs: Runs, inside: np.ndarray, sampled: Draws, q: float) -> list[Held]:
     """Errors of each family's held-out losses."""
     out = []
@@ -165,12 +171,11 @@ def held_levels(runs: Runs, inside: np.ndarray, sampled: Draws, q: float) -> lis
         if not len(rows):
             continue
         rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_HELD)).astype(int))]
-        n, d = runs["N"][rows], runs["D"][rows]
-        point = np.log(sampled.fit.predict(n, d, family))
-        sd = new_run_sd(sampled, family, np.log(sampled.predict(n, d, family)))
+        point, drawn = (np.log(sampled.fit.predict_rows(x, runs.select(rows), family)) for x in vectors(sampled))
+        sd = new_run_sd(sampled, family, drawn)
         for k, row in enumerate(rows):
             decades = float(np.log10(runs["flops"][row] / edge))
-            error = float(np.log(runs["loss"][row]) - point[k])
+            error = float(np.log(runs["loss"][row]) - point[0, k])
             out.append(Held(LEVELS, q, family, str(runs["run_id"][row]), decades, error, float(sd[k])))
     return out
 
@@ -188,9 +193,11 @@ def held_differences(runs: Runs, inside: np.ndarray, sampled: Draws, q: float) -
             if inside[one] or inside[two]:
                 continue
             pair = [(families[0], one), (other, two)]
-            drawn = [sampled.predict(runs["N"][r], runs["D"][r], f)[:, 0] for f, r in pair]
-            point = [sampled.fit.predict(runs["N"][r], runs["D"][r], f)[0] for f, r in pair]
-            error = (runs["loss"][two] - runs["loss"][one]) - (point[1] - point[0])
+            point, drawn = (
+                [sampled.fit.predict_rows(x, runs.select(np.array([r])), f)[:, 0] for f, r in pair]
+                for x in vectors(sampled)
+            )
+            error = (runs["loss"][two] - runs["loss"][one]) - (point[1] - point[0])[0]
             noise = residual_difference_sd(sampled, families[0], other)
             sd = np.hypot(robust_sd((drawn[1] - drawn[0])[:, None])[0], noise)
             decades = float(np.log10(min(runs["flops"][one], runs["flops"][two]) / edge))

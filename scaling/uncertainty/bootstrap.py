@@ -10,6 +10,7 @@ There the noise is drawn from a model of it instead ("parametric": noise.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -28,17 +29,14 @@ MATCH_N, MATCH_D = np.log(1.3), np.log(1.05)  # how close two families' cells mu
 
 @dataclass(frozen=True)
 class Draws:
-    """Refits of one fit: theta (K, P) centred; method; clusters per family; paired: same multipliers across families.
-
-    freedom: degrees of freedom of the residual scale that widens the draws (inf for pairs).
-    """
+    """Refits of one fit: theta (K, P) centred; method; clusters per family; paired: same multipliers across
+    families."""
 
     fit: Fit
     theta: np.ndarray
     method: str
     clusters: tuple[int, ...]
     paired: bool
-    freedom: float
     seed: int
 
     def raw(self) -> dict[str, np.ndarray]:
@@ -49,9 +47,11 @@ class Draws:
         """Percentile intervals of the raw parameters by joint name."""
         return {name: interval(values, level) for name, values in self.raw().items()}
 
-    def predict(self, N: np.ndarray | float, D: np.ndarray | float, family: str | None = None) -> np.ndarray:
-        """(K, n) losses of the mean curve in each draw."""
-        return self.fit.predict_theta(self.theta, N, D, family)
+    def predict(
+        self, N: np.ndarray | float, D: np.ndarray | float, family: str | None = None, **known: Any
+    ) -> np.ndarray:
+        """(K, n) losses of the mean curve in each draw; `known` as for `Fit.predict_theta`."""
+        return self.fit.predict_theta(self.theta, N, D, family, **known)
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -72,28 +72,26 @@ def bootstrap(fit: Fit, draws: int = 2000, seed: int = 0, method: str = "auto") 
     if method == "auto":
         method = "pairs" if min(counts) >= MIN_CLUSTERS_FOR_PAIRS else "parametric"
     rng = np.random.default_rng(seed)
-    loss, freedom, weight = fit.runs["loss"], np.inf, np.ones(len(fit.runs))
+    loss, weight = fit.runs["loss"], np.ones(len(fit.runs))
     target: np.ndarray = fit.objective.target(loss)
     if method == "pairs":
         weight = pair_weights(labels, fit.runs["family"], paired, draws, rng)
     elif method in ("parametric", "wild"):
-        noise, freedom = (parametric_noise if method == "parametric" else wild_noise)(fit, labels, paired, draws, rng)
+        noise, _ = (parametric_noise if method == "parametric" else wild_noise)(fit, labels, paired, draws, rng)
         shifted = fit.model.value(fit.theta[None]) + noise
         target = shifted if fit.objective.log else np.exp(shifted)
     else:
         raise ScalingError(f"unknown bootstrap {method!r}; choose from auto, pairs, parametric, wild")
     start = np.repeat(fit.theta[None], draws, axis=0)
     theta = refit(fit.model, fit.objective, target, weight, start, bounds_of(fit.model, loss))
-    return Draws(fit, theta, method, counts, paired, freedom, seed)
+    return Draws(fit, theta, method, counts, paired, seed)
 
 
 def bootstrap_large(fit: Fit, draws: int, seed: int, method: str) -> Draws:
     """Draws of a random subset of the clusters, their deviations shrunk by sqrt(m / n): m out of n bootstrap (Bickel,
     Goetze & van Zwet 1997). A table this large has small errors, and refits of all its rows would take hours."""
     rng = np.random.default_rng(seed)
-    names, place = np.unique(fit.runs["cluster"].astype(str), return_inverse=True)
-    kept = np.isin(place, rng.permutation(len(names))[: max(1, len(names) * LARGE_TABLE // len(fit.runs))])
-    rows = np.flatnonzero(kept)[:LARGE_TABLE]
+    rows = np.sort(np.concatenate([sampled_clusters(fit, family, rng) for family in fit.families]))
     model, loss = fit.model.subset(rows), fit.runs["loss"][rows]
     target, weight = fit.objective.target(loss), np.ones(len(rows))
     theta, _ = minimise(model, fit.objective, target, weight, fit.theta[None], bounds_of(model, loss), 100)
@@ -101,6 +99,16 @@ def bootstrap_large(fit: Fit, draws: int, seed: int, method: str) -> Draws:
     drawn = bootstrap(part, draws, seed, method)
     shrink = np.sqrt(len(rows) / len(fit.runs))
     return replace(drawn, fit=fit, theta=fit.theta + shrink * (drawn.theta - theta[0]))
+
+
+def sampled_clusters(fit: Fit, family: str, rng: np.random.Generator) -> np.ndarray:
+    """Row numbers of one family's clusters, drawn at random until they fill its part of LARGE_TABLE; what of the last
+    one would go beyond it is left out, at random."""
+    room = max(len(fit.law.names) + 1, LARGE_TABLE * int((fit.runs["family"] == family).sum()) // len(fit.runs))
+    rows, labels = np.flatnonzero(fit.runs["family"] == family), fit.runs["cluster"].astype(str)
+    _, place = np.unique(labels[rows], return_inverse=True)
+    order = np.lexsort((rng.random(len(rows)), rng.permutation(place.max() + 1)[place]))
+    return rows[order[:room]]
 
 
 def cluster_labels(runs: Runs, families: tuple[str, ...]) -> tuple[np.ndarray, bool]:

@@ -125,7 +125,7 @@ def accepted(grid: np.ndarray, found: np.ndarray, critical: float) -> np.ndarray
     middle = len(grid) // 2
     ends = np.array([-np.inf, np.inf])
     for side, order in enumerate((np.arange(middle, -1, -1), np.arange(middle, len(grid)))):
-        beyond = np.flatnonzero(found[order] > critical)
+        beyond = 1 + np.flatnonzero(found[order[1:]] > critical)  # the middle is the fit itself, whatever its rounding
         if len(beyond):
             pair = order[beyond[0] - 1 : beyond[0] + 1]
             root = np.sqrt(found[pair])  # near linear in the parameter

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 from scipy.stats import f as fisher
 
 from scaling.fitting.fit import LARGE_TABLE, Fit
@@ -64,13 +67,16 @@ def lack_of_fit(fit: Fit) -> LackOfFit | None:
 
 
 def cells(runs: Runs) -> np.ndarray:
-    """(n,) cell numbers: rows of one family whose N and D agree within 0.5 %."""
-    keys = [np.log(runs["D"]), np.log(runs["N"]), runs["family"].astype(str)]
-    order = np.lexsort(keys)
-    new = np.ones(len(runs), bool)
-    new[1:] = runs["family"][order][1:] != runs["family"][order][:-1]
-    for values in keys[:2]:
-        new[1:] |= np.abs(np.diff(values[order])) > SAME_CELL
-    place = np.empty(len(runs), dtype=int)
-    place[order] = np.cumsum(new) - 1
-    return place
+    """(n,) cell numbers: rows of one family whose N and D agree within 0.5 %, directly or by way of others.
+
+    By distance in both at once: in order of N alone, rows of a neighbouring number of tokens would stand between two
+    whose N differs in the last digits.
+    """
+    family = np.unique(runs["family"].astype(str), return_inverse=True)[1]
+    apart = 10 * SAME_CELL + np.ptp(np.log(runs["N"]))
+    points, place = np.unique(
+        np.column_stack([np.log(runs["N"]) + apart * family, np.log(runs["D"])]), axis=0, return_inverse=True
+    )
+    near = cKDTree(points).query_pairs(SAME_CELL, p=np.inf, output_type="ndarray")
+    links = coo_matrix((np.ones(len(near)), near.T), shape=(len(points), len(points)))
+    return connected_components(links, directed=False)[1][place.ravel()]

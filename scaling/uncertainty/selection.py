@@ -75,7 +75,7 @@ def fit_chosen(
     theta = refit(model, fitted.objective, target, weight, start, bounds_of(model, runs["loss"]))
     low, high = bounds_of(model, runs["loss"])
     reflected = np.clip(2 * fitted.theta - theta, low, high)
-    return Draws(fitted, reflected, f"{how}-of-sweep", (len(fitted.runs),), False, freedom, seed)
+    return Draws(fitted, reflected, f"{how}-of-sweep", (len(fitted.runs),), False, seed)
 
 
 def noise_of(runs: Runs, how: str, fitted: Fit) -> tuple[float, float]:

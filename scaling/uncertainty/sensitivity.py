@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scaling.fitting.fit import Fit, bounds_of, fit
+from scaling.fitting.fit import Fit, beside_fault, bounds_of, fit, row_fault
 from scaling.fitting.solve import Objective, refit
 from scaling.laws.forms import law_named
 from scaling.lint import lint
-from scaling.tables.runs import Runs
+from scaling.tables.runs import Runs, ScalingError
 
 OBJECTIVES = ("huber", "lad", "log-ls", "raw-ls")
 MOST_LEFT_OUT = 300  # rows that are left out one by one to measure their influence
@@ -81,10 +81,16 @@ def delta_from_noise(runs: Runs, law: str = "chinchilla", smallest: float = CUST
     Far below the noise a Huber fit is a least-absolute-deviations fit, which passes exactly through as many points as
     it has parameters: with a dozen runs a family it follows whichever those are. Residuals are enlarged for the
     degrees of freedom that the fit has used up. Never below `smallest`, the customary threshold for large ladders.
+    Families that cannot be fitted have no say; raises ScalingError where none can. One whose runs tell nothing of
+    repetition or precision is fitted by Chinchilla's law, to which the others come down for it.
     """
-    scaled = []
-    for family in runs.families:
-        squares = fit(runs.family(family), law, "log-ls", starts=starts)
+    scaled, form = [], law_named(law)
+    parts = [runs.family(family) for family in runs.families]
+    faults = [row_fault(part, form) for part in parts]
+    if all(faults):
+        raise ScalingError(faults[0])
+    for part in (part for part, fault in zip(parts, faults, strict=True) if not fault):
+        squares = fit(part, "chinchilla" if beside_fault(part, form) else law, "log-ls", starts=starts)
         rows, used = len(squares.runs), len(squares.law.names)
         scaled.append(squares.residuals() * np.sqrt(rows / (rows - used)))
     return max(smallest, robust_delta(np.concatenate(scaled)))
@@ -111,8 +117,17 @@ def influence(fitted: Fit) -> np.ndarray:
     target = fitted.objective.target(fitted.runs["loss"])
     start = np.repeat(fitted.theta[None], len(rows), axis=0)
     theta = refit(fitted.model, fitted.objective, target, weight, start, bounds_of(fitted.model, fitted.runs["loss"]))
-    largest = int(np.argmax(fitted.runs["flops"]))
-    n, d = (fitted.runs[name][largest] * np.sqrt(10.0) for name in ("N", "D"))
+    further = enlarged(fitted.runs.select(np.array([np.argmax(fitted.runs["flops"])])), np.sqrt(10.0))
     change = np.zeros(len(fitted.runs))
-    change[rows] = fitted.predict_theta(theta, n, d)[:, 0] / fitted.predict(n, d)[0] - 1
+    left, kept = (fitted.predict_rows(x, further, fitted.families[0])[:, 0] for x in (theta, fitted.theta[None]))
+    change[rows] = left / kept - 1
     return change
+
+
+def enlarged(runs: Runs, times: float) -> Runs:
+    """The same runs at so many times the parameters and tokens, as often repeated, and the square of that in
+    compute."""
+    scale = {"N": times, "D": times, "U": times, "flops": times**2}
+    return replace(
+        runs, columns=runs.columns | {name: runs[name] * x for name, x in scale.items() if name in runs.columns}
+    )

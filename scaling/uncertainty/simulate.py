@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from scaling.fitting.fit import fit
-from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, Runs
+from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap, interval
 from scaling.uncertainty.sensitivity import delta_from_noise
 
@@ -35,11 +35,13 @@ class Noise:
 
 @dataclass(frozen=True)
 class Cells:
-    """The runs of one family: sizes n and tokens d, and which of them are decays off one trunk; all (n,)."""
+    """The runs of one family: sizes n and tokens d, which of them are decays off one trunk, and what they cost in FLOP
+    per parameter and token; all (n,)."""
 
     n: np.ndarray
     d: np.ndarray
     trunk: np.ndarray
+    rate: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Ladder:
         """Every size with every ratio."""
         n = np.repeat(self.sizes, len(self.ratios))
         trunk = np.repeat(np.arange(len(self.sizes)), len(self.ratios))
-        return Cells(n, n * np.tile(self.ratios, len(self.sizes)), trunk)
+        rate = np.full(len(n), FLOPS_PER_PARAMETER_TOKEN)
+        return Cells(n, n * np.tile(self.ratios, len(self.sizes)), trunk, rate)
 
 
 @dataclass(frozen=True)
@@ -74,26 +77,41 @@ class Case:
     delta: float | None = 1e-3
 
 
+Truth = Sequence[float] | Callable[[np.ndarray, np.ndarray], np.ndarray]
 Truths = Mapping[str, Sequence[float]]
+AnyTruths = Mapping[str, Truth]
 
 
-def true_loss(law: Sequence[float], n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Loss of (E, A, B, alpha, beta) at n parameters and d tokens."""
+def true_loss(law: Truth, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Loss at n parameters and d tokens, of (E, A, B, alpha, beta) or of any function of the two."""
+    if callable(law):
+        return law(n, d)
     floor, a, b, alpha, beta = law
     return floor + a / n**alpha + b / d**beta
 
 
-def draw(truths: Truths, cells: Cells, noise: Noise, rng: np.random.Generator, clustered: bool = True) -> Runs:
-    """One simulated table of all families on the same cells."""
-    n, d, trunk = cells.n, cells.d, cells.trunk
-    shared = noise.common * rng.normal(size=len(n))
+def draw(
+    truths: AnyTruths,
+    cells: Cells | Mapping[str, Cells],
+    noise: Noise,
+    rng: np.random.Generator,
+    clustered: bool = True,
+) -> Runs:
+    """One simulated table: every family on the same cells, or on its own. Raises ScalingError on noise in common to
+    designs that have no cells in common."""
+    designs = {family: cells for family in truths} if isinstance(cells, Cells) else cells
+    longest = max(len(own.n) for own in designs.values())
+    if noise.common and any(len(own.n) != longest for own in designs.values()):
+        raise ScalingError("noise of cells in common needs the same cells in every family")
+    shared = noise.common * rng.normal(size=longest)
     rows = []
     for family, law in truths.items():
+        n, d, trunk, rate = (getattr(designs[family], name) for name in ("n", "d", "trunk", "rate"))
         error = noise.run * rng.normal(size=len(n)) + noise.trunk * rng.normal(size=trunk.max() + 1)[trunk]
-        loss = true_loss(law, n, d) * np.exp(error + shared + misfit(noise.misfit, n, d, rng))
+        loss = true_loss(law, n, d) * np.exp(error + shared[: len(n)] + misfit(noise.misfit, n, d, rng))
         for k in range(len(n)):
             cluster = f"{family}-trunk-{trunk[k]}" if clustered else ""
-            cell = {"N": n[k], "D": d[k], "loss": loss[k], "cluster": cluster}
+            cell = {"N": n[k], "D": d[k], "flops": rate[k] * n[k] * d[k], "loss": loss[k], "cluster": cluster}
             rows.append({"run_id": f"{family}-{k}", "family": family} | cell)
     return Runs.from_rows(rows)
 

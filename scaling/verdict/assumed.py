@@ -8,8 +8,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from scaling.laws.forms import Chinchilla
-from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN
-from scaling.verdict.frontier import Cost, frontier
+from scaling.verdict.frontier import SIX_N_D, frontier
 
 # Besiroglu et al. 2024 (arXiv 2404.10102), table 1: E, A, B, alpha, beta of Hoffmann et al.'s runs.
 BASELINE = (1.8172, 482.01, 2085.43, 0.3478, 0.3658)
@@ -19,8 +18,7 @@ def optimal_loss(law: Sequence[float], flops: float) -> float:
     """Lowest loss of (E, A, B, alpha, beta) that `flops` = 6 N D buys."""
     e, a, b, alpha, beta = law
     theta = np.array([[np.log(e), np.log(a), np.log(b), alpha, beta]])
-    cost = Cost(np.zeros(1), np.log([FLOPS_PER_PARAMETER_TOKEN]))
-    return float(frontier(Chinchilla(), theta, np.zeros(2), cost, np.log([flops])).loss[0, 0])
+    return float(frontier(Chinchilla(), theta, np.zeros(2), SIX_N_D, np.log([flops])).loss[0, 0])
 
 
 def crossing_at(flops: float, gap: float, baseline: Sequence[float] = BASELINE) -> dict[str, tuple[float, ...]]:

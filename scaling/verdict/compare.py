@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.fitting.fit import Fit, Gate, fit, ladder_gate
+from scaling.laws.forms import usual_share
+from scaling.lint import lint_gates
 from scaling.tables.runs import BITS, Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap
-from scaling.verdict.costs import AXES, CITED, Prices, axis_cost
+from scaling.verdict.costs import AXES, CITED, Prices, axis_cost, lacking
 from scaling.verdict.crossing import LEVEL, Crossover, crossover
 from scaling.verdict.frontier import Cost, Frontier, frontier_along
 
@@ -22,16 +24,17 @@ POINTS_PER_DECADE = 8
 
 @dataclass(frozen=True)
 class Comparison:
-    """B against A along budgets. Arrays over the grid `flops` (M,), in units of the axis; draws have shape (K, M).
+    """B against A along budgets. Arrays over the grid `budgets` (M,), in units of the axis; draws have shape (K, M).
 
     difference: loss of B minus loss of A on the two frontiers, nats per token; below zero B is better. measured: (low,
-    high) budget that both families' runs span. The fit may hold more families than these two.
+    high) budget that both families' runs span; low lies above high where there is none, see `overlap`. The fit may hold
+    more families than these two.
     """
 
     a: str
     b: str
     draws: Draws
-    flops: np.ndarray
+    budgets: np.ndarray
     costs: dict[str, Cost]
     frontiers: dict[str, Frontier]
     frontier_draws: dict[str, Frontier]
@@ -65,10 +68,15 @@ class Comparison:
         return (self.difference_draws < 0).mean(axis=0)
 
     @property
+    def overlap(self) -> bool:
+        """Whether any budget lies within the runs of both families."""
+        return self.measured[0] <= self.measured[1]
+
+    @property
     def within(self) -> np.ndarray:
         """(M,) which points of the grid lie where both families were measured."""
         slack = 1 + 1e-9
-        return (self.flops >= self.measured[0] / slack) & (self.flops <= self.measured[1] * slack)
+        return (self.budgets >= self.measured[0] / slack) & (self.budgets <= self.measured[1] * slack)
 
     def band(self, values: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
         """Pointwise percentile band (M,), (M,) of draws (K, M)."""
@@ -80,7 +88,7 @@ def compare(
     runs: Runs,
     a: str,
     b: str,
-    share: Sequence[str] = ("E",),
+    share: Sequence[str] | None = None,
     draws: int = 2000,
     seed: int = 0,
     law: str = "chinchilla",
@@ -94,9 +102,9 @@ def compare(
 ) -> Comparison:
     """Compares family b with family a on their compute-optimal frontiers, or along another path.
 
-    One joint fit ties the parameters in `share`: the same data and tokenizer have one irreducible loss, and separate
-    5-parameter fits cannot place a crossing. For the rest see `contrast`. Raises ScalingError where the two sets of
-    losses are not comparable.
+    One joint fit ties the parameters in `share` (None: E, where the law has one): the same data and tokenizer have one
+    irreducible loss, and separate 5-parameter fits cannot place a crossing. For the rest see `contrast`. Raises
+    ScalingError where the two sets of losses are not comparable.
     """
     if a == b:
         raise ScalingError(f"family {a!r} cannot be compared with itself")
@@ -106,7 +114,7 @@ def compare(
 
 def joint_draws(
     runs: Runs,
-    share: Sequence[str] = ("E",),
+    share: Sequence[str] | None = None,
     draws: int = 2000,
     seed: int = 0,
     law: str = "chinchilla",
@@ -115,8 +123,21 @@ def joint_draws(
     starts: int = 64,
 ) -> Draws:
     """One joint fit of every family of the table, and its bootstrap; raises ScalingError on incomparable losses."""
+    return bootstrap(joint_fit(runs, share, law, objective, delta, starts, seed), draws, seed)
+
+
+def joint_fit(
+    runs: Runs,
+    share: Sequence[str] | None = None,
+    law: str = "chinchilla",
+    objective: str = "huber",
+    delta: float = 1e-3,
+    starts: int = 64,
+    seed: int = 0,
+) -> Fit:
+    """One fit of every family of the table; raises ScalingError on incomparable losses."""
     check_comparable(runs)
-    return bootstrap(fit(runs, law, objective, delta, starts, seed, share=share), draws, seed)
+    return fit(runs, law, objective, delta, starts, seed, usual_share(law) if share is None else share)
 
 
 def contrast(
@@ -134,13 +155,16 @@ def contrast(
     "size=1e9" (parameters). `horizon` (in units of the axis) ends the search for crossings.
     """
     joint = sampled.fit
+    reason = lacking(pick_families(joint.runs, (a, b)), axis, prices, joint.law)
+    if reason:
+        raise ScalingError(f"axis {axis!r} {reason}")
     spent = {f: axis_cost(joint.runs.family(f), axis, prices) for f in (a, b)}
     costs = {f: Cost.of(joint.runs.family(f), spent[f]) for f in (a, b)}
     measured = measured_range(spent[a], spent[b])
-    horizon = horizon or measured[1] * 10**HORIZON_DECADES
-    if horizon < measured[1]:
-        raise ScalingError(f"the horizon {horizon:.3g} lies below the dearest run, {measured[1]:.3g} {AXES[axis]}")
-    log_flops = compute_grid(measured[0], *([measured[1]] if measured[1] < horizon else []), horizon)
+    horizon = horizon or max(measured) * 10**HORIZON_DECADES
+    if horizon < max(measured):
+        raise ScalingError(f"the horizon {horizon:.3g} lies below the dearest run, {max(measured):.3g} {AXES[axis]}")
+    log_flops = compute_grid(*sorted({*measured, horizon}))
     point = {f: family_frontier(joint, joint.theta[None], f, costs[f], log_flops, along) for f in (a, b)}
     drawn = {f: family_frontier(joint, sampled.theta, f, costs[f], log_flops, along) for f in (a, b)}
     found = crossover(log_flops, point[b].loss - point[a].loss, drawn[b].loss - drawn[a].loss)
@@ -167,10 +191,9 @@ def check_comparable(runs: Runs) -> None:
 
 
 def measured_range(one: np.ndarray, two: np.ndarray) -> tuple[float, float]:
-    """Cost that the runs of both families span; falls back to the union when they do not overlap."""
-    low, high = max(one.min(), two.min()), min(one.max(), two.max())
-    both = np.concatenate([one, two])
-    return (float(low), float(high)) if low < high else (float(both.min()), float(both.max()))
+    """Cost that the runs of both families span: from the higher of their least to the lower of their largest, the first
+    being the larger where they have none in common."""
+    return float(max(one.min(), two.min())), float(min(one.max(), two.max()))
 
 
 def compute_grid(*ends: float) -> np.ndarray:
@@ -185,16 +208,21 @@ def compute_grid(*ends: float) -> np.ndarray:
 def family_frontier(
     joint: Fit, theta: np.ndarray, family: str, cost: Cost, log_flops: np.ndarray, along: str = "optimal"
 ) -> Frontier:
-    """One family's frontier for joint vectors (K, P)."""
-    own = theta[:, joint.model.index[joint.families.index(family)]]
-    return frontier_along(along, joint.law, own, joint.centre, cost, log_flops)
+    """One family's frontier for joint vectors (K, P); tokens are taken to be new, weights as precise as its runs'."""
+    own = theta[:, joint.columns(family)]
+    return frontier_along(along, joint.frontier_law(family), own, joint.centre, cost, log_flops)
 
 
 def own_gates(joint: Fit, a: str, b: str) -> list[Gate]:
     """Checks of the fit that concern these two families, and whether each ladder is large enough."""
     others = [f"[{family}]" for family in joint.families if family not in (a, b)]
     kept = [gate for gate in joint.gates if not any(gate.name.endswith(other) for other in others)]
-    return [*kept, ladder_gate(joint.runs, a), ladder_gate(joint.runs, b)]
+    return [
+        *kept,
+        ladder_gate(joint.runs, a),
+        ladder_gate(joint.runs, b),
+        *lint_gates(pick_families(joint.runs, (a, b))),
+    ]
 
 
 def spread_gate(sampled: Draws, a: str, b: str) -> Gate:

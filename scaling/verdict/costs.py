@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from scaling.laws.base import Law
 from scaling.tables.runs import Runs, ScalingError
 
 AXES = {
@@ -77,10 +78,12 @@ def axis_cost(runs: Runs, axis: str, prices: Prices = CITED) -> np.ndarray:
     return runs[axis]
 
 
-def lacking(runs: Runs, axis: str, prices: Prices = CITED) -> str:
-    """What a table lacks for an axis, in words; nothing where the axis can be had."""
+def lacking(runs: Runs, axis: str, prices: Prices = CITED, law: Law | None = None) -> str:
+    """What a table lacks for an axis, or why a law cannot be put on it, in words; nothing where the axis can be had."""
     if axis not in AXES:
         return f"is unknown; choose from {', '.join(AXES)}"
+    if law is not None and not law.has_allocation and axis != "flops":
+        return f"needs a law of N and D: law {law.name!r} knows the table's own FLOP only"
     if axis == "usd" and prices.usd_per_hour is None:
         return "needs a price: --usd-per-hour"
     needed = counted_classes(runs) if axis == "energy" else [NEEDS[axis]] if axis in NEEDS else []
@@ -95,9 +98,9 @@ def lacking(runs: Runs, axis: str, prices: Prices = CITED) -> str:
     return ""
 
 
-def available_axes(runs: Runs, prices: Prices = CITED) -> list[str]:
-    """Axes that the table can be put on, the first being its own FLOP count."""
-    return [axis for axis in AXES if not lacking(runs, axis, prices)]
+def available_axes(runs: Runs, prices: Prices = CITED, law: Law | None = None) -> list[str]:
+    """Axes that the table, and a law fitted to it, can be put on, the first being its own FLOP count."""
+    return [axis for axis in AXES if not lacking(runs, axis, prices, law)]
 
 
 def counted_classes(runs: Runs) -> list[str]:
@@ -110,11 +113,3 @@ def arithmetic_energy(runs: Runs, prices: Prices = CITED) -> np.ndarray:
     present: Sequence[str] = counted_classes(runs)
     picojoules = [prices.energies[column.removeprefix("flops_")].picojoules for column in present]
     return 1e-12 * np.array(picojoules) @ np.stack([runs[column] for column in present])
-
-
-def ternary_share(runs: Runs) -> float:
-    """Share of operations that are ternary accumulations (median over runs); 0 where they are not counted for every
-    run, and nothing can be said of their price."""
-    if "flops_ternary" not in runs.columns or np.isnan(runs["flops_ternary"]).any():
-        return 0.0
-    return float(np.median(runs["flops_ternary"] / runs["flops"]))

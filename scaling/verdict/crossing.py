@@ -18,7 +18,8 @@ class Crossover:
     estimate: at the fitted optimum; inf where B does not lead at the horizon, 0 where it leads from the lowest measured
     budget on. low, high: percentile interval of the same quantity over every draw, those that never cross included.
     p_none: share of draws in which the order never changes; p_always: those in which B leads throughout. p_reverse:
-    share in which A overtakes B instead. draws: (K,) the quantity itself.
+    share in which A overtakes B instead. draws: (K,) the quantity itself; lost: (K,) the same for A, the budget from
+    which A leads.
     """
 
     estimate: float
@@ -29,6 +30,7 @@ class Crossover:
     p_reverse: float
     horizon: float
     draws: np.ndarray
+    lost: np.ndarray
 
     def p_before(self, budget: float) -> float:
         """Share of draws in which B leads at or before this budget and crossed to do so (or always led)."""
@@ -61,6 +63,7 @@ def crossover(log_budget: np.ndarray, point: np.ndarray, drawn: np.ndarray) -> C
         p_reverse=float(behind.mean()),
         horizon=float(np.exp(log_budget[-1])),
         draws=values,
+        lost=overtakes(log_budget, -drawn)[0],
     )
 
 

@@ -19,7 +19,7 @@ from scaling.laws.base import Model
 from scaling.uncertainty.bootstrap import null_noise
 from scaling.verdict.compare import Comparison, family_frontier
 from scaling.verdict.crossing import LEVEL
-from scaling.verdict.frontier import Frontier, frontier_along
+from scaling.verdict.frontier import Frontier
 
 SQUARES = Objective("log-ls", True, np.inf)
 # Weights of the constraint beside a row's weight of one, each with so many of the solver's steps. The first leaves room
@@ -93,18 +93,17 @@ class Meeting(Model):
         gap = np.zeros((len(theta), 1))
         for family, sign in ((self.pair.a, -1.0), (self.pair.b, 1.0)):
             found = self.frontier(theta, family)
-            columns = self.index[self.pair.fit.families.index(family)]
-            features = self.law.features_at(found.log_n, found.log_d, self.pair.fit.centre, found.log_flops)
-            value, own = self.law.value_jacobian(theta[:, columns], features)
+            columns, law = self.pair.fit.columns(family), self.pair.fit.frontier_law(family)
+            features = law.features_at(found.log_n, found.log_d, self.pair.fit.centre, found.log_flops)
+            value, own = law.value_jacobian(theta[:, columns], features)
             gap += sign * value
             jacobian[:, columns, -1] += sign * own[:, :, 0]
         return np.concatenate([losses, gap], axis=1), jacobian
 
     def frontier(self, theta: np.ndarray, family: str) -> Frontier:
         """Each vector's frontier at its own budget, (K, 1)."""
-        columns = self.index[self.pair.fit.families.index(family)]
-        fit, cost = self.pair.fit, self.pair.costs[family]
-        return frontier_along(self.pair.along, self.law, theta[:, columns], fit.centre, cost, theta[:, -1:])
+        pair = self.pair
+        return family_frontier(pair.fit, theta[:, :-1], family, pair.costs[family], theta[:, -1:], pair.along)
 
 
 def profile_crossing(c: Comparison, simulations: int = SIMULATIONS, seed: int = 0) -> Profile:
@@ -136,7 +135,7 @@ def misfit(c: Comparison, theta: np.ndarray, log_budget: np.ndarray, target: np.
 def refined_grid(c: Comparison, free: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Log budgets (M,) and the fits held to them (M, P): a regular grid, then ever finer about the best of them, since
     a precise ladder's whole interval may lie between two points."""
-    low, high = np.log(c.flops[[0, -1]])
+    low, high = np.log(c.budgets[[0, -1]])
     grid = np.linspace(low, high, max(9, int(PER_DECADE * (high - low) / np.log(10)) + 1))
     met = smoothed(c, grid, constrained(c, np.repeat(free, len(grid), axis=0), grid, target), target)
     for _ in range(REFINEMENTS):

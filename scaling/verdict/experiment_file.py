@@ -51,7 +51,7 @@ def study() -> Study:
 '''
 
 
-def write_experiment(plan: Plan, runs: Runs, families: tuple[str, str], path: Path) -> None:
+def write_experiment(plan: Plan, runs: Runs, families: tuple[str, ...], path: Path) -> None:
     """Writes the plan; data settings and learning rates come from the table's own columns. Raises ScalingError."""
     sequence = common(runs, "seq_len", 128.0)
     batch = max(1, round(common(runs, "batch_tokens", 8 * sequence) / sequence))

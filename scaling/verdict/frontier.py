@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.laws.base import Law
-from scaling.tables.runs import Runs, ScalingError, as_number
+from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, Runs, ScalingError, as_number
 
 GOLDEN = (np.sqrt(5) - 1) / 2
 SEARCH_STEPS = 34  # golden sections; 60 e-folds of N shrink to 5e-6, and the loss is flat to second order there
@@ -39,14 +39,22 @@ class Cost:
         grid = np.linspace(sizes[0], sizes[-1], COST_POINTS if len(sizes) > 1 else 1)
         return cls(grid, np.polyval(smooth, grid - middle))
 
+    def rate(self, n: np.ndarray | float) -> np.ndarray:
+        """FLOP per parameter and token at n parameters, shaped like n."""
+        return np.exp(np.interp(np.log(n), self.log_n, self.log_cost))
+
     def log_tokens(self, log_n: np.ndarray, log_flops: np.ndarray) -> np.ndarray:
         """log D that spends the whole budget at size log N."""
         return log_flops - log_n - np.interp(log_n, self.log_n, self.log_cost)
 
 
+SIX_N_D = Cost(np.zeros(1), np.log([FLOPS_PER_PARAMETER_TOKEN]))  # for laws that are assumed and have no runs
+
+
 @dataclass(frozen=True)
 class Frontier:
-    """Along budgets: loss (K, M) nats, log N and log D (K, M) of the best allocation, or of the one prescribed."""
+    """Along budgets: loss (K, M), log N and log D (K, M) of the best allocation, or of the one prescribed; these two
+    NaN for a law of compute alone, which knows no allocation."""
 
     log_flops: np.ndarray
     loss: np.ndarray
@@ -65,10 +73,12 @@ def frontier_along(
     """The frontier on a named path: "optimal", "ratio=20" (tokens per parameter) or "size=1e9" (parameters).
 
     theta: (K, p) one family's centred vectors; log_flops: (M,), or (K, 1) for a budget of its own for every vector.
-    Raises ScalingError on another path.
+    Raises ScalingError on another path, or on any but the first for a law of compute alone.
     """
     if path == "optimal":
         return frontier(law, theta, centre, cost, log_flops)
+    if not law.has_allocation:
+        raise ScalingError(f"law {law.name!r} depends on compute alone: no ratio or size can be prescribed to it")
     kind, _, number = path.partition("=")
     if kind not in ("ratio", "size") or not is_positive(number):
         raise ScalingError(f"unknown path {path!r}; choose optimal, ratio=TOKENS_PER_PARAMETER or size=PARAMETERS")
@@ -102,6 +112,10 @@ def frontier(law: Law, theta: np.ndarray, centre: np.ndarray, cost: Cost, log_fl
     along a budget, hence convex there, so the search cannot end in a wrong valley.
     """
     shape = np.broadcast_shapes((len(theta), 1), log_flops.shape)
+    if not law.has_allocation:
+        nowhere = np.full(shape, np.nan)
+        loss = np.exp(law.value(theta, law.features_at(nowhere, nowhere, centre, log_flops)))
+        return Frontier(log_flops, loss, nowhere, nowhere)
     low = np.full(shape, np.log(10.0))
     high = np.broadcast_to(log_flops - cost.log_cost.max() - np.log(10.0), shape).copy()
 

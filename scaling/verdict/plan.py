@@ -4,7 +4,7 @@ The criterion is c-optimal (Elfving 1952): the standard deviation of log10 C*, o
 It is that of the least-squares fit which will be made, under noise of runs and trunks and under lack of fit: a smooth
 departure of each family from its law, correlated over half a decade in N and in D, that the fit knows nothing of. A
 criterion that trusts the law would put everything on two far ends; this one pays for runs between them.
-Both families get the same grid.
+Both families get the same grid, and each pays for it what its own runs cost per parameter and token.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.fitting.fit import Fit
-from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, ScalingError
+from scaling.laws.base import Law
+from scaling.tables.runs import ScalingError
 from scaling.uncertainty.bootstrap import cluster_labels, null_noise
 from scaling.uncertainty.simulate import Noise
+from scaling.verdict.compare import family_frontier
 from scaling.verdict.crossing import overtakes
-from scaling.verdict.frontier import Cost, frontier
+from scaling.verdict.frontier import Cost
 
 DECAY_SHARE = 0.2  # steps of a decay off a trunk, relative to its budget
 BYTES_PER_PARAMETER = 16.0  # weights, gradient and two AdamW moments in 4 bytes each
@@ -32,27 +34,36 @@ STEP = 1e-4
 
 @dataclass(frozen=True)
 class Trunk:
-    """One size trained in both families: n parameters, decays at these tokens per parameter."""
+    """One size trained in every family: n parameters, decays at these tokens per parameter; rates: FLOP per parameter
+    and token of each family at this size."""
 
     n: float
     ratios: tuple[float, ...]
+    rates: tuple[float, ...]
+
+    @classmethod
+    def of(cls, n: float, ratios: Sequence[float], costs: Sequence[Cost]) -> Trunk:
+        """A size at what it costs in each family."""
+        return cls(float(n), tuple(ratios), tuple(float(cost.rate(n)) for cost in costs))
 
     @property
     def flops(self) -> float:
-        """Both families: a trunk to the largest budget, and a decay's steps for every smaller one."""
+        """All families: a trunk to the largest budget, and a decay's steps for every smaller one."""
         longest = max(self.ratios)
         steps = longest + DECAY_SHARE * sum(r for r in self.ratios if r != longest)
-        return 2 * FLOPS_PER_PARAMETER_TOKEN * self.n * self.n * steps
+        return sum(self.rates) * self.n * self.n * steps
 
     @property
     def largest_run(self) -> float:
-        return FLOPS_PER_PARAMETER_TOKEN * self.n * self.n * max(self.ratios)
+        """FLOP of the dearest run of any family."""
+        return max(self.rates) * self.n * self.n * max(self.ratios)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Trunks chosen, what they cost in FLOP, sd of what is asked now and with them, and where it is asked: the compute
-    at which the fitted frontiers cross, or the target (`asked` = "log10 C*" or "difference")."""
+    at which the fitted frontiers cross, or the target (`asked` = "log10 C*" or "difference"); unit of the
+    difference."""
 
     trunks: tuple[Trunk, ...]
     flops: float
@@ -60,6 +71,7 @@ class Plan:
     sd_then: float
     target: float
     asked: str
+    unit: str
 
     def lines(self) -> list[str]:
         """The plan as text, one trunk a line."""
@@ -67,7 +79,7 @@ class Plan:
         for t in self.trunks:
             out.append(f"{t.n:>10.3g}  {', '.join(f'{r:g}' for r in t.ratios):<28}{t.flops:>20.2e}")
         change = f"{self.sd_now:.3g} now, {self.sd_then:.3g} with these runs"
-        what = "log10 C*" if self.asked == "log10 C*" else f"the difference at {self.target:.1e} FLOP (nats)"
+        what = "log10 C*" if self.asked == "log10 C*" else f"the difference at {self.target:.1e} FLOP ({self.unit})"
         out.append(f"total {self.flops:.2e} FLOP; sd of {what}: {change}")
         return out
 
@@ -84,9 +96,11 @@ class Value:
 @dataclass(frozen=True)
 class Question:
     """What is to be known, linearised about a fit of two families: slope (P,) of log10 C* or of the difference at
-    `target` FLOP along the centred parameters; noise of the runs, lack of fit included."""
+    `target` FLOP along the centred parameters; costs: FLOP by size, in the order of the fit's families, as a comparison
+    has them; noise of the runs, lack of fit included."""
 
     fit: Fit
+    costs: tuple[Cost, ...]
     slope: np.ndarray
     target: float
     asked: str
@@ -95,11 +109,21 @@ class Question:
 
 def question(fitted: Fit, noise: Noise, target: float | None = None) -> Question:
     """The crossing of the fitted frontiers, or their difference at `target`. Raises ScalingError where there is no
-    crossing to ask for."""
+    crossing to ask for, or where the law is not one of N and D alone."""
+    check_plannable(fitted.law)
+    parts = [fitted.runs.family(family) for family in fitted.families]
+    costs = tuple(Cost.of(part) for part in parts)
     if target is not None:
-        return Question(fitted, sensitivity_of_difference(fitted, target), target, "difference", noise)
-    point, slope = sensitivity_of_crossing(fitted, float(fitted.runs["flops"].min()))
-    return Question(fitted, slope, 10**point, "log10 C*", noise)
+        return Question(fitted, costs, sensitivity_of_difference(fitted, costs, target), target, "difference", noise)
+    lowest = max(float(part["flops"].min()) for part in parts)
+    point, slope = sensitivity_of_crossing(fitted, costs, lowest)
+    return Question(fitted, costs, slope, 10**point, "log10 C*", noise)
+
+
+def check_plannable(law: Law) -> None:
+    """A ladder is sizes and tokens; a law that asks for more leaves its runs undefined."""
+    if not law.has_allocation or law.beside:
+        raise ScalingError(f"a ladder is planned in N and D, and law {law.name!r} is not a function of these two alone")
 
 
 def noise_of(fitted: Fit, seed: int = 0, misfit: float = MISFIT) -> Noise:
@@ -119,18 +143,20 @@ def noise_of(fitted: Fit, seed: int = 0, misfit: float = MISFIT) -> Noise:
     return Noise(np.sqrt(inside), np.sqrt(total - inside), misfit=misfit)
 
 
-def frontier_losses(fitted: Fit, theta: np.ndarray, log_c: np.ndarray) -> list[np.ndarray]:
-    """Each family's best loss (K, M) for joint vectors (K, P), at 6 FLOP per parameter and token."""
-    cost = Cost(np.zeros(1), np.log([FLOPS_PER_PARAMETER_TOKEN]))
-    return [frontier(fitted.law, theta[:, index], fitted.centre, cost, log_c).loss for index in fitted.model.index]
+def frontier_losses(fitted: Fit, costs: Sequence[Cost], theta: np.ndarray, log_c: np.ndarray) -> list[np.ndarray]:
+    """Each family's best loss (K, M) for joint vectors (K, P)."""
+    return [
+        family_frontier(fitted, theta, family, cost, log_c).loss
+        for family, cost in zip(fitted.families, costs, strict=True)
+    ]
 
 
-def sensitivity_of_crossing(fitted: Fit, low: float) -> tuple[float, np.ndarray]:
+def sensitivity_of_crossing(fitted: Fit, costs: Sequence[Cost], low: float) -> tuple[float, np.ndarray]:
     """log10 C* above `low` FLOP and its gradient (P,) by central differences; raises ScalingError if there is none."""
     steps = STEP * np.eye(len(fitted.theta))
     shifted = np.concatenate([fitted.theta[None], fitted.theta + steps, fitted.theta - steps])
     log_c = np.linspace(np.log(low), np.log(low) + SEARCH_DECADES * np.log(10), 241)
-    first, second = frontier_losses(fitted, shifted, log_c)
+    first, second = frontier_losses(fitted, costs, shifted, log_c)
     crossing, _ = overtakes(log_c, second - first)
     if not (np.isfinite(crossing) & (crossing > 0)).all():
         raise ScalingError("the fitted laws do not cross: give a target compute (--target)")
@@ -138,11 +164,11 @@ def sensitivity_of_crossing(fitted: Fit, low: float) -> tuple[float, np.ndarray]
     return float(found[0]), (found[1 : half + 1] - found[half + 1 :]) / (2 * STEP)
 
 
-def sensitivity_of_difference(fitted: Fit, flops: float) -> np.ndarray:
+def sensitivity_of_difference(fitted: Fit, costs: Sequence[Cost], flops: float) -> np.ndarray:
     """Gradient (P,) of the difference of the frontiers at one compute, for a target where the fit has no crossing."""
     steps = STEP * np.eye(len(fitted.theta))
     shifted = np.concatenate([fitted.theta + steps, fitted.theta - steps])
-    first, second = frontier_losses(fitted, shifted, np.log([flops]))
+    first, second = frontier_losses(fitted, costs, shifted, np.log([flops]))
     gap = (second - first)[:, 0]
     return (gap[: len(steps)] - gap[len(steps) :]) / (2 * STEP)
 
@@ -211,10 +237,15 @@ class Pool:
         return self.rows.spread(self.question, np.concatenate([self.own, *(self.place[t] for t in trunks)]).astype(int))
 
 
-def candidates(sizes: Sequence[float], ratios: Sequence[float], max_run: float, max_bytes: float) -> list[Trunk]:
-    """Every size with every set of ratios that starts at the smallest, under the caps on one run."""
+def candidates(
+    sizes: Sequence[float], ratios: Sequence[float], costs: Sequence[Cost], max_run: float, max_bytes: float
+) -> list[Trunk]:
+    """Every size with every set of ratios that starts at the smallest, under the caps on one run (FLOP of the dearest
+    family; bytes). Raises ScalingError for fewer than two ratios, which would leave N and D unparted."""
+    if len(ratios) < 2:
+        raise ScalingError("a plan needs two ratios of tokens to parameters at least: with one, N and D rise together")
     sets = [tuple(ratios[:k]) for k in range(2, len(ratios) + 1)]
-    every = [Trunk(float(n), r) for n in sizes for r in sets]
+    every = [Trunk.of(n, r, costs) for n in sizes for r in sets]
     return [t for t in every if t.largest_run <= max_run and BYTES_PER_PARAMETER * t.n <= max_bytes]
 
 
@@ -236,7 +267,7 @@ def cheapest(
         raise ScalingError(f"{now}: that is enough, or no candidate lowers it")
     ordered = tuple(sorted(chosen, key=lambda t: t.n))
     total = sum(t.flops for t in chosen)
-    return Plan(ordered, total, pool.spread([]), pool.spread(chosen), q.target, q.asked)
+    return Plan(ordered, total, pool.spread([]), pool.spread(chosen), q.target, q.asked, q.fit.runs.loss_unit)
 
 
 def greedy(pool: Pool, options: Sequence[Trunk], budget: float, target_sd: float) -> list[Trunk]:

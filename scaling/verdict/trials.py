@@ -28,8 +28,9 @@ from scaling.uncertainty.simulate import Ladder, Noise, Truths, draw
 from scaling.verdict.assumed import crossing_at
 from scaling.verdict.compare import compare
 from scaling.verdict.crossing_profile import profile_crossing
+from scaling.verdict.frontier import SIX_N_D
 from scaling.verdict.plan import Pool, Question, Trunk, candidates, cheapest, question
-from scaling.verdict.power import cells_of, power
+from scaling.verdict.power import designs_of, power
 
 CROSSING_SIZES = tuple(np.geomspace(1e7, 1e9, 6))
 CROSSING_CASES = (
@@ -39,7 +40,8 @@ CROSSING_CASES = (
 )
 PLAN_NOISE = Noise(0.001, 0.0005, misfit=0.005)
 RATIOS = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
-FACTORIAL = tuple(Trunk(float(n), RATIOS[:4]) for n in np.geomspace(1e9 / 30, 1e9, 5))
+COSTS = (SIX_N_D, SIX_N_D)  # of assumed laws
+FACTORIAL = tuple(Trunk.of(n, RATIOS[:4], COSTS) for n in np.geomspace(1e9 / 30, 1e9, 5))
 PLAN_CASES = (  # crossing in FLOP, gap of alpha, compute at which the difference is asked for, or None: the crossing
     (1e21, 0.04, None),
     (1e22, 0.03, None),
@@ -84,7 +86,8 @@ def law_fit(truths: Truths) -> Fit:
 def both_ladders(q: Question) -> dict[str, tuple[Trunk, ...]]:
     """The factorial ladder, and the plan that may cost as much."""
     budget = sum(t.flops for t in FACTORIAL)
-    options = candidates(np.geomspace(1e7, 1.5e9, 16).tolist(), RATIOS, max(t.largest_run for t in FACTORIAL), 1e13)
+    largest = max(t.largest_run for t in FACTORIAL)
+    options = candidates(np.geomspace(1e7, 1.5e9, 16).tolist(), RATIOS, COSTS, largest, 1e13)
     return {"factorial": FACTORIAL, "planned": cheapest(q, options, budget, keep_runs=False).trunks}
 
 
@@ -100,7 +103,7 @@ def plan_rows(ladders: int) -> Iterator[dict[str, Any]]:
                 "FLOP": f"{sum(t.flops for t in trunks):.2e}",
             }
             row |= {"predicted sd": f"{Pool(q, trunks, False).spread(trunks):.4g}"}
-            found = power(truths, cells_of(trunks), PLAN_NOISE, target or at, ladders)
+            found = power(truths, designs_of(trunks, list(truths)), PLAN_NOISE, target or at, ladders)
             yield row | {k: f"{v:.4g}" for k, v in asdict(found).items()}
 
 

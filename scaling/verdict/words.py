@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scaling.uncertainty.bootstrap import Draws, sorted_clusters
+from scaling.uncertainty.bootstrap import Draws, interval, sorted_clusters
 from scaling.verdict.compare import Comparison, family_frontier
 from scaling.verdict.crossing import LEVEL
 from scaling.verdict.frontier import Cost
@@ -15,7 +15,8 @@ from scaling.verdict.frontier import Cost
 def verdict(c: Comparison) -> list[str]:
     """The answer, the headline first."""
     short = short_ladders(c)
-    lines = [headline(c), *on_matched_cells(c), at_measured(c), p_measured(c), *outside_ladder(c), beyond(c)]
+    measured = [at_measured(c), p_measured(c), *outside_ladder(c)] if c.overlap else [no_overlap(c)]
+    lines = [headline(c), *on_matched_cells(c), *measured, beyond(c)]
     failed = [g for g in c.gates if not g.passed and g.message not in short]
     if failed:
         lines.append(f"{len(failed)} of {len(c.gates)} checks fail; the first: {failed[0].message}.")
@@ -34,10 +35,23 @@ def headline(c: Comparison) -> str:
 
 
 def crossing_sentence(c: Comparison) -> str:
-    """What the draws say of the crossing, whatever the ladder."""
+    """What the draws say of the crossing, whatever the ladder; a lead that is lost again is not passed over."""
+    x = c.crossover
+    if x.p_reverse > LEVEL:
+        low, high = interval(x.lost, LEVEL)
+        return (
+            f"{c.b} leads at first and is overtaken by {c.a} {between(low, high, c.unit)} (95 % interval), "
+            f"{place_of(c, low, high)} (P = {x.p_reverse:.2f})."
+        )
+    lost = f" In {x.p_reverse:.0%} of the draws {c.b} leads at first and {c.a} overtakes it."
+    return gaining_sentence(c) + (lost if x.p_reverse > 1 - LEVEL else "")
+
+
+def gaining_sentence(c: Comparison) -> str:
+    """What the draws say of B's taking the lead."""
     x = c.crossover
     if x.p_always > LEVEL:
-        span = f"{c.measured[0]:.1e} to {x.horizon:.0e} {c.unit}"
+        span = f"{c.budgets[0]:.1e} to {x.horizon:.0e} {c.unit}"
         return f"{c.b} has the lower loss at every budget from {span} (P = {x.p_always:.2f})."
     if np.isinf(x.lower_bound()):
         return f"{c.b} does not overtake {c.a} before {x.horizon:.0e} {c.unit} (P = {x.p_never:.2f})."
@@ -51,14 +65,33 @@ def crossing_sentence(c: Comparison) -> str:
         )
     if x.low == 0:
         return f"{c.b} leads {c.a} by {x.upper_bound():.1e} {c.unit} at the latest (95 % one-sided)."
-    where = (
-        "within the measured range"
-        if x.high <= c.measured[1]
-        else "beyond the largest run"
-        if x.low > c.measured[1]
-        else "near the largest run"
+    span = between(x.low, x.high, c.unit)
+    return f"{c.b} overtakes {c.a} {span} (95 % interval), {place_of(c, x.low, x.high)}."
+
+
+def between(low: float, high: float, unit: str) -> str:
+    """An interval of budgets, open ends named."""
+    if low == 0 or np.isinf(high):
+        return f"by {high:.1e} {unit}" if low == 0 else f"above {low:.1e} {unit}"
+    return f"between {low:.1e} and {high:.1e} {unit}"
+
+
+def place_of(c: Comparison, low: float, high: float) -> str:
+    """Where an interval of budgets lies against the runs of both families."""
+    if not c.overlap:
+        return "where no budget was measured for both"
+    if high <= c.measured[1]:
+        return "within the measured range"
+    return "beyond the largest run" if low > c.measured[1] else "near the largest run"
+
+
+def no_overlap(c: Comparison) -> str:
+    """What stands in for the measured range where there is none."""
+    first, last = c.measured
+    return (
+        f"No budget was measured for both families: the runs of one end at {last:.1e} {c.unit}, those of the other "
+        f"begin at {first:.1e}. Every difference is the law's word, not the runs'."
     )
-    return f"{c.b} overtakes {c.a} between {x.low:.1e} and {x.high:.1e} {c.unit} (95 % interval), {where}."
 
 
 def bound_text(value: float, unit: str) -> str:
@@ -76,25 +109,27 @@ def on_matched_cells(c: Comparison) -> list[str]:
     worse = int((gaps > 0).sum())
     return [
         f"Run against run, at equal size and tokens, {c.b} has the higher loss in {worse} of {len(gaps)} cells; "
-        f"the difference goes from {gaps.min():+.3f} to {gaps.max():+.3f} nats."
+        f"the difference goes from {gaps.min():+.3f} to {gaps.max():+.3f} {runs.loss_unit}."
     ]
 
 
 def at_measured(c: Comparison) -> str:
     """The difference where there are data: at the largest budget that both families reached."""
-    k = int(np.argmin(np.abs(np.log(c.flops / c.measured[1]))))
+    k = int(np.argmin(np.abs(np.log(c.budgets / c.measured[1]))))
     low, high = (float(v[k]) for v in c.band(c.difference_draws))
-    value = float(c.difference[k])
+    value, unit = float(c.difference[k]), c.fit.runs.loss_unit
     side = "higher" if value > 0 else "lower"
     clear = "" if low * high > 0 else ", which does not tell the two apart"
     return (
-        f"At {c.flops[k]:.1e} {c.unit}, the largest measured, {c.b} has a loss {abs(value):.3f} nats {side} "
+        f"At {c.budgets[k]:.1e} {c.unit}, the largest measured, {c.b} has a loss {abs(value):.3f} {unit} {side} "
         f"than {c.a} (95 % interval of the difference {low:+.3f} to {high:+.3f}){clear}."
     )
 
 
 def p_measured(c: Comparison) -> str:
     """P(B better) over the budgets that were measured."""
+    if not c.overlap:
+        return no_overlap(c)
     chance = c.p_b_better[c.within]
     low, high = f"{chance.min():.2f}", f"{chance.max():.2f}"
     span = low if low == high else f"{low} to {high}"

@@ -22,17 +22,27 @@ def ladder_rows(
     common=0.0,
     seed=0,
     truth=TRUTH,
+    factors=None,
+    designs=None,
 ):
-    """Rows of decays off one trunk per size; noise per row, per trunk, and per cell in common to all families."""
+    """Rows of decays off one trunk per size; noise per row, per trunk, and per cell in common to all families.
+
+    factors: family -> its training FLOP over 6 N D, a number or a function of N (1 where absent); designs: family ->
+    its own (sizes, ratios), which leaves no cells in common.
+    """
+    assert not (common and designs)
     rng = np.random.default_rng(seed)
     shared = rng.normal(size=(len(sizes), len(ratios))) * common
     rows = []
     for family, (floor, a, b, alpha, beta) in truth.items():
-        for i, n in enumerate(sizes):
+        own_sizes, own_ratios = (designs or {}).get(family, (sizes, ratios))
+        factor = (factors or {}).get(family, 1.0)
+        for i, n in enumerate(own_sizes):
             lift = rng.normal() * trunk
-            for j, ratio in enumerate(ratios):
+            for j, ratio in enumerate(own_ratios):
                 d = ratio * n
-                loss = (floor + a / n**alpha + b / d**beta) * np.exp(lift + shared[i, j] + noise * rng.normal())
+                same = shared[i, j] if common else 0.0
+                loss = (floor + a / n**alpha + b / d**beta) * np.exp(lift + same + noise * rng.normal())
                 rows.append(
                     {
                         "run_id": f"{family}-{i}-{ratio}",
@@ -40,7 +50,7 @@ def ladder_rows(
                         "N": n,
                         "D": d,
                         "loss": loss,
-                        "flops": 6 * n * d,
+                        "flops": 6 * n * d * (factor(n) if callable(factor) else factor),
                         "cluster": f"{family}-{i}",
                         "schedule": "wsd",
                         "tokenizer": "bpe-2k",

@@ -19,7 +19,13 @@ TABLES = {
     "text in a number": ([*ONE_FAMILY, ODD | {"N": "big"}], "'N' holds text in row 29: 'big'"),
     "identical losses": ([row | {"loss": 3.0} for row in ONE_FAMILY], "all losses are identical"),
 }
+SMALL_LADDER = ["--sizes", "1e7,3e7,1e8", "--ratios", "5,20", "--ladders", "1"]
 VERBS = {
+    "compare": ["--draws", "20"],
+    "crossover": ["--draws", "20"],
+    "plan": ["--draws", "5", "--budget", "1e18", "--target", "1e18", "--ladders", "1"],
+    "power": ["--draws", "5", "--target", "1e18", *SMALL_LADDER],
+    "plot": ["--out", "{out}.png"],
     "fit": ["--draws", "20"],
     "backtest": ["--draws", "20"],
     "allocate": ["--draws", "20", "--C", "1e20"],
@@ -32,6 +38,8 @@ VERBS = {
 @pytest.mark.parametrize("table", TABLES)
 def test_every_verb_answers_bad_tables_in_one_line(verb, table, tmp_path, capsys):
     rows, said = TABLES[table]
+    if verb in ("compare", "crossover", "plan", "power"):  # these need a second family, no better than the first
+        rows = [*rows, *(row | {"family": "b", "run_id": f"b-{row['run_id']}"} for row in rows)]
     path = tmp_path / "runs.csv"
     if rows:
         write_csv(path, rows)
@@ -39,7 +47,9 @@ def test_every_verb_answers_bad_tables_in_one_line(verb, table, tmp_path, capsys
         path.write_text("run_id,family,N,D,loss\n")
     status = main([verb, str(path), *(flag.format(out=tmp_path / "out") for flag in VERBS[verb])])
     out, err = capsys.readouterr()
-    if verb == "lint" and status == 0:
+    if verb == "plot" and status == 0:
+        assert (tmp_path / "out.png").stat().st_size > 0
+    elif verb == "lint" and status == 0:
         assert "finding(s)" in out  # a table that can be read is described, not refused
     elif verb == "backtest" and status == 2:
         assert "No back-test of the loss is possible" in out
@@ -47,6 +57,32 @@ def test_every_verb_answers_bad_tables_in_one_line(verb, table, tmp_path, capsys
         assert status == 1
         assert said in err
         assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no fit.json"),
+        ("", "is not a fit.json"),
+        ("{", "is not a fit.json"),
+        ("[1]", "has no 'families'"),
+        ('{"families": {}}', "no draws.npz"),
+        ("fit", "no family 'other'"),
+    ],
+)
+def test_predict_answers_bad_artefacts_in_one_line(content, said, tmp_path, capsys):
+    if content == "fit":
+        assert (
+            main(["report", str(write_csv(tmp_path / "runs.csv", ROWS)), "--draws", "5", "--out", str(tmp_path)]) == 0
+        )
+        capsys.readouterr()
+    elif content is not None:
+        (tmp_path / "fit.json").write_text(content)
+    assert main(["predict", str(tmp_path), "--N", "1e8", "--D", "1e9", "--family", "other"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said.replace("no draws.npz", "draws.npz") in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_a_million_rows_are_fitted(tmp_path, capsys):

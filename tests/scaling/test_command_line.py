@@ -1,6 +1,7 @@
 """`python -m scaling` as a user runs it."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -99,6 +100,22 @@ def test_one_table_gives_one_answer_by_every_route(tables, reported, capsys):
     assert json.loads(capsys.readouterr().out)["difference"] == report["comparisons"][0]["difference"]
 
 
+def test_a_table_of_three_families_has_one_threshold_by_every_route(tables, tmp_path, capsys):
+    """The third family is far noisier: a threshold of those two alone would be another."""
+    noisy = {"third": (1.8, 200.0, 420.0, 0.34, 0.37)}
+    rows = [*ladder_rows(noise=0.003), *ladder_rows(noise=0.03, truth=noisy, seed=3)]
+    table = str(write_csv(tmp_path / "three.csv", rows))
+    said = []
+    for verb in ("fit", "compare", "crossover", "backtest"):
+        main([verb, table, "--draws", "20"])
+        said.append(re.search(r"delta ([\d.]+) from the noise", capsys.readouterr().out).group(1))
+    assert main(["report", table, "--draws", "20", "--out", str(tmp_path / "out")]) == 0
+    said.append(re.search(r"delta ([\d.]+) from the noise", capsys.readouterr().out).group(1))
+    assert len(set(said)) == 1, said
+    main(["compare", str(tables[0]), "--draws", "20"])
+    assert f"delta {said[0]} " not in capsys.readouterr().out
+
+
 def test_a_threshold_that_is_given_is_the_one_used(tables, capsys):
     main(["fit", str(tables[0]), "--draws", "20", "--delta", "1e-3"])
     assert "huber, delta 0.001 as given" in capsys.readouterr().out
@@ -175,6 +192,37 @@ def test_an_exponent_that_the_design_cannot_give_is_a_dash(tables, tmp_path, cap
     assert "IsoFLOP two budgets" not in out
 
 
+def test_compare_writes_the_report_of_the_pair_that_is_asked_for(tables, tmp_path, capsys):
+    extra = [r | {"family": "third", "run_id": f"third-{r['run_id']}"} for r in ladder_rows(noise=0.003, seed=1)[:12]]
+    table = str(write_csv(tmp_path / "three.csv", [*ladder_rows(noise=0.003), *extra]))
+    asked = ["compare", table, "--a", "third", "--b", "matmul-free", "--draws", "20", "--out", str(tmp_path / "out")]
+    assert main(asked) == 2
+    found = json.loads((tmp_path / "out" / "fit.json").read_text())
+    assert list(found["families"]) == ["third", "matmul-free"]
+    assert (found["comparisons"][0]["a"], found["comparisons"][0]["b"]) == ("third", "matmul-free")
+    capsys.readouterr()
+    for flag in (["--axis", "flops-6nd"], ["--along", "ratio=20"], ["--horizon", "1e25"]):
+        assert main([*asked, *flag]) == 1
+        assert f"{flag[0]} answers on the terminal or as --json" in capsys.readouterr().err
+
+
+def test_laws_without_a_floor_are_compared_without_further_flags(tables, capsys):
+    assert main(["compare", str(tables[1]), "--law", "kaplan", "--draws", "20", "--json"]) in (0, 2)
+    assert json.loads(capsys.readouterr().out)["share"] == []
+
+
+def test_predictions_and_plans_name_the_unit_of_the_losses(tmp_path, capsys):
+    table = write_csv(tmp_path / "runs.csv", [r | {"loss_unit": "bits per byte"} for r in ladder_rows(noise=0.003)])
+    assert main(["report", str(table), "--draws", "20", "--out", str(tmp_path / "out")]) == 0
+    assert main(["predict", str(tmp_path / "out"), "--N", "2e6", "--D", "4e7"]) == 0
+    said = capsys.readouterr().out
+    assert " bits per byte, 95 %" in said
+    main(["plan", str(table), "--budget", "1e17", "--target", "1e16", "--ladders", "2", "--draws", "20"])
+    said += capsys.readouterr().out
+    assert "(bits per byte)" in said
+    assert "nats" not in said + (tmp_path / "out" / "report.md").read_text()
+
+
 def test_an_interrupted_verb_says_so(tables, monkeypatch, capsys):
     def stopped(*_):
         raise KeyboardInterrupt
@@ -188,6 +236,8 @@ def test_plot_and_lint(tables):
     picture = tables[2] / "curves.png"
     assert call("plot", tables[0], "--x", "flops", "--out", picture).returncode == 0
     assert picture.stat().st_size > 5_000
+    done = call("plot", tables[0], "--x", "N", "--out", picture, "--json")
+    assert json.loads(done.stdout) == {"file": str(picture), "x": "N", "runs": {"transformer++": 12, "matmul-free": 12}}
     linted = call("lint", tables[0])
     assert linted.returncode == 0
     assert "ladder too small" in linted.stdout

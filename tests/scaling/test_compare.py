@@ -1,12 +1,16 @@
 """Two families: frontier, difference, crossover, words."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import ladder_rows, write_csv
 
 from scaling import Runs, ScalingError, compare
 from scaling.laws.forms import Chinchilla
-from scaling.report.views import difference_view, segments
+from scaling.report import interactive
+from scaling.report.plot import difference_figure, runs_figure
+from scaling.report.views import difference_view, runs_views, segments
 from scaling.verdict.compare import contrast, joint_draws
 from scaling.verdict.crossing import crossover
 from scaling.verdict.frontier import Cost, frontier
@@ -56,6 +60,35 @@ def test_known_crossing_is_found():
     assert f"{c.crossover.low:.1e}" in verdict(c)[0]
 
 
+def test_a_known_crossing_moves_with_what_a_family_pays():
+    """Transformer++ pays 1.3 times 6 N D, so that its frontier at C is the one it would have at C / 1.3."""
+    truth, factor = crossing_truth(1e21), 1.3
+
+    def best(family, flops):
+        floor, a, b, alpha, beta = truth[family]
+        n = np.geomspace(1e3, 1e13, 20_001)
+        return (floor + a / n**alpha + b / (flops / 6 / n) ** beta).min()
+
+    budgets = np.geomspace(1e18, 1e22, 801)
+    ahead = [best("matmul-free", c) < best("transformer++", c / factor) for c in budgets]
+    expected = budgets[ahead.index(True)]
+    assert expected < 0.3e21
+    own = {"matmul-free": (tuple(np.geomspace(2e6, 5e8, 7)), (10, 30, 60))}
+    for designs in ({}, own):
+        rows = ladder_rows(SIZES, (5, 20, 80), 1e-6, truth=truth, factors={"transformer++": factor}, designs=designs)
+        c = compare(Runs.from_rows(rows), "transformer++", "matmul-free", draws=20)
+        assert c.draws.paired is not bool(designs)
+        assert np.log10(c.crossover.estimate) == pytest.approx(np.log10(expected), abs=0.02)
+
+
+def test_a_law_without_a_floor_shares_nothing_unless_told_to(wide_ladder):
+    c = compare(wide_ladder, "transformer++", "matmul-free", draws=5, law="kaplan")
+    assert c.fit.share == ()
+    assert compare(wide_ladder, "transformer++", "matmul-free", draws=5).fit.share == ("E",)
+    with pytest.raises(ScalingError, match="cannot share 'E'"):
+        compare(wide_ladder, "transformer++", "matmul-free", ("E",), draws=5, law="kaplan")
+
+
 def test_parallel_laws_do_not_cross():
     truth = {"transformer++": (1.8, 180.0, 420.0, 0.34, 0.37), "matmul-free": (1.8, 220.0, 420.0, 0.34, 0.37)}
     rows = ladder_rows(sizes=SIZES, ratios=(5, 20, 80), truth=truth, noise=1e-4)
@@ -63,6 +96,55 @@ def test_parallel_laws_do_not_cross():
     assert c.crossover.p_none > 0.95
     assert np.isinf(c.crossover.high)
     assert (c.p_b_better < 0.05).all()
+
+
+def test_a_lead_that_is_lost_is_the_headline():
+    """The second family leads first; that it "does not overtake" would hide the crossing."""
+    rows = ladder_rows(sizes=SIZES, ratios=(5, 20, 80), truth=crossing_truth(1e19), noise=1e-4)
+    runs = Runs.from_rows(rows)
+    gained = compare(runs, "transformer++", "matmul-free", draws=100)
+    lost = compare(runs, "matmul-free", "transformer++", draws=100)
+    assert lost.crossover.p_reverse > 0.95
+    said = verdict(lost)[0]
+    low, high = np.quantile(lost.crossover.lost, [0.025, 0.975], method="nearest")
+    assert f"leads at first and is overtaken by matmul-free between {low:.1e} and {high:.1e} FLOP" in said
+    assert "within the measured range" in said
+    assert np.log10([low, high]) == pytest.approx(np.log10([gained.crossover.low, gained.crossover.high]), abs=0.05)
+    some = replace(lost.crossover, p_reverse=0.3)
+    assert verdict(replace(lost, crossover=some))[0].endswith(
+        "In 30% of the draws transformer++ leads at first and matmul-free overtakes it."
+    )
+
+
+def test_budgets_that_one_family_never_saw_are_not_measured():
+    small = {"matmul-free": (tuple(np.geomspace(1e6, 5e6, 5)), (5, 20))}
+    rows = ladder_rows(np.geomspace(1e8, 1e9, 5), (5, 20, 80), 1e-3, designs=small)
+    c = compare(Runs.from_rows(rows), "transformer++", "matmul-free", draws=20)
+    assert not c.overlap
+    assert not c.within.any()
+    said = verdict(c)
+    assert any("No budget was measured for both families: the runs of one end at 3.0e+15 FLOP" in s for s in said)
+    assert not any("the largest measured" in s or "over the measured range" in s for s in said)
+    view = difference_view(c)
+    assert not view.measured.any()
+    shared = {"matmul-free": (tuple(np.geomspace(1e6, 2e8, 5)), (5, 20))}
+    rows = ladder_rows(np.geomspace(1e8, 1e9, 5), (5, 20, 80), 1e-3, designs=shared)
+    c = compare(Runs.from_rows(rows), "transformer++", "matmul-free", draws=20)
+    assert c.measured == pytest.approx((6 * 5 * 1e8**2, 6 * 20 * 2e8**2))
+
+
+def test_losses_in_bits_per_byte_are_never_called_nats():
+    rows = [row | {"loss_unit": "bits per byte"} for row in ladder_rows(noise=0.003)]
+    runs = Runs.from_rows(rows)
+    c = compare(runs, "transformer++", "matmul-free", draws=20)
+    labels = [axes.get_ylabel() for view in [difference_view(c)] for axes in difference_figure(view).axes]
+    labels += [axes.get_ylabel() for axes in runs_figure(runs_views(runs), "flops").axes]
+    labels.append(interactive.difference_figure(difference_view(c)).layout.yaxis.title.text)
+    said = [*verdict(c), *labels]
+    assert not [line for line in said if "nats" in line]
+    assert sum("bits per byte" in line for line in said) >= 5
+    nats = compare(Runs.from_rows(ladder_rows(noise=0.003)), "transformer++", "matmul-free", draws=20)
+    assert sum("nats" in line for line in verdict(nats)) >= 2
 
 
 def test_a_horizon_below_the_dearest_run_is_refused():
@@ -160,10 +242,13 @@ def test_gates_of_a_pair_leave_the_other_families_out(three):
 
 
 def test_nested_models_take_every_family(three):
-    found = nested(three.select(three["N"] > 1e7), ["a", "b", "c"], draws=100)
+    large = three.select(three["N"] > 1e7)
+    found = nested(large, ["a", "b", "c"], draws=100)
     assert set(found.efficiencies) == {"b", "c"}
     _, low, high = found.efficiencies["c"]
-    assert low < 0.5 < high or found.chosen.name in ("M2", "M3")
+    assert low < 0.5 < high
+    assert high / low < 1.3
+    assert nested(large.select(large["family"] != "b"), ["a", "c"], draws=100).chosen.name == "M1"
     assert [s.parameters for s in found.steps] == [5, 7, 9, 13, 15]
     assert found.chosen.name in ("M2", "M3")
 

@@ -43,6 +43,32 @@ def test_break_even_price_is_the_closed_form(half_worth):
     assert "80% of all" in found.sentence(1e18)
 
 
+def test_break_even_price_takes_the_share_of_the_size_asked_about():
+    """Small models do relatively less ternary work. B needs twice A's compute, at half of which it must cost: with the
+    share s(N) of the size that it needs, 1 - s + s kappa = 1/2."""
+
+    def share(n):
+        return 0.95 - 0.45 * (n / 1e6) ** -0.3
+
+    truth = {"a": BASE, "b": (1.8, 180.0 * RHO**-0.34, 420.0, 0.34, 0.34)}
+    rows = ladder_rows(sizes=tuple(np.geomspace(1e6, 1e9, 9)), ratios=(5, 10, 20, 80), truth=truth, noise=1e-5)
+    for row in rows:
+        ternary = share(row["N"]) if row["family"] == "b" else 0.0
+        row |= {"flops_dense": (1 - ternary) * row["flops"], "flops_ternary": ternary * row["flops"]}
+    c = compare(Runs.from_rows(rows), "a", "b", draws=20, share=("E", "B", "alpha", "beta"))
+    found = break_even(c)
+    shares = []
+    for budget in (1e15, 1e17, 1e19):
+        k = found.nearest(budget)
+        path = c.frontiers["b"].log_n[0]
+        n = np.exp(np.interp(np.log(2 * found.flops[k]), np.log(c.budgets), path))
+        shares.append(share(n))
+        assert found.share[k] == pytest.approx(share(n), abs=0.02)
+        assert found.estimate[k] == pytest.approx((0.5 - (1 - share(n))) / share(n), abs=0.03)
+        assert f"{found.share[k]:.0%} of all at the size that it needs there" in found.sentence(budget)
+    assert shares[-1] - shares[0] > 0.15
+
+
 def test_a_family_without_ternary_operations_has_no_break_even_price(half_worth):
     assert break_even(compare(half_worth, "b", "a", draws=10)) is None
 
@@ -62,7 +88,7 @@ def test_fixed_paths_evaluate_the_law(half_worth):
     for c in (ratio, size):
         path = c.frontiers["a"]
         n, d = np.exp(path.log_n[0]), np.exp(path.log_d[0])
-        np.testing.assert_allclose(6 * n * d, c.flops, rtol=1e-9)
+        np.testing.assert_allclose(6 * n * d, c.budgets, rtol=1e-9)
         np.testing.assert_allclose(path.loss[0], c.fit.predict(n, d, "a"), rtol=1e-12)
     np.testing.assert_allclose(np.exp(ratio.frontiers["a"].log_d - ratio.frontiers["a"].log_n), 20, rtol=1e-9)
     best = compare(half_worth, "a", "b", draws=20)

@@ -14,6 +14,7 @@ LADDERS = 40
 def test_intervals_of_six_trunks_cover_within_three_standard_errors(noise):
     shares = coverage(TRUTHS, SIX, noise, LADDERS, draws=150)
     assert min(shares.values()) >= 0.95 - 3 * (0.95 * 0.05 / LADDERS) ** 0.5
+    assert sum(shares.values()) / len(shares) <= 0.99  # intervals that hold everything say nothing
     assert {"E", "alpha", "beta", "loss beyond", "difference beyond"} <= set(shares)
 
 

@@ -1,14 +1,15 @@
 """The optimum, its certificate, and the gates that must trip."""
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import TRUTH, ladder_rows
 
 from scaling import Runs, ScalingError, fit
-from scaling.fitting.fit import bounds_of, count_sizes
-from scaling.fitting.solve import evaluate, multistart, objective_named, refit
+from scaling.fitting.fit import bounds_of, count_sizes, gates_of
+from scaling.fitting.solve import evaluate, free_gradient, gradient, multistart, objective_named, refit
 from scaling.laws.base import centre_of, single_model
 from scaling.laws.forms import Chinchilla
 
@@ -192,3 +193,34 @@ def test_printed_digits_predict_like_the_full_ones(wide_ladder):
     np.testing.assert_allclose(floor + a / n**alpha + b / d**beta, fitted.predict(n, d), rtol=1e-4)
     exact, rounded = (406.4 / n**x + 410.7 / d**y + 1.69 for x, y in ((0.3392, 0.2849), (0.34, 0.28)))
     assert np.abs(rounded / exact - 1).max() > 0.01
+
+
+def test_a_bound_excuses_neither_gradient_nor_second_solver():
+    """At a bound only the parameter that it holds may have a slope, and only outwards."""
+    rows = ladder_rows(sizes=tuple(np.geomspace(1e6, 2.5e8, 7)), ratios=(5, 10, 20, 80), noise=0.002)
+    fitted = fit(Runs.from_rows(rows), share=("E",))
+    hit = ("alpha[matmul-free]",)
+    for faulty in ({"gradient": 1e-2}, {"second_solver_gap": 0.1}):
+        certificate = replace(fitted.certificate, bounds_hit=hit, **faulty)
+        failed = [g.name for g in gates_of(replace(fitted, certificate=certificate)) if not g.passed]
+        assert failed[0] == {"gradient": "gradient", "second_solver_gap": "second solver"}[next(iter(faulty))]
+        assert failed[1:] == ["identified [matmul-free]"]
+    shared = replace(fitted.certificate, bounds_hit=("E",))
+    failed = [g.name for g in gates_of(replace(fitted, certificate=shared)) if not g.passed]
+    assert failed == ["identified [transformer++]", "identified [matmul-free]"]
+
+
+def test_the_gradient_at_a_bound_is_of_what_is_free():
+    """E is driven to its lower bound by losses that follow a pure power: its own slope points outwards there."""
+    n = np.repeat(np.geomspace(1e6, 1e9, 7), 4)
+    d = n * np.tile([5, 10, 20, 80], 7)
+    runs = Runs.of(N=n, D=d, loss=40 / (6 * n * d) ** 0.05 - 0.3)
+    fitted = fit(runs, "power-floor", "log-ls")
+    assert fitted.certificate.bounds_hit == ("E",)
+    target, weight = np.log(runs["loss"]), np.ones(len(runs))
+    box = bounds_of(fitted.model, runs["loss"])
+    whole = gradient(fitted.model, fitted.objective, fitted.theta[None], target, weight)[1][0]
+    free = free_gradient(fitted.model, fitted.objective, fitted.theta, target, weight, box)
+    assert free == fitted.certificate.gradient < 1e-6 < whole
+    astray = fitted.theta + np.array([0, 0, 0.01])
+    assert free_gradient(fitted.model, fitted.objective, astray, target, weight, box) > 1e-3

@@ -95,7 +95,7 @@ def test_prediction_uses_the_same_coordinates_as_the_fit():
     for name in ("kaplan", "power-floor", "broken-power"):
         runs = table(name)
         fitted = fit(runs, law=name, objective="log-ls")
-        np.testing.assert_allclose(fitted.predict(N, D), runs["loss"], rtol=1e-5)
+        np.testing.assert_allclose(fitted.predict(N, D, flops=C), runs["loss"], rtol=1e-5)
 
 
 def test_columns_that_a_law_needs_are_asked_for():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from conftest import ladder_rows
 
-from scaling import Runs, ScalingError, fit
-from scaling.lint import lint
+from scaling import Runs, ScalingError, compare, fit
+from scaling.lint import lint, lint_gates
+from scaling.uncertainty.replicates import cells
 
 SIZES = tuple(np.geomspace(1e6, 2.5e8, 7))
 STATED = {"val_set": "c4", "loss_unit": "nats", "flops_rule": "exact", "embedding_counted": "false"}
@@ -92,3 +93,28 @@ def test_a_fit_refuses_a_family_with_mixed_conventions(column):
     runs = Runs.from_rows(rows_with(nth(3, **{column: odd}))).family("transformer++")
     with pytest.raises(ScalingError, match=f"mixes {column}"):
         fit(runs)
+
+
+def test_near_duplicates_are_found_although_their_sizes_differ_in_the_last_digits():
+    """In order of N the rows of other budgets stand between the two that are one cell."""
+    rows = rows_with()
+    for i, row in enumerate(rows):
+        row["N"] *= 1 + 1e-5 * ((7 * i) % 11)
+    again = rows[2] | {"run_id": "again", "N": rows[2]["N"] * 1.00004, "loss": rows[2]["loss"] * 1.001}
+    assert "near duplicates" not in findings(rows)
+    assert set(findings([*rows, again])["near duplicates"].rows) == {"again", rows[2]["run_id"]}
+    place = cells(Runs.from_rows([*rows, again]))
+    assert place[-1] == place[2]
+    assert len(set(place)) == len(rows)
+
+
+def test_errors_of_lint_are_gates_of_fits_and_keep_their_rows():
+    rows = rows_with()
+    runs = Runs.from_rows([*rows, rows[0] | {"run_id": "copy"}])
+    assert lint_gates(Runs.from_rows(rows)) == []
+    (gate,) = lint_gates(runs)
+    assert (gate.name, gate.passed) == ("duplicates [transformer++]", False)
+    assert "transformer++-0-5, copy" in gate.message
+    assert gate in compare(runs, "transformer++", "matmul-free", draws=5).gates
+    midrun = Runs.from_rows(rows_with(nth(2, ended="false")), allow_midrun=True)
+    assert lint_gates(midrun) == []

@@ -4,7 +4,10 @@ import json
 import re
 
 import pytest
+from conftest import ladder_rows
 
+from scaling import Runs
+from scaling.report.artefact import read_draws
 from scaling.report.summary import parameter_table
 from scaling.report.write import write_report
 from scaling.tables.curves import sweep_curves
@@ -91,3 +94,25 @@ def test_a_branch_is_drawn_with_the_trunk_that_it_grew_from(tmp_path):
     assert curves["trunk"]["loss"].tolist() == [4, 3, 2, 1]
     assert curves["decay"]["loss"].tolist() == [4, 3, 1, 0]
     assert curves["decay"]["tokens"].tolist() == [10, 20, 30, 40]
+
+
+def test_names_of_families_need_not_be_names_of_files(tmp_path):
+    """A slash, an argument of NumPy's own, and two names that would be one file."""
+    truth = {"file": (1.8, 180.0, 420.0, 0.34, 0.37), "a/b": (1.8, 320.0, 420.0, 0.36, 0.37)}
+    truth["a_b"] = (1.8, 250.0, 420.0, 0.35, 0.37)
+    rows = ladder_rows(noise=0.003, truth=truth)
+    write_report(Runs.from_rows(rows), tmp_path, draws=10)
+    assert set(read_draws(tmp_path)) == set(truth)
+    assert all(len(theta) == 10 for theta in read_draws(tmp_path).values())
+    names = sorted(path.name for path in tmp_path.glob("difference-*.png"))
+    assert names == ["difference-a_b-1.png", "difference-a_b-2.png"]
+    page = (tmp_path / "report.md").read_text()
+    assert all(f"({name})" in page for name in names)
+
+
+def test_findings_keep_their_rows(tmp_path):
+    rows = ladder_rows(noise=0.003)
+    report = write_report(Runs.from_rows([*rows, rows[0] | {"run_id": "copied"}]), tmp_path, draws=10)
+    assert "copied" in (tmp_path / "report.md").read_text().partition("## Checks")[2]
+    assert "duplicates [transformer++]" in [g.name for g in report.gates if not g.passed]
+    assert "transformer++-0-10, copied" in (tmp_path / "report.html").read_text()

@@ -112,3 +112,24 @@ def test_binary_file_is_refused(tmp_path):
     (tmp_path / "x.csv").write_bytes(np.arange(256, dtype=np.uint8).tobytes())
     with pytest.raises(ScalingError, match="not UTF-8"):
         Runs.read(tmp_path / "x.csv")
+
+
+def test_where_takes_a_key_that_some_rows_leave_out(tmp_path):
+    rows = [{"run_id": "a", "family": "f", "N": 1e6, "D": 1e7, "loss": 3.0, "note": "good"}]
+    rows += [{"run_id": "b", "family": "f", "N": 1e7, "D": 1e8, "loss": 2.5}]
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Runs.read(path, where="note=good")["run_id"].tolist() == ["a"]
+    assert Runs.read(path, where="note!=good")["run_id"].tolist() == ["b"]
+    with pytest.raises(ScalingError, match="no column 'nota'; did you mean 'note'"):
+        Runs.read(path, where="nota=good")
+
+
+def test_where_holds_no_blank_for_a_number(tmp_path):
+    rows = [
+        {"run_id": str(k), "family": "f", "N": 1e6, "D": 1e7, "loss": 3.0} | extra
+        for k, extra in enumerate([{"lr": 0.1}, {}])
+    ]
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Runs.read(path, where="lr<1")["run_id"].tolist() == ["0"]

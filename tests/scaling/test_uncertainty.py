@@ -5,7 +5,7 @@ import pytest
 from conftest import ladder_rows
 
 from scaling import Runs, ScalingError, fit
-from scaling.uncertainty.bootstrap import bootstrap, cluster_labels, pair_weights, parametric_noise
+from scaling.uncertainty.bootstrap import bootstrap, cluster_labels, pair_weights, parametric_noise, sampled_clusters
 
 
 def test_epoch_intervals(epoch_runs):
@@ -109,3 +109,23 @@ def test_large_tables_have_small_errors():
     _, jacobian = fitted.model.value_jacobian(fitted.theta[None])
     expected = 0.01 * np.sqrt(np.diag(np.linalg.inv(jacobian[0] @ jacobian[0].T)))
     np.testing.assert_allclose(drawn.theta.std(axis=0), expected, rtol=0.35)
+
+
+def test_a_large_tables_draws_hold_every_family():
+    """One family's 4200 rows would fill the subset of 4000 by themselves, in clusters of any size."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for family, count, cluster in (("a", 4200, ""), ("b", 300, "one")):
+        n = 10 ** rng.uniform(6, 9, count)
+        d = n * 10 ** rng.uniform(0.5, 2.3, count)
+        loss = (1.8 + 180 / n**0.34 + 420 / d**0.37) * np.exp(0.01 * rng.normal(size=count))
+        parts += list(Runs.of(family, N=n, D=d, loss=loss, cluster=cluster).records())
+    fitted = fit(Runs.from_rows(parts), starts=8, share=("E",))
+    rows = {f: sampled_clusters(fitted, f, np.random.default_rng(1)) for f in fitted.families}
+    assert {f: len(r) for f, r in rows.items()} == {"a": 3733, "b": 266}
+    for family, own in rows.items():
+        assert set(fitted.runs["family"][own]) == {family}
+        assert len(set(own.tolist())) == len(own)
+    drawn = bootstrap(fitted, 20)
+    assert np.isfinite(drawn.predict(1e8, 2e9, "b")).all()
+    assert drawn.predict(1e8, 2e9, "b").std() > 0
