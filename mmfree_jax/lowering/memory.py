@@ -188,8 +188,10 @@ def _backward(run: RunConfig) -> float:
 
 
 def _starting(run: RunConfig, device: Device) -> float:
-    """Working set when the backward pass begins; dense layers have no codes to be made into inputs again."""
-    backward = _backward(run) * (0.5 if run.model.linear == "dense" else 1.0) + 2 * _scores(run, device)
+    """Working set when the backward pass begins; dense layers have no codes to be made into inputs again, but make gate
+    and up again under `mixer`."""
+    half = run.model.linear == "dense" and run.remat != "mixer"
+    backward = _backward(run) * (0.5 if half else 1.0) + 2 * _scores(run, device)
     return max(backward, _logits(run)) + _gathered(run)
 
 

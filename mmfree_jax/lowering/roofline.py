@@ -81,7 +81,7 @@ def _products(run: RunConfig, device: Device) -> float:
     integers = _fast(run, device) and run.model.linear == "ternary"
     forward_rate = PRODUCTS * device.int8 if integers else rate
     blocks = per_token.dense + per_token.ternary
-    # The backward pass makes the products again under `full` and, from their codes, under `codes`; gate and up, `mixer`.
+    # The backward pass makes the products again under `full` and, from their codes, `codes`; gate and up under `mixer`.
     gate_up = 4 * run.model.depth * run.model.width * run.model.glu_width / blocks
     forwards = 1 + {"codes": 1.0, "full": 1.0, "mixer": gate_up}.get(run.remat, 0.0)
     backward_rate = forward_rate if run.model.gradient_bits else rate

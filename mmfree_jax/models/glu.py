@@ -21,8 +21,9 @@ class GLU(nnx.Module):
         D, F = config.width, config.glu_width
         into, out = matrix_inits(config)
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
-        wide = {"axes": ("embed", "mlp"), "kept_as": "gate_up"}
-        self.gate_up = Projection(config, D, F, init=into, groups=2, joint=True, **wide, **kwargs)
+        self.gate_up = Projection(
+            config, D, F, init=into, axes=("embed", "mlp"), groups=2, joint=True, kept_as="gate_up", **kwargs
+        )
         self.norm = RMSNorm(F, config.norm_eps, param_dtype) if config.sublayer_norm else None
         self.down = Projection(config, F, D, init=out, axes=("mlp", "embed"), **kwargs)
 

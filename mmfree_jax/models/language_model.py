@@ -37,8 +37,9 @@ def remat_policy(remat: Remat) -> Callable[[Any], Any]:
     """Wraps the body of the scan over layers: what the backward pass keeps of each block, and what it makes again.
 
     none: keeps whatever autodiff needs. products: makes norms, gates and attention again, no product or recurrence.
-    mixer: as products, but makes the GLU's gate and up again, the widest that a block has. codes: of ternary layers keeps the integer codes that went in, and makes the products again with those. full: keeps
-    the residual stream at the block's start and makes all else again.
+    mixer: as products, but makes the GLU's gate and up again, the widest that a block has. codes: of ternary layers
+    keeps the integer codes that went in, and makes the products again with those. full: keeps the residual stream at
+    the block's start and makes all else again.
     """
     if remat == "none":
         return lambda body: body

@@ -129,9 +129,7 @@ def int8_matmul(x_MK: jax.Array, w_NK: jax.Array, x_scale_M: jax.Array, w_scale:
 
 def _operand_tile(shape: tuple[int, int], transforms: tuple, shared_by: tuple[str, ...] = ()) -> Any:
     place = lambda k: (0, k)
-    return plgpu.BlockSpec(
-        shape, place, transforms=transforms, memory_space=plgpu.SMEM, collective_axes=shared_by
-    )
+    return plgpu.BlockSpec(shape, place, transforms=transforms, memory_space=plgpu.SMEM, collective_axes=shared_by)
 
 
 def _place(index: jax.Array, count: jax.Array) -> jax.Array:
