@@ -16,6 +16,7 @@ import jax
 
 from experiments.absent_h200 import compiled_step
 from mmfree_jax.config import MeshConfig, RunConfig
+from mmfree_jax.lowering.memory import policies
 from mmfree_jax.ops.kernels import choice
 from mmfree_jax.presets import run_preset
 
@@ -36,26 +37,23 @@ COLUMNS = (
 
 def cases() -> list[tuple]:
     """Rows of the table but for their last column: shallow models, as every further layer asks for the same."""
-    policies: dict[str, tuple[str, ...]] = {
-        "transformer++-1.3b": ("none", "products", "mixer", "full"),
-        "matmul-free-1.3b": ("none", "products", "mixer", "codes", "full"),
-    }
-    found = [
+    main = "transformer++-1.3b", "matmul-free-1.3b"
+    found: list[tuple] = [
         (preset, depth, 8, 2048, remat, unroll, "auto", 1, 1, 1)
-        for preset, remats in policies.items()
+        for preset in main
         for depth, unroll in ((4, 4), (4, 1), (8, 1))
-        for remat in remats
+        for remat in policies(run_preset(preset))
     ]
     others = itertools.product(("matmul-free-rwkv4-1.3b", "bitnet-1.3b", "hgrn-1.3b"), ("none", "products"))
     found += [(preset, 4, 8, 2048, remat, 1, "auto", 1, 1, 1) for preset, remat in others]
     found += [("matmul-free-1.3b", 4, 8, 2048, remat, 1, "off", 1, 1, 1) for remat in ("none", "products")]
     found += [
         (preset, 4, 8 * fsdp, 2048, remat, 1, "auto", 1, fsdp, tensor)
-        for preset in policies
+        for preset in main
         for remat in ("none", "products")
         for fsdp, tensor in ((8, 1), (4, 2))
     ]
-    return [*found, *((preset, 4, 8, 2048, "full", 1, "auto", 2, 1, 1) for preset in policies)]
+    return [*found, *((preset, 4, 8, 2048, "full", 1, "auto", 2, 1, 1) for preset in main)]
 
 
 def run_of(preset: str, depth: int, batch: int, sequence: int, *more: Any) -> RunConfig:

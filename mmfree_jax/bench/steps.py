@@ -16,6 +16,7 @@ from mmfree_jax.bench import unoptimised
 from mmfree_jax.bench.timing import memory_bytes
 from mmfree_jax.config import RunConfig
 from mmfree_jax.devices import peak_flops
+from mmfree_jax.lowering.memory import policies
 from mmfree_jax.presets import run_preset
 from mmfree_jax.training.optim import make_optimizer
 from mmfree_jax.training.step import Program, TrainState, make_program, program_key
@@ -77,10 +78,10 @@ SMALL = (
     StepCase("matmul-free-tiny", 4, 128, unoptimised="float32"),
 )
 FULL_MEMORY = (
-    *(StepCase("matmul-free-1.3b", 4, 2048, remat=remat) for remat in ("none", "products", "mixer", "codes", "full")),
+    *(StepCase("matmul-free-1.3b", 4, 2048, remat=remat) for remat in policies(run_preset("matmul-free-1.3b"))),
     StepCase("matmul-free-1.3b", 4, 2048, unoptimised="bfloat16"),
     StepCase("matmul-free-1.3b", 4, 2048, unoptimised="float32"),
-    *(StepCase("transformer++-1.3b", 4, 2048, remat=remat) for remat in ("none", "products", "mixer", "full")),
+    *(StepCase("transformer++-1.3b", 4, 2048, remat=remat) for remat in policies(run_preset("transformer++-1.3b"))),
 )
 SMALL_MEMORY = (
     *(StepCase("matmul-free-tiny", 16, 512, remat=remat) for remat in ("none", "full")),

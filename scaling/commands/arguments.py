@@ -12,7 +12,7 @@ import numpy as np
 
 from scaling.commands.output import ERROR
 from scaling.fitting.solve import Objective
-from scaling.laws.forms import LAWS, usual_share
+from scaling.laws.forms import LAWS
 from scaling.tables.runs import Runs, ScalingError, as_number
 from scaling.uncertainty.sensitivity import CUSTOMARY_DELTA, delta_from_noise, objective_text
 from scaling.verdict.costs import AXES, Prices
@@ -164,8 +164,8 @@ def read_table(a: argparse.Namespace, allow_midrun: bool = False) -> Runs:
     return Runs.read(a.runs, columns, a.where, constants, a.allow_midrun or allow_midrun)
 
 
-def shared(a: argparse.Namespace) -> tuple[str, ...]:
-    """The names in --share, or what its law shares by itself."""
+def shared(a: argparse.Namespace) -> tuple[str, ...] | None:
+    """The names in --share; None where it is left to the law."""
     if a.share is None:
-        return usual_share(a.law)
+        return None
     return tuple(name.strip() for name in a.share.split(",") if name.strip())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.special import expit
@@ -309,10 +310,10 @@ def law_named(name: str) -> Law:
     return LAWS[name]()
 
 
-def usual_share(name: str) -> tuple[str, ...]:
-    """What several families have in common unless told otherwise: the same data and tokenizer have one irreducible
-    loss, where the law has one."""
-    return ("E",) if "E" in law_named(name).names else ()
+def tied(name: str, share: Sequence[str] | None) -> Sequence[str]:
+    """What several families have in common: `share`, or unless told (None) the irreducible loss, which is one for the
+    same data and tokenizer, where the law has one."""
+    return share if share is not None else ("E",) if "E" in law_named(name).names else ()
 
 
 def bits_of(text: object) -> float:

@@ -103,8 +103,7 @@ def path_rows(paths: Mapping[str, tuple[Comparison, Profile]]) -> tuple[list[str
         names = {"ratio": f"{number} tokens a parameter", "size": f"{short(float(number or 0))} parameters"}
         by_draws = ends_text(c.crossover.low, c.crossover.high, c.unit)
         by_profile = ends_text(profile.low, profile.high, c.unit)
-        last = int(np.argmin(np.abs(np.log(c.budgets / c.measured[1]))))
-        chances = [f"{c.p_b_better[last]:.3f}", f"{c.crossover.p_none:.3f}"]
+        chances = [f"{c.p_b_better[c.last_measured]:.3f}", f"{c.crossover.p_none:.3f}"]
         rows.append([names.get(kind, "best allocation"), by_draws, by_profile, *chances])
     some = next(iter(paths.values()))[0]
     better = f"P({some.b} better), largest measured"
@@ -126,7 +125,7 @@ def pair_rows(every: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: each pair at the largest compute that both reached, and its crossing."""
     rows = []
     for c in every:
-        k = int(np.argmin(np.abs(np.log(c.budgets / c.measured[1]))))
+        k = c.last_measured
         low, high = (float(v[k]) for v in c.band(c.difference_draws))
         crossing = ends_text(c.crossover.low, c.crossover.high, c.unit)
         difference = f"{c.difference[k]:+.4f} [{low:+.4f}, {high:+.4f}]"

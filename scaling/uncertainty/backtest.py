@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from scaling.fitting.fit import count_sizes, fit
-from scaling.laws.forms import law_named, usual_share
+from scaling.laws.forms import law_named, tied
 from scaling.tables.runs import Runs
 from scaling.uncertainty.bootstrap import Draws, bootstrap, cluster_labels, sorted_clusters
 
@@ -118,14 +118,14 @@ def backtest(
     """
     held: list[Held] = []
     skipped = []
-    tied = None if len(runs.families) == 1 else usual_share(law) if share is None else share
+    common = tied(law, share) if len(runs.families) > 1 else None
     for q in sorted(origins):
         inside = runs["flops"] <= runs["flops"].max() / q
         reason = too_little(runs, inside, law)
         if reason:
             skipped.append(f"C_max/{q:g} leaves {reason}")
             continue
-        early = fit(runs.select(inside), law, objective, delta, starts=24, seed=seed, share=tied)
+        early = fit(runs.select(inside), law, objective, delta, starts=24, seed=seed, share=common)
         sampled = bootstrap(early, draws, seed)
         held += held_levels(runs, inside, sampled, q)
         held += held_differences(runs, inside, sampled, q)

@@ -77,7 +77,7 @@ def bootstrap(fit: Fit, draws: int = 2000, seed: int = 0, method: str = "auto") 
     if method == "pairs":
         weight = pair_weights(labels, fit.runs["family"], paired, draws, rng)
     elif method in ("parametric", "wild"):
-        noise, _ = (parametric_noise if method == "parametric" else wild_noise)(fit, labels, paired, draws, rng)
+        noise = (parametric_noise if method == "parametric" else wild_noise)(fit, labels, paired, draws, rng)
         shifted = fit.model.value(fit.theta[None]) + noise
         target = shifted if fit.objective.log else np.exp(shifted)
     else:
@@ -147,10 +147,8 @@ def pair_weights(
     return weight
 
 
-def wild_noise(
-    fit: Fit, labels: np.ndarray, paired: bool, draws: int, rng: np.random.Generator
-) -> tuple[np.ndarray, float]:
-    """(draws, n) noise on log loss: each cluster's residuals times a Webb weight; and the residual degrees of freedom.
+def wild_noise(fit: Fit, labels: np.ndarray, paired: bool, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """(draws, n) noise on log loss: each cluster's residuals times a Webb weight.
 
     Residuals are enlarged by their cluster's leverage (CV2: Bell & McCaffrey 2002), and each draw by
     sqrt(f / chi2_f), since their scale is itself uncertain. Paired families share labels, hence weights.
@@ -164,11 +162,11 @@ def wild_noise(
         corrected[rows] = turn @ np.diag(np.maximum(spectrum, 1e-2) ** -0.5) @ turn.T @ residual[rows]
     freedom = max(len(residual) - frame.shape[1], 1)
     widen = np.sqrt(freedom / rng.chisquare(freedom, draws))
-    return rng.choice(WEBB, (draws, len(names)))[:, place] * corrected * widen[:, None], float(freedom)
+    return rng.choice(WEBB, (draws, len(names)))[:, place] * corrected * widen[:, None]
 
 
 def null_noise(fit: Fit, draws: int, rng: np.random.Generator) -> np.ndarray:
     """(draws, n) noise on log loss with the trunk and cell structure that the residuals show: for simulated tests."""
     labels, paired = cluster_labels(fit.runs, fit.families)
     drawn = parametric_noise if len(fit.runs) <= MANY_ROWS else wild_noise
-    return drawn(fit, labels, paired, draws, rng)[0]
+    return drawn(fit, labels, paired, draws, rng)

@@ -58,10 +58,8 @@ def least_squares_residuals(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     return log_loss - value[0], left[:, spectrum > 1e-7 * spectrum[0]]
 
 
-def parametric_noise(
-    fit: Fit, labels: np.ndarray, paired: bool, draws: int, rng: np.random.Generator
-) -> tuple[np.ndarray, float]:
-    """(draws, n) noise on log loss, and the residual degrees of freedom; raises ScalingError where there are none.
+def parametric_noise(fit: Fit, labels: np.ndarray, paired: bool, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """(draws, n) noise on log loss; raises ScalingError where the runs leave no degrees of freedom to judge it by.
 
     Every draw takes its own variances from their posterior, so that what few trunks cannot tell about themselves widens
     the draws: restricted likelihood (Patterson & Thompson 1971) under its Jeffreys prior, which for a balanced design
@@ -81,7 +79,7 @@ def parametric_noise(
     noise = np.zeros_like(normal)
     for k, part in enumerate(parts):
         noise += np.sqrt(scale * np.exp(log_ratios[pick, k]))[:, None] * (normal @ part.projection)
-    return noise, float(freedom)
+    return noise
 
 
 def strata(fit: Fit, labels: np.ndarray, paired: bool) -> list[Stratum]:

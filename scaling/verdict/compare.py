@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.fitting.fit import Fit, Gate, fit, ladder_gate
-from scaling.laws.forms import usual_share
+from scaling.laws.forms import tied
 from scaling.lint import lint_gates
 from scaling.tables.runs import BITS, Runs, ScalingError
 from scaling.uncertainty.bootstrap import Draws, bootstrap
@@ -71,6 +71,11 @@ class Comparison:
     def overlap(self) -> bool:
         """Whether any budget lies within the runs of both families."""
         return self.measured[0] <= self.measured[1]
+
+    @property
+    def last_measured(self) -> int:
+        """Place on the grid of the largest budget that both families reached."""
+        return int(np.argmin(np.abs(np.log(self.budgets / self.measured[1]))))
 
     @property
     def within(self) -> np.ndarray:
@@ -137,7 +142,7 @@ def joint_fit(
 ) -> Fit:
     """One fit of every family of the table; raises ScalingError on incomparable losses."""
     check_comparable(runs)
-    return fit(runs, law, objective, delta, starts, seed, usual_share(law) if share is None else share)
+    return fit(runs, law, objective, delta, starts, seed, tied(law, share))
 
 
 def contrast(

@@ -115,7 +115,7 @@ def on_matched_cells(c: Comparison) -> list[str]:
 
 def at_measured(c: Comparison) -> str:
     """The difference where there are data: at the largest budget that both families reached."""
-    k = int(np.argmin(np.abs(np.log(c.budgets / c.measured[1]))))
+    k = c.last_measured
     low, high = (float(v[k]) for v in c.band(c.difference_draws))
     value, unit = float(c.difference[k]), c.fit.runs.loss_unit
     side = "higher" if value > 0 else "lower"

@@ -69,7 +69,7 @@ def test_noise_model_finds_the_size_and_the_place_of_the_noise():
     rows = ladder_rows(sizes=sizes, ratios=(5, 10, 20, 40, 80), noise=0.001, trunk=0.004, seed=11)
     fitted = fit(Runs.from_rows(rows), share=("E",), objective="log-ls")
     labels, paired = cluster_labels(fitted.runs, fitted.families)
-    noise, _ = parametric_noise(fitted, labels, paired, 4000, np.random.default_rng(0))
+    noise = parametric_noise(fitted, labels, paired, 4000, np.random.default_rng(0))
     assert noise.std() == pytest.approx(0.0041, rel=0.35)
     same, other = np.corrcoef(noise[:, 0], noise[:, 4])[0, 1], np.corrcoef(noise[:, 0], noise[:, 5])[0, 1]
     assert same > 0.7

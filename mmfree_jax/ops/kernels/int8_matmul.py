@@ -39,6 +39,7 @@ def int8_matmul(x_MK: jax.Array, w_NK: jax.Array, x_scale_M: jax.Array, w_scale:
     """
     (M, K), N = x_MK.shape, w_NK.shape[0]
     pair = PAIR if N % (PAIR * TILE_N) == 0 else 1
+    sharing = ("pair",) if pair > 1 else ()
     rows, columns, steps = M // (COMPUTE_GROUPS * TILE_M), N // (pair * TILE_N), K // TILE_K
     cores = _cores() // pair
     # Copies can run ahead into the next output where the first and the last of a core's outputs are not the same, and
@@ -56,7 +57,7 @@ def int8_matmul(x_MK: jax.Array, w_NK: jax.Array, x_scale_M: jax.Array, w_scale:
                 grid=(steps,),
                 memory_registers=40,
                 in_specs=[
-                    _operand_tile((COMPUTE_GROUPS * TILE_M, TILE_K), operand, ("pair",) if pair > 1 else ()),
+                    _operand_tile((COMPUTE_GROUPS * TILE_M, TILE_K), operand, sharing),
                     _operand_tile((TILE_N, TILE_K), operand),
                 ],
                 wg_axis="group",
@@ -77,7 +78,7 @@ def int8_matmul(x_MK: jax.Array, w_NK: jax.Array, x_scale_M: jax.Array, w_scale:
             @plgpu.nd_loop((rows * columns,), collective_axes="core")
             def _(loop):
                 m, n = plgpu.planar_snake(loop.index[0], (rows, columns), 1, SNAKE)
-                n = n * pair + (lax.axis_index("pair") if pair > 1 else 0)
+                n = n * pair + (lax.axis_index("pair") if sharing else 0)
                 at_m, at_n = pl.ds(m * COMPUTE_GROUPS * TILE_M, COMPUTE_GROUPS * TILE_M), pl.ds(n * TILE_N, TILE_N)
 
                 def finish(accumulate):
@@ -116,8 +117,8 @@ def int8_matmul(x_MK: jax.Array, w_NK: jax.Array, x_scale_M: jax.Array, w_scale:
         out_type=jax.ShapeDtypeStruct((M, N), jnp.bfloat16),
         grid=(cores,),
         grid_names=("core",),
-        cluster=(pair,) if pair > 1 else (),
-        cluster_names=("pair",) if pair > 1 else (),
+        cluster=(pair,) if sharing else (),
+        cluster_names=sharing,
         num_threads=COMPUTE_GROUPS + 1,
         thread_name="group",
         scratch_types={"out_smem": plgpu.SMEM((COMPUTE_GROUPS, 2, PIECE, PIECE), jnp.bfloat16, transforms=staged)},
