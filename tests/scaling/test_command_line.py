@@ -4,21 +4,26 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import DATA, ROOT, ladder_rows, write_csv
 
 from scaling.__main__ import main
+from tests.in_process import called
 
 WIDE = {"sizes": tuple(np.geomspace(1e6, 2.5e8, 7)), "ratios": (5, 10, 20, 80), "noise": 0.002}
 
 WIDE_ROWS = ladder_rows(**WIDE)
 
 
-def call(*arguments):
+def process(*arguments):
     command = [sys.executable, "-m", "scaling", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+call = partial(called, main)
 
 
 @pytest.fixture(scope="module")
@@ -267,8 +272,15 @@ def test_bad_input_is_one_line_and_exit_one(tables, arguments, said):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_process_ends_with_the_status_and_the_line():
+    done = process("fit", "absent.csv")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no such file" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_debug_shows_the_traceback():
-    assert "Traceback" in call("fit", "absent.csv", "--debug").stderr
+    assert "Traceback" in process("fit", "absent.csv", "--debug").stderr
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the public tables are not at ../shared/data")
