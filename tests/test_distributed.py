@@ -31,6 +31,11 @@ RUN += " --optim.warmup-steps 2 --optim.decay-steps 0"
 BRIEF = ("--no-evaluate", "--diagnose-every", "0")
 
 
+@pytest.fixture(autouse=True)
+def cache(programs, monkeypatch):
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(programs))
+
+
 def free_port() -> int:
     """Below those that the system hands out, lest it does so before the process that this is for takes it."""
     while True:
@@ -41,7 +46,7 @@ def free_port() -> int:
 
 def start(family: str, corpus: Path, out: Path, devices: int, *more: str) -> subprocess.Popen:
     """`launch.py train` on that many simulated devices."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "MMFREE_JAX_CACHE": str(out.parent / "cache")}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     env["XLA_FLAGS"] = xla_flags(devices)
     heads = ["--model.heads", "2"] if family == "transformer++" else []
     command = [sys.executable, "launch.py", "train", f"{family}-tiny", *RUN.split(), *heads]

@@ -28,13 +28,13 @@ LONG = 600  # seconds that a machine under load may need for anything here
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(programs, tmp_path_factory):
     if why := missing():
         if os.environ.get("REQUIRE_SLURM"):
             pytest.fail(f"REQUIRE_SLURM is set, but {why}")
         pytest.skip(why)
     with one_host_slurm(tmp_path_factory.mktemp("slurm")) as env:
-        yield env
+        yield {**env, "MMFREE_JAX_CACHE": str(programs)}
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ class Sweep:
     def __init__(self, folder: Path, env: dict[str, str], corpus: Path, runs: str, steps: int = 12):
         self.out, self.said = folder / "out", folder / "said.txt"
         self.env = {**env, "JAX_PLATFORMS": "cpu", "SLURM_STUDY_CORPUS": str(corpus), "SLURM_STUDY_RUNS": runs}
-        self.env |= {"SLURM_STUDY_STEPS": str(steps), "MMFREE_JAX_CACHE": str(folder / "cache")}
+        self.env |= {"SLURM_STUDY_STEPS": str(steps)}
 
     def start(self, *more: str) -> subprocess.Popen:
         """A driver; what it says is in `said`."""
