@@ -103,6 +103,9 @@ def test_enough_is_not_overspent(asked):
     tight = cheapest(asked, options, 1e21, target_sd=0.6)
     assert loose.sd_then <= 0.8
     assert loose.flops < tight.flops
+    pool = Pool(asked, loose.trunks, keep_runs=True)
+    for trunk in loose.trunks:
+        assert pool.spread([t for t in loose.trunks if t is not trunk]) > 0.8, f"{trunk} is not needed"
 
 
 def test_next_run_is_ranked_by_what_it_buys_per_flop(asked):
