@@ -29,6 +29,10 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 BUFFERS = ("rotary_emb.inv_freq",)  # not parameters: old Llama checkpoints hold them
 STORED = ("F32", "BF16", "F16", "F64")  # types of tensors, as safetensors calls them, whose numbers are the weights
 HEAD = "lm_head.weight"
+VOCABULARY = (
+    "embedding",
+    "head.kernel",
+)  # parameters with a row a token, once they are turned as checkpoints have them
 
 # What the official code computes whatever its config says, or only with these values.
 HGRN_FIXED = {"num_heads": 1, "expand_ratio": 1, "use_short_conv": False, "hidden_act": "swish"}
@@ -132,12 +136,17 @@ def tensors(model: LanguageModel, dtype: str = "float32") -> Iterator[tuple[str,
     for name, slot in slots(model.config).items():
         array = np.asarray(arrays[slot.path][slot.at])
         array = array.swapaxes(-1, -2) if slot.matrix else array
+        if slot.path in VOCABULARY:
+            array = array[: slot.shape[0]]
         yield name, np.ascontiguousarray(array.reshape(slot.shape).astype(jnp.dtype(dtype)))
 
 
 def slots(config: ModelConfig) -> dict[str, Slot]:
-    """Every tensor of the format that a config is stored in. Raises ConfigError when there is none."""
-    V, D = config.vocab, config.width
+    """Every tensor of the format that a config is stored in. Raises ConfigError when there is none.
+
+    The formats know no padding of the vocabulary: it is not stored.
+    """
+    V, D = config.tokenizer_vocab or config.vocab, config.width
     hgrn = _format(config) == "hgrn_bit"
     table = {
         "model.embeddings.weight" if hgrn else "model.embed_tokens.weight": Slot("embedding", (), (V, D)),
@@ -199,7 +208,7 @@ def _read_values(folder: Path) -> dict[str, Any]:
 def write_config(config: ModelConfig, dtype: str, origin: Origin = Origin()) -> str:
     """The text of config.json. Raises ConfigError when no format can express the architecture."""
     values = {
-        "vocab_size": config.vocab,
+        "vocab_size": config.tokenizer_vocab or config.vocab,
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
         "intermediate_size": config.glu_width,
@@ -370,7 +379,9 @@ def _check_tied(embedding_VD: np.ndarray, head: Stored) -> None:
     with _open(head.file) as opened:
         same = np.array_equal(embedding_VD, opened.get_tensor(HEAD).astype(embedding_VD.dtype))
     if not same:
-        raise InteropError(f"{head.file}: {HEAD} is not the embedding, to which tie_word_embeddings in config.json ties it")
+        raise InteropError(
+            f"{head.file}: {HEAD} is not the embedding, to which tie_word_embeddings in config.json ties it"
+        )
 
 
 def _checked(folder: Path, table: dict[str, Slot], config: ModelConfig) -> dict[str, Stored]:
