@@ -416,8 +416,10 @@ class RunConfig:
         """
         data = self.data
         if data.contents:
-            anywhere = {field.name: field.default for field in dataclasses.fields(data) if field.name in PLACES}
-            data = dataclasses.replace(data, **anywhere | {"mixture": ("",) * len(data.mixture)})
+            anywhere = DataConfig()
+            data = dataclasses.replace(
+                data, corpus=anywhere.corpus, vocab=anywhere.vocab, mixture=("",) * len(data.mixture)
+            )
         return hashlib.sha256(to_json(dataclasses.replace(self, data=data)).encode()).hexdigest()[:16]
 
 

@@ -71,6 +71,9 @@ class Origin(NamedTuple):
     positions: int | None = None  # the longest text trained on, in tokens
 
 
+UNKNOWN = Origin()
+
+
 def load_huggingface(path: str | Path, dtype: str = "float32") -> LanguageModel:
     """Read a folder into a model.
 
@@ -101,13 +104,14 @@ def save_huggingface(
     path: str | Path,
     dtype: str = "float32",
     *,
-    origin: Origin = Origin(),
+    origin: Origin = UNKNOWN,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model as a folder that the official code (matmul-free) or transformers (transformer++) loads.
 
     The folder appears complete or not at all. `dtype` is the type on disk; files hold at most `shard_bytes` each,
-    unless one tensor is larger. `origin` goes into config.json, as null what it does not know. The tokenizer's files are not part of a model: copy them beside it.
+    unless one tensor is larger. `origin` goes into config.json, as null what it does not know. Padding of the
+    vocabulary is left out: the formats have none. The tokenizer's files are not part of a model: copy them beside it.
 
     Raises:
         ConfigError: for an architecture that neither format can express.
@@ -205,7 +209,7 @@ def _read_values(folder: Path) -> dict[str, Any]:
     return values
 
 
-def write_config(config: ModelConfig, dtype: str, origin: Origin = Origin()) -> str:
+def write_config(config: ModelConfig, dtype: str, origin: Origin = UNKNOWN) -> str:
     """The text of config.json. Raises ConfigError when no format can express the architecture."""
     values = {
         "vocab_size": config.tokenizer_vocab or config.vocab,

@@ -12,8 +12,7 @@ from mmfree_jax.data import card as cards
 from mmfree_jax.data import tokenization
 from mmfree_jax.data.bench import measure
 from mmfree_jax.data.build import Recipe, build, train_tokenizer, unreadable
-from mmfree_jax.data.corpora import EMBEDDED, build_embedded, resolve_corpus, tier_folder
-from mmfree_jax.data.distributions import TIERS
+from mmfree_jax.data.corpora import EMBEDDED, NAMED, build_embedded, resolve_corpus, tier_folder
 from mmfree_jax.data.foreign import convert
 from mmfree_jax.data.inputs import Reading, Unit, plan
 from mmfree_jax.data.packing import pack
@@ -23,7 +22,6 @@ from mmfree_jax.data.tiers import build_tier
 from mmfree_jax.data.token_set import READABLE_CARD, TokenSet
 from mmfree_jax.data.tokenization import Tokenizer
 
-NAMED = (EMBEDDED, *TIERS)
 _OWN_INPUT = ("key", "skip_bad", "raw", "english", "shortest", "dedup", "held_out")  # options of `build`
 
 
