@@ -157,7 +157,7 @@ def test_a_run_that_goes_on_needs_the_weights_it_began_with_no_more(token_set, t
         cli.train([*command, "--init", str(tmp_path / "another")])
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # nothing to go on from: the weights are needed again
     (tmp_path / "run" / "result.json").unlink()
-    with pytest.raises(ConfigError, match="model.vocab=2048, but the corpus has 257"):  # what they are is not known
+    with pytest.raises(ConfigError, match=r"model\.vocab=2048, but the corpus has 257"):  # what they are is not known
         cli.train(command)
 
 

@@ -41,7 +41,7 @@ def identity(config: RunConfig, token_set: TokenSet) -> dict[str, Any]:
         "heads": model.heads,
         "kv_heads": model.kv_heads or model.heads,
         "model_vocab": model.vocab,
-        "settings": " ".join(sorted(_unusual(config))),
+        "settings": " ".join(sorted(_unusual(config))) or "usual",
         "code": code_version(),
         **{name: version(name) for name in LIBRARIES},
     }
