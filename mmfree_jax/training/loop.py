@@ -15,18 +15,19 @@ from flax import nnx
 from mmfree_jax import distributed, flops
 from mmfree_jax.config import RunConfig, require, to_json
 from mmfree_jax.data import Batches, TokenSet, batches
-from mmfree_jax.devices import peak_memory_bytes
+from mmfree_jax.devices import GENERATOR, check_settings, peak_memory_bytes
 from mmfree_jax.evaluation import Scores, evaluate, shown
 from mmfree_jax.files import locked, read_json, write_json
 from mmfree_jax.sharding import batch_sharding
 from mmfree_jax.training.checkpoint import Checkpoints, restore
 from mmfree_jax.training.diagnostics import Diagnostics
-from mmfree_jax.training.folder import check_data, claim, differences
+from mmfree_jax.training.folder import check_data, claim, differences, going_on, note_corpus, settled
+from mmfree_jax.training.identity import code_version, identity
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
 from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
 from mmfree_jax.training.optim import rates
 from mmfree_jax.training.profiling import Profile, check_range
-from mmfree_jax.training.step import Program, TrainState, compute_dtype, make_program, program_key
+from mmfree_jax.training.step import Program, TrainState, concrete, make_program, program_key
 
 
 def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range = range(0)) -> dict[str, Any]:
@@ -36,13 +37,18 @@ def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range 
     Raises ConfigError (the folder holds another run, the corpus does not fit), Diverged, or Interrupted once the state
     has been saved after a signal; or the result, where it came after the last step.
     """
+    check_settings()
     check_data(config, token_set)
     check_range(profiled, config.steps)
+    config = going_on(settled(config, token_set), folder)
+    config = dataclasses.replace(config, precision=concrete(config.precision))
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
             stack.enter_context(locked(folder, wait_s=30))
             claim(config, folder)
+            if not (folder / "result.json").exists():
+                note_corpus(config, token_set, folder)
 
         distributed.first_does(take)
         if (folder / "result.json").exists():
@@ -126,7 +132,7 @@ def _begin(
         _check_corpus(meta, token_set, trunk)
         return state, dataclasses.replace(Progress(**meta["progress"]), attempts=1), {}
     with jax.set_mesh(program.mesh):
-        state = program.init(jax.random.key(config.seed))
+        state = program.init(jax.random.key(config.seed, impl=GENERATOR))
     return _with_weights(state, config) if config.init else state, Progress(attempts=1), {}
 
 
@@ -136,7 +142,8 @@ def _with_weights(state: TrainState, config: RunConfig) -> TrainState:
     from mmfree_jax.weights import load_model
 
     model = load_model(Path(config.init))
-    found = dataclasses.replace(model.config, gradient_bits=config.model.gradient_bits)  # no matter of the weights
+    own = {name: getattr(config.model, name) for name in ("gradient_bits", "tokenizer_vocab")}
+    found = dataclasses.replace(model.config, **own)  # which are no matter of the weights
     require(
         found == config.model,
         f"init={config.init} holds another architecture ({differences(found, config.model)})",
@@ -174,7 +181,7 @@ def _describe(config: RunConfig, log: Log, progress: Progress) -> None:
     devices = jax.devices()
     log.event(
         f"{'start' if progress.attempts == 1 else 'resume'} {config.name} at step {progress.step} of {config.steps} "
-        f"on {config.mesh.devices} x {devices[0].device_kind} (jax {jax.__version__})"
+        f"on {config.mesh.devices} x {devices[0].device_kind} (jax {jax.__version__}, code {code_version()})"
     )
     if progress.attempts == 1:
         log.describe("config", to_json(config))
@@ -217,7 +224,7 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "cluster": config.branch.run if config.branch else config.name,
         "width": config.model.width,
         "depth": config.model.depth,
-        "precision": str(compute_dtype(config.precision)),
+        "precision": concrete(config.precision),
         "train_loss": progress.train_loss,
         "seconds": progress.seconds,
         "joules": progress.joules,
@@ -225,6 +232,6 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "attempts": progress.attempts,
         "device": jax.devices()[0].device_kind,
         "devices": config.mesh.devices,
-        "jax": jax.__version__,
+        **identity(config, token_set),
         "fingerprint": config.fingerprint(),
     }

@@ -100,11 +100,16 @@ def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:
     )
 
 
-def compute_dtype(precision: Precision) -> jnp.dtype:
-    """bfloat16 on accelerators and float32 on CPU, unless the config says which."""
+def concrete(precision: Precision) -> Precision:
+    """What "auto" stands for here, bfloat16 on accelerators and float32 on CPU; any other is what it is."""
     if precision == "auto":
-        precision = "float32" if backend() == "cpu" else "bfloat16"
-    return jnp.dtype(precision)
+        return "float32" if backend() == "cpu" else "bfloat16"
+    return precision
+
+
+def compute_dtype(precision: Precision) -> jnp.dtype:
+    """The type of activations."""
+    return jnp.dtype(concrete(precision))
 
 
 @functools.cache

@@ -75,7 +75,7 @@ def test_one_of_several_processes_that_fails_for_itself_ends_and_does_not_go_on(
         raise error
 
     monkeypatch.setattr(worker, "train", train)
-    monkeypatch.setattr(worker, "resolve_data", lambda data: None)
+    monkeypatch.setattr(worker, "resolve_data", lambda data, **_: None)
     monkeypatch.setattr("jax.process_count", lambda: 2)
     assert worker.main(tmp_path, ["first", "second"]) == code
     assert tried == (["first", "second"] if code == 1 else ["first"])
