@@ -38,6 +38,13 @@ def segments(batch: int, time: int, width: int) -> int:
     return count
 
 
+def copied_ahead(arrays: int, dtype: Any) -> int:
+    """How many stages of so many arrays are copied ahead: what shared memory has room for beside two tiles of each of
+    two results, at most STAGES."""
+    tiles = SHARED_BYTES // (ROWS * LANES * dtype.itemsize) - 4
+    return min(STAGES[arrays], tiles // arrays)
+
+
 @jax.jit
 def segment_ends(
     c_BTD: jax.Array, f_BTD: jax.Array, floor_D: jax.Array | None, keep_BT: jax.Array
@@ -268,15 +275,13 @@ def _one_a_thread() -> Any:
 
 def _pipeline(stage: Any, time: int, arrays: int, dtype: Any, at: Any, start: Any) -> Any:
     """Walks over `arrays` [T, LANES] and the scalars [T] in stages; stage i sees the piece at(i)."""
-    # Beside the stages shared memory holds two tiles of each of up to two results.
-    tiles = SHARED_BYTES // (ROWS * LANES * dtype.itemsize) - 4
     tile = plgpu.BlockSpec((ROWS, LANES), lambda i: (at(i), 0), memory_space=plgpu.SMEM)
     scalars = plgpu.BlockSpec((ROWS,), lambda i: (at(i),), memory_space=plgpu.SMEM)
     return plgpu.emit_pipeline(
         stage,
         grid=(time // ROWS,),
         in_specs=[tile] * arrays + [scalars],
-        max_concurrent_steps=min(STAGES[arrays], tiles // arrays),
+        max_concurrent_steps=copied_ahead(arrays, dtype),
         init_carry=start,
     )
 
