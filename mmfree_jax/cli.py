@@ -63,6 +63,8 @@ class TrainArguments:
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
     profile: str = ""
     """FROM:TO writes a profiler's trace of these steps to OUT/profile (TensorBoard, Perfetto)."""
+    no_self_check: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Do not compare the first step with the float32 reference on a two-layer copy of the model before training."""
     coordinator: str = ""
     """HOST:PORT of process 0, where several processes are one run; found by itself under SLURM and on Cloud TPU."""
     processes: int = 0
@@ -215,7 +217,9 @@ def train(arguments: list[str]) -> int:
     if group is not None:
         distributed.join(group, chosen.patience)
         print(distributed.process_table(), flush=True)
-    return _train(_with_init(chosen.run, preset, chosen.out), chosen.out, step_range(chosen.profile))
+    return _train(
+        _with_init(chosen.run, preset, chosen.out), chosen.out, step_range(chosen.profile), not chosen.no_self_check
+    )
 
 
 def _with_init(run: RunConfig, preset: str, out: Path) -> RunConfig:
@@ -255,7 +259,7 @@ def _of_weights(run: RunConfig, preset: str, found: ModelConfig) -> RunConfig:
     return dataclasses.replace(run, init=str(Path(run.init).resolve()), model=model)
 
 
-def _train(config: RunConfig, out: Path, profiled: range) -> int:
+def _train(config: RunConfig, out: Path, profiled: range, checked: bool) -> int:
     import jax
 
     from mmfree_jax.data.corpora import cache_folder, resolve_data
@@ -273,7 +277,7 @@ def _train(config: RunConfig, out: Path, profiled: range) -> int:
 
     try:
         with follow(config, out, console):
-            result = train_run(config, out, token_set, profiled)
+            result = train_run(config, out, token_set, profiled, checked)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.status

@@ -28,7 +28,14 @@ ROOT = Path(__file__).parents[1]
 SHAPE = "--model.width 16 --model.depth 2 --model.glu-width 32 --model.vocab 257 --data.vocab 257"
 RUN = f"{SHAPE} --data.sequence 32 --data.batch 8 --steps 6 --log-every 1 --checkpoint-every 0 --diagnose-every 4"
 RUN += " --optim.warmup-steps 2 --optim.decay-steps 0"
+# launch.py with less patience: processes that wait for a dead one spin until they call it dead.
+LAUNCH = "import sys, launch, mmfree_jax.distributed as d; d.HEARTBEAT_SECONDS = 8; sys.exit(launch.main(sys.argv[1:]))"
 BRIEF = ("--no-evaluate", "--diagnose-every", "0")
+
+
+@pytest.fixture(autouse=True)
+def cache(programs, monkeypatch):
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(programs))
 
 
 def free_port() -> int:
@@ -41,10 +48,10 @@ def free_port() -> int:
 
 def start(family: str, corpus: Path, out: Path, devices: int, *more: str) -> subprocess.Popen:
     """`launch.py train` on that many simulated devices."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "MMFREE_JAX_CACHE": str(out.parent / "cache")}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     env["XLA_FLAGS"] = xla_flags(devices)
     heads = ["--model.heads", "2"] if family == "transformer++" else []
-    command = [sys.executable, "launch.py", "train", f"{family}-tiny", *RUN.split(), *heads]
+    command = [sys.executable, "-c", LAUNCH, "train", f"{family}-tiny", *RUN.split(), *heads]
     command += ["--data.corpus", str(corpus), "--out", str(out), "--mesh.data", "2", "--mesh.fsdp", "4", *more]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

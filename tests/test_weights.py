@@ -1,11 +1,9 @@
 """Models on disk: imported, trained on, exported, evaluated; through the commands that users type."""
 
+import functools
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from launch import main
 from mmfree_jax import cli
 from mmfree_jax.config import ConfigError, MeshConfig
 from mmfree_jax.data import resolve_data
@@ -25,14 +24,14 @@ from mmfree_jax.training.folder import claim
 from mmfree_jax.training.loop import train
 from mmfree_jax.weights import load_model, model_config, run_config, save_model
 from tests.conftest import MAIN_FAMILIES, sentences, tiny_model, tiny_run
+from tests.in_process import called
 
-ROOT = Path(__file__).parents[1]
+launch = functools.partial(called, main)
 
 
-def launch(*arguments) -> subprocess.CompletedProcess:
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "launch.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+@pytest.fixture(autouse=True)
+def cache(programs, monkeypatch):
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(programs))
 
 
 def parameters(model: nnx.Module) -> list[np.ndarray]:

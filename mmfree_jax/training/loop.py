@@ -18,6 +18,7 @@ from mmfree_jax.data import Batches, TokenSet, batches
 from mmfree_jax.devices import GENERATOR, check_settings, peak_memory_bytes
 from mmfree_jax.evaluation import Scores, evaluate, shown
 from mmfree_jax.files import locked, read_json, write_json
+from mmfree_jax.ops.fast import choice
 from mmfree_jax.sharding import batch_sharding
 from mmfree_jax.training.checkpoint import Checkpoints, restore
 from mmfree_jax.training.diagnostics import Diagnostics
@@ -27,15 +28,19 @@ from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
 from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
 from mmfree_jax.training.optim import rates
 from mmfree_jax.training.profiling import Profile, check_range
+from mmfree_jax.training.self_check import self_check
 from mmfree_jax.training.step import Program, TrainState, concrete, make_program, program_key
 
 
-def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range = range(0)) -> dict[str, Any]:
+def train(
+    config: RunConfig, folder: Path, token_set: TokenSet, profiled: range = range(0), checked: bool = True
+) -> dict[str, Any]:
     """Train `config` in `folder`, or take up what is there, and return the row of result.json.
 
-    A finished run is returned as it stands. A trace of the steps `profiled` is written to `folder`/profile.
-    Raises ConfigError (the folder holds another run, the corpus does not fit), Diverged, or Interrupted once the state
-    has been saved after a signal; or the result, where it came after the last step.
+    A finished run is returned as it stands. A trace of the steps `profiled` is written to `folder`/profile. Before its
+    first step a run that is `checked` compares that step with the reference (`training.self_check`). Raises
+    SelfCheckError where they differ; ConfigError (the folder holds another run, the corpus does not fit); Diverged; or
+    Interrupted once the state has been saved after a signal, or with the result where it came after the last step.
     """
     check_settings()
     check_data(config, token_set)
@@ -54,22 +59,30 @@ def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range 
         if (folder / "result.json").exists():
             return read_json(folder / "result.json")
         with StopFlag() as stop:
-            return _train(config, folder, token_set, stop, profiled)
+            return _train(config, folder, token_set, stop, profiled, checked)
 
 
-def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag, profiled: range) -> dict[str, Any]:
-    program = make_program(program_key(config, token_set.end_of_document))
+def _train(
+    config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag, profiled: range, checked: bool
+) -> dict[str, Any]:
+    key = program_key(config, token_set.end_of_document)
+    program = make_program(key)
     milestones = (*config.milestones, config.steps)
     per_token = flops.train_flops_per_token(config.model, config.data.sequence).products
 
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         data = config.data
+        program.prepare((data.batch, data.sequence + 1))
+        if checked and progress.step == 0:
+            self_check(key, data.batch, data.sequence, token_set.vocab_size)
         rows = _batches(config, program, token_set, progress.data)
         agreed = distributed.AgreedStop(program.mesh)
         trace = Profile(folder / "profile", profiled)
         with run_log(folder, marks) as log, rows, jax.set_mesh(program.mesh), trace:
             _describe(config, log, progress)
+            for refused in choice.record()["refused"]:
+                log.event(f"kernel refused, XLA serves: {refused}")
             diagnostics = Diagnostics(config, program, log)
             interval = Interval(config, progress, per_token * data.tokens_per_step, log)
 
@@ -232,6 +245,8 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "attempts": progress.attempts,
         "device": jax.devices()[0].device_kind,
         "devices": config.mesh.devices,
+        "kernels": "; ".join(choice.record()["served"]) or "none",
+        "kernels_refused": "; ".join(choice.record()["refused"]) or None,
         **identity(config, token_set),
         "fingerprint": config.fingerprint(),
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -21,6 +22,7 @@ from mmfree_jax.data.packing import document_ids, is_target
 from mmfree_jax.devices import backend
 from mmfree_jax.distributed import put, repeat
 from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.parametrisation import Role
 from mmfree_jax.sharding import batch_sharding, make_mesh, packing, shardings, unfilled
@@ -61,11 +63,19 @@ class Program:
     abstract_state: TrainState  # ShapeDtypeStructs that carry shardings: what a checkpoint is restored into
     init: Callable[[jax.Array], TrainState]  # key -> state, made directly in its sharded place
     train_step: jax.stages.Wrapped  # (TrainState, tokens_BT, Rates) -> (TrainState, metrics)
+    gradients: jax.stages.Wrapped  # (params, tokens_BT) -> (mean loss, gradients), as the step computes them
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
     def place(self, array: Any) -> jax.Array:
         """Put a [B, ...] host array, of which every process has the whole, where the step expects it."""
         return put(array, batch_sharding(self.mesh))
+
+    def prepare(self, shape: tuple[int, int]) -> None:
+        """Check the kernels that a step on tokens [B, T+1] would use, before it is traced for good."""
+        tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
+        rate = self.repeat(Rates(np.float32(0), np.float32(0)))
+        with jax.set_mesh(self.mesh):
+            choice.prepare(lambda: jax.eval_shape(self.train_step, self.abstract_state, tokens_BT, rate))
 
     def repeat(self, numbers: Any) -> Any:
         """Put host numbers, of which every process has the same, on all devices: a step would copy them from one."""
@@ -142,6 +152,11 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
         in_shardings=(place, rows, None),
         out_shardings=(place, scalar),
     )
+    gradients = jax.jit(
+        choosing(functools.partial(_gradients, graphdef, key)),
+        in_shardings=(place.params, rows),
+        out_shardings=(scalar, place.params),
+    )
     evaluate = jax.jit(
         choosing(functools.partial(_evaluate, graphdef, key.separator)),
         in_shardings=(place.params, rows, rows),
@@ -149,7 +164,7 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
     )
     # Random number generators compile slowly and run once: optimising their code is not worth the wait.
     start = jax.jit(init, out_shardings=place, compiler_options={"xla_backend_optimization_level": 0})
-    return Program(mesh, graphdef, abstract, start, train_step, evaluate)
+    return Program(mesh, graphdef, abstract, start, train_step, gradients, evaluate)
 
 
 def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array | None, jax.Array | None]:
@@ -168,13 +183,21 @@ def _train_step(
     rates: Rates | jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     rate, decay = rates if isinstance(rates, Rates) else Rates(rates)  # a rate alone leaves weight decay as it is
+    loss, grads = _gradients(graphdef, key, state.params, tokens_BT)
+    updates, opt = optimizer.update(grads, state.opt, state.params, decay=decay)
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    return TrainState(state.step + 1, params, opt), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+
+
+def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax.Array) -> tuple[jax.Array, nnx.State]:
+    """Mean loss over the targets of a batch, and its gradients to the parameters."""
     separator, accumulate = key.separator, key.optim.accumulate
     counted_BT = _documents(tokens_BT, separator)[1]
     # Of all micro-batches together: each target weighs the same, whichever micro-batch it is in.
     count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
 
     # Once a step, not once a micro-batch. A single batch makes them layer by layer, where they are needed.
-    codes = nnx.merge(graphdef, state.params).make_codes() if accumulate > 1 else None
+    codes = nnx.merge(graphdef, params).make_codes() if accumulate > 1 else None
 
     def mean_loss(params: nnx.State, rows_BT: jax.Array) -> jax.Array:
         segments_BT, mask_BT = _documents(rows_BT, separator)
@@ -185,12 +208,10 @@ def _train_step(
         nats, _ = model.loss(rows_BT[:, :-1], targets_BT, mask_BT, segments_BT=segments_BT, z_loss=z_loss)
         return nats / (count / accumulate)
 
-    loss, grads = _accumulated(jax.value_and_grad(mean_loss), state.params, tokens_BT, accumulate)
+    loss, grads = _accumulated(jax.value_and_grad(mean_loss), params, tokens_BT, accumulate)
     if accumulate == 1 and key.unroll >= key.model.depth:
         grads = _stacked(grads, compute_dtype(key.precision))
-    updates, opt = optimizer.update(grads, state.opt, state.params, decay=decay)
-    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    return TrainState(state.step + 1, params, opt), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return loss, grads
 
 
 def _accumulated(loss_and_grad: Callable, params: nnx.State, tokens_BT: jax.Array, steps: int) -> tuple:

@@ -28,8 +28,8 @@ from tests.conftest import sentences, tiny_model, tiny_run
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MMFREE_JAX_CACHE", str(tmp_path / "cache"))
+def cache(programs, monkeypatch):
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(programs))
 
 
 def test_a_run_that_takes_too_long_is_saved_and_called_failed_and_goes_on_later(token_set, tmp_path):
