@@ -293,9 +293,11 @@ def evaluate(arguments: list[str]) -> int:
     from flax import nnx
 
     from mmfree_jax import evaluation
+    from mmfree_jax.devices import check_settings
     from mmfree_jax.training.step import make_program, program_key
     from mmfree_jax.weights import load_model, run_config
 
+    check_settings()
     run = run_config(chosen.model)
     token_set = held_out_corpus(chosen.model, run.data, chosen.corpus)
     run = dataclasses.replace(run, model=with_padding(run.model, token_set))
