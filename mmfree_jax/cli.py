@@ -15,7 +15,7 @@ from rich.console import Console
 from mmfree_jax.config import ConfigError, RunConfig, require
 from mmfree_jax.flops import parameters
 from mmfree_jax.sweep.executor import Executor
-from mmfree_jax.sweep.local import Local, find_slots
+from mmfree_jax.sweep.local import this_machine
 from mmfree_jax.sweep.render import Cloud, render
 from mmfree_jax.sweep.slurm import Slurm, SlurmExecutor
 from mmfree_jax.training.folder import check_held_out_text, check_vocabulary
@@ -33,7 +33,8 @@ class SweepArguments:
     out: Path
     """Folder for the runs; a folder that holds this sweep already is continued."""
     slots: int = 0
-    """Workers at once (0: one a GPU, or one a CPU core)."""
+    """Workers on each GPU (0: one, several with small models), or in all without GPUs (0: one a CPU core). Rows of runs
+    that shared a GPU leave seconds, joules, mfu and peak memory empty."""
     executor: Literal["local", "slurm"] = "local"
     """Workers on this machine, or SLURM jobs."""
     slurm: Slurm = dataclasses.field(default_factory=Slurm)
@@ -195,7 +196,7 @@ def _executor(chosen: SweepArguments, console: Console) -> Executor:
         require(chosen.slots == 0, "--slots is for workers of this machine: with SLURM use --slurm.parallel")
         say = lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)
         return SlurmExecutor(chosen.slurm, chosen.limit_hours, say)
-    return Local(find_slots(chosen.slots), chosen.limit_hours)
+    return this_machine(chosen.slots, chosen.limit_hours)
 
 
 def train(arguments: list[str]) -> int:

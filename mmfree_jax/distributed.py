@@ -203,10 +203,12 @@ def first_does(action: Callable[[], object]) -> None:
 
 
 def total(value: float | None) -> float | None:
-    """The sum of what every process measured; None where this one measured nothing (as then none did)."""
-    if value is None or jax.process_count() == 1:
+    """The sum of what every process measured; None where one of them measured nothing."""
+    if jax.process_count() == 1:
         return value
-    return float(multihost_utils.process_allgather(np.float64(value)).sum())
+    # All take part, whatever they have: one that stayed away would leave the others waiting for it.
+    found = multihost_utils.process_allgather(np.float64(np.nan if value is None else value))
+    return None if np.isnan(found).any() else float(found.sum())
 
 
 class AgreedStop:

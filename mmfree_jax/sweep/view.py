@@ -32,6 +32,9 @@ class View:
         self.statuses = self._read({})
         self.flops_total = sum(run_flops(run) for run, _ in self.runs)
         self.flops_before = self._flops_done()
+        self.progress: list[
+            tuple[float, float]
+        ] = []  # when it was seen to be further, and how far: the first two and the last
         self.live: Live | None = None
 
     def __enter__(self) -> "View":
@@ -52,6 +55,7 @@ class View:
             return
         before, self.read_at = self.statuses, now
         self.statuses = self._read(before)
+        self.measure(now)
         if self.live:
             self.live.update(self.render(), refresh=True)
             return
@@ -70,12 +74,21 @@ class View:
     def _flops_done(self) -> float:
         return sum(run_flops(s.config) * _fraction(s) for s in self.statuses.values())
 
+    def measure(self, now: float) -> None:
+        """Remember what is done by `now`, where that is more than before."""
+        done = self._flops_done()
+        if done > (self.progress[-1][1] if self.progress else self.flops_before):
+            self.progress = [*self.progress[:2], (now, done)]
+
     def eta_seconds(self) -> float | None:
-        """Time until the last run ends, at the rate seen since this process began; None before there is one."""
-        elapsed, done = time.monotonic() - self.began, self._flops_done()
-        if done <= self.flops_before:
+        """Time until the last run ends, at the rate of the work since its first result was seen.
+
+        None until two more have been: what came before the first is mostly compilation.
+        """
+        if len(self.progress) < 3:
             return None
-        return (self.flops_total - done) * elapsed / (done - self.flops_before)
+        (began, before), (now, done) = self.progress[0], self.progress[-1]
+        return max(0.0, (self.flops_total - done) * (now - began) / (done - before) - (self.read_at - now))
 
     def summary(self) -> str:
         """One line: how many runs are in which state, the share of the work done, the time left."""

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from mmfree_jax import nvidia
 from mmfree_jax.config import RunConfig
 from mmfree_jax.devices import EnergyMeter, peak_flops
 from mmfree_jax.distributed import is_first, total
@@ -29,16 +30,29 @@ class Diverged(RuntimeError):
 class Progress:
     """Where a run stands: the part of a checkpoint that is not arrays.
 
-    `seconds` and `joules` are of training steps alone, trunk included: without compilation, evaluation and saving.
+    `seconds` and `joules` are of training steps alone, trunk included: without compilation, evaluation and saving. The
+    first step of each process, which compiles, counts as much as those that it took next; what a process did that was
+    killed after its last checkpoint counts nothing, like its steps.
     """
 
     step: int = 0
     data: int = 0  # examples that the data pipeline has given out, over all hosts
     seconds: float = 0.0
     joules: float | None = None
+    uncounted: int = 0  # steps whose seconds and joules are still to be made out from later ones
+    shared: bool = False  # a part of it was computed beside other runs on one GPU: times and energy are not its own
     train_loss: float | None = None
     attempts: int = 0
     held: list[list[float]] = dataclasses.field(default_factory=list)  # steps not logged yet: step, loss, norm, rate
+
+    def of_all_steps(self, measured: float | None) -> float | None:
+        """`seconds` or `joules` with those steps that were last and alone in their process, at the mean of all others.
+
+        None where the run shared its device, and where no step was measured.
+        """
+        if measured is None or self.shared or self.step <= self.uncounted:
+            return None
+        return measured * self.step / (self.step - self.uncounted)
 
 
 class RunLog:
@@ -146,10 +160,10 @@ class Interval:
 
     def __init__(self, config: RunConfig, progress: Progress, flops_per_step: float, log: Log):
         self.config, self.progress, self.flops_per_step, self.log = config, progress, flops_per_step, log
+        progress.shared = progress.shared or nvidia.is_shared()
         peak = peak_flops(jax.devices()[0].device_kind)
-        self.peak = peak and peak * config.mesh.devices
+        self.peak = None if peak is None or progress.shared else peak * config.mesh.devices
         self.meter = EnergyMeter()
-        self.joules_before = progress.joules or 0.0
         self.pending: list[tuple[int, Mapping[str, jax.Array | float], float]] = [
             (int(step), {"loss": loss, "grad_norm": norm}, rate) for step, loss, norm, rate in progress.held
         ]
@@ -170,19 +184,24 @@ class Interval:
         self.pending.append((step + 1, metrics, rate))
         if self.began is None:
             jax.block_until_ready(metrics)
-            self.meter.restart()
-            self.began, self.waited, self.untimed = time.perf_counter(), 0.0, self.untimed + 1
+            self.untimed += 1
+            self.progress.uncounted += 1
+            self._restart()
+
+    def _restart(self) -> None:
+        self.meter.restart()
+        self.began, self.waited = time.perf_counter(), 0.0
 
     def resume(self) -> None:
         """Start the clocks anew after something that is not training; what came before it is logged."""
         if self.began is not None:
-            self.joules_before = self.progress.joules or 0.0
-            self.meter.restart()
-            self.began, self.waited = time.perf_counter(), 0.0
+            self._restart()
 
     def hold(self) -> None:
         """Put what is not logged yet into the progress: a run that is stopped here logs the same rows in the end."""
-        for step, metrics, rate in jax.device_get(self.pending):
+        pending = jax.device_get(self.pending)
+        self._count()
+        for step, metrics, rate in pending:
             self.progress.held.append([float(step), float(metrics["loss"]), float(metrics["grad_norm"]), float(rate)])
         self.pending.clear()
 
@@ -207,15 +226,25 @@ class Interval:
         self._log(steps[-1], len(steps), float(losses.mean()), float(norms.mean()), rates[-1])
         self.pending.clear()
 
+    def _count(self) -> float | None:
+        """Add time and energy since the clocks began to the progress; returns the steps a second, None where none was
+        timed. To be called once the device is done with the pending steps."""
+        timed, self.untimed = len(self.pending) - self.untimed, 0
+        drawn = total(self.meter.joules())
+        if self.began is None or timed == 0:
+            return None
+        elapsed, share = time.perf_counter() - self.began, 1 + self.progress.uncounted / timed
+        known = self.progress.joules is not None or self.progress.seconds == 0  # else a part was not measured
+        self.progress.joules = (self.progress.joules or 0.0) + drawn * share if known and drawn is not None else None
+        self.progress.seconds += elapsed * share
+        self.progress.uncounted = 0
+        self.meter.restart()
+        self.began = time.perf_counter()
+        return timed / elapsed
+
     def _log(self, step: int, count: int, loss: float, norm: float, rate: float) -> None:
-        now, timed = time.perf_counter(), count - self.untimed
-        elapsed = 0.0 if self.began is None else now - self.began  # None: all of these ran before a stop
-        self.began, self.untimed = self.began and now, 0
-        joules = total(self.meter.joules())
-        self.progress.seconds += elapsed
-        self.progress.joules = None if joules is None else self.joules_before + joules
+        steps_per_s, own = self._count(), not self.progress.shared
         self.progress.train_loss = loss
-        steps_per_s = timed / elapsed if timed else None
         self.log.metrics(
             {
                 "step": step,
@@ -227,8 +256,8 @@ class Interval:
                 "tokens_per_s": steps_per_s and steps_per_s * self.config.data.tokens_per_step,
                 "mfu": self.peak and steps_per_s and steps_per_s * self.flops_per_step / self.peak,
                 "data_wait_s": self.waited / count,
-                "seconds": self.progress.seconds,
-                "joules": self.progress.joules,
+                "seconds": self.progress.seconds if own else None,
+                "joules": self.progress.joules if own else None,
             }
         )
         self.waited = 0.0

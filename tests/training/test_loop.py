@@ -1,5 +1,6 @@
 """Runs: resumed, branched, split over devices and accumulated, they compute the same thing."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -170,6 +171,40 @@ def test_saving_is_no_part_of_the_time_of_training(token_set, tmp_path, monkeypa
     result = train(config, tmp_path, token_set)
     assert 0 < result["seconds"] < 2
     assert all(row["tokens_per_s"] is None or row["tokens_per_s"] > 4 * 32 for row in read_metrics(tmp_path))
+
+
+class Clock:
+    """Stands for the clock and the energy counter: every step takes a second and two joules, a compilation 100."""
+
+    now = 0.0
+    restarted = 0.0
+
+    def restart(self):
+        Clock.restarted = Clock.now
+
+    def joules(self):
+        return 2 * (Clock.now - Clock.restarted)
+
+
+@pytest.mark.parametrize("stops", [(), (3,), (1, 1, 2), (4, 7)])
+def test_seconds_and_joules_are_those_of_all_steps_however_often_a_run_is_stopped(
+    stops, token_set, tmp_path, monkeypatch
+):
+    """`stops`: after how many steps each process but the last gets SIGTERM, between two rows of metrics."""
+    config = tiny_run("matmul-free", token_set.path, log_every=0, checkpoint_every=0, evaluate=False)
+    monkeypatch.setattr("mmfree_jax.training.metrics.EnergyMeter", Clock)
+    monkeypatch.setattr("mmfree_jax.training.metrics.time.perf_counter", lambda: Clock.now)
+    for steps in (*stops, 0):
+
+        class Stepper(stop_after(steps)):
+            def after(self, *_):
+                Clock.now += 100 if self.seen == 1 else 1
+
+        monkeypatch.setattr("mmfree_jax.training.loop.Diagnostics", Stepper)
+        with pytest.raises(Interrupted) if steps else contextlib.nullcontext():
+            train(config, tmp_path, token_set)
+    result = read_json(tmp_path / "result.json")
+    assert (result["seconds"], result["joules"]) == (12, 24)
 
 
 def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(token_set, tmp_path):
