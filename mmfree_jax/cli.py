@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from mmfree_jax.config import ConfigError, RunConfig, require
+from mmfree_jax.config import ConfigError, MeshConfig, RunConfig, require
 from mmfree_jax.flops import parameters
 from mmfree_jax.sweep.executor import Executor
 from mmfree_jax.sweep.local import this_machine
@@ -56,14 +56,9 @@ class SweepArguments:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainArguments:
-    """Train one run; an --out that holds it already resumes it. Any field of the preset can be overridden."""
+class Processes:
+    """Several processes as one run."""
 
-    out: Path
-    """Folder of the run."""
-    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
-    profile: str = ""
-    """FROM:TO writes a profiler's trace of these steps to OUT/profile (TensorBoard, Perfetto)."""
     coordinator: str = ""
     """HOST:PORT of process 0, where several processes are one run; found by itself under SLURM and on Cloud TPU."""
     processes: int = 0
@@ -72,6 +67,30 @@ class TrainArguments:
     """Which of them this is, from 0."""
     patience: float = 300.0
     """Seconds to wait for the other processes to come."""
+
+    def join(self) -> bool:
+        """Become one of them, where several are meant, before anything asks JAX for devices. Returns whether they are.
+
+        Raises ConfigError, and MissingProcess where others do not come.
+        """
+        from mmfree_jax import distributed
+
+        group = distributed.meant(self.coordinator, self.processes, self.process)
+        if group is not None:
+            distributed.join(group, self.patience)
+        return group is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments:
+    """Train one run; an --out that holds it already resumes it. Any field of the preset can be overridden."""
+
+    out: Path
+    """Folder of the run."""
+    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+    profile: str = ""
+    """FROM:TO writes a profiler's trace of these steps to OUT/profile (TensorBoard, Perfetto)."""
+    group: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Processes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +103,9 @@ class EvaluateArguments:
     """Corpus or folder of a token set (default: the run's own)."""
     sequence: int = 0
     """Tokens in a window (default: the run's own, else 2048)."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """The devices to evaluate on; any, whatever the model was trained on."""
+    group: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Processes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,9 +234,7 @@ def train(arguments: list[str]) -> int:
     preset, *rest = arguments
     default = TrainArguments(out=tyro.MISSING, run=run_preset(preset))
     chosen = parse(TrainArguments, rest, f"launch.py train {preset}", default)
-    group = distributed.meant(chosen.coordinator, chosen.processes, chosen.process)
-    if group is not None:
-        distributed.join(group, chosen.patience)
+    if chosen.group.join():
         print(distributed.process_table(), flush=True)
     run = _of_weights(chosen.run, preset) if chosen.run.init else chosen.run
     return _train(run, chosen.out, step_range(chosen.profile))
@@ -250,7 +270,7 @@ def _train(config: RunConfig, out: Path, profiled: range) -> int:
 
     from mmfree_jax.data.corpora import cache_folder, resolve_data
     from mmfree_jax.devices import use_compile_cache
-    from mmfree_jax.sharding import make_mesh
+    from mmfree_jax.sharding import left_idle, make_mesh
     from mmfree_jax.sweep.view import follow
     from mmfree_jax.training.interrupt import Interrupted
     from mmfree_jax.training.loop import train as train_run
@@ -258,6 +278,8 @@ def _train(config: RunConfig, out: Path, profiled: range) -> int:
     console = Console(quiet=jax.process_index() > 0)
     say = lambda line: console.print(line, highlight=False, soft_wrap=True)
     make_mesh(config.mesh)  # devices that do not exist are missed before a corpus is prepared for them
+    if idle := left_idle(config.mesh):
+        say(idle)
     token_set = resolve_data(config.data, say)
     use_compile_cache(cache_folder() / "compiled")
 
@@ -276,24 +298,31 @@ def _train(config: RunConfig, out: Path, profiled: range) -> int:
 def evaluate(arguments: list[str]) -> int:
     """Held-out loss of a model."""
     chosen = parse(EvaluateArguments, arguments, "launch.py evaluate")
-    from flax import nnx
+    chosen.group.join()
 
-    from mmfree_jax import evaluation
+    from mmfree_jax import distributed, evaluation
     from mmfree_jax.data.corpora import resolve_corpus
+    from mmfree_jax.sharding import left_idle, make_mesh
     from mmfree_jax.training.step import make_program, program_key
-    from mmfree_jax.weights import load_model, run_config
+    from mmfree_jax.weights import load_params, run_config
 
-    run = run_config(chosen.model)
+    run, mesh = run_config(chosen.model), chosen.mesh
+    make_mesh(mesh)
+    if idle := left_idle(mesh):
+        print(idle, file=sys.stderr)
     data = dataclasses.replace(
         run.data, corpus=chosen.corpus or run.data.corpus, sequence=chosen.sequence or run.data.sequence
     )
     token_set = resolve_corpus(data.corpus, data.vocab)
     check_vocabulary(run.model, token_set)
     check_held_out_text(token_set)
-    program = make_program(program_key(run, token_set.end_of_document))
-    params = nnx.state(load_model(chosen.model), nnx.Param)
+    even = data.sequence % mesh.sequence == 0
+    require(even, f"a sequence of {data.sequence} is not divisible by mesh.sequence={mesh.sequence}: choose others")
+    program = make_program(dataclasses.replace(program_key(run, token_set.end_of_document), mesh=mesh))
+    params = load_params(chosen.model, program.abstract_state.params)
     scores = evaluation.evaluate(program, params, token_set, data.sequence)
-    print("\n".join(evaluation.shown(scores)))
+    if distributed.is_first():
+        print("\n".join(evaluation.shown(scores)))
     return 0
 
 

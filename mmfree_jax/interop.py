@@ -64,8 +64,13 @@ def load_huggingface(path: str | Path, dtype: str = "float32") -> LanguageModel:
     param_dtype = jnp.float64 if dtype == "float64" else jnp.float32
     build = lambda: LanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), param_dtype=param_dtype)
     graph, shapes = nnx.split(nnx.eval_shape(build))
-    arrays = _fill(config, folder, {_name(p): a for p, a in jax.tree.leaves_with_path(shapes)})
-    return nnx.merge(graph, jax.tree.map_with_path(lambda p, _: jnp.asarray(arrays[_name(p)]), shapes))
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, read_parameters(folder, shapes)))
+
+
+def read_parameters(folder: Path, shapes: Any) -> Any:
+    """NumPy arrays of a model's parameters, in a tree like `shapes`: that of the model that the folder holds."""
+    arrays = _fill(read_config(folder), folder, {_name(p): a for p, a in jax.tree.leaves_with_path(shapes)})
+    return jax.tree.map_with_path(lambda p, _: arrays[_name(p)], shapes)
 
 
 def save_huggingface(

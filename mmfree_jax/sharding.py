@@ -67,7 +67,8 @@ nnx.use_eager_sharding(False)
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
     """A (data, fsdp, tensor, sequence) mesh over the first `config.devices` devices.
 
-    Raises ConfigError when there are fewer devices than the mesh needs.
+    Raises ConfigError when there are fewer devices than the mesh needs, and for several processes unless it is all that
+    they bring: one without a part of the mesh has nothing to compute, and ends the others.
     """
     shape = (config.data, config.fsdp, config.tensor, config.sequence)
     devices = jax.devices()
@@ -75,8 +76,22 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
         raise ConfigError(
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {config.devices} devices, only {len(devices)} exist"
         )
+    if jax.process_count() > 1 and config.devices < len(devices):
+        raise ConfigError(
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} is {config.devices} of the {len(devices)} devices that "
+            f"{jax.process_count()} processes bring: several processes need a mesh of all, such as --mesh.data "
+            f"{len(devices)}; or start a single one"
+        )
     auto = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[: config.devices])
+
+
+def left_idle(config: MeshConfig) -> str:
+    """What to say of devices that a mesh leaves out; empty where it is all there are."""
+    have = len(jax.devices())
+    if config.devices >= have:
+        return ""
+    return f"{have - config.devices} of {have} devices stay idle: --mesh.data and --mesh.fsdp say how many are used"
 
 
 def spec(*axes: Axes) -> P:

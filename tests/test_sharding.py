@@ -7,7 +7,7 @@ import pytest
 
 from mmfree_jax.config import FAMILIES, ConfigError, MeshConfig, RunConfig
 from mmfree_jax.lowering.program import REMATERIALISED
-from mmfree_jax.sharding import make_mesh
+from mmfree_jax.sharding import left_idle, make_mesh
 from tests.mesh_program import B, D, F, L, T, V
 from tests.simulated import run_once
 
@@ -104,6 +104,12 @@ def test_neither_logits_nor_tables_are_gathered_over_tensor(found, case):
 def test_a_mesh_larger_than_the_machine_is_refused():
     with pytest.raises(ConfigError, match="needs 4096 devices, only"):
         make_mesh(MeshConfig(data=64, fsdp=64))
+
+
+def test_devices_that_a_mesh_leaves_idle_are_said(monkeypatch):
+    monkeypatch.setattr("jax.devices", lambda: [None] * 8)
+    assert left_idle(MeshConfig()).startswith("7 of 8 devices stay idle: --mesh.data")
+    assert left_idle(MeshConfig(data=2, fsdp=4)) == ""
 
 
 def test_a_gather_that_would_do_nothing_is_refused():

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from mmfree_jax import distributed, flops
 from mmfree_jax.config import RunConfig, require, to_json
@@ -18,7 +17,7 @@ from mmfree_jax.data import Batches, TokenSet, batches
 from mmfree_jax.devices import peak_memory_bytes
 from mmfree_jax.evaluation import Scores, evaluate, shown
 from mmfree_jax.files import locked, read_json, write_json
-from mmfree_jax.sharding import batch_sharding
+from mmfree_jax.sharding import batch_sharding, left_idle
 from mmfree_jax.training.checkpoint import Checkpoints, restore
 from mmfree_jax.training.diagnostics import Diagnostics
 from mmfree_jax.training.folder import check_data, claim, differences
@@ -127,24 +126,23 @@ def _begin(
         return state, dataclasses.replace(Progress(**meta["progress"]), attempts=1), {}
     with jax.set_mesh(program.mesh):
         state = program.init(jax.random.key(config.seed))
-    return _with_weights(state, config) if config.init else state, Progress(attempts=1), {}
+    return _with_weights(state, config, program) if config.init else state, Progress(attempts=1), {}
 
 
-def _with_weights(state: TrainState, config: RunConfig) -> TrainState:
+def _with_weights(state: TrainState, config: RunConfig, program: Program) -> TrainState:
     """`state` with the parameters of the model that `config.init` names, in the places of those that it has."""
     # Imported here: a model on disk may be a run, so that module needs this package.
-    from mmfree_jax.weights import load_model
+    from mmfree_jax.weights import load_params, model_config
 
-    model = load_model(Path(config.init))
-    found = dataclasses.replace(model.config, gradient_bits=config.model.gradient_bits)  # no matter of the weights
+    path = Path(config.init)
+    found = dataclasses.replace(model_config(path), gradient_bits=config.model.gradient_bits)  # no matter of weights
     require(
         found == config.model,
         f"init={config.init} holds another architecture ({differences(found, config.model)})",
     )
-    params = jax.tree.map(
-        lambda new, old: distributed.put(np.asarray(new), old.sharding), nnx.state(model, nnx.Param), state.params
-    )
-    return dataclasses.replace(state, params=params)
+    for random in jax.tree.leaves(state.params):
+        random.delete()  # first, or the devices would hold both
+    return dataclasses.replace(state, params=load_params(path, program.abstract_state.params))
 
 
 def _check_corpus(meta: dict[str, Any], token_set: TokenSet, where: Path) -> None:
@@ -176,6 +174,8 @@ def _describe(config: RunConfig, log: Log, progress: Progress) -> None:
         f"{'start' if progress.attempts == 1 else 'resume'} {config.name} at step {progress.step} of {config.steps} "
         f"on {config.mesh.devices} x {devices[0].device_kind} (jax {jax.__version__})"
     )
+    if idle := left_idle(config.mesh):
+        log.event(idle)
     if progress.attempts == 1:
         log.describe("config", to_json(config))
 
