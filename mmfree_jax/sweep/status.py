@@ -100,6 +100,13 @@ def has_failed(out: Path, name: str) -> bool:
     return (folder / "error.txt").exists() and not (folder / "result.json").exists()
 
 
+def can_begin(out: Path, run: RunConfig) -> bool:
+    """Whether what a run branches off is there, be it of a trunk that failed later; so it is for one with no trunk."""
+    if run.branch is None:
+        return True
+    return (out / "runs" / run.branch.run / "checkpoints" / str(run.branch.step)).is_dir()
+
+
 def fail(folder: Path, message: str) -> None:
     """Leave a one-line reason where `--status` finds it."""
     write_atomically(folder / "error.txt", " ".join(message.split()) + "\n")

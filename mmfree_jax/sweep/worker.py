@@ -31,7 +31,7 @@ from mmfree_jax.devices import use_compile_cache
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
-from mmfree_jax.sweep.status import fail, has_failed
+from mmfree_jax.sweep.status import can_begin, fail, has_failed
 from mmfree_jax.training.folder import read_run
 from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
@@ -64,8 +64,9 @@ def main(out: Path, names: list[str], experiment: Path | None = None, limit_hour
     for config in find_runs(out, names, experiment):
         folder = out / "runs" / config.name
         try:
-            if config.branch is not None and (config.branch.run in failed or has_failed(out, config.branch.run)):
-                raise TrunkFailed(f"its trunk {config.branch.run} failed")
+            trunk = config.branch.run if config.branch else ""
+            if not can_begin(out, config) and (trunk in failed or has_failed(out, trunk)):
+                raise TrunkFailed(f"its trunk {trunk} failed")
             _train(config, folder, resolve, limit_hours)
         except Interrupted as stop:
             return stop.status
