@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
             return 0
         if debug:
             raise
-        print(f"launch.py {verb}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"launch.py {verb}: {importlib.import_module('mmfree_jax.errors').reported(error)}", file=sys.stderr)
         return 1
 
 

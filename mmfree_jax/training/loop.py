@@ -15,6 +15,7 @@ from mmfree_jax import distributed, flops
 from mmfree_jax.config import RunConfig, require, to_json
 from mmfree_jax.data import Batches, TokenSet, batches
 from mmfree_jax.devices import peak_memory_bytes
+from mmfree_jax.errors import logged
 from mmfree_jax.evaluation import Scores, evaluate, shown
 from mmfree_jax.files import locked, read_json, write_json
 from mmfree_jax.sharding import batch_sharding, left_idle
@@ -46,6 +47,8 @@ def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range 
         distributed.first_does(take)
         if (folder / "result.json").exists():
             return read_json(folder / "result.json")
+        if distributed.is_first():
+            stack.enter_context(logged(folder / "log.txt", but=Interrupted))
         with StopFlag() as stop:
             return _train(config, folder, token_set, stop, profiled)
 

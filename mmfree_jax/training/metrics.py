@@ -23,7 +23,7 @@ from mmfree_jax.distributed import is_first, total
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number. The message says at which step and what to try."""
+    """The loss is no longer a number. The message says at which step and what to try; steps before it are logged."""
 
 
 @dataclasses.dataclass
@@ -212,13 +212,16 @@ class Interval:
             self.flush()
 
     def flush(self) -> None:
-        """Wait for the steps taken so far and log their means. Raises Diverged if a loss is not finite."""
+        """Wait for the steps taken so far and log their means. Raises Diverged if a loss is not finite, once the steps
+        before it are logged."""
         if not self.pending:
             return
         steps, metrics, rates = zip(*self.pending, strict=True)
         losses, norms = np.array([[m["loss"], m["grad_norm"]] for m in jax.device_get(metrics)], np.float64).T
         if not np.isfinite(losses + norms).all():
             at = int(np.argmin(np.isfinite(losses + norms)))
+            if at > 0:
+                self._log(steps[at - 1], at, float(losses[:at].mean()), float(norms[:at].mean()), rates[at - 1])
             raise Diverged(
                 f"{self.config.name}: loss {losses[at]:.4g} and gradient norm {norms[at]:.4g} at step {steps[at]}: "
                 "lower optim.lr or raise optim.warmup_steps"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import main
+from mmfree_jax.files import read_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,13 +100,39 @@ def test_an_interrupted_verb_says_so(monkeypatch, capsys):
     assert capsys.readouterr().err == "launch.py study: interrupted\n"
 
 
-def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
+def test_an_error_that_nobody_foresaw_says_its_type_and_where_its_traceback_is(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("mmfree_jax.cli.study", lambda _: {}["optimizer"])
+    assert main(["study"]) == 1
+    said = capsys.readouterr().err
+    (trace,) = tmp_path.iterdir()
+    assert said == f"launch.py study: KeyError: 'optimizer' (traceback: {trace}; --debug shows it)\n"
+    assert trace.read_text().startswith("Traceback")
+    with pytest.raises(KeyError):
+        main(["study", "--debug"])
+
+
+def test_errors_that_are_written_for_users_are_one_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name, says in (("no.json", "No such file or directory"), ("bad.json", "bad.json is not JSON")):
+        (tmp_path / "bad.json").write_text("{")
+        monkeypatch.setattr("mmfree_jax.cli.study", lambda _, name=name: read_json(tmp_path / name))
+        assert main(["study"]) == 1
+        said = capsys.readouterr().err
+        assert says in said
+        assert "Error" not in said
+        assert len(said.splitlines()) == len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
     def lost(_):
         raise BrokenPipeError("the coordinator is gone")
 
     monkeypatch.setattr("mmfree_jax.cli.study", lost)
     assert main(["study"]) == 1
-    assert capsys.readouterr().err == "launch.py study: the coordinator is gone\n"
+    assert capsys.readouterr().err.startswith("launch.py study: BrokenPipeError: the coordinator is gone (traceback: ")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

@@ -9,17 +9,21 @@ import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mmfree_jax.config import Branch, ConfigError, OptimConfig, RunConfig, from_json
 from mmfree_jax.data.token_writer import write_token_set
 from mmfree_jax.data.tokenization import byte_tokenizer
+from mmfree_jax.errors import reported
 from mmfree_jax.files import read_json
+from mmfree_jax.training import loop
 from mmfree_jax.training.checkpoint import CheckpointError, Checkpoints
 from mmfree_jax.training.interrupt import Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
+from mmfree_jax.training.step import make_program, program_key
 from tests.conftest import MAIN_FAMILIES, read_metrics, sentences, tiny_run
 
 NUMBERS = ("loss", "loss_se", "bpb", "train_loss", "N", "D", "flops", "val_tokens")
@@ -142,6 +146,36 @@ def test_a_diverging_run_says_so(token_set, tmp_path):
     with pytest.raises(Diverged, match=r"lower optim\.lr"):
         train(config, tmp_path, token_set)
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(("log_every", "logged"), [(1, [1, 2, 3, 4]), (3, [3, 4]), (0, [4])])
+def test_a_run_that_diverges_logs_the_steps_before(log_every, logged, token_set, tmp_path, monkeypatch):
+    """The fifth loss is not a number."""
+    config = tiny_run("transformer++", token_set.path, log_every=log_every, checkpoint_every=0, evaluate=False)
+    program = make_program(program_key(config, None))
+
+    def step(state, tokens_BT, rates):
+        state, metrics = program.train_step(state, tokens_BT, rates)
+        return state, {**metrics, "loss": jnp.where(state.step == 5, jnp.nan, metrics["loss"])}
+
+    monkeypatch.setattr(loop, "make_program", lambda key: dataclasses.replace(program, train_step=step))
+    with pytest.raises(Diverged, match=r"loss nan and gradient norm [\d.e+]+ at step 5"):
+        train(config, tmp_path, token_set)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == logged
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    log = (tmp_path / "log.txt").read_text()
+    assert "ended by Diverged: transformer++-tiny: loss nan" in log
+    assert "Traceback" not in log
+
+
+def test_an_error_that_nobody_foresaw_leaves_its_traceback_in_the_log(token_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "evaluate", lambda *_: {}["optimizer"])
+    with pytest.raises(KeyError) as failed:
+        train(tiny_run("matmul-free", token_set.path), tmp_path, token_set)
+    log = (tmp_path / "log.txt").read_text()
+    assert "ended by KeyError: 'optimizer'\nTraceback" in log
+    assert reported(failed.value) == f"KeyError: 'optimizer' (traceback: {tmp_path / 'log.txt'}; --debug shows it)"
 
 
 def test_a_folder_with_another_run_is_refused(token_set, tmp_path):
