@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mmfree_jax.config import ConfigError, MeshConfig, RunConfig, require
 from mmfree_jax.flops import parameters
+from mmfree_jax.output import teller
 from mmfree_jax.sweep.executor import Executor
 from mmfree_jax.sweep.local import this_machine
 from mmfree_jax.sweep.render import Cloud, render
@@ -216,8 +217,7 @@ def _check_idle(chosen: SweepArguments) -> None:
 def _executor(chosen: SweepArguments, console: Console) -> Executor:
     if chosen.executor == "slurm":
         require(chosen.slots == 0, "--slots is for workers of this machine: with SLURM use --slurm.parallel")
-        say = lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)
-        return SlurmExecutor(chosen.slurm, chosen.limit_hours, say)
+        return SlurmExecutor(chosen.slurm, chosen.limit_hours, teller(console))
     return this_machine(chosen.slots, chosen.limit_hours)
 
 
@@ -276,7 +276,7 @@ def _train(config: RunConfig, out: Path, profiled: range) -> int:
     from mmfree_jax.training.loop import train as train_run
 
     console = Console(quiet=jax.process_index() > 0)
-    say = lambda line: console.print(line, highlight=False, soft_wrap=True)
+    say = teller(console)
     make_mesh(config.mesh)  # devices that do not exist are missed before a corpus is prepared for them
     if idle := left_idle(config.mesh):
         say(idle)

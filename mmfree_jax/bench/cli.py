@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     chosen = parse(BenchArguments, arguments, "launch.py bench")
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
-    console = Console(highlight=False, width=None if Console().is_terminal else 200)
+    console = Console(highlight=False, markup=False, emoji=False, width=None if Console().is_terminal else 200)
     with tempfile.TemporaryDirectory() as cache:  # empty: compiling is among what is timed
         use_compile_cache(Path(cache))
         return _measure(chosen, console, arguments)

@@ -46,7 +46,11 @@ def main(arguments: list[str]) -> int:
     if chosen.json:
         print(json.dumps(as_json(chosen.run, verdict), allow_nan=False))
     else:
-        show(chosen.run, verdict, Console(highlight=False, width=None if Console().is_terminal else 160))
+        show(
+            chosen.run,
+            verdict,
+            Console(highlight=False, markup=False, emoji=False, width=None if Console().is_terminal else 160),
+        )
     return 0 if verdict.fits else DOES_NOT_FIT
 
 
@@ -98,11 +102,12 @@ def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
     if verdict.report.rematerialised:
         console.print(f"the partitioner put {verdict.report.rematerialised} arrays whole on every device")
     console.print(
-        "[dim]State and collectives are read from the step without hand-written kernels, lowered for this platform and "
+        "State and collectives are read from the step without hand-written kernels, lowered for this platform and "
         "partitioned for this mesh on simulated devices. Gathers and reduce-scatters are those of a GPU's compiler "
         "too, which adds up some of what is all-reduced along tensor first: up to 1.6 times fewer bytes. "
         "Activations, gradients and working set are a model of it, as are times: data-sheet rates "
-        "(mmfree_jax/devices.py) times the shares measured on an H200, nothing overlapping.[/dim]"
+        "(mmfree_jax/devices.py) times the shares measured on an H200, nothing overlapping.",
+        style="dim",
     )
     for line in _proposals(verdict):
         console.print(line)

@@ -10,8 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from mmfree_jax.config import RunConfig
+from mmfree_jax.output import teller
 from mmfree_jax.sweep.experiment import run_flops
 from mmfree_jax.sweep.status import RunStatus, status
 
@@ -28,6 +30,7 @@ class View:
     console: Console
 
     def __post_init__(self) -> None:
+        self.say = teller(self.console)
         self.began = self.read_at = self.shown_at = time.monotonic()
         self.statuses = self._read({})
         self.flops_total = sum(run_flops(run) for run, _ in self.runs)
@@ -61,9 +64,9 @@ class View:
             return
         for old, new in zip(before.values(), self.statuses.values(), strict=True):
             if new.state != old.state and new.state in ("done", "failed"):
-                self.console.print(f"{new.state:>7}  {describe(new)}", highlight=False, soft_wrap=True)
+                self.say(f"{new.state:>7}  {describe(new)}")
         if now - self.shown_at >= PLAIN_SECONDS:
-            self.console.print(self.summary(), highlight=False)
+            self.say(self.summary())
             self.shown_at = now
 
     def _read(self, known: dict[str, RunStatus]) -> dict[str, RunStatus]:
@@ -115,7 +118,7 @@ class View:
         for s in shown:
             loss = "" if s.loss is None else f"{s.loss:.4f}"
             rate = f"{s.tokens_per_s:,.0f}" if s.tokens_per_s and s.state == "running" else ""
-            table.add_row(s.config.name, s.state, f"{s.step}/{s.config.steps}", loss, rate, style=STYLE[s.state])
+            table.add_row(Text(s.config.name), s.state, f"{s.step}/{s.config.steps}", loss, rate, style=STYLE[s.state])
         if len(shown) < len(self.statuses):
             table.caption = f"{len(self.statuses) - len(shown)} more do not fit this terminal"
         return table

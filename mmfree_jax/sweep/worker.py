@@ -28,6 +28,7 @@ from mmfree_jax.config import ConfigError, RunConfig
 from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import cache_folder, resolve_data
 from mmfree_jax.devices import use_compile_cache
+from mmfree_jax.output import settle
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
@@ -168,4 +169,5 @@ def start(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    settle()
     sys.exit(start(sys.argv[1:]))

@@ -4,13 +4,16 @@ Restoring always goes into an abstract tree built from the config, never into wh
 any mesh. Beside the state lies a small JSON object with everything else that a resumed run needs.
 """
 
+import glob
 import json
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from mmfree_jax.training.step import TrainState
@@ -24,6 +27,21 @@ _keep = ocp.training.preservation_policies
 # Orbax reports every step of every save at INFO and warns about defaults; a run's own log says what matters.
 for _name in ("absl", "orbax"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+# etils takes the whole path for a pattern: in a folder called `x[lr=3e-3]` Orbax finds nothing to put together at the
+# end of a save, and nobody can read the checkpoint. So the folder's own name is taken as it stands.
+_folder_type: Any = type(epath.Path("/"))
+_plain_glob = _folder_type.glob
+
+
+def _glob(folder: Any, pattern: str) -> Iterator[Any]:
+    if "://" in str(folder):
+        return _plain_glob(folder, pattern)
+    return map(_folder_type, glob.glob(f"{glob.escape(str(folder))}/{pattern}"))
+
+
+_folder_type.glob = _glob
 
 
 class CheckpointError(RuntimeError):

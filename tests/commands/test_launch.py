@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit statuses, one-line errors, help."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -135,9 +136,44 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys, tmp_path)
     assert capsys.readouterr().err.startswith("launch.py study: BrokenPipeError: the coordinator is gone (traceback: ")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
-    piped = f"{sys.executable} launch.py study experiments/quickstart.py --out x --dry-run | sed -u q"
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("study", "--help"), ("train", "matmul-free-tiny", "--help"), ("fit", "--help")]
+)
+def test_help_needs_no_encoding_that_has_all_its_characters(arguments):
+    plain = {"LC_ALL": "C", "PYTHONUTF8": 0, "PYTHONCOERCECLOCALE": 0}
+    for env in (plain, {"PYTHONIOENCODING": "ascii"}):
+        done = launch(*arguments, **env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "usage" in done.stdout.lower()
+        assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "study --help", "train matmul-free-tiny --help", "study experiments/quickstart.py --out x --dry-run"],
+)
+def test_a_reader_that_has_seen_enough_is_no_error(arguments):
+    piped = f"{sys.executable} -u launch.py {arguments} | sed -u q"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", piped], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 1
     assert done.stderr == ""
+
+
+def test_neither_markup_nor_characters_in_names_nor_a_reader_that_leaves_decide_how_a_run_ends(token_set, tmp_path):
+    """The folder's name is printed in the end as it is, and the run goes on when nobody reads any more."""
+    out = tmp_path / "x[lr=3e-3][/b]:x:é"
+    settings = (
+        f"--steps 2 --data.sequence 32 --data.batch 4 --model.vocab 257 --model.depth 1 --data.corpus {token_set.path}"
+    )
+    settings += " --log-every 1 --optim.warmup-steps 0 --optim.decay-steps 0 --diagnose-every 0"
+    train = ("train", "matmul-free-tiny", "--out", out, *settings.split())
+    done = launch(*train, PYTHONUTF8=1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith(f" · {out}")
+    assert launch(*train, PYTHONIOENCODING="ascii").stdout.rstrip().endswith(r"[lr=3e-3][/b]:x:\xe9")
+    (out / "result.json").unlink()
+    piped = shlex.join([sys.executable, "-u", "launch.py", *map(str, train)])
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{piped} | true"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (out / "result.json").exists()

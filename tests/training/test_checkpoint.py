@@ -69,6 +69,15 @@ def shaped(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here)
 
 
+@pytest.mark.parametrize("name", ["x[lr=3e-3]", "a*b", "is it?", "b]:x:é", "{0}%d"])
+def test_a_folder_of_any_name_holds_checkpoints_that_can_be_read(name, tmp_path):
+    with Checkpoints(tmp_path / name) as checkpoints:
+        checkpoints.save({"a": jnp.arange(4.0)}, {"more": 1}, 3)
+    state, meta = restore(tmp_path / name, {"a": shaped(4)})
+    assert state["a"].tolist() == [0, 1, 2, 3]
+    assert meta == {"more": 1}
+
+
 def halved(name: str) -> Callable[[Path], None]:
     def cut(step: Path) -> None:
         for path in step.rglob(name):
