@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import itertools
 import re
 import sys
+import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -37,7 +40,7 @@ class SweepArguments:
     """Workers on each GPU (0: one, several with small models), or in all without GPUs (0: one a CPU core). Rows of runs
     that shared a GPU leave seconds, joules, mfu and peak memory empty."""
     executor: Literal["local", "slurm"] = "local"
-    """Workers on this machine, or SLURM jobs."""
+    """Workers on this machine (Linux only), or SLURM jobs."""
     slurm: Slurm = dataclasses.field(default_factory=Slurm)
     """What jobs ask SLURM for."""
     limit_hours: float = 0.0
@@ -141,12 +144,42 @@ def parse(kind: type[T], arguments: list[str], prog: str, default: Any = tyro.MI
             return tyro.cli(kind, args=arguments, prog=prog, default=default)
     except SystemExit as end:
         if end.code:
-            raise ConfigError(one_line(shown.getvalue(), prog)) from None
+            raise ConfigError(one_line(shown.getvalue(), prog, list(_flags(kind)))) from None
         raise
 
 
-def one_line(panel: str, prog: str) -> str:
-    """The gist of tyro's error panel: what is wrong, what may have been meant, where help is."""
+def _flags(kind: Any, prefix: str = "") -> Iterator[str]:
+    """What can be given to a command, as `--optim.warmup-steps`."""
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        marks = getattr(hint, "__metadata__", ())
+        inner = typing.get_args(hint)[0] if marks else hint
+        if dataclasses.is_dataclass(inner):
+            unnamed = any(getattr(mark, "name", None) == "" for mark in marks)
+            yield from _flags(inner, prefix if unnamed else f"{prefix}{name}.")
+        else:
+            yield f"--{prefix}{name}".replace("_", "-")
+
+
+def nearest_flags(unknown: str, known: Sequence[str]) -> list[str]:
+    """What may have been meant: a flag that is written much alike, whose last word has the initials of the unknown
+    one's (learning-rate is lr) or is a part of it (batch-size is data.batch); those that are equally near, at most
+    three."""
+    group, _, word = unknown.removeprefix("--").replace("_", "-").split("=")[0].rpartition(".")
+    initials = "".join(part[:1] for part in word.split("-"))
+
+    def score(flag: str) -> float:
+        its_group, _, its_word = flag.removeprefix("--").rpartition(".")
+        alike = difflib.SequenceMatcher(None, word, its_word).ratio()
+        if "-" in word and (its_word == initials or its_word in word.split("-")):
+            alike = max(alike, 0.9)
+        return alike + (0.3 if group == its_group else 0.0)
+
+    best = max(map(score, known), default=0.0)
+    return [flag for flag in known if score(flag) >= max(best, 1.0 if group else 0.75)][:3]
+
+
+def one_line(panel: str, prog: str, known: Sequence[str] = ()) -> str:
+    """The gist of tyro's error panel: what is wrong, what may have been meant (of the flags `known`), where help is."""
     lines = [line for raw in panel.splitlines() if (line := SIGNS.sub("", raw).strip())]
     parts = re.split(r".*─{5}.*", panel)  # title, what is wrong on one or more lines, hints
     wrong = " ".join(SIGNS.sub("", parts[1]).split()) if len(parts) > 1 else "wrong usage"
@@ -154,7 +187,9 @@ def one_line(panel: str, prog: str) -> str:
         at = next((i for i, line in enumerate(lines[:-1]) if line.startswith(marker)), None)
         if at is not None:
             return template.format(wrong, lines[at + 1].split()[0].rstrip(",")) + _also_unknown(lines)
-    return f"{wrong} (see {prog} --help)"
+    unknown = [word for word in wrong.removeprefix("Unrecognized options:").split(", ") if word.strip()[:2] == "--"]
+    near = nearest_flags(unknown[0].strip(), known) if unknown and wrong.startswith("Unrecognized") else []
+    return f"{wrong} (did you mean {' or '.join(near)}?)" if near else f"{wrong} (see {prog} --help)"
 
 
 def _also_unknown(lines: list[str]) -> str:
@@ -269,12 +304,13 @@ def _train(config: RunConfig, out: Path, profiled: range) -> int:
     import jax
 
     from mmfree_jax.data.corpora import cache_folder, resolve_data
-    from mmfree_jax.devices import use_compile_cache
+    from mmfree_jax.devices import check_platform, use_compile_cache
     from mmfree_jax.sharding import left_idle, make_mesh
     from mmfree_jax.sweep.view import follow
     from mmfree_jax.training.interrupt import Interrupted
     from mmfree_jax.training.loop import train as train_run
 
+    check_platform()
     console = Console(quiet=jax.process_index() > 0)
     say = teller(console)
     make_mesh(config.mesh)  # devices that do not exist are missed before a corpus is prepared for them
@@ -302,10 +338,12 @@ def evaluate(arguments: list[str]) -> int:
 
     from mmfree_jax import distributed, evaluation
     from mmfree_jax.data.corpora import resolve_corpus
+    from mmfree_jax.devices import check_platform
     from mmfree_jax.sharding import left_idle, make_mesh
     from mmfree_jax.training.step import make_program, program_key
     from mmfree_jax.weights import load_params, run_config
 
+    check_platform()
     run, mesh = run_config(chosen.model), chosen.mesh
     make_mesh(mesh)
     if idle := left_idle(mesh):

@@ -4,6 +4,7 @@ The tables need no JAX, and it is not loaded for them: the driver of a sweep, wh
 """
 
 import dataclasses
+import os
 import resource
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmfree_jax import nvidia
+from mmfree_jax.config import ConfigError
 from mmfree_jax.tracing import during
 
 Platform = Literal["cuda", "tpu"]
@@ -67,6 +69,24 @@ def backend() -> str:
 
     absent = _absent.get()
     return jax.default_backend() if absent is None else {"cuda": "gpu"}.get(absent, absent)
+
+
+def check_platform() -> None:
+    """Raises ConfigError where JAX has no device, as for JAX_PLATFORMS=cuda on a machine without GPU or plugin.
+
+    After `distributed.join`: it is the first to ask for devices.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        why = " ".join(str(error).split()) or "there is no such device, or not the plugin that JAX needs for it"
+        raise ConfigError(
+            f"JAX finds no device{f' for JAX_PLATFORMS={asked}' if asked else ''}: {why}; install jax for it "
+            "(pip install 'jax[cuda13]', 'jax[tpu]'), or set JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def peak_flops(kind: str) -> float | None:

@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 
 from mmfree_jax.config import ConfigError
-from mmfree_jax.distributed import Group, call_roll, meant
+from mmfree_jax.distributed import Group, call_roll, first_host, meant
 from mmfree_jax.files import read_json
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.weights import save_model
@@ -239,6 +239,7 @@ def test_several_processes_only_where_they_are_meant():
     assert alone(**many) == Group("gpu007:61443", 8, 5, [1])
     assert alone(**SLURM, CUDA_VISIBLE_DEVICES="3") == Group("gpu007:61443", 8, 5)  # SLURM has divided them
     assert alone(**{**SLURM, "SLURM_STEP_NODELIST": "a-1,b"}) == Group("a-1:61443", 8, 5)
+    assert alone(JAX_NUM_PROCESSES="", SLURM_STEP_NUM_TASKS="", TPU_WORKER_HOSTNAMES="", TPU_WORKER_ID="") is None
     assert alone(TPU_WORKER_HOSTNAMES="t0", TPU_WORKER_ID="0") is None
     assert alone(TPU_WORKER_HOSTNAMES="t0,t1", TPU_WORKER_ID="1") == Group("", 2, 1)
     assert meant("h:1", 2, 0, SLURM) == Group("h:1", 2, 0)  # flags win
@@ -248,3 +249,29 @@ def test_several_processes_only_where_they_are_meant():
     for flags in (("h:1", 2, -1), ("h:1", 2, 2), ("h", 2, 0), ("", 2, 0), ("", 0, 0)):
         with pytest.raises(ConfigError, match="give all three"):
             meant(*flags, {})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("a", "a"),
+        ("gpu[007-009,012],cpu1", "gpu007"),
+        ("gpu[01-02]-ib", "gpu01-ib"),
+        ("gpu[3,5-7]-ib.cluster.net,x", "gpu3-ib.cluster.net"),
+        ("rack[1-2]node[3-4]", "rack1node3"),
+        ("rack[01-02]-node[003,7]-ib,login[1-2]", "rack01-node003-ib"),
+        ("n-1,n-2", "n-1"),
+        ("10.0.0.1,10.0.0.2", "10.0.0.1"),
+    ],
+)
+def test_the_first_host_of_any_list_that_slurm_writes(nodes, first):
+    assert first_host(nodes) == first
+    if shutil.which("scontrol"):
+        said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+        assert said.returncode != 0 or said.stdout.splitlines()[0] == first
+
+
+@pytest.mark.parametrize("nodes", ["gpu[01-", "[", "gpu[a-b]", ""])
+def test_what_is_no_list_of_hosts_is_refused(nodes):
+    with pytest.raises(ConfigError, match=r"no list of hosts|not on which nodes"):
+        meant("", 0, -1, {**SLURM, "SLURM_STEP_NODELIST": nodes})

@@ -17,7 +17,7 @@ from mmfree_jax.bench import first_step, operations, steps
 from mmfree_jax.bench.timing import ceilings
 from mmfree_jax.cli import parse
 from mmfree_jax.config import ConfigError
-from mmfree_jax.devices import use_compile_cache
+from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.files import write_json
 
 
@@ -44,6 +44,7 @@ Rows = Callable[[BenchArguments, dict[str, float]], Iterator[dict[str, Any]]]
 def main(arguments: list[str]) -> int:
     """Run the suites asked for and print a table of each. Raises ValueError where a variant computes something else."""
     chosen = parse(BenchArguments, arguments, "launch.py bench")
+    check_platform()
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, markup=False, emoji=False, width=None if Console().is_terminal else 200)

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -65,8 +66,14 @@ class Job(Pending):
 def this_machine(workers: int = 0, limit_hours: float = 0.0) -> "Local":
     """The executor over all that is here: `workers` on each GPU, or in all where there are CPU cores alone.
 
-    0 is as many as `sharing` finds right, or one a core. Raises ConfigError for more than there is room for.
+    0 is as many as `sharing` finds right, or one a core. Raises ConfigError for more than there is room for, and where
+    this is not Linux, whose means of starting, pinning and ending workers are used.
     """
+    require(
+        sys.platform == "linux",
+        f"workers on this machine need Linux, and this is {sys.platform}: use --executor slurm or --render, or train "
+        "the runs one by one",
+    )
     slots = find_slots()
     if any(GPU in slot.env for slot in slots):
         return Local(slots, limit_hours, workers)

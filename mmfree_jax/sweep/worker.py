@@ -27,7 +27,7 @@ from mmfree_jax import distributed
 from mmfree_jax.config import ConfigError, RunConfig
 from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import cache_folder, resolve_data
-from mmfree_jax.devices import use_compile_cache
+from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.output import settle
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
@@ -58,6 +58,7 @@ EVERYWHERE = (Diverged, ConfigError, TrunkFailed, TimedOut)  # what happens in e
 
 def main(out: Path, names: list[str], experiment: Path | None = None, limit_hours: float = 0.0) -> int:
     """Train the named runs of the sweep in `out`, in order; each may take so many hours (0: any number)."""
+    check_platform()
     use_compile_cache(cache_folder() / "compiled")
     signal.signal(signal.SIGALRM, signal.SIG_IGN)  # but while a run listens for it
     resolve = functools.cache(resolve_data)  # the runs of a chain read one corpus: it is opened once

@@ -21,7 +21,7 @@ from mmfree_jax.files import locked, read_json, write_json
 from mmfree_jax.sharding import batch_sharding, left_idle
 from mmfree_jax.training.checkpoint import Checkpoints, restore
 from mmfree_jax.training.diagnostics import Diagnostics
-from mmfree_jax.training.folder import check_data, claim, differences
+from mmfree_jax.training.folder import changes, check_data, claim, differences
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
 from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
 from mmfree_jax.training.optim import rates
@@ -36,6 +36,8 @@ def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range 
     Raises ConfigError (the folder holds another run, the corpus does not fit), Diverged, or Interrupted once the state
     has been saved after a signal; or the result, where it came after the last step.
     """
+    if (folder / "result.json").exists() and not changes(config, folder):
+        return read_json(folder / "result.json")  # nothing is written, as the disk may be read-only by now
     check_data(config, token_set)
     check_range(profiled, config.steps)
     with contextlib.ExitStack() as stack:

@@ -59,6 +59,13 @@ def test_help_explains_itself(arguments):
         ),
         (("train", "matmul-free-tinny", "--out", "x"), "matmul-free-tiny"),
         (("train", "matmul-free-tiny", "--out", "x", "--optim.lrr", "1"), "did you mean --optim.lr?"),
+        (("train", "matmul-free-tiny", "--out", "x", "--optim.learning-rate", "1"), "did you mean --optim.lr?"),
+        (("train", "matmul-free-tiny", "--out", "x", "--data.batch-size", "1"), "did you mean --data.batch?"),
+        (("train", "matmul-free-tiny", "--out", "x", "--batch-size=1"), "did you mean --data.batch?"),
+        (
+            ("train", "matmul-free-tiny", "--out", "x", "--model.zzz", "1"),
+            "zzz, 1 (see launch.py train matmul-free-tiny",
+        ),
         (
             ("train", "matmul-free-tiny", "--out", "x", "--optim.lr", "fast"),
             "could not convert string to float: 'fast'",
@@ -76,6 +83,22 @@ def test_wrong_usage_is_one_clear_line_and_status_1(arguments, says):
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (ROOT / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("JAX_PLATFORMS", "cuda", "JAX finds no device for JAX_PLATFORMS=cuda: "),
+        ("JAX_PLATFORMS", "bogus", "JAX finds no device for JAX_PLATFORMS=bogus: "),
+        ("JAX_NUM_PROCESSES", "two", "JAX_NUM_PROCESSES='two' in the environment: must be a number"),
+        ("SLURM_STEP_NUM_TASKS", "2", "SLURM says that this is one of several processes, but not on which nodes"),
+    ],
+)
+def test_an_environment_that_cannot_be_meant_is_one_clear_line(name, value, says, tmp_path):
+    done = launch("train", "matmul-free-tiny", "--out", tmp_path / "x", **{"SLURM_PROCID": "0", name: value})
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"launch.py train: {says}")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_debug_shows_the_traceback():

@@ -146,6 +146,12 @@ def test_without_gpus_slots_are_workers_on_cores_of_their_own(monkeypatch):
         this_machine(-1)
 
 
+def test_where_this_is_not_linux_that_is_said(monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(ConfigError, match=r"need Linux, and this is darwin: use --executor slurm or --render"):
+        this_machine()
+
+
 def test_the_driver_decides_without_jax_which_must_not_be_loaded_where_processes_are_forked():
     code = (
         "import sys; from mmfree_jax.sweep import sharing, study; from mmfree_jax.presets import run_preset\n"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -176,6 +177,19 @@ def test_an_error_that_nobody_foresaw_leaves_its_traceback_in_the_log(token_set,
     log = (tmp_path / "log.txt").read_text()
     assert "ended by KeyError: 'optimizer'\nTraceback" in log
     assert reported(failed.value) == f"KeyError: 'optimizer' (traceback: {tmp_path / 'log.txt'}; --debug shows it)"
+
+
+def test_a_finished_run_is_returned_from_a_disk_that_cannot_be_written(token_set, tmp_path, monkeypatch):
+    config = tiny_run("matmul-free", token_set.path, steps=6)
+    result = train(config, tmp_path, token_set)
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / ".lock"))
+
+    monkeypatch.setattr(loop, "locked", read_only)
+    assert train(config, tmp_path, token_set) == result
+    with pytest.raises(OSError, match="Read-only"):
+        train(dataclasses.replace(config, seed=1), tmp_path, token_set)
 
 
 def test_a_folder_with_another_run_is_refused(token_set, tmp_path):
