@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -13,14 +14,19 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+NOBODY = (errno.EPIPE, errno.EIO)  # a pipe without a reader, as after `… | head`; a terminal that was closed
+
+
 class Stream(io.FileIO):
-    """A file descriptor to write to. What nobody reads any more, as after `… | head`, is thrown away."""
+    """A file descriptor to write to; what nobody can read any more is thrown away."""
 
     def write(self, data: Any) -> int:
         """Number of bytes taken."""
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in NOBODY:
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return memoryview(data).nbytes
 

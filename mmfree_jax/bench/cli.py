@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,22 +14,23 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from mmfree_jax.bench import first_step, operations, steps
+from mmfree_jax.bench import check, first_step, operations, steps
 from mmfree_jax.bench.timing import ceilings
 from mmfree_jax.cli import parse
 from mmfree_jax.config import ConfigError
 from mmfree_jax.devices import check_platform, use_compile_cache
-from mmfree_jax.files import write_json
+from mmfree_jax.files import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchArguments:
     """Time the operations, each checked against its reference first, and whole training steps on this machine."""
 
-    suite: Literal["all", "start", "kernels", "step", "memory"] = "all"
+    suite: Literal["all", "start", "kernels", "step", "memory", "check"] = "all"
     """start: what a process waits for before its first step, cold and from the cache; kernels: the operations, variants
     side by side; step: training steps of presets; memory: what steps with every remat policy ask for, compiled but not
-    run."""
+    run; check (never part of all): every kernel against float64 at many shapes, exit status 2 where one is wrong, 75
+    where time was over first (run the same command again, with --json)."""
     json: Path | None = None
     """File for all figures."""
     only: str = ""
@@ -36,6 +38,12 @@ class BenchArguments:
     shown, of steps and memory the preset, "B=8 T=2048" and what differs from the preset ("remat=codes", say)."""
     small: tyro.conf.FlagCreatePairsOff[bool] = False
     """Tiny shapes; a CPU always takes these."""
+    shard: str = "0/1"
+    """Which part of the checks, as 0/4: a shard ends within nine minutes."""
+    seed: int = 0
+    """Of the checks' shapes."""
+    shapes: int = 256
+    """How many shapes of each kernel are checked in all shards together."""
 
 
 Rows = Callable[[BenchArguments, dict[str, float]], Iterator[dict[str, Any]]]
@@ -48,22 +56,48 @@ def main(arguments: list[str]) -> int:
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, markup=False, emoji=False, width=None if Console().is_terminal else 200)
+    if chosen.suite == "check":
+        return _check(chosen, console, arguments)
     with tempfile.TemporaryDirectory() as cache:  # empty: compiling is among what is timed
         use_compile_cache(Path(cache))
         return _measure(chosen, console, arguments)
+
+
+def _about(arguments: list[str], device: str) -> dict[str, Any]:
+    return {
+        "command": " ".join(["python launch.py bench", *arguments]),
+        "device": device,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _check(chosen: BenchArguments, console: Console, arguments: list[str]) -> int:
+    # The checks run in processes of their own: this one must leave the device's memory to them.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    about, rows = _about(arguments, jax.devices()[0].device_kind), []
+    wanted = check.wanted(chosen.shard, chosen.seed, chosen.shapes, chosen.only)
+    done = read_json(chosen.json)["check"] if chosen.json and chosen.json.exists() else []
+    for row in check.measure(wanted, done):
+        rows.append(row)
+        if chosen.json:
+            write_json(chosen.json, {**about, "check": rows})
+    console.print(_table("check", check.by_kernel(rows)))
+    wrong = [row for row in rows if not row["passed"]]
+    for row in wrong:
+        console.print(f"{row['use']}: {row['worst']}", markup=False)
+    left = len(wanted) - len(rows)
+    console.print(
+        f"{len(rows)} checks, {len(wrong)} wrong" + (f", {left} left: run the same command again" * (left > 0))
+    )
+    return 2 if wrong else 75 if left else 0
 
 
 def _measure(chosen: BenchArguments, console: Console, arguments: list[str]) -> int:
     limits, device = ceilings(), jax.devices()[0].device_kind
     copied, products = limits["copy_bytes_per_s"] / 1e12, limits["bf16_flops"] / 1e12
     console.print(f"{device}, jax {jax.__version__}: copy {copied:.3f} TB/s, bfloat16 products {products:.1f} TFLOP/s")
-    found: dict[str, Any] = {
-        "command": " ".join(["python launch.py bench", *arguments]),
-        "device": device,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "ceilings": limits,
-    }
+    found: dict[str, Any] = {**_about(arguments, device), "ceilings": limits}
     for suite, rows in SUITES.items():
         if chosen.suite in ("all", suite):
             found[suite] = []
@@ -116,6 +150,7 @@ SHOWN = {
         *("of_bf16", "of_data_sheet", "total_gb", "temporary_gb", "compile_s"),
     ),
     "memory": (*CASE, "total_gb", "temporary_gb", "compile_s"),
+    "check": ("kernel", "shapes", "wrong", "deviation", "most deviating"),
 }
 
 

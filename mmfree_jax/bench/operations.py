@@ -16,8 +16,8 @@ from mmfree_jax.bench.timing import applications, memory_bytes, repeated, time_c
 from mmfree_jax.ops.attention import causal_attention
 from mmfree_jax.ops.bit_linear import Recipe, bit_linear
 from mmfree_jax.ops.cross_entropy import head_loss
+from mmfree_jax.ops.fast.choice import available, kernels_allowed
 from mmfree_jax.ops.gated_recurrence import gated_recurrence, gates
-from mmfree_jax.ops.kernels.choice import kernels_allowed, on_hopper
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.recurrence import recurrence
 from mmfree_jax.ops.rms_norm import rms_norm
@@ -55,7 +55,7 @@ def gradient_of(function: Callable, count: int) -> Callable:
 
 def both(function: Callable) -> dict[str, Callable]:
     """The reference, and beside it the kernel where there is one."""
-    return {"xla": kernels_allowed(False)(function), **({"kernel": function} if on_hopper() else {})}
+    return {"xla": kernels_allowed(False)(function), **({"kernel": function} if available() else {})}
 
 
 def draw(key: jax.Array, *shapes: Sequence[int], dtype: Any = jnp.bfloat16) -> tuple[jax.Array, ...]:
@@ -103,7 +103,7 @@ def _gates_first() -> dict[str, Callable]:
         factor, x = (a.astype(c.dtype) for a in gates(c, f, None))
         return recurrence(factor, x, dtype=c.dtype)
 
-    return {"gates, then kernel": gates_first} if on_hopper() else {}
+    return {"gates, then kernel": gates_first} if available() else {}
 
 
 def bit_linear_cases(M: int, D: int, F: int) -> Iterator[Case]:
@@ -125,7 +125,7 @@ def bit_linear_cases(M: int, D: int, F: int) -> Iterator[Case]:
     variants = {
         "xla": kernels_allowed(False)(ternary),
         "dense bf16": dense,
-        **({"kernel": ternary} if on_hopper() else {}),
+        **({"kernel": ternary} if available() else {}),
     }
     small = functools.partial(arrays, M=256, dtype=jnp.float32)
     size, flops = f"{M} x {D} -> 2 x {F}", 4.0 * M * D * F

@@ -21,7 +21,8 @@ def bit_glu(into: Recipe, x: Prologue, gate_up: Weights, out: Recipe, down: Weig
     second.
     """
     into, *sources = opened(into, x)
-    y, first = _bit_glu((into, out._replace(prologue="swiglu")), *sources, gate_up, down)
+    recipes = into._replace(beside=True), out._replace(prologue="swiglu")
+    y, first = _bit_glu(recipes, *sources, gate_up, down)
     return y, x.reread(first)
 
 
@@ -33,6 +34,7 @@ def _bit_glu(recipes: tuple[Recipe, Recipe], sources, source_gain, gate_up: Weig
 def _forward(recipes: tuple[Recipe, Recipe], sources, source_gain, gate_up: Weights, down: Weights):
     into, out = recipes
     ys, of_into = forward(into, sources, source_gain, gate_up)
+    out = out._replace(onward=codes_taken_by(into, of_into) is not None)
     (y,), of_out = forward(out, tuple(checkpoint_name(y, "gate_up") for y in ys), None, down)
     return (y, sources[0]), (of_into, of_out)
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.ops.kernels.choice import on_hopper
+from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast.choice import Use
 from mmfree_jax.ops.prologue import Prologue, combine
 from mmfree_jax.ops.rms_norm import reciprocal_rms, rms_norm_backward
 from mmfree_jax.ops.ternary import (
@@ -35,6 +36,7 @@ from mmfree_jax.ops.ternary_weights import (
     input_gradient,
     integer_input_gradient,
     integer_weight_gradients,
+    local_rows,
     one_pass_codes,
     product,
     quantise_kernel,
@@ -94,7 +96,7 @@ def bit_linear(
         G arrays [..., F] of x's type.
     """
     recipe, *sources = opened(recipe, x)
-    return _bit_linear(recipe, False, *sources, Weights(w_GDF, gain, kernel))[0]
+    return _bit_linear(recipe, *sources, Weights(w_GDF, gain, kernel))[0]
 
 
 def bit_linear_beside(recipe: Recipe, x: Prologue, weights: Weights) -> tuple[tuple[jax.Array, ...], Prologue]:
@@ -103,7 +105,7 @@ def bit_linear_beside(recipe: Recipe, x: Prologue, weights: Weights) -> tuple[tu
     Whoever needs that source besides takes it from there: both gradients to it are then added up in one pass over it.
     """
     recipe, *sources = opened(recipe, x)
-    ys, first = _bit_linear(recipe, True, *sources, weights)
+    ys, first = _bit_linear(recipe._replace(beside=True), *sources, weights)
     return ys, x.reread(first)
 
 
@@ -117,10 +119,14 @@ def opened(recipe: Recipe, x: jax.Array | Prologue) -> tuple[Recipe, tuple[jax.A
 
 
 def quantise_input(
-    recipe: Recipe, sources: tuple[jax.Array, ...], source_gain: jax.Array | None, gain: jax.Array | None
+    recipe: Recipe,
+    sources: tuple[jax.Array, ...],
+    source_gain: jax.Array | None,
+    gain: jax.Array | None,
+    products: int = 1,
 ) -> Saved:
-    """Make the input, norm and quantise it: the input side of `bit_linear`."""
-    if _one_pass_serves(recipe, sources, source_gain, gain):
+    """Make the input, norm and quantise it: the input side of `bit_linear`, for that many products."""
+    if _one_pass_serves(recipe, sources, source_gain, gain, products):
         inputs = _one_pass(recipe, sources, source_gain, gain)
         return Saved(sources, source_gain, gain, None, inputs, tuple(q.scale for q in inputs if q.scale is not None))
     x = combine(recipe.prologue, sources, source_gain, recipe.eps)
@@ -135,16 +141,19 @@ def _gains(gain: jax.Array) -> list[jax.Array]:
     return [gain] if gain.ndim == 1 else [gain[g] for g in range(gain.shape[0])]
 
 
-def _one_pass_serves(recipe: Recipe, sources, source_gain, gain) -> bool:
+def _one_pass_serves(recipe: Recipe, sources, source_gain, gain, products: int) -> bool:
     """Whether the kernels between activations and codes serve: 8 bits, a norm before the quantiser, and rows that are
     whole on a device and fill whole lanes."""
     width = sources[0].shape[-1]
-    if gain is None or recipe.bits != 8 or recipe.prologue == "plain" or not on_hopper():
+    if gain is None or recipe.bits != 8 or recipe.prologue == "plain" or not choice.available():
         return False
     from mmfree_jax.ops.kernels.normed_codes import supports
 
-    vectors = (source_gain is not None) + len(_gains(gain))
-    return ways(whole(recipe.axes)[0], width) == 1 and supports(width, vectors, sources[0].dtype)
+    gains, dtype = len(_gains(gain)), sources[0].dtype
+    if ways(whole(recipe.axes)[0], width) > 1 or not supports(width, (source_gain is not None) + gains, dtype):
+        return False
+    options = recipe.prologue, gains, products, str(dtype), recipe.gradient_bits, recipe.beside, recipe.onward
+    return choice.serves(Use("normed_codes", (local_rows(sources[0]), width), options))
 
 
 def _one_pass(recipe: Recipe, sources, source_gain, gain) -> tuple[Quantised, ...]:
@@ -237,7 +246,7 @@ def forward(
     recipe: Recipe, sources: tuple[jax.Array, ...], source_gain: jax.Array | None, weights: Weights
 ) -> tuple[tuple[jax.Array, ...], Residuals]:
     """The products [..., F], and what `backward` needs."""
-    saved = quantise_input(recipe, sources, source_gain, weights.gain)
+    saved = quantise_input(recipe, sources, source_gain, weights.gain, weights.w_GDF.shape[0])
     shards = quantise_kernel(recipe, weights.w_GDF) if weights.kernel is None else weights.kernel
     axes, dtype = whole(recipe.axes), sources[0].dtype
     kernel, rows = gather_kernel(recipe, shards), rows_of(sources[0].ndim, axes[1])
@@ -303,17 +312,17 @@ def _scales(saved: Saved) -> tuple[jax.Array, ...]:
     return saved.scales or tuple(q.scale for q in saved.inputs if q.scale is not None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _bit_linear(recipe: Recipe, beside: bool, sources, source_gain, weights: Weights):
-    return _forward(recipe, beside, sources, source_gain, weights)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bit_linear(recipe: Recipe, sources, source_gain, weights: Weights):
+    return _forward(recipe, sources, source_gain, weights)[0]
 
 
-def _forward(recipe: Recipe, beside: bool, sources, source_gain, weights: Weights):
+def _forward(recipe: Recipe, sources, source_gain, weights: Weights):
     ys, residuals = forward(recipe, sources, source_gain, weights)
-    return (ys, sources[0] if beside else None), residuals
+    return (ys, sources[0] if recipe.beside else None), residuals
 
 
-def _backward(recipe: Recipe, beside: bool, residuals: Residuals, gradients):
+def _backward(recipe: Recipe, residuals: Residuals, gradients):
     dys, dfirst = gradients
     return backward(recipe, residuals, dys, beside=dfirst)
 

@@ -5,24 +5,26 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.ops.chunks import STATE, STEPS, carried
-from mmfree_jax.ops.kernels.choice import on_hopper
+from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast.choice import Use
 from mmfree_jax.sharding import Names, Summed, axis_if_cut, per_shard, ways
 
 OPEN = 40.0  # of a forget gate: its sigmoid is 1 in float32
 CHANNELS, WEIGHTS = ("channels",), ("batch", "time")  # logical names of floor and keep
 
 
-def serves(x_BTD: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether the kernels compute the recurrence of inputs like these here."""
-    if not on_hopper() or x_BTD.dtype not in (jnp.bfloat16, jnp.float32):
+def serves(x_BTD: jax.Array | jax.ShapeDtypeStruct, gated: bool) -> bool:
+    """Whether the kernels compute the recurrence of inputs like these here, with the MLGRU's gates or without."""
+    if not choice.available() or x_BTD.dtype not in (jnp.bfloat16, jnp.float32):
         return False
     from mmfree_jax.ops.kernels.recurrence import LANES, ROWS
 
     # What is filled up to whole tiles is cut evenly only if it was whole tiles on every device before.
-    cut = (ways(name, size) for name, size in zip(("time", "channels"), x_BTD.shape[1:], strict=True))
-    return all(
-        n == 1 or size % (n * tile) == 0 for n, size, tile in zip(cut, x_BTD.shape[1:], (ROWS, LANES), strict=True)
-    )
+    cut = [ways(name, size) for name, size in zip(STEPS, x_BTD.shape, strict=True)]
+    B, T, D = (size // n for size, n in zip(x_BTD.shape, cut, strict=True))
+    if (cut[1] > 1 and T % ROWS) or (cut[2] > 1 and D % LANES):
+        return False
+    return choice.serves(Use("recurrence", (B, T, D), (str(x_BTD.dtype), gated, cut[1] > 1)))
 
 
 def fused_recurrence(

@@ -35,7 +35,7 @@ def gated_recurrence(
     Returns:
         h_BTD in c's type and the last state [B, D] in at least float32. Gates and carry are at least float32.
     """
-    if impl == "kernel" or (impl == "auto" and serves(c_BTD)):
+    if impl == "kernel" or (impl == "auto" and serves(c_BTD, gated=True)):
         floor_D = jnp.zeros(c_BTD.shape[-1], jnp.float32) if floor_D is None else floor_D
         return fused_recurrence(c_BTD, f_BTD, floor_D, h_BD, resets_BT)
     factor_BTD, x_BTD = gates(c_BTD, f_BTD, floor_D)

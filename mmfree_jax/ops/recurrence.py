@@ -66,7 +66,7 @@ def recurrence(
 def _choose(impl: Form, x_BTD: jax.Array, dtype: jnp.dtype) -> str:
     if impl != "auto":
         return impl
-    if x_BTD.shape[1] > 1 and serves(jax.ShapeDtypeStruct(x_BTD.shape, dtype)):
+    if x_BTD.shape[1] > 1 and serves(jax.ShapeDtypeStruct(x_BTD.shape, dtype), gated=False):
         return "kernel"
     return "scan" if backend() == "cpu" else "associative"
 

@@ -150,8 +150,20 @@ def dithered(values: jax.Array, phases: jax.Array) -> jax.Array:
     Phases become fractions, and sums whole numbers, by their bits: a GPU converts a quarter as fast as it adds.
     """
     fraction = jax.lax.bitcast_convert_type((phases & 0x7FFFFF) | 0x3F800000, jnp.float32)  # in [1, 2)
-    rounded = jnp.clip(values + (fraction - 1.5), -TOP, TOP) + 1.5 * 2**23  # whose last bits are the nearest integer
-    return jax.lax.bitcast_convert_type(rounded, jnp.int32).astype(jnp.int8)
+    return nearest_integer(jnp.clip(values + (fraction - 1.5), -TOP, TOP))[1]
+
+
+def nearest_integer(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 values in [-128, 127] rounded half to even: as float32, and as int8.
+
+    Adding 1.5 * 2^23 leaves no bits for a fraction, so that the lowest byte of the sum is the integer: a GPU rounds and
+    converts a quarter as fast as it adds. The constant is 64 larger, and the byte is corrected by an integer
+    subtraction, because CUDA 13.0's ptxas takes a byte that is stored straight out of a float register for a float to
+    be converted (F2IP.U8.F32, which saturates): every code became -1 wherever a thread stores one code at a time.
+    """
+    shift = 1.5 * 2**23 + 64
+    shifted = x + shift
+    return shifted - shift, (jax.lax.bitcast_convert_type(shifted, jnp.int32) - 64).astype(jnp.int8)
 
 
 def dequantise(q: Quantised, dtype: DTypeLike) -> jax.Array:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.ops.dense import outer
-from mmfree_jax.ops.kernels.choice import on_hopper
+from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast.choice import Use
 from mmfree_jax.ops.prologue import Kind
 from mmfree_jax.ops.ternary import (
     TOP,
@@ -38,7 +39,10 @@ class Recipe(NamedTuple):
     eps: float = 1e-6
     axes: tuple[str | None, str | None] = (None, None)  # logical names of the input and output axes of w
     gradient_bits: int = 0  # 8: the gradient to an output is quantised, and both products of it are of integers
-    prologue: Kind = "plain"  # how the input is made of the arrays that are kept; set by `bit_linear`
+    # Set by the ops, not by their callers:
+    prologue: Kind = "plain"  # how the input is made of the arrays that are kept
+    beside: bool = False  # whether an extra gradient for the first source (from the residual) is added to its gradient
+    onward: bool = False  # whether gradients to the sources are quantised for the products that made them
 
 
 class Unscaled(NamedTuple):
@@ -111,17 +115,27 @@ def product(
 def _integer_units_serve(x: Quantised, w: Quantised, out: Any, axes: Names, turned: bool) -> bool:
     """Whether the int8 kernels compute this product: whole blocks of int8 codes and whole sums on every device, one
     weight scale, bfloat16 wanted."""
-    if x.scale is None or w.scale is None or w.scale.size != 1 or out != jnp.bfloat16 or not on_hopper():
+    if x.scale is None or w.scale is None or w.scale.size != 1 or out != jnp.bfloat16 or not choice.available():
         return False
     if ways(axes[turned], w.codes.shape[turned]) > 1:
         return False
     from mmfree_jax.ops.kernels import int8_matmul, transposed_codes
 
-    rows = [size // ways(name, size) for name, size in zip(rows_of(x.codes.ndim), x.codes.shape[:-1], strict=False)]
-    shape = [size // ways(name, size) for name, size in zip(axes, w.codes.shape, strict=True)]
+    rows, shape = (
+        local_rows(x.codes),
+        [size // ways(name, size) for name, size in zip(axes, w.codes.shape, strict=True)],
+    )
     inner, columns = reversed(shape) if turned else shape
-    whole_blocks = int8_matmul.supports(math.prod(rows), inner, columns) and transposed_codes.supports(inner, columns)
-    return x.codes.dtype == jnp.int8 and whole_blocks
+    whole_blocks = int8_matmul.supports(rows, inner, columns) and transposed_codes.supports(inner, columns)
+    if x.codes.dtype != jnp.int8 or not whole_blocks:
+        return False
+    turning = [] if turned else [Use("transposed_codes", (inner, columns), (False,))]
+    return all(map(choice.serves, [*turning, Use("int8_matmul", (rows, inner, columns), (False,))]))
+
+
+def local_rows(x: jax.Array) -> int:
+    """How many rows of x [..., D] lie on one device."""
+    return math.prod(size // ways(name, size) for name, size in zip(rows_of(x.ndim), x.shape[:-1], strict=False))
 
 
 def _integer_product(x: Quantised, w: Quantised, axes: Names, turned: bool) -> jax.Array:
@@ -172,7 +186,8 @@ def gradient_codes(
     if isinstance(dy, GradientCodes):
         return dy
     dy = _per_channel(w, dy)
-    if not one_pass_codes(recipe, dy.shape[-1], dy.dtype):
+    use = Use("row_codes", (local_rows(dy), dy.shape[-1]), (str(dy.dtype), x_scale is not None))
+    if not (one_pass_codes(recipe, dy.shape[-1], dy.dtype) and choice.serves(use)):
         return GradientCodes(quantise_gradients(dy, recipe.gradient_bits), None)
     from mmfree_jax.ops.kernels.normed_codes import codes
 
@@ -192,9 +207,9 @@ def codes_of_rows(found: tuple[jax.Array, jax.Array, jax.Array | None], shape: t
 
 
 def one_pass_codes(recipe: Recipe, columns: int, dtype: Any) -> bool:
-    """Whether a kernel makes the codes of gradients [..., columns]: 8 bits, and rows that are whole on a device and
+    """Whether a kernel can make the codes of gradients [..., columns]: 8 bits, and rows that are whole on a device and
     fill whole lanes."""
-    if not on_hopper() or recipe.gradient_bits != 8 or ways(whole(recipe.axes)[1], columns) > 1:
+    if not choice.available() or recipe.gradient_bits != 8 or ways(whole(recipe.axes)[1], columns) > 1:
         return False
     from mmfree_jax.ops.kernels.normed_codes import supports
 
@@ -263,7 +278,10 @@ def _integer_units_turn(x: jax.Array, dy: jax.Array) -> bool:
 
     (rows, inner), columns = x.shape, dy.shape[-1]
     turn = transposed_codes.supports(rows, inner) and transposed_codes.supports(rows, columns)
-    return turn and int8_matmul.supports(inner, rows, columns) and rows * 128 * TOP < 2**31
+    if not (turn and int8_matmul.supports(inner, rows, columns) and rows * 128 * TOP < 2**31):
+        return False
+    uses = [Use("transposed_codes", (rows, inner), (False,)), Use("transposed_codes", (rows, columns), (True,))]
+    return all(map(choice.serves, [*uses, Use("int8_matmul", (inner, rows, columns), (True,))]))
 
 
 def spread(inputs: tuple, kernel: tuple) -> tuple:

@@ -79,9 +79,14 @@ class Pending:
         self.vain = 0 if further or not worked else self.vain + 1
 
     def abandon(self, out: Path, why: str) -> None:
-        """`give_up`; what is left then may still succeed."""
+        """`give_up`; what is left then may still succeed, but for what somebody else trains."""
         give_up(out, self.runs, why)
-        self.runs, self.vain = remaining(out, self.runs), 0
+        self.runs, self.vain = [run for run in remaining(out, self.runs) if not is_held(out, run)], 0
+
+
+def is_held(out: Path, run: RunConfig) -> bool:
+    """Whether a process trains this run now: after a worker of ours has ended, one of somebody else's."""
+    return status(run_folder(out, run), run).state == "running"
 
 
 def check_limit(hours: float) -> None:
@@ -91,9 +96,10 @@ def check_limit(hours: float) -> None:
 
 def give_up(out: Path, chain: Sequence[RunConfig], why: str) -> None:
     """Name the reason in the run that was under way, the first that is left; branches that it did not get to cannot
-    begin, nor can theirs."""
+    begin, nor can theirs. Nothing is written where somebody else is at work."""
     first, *others = remaining(out, chain)
-    fail(run_folder(out, first), why)
+    if not is_held(out, first):
+        fail(run_folder(out, first), why)
     lost = {first.name}
     for run in others:
         if run.branch is not None and run.branch.run in lost and not can_begin(out, run):

@@ -23,7 +23,7 @@ from mmfree_jax import nvidia
 from mmfree_jax.config import RunConfig, require
 from mmfree_jax.files import last_line
 from mmfree_jax.sweep import sharing
-from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, worker_command
+from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, steps_done, worker_command
 from mmfree_jax.sweep.experiment import chains, machines
 from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED
 
@@ -175,17 +175,19 @@ class Local:
         return min(right, math.ceil(waiting / have))
 
     def execute(self, out: Path, work: list[list[RunConfig]], watch: Callable[[], None]) -> int:
-        """SIGINT (Ctrl-C) and SIGTERM stop the workers, which save themselves; then 130 or 75 is returned.
+        """SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the workers, which save themselves; then 130 or 75 is returned.
 
         In the order of `work`: a chain that needs several slots is not overtaken by others that need fewer.
         """
-        queue = [Job(chain, name=chain[0].name) for chain in work]
+        queue = [Job(chain, name=chain[0].name, reached=steps_done(out, chain)) for chain in work]
         for job in queue:
             job.share = Fraction(1, self.crowd(job.runs, len(work)))
         free, active = [Fraction(1) for _ in self.slots], list[Job]()
         stopped: list[int] = []
         # Handlers for both: a KeyboardInterrupt raised inside a destructor would be swallowed.
         answers: dict[int, int] = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+            answers[signal.SIGHUP] = PREEMPTED
         previous = {n: signal.signal(n, lambda number, _: stopped.append(answers[number])) for n in answers}
         try:
             while (queue or active) and not stopped:

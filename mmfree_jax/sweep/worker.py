@@ -28,6 +28,7 @@ from mmfree_jax.config import ConfigError, RunConfig
 from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import cache_folder, resolve_data
 from mmfree_jax.devices import check_platform, use_compile_cache
+from mmfree_jax.files import LockedError
 from mmfree_jax.output import settle
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
@@ -132,16 +133,18 @@ def _late(folder: Path, limit_hours: float) -> Callable[[], None]:
 
 def _explain(folder: Path, error: Exception) -> None:
     """The reason for whoever reads the log, and a line of it for whoever asks for the sweep's status."""
-    if not isinstance(error, TrunkFailed | TimedOut):
+    if not isinstance(error, TrunkFailed | TimedOut | LockedError):
         traceback.print_exception(error)
     message = f"{type(error).__name__}: {error}"
-    if isinstance(error, TrunkFailed):
+    if isinstance(error, LockedError):
+        print(message, file=sys.stderr)
+    elif isinstance(error, TrunkFailed):
         message = f"not started: {error}"
     elif DISK_IS_FULL.search(message):
         message = f"disk full: make room there and run the same command again ({message})"
     elif MEMORY_IS_FULL.search(message):
         message = f"out of memory: lower data.batch, raise optim.accumulate, or set remat ({message})"
-    if distributed.is_first():
+    if distributed.is_first() and not isinstance(error, LockedError):  # the folder is another process's
         folder.mkdir(parents=True, exist_ok=True)
         fail(folder, message)
 

@@ -21,7 +21,7 @@ from mmfree_jax.data.packing import document_ids, is_target
 from mmfree_jax.devices import backend
 from mmfree_jax.distributed import put, repeat
 from mmfree_jax.models.language_model import LanguageModel
-from mmfree_jax.ops.kernels.choice import kernels_allowed
+from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.parametrisation import Role
 from mmfree_jax.sharding import batch_sharding, make_mesh, packing, shardings, unfilled
 from mmfree_jax.training.optim import Rates, make_optimizer, roles

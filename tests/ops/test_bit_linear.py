@@ -7,7 +7,7 @@ import pytest
 from straight import straight_through
 
 from mmfree_jax.ops.bit_linear import Recipe, bit_linear, quantise_input
-from mmfree_jax.ops.kernels.choice import kernels_allowed
+from mmfree_jax.ops.fast.choice import kernels_allowed, kernels_assumed
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.rms_norm import rms_norm
 from mmfree_jax.ops.ternary import Quantised, column_codes, quantise_activations, quantise_weights
@@ -138,9 +138,8 @@ def test_rms_norm_and_its_gradient():
     assert rms_norm(X.astype(jnp.bfloat16), GAINS[0], 1e-6).dtype == jnp.bfloat16
 
 
-def test_the_backward_pass_follows_what_the_forward_pass_chose(monkeypatch):
+def test_the_backward_pass_follows_what_the_forward_pass_chose():
     """A user's "no kernels" is over when gradients are taken: they must not look for a kernel's leavings."""
-    monkeypatch.setattr("mmfree_jax.ops.kernels.choice._is_hopper", lambda: True)
     keys, gain = jax.random.split(jax.random.key(4)), jnp.ones(128)  # a width that kernels would take
     x, w = jax.random.normal(keys[0], (6, 128)), jax.random.normal(keys[1], (1, 128, 24))
 
@@ -149,7 +148,7 @@ def test_the_backward_pass_follows_what_the_forward_pass_chose(monkeypatch):
             (y,) = bit_linear(Recipe(), Prologue("norm", (x,), gain), w, gain)
         return jnp.sum(y * y)
 
-    found = jax.grad(loss, (0, 1))(x, w)
-    monkeypatch.undo()
+    with kernels_assumed():
+        found = jax.grad(loss, (0, 1))(x, w)
     for a, b in zip(found, jax.grad(loss, (0, 1))(x, w), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mmfree_jax.ops import gated_recurrence as op
 from mmfree_jax.ops.bit_glu import bit_glu
 from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
+from mmfree_jax.ops.fast.choice import kernels_assumed
 from mmfree_jax.ops.kernels import normed_codes, transposed_codes
 from mmfree_jax.ops.kernels import recurrence as kernel
 from mmfree_jax.ops.kernels.int8_matmul import int8_matmul, supports
@@ -32,7 +33,7 @@ def pretended_gpu(interpret: bool = True):
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=4)
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     run = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()) if interpret else contextlib.nullcontext()
-    with jax.sharding.use_abstract_mesh(mesh), run:
+    with jax.sharding.use_abstract_mesh(mesh), run, kernels_assumed():
         yield
 
 
@@ -212,7 +213,6 @@ def test_integer_gradients_equal_those_of_the_reference(monkeypatch):
     layer = lambda x, w, gain: bit_linear(Recipe(gradient_bits=8), prologue(x), w, gain)
     pull = jax.jit(lambda dys: jax.vjp(layer, x, w, gains)[1](dys))
     expected = pull(dys)
-    monkeypatch.setattr("mmfree_jax.ops.kernels.choice._is_hopper", lambda: True)
     jax.clear_caches()
     with pretended_gpu():
         text = pull.lower(dys).as_text(debug_info=True)
@@ -258,7 +258,6 @@ def test_gradients_between_the_products_of_a_gated_unit(monkeypatch, scale_axes,
         gate_and_up = bit_linear(into, prologue(x), gate_up, gains[0])
         return bit_linear(out, Prologue("swiglu", gate_and_up), down, gains[1])[0]
 
-    monkeypatch.setattr("mmfree_jax.ops.kernels.choice._is_hopper", lambda: True)
     made, codes = [], normed_codes.codes
     monkeypatch.setattr(normed_codes, "codes", lambda *a: made.append(a) or codes(*a))
     gradients = []
@@ -357,7 +356,6 @@ def test_kernels_of_a_block_lower_for_a_gpu(monkeypatch, gradient_bits):
 
     weights = single(3, 2048, 2048), single(1, 2048, 2048), single(2, 2048, 5632), single(1, 5632, 2048)
     arguments = half(2, 1024, 2048), *weights, single(2048), single(5632), single(2048)
-    monkeypatch.setattr("mmfree_jax.ops.kernels.choice._is_hopper", lambda: True)
     jax.clear_caches()
     with pretended_gpu(interpret=False):
         text = jax.jit(jax.grad(block, range(8))).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

@@ -19,11 +19,10 @@ from mmfree_jax.config import MeshConfig
 from mmfree_jax.ops.bit_glu import bit_glu
 from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
 from mmfree_jax.ops.gated_recurrence import gated_recurrence
-from mmfree_jax.ops.kernels import choice
+from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.sharding import make_mesh
 
-choice._is_hopper = lambda: True
 # The interpreter's check at the end of a kernel sees the barriers of all devices, some of which are still at work.
 shared_memory.GPUSharedMemory.assert_no_barriers_allocated = lambda self: None
 device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=4)
@@ -65,7 +64,8 @@ for name, (f, args) in cases.items():
     mesh = make_mesh(MeshConfig(1, 2, 1, 2))
     placed = [jax.device_put(a, NamedSharding(mesh, P())) for a in args]
     pretended = mesh.abstract_mesh.update(abstract_device=device)
-    with jax.sharding.use_abstract_mesh(pretended), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    assumed = choice.kernels_assumed()
+    with jax.sharding.use_abstract_mesh(pretended), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()), assumed:
         traced = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3))).trace(*placed)
         made = traced.lower().compile()(*placed)
     pairs = zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True)

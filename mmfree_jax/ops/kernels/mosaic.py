@@ -9,7 +9,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # No automatic barriers: these kernels have no shared memory that several threads both read and write between the
-# explicit ones.
+# explicit ones. `commit_smem` (a fence, then a barrier of the warpgroup) orders what a stage has stored before the copy
+# out of it. The same barrier stands between a stage's last read and the copy of a later stage into the same buffer. A
+# stage that stores nothing has to have a barrier for that alone.
 STREAMING = functools.partial(
     plgpu.CompilerParams,
     lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -21,16 +23,6 @@ STREAMING = functools.partial(
 def sigmoid(x: jax.Array) -> jax.Array:
     """1 / (1 + e^-x), an exponential and a reciprocal."""
     return 1.0 / (1.0 + jnp.exp(-x))
-
-
-def nearest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 values in [-128, 127] rounded half to even: as they are, and as int8.
-
-    By an addition that leaves no bits for a fraction: a GPU rounds and converts a quarter as fast as it adds.
-    """
-    shift = 1.5 * 2**23
-    held = x + shift
-    return held - shift, lax.bitcast_convert_type(held, jnp.int32).astype(jnp.int8)
 
 
 def spread(ref: Any, shape: tuple[int, ...], axis: int) -> jax.Array:

@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mmfree_jax.ops.kernels.mosaic import STREAMING, nearest, sigmoid
-from mmfree_jax.ops.ternary import SMALLEST, TINY, TOP
+from mmfree_jax.ops.kernels.mosaic import STREAMING, sigmoid
+from mmfree_jax.ops.ternary import SMALLEST, TINY, TOP, nearest_integer
 
 THREADS = 128  # of a warpgroup
 LANES = 128  # a row is seen as [D / LANES, LANES]: the copy engine moves at most 256 elements along an axis
@@ -66,7 +66,7 @@ def forward(
                 for g, gain in enumerate(outer):
                     largest = jnp.maximum(_largest([a * b for a, b in zip(x, gain, strict=True)]) * rstd, SMALLEST)
                     scale = rstd * TOP / largest
-                    codes = [nearest(a * b * scale)[1] for a, b in zip(x, gain, strict=True)]
+                    codes = [nearest_integer(a * b * scale)[1] for a, b in zip(x, gain, strict=True)]
                     _store(codes, code_smem.at[slot, g, r])
                     scale_gmem[g][first + r] = largest / TOP
             plgpu.commit_smem()
@@ -276,7 +276,7 @@ def _absmax_codes(x: Row, largest: Any, code_smem: Any, factors: list, tops: lis
     """Store the codes of a row whose largest magnitude this is; its scale. For each factor of the row, raise tops to
     the magnitude of codes * scale * factor."""
     largest = jnp.maximum(largest, TINY)
-    scale, found = largest / TOP, [nearest(values * (TOP / largest)) for values in x]
+    scale, found = largest / TOP, [nearest_integer(values * (TOP / largest)) for values in x]
     _store([codes for _, codes in found], code_smem)
     for factor, top in zip(factors, tops, strict=True):
         for part, (values, _) in enumerate(found):
@@ -339,7 +339,7 @@ def _norm_pull(x: Row, rstd: Any, mean: Any, gains: list[Row], dys: list[Row]) -
 
 def _requantised(x: Row, gain: Row, rstd: Any, scale: Any, as_codes: bool) -> Row:
     """Codes of x * rstd * gain, as `forward` made them with this scale; or those times scale."""
-    found = [nearest(a * g * (rstd / scale)) for a, g in zip(x, gain, strict=True)]
+    found = [nearest_integer(a * g * (rstd / scale)) for a, g in zip(x, gain, strict=True)]
     return [codes if as_codes else values * scale for values, codes in found]
 
 

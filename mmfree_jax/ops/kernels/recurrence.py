@@ -56,6 +56,7 @@ def segment_ends(
                 factor, x = _step(c_smem[r].astype(jnp.float32), f_smem[r].astype(jnp.float32), floor)
                 h = keep_smem[r] * factor * h + x
                 decay = keep_smem[r] * factor * decay
+            plgpu.commit_smem()  # all threads have read the buffers that the next copy overwrites
             return decay, h
 
         walk = _pipeline(stage, T, 2, lambda t: t, (_zeros() + 1.0, _zeros()))
@@ -85,6 +86,7 @@ def segment_starts(f_BTD: jax.Array, floor_D: jax.Array | None, keep_BT: jax.Arr
             for r in reversed(range(ROWS)):
                 factor = _factor(f_smem[r].astype(jnp.float32), floor)
                 g = (g + dout_smem[r].astype(jnp.float32)) * factor * keep_smem[r]
+            plgpu.commit_smem()  # all threads have read the buffers that the next copy overwrites
             return g
 
         walk = _pipeline(stage, T, 2, lambda i: stages - 1 - i, _zeros())

@@ -1,0 +1,236 @@
+"""`launch.py bench --suite check`: every kernel at hundreds of shapes on this device, each against float64; and whole
+ternary layers at widths that no kernel takes, against XLA on the CPU.
+
+Processes share the device, since most of a check is compilation: lowering a kernel keeps one core busy.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import multiprocessing
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmfree_jax.config import ConfigError
+from mmfree_jax.ops.bit_glu import bit_glu
+from mmfree_jax.ops.bit_linear import Weights, bit_linear
+from mmfree_jax.ops.fast import checks
+from mmfree_jax.ops.fast.checks import Use
+from mmfree_jax.ops.fast.choice import kernels_allowed, kernels_assumed
+from mmfree_jax.ops.prologue import Prologue
+from mmfree_jax.ops.ternary_weights import Recipe
+
+LIMIT_S = 500.0  # of a shard; what is left is for the next call
+PROCESSES = 12  # at most, on one device
+MOST_VALUES = 2**26  # of one activation
+ROW_COUNTS = (1, 2, 3, 77, 127, 128, 129, 154, 255, 264, 265, 300, 528, 529, 1000, 4096, 8191, 16384, 39989)
+STEPS = (1, 31, 32, 33, 77, 1000, 2048, 8193)
+LAYER_TOLERANCES = {"bfloat16": 0.1, "float32": 0.03}  # relative norm: codes on the edge of rounding fall either way
+
+
+def uses(count: int, seed: int) -> list[Use]:
+    """`count` different uses of each kernel, and as many of whole layers.
+
+    Widths go from 16 to 8192; where a kernel takes any width, their residues modulo 256 follow each other. Every other
+    layer has widths that the kernels take.
+    """
+    found: list[Use] = []
+    for kernel, draw in DRAWS.items():
+        rng = np.random.default_rng([seed, zlib.crc32(kernel.encode())])
+        drawn: dict[Use, None] = {}  # in order, each once
+        for attempt in range(100 * count):
+            if len(drawn) < count:
+                drawn[draw(rng, attempt)] = None
+        found += drawn
+    return found
+
+
+def _rows(rng: np.random.Generator, width: int) -> int:
+    """Special counts half of the time, otherwise any up to 40,000, as far as memory goes."""
+    count = int(rng.choice(ROW_COUNTS)) if rng.uniform() < 0.5 else int(np.exp(rng.uniform(0, math.log(40_000))))
+    return max(1, min(count, MOST_VALUES // width))
+
+
+def _width(rng: np.random.Generator, attempt: int) -> int:
+    """A width of this residue, small ones as likely as large ones."""
+    residue = attempt % 256
+    return residue + 256 * int(np.exp(rng.uniform(0, math.log(33))) - 1) if residue >= 16 else residue + 256
+
+
+def _dtype(rng: np.random.Generator) -> str:
+    return str(rng.choice(["bfloat16", "float32"]))
+
+
+def _multiple(rng: np.random.Generator, of: int, most: int) -> int:
+    return of * int(np.exp(rng.uniform(0, math.log(most // of + 1))))
+
+
+def _draw_normed_codes(rng: np.random.Generator, attempt: int) -> Use:
+    kind = str(rng.choice(["norm", "gated", "swiglu"]))
+    most = 6144 if kind == "norm" else 8192
+    width, bits = 128 * (1 + attempt % (most // 128)), int(rng.choice([0, 8]))
+    gains = int(rng.choice([1, 2, 3])) if kind == "norm" and width <= 2048 else 1
+    products = gains if gains > 1 else int(rng.choice([1, 2, 3])) if kind == "norm" else 1
+    options = kind, gains, products, _dtype(rng), bits, kind == "norm" and bool(rng.integers(2))
+    return Use("normed_codes", (_rows(rng, width), width), (*options, kind == "swiglu" and bits == 8))
+
+
+def _draw_row_codes(rng: np.random.Generator, attempt: int) -> Use:
+    width = 128 * (1 + attempt % 64)
+    return Use("row_codes", (_rows(rng, width), width), (_dtype(rng), bool(rng.integers(2))))
+
+
+def _draw_int8_matmul(rng: np.random.Generator, attempt: int) -> Use:
+    sizes = _multiple(rng, 256, 16384), _multiple(rng, 128, 16384), _multiple(rng, 128, 8192)
+    return Use("int8_matmul", sizes, (bool(rng.integers(2)),))
+
+
+def _draw_transposed_codes(rng: np.random.Generator, attempt: int) -> Use:
+    return Use("transposed_codes", (_multiple(rng, 128, 8192), 128 * (1 + attempt % 64)), (bool(rng.integers(2)),))
+
+
+def _draw_recurrence(rng: np.random.Generator, attempt: int) -> Use:
+    width = _width(rng, attempt)
+    time = int(rng.choice(STEPS)) if rng.uniform() < 0.7 else int(rng.integers(1, 4096))
+    batch = int(np.exp(rng.uniform(0, math.log(max(1, min(64, 40_000 // time, MOST_VALUES // (time * width))) + 1))))
+    chunk = time % 32 == 0 and width % 128 == 0
+    return Use("recurrence", (batch, time, width), (_dtype(rng), bool(rng.integers(2)), chunk))
+
+
+def _draw_layer(rng: np.random.Generator, attempt: int) -> Use:
+    width, out = _width(rng, attempt // 2), _width(rng, int(rng.integers(256)))
+    if attempt % 2:
+        width, out = _multiple(rng, 128, 2304), _multiple(rng, 128, 2304)
+    rows = min(_rows(rng, max(width, out)), 2048)  # the CPU computes it too
+    options = str(rng.choice(["linear", "unit"])), _dtype(rng), int(rng.choice([0, 8]))
+    return Use("layer", (rows, min(width, 2304), min(out, 2304)), options)
+
+
+DRAWS: dict[str, Callable[[np.random.Generator, int], Use]] = {
+    "normed_codes": _draw_normed_codes,
+    "row_codes": _draw_row_codes,
+    "int8_matmul": _draw_int8_matmul,
+    "transposed_codes": _draw_transposed_codes,
+    "recurrence": _draw_recurrence,
+    "layer": _draw_layer,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A row of the table: a use, its largest deviation in tolerances, and that of which result."""
+
+    use: str
+    passed: bool
+    deviation: float | None
+    worst: str
+    seconds: float
+
+
+def checked(use: Use) -> Checked:
+    """Check one use. An exception is a row too: nothing that a kernel does ends the suite."""
+    began = time.perf_counter()
+    try:
+        outcome = _layer(use) if use.kernel == "layer" else checks.check(use)
+    except Exception as error:  # the row says so, and the suite fails
+        return Checked(str(use), False, None, f"{type(error).__name__}: {error}"[:300], time.perf_counter() - began)
+    deviation = max(outcome.deviations.values(), key=lambda value: np.nan_to_num(value, nan=np.inf))
+    return Checked(str(use), outcome.passed, deviation, outcome.worst, time.perf_counter() - began)
+
+
+def _layer(use: Use) -> checks.Outcome:
+    """A BitLinear or a whole gated unit of any size on this device, in its type, against the CPU in float32.
+
+    sizes: rows, width, width of the products. options: which of the two, type, bits of gradients.
+    """
+    (M, D, F), (op, dtype, bits) = use.sizes, use.options
+    rng = np.random.default_rng(zlib.crc32(str(use).encode()))
+    draw = lambda *shape: np.asarray(rng.standard_normal(shape), np.float32)
+    x, dy = np.asarray(jnp.asarray(draw(M, D), dtype), np.float32), draw(M, F if op == "linear" else D)
+    weights = {"gain": 1 + draw(D) / 4, "first": draw(2, D, F), "first gain": 1 + draw(D) / 4}
+    if op == "unit":
+        weights |= {"down": draw(1, F, D), "down gain": 1 + draw(F) / 4}
+    recipe, kind = Recipe(gradient_bits=bits), jnp.dtype(dtype)
+
+    def forward(x, w):
+        u = Prologue("norm", (x,), w["gain"])
+        if op == "linear":
+            return sum(bit_linear(recipe, u, w["first"], w["first gain"]))
+        return bit_glu(recipe, u, Weights(w["first"], w["first gain"]), recipe, Weights(w["down"], w["down gain"]))[0]
+
+    def gradients(x, w, dy, kind):
+        y, pull = jax.vjp(forward, x.astype(kind), w)
+        dx, dw = pull(dy.astype(kind))
+        return {"output": y, "gradient to x": dx, **{f"gradient to {name}": d for name, d in dw.items()}}
+
+    device, host = jax.local_devices()[0], jax.local_devices(backend="cpu")[0]
+    with kernels_assumed() if device.platform == "gpu" else kernels_allowed(False):
+        found = jax.jit(functools.partial(gradients, kind=kind))(*jax.device_put((x, weights, dy), device))
+    with kernels_allowed(False):
+        expected = jax.jit(functools.partial(gradients, kind=jnp.float32))(*jax.device_put((x, weights, dy), host))
+    error = lambda a, b: float(np.linalg.norm(np.float32(a) - np.float32(b)) / np.linalg.norm(np.float32(b)))
+    return checks.Outcome({name: error(found[name], b) / LAYER_TOLERANCES[dtype] for name, b in expected.items()})
+
+
+def wanted(shard: str, seed: int, shapes: int, only: str) -> list[Use]:
+    """The uses of one shard, "i/n", whose names contain one of the words of `only` ("a|b"). Raises ConfigError for a
+    shard that is none, and where no use is left."""
+    index, _, shards = shard.partition("/")
+    if not (index.isdigit() and shards.isdigit() and int(index) < int(shards)):
+        raise ConfigError(f"shard={shard!r}: want i/n with i from 0 to n - 1, as 0/4")
+    found = uses(shapes, seed)[int(index) :: int(shards)]
+    found = [use for use in found if any(word in str(use) for word in only.split("|"))]
+    if not found:
+        raise ConfigError(f"no check has {only!r} in its name")
+    return found
+
+
+def measure(wanted: list[Use], done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A row for each use: first those that are `done` already, then checks until LIMIT_S is over."""
+    known = {row["use"]: row for row in done}
+    yield from (known[str(use)] for use in wanted if str(use) in known)
+    yield from map(dataclasses.asdict, _beside(_limited([use for use in wanted if str(use) not in known])))
+
+
+def by_kernel(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each kernel: how many shapes, how many wrong, and the largest deviation of the others, in tolerances."""
+    found = []
+    for kernel in DRAWS:
+        of = [row for row in rows if row["use"].split()[0] == kernel]
+        worst = max((row for row in of if row["passed"]), key=lambda row: row["deviation"], default={})
+        wrong, most = sum(not row["passed"] for row in of), worst.get("use")
+        line = {"kernel": kernel, "shapes": len(of), "wrong": wrong, "deviation": worst.get("deviation")}
+        found.append({**line, "most deviating": most})
+    return [row for row in found if row["shapes"]]
+
+
+def _limited(uses: list[Use]) -> Iterator[Use]:
+    """The uses in order until the shard's time is over."""
+    until = time.monotonic() + LIMIT_S
+    for use in uses:
+        if time.monotonic() > until:
+            return
+        yield use
+
+
+def _beside(uses: Iterator[Use]) -> Iterator[Checked]:
+    """Checks by several processes, each handed its next use when it has done one."""
+    # Before JAX starts in them: the first process would take three quarters of the device's memory.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    workers = max(1, min(PROCESSES, (os.cpu_count() or 1) - 1))
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        running: set[concurrent.futures.Future[Checked]] = set()
+        for use in uses:
+            running.add(pool.submit(checked, use))
+            if len(running) >= workers:
+                ended, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+                yield from (future.result() for future in ended)
+        yield from (future.result() for future in concurrent.futures.as_completed(running))

@@ -1,0 +1,370 @@
+"""Checks of the GPU kernels against NumPy in float64, on the device that they are to serve on.
+
+A check runs one kernel, forward and backward, at the shapes and in the type of one use. The reference is computed for
+at most ROWS distinct rows. These are repeated over all rows of the use, so that every row that the kernel writes is
+compared; sums over rows are compared with weighted sums. ROWS is prime: repetitions do not line up with tiles.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmfree_jax.ops.ternary import SMALLEST, TINY, TOP, dither_phases
+
+ROWS = 509
+EPS = 1e-6  # of the norms
+TOLERANCES = {"bfloat16": 2.0**-5, "float32": 2.0**-10}  # see `_deviation`; float32 kernels use approximate exp and rcp
+CODES = 1.01  # a rounding that falls the other way moves a code by one
+ONE_CODE = 1 / 8  # the same relative to values made of codes, whose typical code is 20
+DERIVED_CODES = 2.01  # codes of values that are themselves rounded to bfloat16 first
+
+
+class Use(NamedTuple):
+    """One kernel at the shape, type and options that a program wants it for. Sizes are those of one device's part."""
+
+    kernel: str  # a key of CHECKS
+    sizes: tuple[int, ...]
+    options: tuple[Any, ...] = ()  # strings, integers and booleans
+
+    def __str__(self) -> str:
+        return " ".join([self.kernel, "x".join(map(str, self.sizes)), *map(str, self.options)])
+
+
+class Outcome(NamedTuple):
+    """What a check found: for each result the largest deviation as a multiple of its tolerance."""
+
+    deviations: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every result is within its tolerance. A deviation that is not a number is not."""
+        return all(deviation <= 1 for deviation in self.deviations.values())
+
+    @property
+    def worst(self) -> str:
+        """The result that deviates most, in words."""
+        name, deviation = max(self.deviations.items(), key=lambda item: np.nan_to_num(item[1], nan=np.inf))
+        return f"{name} deviates by {deviation:.3g} times the tolerance"
+
+
+class Problem(NamedTuple):
+    """A check's inputs and expected results.
+
+    run: from `arrays` to results by name, traced and compiled. expected: the same in float64. tolerance: by result; of
+    codes in units of one, otherwise relative (`_deviation`). select: from a result to the part that is expected.
+    """
+
+    run: Callable[..., dict[str, jax.Array]]
+    arrays: tuple[Any, ...]
+    expected: dict[str, np.ndarray]
+    tolerance: dict[str, float]
+    select: Callable[[jax.Array], jax.Array] = lambda result: result
+
+
+def check(use: Use, device: Any = None) -> Outcome:
+    """Run the check of a use on a device (default: the first local one). Seconds, nearly all of them compilation."""
+    problem = CHECKS[use.kernel](np.random.default_rng(zlib.crc32(str(use).encode())), use)
+    names = sorted(problem.expected)
+
+    @jax.jit
+    def deviations(arrays, expected):
+        found = problem.run(*arrays)
+        return [_deviation(problem.select(found[name]), expected[name], problem.tolerance[name]) for name in names]
+
+    device = device or jax.local_devices()[0]
+    expected = {name: _single(values) for name, values in problem.expected.items()}
+    arrays, expected = jax.device_put((problem.arrays, expected), device)
+    return Outcome(dict(zip(names, map(float, deviations(arrays, expected)), strict=True)))
+
+
+def _deviation(found: jax.Array, expected: jax.Array, tolerance: float) -> jax.Array:
+    """The largest of |found - expected| over its allowance: `tolerance` codes, or that share of the expected value plus
+    the root mean square of its row. Rows and columns of `found` repeat those expected."""
+    index = [jnp.arange(size) % limit for size, limit in zip(found.shape, expected.shape, strict=True)]
+    expected = expected[jnp.ix_(*index)]
+    unit = jnp.ones(())
+    if found.dtype != jnp.int8:
+        typical = jnp.sqrt(jnp.mean(expected**2, axis=-1, keepdims=True))
+        unit = jnp.abs(expected) + typical + TINY
+    return jnp.max(jnp.abs(found.astype(jnp.float32) - expected) / (tolerance * unit))
+
+
+def _repeated(a: jax.Array, rows: int) -> jax.Array:
+    """The rows of `a` again and again, `rows` in all."""
+    return a[jnp.arange(rows) % a.shape[0]]
+
+
+def _sample(rows: int) -> tuple[int, np.ndarray]:
+    """The number of distinct rows, and how often each of them stands among all."""
+    distinct = min(rows, ROWS)
+    return distinct, np.bincount(np.arange(rows) % distinct).astype(np.float64)
+
+
+def _draw(rng: np.random.Generator, dtype: str, *shape: int) -> np.ndarray:
+    """Normal values of this type whose rows differ in size by up to a thousand."""
+    values = rng.standard_normal(shape) * 10.0 ** rng.uniform(-1.5, 1.5, (*shape[:-1], 1))
+    return values.astype(jnp.dtype(dtype))
+
+
+def _exact(a: Any) -> np.ndarray:
+    return np.asarray(a, np.float64)
+
+
+def _single(a: Any) -> np.ndarray:
+    return np.asarray(a, np.float32)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(x, -700, 700)))
+
+
+def normed_codes(rng: np.random.Generator, use: Use) -> Problem:
+    """sizes: rows, width. options: kind of prologue, gains, products, type, bits of gradients, whether the gradient of
+    a residual is added, whether the gradients to the sources come as codes.
+
+    With 8 bits of gradients the normed inputs come as codes, and the gradients to them have their factors already.
+    """
+    from mmfree_jax.ops.kernels import normed_codes as kernel
+
+    (M, D), (kind, G, products, dtype, bits, beside, onward) = use.sizes, use.options
+    R, counts = _sample(M)
+    as_codes = bits == 8
+    sources = [_draw(rng, dtype, R, D) for _ in range(1 if kind == "norm" else 2)]
+    inner = None if kind == "swiglu" else _single(rng.uniform(0.5, 2, D))
+    gains = [_single(rng.uniform(0.5, 2, D)) for _ in range(G)]
+    dys = [_draw(rng, dtype, R, D) for _ in range(products)]
+    factors = None if bits == 8 else _single(rng.uniform(0.01, 0.1, products))
+    by = _single(rng.uniform(0.5, 2, R)) if onward else None
+    residual = _draw(rng, dtype, R, D) if beside else None
+
+    def run(sources, inner, gains, dys, factors, by, residual):
+        rows = functools.partial(_repeated, rows=M)
+        sources, dys = [rows(a) for a in sources], [rows(a) for a in dys]
+        by, residual = None if by is None else rows(by), None if residual is None else rows(residual)
+        codes, scales = kernel.forward(kind, sources, inner, gains, EPS)
+        found = kernel.backward(kind, sources, inner, gains, scales, dys, factors, EPS, as_codes, by, residual)
+        results = {f"codes {g}": a for g, a in enumerate(codes)} | {f"scales {g}": a for g, a in enumerate(scales)}
+        results |= {f"gradient to gain {g}": a for g, a in enumerate(found.gains)}
+        results |= {f"inputs {g}": a for g, a in enumerate(found.inputs)}
+        if inner is not None:
+            results["gradient to inner gain"] = found.norm_gain
+        for i, d in enumerate(found.sources):
+            parts = zip(("codes", "scales", "largest"), d, strict=True) if onward else [("", d)]
+            results |= {f"gradient to source {i} {part}".strip(): a for part, a in parts}
+        return results
+
+    expected = _normed_codes(kind, sources, inner, gains, dys, factors, by, residual, counts, dtype, as_codes)
+    tolerance = {}
+    for name in expected:
+        is_codes = name.startswith("codes") or name.endswith("codes") or (as_codes and name.startswith("inputs"))
+        tolerance[name] = TOLERANCES[dtype] if not is_codes else DERIVED_CODES if "source" in name else CODES
+        if name.endswith("largest") or (name.startswith("inputs") and not as_codes):
+            tolerance[name] = ONE_CODE
+    return Problem(run, (sources, inner, gains, dys, factors, by, residual), expected, tolerance)
+
+
+def _normed_codes(kind, sources, inner, gains, dys, factors, by, residual, counts, dtype, as_codes) -> dict:
+    """`normed_codes.forward` and `.backward` by their definitions: `prologue.combine`, a norm, absmax, and gradients
+    straight through the quantiser."""
+    exact = [_exact(a) for a in sources]
+    rounded = lambda a: _exact(a.astype(jnp.dtype(dtype)))
+    mean = lambda a: a.mean(axis=1, keepdims=True)
+    if kind == "swiglu":
+        gate, up = exact
+        share = _sigmoid(gate)
+        x = rounded(gate * share * up)
+    else:
+        inner = _exact(inner)
+        first_rstd = 1 / np.sqrt(mean(exact[0] ** 2) + EPS)
+        first_normed = exact[0] * first_rstd
+        x = u = rounded(first_normed * inner)
+        if kind == "gated":
+            h, share = exact[1], _sigmoid(exact[1])
+            x = rounded(u * h * share)
+    rstd = 1 / np.sqrt(mean(x**2) + EPS)
+    normed = x * rstd
+
+    results: dict[str, np.ndarray] = {}
+    scales = []
+    for g, gain in enumerate(gains):
+        y = normed * _exact(gain)
+        scale = np.maximum(np.abs(y).max(axis=1, keepdims=True), SMALLEST) / TOP
+        codes = np.rint(y / scale)
+        scales.append(scale)
+        results[f"codes {g}"], results[f"scales {g}"] = codes, scale[:, 0]
+        results[f"inputs {g}"] = codes if as_codes else codes * scale
+
+    dy = [_exact(d) * (1 if factors is None else _exact(factors[p])) for p, d in enumerate(dys)]
+    dy = [sum(dy)] if len(gains) == 1 else dy
+    for g in range(len(gains)):
+        results[f"gradient to gain {g}"] = counts @ (dy[g] * normed)
+    through = sum(d * _exact(gain) for d, gain in zip(dy, gains, strict=True))
+    dx = rstd * (through - normed * mean(normed * through))
+
+    if kind == "swiglu":
+        found = [dx * up * share * (1 + gate * (1 - share)), dx * gate * share]
+    else:
+        dnormed = dx if kind == "norm" else dx * h * share
+        results["gradient to inner gain"] = counts @ (dnormed * first_normed)
+        through = dnormed * inner
+        found = [first_rstd * (through - first_normed * mean(first_normed * through))]
+        if kind == "gated":
+            found.append(dx * first_normed * inner * share * (1 + h * (1 - share)))
+    if residual is not None:
+        found[0] = found[0] + _exact(residual)
+    for i, d in enumerate(found):
+        name = f"gradient to source {i}"
+        if by is None:
+            results[name] = d
+            continue
+        scale = np.maximum(np.abs(d).max(axis=1, keepdims=True), TINY) / TOP
+        codes = np.rint(d / scale)
+        results[f"{name} codes"], results[f"{name} scales"] = codes, scale[:, 0]
+        results[f"{name} largest"] = np.abs(codes * scale * _exact(by)[:, None]).max(axis=0)
+    return results
+
+
+def row_codes(rng: np.random.Generator, use: Use) -> Problem:
+    """sizes: rows, width. options: type, whether factors of rows are given."""
+    from mmfree_jax.ops.kernels import normed_codes as kernel
+
+    (M, D), (dtype, factored) = use.sizes, use.options
+    R, _ = _sample(M)
+    x, by = _draw(rng, dtype, R, D), _single(rng.uniform(0.5, 2, R)) if factored else None
+    x[rng.integers(R)] = 0
+
+    def run(x, by):
+        found = kernel.codes(_repeated(x, M), None if by is None else _repeated(by, M))
+        return {"codes": found.codes, "scales": found.scales, "largest": found.largest}
+
+    exact = _exact(x)
+    scale = np.maximum(np.abs(exact).max(axis=1, keepdims=True), TINY) / TOP
+    expected = {"codes": np.rint(exact / scale), "scales": scale[:, 0]}
+    if by is not None:
+        expected["largest"] = np.abs(expected["codes"] * scale * _exact(by)[:, None]).max(axis=0)
+    tolerance = {"codes": CODES, "scales": TOLERANCES["float32"], "largest": ONE_CODE}
+    return Problem(run, (x, by), expected, tolerance)
+
+
+def int8_matmul(rng: np.random.Generator, use: Use) -> Problem:
+    """sizes: rows, inner, columns. options: whether each column has a scale of its own."""
+    from mmfree_jax.ops.kernels.int8_matmul import int8_matmul as kernel
+
+    (M, K, N), (per_column,) = use.sizes, use.options
+    rows, columns = min(M, ROWS), min(N, ROWS)
+    x = rng.integers(-TOP - 1, TOP + 1, (rows, K), dtype=np.int8)
+    w = rng.integers(-TOP if per_column else -1, TOP + 1 if per_column else 2, (columns, K), dtype=np.int8)
+    x_scale = _single(rng.uniform(0.5, 2, rows))
+    w_scale = _single(rng.uniform(0.5, 2, columns if per_column else 1))
+
+    def run(x, w, x_scale, w_scale):
+        by_column = _repeated(w_scale, N) if per_column else w_scale
+        return {"product": kernel(_repeated(x, M), _repeated(w, N), _repeated(x_scale, M), by_column)}
+
+    product = _exact(x) @ _exact(w).T * _exact(x_scale)[:, None] * _exact(w_scale)
+    return Problem(run, (x, w, x_scale, w_scale), {"product": product}, {"product": 2.0**-8})
+
+
+def transposed_codes(rng: np.random.Generator, use: Use) -> Problem:
+    """sizes: rows, columns. options: whether rows and columns are scaled on the way.
+
+    Where they are, each place has a rounding of its own: the rows expected are then ROWS of all, with the first and the
+    last.
+    """
+    from mmfree_jax.ops.kernels.transposed_codes import transposed as kernel
+
+    (M, D), (scaled,) = use.sizes, use.options
+    R, _ = _sample(M)
+    codes = rng.integers(-TOP, TOP + 1, (R, D), dtype=np.int8)
+    if not scaled:
+        plain = lambda codes: {"codes": kernel(_repeated(codes, M)).T}
+        return Problem(plain, (codes,), {"codes": codes}, {"codes": 0.01})
+    by = _single(rng.uniform(0.1, 1, R))
+    scale = _single(np.abs(codes * _exact(by)[:, None]).max(axis=0) / TOP * rng.uniform(1, 3, D))
+    picked = np.unique(np.r_[0, M - 1, rng.choice(M, min(M, ROWS - 2), replace=False)])
+    run = lambda codes, by, scale: {"codes": kernel(_repeated(codes, M), _repeated(by, M), scale).T}
+    values = _exact(codes) * _exact(by)[:, None] / _exact(scale)
+    phase_M, phase_D = (np.asarray(a) for a in dither_phases(M, D))
+    fraction = ((phase_M[picked, None] + phase_D) & 0x7FFFFF) / 2.0**23
+    expected = np.rint(np.clip(values[picked % R] + fraction - 0.5, -TOP, TOP))
+    return Problem(run, (codes, by, scale), {"codes": expected}, {"codes": CODES}, lambda found: found[picked])
+
+
+def recurrence(rng: np.random.Generator, use: Use) -> Problem:
+    """sizes: sequences, steps, channels. options: type, whether the MLGRU's gates are in it, whether these steps are
+    one device's chunk of longer sequences: then what a chunk does to a state is checked too."""
+    from mmfree_jax.ops.fused_recurrence import fused_recurrence
+    from mmfree_jax.ops.kernels import recurrence as kernel
+
+    (B, T, D), (dtype, gated, chunk) = use.sizes, use.options
+    R, counts = min(B, 2), np.bincount(np.arange(B) % min(B, 2)).astype(np.float64)
+    draw = lambda *shape: _exact(rng.standard_normal(shape))
+    c, dout = (draw(R, T, D).astype(jnp.dtype(dtype)) for _ in range(2))
+    f = (draw(R, T, D) if gated else _exact(rng.uniform(0, 1, (R, T, D)))).astype(jnp.dtype(dtype))
+    floor = _single(rng.uniform(0, 0.9, D)) if gated else None
+    h, dlast = (_single(draw(R, D)) for _ in range(2))
+    resets = rng.uniform(size=(R, T)) < 1 / 64
+
+    def run(c, f, floor, h, resets, dout, dlast):
+        rows = functools.partial(_repeated, rows=B)
+        forward = lambda c, f, floor, h: fused_recurrence(c, f, floor, h, rows(resets))
+        (out, last), pull = jax.vjp(forward, rows(c), rows(f), floor, rows(h))
+        dc, df, dfloor, dh = pull((rows(dout), rows(dlast)))
+        found = {"states": out, "last state": last, "gradient to c": dc, "gradient to f": df, "gradient to h": dh}
+        if chunk:
+            keep = 1 - rows(resets).astype(jnp.float32)
+            found["decay"], found["end"] = kernel.segment_ends(rows(c), rows(f), floor, keep)
+            found["start"] = kernel.segment_starts(rows(f), floor, keep, rows(dout))
+        return found | ({"gradient to floor": dfloor} if gated else {})
+
+    expected = _recurrence(c, f, floor, h, resets, dout, dlast, counts)
+    if chunk:
+        alone = _recurrence(c, f, floor, 0 * h, resets, dout, 0 * dlast, counts)
+        expected |= {"end": alone["last state"], "start": alone["gradient to h"], "decay": alone["decay"]}
+    else:
+        del expected["decay"]
+    tolerance = dict.fromkeys(expected, TOLERANCES[dtype])
+    return Problem(run, (c, f, floor, h, resets, dout, dlast), expected, tolerance)
+
+
+def _recurrence(c, f, floor, h, resets, dout, dlast, counts) -> dict[str, np.ndarray]:
+    """h_t = keep F h + (1 - F) silu(c), F = floor + (1 - floor) sigmoid(f); without a floor h_t = keep f h + c. One
+    step after the other, forward and then backward."""
+    c, f, h, dout, g = (np.asarray(a, np.float64) for a in (c, f, h, dout, dlast))
+    keep = 1 - _exact(resets)[:, :, None]
+    if floor is None:
+        factor, x = f, c
+    else:
+        gate, open_c = _sigmoid(f), _sigmoid(c)
+        factor = floor + (1 - floor) * gate
+        x = (1 - factor) * c * open_c
+    before, states = np.empty_like(x), np.empty_like(x)
+    for t in range(x.shape[1]):
+        before[:, t] = keep[:, t] * h
+        states[:, t] = h = factor[:, t] * before[:, t] + x[:, t]
+    dx = np.empty_like(x)
+    for t in reversed(range(x.shape[1])):
+        dx[:, t] = g = g + dout[:, t]
+        g = g * factor[:, t] * keep[:, t]
+    results = {"states": states, "last state": h, "gradient to h": g, "decay": np.prod(factor * keep, axis=1)}
+    if floor is None:
+        return results | {"gradient to c": dx, "gradient to f": dx * before}
+    dfactor = dx * (before - c * open_c)
+    results["gradient to c"] = dx * (1 - factor) * open_c * (1 + c * (1 - open_c))
+    results["gradient to f"] = dfactor * (1 - floor) * gate * (1 - gate)
+    results["gradient to floor"] = counts @ (dfactor * (1 - gate)).sum(axis=1)
+    return results
+
+
+CHECKS: dict[str, Callable[[np.random.Generator, Use], Problem]] = {
+    "normed_codes": normed_codes,
+    "row_codes": row_codes,
+    "int8_matmul": int8_matmul,
+    "transposed_codes": transposed_codes,
+    "recurrence": recurrence,
+}

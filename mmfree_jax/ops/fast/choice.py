@@ -1,0 +1,180 @@
+"""Which implementation serves: the one place that decides between a kernel and XLA.
+
+A kernel serves only where it has been checked. Its first use at a shape, in a type, on a kind of device compares it
+with float64 (`checks`). The outcome is kept in a folder, so that later processes do not check again. Where a kernel
+deviates, XLA serves, a warning names the kernel, and `record` says so for the run's log and result.
+
+`prepare` finds all uses of a program by tracing it once, checks those that are new, and unites what the processes of a
+run refuse before any of them traces for good. A use that nobody prepared is checked when it is met.
+
+On a mesh a kernel runs inside `sharding.per_shard`: the compiler cannot cut it. All sizes here are of a device's part.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mmfree_jax.files import write_json
+from mmfree_jax.ops.fast import checks
+from mmfree_jax.ops.fast.checks import Outcome, Use
+from mmfree_jax.tracing import during
+
+THREADS = 8  # that check at the same time: XLA and ptxas compile beside each other, lowering takes turns
+
+_allowed: ContextVar[bool] = ContextVar("kernels_allowed", default=True)
+_assumed: ContextVar[bool] = ContextVar("kernels_assumed", default=False)
+_collected: ContextVar[set[Use] | None] = ContextVar("collected", default=None)
+_outcomes: dict[Use, Outcome] = {}
+_refused_elsewhere: set[Use] = set()
+
+
+def kernels_allowed(allowed: bool) -> Any:
+    """Whether what is traced inside may use kernels; otherwise XLA alone computes everything. Also a decorator."""
+    return during(_allowed, allowed)
+
+
+def kernels_assumed() -> Any:
+    """What is traced inside takes every kernel that supports its shape, unchecked, as if this were a Hopper GPU: for
+    programs that are compiled for absent devices or interpreted. Also a decorator."""
+    return during(_assumed, True)
+
+
+def available() -> bool:
+    """Whether kernels can run here and may: an NVIDIA GPU of compute capability 9.0, and jax 0.11 or later."""
+    return _allowed.get() and (_assumed.get() or _is_hopper())
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
+        return False
+    return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+
+
+def serves(use: Use) -> bool:
+    """Whether a kernel serves a use. To be asked while a program is traced, after `available` and `supports`."""
+    if _assumed.get():
+        return True
+    collected = _collected.get()
+    if collected is not None:
+        collected.add(use)
+        return use not in _outcomes or _passed(use)
+    if use not in _outcomes and jax.process_count() > 1:
+        # This process cannot ask the others here, and all have to trace the same program.
+        warnings.warn(f"{use} was not checked before this program was traced; XLA serves", stacklevel=2)
+        return False
+    _check([use])
+    return _passed(use)
+
+
+def prepare(trace: Callable[[], Any]) -> None:
+    """Check all kernels that a program would use, before it is traced for good.
+
+    trace: traces the program and computes nothing (`lambda: jax.eval_shape(step, ...)`). Every process of a run has to
+    call this with the same program. JAX keeps the trace, so the next one is free unless a kernel was refused.
+    """
+    if not _is_hopper():
+        return
+    while True:
+        uses: set[Use] = set()
+        with during(_collected, uses):
+            trace()
+        new = sorted(use for use in uses if use not in _outcomes)
+        _check(new)
+        _unite(new)
+        if all(_passed(use) for use in uses):
+            return
+        # What was traced has the refused kernels in it. Without them it may want others: hence the loop.
+        jax.clear_caches()
+
+
+def record() -> dict[str, list[str]]:
+    """The uses that this process asked about: those in which a kernel serves, and those refused and why, in words."""
+    served = sorted(str(use) for use in _outcomes if _passed(use))
+    refused = sorted(_words(use) for use in _outcomes if not _passed(use))
+    return {"served": served, "refused": refused}
+
+
+def _passed(use: Use) -> bool:
+    return use not in _refused_elsewhere and _outcomes[use].passed
+
+
+def _words(use: Use) -> str:
+    outcome = _outcomes[use]
+    return f"{use}: " + (outcome.worst if not outcome.passed else "refused by another process")
+
+
+def _check(uses: Iterable[Use]) -> None:
+    """Fill in the outcomes of uses, from the folder or by checks in threads of their own.
+
+    A new thread has no surrounding trace, mesh or setting: the check runs at once even while a program is traced.
+    """
+    new = [use for use in uses if use not in _outcomes]
+    if not new:
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        for use, outcome in zip(new, pool.map(_outcome, new), strict=True):
+            _outcomes[use] = outcome
+            if not outcome.passed:
+                warnings.warn(f"kernel refused, XLA serves: {use}: {outcome.worst}", stacklevel=2)
+
+
+def _outcome(use: Use) -> Outcome:
+    """The outcome kept in the folder, or that of a check now, which is then kept."""
+    path = _path(use)
+    if path is not None and path.exists():
+        return Outcome(json.loads(path.read_text(encoding="utf-8"))["deviations"])
+    outcome = checks.check(use)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"use": str(use), "environment": _environment(), "deviations": outcome.deviations})
+    return outcome
+
+
+def _path(use: Use) -> Path | None:
+    """The file that keeps the outcome of a use; None where programs are not kept either."""
+    folder = getattr(jax.config, "jax_compilation_cache_dir", None)  # set by `devices.use_compile_cache`
+    if not folder:
+        return None
+    key = hashlib.sha256(json.dumps([str(use), _environment(), _sources()]).encode()).hexdigest()[:24]
+    return Path(folder) / "kernels" / f"{key}.json"
+
+
+@functools.cache
+def _environment() -> list[str]:
+    """What compiles kernels and runs them. The platform's version names CUDA's, whose assembler is part of it."""
+    import jaxlib
+
+    device = jax.local_devices()[0]
+    return [jax.__version__, jaxlib.__version__, device.device_kind, device.client.platform_version]
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the kernels' source, and of the checks'."""
+    folder = Path(inspect.getfile(checks)).parent.parent
+    files = [*sorted((folder / "kernels").glob("*.py")), folder / "ternary.py", folder / "fused_recurrence.py"]
+    digest = hashlib.sha256()
+    for file in [*files, Path(inspect.getfile(checks))]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _unite(uses: list[Use]) -> None:
+    """What any process of the run refuses, all refuse."""
+    if jax.process_count() == 1:
+        return
+    mine = np.array([not _outcomes[use].passed for use in uses])
+    any_refuses = multihost_utils.process_allgather(mine).any(axis=0)
+    _refused_elsewhere.update(use for use, refused in zip(uses, any_refuses, strict=True) if refused)
