@@ -13,6 +13,7 @@ from typing import Protocol
 
 from mmfree_jax.config import RunConfig, require
 from mmfree_jax.sweep.experiment import chains, run_flops
+from mmfree_jax.sweep.heartbeat import is_locked
 from mmfree_jax.sweep.status import can_begin, fail, run_folder, status
 
 WORKER = (sys.executable, "-m", "mmfree_jax.sweep.worker")
@@ -81,12 +82,7 @@ class Pending:
     def abandon(self, out: Path, why: str) -> None:
         """`give_up`; what is left then may still succeed, but for what somebody else trains."""
         give_up(out, self.runs, why)
-        self.runs, self.vain = [run for run in remaining(out, self.runs) if not is_held(out, run)], 0
-
-
-def is_held(out: Path, run: RunConfig) -> bool:
-    """Whether a process trains this run now: after a worker of ours has ended, one of somebody else's."""
-    return status(run_folder(out, run), run).state == "running"
+        self.runs, self.vain = [run for run in remaining(out, self.runs) if not is_locked(run_folder(out, run))], 0
 
 
 def check_limit(hours: float) -> None:
@@ -96,9 +92,9 @@ def check_limit(hours: float) -> None:
 
 def give_up(out: Path, chain: Sequence[RunConfig], why: str) -> None:
     """Name the reason in the run that was under way, the first that is left; branches that it did not get to cannot
-    begin, nor can theirs. Nothing is written where somebody else is at work."""
+    begin, nor can theirs. Nothing is written where another process of this machine is at work."""
     first, *others = remaining(out, chain)
-    if not is_held(out, first):
+    if not is_locked(run_folder(out, first)):
         fail(run_folder(out, first), why)
     lost = {first.name}
     for run in others:

@@ -7,7 +7,9 @@ small runs share a GPU (`sharing`).
 import ctypes
 import dataclasses
 import functools
+import glob
 import importlib.metadata
+import importlib.util
 import math
 import os
 import select
@@ -32,6 +34,9 @@ POLL_SECONDS = 0.25
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 GPU = nvidia.VISIBLE
+TPU = "TPU_VISIBLE_CHIPS"
+TPU_PORT = 8476  # of the first chip's process
+TPU_FILES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # one a chip, by the driver's age
 
 # XLA allocates its temporaries anew in every step. Left to itself, glibc returns them to the system and the next step
 # faults every page in again, a sixth to a third of a small model's time on a CPU: let it keep what it has.
@@ -77,17 +82,22 @@ def this_machine(workers: int = 0, limit_hours: float = 0.0) -> "Local":
     slots = find_slots()
     if any(GPU in slot.env for slot in slots):
         return Local(slots, limit_hours, workers)
+    if any(TPU in slot.env for slot in slots):
+        require(workers in (0, 1), f"--slots {workers}: a TPU chip belongs to one worker: leave it out")
+        return Local(slots, limit_hours)
     require(workers <= len(slots), f"--slots {workers}: this machine has {len(slots)} CPU cores, for a worker each")
     require(workers >= 0, f"--slots {workers}: must not be negative (0: one a CPU core)")
     return Local(slots[:workers] if workers else slots, limit_hours)
 
 
 def find_slots() -> list[Slot]:
-    """One slot a visible GPU, else one a CPU core: small models keep one core busy and gain nothing from two."""
+    """One slot a visible GPU or TPU chip, else one a CPU core: small models keep one busy and gain nothing from two."""
     cores = sorted(os.sched_getaffinity(0))
     gpus = _visible_gpus()
     if gpus:
         return [Slot(f"gpu{g}", {GPU: g}, frozenset(cores), nvidia.memory_bytes(g)) for g in gpus]
+    if chips := _tpu_chips():
+        return [Slot(f"tpu{c}", {TPU: str(c)}, frozenset(cores)) for c in range(chips)]
     return [Slot(f"cpu{c}", {"JAX_PLATFORMS": "cpu", **KEEP_MEMORY}, frozenset([c])) for c in cores]
 
 
@@ -96,6 +106,13 @@ def _visible_gpus() -> list[str]:
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not any("cuda" in plugin.name for plugin in _plugins()):
         return []
     return nvidia.visible()
+
+
+def _tpu_chips() -> int:
+    """How many TPU chips this host has, and JAX can use; asked of the system, for libtpu would take them all."""
+    if os.environ.get("JAX_PLATFORMS", "tpu") != "tpu" or importlib.util.find_spec("libtpu") is None:
+        return 0
+    return max(len(glob.glob(pattern)) for pattern in TPU_FILES)
 
 
 def _plugins() -> Iterable[importlib.metadata.EntryPoint]:
@@ -111,6 +128,8 @@ def joined(slots: Sequence[Slot], devices: int, sharers: int = 1) -> Slot:
     env = {name: value for slot in slots for name, value in slot.env.items()}
     if GPU in env:
         env[GPU] = ",".join(slot.env[GPU] for slot in slots)
+    elif TPU in env:
+        env = one_chip(int(env[TPU])) if devices == 1 else {}  # libtpu takes all chips unless it is told not to
     elif devices > 1:
         flags = os.environ.get("XLA_FLAGS", "")
         env["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
@@ -118,6 +137,20 @@ def joined(slots: Sequence[Slot], devices: int, sharers: int = 1) -> Slot:
         env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{sharing.fraction(slots[0].memory, sharers):.4f}"
         env[nvidia.SHARERS] = str(sharers)
     return Slot("+".join(slot.name for slot in slots), env, frozenset().union(*(slot.cores for slot in slots)))
+
+
+def one_chip(number: int) -> dict[str, str]:
+    """What libtpu needs to be told in a process that has one of a host's chips, beside others that have theirs."""
+    port = str(TPU_PORT + number)
+    return {
+        TPU: str(number),
+        "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
+        "TPU_PROCESS_BOUNDS": "1,1,1",
+        "TPU_PROCESS_ADDRESSES": f"localhost:{port}",
+        "TPU_PROCESS_PORT": port,
+        "CLOUD_TPU_TASK_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,34 +172,38 @@ class Local:
             sharing.fraction(slot.memory, self.sharers)
 
     @property
-    def on_gpus(self) -> bool:
-        """Whether slots are GPUs, or else CPU cores."""
-        return any(GPU in slot.env for slot in self.slots)
+    def kind(self) -> str:
+        """What a slot is."""
+        names = {name for slot in self.slots for name in slot.env}
+        return "GPU" if GPU in names else "TPU chip" if TPU in names else "CPU core"
 
     def plan(self, runs: Sequence[RunConfig]) -> list[str]:
         """How many workers there would be. Raises ConfigError for a mesh of more GPUs than there are."""
         work = chains(runs)
         most = max(map(self.room, work))
         joint = f", {most} of them as one where a mesh needs it" if most > 1 else ""
-        kind = "GPU" if self.on_gpus else "CPU core"
         crowd = max(self.crowd(chain, len(work)) for chain in work)
         each = "one" if crowd == 1 else f"up to {crowd}"
-        return [f"{len(runs)} runs in {len(work)} chains on {crowd * len(self.slots)} workers, {each} a {kind}{joint}"]
+        return [
+            f"{len(runs)} runs in {len(work)} chains on {crowd * len(self.slots)} workers, {each} a {self.kind}{joint}"
+        ]
 
     def room(self, chain: Sequence[RunConfig]) -> int:
-        """How many slots a chain takes. Raises ConfigError for more GPUs than there are, and for several meshes."""
+        """How many slots a chain takes. Raises ConfigError for more GPUs or TPU chips than there are, for some of
+        several chips, and for several meshes."""
         _, devices = machines(chain, 0, "machine")
-        if self.on_gpus:
-            have = len(self.slots)
-            require(
-                devices <= have,
-                f"{chain[0].name}: its mesh needs {devices} GPUs, and {have} may be used here: change its mesh",
-            )
+        have, kind = len(self.slots), self.kind
+        if kind != "CPU core":
+            fits = f"{chain[0].name}: its mesh needs {devices} {kind}s, and {have} may be used here: change its mesh"
+            require(devices <= have, fits)
+        if kind == "TPU chip":
+            one = f"{chain[0].name}: a mesh of {devices} of the {have} TPU chips of a host: use one, or all"
+            require(devices in (1, have), one)
         return min(devices, len(self.slots))
 
     def crowd(self, chain: Sequence[RunConfig], waiting: int) -> int:
         """How many workers share the slot of a chain, of `waiting` chains in all: no more than these would fill."""
-        if not self.on_gpus or self.room(chain) > 1:
+        if self.kind != "GPU" or self.room(chain) > 1:
             return 1
         have = len(self.slots)
         memory = min((slot.memory for slot in self.slots if slot.memory), default=None)

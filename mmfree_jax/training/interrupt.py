@@ -20,7 +20,8 @@ class StopFlag:
     """Set by SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone), SIGUSR2 (SLURM's notice before preemption) and
     SIGALRM (time is up).
 
-    Only while the context is open; one that is ignored, as SIGHUP under `nohup`, stays so. A second Ctrl-C is not caught, so an impatient user gets out at once.
+    Only while the context is open; SIGHUP that is ignored, as under `nohup`, stays so. A second Ctrl-C is not caught,
+    so an impatient user gets out at once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGALRM)

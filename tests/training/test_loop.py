@@ -78,8 +78,8 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_numbers(family, token_set
     assert read_json(folder / "result.json")["attempts"] == 5
 
 
-def stop_after(steps: int):
-    """A stand-in for Diagnostics that sends this process SIGTERM in the course of its n-th step."""
+def stop_after(steps: int, number: int = signal.SIGTERM):
+    """A stand-in for Diagnostics that sends this process a signal in the course of its n-th step."""
 
     class Stopper:
         def __init__(self, *_):
@@ -88,12 +88,32 @@ def stop_after(steps: int):
         def before(self, *_):
             self.seen += 1
             if self.seen == steps:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
 
         def after(self, *_):
             pass
 
     return Stopper
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_closed_stops_a_run_that_is_saved_unless_it_was_told_not_to_care(
+    ignored, token_set, tmp_path, monkeypatch
+):
+    """As `nohup` tells it."""
+    config = tiny_run("matmul-free", token_set.path, evaluate=False)
+    monkeypatch.setattr("mmfree_jax.training.loop.Diagnostics", stop_after(3, signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        if ignored:
+            train(config, tmp_path, token_set)
+            return
+        with pytest.raises(Interrupted) as stop:
+            train(config, tmp_path, token_set)
+        assert stop.value.status == 75
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_logs_written_after_the_last_checkpoint_are_cut_off_on_resume(token_set, tmp_path):
