@@ -309,6 +309,7 @@ def _train(config: RunConfig, out: Path, profiled: range) -> int:
     from mmfree_jax.sweep.view import follow
     from mmfree_jax.training.interrupt import Interrupted
     from mmfree_jax.training.loop import train as train_run
+    from mmfree_jax.training.step import make_program, program_key
 
     check_platform()
     console = Console(quiet=jax.process_index() > 0)
@@ -317,6 +318,8 @@ def _train(config: RunConfig, out: Path, profiled: range) -> int:
     if idle := left_idle(config.mesh):
         say(idle)
     token_set = resolve_data(config.data, say)
+    for line in make_program(program_key(config, token_set.end_of_document)).uncut:
+        say(line)
     use_compile_cache(cache_folder() / "compiled")
 
     try:

@@ -256,6 +256,37 @@ def shardings(mesh: jax.sharding.Mesh, shapes: Any) -> Any:
     return jax.tree.map(lambda a, s: NamedSharding(mesh, fitted(a.shape, s or P(), mesh)), shapes, specs)
 
 
+def uncut(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shapes: Any) -> tuple[str, ...]:
+    """The parameters that stay whole along an axis of the mesh because it does not divide them, a sentence each.
+
+    Raises ConfigError where an axis that is meant to cut parameters cuts none: every device would hold all of them.
+    """
+    with nnx.logical_axis_rules(tuple(RULES.items())):
+        specs = nnx.get_partition_spec(shapes)
+    found, cut, sizes = [], set[str](), dict[str, set[int]]()
+    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(specs), strict=True):
+        for size, axes in zip(leaf.shape, wanted, strict=False):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            parts = math.prod(mesh.shape[name] for name in names)
+            if parts > 1 and size % parts == 0:
+                cut |= set(names)
+            elif parts > 1:
+                name = ".".join(str(step.key) for step in path if isinstance(step, jax.tree_util.DictKey))
+                along = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
+                found.append(f"{name} {list(leaf.shape)} is whole along {along}: {size} is not divisible by {parts}")
+                for one in names:
+                    sizes.setdefault(one, set()).add(size)
+    for axis in ("fsdp", "tensor"):
+        if mesh.shape[axis] > 1 and axis not in cut:
+            widths = sorted(sizes.get(axis, set()))
+            largest = max((d for d in range(1, mesh.shape[axis]) if all(w % d == 0 for w in widths)), default=1)
+            raise ConfigError(
+                f"mesh.{axis}={mesh.shape[axis]} would cut no parameter, and each device hold all of them: it divides "
+                f"none of the sizes {', '.join(map(str, widths))}; use {axis}={largest}, or other sizes"
+            )
+    return tuple(found)
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Where a [B, T] batch of tokens lives."""
     return NamedSharding(mesh, spec("batch", None))

@@ -1,13 +1,17 @@
 """Every mesh computes what one device computes, and sends no more than it has to: `mesh_program.py`, read."""
 
+import dataclasses
 import json
 import math
 
+import jax
 import pytest
 
 from mmfree_jax.config import FAMILIES, ConfigError, MeshConfig, RunConfig
 from mmfree_jax.lowering.program import REMATERIALISED
-from mmfree_jax.sharding import left_idle, make_mesh
+from mmfree_jax.sharding import MESH_AXES, left_idle, make_mesh
+from mmfree_jax.training.step import build_program, program_key
+from tests.conftest import tiny_model
 from tests.mesh_program import B, D, F, L, T, V
 from tests.simulated import run_once
 
@@ -110,6 +114,35 @@ def test_devices_that_a_mesh_leaves_idle_are_said(monkeypatch):
     monkeypatch.setattr("jax.devices", lambda: [None] * 8)
     assert left_idle(MeshConfig()).startswith("7 of 8 devices stay idle: --mesh.data")
     assert left_idle(MeshConfig(data=2, fsdp=4)) == ""
+
+
+def abstract(mesh: MeshConfig) -> jax.sharding.AbstractMesh:
+    sizes = tuple(dataclasses.asdict(mesh)[axis] for axis in MESH_AXES)
+    return jax.sharding.AbstractMesh(sizes, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
+def said_of(width: int, **mesh: int) -> tuple[str, ...]:
+    """What is said of a model of this width, with a GLU of twice that and a vocabulary of 257, on a mesh."""
+    config = RunConfig("r", tiny_model("matmul-free", width=width, glu_width=2 * width), mesh=MeshConfig(**mesh))
+    return build_program(program_key(config, None), abstract(config.mesh)).uncut
+
+
+def test_parameters_that_a_mesh_does_not_divide_are_named():
+    assert said_of(16, data=4) == ()
+    assert said_of(16, fsdp=8) == ()
+    (embedding, head) = said_of(16, fsdp=2, tensor=4)
+    assert embedding == "embedding [257, 16] is whole along tensor=4: 257 is not divisible by 4"
+    assert head.startswith("head.kernel [16, 257] is whole")
+    twenty = said_of(20, tensor=8)  # which divides the GLU's 40 alone
+    assert any("mixer" in line and "along tensor=8: 20 is not divisible by 8" in line for line in twenty)
+    assert not any("glu" in line for line in twenty)
+
+
+def test_a_mesh_axis_that_would_cut_no_parameter_is_refused():
+    with pytest.raises(ConfigError, match=r"mesh.fsdp=8 would cut no parameter.* sizes 36; use fsdp=6"):
+        said_of(36, fsdp=8)
+    with pytest.raises(ConfigError, match=r"mesh.tensor=5 would cut no parameter"):
+        said_of(36, tensor=5)
 
 
 def test_a_gather_that_would_do_nothing_is_refused():

@@ -99,6 +99,8 @@ def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
     console.print(_memory_table(verdict))
     console.print(_traffic_table(run, verdict))
     console.print(_time_table(run, verdict))
+    for line in verdict.report.uncut:
+        console.print(line)
     if verdict.report.rematerialised:
         console.print(f"the partitioner put {verdict.report.rematerialised} arrays whole on every device")
     console.print(

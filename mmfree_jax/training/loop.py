@@ -67,7 +67,7 @@ def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag,
         agreed = distributed.AgreedStop(program.mesh)
         trace = Profile(folder / "profile", profiled)
         with run_log(folder, marks) as log, rows, jax.set_mesh(program.mesh), trace:
-            _describe(config, log, progress)
+            _describe(config, program, log, progress)
             diagnostics = Diagnostics(config, program, log)
             interval = Interval(config, progress, per_token * data.tokens_per_step, log)
 
@@ -173,14 +173,14 @@ def _save_due(config: RunConfig, step: int) -> bool:
     return step == config.steps or step in config.milestones or (every > 0 and step % every == 0)
 
 
-def _describe(config: RunConfig, log: Log, progress: Progress) -> None:
+def _describe(config: RunConfig, program: Program, log: Log, progress: Progress) -> None:
     devices = jax.devices()
     log.event(
         f"{'start' if progress.attempts == 1 else 'resume'} {config.name} at step {progress.step} of {config.steps} "
         f"on {config.mesh.devices} x {devices[0].device_kind} (jax {jax.__version__})"
     )
-    if idle := left_idle(config.mesh):
-        log.event(idle)
+    for line in filter(None, (left_idle(config.mesh), *program.uncut)):
+        log.event(line)
     if progress.attempts == 1:
         log.describe("config", to_json(config))
 

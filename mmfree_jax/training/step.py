@@ -23,7 +23,7 @@ from mmfree_jax.distributed import put, repeat
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.parametrisation import Role
-from mmfree_jax.sharding import batch_sharding, make_mesh, packing, shardings, unfilled
+from mmfree_jax.sharding import batch_sharding, make_mesh, packing, shardings, uncut, unfilled
 from mmfree_jax.training.optim import Rates, make_optimizer, roles
 
 
@@ -62,6 +62,7 @@ class Program:
     init: Callable[[jax.Array], TrainState]  # key -> state, made directly in its sharded place
     train_step: jax.stages.Wrapped  # (TrainState, tokens_BT, Rates) -> (TrainState, metrics)
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    uncut: tuple[str, ...] = ()  # parameters that the mesh does not divide, a sentence each
 
     def place(self, array: Any) -> jax.Array:
         """Put a [B, ...] host array, of which every process has the whole, where the step expects it."""
@@ -114,7 +115,10 @@ def make_program(key: ProgramKey) -> Program:
 
 
 def build_program(key: ProgramKey, mesh: Any) -> Program:
-    """The programs of a key on a Mesh, or on an AbstractMesh, where they can be lowered, not run."""
+    """The programs of a key on a Mesh, or on an AbstractMesh, where they can be lowered, not run.
+
+    Raises ConfigError for a mesh one of whose axes would cut no parameter (`sharding.uncut`).
+    """
     dtype = compute_dtype(key.precision)
     key = dataclasses.replace(key, unroll=key.unroll or (key.model.depth if backend() == "gpu" else 1))
     build = lambda rngs: LanguageModel(key.model, rngs=rngs, dtype=dtype, remat=key.remat, unroll=key.unroll)
@@ -144,7 +148,7 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
     )
     # Random number generators compile slowly and run once: optimising their code is not worth the wait.
     start = jax.jit(init, out_shardings=place, compiler_options={"xla_backend_optimization_level": 0})
-    return Program(mesh, graphdef, abstract, start, train_step, evaluate)
+    return Program(mesh, graphdef, abstract, start, train_step, evaluate, uncut(mesh, shapes.params))
 
 
 def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array | None, jax.Array | None]:
