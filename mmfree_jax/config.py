@@ -282,8 +282,9 @@ class RunConfig:
 
     `steps` counts from the very start, also for a run that branches off another: a decay branch is the WSD run of the
     same length whose first `branch.step` steps were computed by its trunk. `milestones` are steps whose checkpoints
-    are kept for good. `checkpoint_every`, `log_every` and `diagnose_every` are in steps; 0 means at the end only
-    (never, for diagnose_every).
+    are kept for good. `checkpoint_every`, `log_every`, `eval_every` (held-out loss) and `diagnose_every` (norms and
+    activations layer by layer, `training.diagnostics`) are in steps; 0 means at the end only (never, for
+    diagnose_every). Neither of the last two changes what is trained.
     """
 
     name: str
@@ -308,6 +309,7 @@ class RunConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     diagnose_every: int = 0
+    eval_every: int = 0
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -316,7 +318,7 @@ class RunConfig:
         require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
         require(self.unroll >= 0, f"unroll={self.unroll}: must not be negative")
         require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints}: must be at least 1")
-        for name in ("log_every", "checkpoint_every", "diagnose_every"):
+        for name in ("log_every", "checkpoint_every", "diagnose_every", "eval_every"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
         require(
             self.remat != "codes" or self.model.linear == "ternary",

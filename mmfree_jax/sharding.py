@@ -256,6 +256,11 @@ def shardings(mesh: jax.sharding.Mesh, shapes: Any) -> Any:
     return jax.tree.map(lambda a, s: NamedSharding(mesh, fitted(a.shape, s or P(), mesh)), shapes, specs)
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """`blocks.mixer.out.kernel` for a path into the parameters of a model."""
+    return ".".join(str(step.key) for step in path if isinstance(step, jax.tree_util.DictKey))
+
+
 def uncut(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shapes: Any) -> tuple[str, ...]:
     """The parameters that stay whole along an axis of the mesh because it does not divide them, a sentence each.
 
@@ -271,9 +276,10 @@ def uncut(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shapes: Any) -> t
             if parts > 1 and size % parts == 0:
                 cut |= set(names)
             elif parts > 1:
-                name = ".".join(str(step.key) for step in path if isinstance(step, jax.tree_util.DictKey))
                 along = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
-                found.append(f"{name} {list(leaf.shape)} is whole along {along}: {size} is not divisible by {parts}")
+                found.append(
+                    f"{path_name(path)} {list(leaf.shape)} is whole along {along}: {size} is not divisible by {parts}"
+                )
                 for one in names:
                     sizes.setdefault(one, set()).add(size)
     for axis in ("fsdp", "tensor"):

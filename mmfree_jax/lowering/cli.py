@@ -111,7 +111,7 @@ def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
         "(mmfree_jax/devices.py) times the shares measured on an H200, nothing overlapping.",
         style="dim",
     )
-    for line in _proposals(verdict):
+    for line in _proposals(run, verdict):
         console.print(line)
     sign = "<=" if verdict.fits else ">"
     console.print(
@@ -147,10 +147,18 @@ def _time_table(run: RunConfig, verdict: Verdict) -> Table:
     return table
 
 
-def _proposals(verdict: Verdict) -> list[str]:
+def _proposals(run: RunConfig, verdict: Verdict) -> list[str]:
     lines = []
+    if verdict.micro_batches is not None:
+        at = verdict.micro_batches
+        remat = "" if at.remat == run.remat else f" --remat {at.remat}"
+        rows = at.batch // (run.mesh.batch_shards * at.accumulate)
+        lines.append(
+            f"the same batch in micro-batches: --optim.accumulate {at.accumulate}{remat} "
+            f"({rows} rows a device at once, {at.memory / 1e9:.1f} GB)"
+        )
     if verdict.same_batch is not None:
-        lines.append(f"cheapest remat policy for this batch: --remat {verdict.same_batch.remat}")
+        lines.append(f"cheapest remat policy for this batch as it is: --remat {verdict.same_batch.remat}")
     if verdict.largest is not None:
         at = verdict.largest
         lines.append(f"largest batch that fits: --data.batch {at.batch} --remat {at.remat}")

@@ -68,20 +68,30 @@ def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag,
         trace = Profile(folder / "profile", profiled)
         with run_log(folder, marks) as log, rows, jax.set_mesh(program.mesh), trace:
             _describe(config, program, log, progress)
-            diagnostics = Diagnostics(config, program, log)
             interval = Interval(config, progress, per_token * data.tokens_per_step, log)
+            diagnostics = Diagnostics(config, program, log, interval)
+            scores: Scores | None = None  # of the last step taken, where that was evaluated
 
             for step in range(progress.step, config.steps):
                 tokens_BT = interval.timed_next(rows)
                 now = jax.tree.map(np.float32, rates(config.optim, config.steps, step))
+                everywhere = program.repeat(now)
                 trace.before(step)
-                diagnostics.before(step, state)
-                state, metrics = program.train_step(state, tokens_BT, program.repeat(now))
-                diagnostics.after(step, state)
+                diagnostics.before(step, state, tokens_BT, everywhere)
+                state, metrics = program.train_step(state, tokens_BT, everywhere)
                 trace.after(step, metrics)
                 # Only now, with this step already queued, are the metrics of the steps before it fetched.
                 interval.flush_if_due()
                 interval.add(step, metrics, float(now.learning))
+
+                looked, scores = diagnostics.after(step, state), None
+                if config.eval_every and (step + 1) % config.eval_every == 0:
+                    interval.pause()
+                    scores = evaluate(program, state.params, token_set, data.sequence)
+                    interval.note(held_out_loss=scores["loss"], held_out_bpb=scores["bpb"])
+                if looked or scores:
+                    interval.flush()
+                    interval.resume()
 
                 progress.step, progress.data = step + 1, rows.state
                 asked, due = agreed(stop.signal), _save_due(config, step + 1)
@@ -94,7 +104,7 @@ def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag,
                     place = f"stopped after step {step + 1}, saved in {folder}"
                     raise Interrupted(exit_status(asked), f"{config.name}: {place}")
 
-            scores = evaluate(program, state.params, token_set, data.sequence) if config.evaluate else {}
+            scores = (scores or evaluate(program, state.params, token_set, data.sequence)) if config.evaluate else {}
             log.event(f"finished after {config.steps} steps" + "".join(f", {line}" for line in shown(scores)))
 
     result = result_row(config, token_set, progress, scores)

@@ -1,4 +1,4 @@
-"""The compiled programs of a run: initialise, train one step, evaluate one batch, read the ternary codes.
+"""The compiled programs of a run: initialise, train one step, evaluate one batch, look at a step without taking it.
 
 A `Program` depends on the shape of a run only: not on its learning rate, schedule, length or seed. Runs that agree in
 `program_key` share one, so a sweep compiles once per (family, size).
@@ -23,7 +23,7 @@ from mmfree_jax.distributed import put, repeat
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.parametrisation import Role
-from mmfree_jax.sharding import batch_sharding, make_mesh, packing, shardings, uncut, unfilled
+from mmfree_jax.sharding import batch_sharding, make_mesh, packing, path_name, shardings, uncut, unfilled
 from mmfree_jax.training.optim import Rates, make_optimizer, roles
 
 
@@ -62,6 +62,8 @@ class Program:
     init: Callable[[jax.Array], TrainState]  # key -> state, made directly in its sharded place
     train_step: jax.stages.Wrapped  # (TrainState, tokens_BT, Rates) -> (TrainState, metrics)
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    # (TrainState, tokens_BT, Rates) -> what the step about to be taken looks like; see `_inspect`
+    inspect: Callable[[TrainState, jax.Array, Rates], dict[str, Any]]
     uncut: tuple[str, ...] = ()  # parameters that the mesh does not divide, a sentence each
 
     def place(self, array: Any) -> jax.Array:
@@ -148,7 +150,12 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
     )
     # Random number generators compile slowly and run once: optimising their code is not worth the wait.
     start = jax.jit(init, out_shardings=place, compiler_options={"xla_backend_optimization_level": 0})
-    return Program(mesh, graphdef, abstract, start, train_step, evaluate, uncut(mesh, shapes.params))
+    inspect = jax.jit(
+        choosing(functools.partial(_inspect, graphdef, optimizer, key)),
+        in_shardings=(place, rows, None),
+        out_shardings=scalar,
+    )
+    return Program(mesh, graphdef, abstract, start, train_step, evaluate, inspect, uncut(mesh, shapes.params))
 
 
 def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array | None, jax.Array | None]:
@@ -156,6 +163,28 @@ def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array |
     if separator is None:
         return None, None
     return document_ids(tokens_BT[:, :-1], separator), is_target(tokens_BT, separator)
+
+
+def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax.Array) -> tuple[tuple, nnx.State]:
+    """((loss, z-loss in it), gradient): means over the targets of a batch [B, T+1]."""
+    separator, accumulate = key.separator, key.optim.accumulate
+    counted_BT = _documents(tokens_BT, separator)[1]
+    # Of all micro-batches together: each target weighs the same, whichever micro-batch it is in.
+    count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
+
+    # Once a step, not once a micro-batch. A single batch makes them layer by layer, where they are needed.
+    codes = nnx.merge(graphdef, params).make_codes() if accumulate > 1 else None
+
+    def mean_loss(params: nnx.State, rows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        segments_BT, mask_BT = _documents(rows_BT, separator)
+        model = nnx.merge(graphdef, params)
+        if codes is not None:
+            model.use_codes(codes)
+        targets_BT, z_loss = rows_BT[:, 1:], key.optim.z_loss
+        total, z = model.losses(rows_BT[:, :-1], targets_BT, mask_BT, segments_BT=segments_BT, z_loss=z_loss)
+        return total / (count / accumulate), z / (count / accumulate)
+
+    return _accumulated(jax.value_and_grad(mean_loss, has_aux=True), params, tokens_BT, accumulate)
 
 
 def _train_step(
@@ -166,30 +195,16 @@ def _train_step(
     tokens_BT: jax.Array,
     rates: Rates | jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after an optimizer step, and of the step the mean loss in nats, without the z-loss that it has had
+    besides, and the norm of its gradient before clipping."""
     rate, decay = rates if isinstance(rates, Rates) else Rates(rates)  # a rate alone leaves weight decay as it is
-    separator, accumulate = key.separator, key.optim.accumulate
-    counted_BT = _documents(tokens_BT, separator)[1]
-    # Of all micro-batches together: each target weighs the same, whichever micro-batch it is in.
-    count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
-
-    # Once a step, not once a micro-batch. A single batch makes them layer by layer, where they are needed.
-    codes = nnx.merge(graphdef, state.params).make_codes() if accumulate > 1 else None
-
-    def mean_loss(params: nnx.State, rows_BT: jax.Array) -> jax.Array:
-        segments_BT, mask_BT = _documents(rows_BT, separator)
-        model = nnx.merge(graphdef, params)
-        if codes is not None:
-            model.use_codes(codes)
-        targets_BT, z_loss = rows_BT[:, 1:], key.optim.z_loss
-        nats, _ = model.loss(rows_BT[:, :-1], targets_BT, mask_BT, segments_BT=segments_BT, z_loss=z_loss)
-        return nats / (count / accumulate)
-
-    loss, grads = _accumulated(jax.value_and_grad(mean_loss), state.params, tokens_BT, accumulate)
-    if accumulate == 1 and key.unroll >= key.model.depth:
+    (loss, z), grads = _gradients(graphdef, key, state.params, tokens_BT)
+    if key.optim.accumulate == 1 and key.unroll >= key.model.depth:
         grads = _stacked(grads, compute_dtype(key.precision))
     updates, opt = optimizer.update(grads, state.opt, state.params, decay=decay)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    return TrainState(state.step + 1, params, opt), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    apart = {"loss": loss - z, "z_loss": z} if key.optim.z_loss else {"loss": loss}
+    return TrainState(state.step + 1, params, opt), {**apart, "grad_norm": optax.tree.norm(grads)}
 
 
 def _accumulated(loss_and_grad: Callable, params: nnx.State, tokens_BT: jax.Array, steps: int) -> tuple:
@@ -221,6 +236,40 @@ def _stacked(grads: nnx.State, dtype: Any) -> nnx.State:
         return jax.lax.optimization_barrier(stack).astype(grad.dtype)
 
     return jax.tree.map(one, roles(grads), grads)
+
+
+def _inspect(
+    graphdef: Any, optimizer: Any, key: ProgramKey, state: TrainState, tokens_BT: jax.Array, rates: Rates
+) -> dict[str, Any]:
+    """What a step on this batch does: `grad_norm`, `update_norm` and `param_norm` (before it) of every parameter by its
+    name, those of the blocks layer by layer [L]; `activation_rms` and `largest_logit` of the first micro-batch
+    (`LanguageModel.activations`).
+
+    A program of its own, so that looking changes nothing: the gradient once more, and a forward pass.
+    """
+    _, grads = _gradients(graphdef, key, state.params, tokens_BT)
+    updates, _ = optimizer.update(grads, state.opt, state.params, decay=rates.decay)
+    rows_BT = tokens_BT.reshape(-1, key.optim.accumulate, tokens_BT.shape[1])[:, 0]
+    segments_BT, _ = _documents(rows_BT, key.separator)
+    seen = nnx.merge(graphdef, state.params).activations(rows_BT[:, :-1], segments_BT=segments_BT)
+    return {
+        "grad_norm": _norms(grads),
+        "update_norm": jax.tree.map(lambda norm: rates.learning * norm, _norms(updates)),
+        "param_norm": _norms(state.params),
+        "largest_logit": seen.pop("largest_logit"),
+        "activation_rms": seen,
+    }
+
+
+def _norms(tree: Any) -> dict[str, jax.Array]:
+    """Euclidean norms by name; of what is stacked by layer, those of each layer."""
+
+    def one(name: str, leaf: jax.Array) -> jax.Array:
+        stacked = name.startswith(("blocks.", "lower_bounds"))
+        return jnp.sqrt(jnp.sum(jnp.square(leaf), axis=tuple(range(int(stacked), leaf.ndim))))
+
+    leaves = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+    return {name: one(name, leaf) for name, leaf in leaves}
 
 
 def _evaluate(

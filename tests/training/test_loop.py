@@ -91,7 +91,7 @@ def stop_after(steps: int, number: int = signal.SIGTERM):
                 os.kill(os.getpid(), number)
 
         def after(self, *_):
-            pass
+            return False
 
     return Stopper
 
@@ -265,7 +265,8 @@ def test_seconds_and_joules_are_those_of_all_steps_however_often_a_run_is_stoppe
     for steps in (*stops, 0):
 
         class Stepper(stop_after(steps)):
-            def after(self, *_):
+            def before(self, *_):
+                super().before()
                 Clock.now += 100 if self.seen == 1 else 1
 
         monkeypatch.setattr("mmfree_jax.training.loop.Diagnostics", Stepper)
@@ -328,7 +329,7 @@ class Guarded:
     def __init__(self, config, *_):
         self.last, self.guard = config.steps - 1, jax.transfer_guard("disallow")
 
-    def before(self, step, _):
+    def before(self, step, *_):
         if step == 2:
             self.guard.__enter__()
 
