@@ -24,6 +24,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "products", "mixer", "codes", "full"]
 Kernels = Literal["auto", "off"]
 Gather = Literal["int8", "packed"]
+Reduction = Literal["compute", "float32"]
 
 FAMILIES: dict[str, tuple[Mixer, Linear]] = {
     "transformer++": ("attention", "dense"),
@@ -303,6 +304,7 @@ class RunConfig:
     remat: Remat = "none"  # what the backward pass makes again (`models.language_model.remat_policy`)
     kernels: Kernels = "auto"  # hand-written kernels where they serve; off: the compiler alone
     gather: Gather = "int8"  # how ternary codes travel between fsdp shards; packed: four in a byte
+    reduction: Reduction = "compute"  # the type in which gradients of matrices are added up over devices (`sharding`)
     unroll: int = 0  # layers per iteration of the scan over layers; 0: all on GPUs, where a loop costs a sixth, else 1
     evaluate: bool = True  # on the whole held-out split at the end
     log_every: int = 10
@@ -327,6 +329,11 @@ class RunConfig:
         require(
             self.gather == "int8" or (self.mesh.fsdp > 1 and self.model.linear == "ternary"),
             f"gather={self.gather!r} would do nothing: it needs mesh.fsdp above 1 and ternary layers",
+        )
+        require(
+            self.reduction == "compute" or (self.mesh.devices > 1 and self.precision != "float32"),
+            f"reduction={self.reduction!r} would do nothing: it needs a mesh of several devices and activations that "
+            "are not float32 already",
         )
         self._check_rates()
         self._check_lengths()

@@ -153,6 +153,19 @@ def packed_gathers() -> bool:
     return _packed.get()
 
 
+_wide_sums: ContextVar[bool] = ContextVar("wide_sums", default=False)
+
+
+def summing_wide(wide: bool) -> Any:
+    """Whether what is traced inside adds up gradients over devices in float32, where a device's own part of them is
+    narrower. Also a decorator.
+
+    It doubles the bytes that gradients of the blocks' matrices take between devices (those of the embedding, of the
+    head and of all vectors are float32 anyway), and hands their sums to the optimizer without rounding them.
+    """
+    return during(_wide_sums, wide)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(w: jax.Array, axes: Names) -> jax.Array:
     """A weight with its fsdp shards put together, in the type that it has here; its gradient goes back to shards.
@@ -207,6 +220,8 @@ def per_shard(
 
 def _added(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: tuple[str, ...]) -> jax.Array:
     """The sum of parts over the mesh axes `rows`; over `pieces` of them, only this device's piece along embed."""
+    if _wide_sums.get() and rows and part.dtype.itemsize < 4:
+        part = part.astype(jnp.float32)
     if pieces and "embed" in names:
         part = jax.lax.psum_scatter(part, pieces, scatter_dimension=names.index("embed"), tiled=True)
         # Left to itself, XLA's GPU compiler hands on the layout that it scatters in, and the optimizer then copies the

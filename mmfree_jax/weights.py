@@ -34,7 +34,7 @@ def model_config(path: Path) -> ModelConfig:
 def run_config(path: Path) -> RunConfig:
     """The run that made a model, on one device; for a model that no run here made, a bare one with its architecture."""
     if _is_run(path):
-        here = {"mesh": {}, "gather": "int8"}  # packed gathers are of a mesh
+        here = {"mesh": {}, "gather": "int8", "reduction": "compute"}  # the last two are of a mesh
         return from_json(RunConfig, json.dumps(read_json(path / "config.json") | here), str(path / "config.json"))
     model = model_config(path)
     return RunConfig("model", model, DataConfig(vocab=max(257, model.vocab), sequence=2048))

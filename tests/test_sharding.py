@@ -13,7 +13,7 @@ from mmfree_jax.sharding import MESH_AXES, left_idle, make_mesh
 from mmfree_jax.training.step import build_program, program_key
 from tests.conftest import tiny_model
 from tests.mesh_program import B, D, F, L, T, V
-from tests.simulated import run_once
+from tests.simulated import run, run_once
 
 CODES = L * (4 * D * D + 3 * D * F)  # of all blocks; a byte each
 SMALLEST = D * D  # weights of the smallest matrix
@@ -103,6 +103,52 @@ def test_neither_logits_nor_tables_are_gathered_over_tensor(found, case):
     assert not [shape for shape in crossing if math.prod(shape) >= B // 2 * T // 2 * D // 2]
     reduced = shapes(found["traffic"][case], {"all-reduce"}, "tensor")
     assert max(shape[-1] for shape in reduced if len(shape) == 3) == D  # activations, never [B, T, V]
+
+
+# Of one layer in bfloat16 on four of the devices: bytes reduced, by type, and the loss and gradient norm of a step.
+REDUCED = """
+import dataclasses, json
+from collections import Counter
+import jax, numpy as np
+from mmfree_jax.config import MeshConfig
+from mmfree_jax.lowering.program import partition
+from mmfree_jax.training.step import make_program, program_key
+from tests.lowering.partition import small_run
+
+run = small_run("matmul-free", MeshConfig(data=2, fsdp=2))
+run = dataclasses.replace(run, model=dataclasses.replace(run.model, width=64, glu_width=192, depth=1), kernels="off")
+tokens_BT = np.random.default_rng(0).integers(0, run.model.vocab, (run.data.batch, 65)).astype(np.int32)
+found = {}
+for reduction in ("compute", "float32"):
+    one = dataclasses.replace(run, reduction=reduction)
+    sent = Counter()
+    for traffic in partition(one, "cuda").traffic:
+        if traffic.kind == "reduce-scatter":
+            sent[traffic.dtype] += traffic.sent
+    program = make_program(program_key(one, None))
+    with jax.set_mesh(program.mesh):
+        _, step = program.train_step(program.init(jax.random.key(0)), program.place(tokens_BT), np.float32(1e-3))
+    found[reduction] = {"sent": sent, "loss": float(step["loss"]), "norm": float(step["grad_norm"])}
+print(json.dumps(found))
+"""
+
+
+def test_gradients_reduced_in_float32_take_twice_the_bytes_where_they_were_bfloat16():
+    said, _ = run("-c", REDUCED)
+    narrow, wide = (json.loads(said.splitlines()[-1])[name] for name in ("compute", "float32"))
+    weights = 4 * 64**2 + 3 * 64 * 192  # of the block; each of two devices sends half, in two bytes
+    assert narrow["sent"]["bf16"] == weights / 2 * 2
+    assert wide["sent"].keys() == {"f32"}
+    assert wide["sent"]["f32"] == narrow["sent"]["f32"] + 2 * narrow["sent"]["bf16"]
+    assert wide["loss"] == narrow["loss"]
+    assert wide["norm"] == pytest.approx(narrow["norm"], rel=1e-2)
+    assert wide["norm"] != narrow["norm"]
+
+
+def test_a_reduction_that_would_do_nothing_is_refused():
+    for changes in ({}, {"mesh": MeshConfig(data=2), "precision": "float32"}):
+        with pytest.raises(ConfigError, match="reduction='float32' would do nothing"):
+            RunConfig("r", reduction="float32", **changes)
 
 
 def test_a_mesh_larger_than_the_machine_is_refused():

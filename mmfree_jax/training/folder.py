@@ -48,7 +48,10 @@ def _check_training_text(data: DataConfig, token_set: TokenSet) -> None:
 
 
 # Fields that change where and how a run is computed and what is looked at on the way, not what but for rounding.
-HOW = ("mesh", "remat", "kernels", "gather", "unroll", "optim.accumulate", "eval_every", "diagnose_every")
+HOW = (
+    *("mesh", "remat", "kernels", "gather", "reduction", "unroll", "optim.accumulate"),
+    *("eval_every", "diagnose_every"),
+)
 
 
 def claim(config: RunConfig, folder: Path) -> None:

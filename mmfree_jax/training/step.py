@@ -16,14 +16,24 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmfree_jax.config import Gather, Kernels, MeshConfig, ModelConfig, OptimConfig, Precision, Remat, RunConfig
+from mmfree_jax.config import (
+    Gather,
+    Kernels,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    Reduction,
+    Remat,
+    RunConfig,
+)
 from mmfree_jax.data.packing import document_ids, is_target
 from mmfree_jax.devices import backend
 from mmfree_jax.distributed import put, repeat
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.parametrisation import Role
-from mmfree_jax.sharding import batch_sharding, make_mesh, packing, path_name, shardings, uncut, unfilled
+from mmfree_jax.sharding import batch_sharding, make_mesh, packing, path_name, shardings, summing_wide, uncut, unfilled
 from mmfree_jax.training.optim import Rates, make_optimizer, roles
 
 
@@ -48,6 +58,7 @@ class ProgramKey:
     remat: Remat
     kernels: Kernels
     gather: Gather
+    reduction: Reduction
     unroll: int
     separator: int | None  # the token after which a document begins, where documents are kept apart
 
@@ -98,6 +109,7 @@ def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:
         config.remat,
         config.kernels,
         config.gather,
+        config.reduction,
         config.unroll,
         separator,
     )
@@ -136,7 +148,8 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, P())
 
-    choosing = lambda f: kernels_allowed(key.kernels == "auto")(packing(key.gather == "packed")(f))
+    summing = summing_wide(key.reduction == "float32")
+    choosing = lambda f: kernels_allowed(key.kernels == "auto")(packing(key.gather == "packed")(summing(f)))
     train_step = jax.jit(
         choosing(functools.partial(_train_step, graphdef, optimizer, key)),
         donate_argnums=0,
@@ -200,7 +213,7 @@ def _train_step(
     rate, decay = rates if isinstance(rates, Rates) else Rates(rates)  # a rate alone leaves weight decay as it is
     (loss, z), grads = _gradients(graphdef, key, state.params, tokens_BT)
     if key.optim.accumulate == 1 and key.unroll >= key.model.depth:
-        grads = _stacked(grads, compute_dtype(key.precision))
+        grads = _stacked(grads, jnp.dtype("float32") if key.reduction == "float32" else compute_dtype(key.precision))
     updates, opt = optimizer.update(grads, state.opt, state.params, decay=decay)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     apart = {"loss": loss - z, "z_loss": z} if key.optim.z_loss else {"loss": loss}
