@@ -1,8 +1,6 @@
 """The command line: `python launch.py VERB …`. Verbs only; what they do lives in the packages."""
 
 import importlib
-import os
-import select
 import sys
 
 VERBS = {
@@ -33,16 +31,6 @@ SCALING = {
 }
 
 
-STDOUT = 1  # its file descriptor
-
-
-def reader_gone() -> bool:
-    """Whether nobody reads the standard output any more: sockets and other processes' pipes break as well."""
-    watch = select.poll()
-    watch.register(STDOUT, 0)
-    return any(events & select.POLLERR for _, events in watch.poll(0))
-
-
 def usage() -> str:
     """The text of --help."""
     rows = {**{verb: text for verb, (_, _, text) in VERBS.items()}, **SCALING}
@@ -65,21 +53,17 @@ def main(arguments: list[str]) -> int:
         return 1
     module, name, _ = VERBS[verb]
     try:
-        status = getattr(importlib.import_module(module), name)(rest)
-        sys.stdout.flush()
-        return status
+        return getattr(importlib.import_module(module), name)(rest)
     except KeyboardInterrupt:
         print(f"launch.py {verb}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and reader_gone():  # `… | head`: it has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
-            return 0
         if debug:
             raise
-        print(f"launch.py {verb}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"launch.py {verb}: {importlib.import_module('mmfree_jax.errors').reported(error)}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
+    importlib.import_module("mmfree_jax.output").settle()
     sys.exit(main(sys.argv[1:]))

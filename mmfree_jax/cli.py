@@ -2,20 +2,24 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import itertools
 import re
 import sys
+import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
 
-from mmfree_jax.config import ConfigError, ModelConfig, RunConfig, require
+from mmfree_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, require
 from mmfree_jax.flops import parameters
+from mmfree_jax.output import teller
 from mmfree_jax.sweep.executor import Executor
-from mmfree_jax.sweep.local import Local, find_slots
+from mmfree_jax.sweep.local import this_machine
 from mmfree_jax.sweep.render import Cloud, render
 from mmfree_jax.sweep.slurm import Slurm, SlurmExecutor
 from mmfree_jax.training.folder import begun, check_held_out_text, held_out_corpus, known_corpora, with_padding
@@ -33,9 +37,10 @@ class SweepArguments:
     out: Path
     """Folder for the runs; a folder that holds this sweep already is continued."""
     slots: int = 0
-    """Workers at once (0: one a GPU, or one a CPU core)."""
+    """Workers on each GPU (0: one, several with small models), or in all without GPUs (0: one a CPU core). Rows of runs
+    that shared a GPU leave seconds, joules, mfu and peak memory empty."""
     executor: Literal["local", "slurm"] = "local"
-    """Workers on this machine, or SLURM jobs."""
+    """Workers on this machine (Linux only), or SLURM jobs."""
     slurm: Slurm = dataclasses.field(default_factory=Slurm)
     """What jobs ask SLURM for."""
     limit_hours: float = 0.0
@@ -55,6 +60,32 @@ class SweepArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class Processes:
+    """Several processes as one run."""
+
+    coordinator: str = ""
+    """HOST:PORT of process 0, where several processes are one run; found by itself under SLURM and on Cloud TPU."""
+    processes: int = 0
+    """How many processes are one run."""
+    process: int = -1
+    """Which of them this is, from 0."""
+    patience: float = 300.0
+    """Seconds to wait for the other processes to come."""
+
+    def join(self) -> bool:
+        """Become one of them, where several are meant, before anything asks JAX for devices. Returns whether they are.
+
+        Raises ConfigError, and MissingProcess where others do not come.
+        """
+        from mmfree_jax import distributed
+
+        group = distributed.meant(self.coordinator, self.processes, self.process)
+        if group is not None:
+            distributed.join(group, self.patience)
+        return group is not None
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainArguments:
     """Train one run; an --out that holds it already resumes it. Any field of the preset can be overridden."""
 
@@ -65,14 +96,7 @@ class TrainArguments:
     """FROM:TO writes a profiler's trace of these steps to OUT/profile (TensorBoard, Perfetto)."""
     no_self_check: tyro.conf.FlagCreatePairsOff[bool] = False
     """Do not compare the first step with the float32 reference on a two-layer copy of the model before training."""
-    coordinator: str = ""
-    """HOST:PORT of process 0, where several processes are one run; found by itself under SLURM and on Cloud TPU."""
-    processes: int = 0
-    """How many processes are one run."""
-    process: int = -1
-    """Which of them this is, from 0."""
-    patience: float = 300.0
-    """Seconds to wait for the other processes to come."""
+    group: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Processes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +109,9 @@ class EvaluateArguments:
     """Corpus or folder of a token set (default: the run's own)."""
     sequence: int = 0
     """Tokens in a window (default: the run's own, else 2048)."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """The devices to evaluate on; any, whatever the model was trained on."""
+    group: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Processes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +146,42 @@ def parse(kind: type[T], arguments: list[str], prog: str, default: Any = tyro.MI
             return tyro.cli(kind, args=arguments, prog=prog, default=default)
     except SystemExit as end:
         if end.code:
-            raise ConfigError(one_line(shown.getvalue(), prog)) from None
+            raise ConfigError(one_line(shown.getvalue(), prog, list(_flags(kind)))) from None
         raise
 
 
-def one_line(panel: str, prog: str) -> str:
-    """The gist of tyro's error panel: what is wrong, what may have been meant, where help is."""
+def _flags(kind: Any, prefix: str = "") -> Iterator[str]:
+    """What can be given to a command, as `--optim.warmup-steps`."""
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        marks = getattr(hint, "__metadata__", ())
+        inner = typing.get_args(hint)[0] if marks else hint
+        if dataclasses.is_dataclass(inner):
+            unnamed = any(getattr(mark, "name", None) == "" for mark in marks)
+            yield from _flags(inner, prefix if unnamed else f"{prefix}{name}.")
+        else:
+            yield f"--{prefix}{name}".replace("_", "-")
+
+
+def nearest_flags(unknown: str, known: Sequence[str]) -> list[str]:
+    """What may have been meant: a flag that is written much alike, whose last word has the initials of the unknown
+    one's (learning-rate is lr) or is a part of it (batch-size is data.batch); those that are equally near, at most
+    three."""
+    group, _, word = unknown.removeprefix("--").replace("_", "-").split("=")[0].rpartition(".")
+    initials = "".join(part[:1] for part in word.split("-"))
+
+    def score(flag: str) -> float:
+        its_group, _, its_word = flag.removeprefix("--").rpartition(".")
+        alike = difflib.SequenceMatcher(None, word, its_word).ratio()
+        if "-" in word and (its_word == initials or its_word in word.split("-")):
+            alike = max(alike, 0.9)
+        return alike + (0.3 if group == its_group else 0.0)
+
+    best = max(map(score, known), default=0.0)
+    return [flag for flag in known if score(flag) >= max(best, 1.0 if group else 0.75)][:3]
+
+
+def one_line(panel: str, prog: str, known: Sequence[str] = ()) -> str:
+    """The gist of tyro's error panel: what is wrong, what may have been meant (of the flags `known`), where help is."""
     lines = [line for raw in panel.splitlines() if (line := SIGNS.sub("", raw).strip())]
     parts = re.split(r".*─{5}.*", panel)  # title, what is wrong on one or more lines, hints
     wrong = " ".join(SIGNS.sub("", parts[1]).split()) if len(parts) > 1 else "wrong usage"
@@ -132,7 +189,9 @@ def one_line(panel: str, prog: str) -> str:
         at = next((i for i, line in enumerate(lines[:-1]) if line.startswith(marker)), None)
         if at is not None:
             return template.format(wrong, lines[at + 1].split()[0].rstrip(",")) + _also_unknown(lines)
-    return f"{wrong} (see {prog} --help)"
+    unknown = [word for word in wrong.removeprefix("Unrecognized options:").split(", ") if word.strip()[:2] == "--"]
+    near = nearest_flags(unknown[0].strip(), known) if unknown and wrong.startswith("Unrecognized") else []
+    return f"{wrong} (did you mean {' or '.join(near)}?)" if near else f"{wrong} (see {prog} --help)"
 
 
 def _also_unknown(lines: list[str]) -> str:
@@ -195,9 +254,8 @@ def _check_idle(chosen: SweepArguments) -> None:
 def _executor(chosen: SweepArguments, console: Console) -> Executor:
     if chosen.executor == "slurm":
         require(chosen.slots == 0, "--slots is for workers of this machine: with SLURM use --slurm.parallel")
-        say = lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)
-        return SlurmExecutor(chosen.slurm, chosen.limit_hours, say)
-    return Local(find_slots(chosen.slots), chosen.limit_hours)
+        return SlurmExecutor(chosen.slurm, chosen.limit_hours, teller(console))
+    return this_machine(chosen.slots, chosen.limit_hours)
 
 
 def train(arguments: list[str]) -> int:
@@ -213,9 +271,7 @@ def train(arguments: list[str]) -> int:
     preset, *rest = arguments
     default = TrainArguments(out=tyro.MISSING, run=run_preset(preset))
     chosen = parse(TrainArguments, rest, f"launch.py train {preset}", default)
-    group = distributed.meant(chosen.coordinator, chosen.processes, chosen.process)
-    if group is not None:
-        distributed.join(group, chosen.patience)
+    if chosen.group.join():
         print(distributed.process_table(), flush=True)
     return _train(
         _with_init(chosen.run, preset, chosen.out), chosen.out, step_range(chosen.profile), not chosen.no_self_check
@@ -263,16 +319,24 @@ def _train(config: RunConfig, out: Path, profiled: range, checked: bool) -> int:
     import jax
 
     from mmfree_jax.data.corpora import cache_folder, resolve_data
-    from mmfree_jax.devices import use_compile_cache
-    from mmfree_jax.sharding import make_mesh
+    from mmfree_jax.devices import check_platform, use_compile_cache
+    from mmfree_jax.sharding import left_idle, make_mesh
     from mmfree_jax.sweep.view import follow
     from mmfree_jax.training.interrupt import Interrupted
+    from mmfree_jax.training.loop import resolved
     from mmfree_jax.training.loop import train as train_run
+    from mmfree_jax.training.step import make_program, program_key
 
+    check_platform()
     console = Console(quiet=jax.process_index() > 0)
-    say = lambda line: console.print(line, highlight=False, soft_wrap=True)
+    say = teller(console)
     make_mesh(config.mesh)  # devices that do not exist are missed before a corpus is prepared for them
+    if idle := left_idle(config.mesh):
+        say(idle)
     token_set = resolve_data(config.data, say, known_corpora(out))
+    config = resolved(config, out, token_set)
+    for line in make_program(program_key(config, token_set.end_of_document)).uncut:
+        say(line)
     use_compile_cache(cache_folder() / "compiled")
 
     try:
@@ -290,22 +354,31 @@ def _train(config: RunConfig, out: Path, profiled: range, checked: bool) -> int:
 def evaluate(arguments: list[str]) -> int:
     """Held-out loss of a model."""
     chosen = parse(EvaluateArguments, arguments, "launch.py evaluate")
-    from flax import nnx
+    chosen.group.join()
 
-    from mmfree_jax import evaluation
-    from mmfree_jax.devices import check_settings
+    from mmfree_jax import distributed, evaluation
+    from mmfree_jax.devices import check_platform, check_settings
+    from mmfree_jax.sharding import left_idle, make_mesh
     from mmfree_jax.training.step import make_program, program_key
-    from mmfree_jax.weights import load_model, run_config
+    from mmfree_jax.weights import load_params, run_config
 
     check_settings()
-    run = run_config(chosen.model)
+    check_platform()
+    run, mesh = run_config(chosen.model), chosen.mesh
+    make_mesh(mesh)
+    if idle := left_idle(mesh):
+        print(idle, file=sys.stderr)
+    sequence = chosen.sequence or run.data.sequence
+    even = sequence % mesh.sequence == 0
+    require(even, f"a sequence of {sequence} is not divisible by mesh.sequence={mesh.sequence}: choose others")
     token_set = held_out_corpus(chosen.model, run.data, chosen.corpus)
     run = dataclasses.replace(run, model=with_padding(run.model, token_set))
     check_held_out_text(token_set)
-    program = make_program(program_key(run, token_set.end_of_document))
-    params = nnx.state(load_model(chosen.model), nnx.Param)
-    scores = evaluation.evaluate(program, params, token_set, chosen.sequence or run.data.sequence)
-    print("\n".join(evaluation.shown(scores)))
+    program = make_program(dataclasses.replace(program_key(run, token_set.end_of_document), mesh=mesh))
+    params = load_params(chosen.model, program.abstract_state.params)
+    scores = evaluation.evaluate(program, params, token_set, sequence)
+    if distributed.is_first():
+        print("\n".join(evaluation.shown(scores)))
     return 0
 
 

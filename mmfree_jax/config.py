@@ -24,6 +24,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "products", "mixer", "codes", "full"]
 Kernels = Literal["auto", "off"]
 Gather = Literal["int8", "packed"]
+Reduction = Literal["compute", "float32"]
 
 FAMILIES: dict[str, tuple[Mixer, Linear]] = {
     "transformer++": ("attention", "dense"),
@@ -302,8 +303,9 @@ class RunConfig:
     (`sweep.grids.repeats`), or their spread tells nothing of the order.
     `steps` counts from the very start, also for a run that branches off another: a decay branch is the WSD run of the
     same length whose first `branch.step` steps were computed by its trunk. `milestones` are steps whose checkpoints
-    are kept for good. `checkpoint_every`, `log_every` and `diagnose_every` are in steps; 0 means at the end only
-    (never, for diagnose_every).
+    are kept for good. `checkpoint_every`, `log_every`, `eval_every` (held-out loss) and `diagnose_every` (norms and
+    activations layer by layer, `training.diagnostics`) are in steps; 0 means at the end only (never, for
+    diagnose_every). Neither of the last two changes what is trained.
     """
 
     name: str
@@ -322,12 +324,14 @@ class RunConfig:
     remat: Remat = "none"  # what the backward pass makes again (`models.language_model.remat_policy`)
     kernels: Kernels = "auto"  # hand-written kernels where they serve; off: the compiler alone
     gather: Gather = "int8"  # how ternary codes travel between fsdp shards; packed: four in a byte
+    reduction: Reduction = "compute"  # the type in which gradients of matrices are added up over devices (`sharding`)
     unroll: int = 0  # layers per iteration of the scan over layers; 0: all on GPUs, where a loop costs a sixth, else 1
     evaluate: bool = True  # on the whole held-out split at the end
     log_every: int = 10
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     diagnose_every: int = 0
+    eval_every: int = 0
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -336,7 +340,7 @@ class RunConfig:
         require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
         require(self.unroll >= 0, f"unroll={self.unroll}: must not be negative")
         require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints}: must be at least 1")
-        for name in ("log_every", "checkpoint_every", "diagnose_every"):
+        for name in ("log_every", "checkpoint_every", "diagnose_every", "eval_every"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
         require(
             self.remat != "codes" or self.model.linear == "ternary",
@@ -345,6 +349,11 @@ class RunConfig:
         require(
             self.gather == "int8" or (self.mesh.fsdp > 1 and self.model.linear == "ternary"),
             f"gather={self.gather!r} would do nothing: it needs mesh.fsdp above 1 and ternary layers",
+        )
+        require(
+            self.reduction == "compute" or (self.mesh.devices > 1 and self.precision != "float32"),
+            f"reduction={self.reduction!r} would do nothing: it needs a mesh of several devices and activations that "
+            "are not float32 already",
         )
         self._check_rates()
         self._check_lengths()

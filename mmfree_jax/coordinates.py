@@ -27,6 +27,7 @@ from mmfree_jax.config import (
     RunConfig,
     require,
 )
+from mmfree_jax.devices import check_platform
 from mmfree_jax.sweep.shapes import ladder_model
 from mmfree_jax.training.step import make_program, program_key
 
@@ -106,6 +107,7 @@ def exponents(widths: Sequence[int], moved: np.ndarray) -> np.ndarray:
 def main(arguments: list[str]) -> int:
     """The command `coordinates`."""
     chosen = parse(Arguments, arguments, "launch.py coordinates")
+    check_platform()
     optim = OptimConfig(optimizer=chosen.optimizer, lr=chosen.lr or RATES[FAMILIES[chosen.family][1]])
     found = {}
     for parametrisation in PARAMETRISATIONS:

@@ -1,17 +1,18 @@
-"""Facts about hardware, the one that a run is on and others: peak rates, memory, links, energy."""
+"""Facts about hardware, the one that a run is on and others: peak rates, memory, links, energy.
+
+The tables need no JAX, and it is not loaded for them: the driver of a sweep, which forks, reads them too.
+"""
 
 import dataclasses
-import importlib
 import os
 import resource
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import jax
-
-from mmfree_jax.config import require
+from mmfree_jax import nvidia
+from mmfree_jax.config import ConfigError, require
 from mmfree_jax.tracing import during
 
 GENERATOR = "threefry2x32"  # of the numbers that initial weights are drawn from, whatever the environment names
@@ -68,8 +69,28 @@ def meant_for(platform: Platform) -> AbstractContextManager[None]:
 
 def backend() -> str:
     """The platform that is computed on, or that is traced for: "cpu", "gpu" or "tpu"."""
+    import jax
+
     absent = _absent.get()
     return jax.default_backend() if absent is None else {"cuda": "gpu"}.get(absent, absent)
+
+
+def check_platform() -> None:
+    """Raises ConfigError where JAX has no device, as for JAX_PLATFORMS=cuda on a machine without GPU or plugin.
+
+    After `distributed.join`: it is the first to ask for devices.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        why = " ".join(str(error).split()) or "there is no such device, or not the plugin that JAX needs for it"
+        raise ConfigError(
+            f"JAX finds no device{f' for JAX_PLATFORMS={asked}' if asked else ''}: {why}; install jax for it "
+            "(pip install 'jax[cuda13]', 'jax[tpu]'), or set JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def peak_flops(kind: str) -> float | None:
@@ -79,12 +100,16 @@ def peak_flops(kind: str) -> float | None:
 
 def peak_memory_bytes() -> int:
     """The most memory held so far: of the first accelerator, or of this process on a CPU."""
+    import jax
+
     stats = jax.local_devices()[0].memory_stats() or {}
     return int(stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
 def use_compile_cache(folder: Path) -> None:
     """Keep compiled programs in `folder`, so that a resumed run or the next run of a sweep does not compile again."""
+    import jax
+
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -92,6 +117,8 @@ def use_compile_cache(folder: Path) -> None:
 
 def check_settings() -> None:
     """Raises ConfigError where the environment would have runs compute something else than their configs say."""
+    import jax
+
     for name, usual in SETTINGS.items():
         found = getattr(jax.config, name, usual)
         require(
@@ -101,34 +128,31 @@ def check_settings() -> None:
 
 
 class EnergyMeter:
-    """Joules drawn by this process's NVIDIA GPUs since the last restart (NVML); None on other hardware."""
+    """Joules drawn by this process's NVIDIA GPUs since the last restart; None on other hardware, and for good once one
+    of them does not tell: a sum of some of them, or of some of the time, is not the energy of a run."""
 
     def __init__(self) -> None:
-        self._nvml: Any = None
-        self._handles: list[Any] = []
+        import jax
+
+        self._names: list[str] = []
         if jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind:
-            self._nvml = importlib.import_module("pynvml")
-            self._nvml.nvmlInit()
-            self._handles = [_handle(self._nvml, device.local_hardware_id) for device in jax.local_devices()]
+            named = nvidia.named_by_cuda() or []
+            numbers = [device.local_hardware_id for device in jax.local_devices()]
+            self._names = [named[n] if n < len(named) else str(n) for n in numbers]
         self.restart()
 
     def restart(self) -> None:
         """Count from here."""
         self._start = self._total()
 
-    def _total(self) -> float:
-        return sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(h) for h in self._handles) / 1e3  # millijoules
+    def _total(self) -> float | None:
+        drawn = [joules for name in self._names if (joules := nvidia.joules(name)) is not None]
+        return sum(drawn) if self._names and len(drawn) == len(self._names) else None
 
     def joules(self) -> float | None:
         """Energy since the last restart, or None where it cannot be measured."""
-        return self._total() - self._start if self._handles else None
-
-
-def _handle(nvml: Any, number: int) -> Any:
-    """The GPU that CUDA gives this number: it counts those that the process may see, NVML all of the machine."""
-    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    name = seen[number] if seen else str(number)
-    if name.isdigit():
-        return nvml.nvmlDeviceGetHandleByIndex(int(name))
-    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-    return next(handle for handle in handles if nvml.nvmlDeviceGetUUID(handle).startswith(name))  # it may be cut
+        now = None if self._start is None else self._total()
+        if now is None or self._start is None:
+            self._names = []
+            return None
+        return now - self._start

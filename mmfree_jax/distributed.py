@@ -7,6 +7,7 @@ roll call: process 0 listens at the coordinator's address until every other one 
 import collections
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import socket
@@ -54,13 +55,22 @@ def meant(coordinator: str, processes: int, process: int, environment: Mapping[s
     """
     if coordinator or processes or process >= 0:
         return _from_flags(coordinator, processes, process)
-    if int(environment.get("JAX_NUM_PROCESSES", 1)) > 1:
-        address, index = environment.get("JAX_COORDINATOR_ADDRESS", ""), environment.get("JAX_PROCESS_ID", "-1")
-        return _from_flags(address, int(environment["JAX_NUM_PROCESSES"]), int(index))
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+    number = functools.partial(_number, environment)
+    if (count := number("JAX_NUM_PROCESSES", 1)) > 1:
+        return _from_flags(environment.get("JAX_COORDINATOR_ADDRESS", ""), count, number("JAX_PROCESS_ID", -1))
+    if number("SLURM_STEP_NUM_TASKS", 1) > 1 and environment.get("SLURM_PROCID"):
         return _from_slurm(environment)
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
-    return Group("", hosts, int(environment.get("TPU_WORKER_ID", 0))) if hosts > 1 else None
+    return Group("", hosts, number("TPU_WORKER_ID", 0)) if hosts > 1 else None
+
+
+def _number(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int:
+    """A number in the environment; `otherwise` where it is not set, or set to nothing. Raises ConfigError."""
+    text = environment.get(name, "").strip()
+    if not text and otherwise is not None:
+        return otherwise
+    require(bool(re.fullmatch(r"-?\d+", text)), f"{name}={text!r} in the environment: must be a number")
+    return int(text)
 
 
 def _from_flags(coordinator: str, processes: int, process: int) -> Group:
@@ -74,17 +84,33 @@ def _from_flags(coordinator: str, processes: int, process: int) -> Group:
 
 def _from_slurm(environment: Mapping[str, str]) -> Group:
     """Process 0 runs on the step's first node; the port is made of the job's number."""
-    first = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
-    assert first is not None
-    port = 61440 + int(environment["SLURM_JOB_ID"]) % 4096
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
+    number = functools.partial(_number, environment)
+    require(
+        bool(nodes),
+        "SLURM says that this is one of several processes, but not on which nodes (SLURM_STEP_NODELIST is not set): "
+        "start them with srun, or give --coordinator, --processes and --process",
+    )
+    port = 61440 + number("SLURM_JOB_ID") % 4096
     tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # such as 10(x4)
     own_device = tasks is not None and int(tasks[0]) > 1 and _devices_are_shared(environment)
     return Group(
-        f"{first[1]}{first[2] or ''}:{port}",
-        int(environment["SLURM_STEP_NUM_TASKS"]),
-        int(environment["SLURM_PROCID"]),
-        [int(environment["SLURM_LOCALID"])] if own_device else None,
+        f"{first_host(nodes)}:{port}",
+        number("SLURM_STEP_NUM_TASKS"),
+        number("SLURM_PROCID"),
+        [number("SLURM_LOCALID")] if own_device else None,
     )
+
+
+def first_host(nodes: str) -> str:
+    """The first of a list of hosts in SLURM's notation: of `rack[1-2]node[03-04,7]-ib,login` it is rack1node03-ib.
+
+    Raises ConfigError for what is no such list.
+    """
+    found = re.match(r"(?:[^,\[\]]|\[\d[\d,-]*\])+(?=,|$)", nodes.strip())
+    require(found is not None, f"{nodes!r} is no list of hosts as SLURM writes them: give --coordinator HOST:PORT")
+    assert found is not None
+    return re.sub(r"\[(\d+)[\d,-]*\]", r"\1", found[0])
 
 
 def _devices_are_shared(environment: Mapping[str, str]) -> bool:
@@ -203,10 +229,12 @@ def first_does(action: Callable[[], object]) -> None:
 
 
 def total(value: float | None) -> float | None:
-    """The sum of what every process measured; None where this one measured nothing (as then none did)."""
-    if value is None or jax.process_count() == 1:
+    """The sum of what every process measured; None where one of them measured nothing."""
+    if jax.process_count() == 1:
         return value
-    return float(multihost_utils.process_allgather(np.float64(value)).sum())
+    # All take part, whatever they have: one that stayed away would leave the others waiting for it.
+    found = multihost_utils.process_allgather(np.float64(np.nan if value is None else value))
+    return None if np.isnan(found).any() else float(found.sum())
 
 
 class AgreedStop:

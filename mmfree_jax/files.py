@@ -56,14 +56,19 @@ def read_json(path: Path) -> Any:
 
 def last_line(path: Path, window: int = 65536) -> str:
     """The last complete line of a text file that may be being written ("" if there is none), read from its end."""
+    return "".join(last_lines(path, 1, window))
+
+
+def last_lines(path: Path, count: int, window: int = 65536) -> list[str]:
+    """The last complete lines of such a file, `count` at most, as far as they are in the last `window` bytes of it."""
     if not path.exists():
-        return ""
+        return []
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - window))
         tail = file.read()
-    complete = tail[: tail.rfind(b"\n") + 1].splitlines()
-    return complete[-1].decode("utf-8", "replace") if complete else ""
+    complete = tail[: tail.rfind(b"\n") + 1].splitlines()[-count:]
+    return [line.decode("utf-8", "replace") for line in complete]
 
 
 @contextlib.contextmanager

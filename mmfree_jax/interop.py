@@ -95,8 +95,17 @@ def load_huggingface(path: str | Path, dtype: str = "float32") -> LanguageModel:
     table = slots(config)
     stored = _checked(folder, table, config)  # before anything is built
     graph, shapes = nnx.split(nnx.eval_shape(build))
-    arrays = _fill(table, stored, {_name(p): a for p, a in jax.tree.leaves_with_path(shapes)})
-    return nnx.merge(graph, jax.tree.map_with_path(lambda p, _: jnp.asarray(arrays[_name(p)]), shapes))
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, _fill(table, stored, shapes)))
+
+
+def read_parameters(folder: Path, shapes: Any) -> Any:
+    """NumPy arrays of a model's parameters, in a tree like `shapes`: that of the model that the folder holds.
+
+    Raises as `load_huggingface`.
+    """
+    config = read_config(folder)
+    table = slots(config)
+    return _fill(table, _checked(folder, table, config), shapes)
 
 
 def save_huggingface(
@@ -356,16 +365,17 @@ def _name(path: tuple[Any, ...]) -> str:
     return ".".join(str(step.key) for step in path if isinstance(step, jax.tree_util.DictKey))
 
 
-def _fill(table: dict[str, Slot], stored: dict[str, Stored], shapes: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Our parameters, read tensor by tensor."""
-    arrays = {name: np.full(a.shape, np.nan, a.dtype) for name, a in shapes.items()}  # a gap would show
+def _fill(table: dict[str, Slot], stored: dict[str, Stored], shapes: Any) -> Any:
+    """Our parameters in a tree like `shapes`, read tensor by tensor."""
+    named = {_name(path): a for path, a in jax.tree.leaves_with_path(shapes)}
+    arrays = {name: np.full(a.shape, np.nan, a.dtype) for name, a in named.items()}  # a gap would show
     for file in sorted({stored[name].file for name in table}):
         with _open(file) as opened:
             for name in (name for name in table if stored[name].file == file):
                 _put(arrays[table[name].path], table[name], opened.get_tensor(name))
     if HEAD in stored and HEAD not in table:
         _check_tied(arrays["embedding"], stored[HEAD])
-    return arrays
+    return jax.tree.map_with_path(lambda path, _: arrays[_name(path)], shapes)
 
 
 def _put(array: np.ndarray, slot: Slot, tensor: np.ndarray) -> None:

@@ -67,7 +67,8 @@ nnx.use_eager_sharding(False)
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
     """A (data, fsdp, tensor, sequence) mesh over the first `config.devices` devices.
 
-    Raises ConfigError when there are fewer devices than the mesh needs.
+    Raises ConfigError when there are fewer devices than the mesh needs, and for several processes unless it is all that
+    they bring: one without a part of the mesh has nothing to compute, and ends the others.
     """
     shape = (config.data, config.fsdp, config.tensor, config.sequence)
     devices = jax.devices()
@@ -75,8 +76,22 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
         raise ConfigError(
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {config.devices} devices, only {len(devices)} exist"
         )
+    if jax.process_count() > 1 and config.devices < len(devices):
+        raise ConfigError(
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} is {config.devices} of the {len(devices)} devices that "
+            f"{jax.process_count()} processes bring: several processes need a mesh of all, such as --mesh.data "
+            f"{len(devices)}; or start a single one"
+        )
     auto = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[: config.devices])
+
+
+def left_idle(config: MeshConfig) -> str:
+    """What to say of devices that a mesh leaves out; empty where it is all there are."""
+    have = len(jax.devices())
+    if config.devices >= have:
+        return ""
+    return f"{have - config.devices} of {have} devices stay idle: --mesh.data and --mesh.fsdp say how many are used"
 
 
 def spec(*axes: Axes) -> P:
@@ -138,6 +153,19 @@ def packed_gathers() -> bool:
     return _packed.get()
 
 
+_wide_sums: ContextVar[bool] = ContextVar("wide_sums", default=False)
+
+
+def summing_wide(wide: bool) -> Any:
+    """Whether what is traced inside adds up gradients over devices in float32, where a device's own part of them is
+    narrower. Also a decorator.
+
+    It doubles the bytes that gradients of the blocks' matrices take between devices (those of the embedding, of the
+    head and of all vectors are float32 anyway), and hands their sums to the optimizer without rounding them.
+    """
+    return during(_wide_sums, wide)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(w: jax.Array, axes: Names) -> jax.Array:
     """A weight with its fsdp shards put together, in the type that it has here; its gradient goes back to shards.
@@ -192,6 +220,8 @@ def per_shard(
 
 def _added(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: tuple[str, ...]) -> jax.Array:
     """The sum of parts over the mesh axes `rows`; over `pieces` of them, only this device's piece along embed."""
+    if _wide_sums.get() and rows and part.dtype.itemsize < 4:
+        part = part.astype(jnp.float32)
     if pieces and "embed" in names:
         part = jax.lax.psum_scatter(part, pieces, scatter_dimension=names.index("embed"), tiled=True)
         # Left to itself, XLA's GPU compiler hands on the layout that it scatters in, and the optimizer then copies the
@@ -239,6 +269,43 @@ def shardings(mesh: jax.sharding.Mesh, shapes: Any) -> Any:
     with nnx.logical_axis_rules(tuple(RULES.items())):
         specs = nnx.get_partition_spec(shapes)
     return jax.tree.map(lambda a, s: NamedSharding(mesh, fitted(a.shape, s or P(), mesh)), shapes, specs)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`blocks.mixer.out.kernel` for a path into the parameters of a model."""
+    return ".".join(str(step.key) for step in path if isinstance(step, jax.tree_util.DictKey))
+
+
+def uncut(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shapes: Any) -> tuple[str, ...]:
+    """The parameters that stay whole along an axis of the mesh because it does not divide them, a sentence each.
+
+    Raises ConfigError where an axis that is meant to cut parameters cuts none: every device would hold all of them.
+    """
+    with nnx.logical_axis_rules(tuple(RULES.items())):
+        specs = nnx.get_partition_spec(shapes)
+    found, cut, sizes = [], set[str](), dict[str, set[int]]()
+    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(specs), strict=True):
+        for size, axes in zip(leaf.shape, wanted, strict=False):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            parts = math.prod(mesh.shape[name] for name in names)
+            if parts > 1 and size % parts == 0:
+                cut |= set(names)
+            elif parts > 1:
+                along = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
+                found.append(
+                    f"{path_name(path)} {list(leaf.shape)} is whole along {along}: {size} is not divisible by {parts}"
+                )
+                for one in names:
+                    sizes.setdefault(one, set()).add(size)
+    for axis in ("fsdp", "tensor"):
+        if mesh.shape[axis] > 1 and axis not in cut:
+            widths = sorted(sizes.get(axis, set()))
+            largest = max((d for d in range(1, mesh.shape[axis]) if all(w % d == 0 for w in widths)), default=1)
+            raise ConfigError(
+                f"mesh.{axis}={mesh.shape[axis]} would cut no parameter, and each device hold all of them: it divides "
+                f"none of the sizes {', '.join(map(str, widths))}; use {axis}={largest}, or other sizes"
+            )
+    return tuple(found)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmfree_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, from_json, to_json
+from mmfree_jax.distributed import put
 from mmfree_jax.files import read_json, write_atomically, write_json
-from mmfree_jax.interop import UNKNOWN, Origin, load_huggingface, read_config, read_origin
+from mmfree_jax.interop import UNKNOWN, Origin, load_huggingface, read_config, read_origin, read_parameters
 from mmfree_jax.models.language_model import LanguageModel
-from mmfree_jax.training.checkpoint import Checkpoints, restore
+from mmfree_jax.training.checkpoint import Checkpoints, restore, restore_params
 from mmfree_jax.training.folder import corpus_facts
-from mmfree_jax.training.step import make_program, program_key
+from mmfree_jax.training.optim import make_optimizer
+from mmfree_jax.training.step import TrainState
 
 ORIGIN = "origin.json"  # of an imported folder: what its source told of the text that it was trained on
 MODEL = "model.json"  # what an imported folder has in place of a run's config.json
@@ -34,7 +36,7 @@ def model_config(path: Path) -> ModelConfig:
 def run_config(path: Path) -> RunConfig:
     """The run that made a model, on one device; for a model that no run here made, a bare one with its architecture."""
     if _is_run(path):
-        here = {"mesh": {}, "gather": "int8"}  # packed gathers are of a mesh
+        here = {"mesh": {}, "gather": "int8", "reduction": "compute"}  # the last two are of a mesh
         return from_json(RunConfig, json.dumps(read_json(path / "config.json") | here), str(path / "config.json"))
     model = model_config(path)
     return RunConfig("model", model, DataConfig(vocab=max(257, model.vocab), sequence=2048))
@@ -46,10 +48,29 @@ def load_model(path: Path, dtype: str = "float32") -> LanguageModel:
     Raises ConfigError (not a model), CheckpointError (a run without a checkpoint, a damaged folder).
     """
     config = model_config(path)
-    if not (path / MODEL).exists() and not _is_run(path):
+    if _is_huggingface(path):
         return load_huggingface(path, dtype)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))))
-    return nnx.merge(graph, _run_params(path) if _is_run(path) else restore(path / "checkpoints", _here(shapes))[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    here = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)
+    return nnx.merge(graph, load_params(path, here))
+
+
+def load_params(path: Path, abstract: Any) -> nnx.State:
+    """The parameters of a model, placed as `abstract` says: a tree of ShapeDtypeStructs with shardings, of any mesh.
+
+    Nothing but parameters is read: of a run or an imported folder, by every process the shards that its devices hold.
+    A Hugging Face folder passes whole through the memory of each process's host, not of its devices.
+    Raises ConfigError (not a model, another architecture), CheckpointError, InteropError.
+    """
+    config = model_config(path)
+    if _is_run(path):
+        opt = jax.eval_shape(make_optimizer(run_config(path).optim, config).init, abstract)
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        return restore_params(path / "checkpoints", TrainState(step, abstract, opt))
+    if not _is_huggingface(path):
+        return restore(path / "checkpoints", abstract)[0]
+    return jax.tree.map(lambda host, a: put(host, a.sharding), read_parameters(path, abstract), abstract)
 
 
 def origin(path: Path) -> Origin:
@@ -80,12 +101,5 @@ def _is_run(path: Path) -> bool:
     return (path / "config.json").exists() and "model_type" not in read_json(path / "config.json")
 
 
-def _run_params(path: Path) -> nnx.State:
-    program = make_program(program_key(run_config(path), None))
-    return restore(path / "checkpoints", program.abstract_state)[0].params
-
-
-def _here(shapes: Any) -> Any:
-    """The shapes, placed on this process's first device."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)
+def _is_huggingface(path: Path) -> bool:
+    return not (path / MODEL).exists() and not _is_run(path)

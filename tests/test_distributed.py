@@ -11,17 +11,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from mmfree_jax.config import ConfigError
-from mmfree_jax.distributed import Group, call_roll, meant
+from mmfree_jax.distributed import Group, call_roll, first_host, meant
 from mmfree_jax.files import read_json
+from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.weights import save_model
 from tests.compiling import xla_flags
-from tests.conftest import read_metrics
+from tests.conftest import read_metrics, tiny_model
 from tests.simulated import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[1]
@@ -46,23 +49,34 @@ def free_port() -> int:
             return port
 
 
-def start(family: str, corpus: Path, out: Path, devices: int, *more: str) -> subprocess.Popen:
-    """`launch.py train` on that many simulated devices."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = xla_flags(devices)
-    heads = ["--model.heads", "2"] if family == "transformer++" else []
-    command = [sys.executable, "-c", LAUNCH, "train", f"{family}-tiny", *RUN.split(), *heads]
-    command += ["--data.corpus", str(corpus), "--out", str(out), "--mesh.data", "2", "--mesh.fsdp", "4", *more]
+def launch(devices: int, *arguments: object) -> subprocess.Popen:
+    """`launch.py ARGUMENTS` on that many simulated devices."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
+    command = [sys.executable, "-c", LAUNCH, *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
-@contextlib.contextmanager
-def group(count: int, family: str, corpus: Path, out: Path, *more: str) -> Iterator[list[subprocess.Popen]]:
+def start(family: str, corpus: Path, out: Path, devices: int, *more: str) -> subprocess.Popen:
+    """`launch.py train` on that many simulated devices."""
+    heads = ["--model.heads", "2"] if family == "transformer++" else []
+    run = ["train", f"{family}-tiny", *RUN.split(), *heads, "--data.corpus", corpus, "--out", out]
+    return launch(devices, *run, "--mesh.data", 2, "--mesh.fsdp", 4, *more)
+
+
+def group(
+    count: int, family: str, corpus: Path, out: Path, *more: str
+) -> contextlib.AbstractContextManager[list[subprocess.Popen]]:
     """`count` processes of one run; none outlives the block."""
-    flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(count), *more]
-    running = [start(family, corpus, out, 8 // count, *flags, "--process", str(index)) for index in range(count)]
+    return together(count, lambda *flags: start(family, corpus, out, 8 // count, *flags, *more))
+
+
+@contextlib.contextmanager
+def together(count: int, begin: Callable[..., subprocess.Popen]) -> Iterator[list[subprocess.Popen]]:
+    """`count` processes begun with the flags that make them one; none outlives the block."""
+    flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(count)]
+    running = [begin(*flags, "--process", str(index)) for index in range(count)]
     try:
         yield running
     finally:
@@ -150,6 +164,29 @@ def test_a_run_stopped_in_two_processes_goes_on_in_one_and_in_four(token_set, tm
 
 
 @pytest.mark.slow
+def test_two_processes_start_from_a_model_and_evaluate_it(token_set, tmp_path):
+    """With a rate of almost nothing: what is evaluated in the end are the weights that training began with."""
+    model = LanguageModel(tiny_model("matmul-free"), rngs=nnx.Rngs(3))
+    save_model(model, tmp_path / "model")
+    place = ["--mesh.data", 2, "--mesh.fsdp", 4]
+    more = ["--init", str(tmp_path / "model"), "--optim.lr", "1e-12", "--diagnose-every", "0", "--steps", "2"]
+    with group(2, "matmul-free", token_set.path, tmp_path / "run", *more) as processes:
+        ended = finish(processes)
+    assert [status for status, *_ in ended] == [0, 0], ended
+    asked = ["--corpus", token_set.path, "--sequence", 32]
+    one = launch(1, "evaluate", tmp_path / "model", *asked)
+    begin = lambda *flags: launch(4, "evaluate", tmp_path / "run", *asked, *place, *flags)
+    with together(2, begin) as processes:
+        ended = [*finish([one]), *finish(processes)]
+    assert [status for status, *_ in ended] == [0, 0, 0], ended
+    alone, first, second = (said for _, said, _ in ended)
+    assert "loss" not in second  # the first process alone speaks
+    loss = [float(re.search(r"^loss (\S+)$", said, re.MULTILINE)[1]) for said in (alone, first)]
+    assert loss[1] == pytest.approx(loss[0], rel=1e-4)
+    assert read_json(tmp_path / "run" / "result.json")["loss"] == pytest.approx(loss[0], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_where_one_process_dies_the_other_ends_with_an_error(token_set, tmp_path):
     with group(2, "matmul-free", token_set.path, tmp_path / "run", "--steps", "100000", *BRIEF) as processes:
         wait_for_steps(tmp_path / "run", 2, processes)
@@ -158,6 +195,17 @@ def test_where_one_process_dies_the_other_ends_with_an_error(token_set, tmp_path
     assert processes[0].returncode not in (0, 75)
     # The broken connection, or by the newest JAX the silent process, is what it names.
     assert re.search(r"^launch.py train: .*Gloo|stopped sending heartbeats", errors, re.MULTILINE)
+
+
+def test_several_processes_with_a_mesh_of_some_of_their_devices_are_refused(token_set, tmp_path):
+    """As `srun -n 2` with the default mesh: the second process would have nothing to compute."""
+    begin = lambda *flags: launch(1, "train", "matmul-free-tiny", "--out", tmp_path / "run", *flags)
+    with together(2, begin) as processes:
+        ended = finish(processes)
+    for status, _, errors in ended:
+        assert status == 1
+        assert "is 1 of the 2 devices that 2 processes bring: several processes need a mesh of all" in errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_process_that_does_not_come_is_named(token_set, tmp_path):
@@ -198,6 +246,7 @@ def test_several_processes_only_where_they_are_meant():
     assert alone(**many) == Group("gpu007:61443", 8, 5, [1])
     assert alone(**SLURM, CUDA_VISIBLE_DEVICES="3") == Group("gpu007:61443", 8, 5)  # SLURM has divided them
     assert alone(**{**SLURM, "SLURM_STEP_NODELIST": "a-1,b"}) == Group("a-1:61443", 8, 5)
+    assert alone(JAX_NUM_PROCESSES="", SLURM_STEP_NUM_TASKS="", TPU_WORKER_HOSTNAMES="", TPU_WORKER_ID="") is None
     assert alone(TPU_WORKER_HOSTNAMES="t0", TPU_WORKER_ID="0") is None
     assert alone(TPU_WORKER_HOSTNAMES="t0,t1", TPU_WORKER_ID="1") == Group("", 2, 1)
     assert meant("h:1", 2, 0, SLURM) == Group("h:1", 2, 0)  # flags win
@@ -207,3 +256,29 @@ def test_several_processes_only_where_they_are_meant():
     for flags in (("h:1", 2, -1), ("h:1", 2, 2), ("h", 2, 0), ("", 2, 0), ("", 0, 0)):
         with pytest.raises(ConfigError, match="give all three"):
             meant(*flags, {})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("a", "a"),
+        ("gpu[007-009,012],cpu1", "gpu007"),
+        ("gpu[01-02]-ib", "gpu01-ib"),
+        ("gpu[3,5-7]-ib.cluster.net,x", "gpu3-ib.cluster.net"),
+        ("rack[1-2]node[3-4]", "rack1node3"),
+        ("rack[01-02]-node[003,7]-ib,login[1-2]", "rack01-node003-ib"),
+        ("n-1,n-2", "n-1"),
+        ("10.0.0.1,10.0.0.2", "10.0.0.1"),
+    ],
+)
+def test_the_first_host_of_any_list_that_slurm_writes(nodes, first):
+    assert first_host(nodes) == first
+    if shutil.which("scontrol"):
+        said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+        assert said.returncode != 0 or said.stdout.splitlines()[0] == first
+
+
+@pytest.mark.parametrize("nodes", ["gpu[01-", "[", "gpu[a-b]", ""])
+def test_what_is_no_list_of_hosts_is_refused(nodes):
+    with pytest.raises(ConfigError, match=r"no list of hosts|not on which nodes"):
+        meant("", 0, -1, {**SLURM, "SLURM_STEP_NODELIST": nodes})

@@ -1,15 +1,19 @@
 """Every mesh computes what one device computes, and sends no more than it has to: `mesh_program.py`, read."""
 
+import dataclasses
 import json
 import math
 
+import jax
 import pytest
 
 from mmfree_jax.config import FAMILIES, ConfigError, MeshConfig, RunConfig
 from mmfree_jax.lowering.program import REMATERIALISED
-from mmfree_jax.sharding import make_mesh
+from mmfree_jax.sharding import MESH_AXES, left_idle, make_mesh
+from mmfree_jax.training.step import build_program, program_key
+from tests.conftest import tiny_model
 from tests.mesh_program import B, D, F, L, T, V
-from tests.simulated import run_once
+from tests.simulated import run, run_once
 
 CODES = L * (4 * D * D + 3 * D * F)  # of all blocks; a byte each
 SMALLEST = D * D  # weights of the smallest matrix
@@ -101,9 +105,90 @@ def test_neither_logits_nor_tables_are_gathered_over_tensor(found, case):
     assert max(shape[-1] for shape in reduced if len(shape) == 3) == D  # activations, never [B, T, V]
 
 
+# Of one layer in bfloat16 on four of the devices: bytes reduced, by type, and the loss and gradient norm of a step.
+REDUCED = """
+import dataclasses, json
+from collections import Counter
+import jax, numpy as np
+from mmfree_jax.config import MeshConfig
+from mmfree_jax.lowering.program import partition
+from mmfree_jax.training.step import make_program, program_key
+from tests.lowering.partition import small_run
+
+run = small_run("matmul-free", MeshConfig(data=2, fsdp=2))
+run = dataclasses.replace(run, model=dataclasses.replace(run.model, width=64, glu_width=192, depth=1), kernels="off")
+tokens_BT = np.random.default_rng(0).integers(0, run.model.vocab, (run.data.batch, 65)).astype(np.int32)
+found = {}
+for reduction in ("compute", "float32"):
+    one = dataclasses.replace(run, reduction=reduction)
+    sent = Counter()
+    for traffic in partition(one, "cuda").traffic:
+        if traffic.kind == "reduce-scatter":
+            sent[traffic.dtype] += traffic.sent
+    program = make_program(program_key(one, None))
+    with jax.set_mesh(program.mesh):
+        _, step = program.train_step(program.init(jax.random.key(0)), program.place(tokens_BT), np.float32(1e-3))
+    found[reduction] = {"sent": sent, "loss": float(step["loss"]), "norm": float(step["grad_norm"])}
+print(json.dumps(found))
+"""
+
+
+def test_gradients_reduced_in_float32_take_twice_the_bytes_where_they_were_bfloat16():
+    said, _ = run("-c", REDUCED)
+    narrow, wide = (json.loads(said.splitlines()[-1])[name] for name in ("compute", "float32"))
+    weights = 4 * 64**2 + 3 * 64 * 192  # of the block; each of two devices sends half, in two bytes
+    assert narrow["sent"]["bf16"] == weights / 2 * 2
+    assert wide["sent"].keys() == {"f32"}
+    assert wide["sent"]["f32"] == narrow["sent"]["f32"] + 2 * narrow["sent"]["bf16"]
+    assert wide["loss"] == narrow["loss"]
+    assert wide["norm"] == pytest.approx(narrow["norm"], rel=1e-2)
+    assert wide["norm"] != narrow["norm"]
+
+
+def test_a_reduction_that_would_do_nothing_is_refused():
+    for changes in ({}, {"mesh": MeshConfig(data=2), "precision": "float32"}):
+        with pytest.raises(ConfigError, match="reduction='float32' would do nothing"):
+            RunConfig("r", reduction="float32", **changes)
+
+
 def test_a_mesh_larger_than_the_machine_is_refused():
     with pytest.raises(ConfigError, match="needs 4096 devices, only"):
         make_mesh(MeshConfig(data=64, fsdp=64))
+
+
+def test_devices_that_a_mesh_leaves_idle_are_said(monkeypatch):
+    monkeypatch.setattr("jax.devices", lambda: [None] * 8)
+    assert left_idle(MeshConfig()).startswith("7 of 8 devices stay idle: --mesh.data")
+    assert left_idle(MeshConfig(data=2, fsdp=4)) == ""
+
+
+def abstract(mesh: MeshConfig) -> jax.sharding.AbstractMesh:
+    sizes = tuple(dataclasses.asdict(mesh)[axis] for axis in MESH_AXES)
+    return jax.sharding.AbstractMesh(sizes, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
+def said_of(width: int, **mesh: int) -> tuple[str, ...]:
+    """What is said of a model of this width, with a GLU of twice that and a vocabulary of 257, on a mesh."""
+    config = RunConfig("r", tiny_model("matmul-free", width=width, glu_width=2 * width), mesh=MeshConfig(**mesh))
+    return build_program(program_key(config, None), abstract(config.mesh)).uncut
+
+
+def test_parameters_that_a_mesh_does_not_divide_are_named():
+    assert said_of(16, data=4) == ()
+    assert said_of(16, fsdp=8) == ()
+    (embedding, head) = said_of(16, fsdp=2, tensor=4)
+    assert embedding == "embedding [257, 16] is whole along tensor=4: 257 is not divisible by 4"
+    assert head.startswith("head.kernel [16, 257] is whole")
+    twenty = said_of(20, tensor=8)  # which divides the GLU's 40 alone
+    assert any("mixer" in line and "along tensor=8: 20 is not divisible by 8" in line for line in twenty)
+    assert not any("glu" in line for line in twenty)
+
+
+def test_a_mesh_axis_that_would_cut_no_parameter_is_refused():
+    with pytest.raises(ConfigError, match=r"mesh.fsdp=8 would cut no parameter.* sizes 36; use fsdp=6"):
+        said_of(36, fsdp=8)
+    with pytest.raises(ConfigError, match=r"mesh.tensor=5 would cut no parameter"):
+        said_of(36, tensor=5)
 
 
 def test_a_gather_that_would_do_nothing_is_refused():

@@ -18,7 +18,7 @@ from mmfree_jax.bench import check, first_step, operations, steps
 from mmfree_jax.bench.timing import ceilings
 from mmfree_jax.cli import parse
 from mmfree_jax.config import ConfigError
-from mmfree_jax.devices import use_compile_cache
+from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.files import read_json, write_json
 
 
@@ -52,9 +52,10 @@ Rows = Callable[[BenchArguments, dict[str, float]], Iterator[dict[str, Any]]]
 def main(arguments: list[str]) -> int:
     """Run the suites asked for and print a table of each. Raises ValueError where a variant computes something else."""
     chosen = parse(BenchArguments, arguments, "launch.py bench")
+    check_platform()
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
-    console = Console(highlight=False, width=None if Console().is_terminal else 200)
+    console = Console(highlight=False, markup=False, emoji=False, width=None if Console().is_terminal else 200)
     if chosen.suite == "check":
         return _check(chosen, console, arguments)
     with tempfile.TemporaryDirectory() as cache:  # empty: compiling is among what is timed

@@ -46,7 +46,11 @@ def main(arguments: list[str]) -> int:
     if chosen.json:
         print(json.dumps(as_json(chosen.run, verdict), allow_nan=False))
     else:
-        show(chosen.run, verdict, Console(highlight=False, width=None if Console().is_terminal else 160))
+        show(
+            chosen.run,
+            verdict,
+            Console(highlight=False, markup=False, emoji=False, width=None if Console().is_terminal else 160),
+        )
     return 0 if verdict.fits else DOES_NOT_FIT
 
 
@@ -95,16 +99,19 @@ def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
     console.print(_memory_table(verdict))
     console.print(_traffic_table(run, verdict))
     console.print(_time_table(run, verdict))
+    for line in verdict.report.uncut:
+        console.print(line)
     if verdict.report.rematerialised:
         console.print(f"the partitioner put {verdict.report.rematerialised} arrays whole on every device")
     console.print(
-        "[dim]State and collectives are read from the step without hand-written kernels, lowered for this platform and "
+        "State and collectives are read from the step without hand-written kernels, lowered for this platform and "
         "partitioned for this mesh on simulated devices. Gathers and reduce-scatters are those of a GPU's compiler "
         "too, which adds up some of what is all-reduced along tensor first: up to 1.6 times fewer bytes. "
         "Activations, gradients and working set are a model of it, as are times: data-sheet rates "
-        "(mmfree_jax/devices.py) times the shares measured on an H200, nothing overlapping.[/dim]"
+        "(mmfree_jax/devices.py) times the shares measured on an H200, nothing overlapping.",
+        style="dim",
     )
-    for line in _proposals(verdict):
+    for line in _proposals(run, verdict):
         console.print(line)
     sign = "<=" if verdict.fits else ">"
     console.print(
@@ -140,10 +147,18 @@ def _time_table(run: RunConfig, verdict: Verdict) -> Table:
     return table
 
 
-def _proposals(verdict: Verdict) -> list[str]:
+def _proposals(run: RunConfig, verdict: Verdict) -> list[str]:
     lines = []
+    if verdict.micro_batches is not None:
+        at = verdict.micro_batches
+        remat = "" if at.remat == run.remat else f" --remat {at.remat}"
+        rows = at.batch // (run.mesh.batch_shards * at.accumulate)
+        lines.append(
+            f"the same batch in micro-batches: --optim.accumulate {at.accumulate}{remat} "
+            f"({rows} rows a device at once, {at.memory / 1e9:.1f} GB)"
+        )
     if verdict.same_batch is not None:
-        lines.append(f"cheapest remat policy for this batch: --remat {verdict.same_batch.remat}")
+        lines.append(f"cheapest remat policy for this batch as it is: --remat {verdict.same_batch.remat}")
     if verdict.largest is not None:
         at = verdict.largest
         lines.append(f"largest batch that fits: --data.batch {at.batch} --remat {at.remat}")

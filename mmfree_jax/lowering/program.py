@@ -51,6 +51,7 @@ class Report:
     sharded: float  # share of the parameters' bytes that no two devices hold twice along fsdp or tensor
     traffic: tuple[Traffic, ...]
     rematerialised: int  # arrays that the partitioner put whole on every device, having found no better way
+    uncut: tuple[str, ...] = ()  # parameters that the mesh does not divide, a sentence each
 
 
 def inspect(run: RunConfig, platform: Platform) -> Report:
@@ -70,7 +71,7 @@ def inspect(run: RunConfig, platform: Platform) -> Report:
     found = json.loads(done.stdout.splitlines()[-1])
     traffic = tuple(Traffic(**{**one, "axes": tuple(one["axes"])}) for one in found.pop("traffic"))
     rematerialised = done.stderr.count(REMATERIALISED)
-    return Report(**{**found, "rematerialised": rematerialised}, traffic=traffic)
+    return Report(**{**found, "rematerialised": rematerialised, "uncut": tuple(found["uncut"])}, traffic=traffic)
 
 
 def lower_for(run: RunConfig, platform: Platform) -> Any:
@@ -93,7 +94,7 @@ def partition(run: RunConfig, platform: Platform) -> Report:
     import jax
 
     from mmfree_jax.devices import meant_for
-    from mmfree_jax.sharding import make_mesh
+    from mmfree_jax.sharding import make_mesh, uncut
 
     mesh = make_mesh(run.mesh)
     with meant_for(platform):
@@ -105,6 +106,7 @@ def partition(run: RunConfig, platform: Platform) -> Report:
         sharded_share(state.params, run.mesh.fsdp * run.mesh.tensor),
         tuple(read_traffic(text if run.precision == "float32" else in_bfloat16(text), run.mesh)),
         0,
+        uncut(mesh, state.params),
     )
 
 

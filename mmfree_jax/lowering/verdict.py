@@ -15,10 +15,12 @@ LARGEST = 2**14  # rows of a batch on each data shard that are tried
 
 @dataclass(frozen=True)
 class Proposal:
-    """A batch and remat policy that fit."""
+    """A batch, a remat policy and a number of micro-batches that fit, and the bytes that one device then needs."""
 
     batch: int
     remat: Remat
+    accumulate: int
+    memory: float
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Verdict:
     memory: Memory
     time: StepTime
     usable: float  # bytes
-    same_batch: Proposal | None  # the cheapest policy for the run's own batch
+    micro_batches: Proposal | None  # of a run that does not fit: its batch and policy, in as few as possible
+    same_batch: Proposal | None  # the cheapest policy for the run's own batch and micro-batches
     largest: Proposal | None  # the largest batch, and the cheapest policy for it
 
     @property
@@ -49,6 +52,7 @@ def judge(run: RunConfig, device_name: str) -> Verdict:
         memory(run, report, device),
         step_time(run, report, device),
         USABLE * device.memory,
+        _micro_batches(run, report, device),
         _cheapest(run, report, device),
         _largest(run, report, device),
     )
@@ -57,8 +61,33 @@ def judge(run: RunConfig, device_name: str) -> Verdict:
 def _cheapest(run: RunConfig, report: Report, device: Device) -> Proposal | None:
     """The fastest policy with which this batch fits."""
     for remat in policies(run):
-        if memory(dataclasses.replace(run, remat=remat), report, device).total <= USABLE * device.memory:
-            return Proposal(run.data.batch, remat)
+        if (found := _fitting(dataclasses.replace(run, remat=remat), report, device)) is not None:
+            return found
+    return None
+
+
+def _fitting(run: RunConfig, report: Report, device: Device) -> Proposal | None:
+    """The run as it stands, if it fits."""
+    needed = memory(run, report, device).total
+    fits = needed <= USABLE * device.memory
+    return Proposal(run.data.batch, run.remat, run.optim.accumulate, needed) if fits else None
+
+
+def _micro_batches(run: RunConfig, report: Report, device: Device) -> Proposal | None:
+    """The fewest micro-batches in which the same batch fits, with the run's own policy or else one that keeps less.
+
+    It changes nothing that is computed, and unlike remat it makes nothing twice; but weights are gathered, and
+    gradients reduced, once a micro-batch. None for a run that fits.
+    """
+    if _fitting(run, report, device) is not None:
+        return None
+    rows, order = run.data.batch // run.mesh.batch_shards, policies(run)
+    for remat in order[order.index(run.remat) :]:
+        for accumulate in (n for n in range(run.optim.accumulate, rows + 1) if rows % n == 0):
+            optim = dataclasses.replace(run.optim, accumulate=accumulate)
+            found = _fitting(dataclasses.replace(run, remat=remat, optim=optim), report, device)
+            if found is not None:
+                return found
     return None
 
 

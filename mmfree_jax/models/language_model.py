@@ -16,7 +16,7 @@ from mmfree_jax.models.layers import Context, Projection, RMSNorm, gain, normal,
 from mmfree_jax.models.mlgru import MLGRU, floors
 from mmfree_jax.models.rwkv4 import RWKV4
 from mmfree_jax.ops.bit_linear import bit_linear
-from mmfree_jax.ops.cross_entropy import head_loss, head_nats, without_padding
+from mmfree_jax.ops.cross_entropy import head_losses, head_nats, largest_logits, without_padding
 from mmfree_jax.ops.embedding import embed
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.ternary import Quantised, wide
@@ -161,9 +161,23 @@ class LanguageModel(nnx.Module):
 
         mask_BT weighs the targets (0 leaves one out); z_loss is described at `cross_entropy.head_loss`.
         """
+        total, _ = self.losses(tokens_BT, targets_BT, mask_BT, segments_BT=segments_BT, z_loss=z_loss)
+        count = targets_BT.size if mask_BT is None else jnp.sum(mask_BT.astype(total.dtype))
+        return total, jnp.asarray(count, total.dtype)
+
+    def losses(
+        self,
+        tokens_BT: jax.Array,
+        targets_BT: jax.Array,
+        mask_BT: jax.Array | None = None,
+        *,
+        segments_BT: jax.Array | None = None,
+        z_loss: float = 0.0,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The sum of `loss`, to be differentiated, and how much of it is the z-loss."""
         x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
         operands = self.head.operands(x_BTD, self.embedding[...])
-        total = head_loss(
+        return head_losses(
             self.head.recipe,
             *operands,
             targets_BT,
@@ -172,8 +186,6 @@ class LanguageModel(nnx.Module):
             vocab=self.config.tokenizer_vocab,
             z_loss=z_loss,
         )
-        count = targets_BT.size if mask_BT is None else jnp.sum(mask_BT.astype(total.dtype))
-        return total, jnp.asarray(count, total.dtype)
 
     def nats(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         """Cross-entropy of each target in nats, [B, T], in at least float32. Chunked, for evaluation."""
@@ -183,16 +195,37 @@ class LanguageModel(nnx.Module):
 
     def hidden(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         """Normed output of the last block, [B, T, D] of `dtype`."""
+        return self.norm(self._stream(tokens_BT, segments_BT, lambda _: None)[0])
+
+    def activations(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> dict[str, jax.Array]:
+        """What can be seen of a forward pass: `embedding` [], `blocks` [L] and `norm` [], root mean squares of the
+        residual stream as it leaves these, and `largest_logit` [], by magnitude."""
+        rms = lambda x_BTD: jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(wide(x_BTD.dtype)))))
+        x_BTD, blocks_L = self._stream(tokens_BT, segments_BT, rms)
+        normed_BTD = self.norm(x_BTD)
+        operands = self.head.operands(normed_BTD, self.embedding[...])
+        largest_BT = largest_logits(self.head.recipe, *operands, vocab=self.config.tokenizer_vocab)
+        return {
+            "embedding": rms(self._embed(tokens_BT)),
+            "blocks": blocks_L,
+            "norm": rms(normed_BTD),
+            "largest_logit": jnp.max(largest_BT),
+        }
+
+    def _stream(
+        self, tokens_BT: jax.Array, segments_BT: jax.Array | None, look: Callable[[jax.Array], Any]
+    ) -> tuple[jax.Array, Any]:
+        """Output of the last block, before its norm, and what `look` made of each block's output, stacked."""
         starts_BT = None if segments_BT is None else document_starts(segments_BT)
         context = Context(starts_BT, segments_BT, self._rotary(jnp.arange(tokens_BT.shape[1])))
 
         def body(x_BTD, layer):
             block, floor_D = layer
-            return block(x_BTD, context, floor_D, None)[0], None
+            x_BTD = block(x_BTD, context, floor_D, None)[0]
+            return x_BTD, look(x_BTD)
 
         body = remat_policy(self.remat)(body)
-        x_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), (self.blocks, self._floors()), unroll=self.unroll)
-        return self.norm(x_BTD)
+        return jax.lax.scan(body, self._embed(tokens_BT), (self.blocks, self._floors()), unroll=self.unroll)
 
     def make_codes(self) -> tuple:
         """Codes of all ternary weights, for `use_codes` of models with the same parameters."""

@@ -58,6 +58,24 @@ def head_loss(
     Returns:
         a scalar in at least float32. The mask receives no gradient.
     """
+    operands = recipe, x_BTD, w_DV, gain_D, targets_BT, mask_BT
+    return head_losses(*operands, kernel=kernel, vocab=vocab, z_loss=z_loss, chunks=chunks)[0]
+
+
+def head_losses(
+    recipe: Recipe | None,
+    x_BTD: jax.Array,
+    w_DV: jax.Array,
+    gain_D: jax.Array | None,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array | None = None,
+    *,
+    kernel: Quantised | None = None,
+    vocab: int = 0,
+    z_loss: float = 0.0,
+    chunks: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """What `head_loss` returns, and how much of it is the z-loss: to be looked at, it hands back no gradient."""
     weights_BT = jnp.ones(targets_BT.shape, wide(x_BTD.dtype)) if mask_BT is None else mask_BT.astype(wide(x_BTD.dtype))
     return _head_loss((recipe, vocab, z_loss, chunks), x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel)
 
@@ -82,6 +100,30 @@ def head_nats(
         return (_join(jax.lax.map(one, _cut((x, targets_BT), count)), targets_BT.shape[1]),)
 
     return per_shard(local, [ROWS, KERNEL, TOKENS], [TOKENS], saved.inputs[0], kernel, targets_BT)[0]
+
+
+def largest_logits(
+    recipe: Recipe | None,
+    x_BTD: jax.Array,
+    w_DV: jax.Array,
+    gain_D: jax.Array | None,
+    *,
+    vocab: int = 0,
+) -> jax.Array:
+    """The largest magnitude of each token's logits, [B, T], in at least float32; arguments as `head_loss`."""
+    saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D)
+    axis = axis_if_cut("vocab", w_DV.shape[1])
+    time = jnp.zeros(x_BTD.shape[:2], jnp.int32)
+
+    def local(x, kernel, like_BT):
+        def one(piece):
+            sizes_BTV = jnp.abs(product(piece, kernel, x_BTD.dtype))
+            top_BT = jnp.max(without_padding(sizes_BTV, vocab, _first(sizes_BTV, axis)), axis=-1)
+            return top_BT if axis is None else jax.lax.pmax(top_BT, axis)
+
+        return (_join(jax.lax.map(one, _cut(x, chunk_count(like_BT, kernel))), like_BT.shape[1]),)
+
+    return per_shard(local, [ROWS, KERNEL, TOKENS], [TOKENS], saved.inputs[0], kernel, time)[0]
 
 
 def chunk_count(targets_BT: jax.Array, kernel: Quantised) -> int:
@@ -141,11 +183,25 @@ def _summed(a: jax.Array, axis: str | None) -> jax.Array:
     return a if axis is None else jax.lax.psum(a, axis)
 
 
+def _sums(nats_BT: jax.Array, total_BT: jax.Array, weights_BT: jax.Array, z_loss: float) -> jax.Array:
+    """Loss of a chunk, a scalar; with a z-loss [2], the second the z-loss in it."""
+    loss = jnp.sum((nats_BT + z_loss * total_BT**2) * weights_BT)
+    return jnp.stack([loss, z_loss * jnp.sum(total_BT**2 * weights_BT)]) if z_loss else loss
+
+
+def _no_sums(z_loss: float, dtype) -> jax.Array:
+    return jnp.zeros((2,) if z_loss else (), dtype)
+
+
+def _parts(sums: jax.Array, z_loss: float) -> tuple[jax.Array, jax.Array]:
+    return (sums[0], sums[1]) if z_loss else (sums, jnp.zeros_like(sums))
+
+
 def _loss_and_gradients(kernel: Quantised, piece: tuple, vocab: int, z_loss: float, dtype, axis: str | None):
     """Loss of one chunk and its gradients to the dequantised operands; that to x sums this device's vocabulary only."""
     x, targets_BT, weights_BT = piece
     nats_BT, logits_BTV, total_BT = _nats(x, kernel, targets_BT, dtype, axis, vocab)
-    loss = jnp.sum((nats_BT + z_loss * total_BT**2) * weights_BT)
+    loss = _sums(nats_BT, total_BT, weights_BT, z_loss)
     pull_BT = weights_BT * (1 + 2 * z_loss * total_BT)
     softmax_BTV = jnp.exp(logits_BTV - total_BT[..., None])
     chosen_BTV = _chosen(logits_BTV, targets_BT, axis)
@@ -171,7 +227,7 @@ def _join(a: jax.Array, time: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_loss(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel) -> jax.Array:
+def _head_loss(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel) -> tuple[jax.Array, jax.Array]:
     recipe, vocab, z_loss, chunks = static
     saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D, kernel)
     axis = axis_if_cut("vocab", w_DV.shape[1])
@@ -179,13 +235,13 @@ def _head_loss(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel) -> j
     def local(x, kernel, targets_BT, weights_BT):
         def one(total, piece):
             nats_BT, _, total_BT = _nats(piece[0], kernel, piece[1], x_BTD.dtype, axis, vocab)
-            return total + jnp.sum((nats_BT + z_loss * total_BT**2) * piece[2]), None
+            return total + _sums(nats_BT, total_BT, piece[2], z_loss), None
 
         pieces = _cut((x, targets_BT, weights_BT), chunks or chunk_count(targets_BT, kernel))
-        return (jax.lax.scan(one, jnp.zeros((), weights_BT.dtype), pieces)[0],)
+        return (jax.lax.scan(one, _no_sums(z_loss, weights_BT.dtype), pieces)[0],)
 
     arguments = saved.inputs[0], kernel, targets_BT, weights_BT
-    return per_shard(local, [ROWS, KERNEL, TOKENS, TOKENS], [Summed(())], *arguments)[0]
+    return _parts(per_shard(local, [ROWS, KERNEL, TOKENS, TOKENS], [Summed(())], *arguments)[0], z_loss)
 
 
 def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel):
@@ -200,7 +256,7 @@ def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel):
             loss, (dx_BTD, dw_DV) = _loss_and_gradients(kernel, piece, vocab, z_loss, x_BTD.dtype, axis)
             return (carry[0] + loss, carry[1] + dw_DV), _summed(dx_BTD, axis)
 
-        zero = (jnp.zeros((), weights_BT.dtype), jnp.zeros(kernel.codes.shape, weights_BT.dtype))
+        zero = (_no_sums(z_loss, weights_BT.dtype), jnp.zeros(kernel.codes.shape, weights_BT.dtype))
         pieces = _cut((x, targets_BT, weights_BT), chunks or chunk_count(targets_BT, kernel))
         (loss, dw_DV), dx_CBTD = jax.lax.scan(one, zero, pieces)
         return loss, dw_DV, _join(dx_CBTD, targets_BT.shape[1])
@@ -212,11 +268,11 @@ def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel):
     loss, dw_DV, dx_BTD = per_shard(local, [ROWS, KERNEL, TOKENS, TOKENS], results, *arguments)
     dw_DV = constrain(dw_DV, "embed", "vocab").astype(w_DV.dtype)
     (dx_BTD,), _, dgain_D = input_backward(recipe or Recipe(), saved, [dx_BTD])
-    return loss, (dx_BTD, dw_DV, dgain_D)
+    return _parts(loss, z_loss), (dx_BTD, dw_DV, dgain_D)
 
 
 def _backward(static, gradients, g):
-    scaled = jax.tree.map(lambda a: (a * g).astype(a.dtype), gradients)
+    scaled = jax.tree.map(lambda a: (a * g[0]).astype(a.dtype), gradients)
     return *scaled, None, None, None
 
 

@@ -13,7 +13,8 @@ from typing import Protocol
 
 from mmfree_jax.config import RunConfig, require
 from mmfree_jax.sweep.experiment import chains, run_flops
-from mmfree_jax.sweep.status import fail, run_folder, status
+from mmfree_jax.sweep.heartbeat import is_locked
+from mmfree_jax.sweep.status import can_begin, fail, run_folder, status
 
 WORKER = (sys.executable, "-m", "mmfree_jax.sweep.worker")
 RUN_FAILED = 1  # exit status of a worker: a run failed, and would again
@@ -37,13 +38,13 @@ class Executor(Protocol):
 def open_chains(out: Path, runs: Sequence[RunConfig], again: bool = False) -> list[list[RunConfig]]:
     """What is left of each chain, most FLOPs first, so that no long chain is left to run alone at the end.
 
-    Diverged runs, and branches of diverged trunks, would fail again: they are left out unless `again`. The errors of
-    all others are forgotten.
+    Diverged runs would fail again, and so would branches that a diverged trunk never got to: they are left out unless
+    `again`. The errors of all others are forgotten.
     """
     found = {run.name: status(run_folder(out, run), run) for run in runs}
     hopeless = set() if again else {name for name, s in found.items() if s.diverged}
     for run in runs:  # trunks come before their branches
-        if run.branch and run.branch.run in hopeless:
+        if run.branch and run.branch.run in hopeless and not can_begin(out, run):
             hopeless.add(run.name)
     wanted = [run for run in runs if found[run.name].state != "done" and run.name not in hopeless]
     for run in wanted:
@@ -79,9 +80,9 @@ class Pending:
         self.vain = 0 if further or not worked else self.vain + 1
 
     def abandon(self, out: Path, why: str) -> None:
-        """`give_up`; what is left then may still succeed."""
+        """`give_up`; what is left then may still succeed, but for what somebody else trains."""
         give_up(out, self.runs, why)
-        self.runs, self.vain = remaining(out, self.runs), 0
+        self.runs, self.vain = [run for run in remaining(out, self.runs) if not is_locked(run_folder(out, run))], 0
 
 
 def check_limit(hours: float) -> None:
@@ -90,12 +91,16 @@ def check_limit(hours: float) -> None:
 
 
 def give_up(out: Path, chain: Sequence[RunConfig], why: str) -> None:
-    """Name the reason in the run that was under way, the first that is left; its branches cannot begin."""
+    """Name the reason in the run that was under way, the first that is left; branches that it did not get to cannot
+    begin, nor can theirs. Nothing is written where another process of this machine is at work."""
     first, *others = remaining(out, chain)
-    fail(run_folder(out, first), why)
+    if not is_locked(run_folder(out, first)):
+        fail(run_folder(out, first), why)
+    lost = {first.name}
     for run in others:
-        if run.branch is not None and run.branch.run == first.name:
-            fail(run_folder(out, run), f"not started: its trunk {first.name} failed")
+        if run.branch is not None and run.branch.run in lost and not can_begin(out, run):
+            lost.add(run.name)
+            fail(run_folder(out, run), f"not started: its trunk {run.branch.run} failed")
 
 
 def worker_command(out: Path, chain: Sequence[RunConfig], limit_hours: float) -> list[str]:

@@ -94,14 +94,15 @@ def holder(folder: Path, now: float | None = None) -> Beat | None:
     machine the file does, up to STALE_SECONDS late.
     """
     beat = last_beat(folder)
-    if _is_locked(folder):
+    if is_locked(folder):
         return beat or Beat(THIS_MACHINE, 0, "", 0.0)
     if beat is None or beat.host == socket.gethostname():
         return None
     return beat if (file_clock(folder) if now is None else now) - beat.at < STALE_SECONDS else None
 
 
-def _is_locked(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
+    """Whether a process of this machine holds the folder now."""
     try:
         file = (folder / ".lock").open()
     except FileNotFoundError:

@@ -1,24 +1,31 @@
 """The local executor: a pool of workers over this machine's accelerators, or over its CPU cores.
 
-A run whose mesh has several devices takes as many GPUs; on CPUs its devices are simulated, on a core each.
+A run whose mesh has several devices takes as many GPUs; on CPUs its devices are simulated, on a core each. Workers with
+small runs share a GPU (`sharing`).
 """
 
 import ctypes
 import dataclasses
 import functools
+import glob
 import importlib.metadata
-import itertools
+import importlib.util
+import math
 import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
+from mmfree_jax import nvidia
 from mmfree_jax.config import RunConfig, require
 from mmfree_jax.files import last_line
-from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, worker_command
+from mmfree_jax.sweep import sharing
+from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, steps_done, worker_command
 from mmfree_jax.sweep.experiment import chains, machines
 from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED
 
@@ -26,7 +33,10 @@ STOP_SECONDS = 60.0  # for workers to save themselves after a signal
 POLL_SECONDS = 0.25
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
-GPU = "CUDA_VISIBLE_DEVICES"
+GPU = nvidia.VISIBLE
+TPU = "TPU_VISIBLE_CHIPS"
+TPU_PORT = 8476  # of the first chip's process
+TPU_FILES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # one a chip, by the driver's age
 
 # XLA allocates its temporaries anew in every step. Left to itself, glibc returns them to the system and the next step
 # faults every page in again, a sixth to a third of a small model's time on a CPU: let it keep what it has.
@@ -40,51 +50,69 @@ KEEP_MEMORY = {
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Room for one worker: the environment and the CPU cores it gets."""
+    """Room for one worker, or for several small ones: the environment and the CPU cores they get."""
 
     name: str
     env: dict[str, str]
     cores: frozenset[int]
+    memory: float | None = None  # bytes of a GPU; None where that is not known
 
 
 @dataclasses.dataclass
 class Job(Pending):
-    """A chain, the worker it is on, and the slots that this takes."""
+    """A chain, the worker it is on, and the slots that this takes: whole ones, or its share of one."""
 
     name: str = ""
-    slots: list[Slot] = dataclasses.field(default_factory=list)
+    slots: list[int] = dataclasses.field(default_factory=list)
+    share: Fraction = Fraction(1)
     process: subprocess.Popen | None = None
 
 
-def find_slots(limit: int = 0) -> list[Slot]:
-    """One slot a visible GPU, else one a CPU core: small models keep one core busy and gain nothing from two.
+def this_machine(workers: int = 0, limit_hours: float = 0.0) -> "Local":
+    """The executor over all that is here: `workers` on each GPU, or in all where there are CPU cores alone.
 
-    `limit` > 0 takes that many at most. Raises ConfigError for a negative one.
+    0 is as many as `sharing` finds right, or one a core. Raises ConfigError for more than there is room for, and where
+    this is not Linux, whose means of starting, pinning and ending workers are used.
     """
-    require(limit >= 0, f"--slots {limit}: must not be negative (0: one a GPU, or one a CPU core)")
+    require(
+        sys.platform == "linux",
+        f"workers on this machine need Linux, and this is {sys.platform}: use --executor slurm or --render, or train "
+        "the runs one by one",
+    )
+    slots = find_slots()
+    if any(GPU in slot.env for slot in slots):
+        return Local(slots, limit_hours, workers)
+    if any(TPU in slot.env for slot in slots):
+        require(workers in (0, 1), f"--slots {workers}: a TPU chip belongs to one worker: leave it out")
+        return Local(slots, limit_hours)
+    require(workers <= len(slots), f"--slots {workers}: this machine has {len(slots)} CPU cores, for a worker each")
+    require(workers >= 0, f"--slots {workers}: must not be negative (0: one a CPU core)")
+    return Local(slots[:workers] if workers else slots, limit_hours)
+
+
+def find_slots() -> list[Slot]:
+    """One slot a visible GPU or TPU chip, else one a CPU core: small models keep one busy and gain nothing from two."""
     cores = sorted(os.sched_getaffinity(0))
     gpus = _visible_gpus()
     if gpus:
-        slots = [Slot(f"gpu{g}", {GPU: g}, frozenset(cores)) for g in gpus]
-    else:
-        slots = [Slot(f"cpu{c}", {"JAX_PLATFORMS": "cpu", **KEEP_MEMORY}, frozenset([c])) for c in cores]
-    return slots[:limit] if limit else slots
+        return [Slot(f"gpu{g}", {GPU: g}, frozenset(cores), nvidia.memory_bytes(g)) for g in gpus]
+    if chips := _tpu_chips():
+        return [Slot(f"tpu{c}", {TPU: str(c)}, frozenset(cores)) for c in range(chips)]
+    return [Slot(f"cpu{c}", {"JAX_PLATFORMS": "cpu", **KEEP_MEMORY}, frozenset([c])) for c in cores]
 
 
 def _visible_gpus() -> list[str]:
     """The GPUs that JAX would use, by the names that CUDA gives them."""
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not any("cuda" in plugin.name for plugin in _plugins()):
         return []
-    if GPU in os.environ:
-        named = [g for g in os.environ[GPU].split(",") if g]
-        return list(itertools.takewhile(lambda g: not g.startswith("-"), named))  # CUDA sees those before a wrong one
-    import pynvml
+    return nvidia.visible()
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no NVIDIA driver: not an error, there simply is no GPU
-        return []
-    return [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
+
+def _tpu_chips() -> int:
+    """How many TPU chips this host has, and JAX can use; asked of the system, for libtpu would take them all."""
+    if os.environ.get("JAX_PLATFORMS", "tpu") != "tpu" or importlib.util.find_spec("libtpu") is None:
+        return 0
+    return max(len(glob.glob(pattern)) for pattern in TPU_FILES)
 
 
 def _plugins() -> Iterable[importlib.metadata.EntryPoint]:
@@ -92,69 +120,126 @@ def _plugins() -> Iterable[importlib.metadata.EntryPoint]:
     return importlib.metadata.entry_points(group="jax_plugins")
 
 
-def joined(slots: Sequence[Slot], devices: int) -> Slot:
-    """Room for one worker whose runs use so many devices: the GPUs of the slots, or simulated ones on their cores."""
+def joined(slots: Sequence[Slot], devices: int, sharers: int = 1) -> Slot:
+    """Room for one worker whose runs use so many devices: the GPUs of the slots, or simulated ones on their cores.
+
+    One of several `sharers` of a GPU gets its part of the memory, and is told that its times are not its own.
+    """
     env = {name: value for slot in slots for name, value in slot.env.items()}
     if GPU in env:
         env[GPU] = ",".join(slot.env[GPU] for slot in slots)
+    elif TPU in env:
+        env = one_chip(int(env[TPU])) if devices == 1 else {}  # libtpu takes all chips unless it is told not to
     elif devices > 1:
         flags = os.environ.get("XLA_FLAGS", "")
         env["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
+    if sharers > 1:
+        env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{sharing.fraction(slots[0].memory, sharers):.4f}"
+        env[nvidia.SHARERS] = str(sharers)
     return Slot("+".join(slot.name for slot in slots), env, frozenset().union(*(slot.cores for slot in slots)))
+
+
+def one_chip(number: int) -> dict[str, str]:
+    """What libtpu needs to be told in a process that has one of a host's chips, beside others that have theirs."""
+    port = str(TPU_PORT + number)
+    return {
+        TPU: str(number),
+        "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
+        "TPU_PROCESS_BOUNDS": "1,1,1",
+        "TPU_PROCESS_ADDRESSES": f"localhost:{port}",
+        "TPU_PROCESS_PORT": port,
+        "CLOUD_TPU_TASK_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """A pool of workers on this machine, one a slot or one for several; each run may take `limit_hours` (0: any
-    number)."""
+    """A pool of workers on this machine; each run may take `limit_hours` (0: any number).
+
+    `sharers` is how many workers are on each GPU at once; 0: what `sharing` finds for their runs. A worker whose runs
+    need several slots has them for itself.
+    """
 
     slots: Sequence[Slot]
     limit_hours: float = 0.0
+    sharers: int = 0
 
     def __post_init__(self) -> None:
         check_limit(self.limit_hours)
+        require(self.sharers >= 0, f"--slots {self.sharers}: must not be negative (0: by the size of the models)")
+        for slot in self.slots if self.sharers > 1 else ():
+            sharing.fraction(slot.memory, self.sharers)
+
+    @property
+    def kind(self) -> str:
+        """What a slot is."""
+        names = {name for slot in self.slots for name in slot.env}
+        return "GPU" if GPU in names else "TPU chip" if TPU in names else "CPU core"
 
     def plan(self, runs: Sequence[RunConfig]) -> list[str]:
         """How many workers there would be. Raises ConfigError for a mesh of more GPUs than there are."""
         work = chains(runs)
         most = max(map(self.room, work))
-        shared = f", {most} of them as one where a mesh needs it" if most > 1 else ""
-        kind = "GPU" if any(GPU in slot.env for slot in self.slots) else "CPU core"
-        return [f"{len(runs)} runs in {len(work)} chains on {len(self.slots)} workers, one a {kind}{shared}"]
+        joint = f", {most} of them as one where a mesh needs it" if most > 1 else ""
+        crowd = max(self.crowd(chain, len(work)) for chain in work)
+        each = "one" if crowd == 1 else f"up to {crowd}"
+        return [
+            f"{len(runs)} runs in {len(work)} chains on {crowd * len(self.slots)} workers, {each} a {self.kind}{joint}"
+        ]
 
     def room(self, chain: Sequence[RunConfig]) -> int:
-        """How many slots a chain takes. Raises ConfigError for more GPUs than there are, and for several meshes."""
+        """How many slots a chain takes. Raises ConfigError for more GPUs or TPU chips than there are, for some of
+        several chips, and for several meshes."""
         _, devices = machines(chain, 0, "machine")
-        if any(GPU in slot.env for slot in self.slots):
-            have = len(self.slots)
-            require(
-                devices <= have,
-                f"{chain[0].name}: its mesh needs {devices} GPUs, and {have} may be used here: change its mesh",
-            )
+        have, kind = len(self.slots), self.kind
+        if kind != "CPU core":
+            fits = f"{chain[0].name}: its mesh needs {devices} {kind}s, and {have} may be used here: change its mesh"
+            require(devices <= have, fits)
+        if kind == "TPU chip":
+            one = f"{chain[0].name}: a mesh of {devices} of the {have} TPU chips of a host: use one, or all"
+            require(devices in (1, have), one)
         return min(devices, len(self.slots))
 
+    def crowd(self, chain: Sequence[RunConfig], waiting: int) -> int:
+        """How many workers share the slot of a chain, of `waiting` chains in all: no more than these would fill."""
+        if self.kind != "GPU" or self.room(chain) > 1:
+            return 1
+        have = len(self.slots)
+        memory = min((slot.memory for slot in self.slots if slot.memory), default=None)
+        cores, host = len(self.slots[0].cores) / have, sharing.host_memory() / have
+        right = self.sharers or sharing.workers(chain, memory, cores, host)
+        return min(right, math.ceil(waiting / have))
+
     def execute(self, out: Path, work: list[list[RunConfig]], watch: Callable[[], None]) -> int:
-        """SIGINT (Ctrl-C) and SIGTERM stop the workers, which save themselves; then 130 or 75 is returned.
+        """SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the workers, which save themselves; then 130 or 75 is returned.
 
         In the order of `work`: a chain that needs several slots is not overtaken by others that need fewer.
         """
-        queue = [Job(chain, name=chain[0].name) for chain in work]
-        free, active = list(self.slots), list[Job]()
+        queue = [Job(chain, name=chain[0].name, reached=steps_done(out, chain)) for chain in work]
+        for job in queue:
+            job.share = Fraction(1, self.crowd(job.runs, len(work)))
+        free, active = [Fraction(1) for _ in self.slots], list[Job]()
         stopped: list[int] = []
         # Handlers for both: a KeyboardInterrupt raised inside a destructor would be swallowed.
         answers: dict[int, int] = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+            answers[signal.SIGHUP] = PREEMPTED
         previous = {n: signal.signal(n, lambda number, _: stopped.append(answers[number])) for n in answers}
         try:
             while (queue or active) and not stopped:
-                while queue and len(free) >= (room := self.room(queue[0].runs)):
+                while queue and (place := self._place(queue[0], free)):
                     job = queue.pop(0)
-                    job.slots, free = free[:room], free[room:]
+                    job.slots = place
+                    for slot in place:
+                        free[slot] -= job.share
                     self._start(out, job)
                     active.append(job)
                 _wait_for_one([job.process for job in active if job.process], POLL_SECONDS)
                 for job in [job for job in active if job.process and job.process.poll() is not None]:
                     active.remove(job)
-                    free += job.slots
+                    for slot in job.slots:
+                        free[slot] += job.share
                     if _goes_on(out, job):
                         queue.insert(0, job)
                 watch()
@@ -165,8 +250,15 @@ class Local:
         watch()
         return stopped[0] if stopped else 0
 
+    def _place(self, job: Job, free: Sequence[Fraction]) -> list[int]:
+        """The slots with most room for a job, by number; none where it does not fit yet."""
+        fitting = [slot for slot, share in enumerate(free) if share >= job.share]
+        room = self.room(job.runs)
+        return sorted(fitting, key=lambda slot: -free[slot])[:room] if len(fitting) >= room else []
+
     def _start(self, out: Path, job: Job) -> None:
-        slot, path = joined(job.slots, job.runs[0].mesh.devices), _worker_log(out, job)
+        own = [self.slots[slot] for slot in job.slots]
+        slot, path = joined(own, job.runs[0].mesh.devices, job.share.denominator), _worker_log(out, job)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as log:
             job.process = subprocess.Popen(

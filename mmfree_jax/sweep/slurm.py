@@ -25,7 +25,7 @@ from typing import Any
 
 from mmfree_jax.config import ConfigError, RunConfig, require
 from mmfree_jax.files import last_line, read_json, write_json
-from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, worker_command
+from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, steps_done, worker_command
 from mmfree_jax.sweep.experiment import chains, machines
 from mmfree_jax.sweep.heartbeat import last_beat
 from mmfree_jax.sweep.local import KEEP_MEMORY
@@ -212,7 +212,8 @@ class SlurmExecutor:
     def execute(self, out: Path, work: list[list[RunConfig]], watch: Callable[[], None]) -> int:
         """Ctrl-C and SIGTERM end the watching alone: jobs go on, and the same command finds them again."""
         _check_commands()
-        return Driver(self, out.resolve(), [Tracked(chain) for chain in work], watch).run()
+        tracked = [Tracked(chain, reached=steps_done(out, chain)) for chain in work]
+        return Driver(self, out.resolve(), tracked, watch).run()
 
 
 def _check_commands() -> None:

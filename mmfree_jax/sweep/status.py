@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmfree_jax.config import RunConfig, require
-from mmfree_jax.files import last_line, read_json, write_atomically
+from mmfree_jax.files import last_lines, read_json, write_atomically
 from mmfree_jax.sweep.heartbeat import Beat, holder
 
 COLUMNS = ("run_id", "family", "N", "D", "loss")  # without which no table is one of runs
@@ -23,7 +23,8 @@ class RunStatus:
     """Where one run stands. `loss` is the held-out loss of a finished run, else the latest training loss.
 
     `step` is the last one logged or saved, 0 before the first, also in a run that branches off another. `holder` is who
-    trains it now.
+    trains it now. `steady` is whether two rows of metrics in a row have a speed: the first may be that of a device
+    which warms up, and is no ground for saying when the run will end.
     """
 
     config: RunConfig
@@ -31,6 +32,7 @@ class RunStatus:
     step: int = 0
     loss: float | None = None
     tokens_per_s: float | None = None
+    steady: bool = False
     error: str = ""
     result: dict[str, Any] | None = None
     holder: Beat | None = None
@@ -38,7 +40,7 @@ class RunStatus:
     @property
     def eta_seconds(self) -> float | None:
         """Until the last step of a running run, at its latest speed; None where that is not known."""
-        if self.state != "running" or not self.tokens_per_s:
+        if self.state != "running" or not self.tokens_per_s or not self.steady:
             return None
         return (self.config.steps - self.step) * self.config.data.tokens_per_step / self.tokens_per_s
 
@@ -59,13 +61,14 @@ def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
         result = read_json(folder / "result.json")
         shown = result["loss"] if result["loss"] is not None else result["train_loss"]
         return RunStatus(run, "done", run.steps, shown, result=result)
-    line = last_line(folder / "metrics.jsonl")
-    row = json.loads(line) if line else {}
+    rows = [json.loads(line) for line in last_lines(folder / "metrics.jsonl", 2)]
+    row = rows[-1] if rows else {}
     saved = _saved_step(folder)
     known = {
         "step": max(row.get("step", 0), saved),
         "loss": row.get("loss"),
         "tokens_per_s": row.get("tokens_per_s"),
+        "steady": len(rows) == 2 and all(one.get("tokens_per_s") for one in rows),
     }
     if beat := holder(folder, now):
         return RunStatus(run, "running", **known, holder=beat)
@@ -95,6 +98,13 @@ def has_failed(out: Path, name: str) -> bool:
     """Whether a run has left a reason why it is not done."""
     folder = out / "runs" / name
     return (folder / "error.txt").exists() and not (folder / "result.json").exists()
+
+
+def can_begin(out: Path, run: RunConfig) -> bool:
+    """Whether what a run branches off is there, be it of a trunk that failed later; so it is for one with no trunk."""
+    if run.branch is None:
+        return True
+    return (out / "runs" / run.branch.run / "checkpoints" / str(run.branch.step)).is_dir()
 
 
 def fail(folder: Path, message: str) -> None:

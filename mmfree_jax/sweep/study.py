@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from mmfree_jax.config import DataConfig, require
 from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.data.corpora import Known
 from mmfree_jax.files import locked, write_atomically, write_json
+from mmfree_jax.output import teller
 from mmfree_jax.sweep.executor import Executor, open_chains
 from mmfree_jax.sweep.experiment import Study, run_flops
 from mmfree_jax.sweep.heartbeat import file_clock
@@ -28,7 +29,7 @@ def sweep(study: Study, out: Path, console: Console, executor: Executor, again: 
     with locked(out):
         plan = executor.plan(study.runs)  # first: it refuses runs that this executor has no machines for
         token_set = prepare(study, out, console)
-        say = lambda line: console.print(line, highlight=False, soft_wrap=True)
+        say = teller(console)
         say("\n".join(plan))
         with View([(run, run_folder(out, run)) for run in study.runs], console) as view:
             code = executor.execute(out, open_chains(out, study.runs, again), view.update)
@@ -36,8 +37,9 @@ def sweep(study: Study, out: Path, console: Console, executor: Executor, again: 
         found = [status(run_folder(out, run), run) for run in study.runs]
         for failed in (s for s in found if s.state == "failed"):
             log = run_folder(out, failed.config) / "log.txt"  # not of a run that was never begun
-            hints = [f"see {escape(str(log))}"] * log.exists() + ["--again runs it again"] * failed.diverged
-            say(f"[red]failed[/red]  {escape(describe(failed))}" + f"\n        {'; '.join(hints)}" * bool(hints))
+            hints = [f"see {log}"] * log.exists() + ["--again runs it again"] * failed.diverged
+            hint = f"\n        {'; '.join(hints)}" if hints else ""
+            say(Text.assemble(("failed", "red"), f"  {describe(failed)}{hint}"))
         say(f"runs table: {table} (corpus {token_set.fingerprint[:16]})")
         ended = sum(s.state == "done" for s in found)
         if code:
@@ -50,7 +52,7 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
 
     Raises ConfigError before anything is run or written, naming every run that the experiment file has changed.
     """
-    say = lambda line: console.print(line, highlight=False)
+    say = teller(console)
     parts = [_parts(run.data) for run in study.runs]  # of one corpus, but perhaps of several mixtures with it
     known: dict[DataConfig, tuple[Known, ...]] = {}
     for run, one in zip(study.runs, parts, strict=True):
@@ -99,8 +101,9 @@ def run_study(study: Study, out: Path, console: Console, executor: Executor, aga
         provenance=provenance(study),
         baseline=study.baseline,
     )
-    console.print(report.terminal_summary(console.width), highlight=False, markup=False)
-    console.print(f"\nreport: {out / 'report' / 'report.html'}", highlight=False)
+    say = teller(console)
+    say(report.terminal_summary(console.width))
+    say(f"\nreport: {out / 'report' / 'report.html'}")
     return 0
 
 

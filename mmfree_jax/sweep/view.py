@@ -10,8 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from mmfree_jax.config import RunConfig
+from mmfree_jax.output import teller
 from mmfree_jax.sweep.experiment import run_flops
 from mmfree_jax.sweep.status import RunStatus, status
 
@@ -28,10 +30,14 @@ class View:
     console: Console
 
     def __post_init__(self) -> None:
+        self.say = teller(self.console)
         self.began = self.read_at = self.shown_at = time.monotonic()
         self.statuses = self._read({})
         self.flops_total = sum(run_flops(run) for run, _ in self.runs)
         self.flops_before = self._flops_done()
+        self.progress: list[
+            tuple[float, float]
+        ] = []  # when it was seen to be further, and how far: the first two and the last
         self.live: Live | None = None
 
     def __enter__(self) -> "View":
@@ -52,14 +58,15 @@ class View:
             return
         before, self.read_at = self.statuses, now
         self.statuses = self._read(before)
+        self.measure(now)
         if self.live:
             self.live.update(self.render(), refresh=True)
             return
         for old, new in zip(before.values(), self.statuses.values(), strict=True):
             if new.state != old.state and new.state in ("done", "failed"):
-                self.console.print(f"{new.state:>7}  {describe(new)}", highlight=False, soft_wrap=True)
+                self.say(f"{new.state:>7}  {describe(new)}")
         if now - self.shown_at >= PLAIN_SECONDS:
-            self.console.print(self.summary(), highlight=False)
+            self.say(self.summary())
             self.shown_at = now
 
     def _read(self, known: dict[str, RunStatus]) -> dict[str, RunStatus]:
@@ -70,12 +77,21 @@ class View:
     def _flops_done(self) -> float:
         return sum(run_flops(s.config) * _fraction(s) for s in self.statuses.values())
 
+    def measure(self, now: float) -> None:
+        """Remember what is done by `now`, where that is more than before."""
+        done = self._flops_done()
+        if done > (self.progress[-1][1] if self.progress else self.flops_before):
+            self.progress = [*self.progress[:2], (now, done)]
+
     def eta_seconds(self) -> float | None:
-        """Time until the last run ends, at the rate seen since this process began; None before there is one."""
-        elapsed, done = time.monotonic() - self.began, self._flops_done()
-        if done <= self.flops_before:
+        """Time until the last run ends, at the rate of the work since its first result was seen.
+
+        None until two more have been: what came before the first is mostly compilation.
+        """
+        if len(self.progress) < 3:
             return None
-        return (self.flops_total - done) * elapsed / (done - self.flops_before)
+        (began, before), (now, done) = self.progress[0], self.progress[-1]
+        return max(0.0, (self.flops_total - done) * (now - began) / (done - before) - (self.read_at - now))
 
     def summary(self) -> str:
         """One line: how many runs are in which state, the share of the work done, the time left."""
@@ -102,7 +118,7 @@ class View:
         for s in shown:
             loss = "" if s.loss is None else f"{s.loss:.4f}"
             rate = f"{s.tokens_per_s:,.0f}" if s.tokens_per_s and s.state == "running" else ""
-            table.add_row(s.config.name, s.state, f"{s.step}/{s.config.steps}", loss, rate, style=STYLE[s.state])
+            table.add_row(Text(s.config.name), s.state, f"{s.step}/{s.config.steps}", loss, rate, style=STYLE[s.state])
         if len(shown) < len(self.statuses):
             table.caption = f"{len(self.statuses) - len(shown)} more do not fit this terminal"
         return table

@@ -27,11 +27,13 @@ from mmfree_jax import distributed
 from mmfree_jax.config import ConfigError, RunConfig
 from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import cache_folder, resolve_data
-from mmfree_jax.devices import use_compile_cache
+from mmfree_jax.devices import check_platform, use_compile_cache
+from mmfree_jax.files import LockedError
+from mmfree_jax.output import settle
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
-from mmfree_jax.sweep.status import fail, has_failed
+from mmfree_jax.sweep.status import can_begin, fail, has_failed
 from mmfree_jax.training.folder import known_corpora, read_run
 from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
@@ -57,6 +59,7 @@ EVERYWHERE = (Diverged, ConfigError, TrunkFailed, TimedOut)  # what happens in e
 
 def main(out: Path, names: list[str], experiment: Path | None = None, limit_hours: float = 0.0) -> int:
     """Train the named runs of the sweep in `out`, in order; each may take so many hours (0: any number)."""
+    check_platform()
     use_compile_cache(cache_folder() / "compiled")
     signal.signal(signal.SIGALRM, signal.SIG_IGN)  # but while a run listens for it
     resolve = functools.cache(resolve_data)  # the runs of a chain read one corpus: it is opened once
@@ -64,8 +67,9 @@ def main(out: Path, names: list[str], experiment: Path | None = None, limit_hour
     for config in find_runs(out, names, experiment):
         folder = out / "runs" / config.name
         try:
-            if config.branch is not None and (config.branch.run in failed or has_failed(out, config.branch.run)):
-                raise TrunkFailed(f"its trunk {config.branch.run} failed")
+            trunk = config.branch.run if config.branch else ""
+            if not can_begin(out, config) and (trunk in failed or has_failed(out, trunk)):
+                raise TrunkFailed(f"its trunk {trunk} failed")
             _train(config, folder, resolve, limit_hours)
         except Interrupted as stop:
             return stop.status
@@ -129,16 +133,18 @@ def _late(folder: Path, limit_hours: float) -> Callable[[], None]:
 
 def _explain(folder: Path, error: Exception) -> None:
     """The reason for whoever reads the log, and a line of it for whoever asks for the sweep's status."""
-    if not isinstance(error, TrunkFailed | TimedOut):
+    if not isinstance(error, TrunkFailed | TimedOut | LockedError):
         traceback.print_exception(error)
     message = f"{type(error).__name__}: {error}"
-    if isinstance(error, TrunkFailed):
+    if isinstance(error, LockedError):
+        print(message, file=sys.stderr)
+    elif isinstance(error, TrunkFailed):
         message = f"not started: {error}"
     elif DISK_IS_FULL.search(message):
         message = f"disk full: make room there and run the same command again ({message})"
     elif MEMORY_IS_FULL.search(message):
         message = f"out of memory: lower data.batch, raise optim.accumulate, or set remat ({message})"
-    if distributed.is_first():
+    if distributed.is_first() and not isinstance(error, LockedError):  # the folder is another process's
         folder.mkdir(parents=True, exist_ok=True)
         fail(folder, message)
 
@@ -167,4 +173,5 @@ def start(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    settle()
     sys.exit(start(sys.argv[1:]))

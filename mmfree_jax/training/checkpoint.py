@@ -4,20 +4,44 @@ Restoring always goes into an abstract tree built from the config, never into wh
 any mesh. Beside the state lies a small JSON object with everything else that a resumed run needs.
 """
 
+import glob
+import json
 import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from mmfree_jax.training.step import TrainState
 
 LONGEST_REASON = 300  # characters of what Orbax says
+# TensorStore's names for what is missing or garbled on disk, and Orbax's sentences for the same.
+DAMAGE = re.compile(r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|Error decoding|were not found in the checkpoint")
+OTHER_TREE = re.compile(r"Requested shape|structures do not match")
 _keep = ocp.training.preservation_policies
 
 # Orbax reports every step of every save at INFO and warns about defaults; a run's own log says what matters.
 for _name in ("absl", "orbax"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+# etils takes the whole path for a pattern: in a folder called `x[lr=3e-3]` Orbax finds nothing to put together at the
+# end of a save, and nobody can read the checkpoint. So the folder's own name is taken as it stands.
+_folder_type: Any = type(epath.Path("/"))
+_plain_glob = _folder_type.glob
+
+
+def _glob(folder: Any, pattern: str) -> Iterator[Any]:
+    if "://" in str(folder):
+        return _plain_glob(folder, pattern)
+    return map(_folder_type, glob.glob(f"{glob.escape(str(folder))}/{pattern}"))
+
+
+_folder_type.glob = _glob
 
 
 class CheckpointError(RuntimeError):
@@ -55,10 +79,11 @@ class Checkpoints:
         return _load(self._orbax, self.folder, abstract_state, None)
 
 
-def restore(folder: Path, abstract_state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+def restore(folder: Path, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """State and meta of `step` (default: the newest) in a checkpoint folder that this process does not write.
 
-    The arrays are placed as `abstract_state` says. Raises CheckpointError when there is no such checkpoint.
+    The state is a TrainState, or whatever tree of arrays was saved; the arrays are placed as `abstract_state` says.
+    Raises CheckpointError when there is no such checkpoint.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist: there is no checkpoint to read")
@@ -66,9 +91,19 @@ def restore(folder: Path, abstract_state: TrainState, step: int | None = None) -
         return _load(orbax, folder, abstract_state, step)
 
 
+def restore_params(folder: Path, abstract_state: TrainState) -> Any:
+    """The parameters in the newest checkpoint of a run, placed as `abstract_state` says; moments are not read.
+
+    Every process reads the shards that its own devices hold. Raises CheckpointError as `restore` does.
+    """
+    unread = lambda tree: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
+    wanted = TrainState(unread(abstract_state.step), abstract_state.params, unread(abstract_state.opt))
+    return restore(folder, wanted)[0].params
+
+
 def _load(
-    orbax: ocp.training.Checkpointer, folder: Path, abstract_state: TrainState, step: int | None
-) -> tuple[TrainState, dict[str, Any]]:
+    orbax: ocp.training.Checkpointer, folder: Path, abstract_state: Any, step: int | None
+) -> tuple[Any, dict[str, Any]]:
     steps = sorted(checkpoint.step for checkpoint in orbax.checkpoints)
     if not steps or (step is not None and step not in steps):
         raise CheckpointError(f"{folder} has no checkpoint of step {step or 'any'} (it has: {steps or 'none'})")
@@ -76,10 +111,18 @@ def _load(
     try:
         found = orbax.load_checkpointables(chosen, abstract_checkpointables={"state": abstract_state, "meta": None})
     except Exception as error:  # of many kinds; Orbax says what is wrong only in the cause of what it raises
-        why = " ".join(str(error.__cause__ or error).split())[:LONGEST_REASON]
+        raise CheckpointError(f"{folder / str(chosen)} cannot be read: {_reason(error, steps, chosen)}") from error
+    return found["state"], found["meta"]
+
+
+def _reason(error: Exception, steps: list[int], chosen: int) -> str:
+    """Why a checkpoint cannot be read, and what to do where that is known: only what is damaged is to be removed."""
+    cause = error.__cause__ or error
+    why = " ".join(str(cause).split())[:LONGEST_REASON]
+    if OTHER_TREE.search(why):
+        return f"it holds other arrays than its run or model has now ({why})"
+    if isinstance(cause, FileNotFoundError | json.JSONDecodeError) or DAMAGE.search(why):
         before = [str(earlier) for earlier in steps if earlier < chosen][-1:]
         there = f"the one before it is of step {before[0]}" if before else "there is none before it"
-        raise CheckpointError(
-            f"{folder / str(chosen)} cannot be read: {why}; if it is damaged, remove it: {there}"
-        ) from error
-    return found["state"], found["meta"]
+        return f"{why}; it is damaged, remove it: {there}"
+    return f"{type(cause).__name__}: {why}"

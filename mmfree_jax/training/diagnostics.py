@@ -1,4 +1,13 @@
-"""What a run shows of its weights now and then: histograms, and how its ternary codes behave."""
+"""What a run shows of itself now and then: norms, activations and logits, histograms, the behaviour of ternary codes.
+
+Every `diagnose_every` steps, in the row of metrics.jsonl under `diagnostics` and in TensorBoard (`training.step`
+describes the entries). A diagnosed step costs what `inspect` does, its gradient once more and a forward pass (about 1.4
+steps on top of its own; one more program to compile), besides a pass over the weights and their codes.
+
+A run is the same to the last bit with and without it, so a loss spike can be looked at afterwards: copy the folder,
+take away result.json and every checkpoint after the spike, and run the same command on the copy with
+`--diagnose-every 1`.
+"""
 
 from typing import Any
 
@@ -11,38 +20,49 @@ from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import RunConfig
 from mmfree_jax.ops.ternary import Quantised, quantise_weights
-from mmfree_jax.training.metrics import Log
+from mmfree_jax.training.metrics import Interval, Log
+from mmfree_jax.training.optim import Rates
 from mmfree_jax.training.step import Program, TrainState
 
 HISTOGRAM_SAMPLES = 20_000  # of a parameter's values: enough for a picture, small enough to fetch
 
 
 class Diagnostics:
-    """Every `diagnose_every` steps: weight histograms, and for ternary layers the share of zeros, the mean scale and
-    the share of codes that this one optimizer step flipped."""
+    """Every `diagnose_every` steps: what the step does (`step.Program.inspect`), weight histograms, and for ternary
+    layers the share of zeros, the mean scale and the share of codes that this one optimizer step flipped."""
 
-    def __init__(self, config: RunConfig, program: Program, log: Log):
-        self.every, self.log = config.diagnose_every, log
+    def __init__(self, config: RunConfig, program: Program, log: Log, interval: Interval):
+        self.every, self.log, self.interval, self.inspect = config.diagnose_every, log, interval, program.inspect
         self.read = jax.jit(lambda params: ternary_codes(nnx.merge(program.graphdef, params)))
         self.sample = jax.jit(samples, out_shardings=NamedSharding(program.mesh, P()))
         self.codes: dict[str, jax.Array] = {}
+        self.seen: dict[str, Any] = {}
 
-    def before(self, step: int, state: TrainState) -> None:
-        """Remember the codes that the step about to run starts from (its state will be donated)."""
+    def before(self, step: int, state: TrainState, tokens_BT: jax.Array, rates: Rates) -> None:
+        """Look at the step about to be taken, whose state will be donated; the clocks stand still meanwhile."""
         if self._due(step):
+            self.interval.pause()
             self.codes = {name: codes for name, (codes, _) in self.read(state.params).items()}
+            self.seen = jax.device_get(self.inspect(state, tokens_BT, rates))
+            self.interval.resume()
 
-    def after(self, step: int, state: TrainState) -> None:
-        """Compare with the codes before, and log."""
+    def after(self, step: int, state: TrainState) -> bool:
+        """Compare with the codes before, and note everything for the row of this step; whether it was one to look at.
+
+        The clocks are left standing.
+        """
         if not self._due(step):
-            return
+            return False
+        self.interval.pause()
         scalars: dict[str, float] = {}
         for name, (codes, scale) in self.read(state.params).items():
             scalars[f"zeros/{name}"] = float(jnp.mean(codes == 0))
             scalars[f"flips/{name}"] = float(jnp.mean(codes != self.codes[name]))
             scalars[f"scale/{name}"] = float(jnp.mean(scale))
+        self.interval.note(diagnostics=self.seen)
         self.codes = {}
         self.log.diagnostics(step + 1, scalars, histograms(self.sample(state.params)))
+        return True
 
     def _due(self, step: int) -> bool:
         return self.every > 0 and (step + 1) % self.every == 0

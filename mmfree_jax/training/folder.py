@@ -22,7 +22,7 @@ def check_data(config: RunConfig, token_set: TokenSet) -> None:
     check_vocabulary(config.model, token_set)
     for one in token_set.sets:
         _check_training_text(config.data, one)
-    if config.evaluate:
+    if config.evaluate or config.eval_every:
         check_held_out_text(token_set)
 
 
@@ -75,8 +75,11 @@ def _check_training_text(data: DataConfig, token_set: TokenSet) -> None:
     )
 
 
-# Fields that change where and how a run is computed, not what but for rounding.
-HOW = ("mesh", "remat", "kernels", "gather", "unroll", "optim.accumulate")
+# Fields that change where and how a run is computed and what is looked at on the way, not what but for rounding.
+HOW = (
+    *("mesh", "remat", "kernels", "gather", "reduction", "unroll", "optim.accumulate"),
+    *("eval_every", "diagnose_every"),
+)
 
 
 def settled(config: RunConfig, token_set: TokenSet) -> RunConfig:

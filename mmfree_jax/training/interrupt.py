@@ -17,18 +17,21 @@ class Interrupted(Exception):
 
 
 class StopFlag:
-    """Set by SIGINT (Ctrl-C), SIGTERM, SIGUSR2 (SLURM's notice before preemption) and SIGALRM (time is up).
+    """Set by SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone), SIGUSR2 (SLURM's notice before preemption) and
+    SIGALRM (time is up).
 
-    Only while the context is open. A second Ctrl-C is not caught, so an impatient user gets out at once.
+    Only while the context is open; SIGHUP that is ignored, as under `nohup`, stays so. A second Ctrl-C is not caught,
+    so an impatient user gets out at once.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGALRM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGALRM)
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self) -> "StopFlag":
-        self._previous = {number: signal.signal(number, self._set) for number in self.SIGNALS}
+        heard = [n for n in self.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._set) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,19 +10,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from mmfree_jax import distributed, flops
 from mmfree_jax.config import RunConfig, require, to_json
 from mmfree_jax.data import Batches, TokenSet, batches
 from mmfree_jax.devices import GENERATOR, check_settings, peak_memory_bytes
+from mmfree_jax.errors import logged
 from mmfree_jax.evaluation import Scores, evaluate, shown
 from mmfree_jax.files import locked, read_json, write_json
 from mmfree_jax.ops.fast import choice
-from mmfree_jax.sharding import batch_sharding
+from mmfree_jax.sharding import batch_sharding, left_idle
 from mmfree_jax.training.checkpoint import Checkpoints, restore
 from mmfree_jax.training.diagnostics import Diagnostics
-from mmfree_jax.training.folder import check_data, claim, differences, going_on, note_corpus, settled
+from mmfree_jax.training.folder import changes, check_data, claim, differences, going_on, note_corpus, settled
 from mmfree_jax.training.identity import code_version, identity
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
 from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
@@ -43,10 +43,11 @@ def train(
     Interrupted once the state has been saved after a signal, or with the result where it came after the last step.
     """
     check_settings()
+    config = resolved(config, folder, token_set)
+    if (folder / "result.json").exists() and not changes(config, folder):
+        return read_json(folder / "result.json")  # nothing is written, as the disk may be read-only by now
     check_data(config, token_set)
     check_range(profiled, config.steps)
-    config = going_on(settled(config, token_set), folder)
-    config = dataclasses.replace(config, precision=concrete(config.precision))
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
@@ -58,8 +59,19 @@ def train(
         distributed.first_does(take)
         if (folder / "result.json").exists():
             return read_json(folder / "result.json")
+        if distributed.is_first():
+            stack.enter_context(logged(folder / "log.txt", but=Interrupted))
         with StopFlag() as stop:
             return _train(config, folder, token_set, stop, profiled, checked)
+
+
+def resolved(config: RunConfig, folder: Path, token_set: TokenSet) -> RunConfig:
+    """The run with what its config leaves open: what its corpus holds, what it began with, the precision of "auto".
+
+    Raises ConfigError where the model's vocabulary is not that of the corpus.
+    """
+    config = going_on(settled(config, token_set), folder)
+    return dataclasses.replace(config, precision=concrete(config.precision))
 
 
 def _train(
@@ -80,23 +92,33 @@ def _train(
         agreed = distributed.AgreedStop(program.mesh)
         trace = Profile(folder / "profile", profiled)
         with run_log(folder, marks) as log, rows, jax.set_mesh(program.mesh), trace:
-            _describe(config, log, progress)
+            _describe(config, program, log, progress)
             for refused in choice.record()["refused"]:
                 log.event(f"kernel refused, XLA serves: {refused}")
-            diagnostics = Diagnostics(config, program, log)
             interval = Interval(config, progress, per_token * data.tokens_per_step, log)
+            diagnostics = Diagnostics(config, program, log, interval)
+            scores: Scores | None = None  # of the last step taken, where that was evaluated
 
             for step in range(progress.step, config.steps):
                 tokens_BT = interval.timed_next(rows)
                 now = jax.tree.map(np.float32, rates(config.optim, config.steps, step))
+                everywhere = program.repeat(now)
                 trace.before(step)
-                diagnostics.before(step, state)
-                state, metrics = program.train_step(state, tokens_BT, program.repeat(now))
-                diagnostics.after(step, state)
+                diagnostics.before(step, state, tokens_BT, everywhere)
+                state, metrics = program.train_step(state, tokens_BT, everywhere)
                 trace.after(step, metrics)
                 # Only now, with this step already queued, are the metrics of the steps before it fetched.
                 interval.flush_if_due()
                 interval.add(step, metrics, float(now.learning))
+
+                looked, scores = diagnostics.after(step, state), None
+                if config.eval_every and (step + 1) % config.eval_every == 0:
+                    interval.pause()
+                    scores = evaluate(program, state.params, token_set, data.sequence)
+                    interval.note(held_out_loss=scores["loss"], held_out_bpb=scores["bpb"])
+                if looked or scores:
+                    interval.flush()
+                    interval.resume()
 
                 progress.step, progress.data = step + 1, rows.state
                 asked, due = agreed(stop.signal), _save_due(config, step + 1)
@@ -109,7 +131,7 @@ def _train(
                     place = f"stopped after step {step + 1}, saved in {folder}"
                     raise Interrupted(exit_status(asked), f"{config.name}: {place}")
 
-            scores = evaluate(program, state.params, token_set, data.sequence) if config.evaluate else {}
+            scores = (scores or evaluate(program, state.params, token_set, data.sequence)) if config.evaluate else {}
             log.event(f"finished after {config.steps} steps" + "".join(f", {line}" for line in shown(scores)))
 
     result = result_row(config, token_set, progress, scores)
@@ -146,25 +168,24 @@ def _begin(
         return state, dataclasses.replace(Progress(**meta["progress"]), attempts=1), {}
     with jax.set_mesh(program.mesh):
         state = program.init(jax.random.key(config.seed, impl=GENERATOR))
-    return _with_weights(state, config) if config.init else state, Progress(attempts=1), {}
+    return _with_weights(state, config, program) if config.init else state, Progress(attempts=1), {}
 
 
-def _with_weights(state: TrainState, config: RunConfig) -> TrainState:
+def _with_weights(state: TrainState, config: RunConfig, program: Program) -> TrainState:
     """`state` with the parameters of the model that `config.init` names, in the places of those that it has."""
     # Imported here: a model on disk may be a run, so that module needs this package.
-    from mmfree_jax.weights import load_model
+    from mmfree_jax.weights import load_params, model_config
 
-    model = load_model(Path(config.init))
+    path = Path(config.init)
     own = {name: getattr(config.model, name) for name in ("gradient_bits", "tokenizer_vocab")}
-    found = dataclasses.replace(model.config, **own)  # which are no matter of the weights
+    found = dataclasses.replace(model_config(path), **own)  # which are no matter of the weights
     require(
         found == config.model,
         f"init={config.init} holds another architecture ({differences(found, config.model)})",
     )
-    params = jax.tree.map(
-        lambda new, old: distributed.put(np.asarray(new), old.sharding), nnx.state(model, nnx.Param), state.params
-    )
-    return dataclasses.replace(state, params=params)
+    for random in jax.tree.leaves(state.params):
+        random.delete()  # first, or the devices would hold both
+    return dataclasses.replace(state, params=load_params(path, program.abstract_state.params))
 
 
 def _check_corpus(meta: dict[str, Any], token_set: TokenSet, where: Path) -> None:
@@ -190,12 +211,14 @@ def _save_due(config: RunConfig, step: int) -> bool:
     return step == config.steps or step in config.milestones or (every > 0 and step % every == 0)
 
 
-def _describe(config: RunConfig, log: Log, progress: Progress) -> None:
+def _describe(config: RunConfig, program: Program, log: Log, progress: Progress) -> None:
     devices = jax.devices()
     log.event(
         f"{'start' if progress.attempts == 1 else 'resume'} {config.name} at step {progress.step} of {config.steps} "
         f"on {config.mesh.devices} x {devices[0].device_kind} (jax {jax.__version__}, code {code_version()})"
     )
+    for line in filter(None, (left_idle(config.mesh), *program.uncut)):
+        log.event(line)
     if progress.attempts == 1:
         log.describe("config", to_json(config))
 
@@ -239,9 +262,9 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "depth": config.model.depth,
         "precision": concrete(config.precision),
         "train_loss": progress.train_loss,
-        "seconds": progress.seconds,
-        "joules": progress.joules,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "seconds": progress.of_all_steps(progress.seconds),
+        "joules": progress.of_all_steps(progress.joules),
+        "peak_memory_bytes": None if progress.shared else peak_memory_bytes(),
         "attempts": progress.attempts,
         "device": jax.devices()[0].device_kind,
         "devices": config.mesh.devices,

@@ -1,4 +1,4 @@
-"""The compiled programs of a run: initialise, train one step, evaluate one batch, read the ternary codes.
+"""The compiled programs of a run: initialise, train one step, evaluate one batch, look at a step without taking it.
 
 A `Program` depends on the shape of a run only: not on its learning rate, schedule, length or seed. Runs that agree in
 `program_key` share one, so a sweep compiles once per (family, size).
@@ -17,7 +17,17 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmfree_jax.config import Gather, Kernels, MeshConfig, ModelConfig, OptimConfig, Precision, Remat, RunConfig
+from mmfree_jax.config import (
+    Gather,
+    Kernels,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    Reduction,
+    Remat,
+    RunConfig,
+)
 from mmfree_jax.data.packing import document_ids, is_target
 from mmfree_jax.devices import backend
 from mmfree_jax.distributed import put, repeat
@@ -25,7 +35,7 @@ from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.parametrisation import Role
-from mmfree_jax.sharding import batch_sharding, make_mesh, packing, shardings, unfilled
+from mmfree_jax.sharding import batch_sharding, make_mesh, packing, path_name, shardings, summing_wide, uncut, unfilled
 from mmfree_jax.training.optim import Rates, make_optimizer, roles
 
 
@@ -50,6 +60,7 @@ class ProgramKey:
     remat: Remat
     kernels: Kernels
     gather: Gather
+    reduction: Reduction
     unroll: int
     separator: int | None  # the token after which a document begins, where documents are kept apart
 
@@ -65,6 +76,9 @@ class Program:
     train_step: jax.stages.Wrapped  # (TrainState, tokens_BT, Rates) -> (TrainState, metrics)
     gradients: jax.stages.Wrapped  # (params, tokens_BT) -> (mean loss, gradients), as the step computes them
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    # (TrainState, tokens_BT, Rates) -> what the step about to be taken looks like; see `_inspect`
+    inspect: Callable[[TrainState, jax.Array, Rates], dict[str, Any]]
+    uncut: tuple[str, ...] = ()  # parameters that the mesh does not divide, a sentence each
 
     def place(self, array: Any) -> jax.Array:
         """Put a [B, ...] host array, of which every process has the whole, where the step expects it."""
@@ -105,6 +119,7 @@ def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:
         config.remat,
         config.kernels,
         config.gather,
+        config.reduction,
         config.unroll,
         separator,
     )
@@ -129,7 +144,10 @@ def make_program(key: ProgramKey) -> Program:
 
 
 def build_program(key: ProgramKey, mesh: Any) -> Program:
-    """The programs of a key on a Mesh, or on an AbstractMesh, where they can be lowered, not run."""
+    """The programs of a key on a Mesh, or on an AbstractMesh, where they can be lowered, not run.
+
+    Raises ConfigError for a mesh one of whose axes would cut no parameter (`sharding.uncut`).
+    """
     dtype = compute_dtype(key.precision)
     key = dataclasses.replace(key, unroll=key.unroll or (key.model.depth if backend() == "gpu" else 1))
     build = lambda rngs: LanguageModel(key.model, rngs=rngs, dtype=dtype, remat=key.remat, unroll=key.unroll)
@@ -145,7 +163,8 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, P())
 
-    choosing = lambda f: kernels_allowed(key.kernels == "auto")(packing(key.gather == "packed")(f))
+    summing = summing_wide(key.reduction == "float32")
+    choosing = lambda f: kernels_allowed(key.kernels == "auto")(packing(key.gather == "packed")(summing(f)))
     train_step = jax.jit(
         choosing(functools.partial(_train_step, graphdef, optimizer, key)),
         donate_argnums=0,
@@ -153,7 +172,7 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
         out_shardings=(place, scalar),
     )
     gradients = jax.jit(
-        choosing(functools.partial(_gradients, graphdef, key)),
+        choosing(functools.partial(_loss_and_gradients, graphdef, key)),
         in_shardings=(place.params, rows),
         out_shardings=(scalar, place.params),
     )
@@ -164,7 +183,13 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
     )
     # Random number generators compile slowly and run once: optimising their code is not worth the wait.
     start = jax.jit(init, out_shardings=place, compiler_options={"xla_backend_optimization_level": 0})
-    return Program(mesh, graphdef, abstract, start, train_step, gradients, evaluate)
+    inspect = jax.jit(
+        choosing(functools.partial(_inspect, graphdef, optimizer, key)),
+        in_shardings=(place, rows, None),
+        out_shardings=scalar,
+    )
+    functions = start, train_step, gradients, evaluate, inspect
+    return Program(mesh, graphdef, abstract, *functions, uncut(mesh, shapes.params))
 
 
 def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array | None, jax.Array | None]:
@@ -172,6 +197,39 @@ def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array |
     if separator is None:
         return None, None
     return document_ids(tokens_BT[:, :-1], separator), is_target(tokens_BT, separator)
+
+
+def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax.Array) -> tuple[tuple, nnx.State]:
+    """((loss, z-loss in it), gradient): means over the targets of a batch [B, T+1], as the optimizer takes them."""
+    separator, accumulate = key.separator, key.optim.accumulate
+    counted_BT = _documents(tokens_BT, separator)[1]
+    # Of all micro-batches together: each target weighs the same, whichever micro-batch it is in.
+    count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
+
+    # Once a step, not once a micro-batch. A single batch makes them layer by layer, where they are needed.
+    codes = nnx.merge(graphdef, params).make_codes() if accumulate > 1 else None
+
+    def mean_loss(params: nnx.State, rows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        segments_BT, mask_BT = _documents(rows_BT, separator)
+        model = nnx.merge(graphdef, params)
+        if codes is not None:
+            model.use_codes(codes)
+        targets_BT, z_loss = rows_BT[:, 1:], key.optim.z_loss
+        total, z = model.losses(rows_BT[:, :-1], targets_BT, mask_BT, segments_BT=segments_BT, z_loss=z_loss)
+        return total / (count / accumulate), z / (count / accumulate)
+
+    losses, grads = _accumulated(jax.value_and_grad(mean_loss, has_aux=True), params, tokens_BT, accumulate)
+    if accumulate == 1 and key.unroll >= key.model.depth:
+        grads = _stacked(grads, jnp.dtype("float32") if key.reduction == "float32" else compute_dtype(key.precision))
+    return losses, grads
+
+
+def _loss_and_gradients(
+    graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax.Array
+) -> tuple[jax.Array, nnx.State]:
+    """What is minimised, the z-loss in it, and its gradients."""
+    (loss, _), grads = _gradients(graphdef, key, params, tokens_BT)
+    return loss, grads
 
 
 def _train_step(
@@ -182,36 +240,14 @@ def _train_step(
     tokens_BT: jax.Array,
     rates: Rates | jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after an optimizer step, and of the step the mean loss in nats, without the z-loss that it has had
+    besides, and the norm of its gradient before clipping."""
     rate, decay = rates if isinstance(rates, Rates) else Rates(rates)  # a rate alone leaves weight decay as it is
-    loss, grads = _gradients(graphdef, key, state.params, tokens_BT)
+    (loss, z), grads = _gradients(graphdef, key, state.params, tokens_BT)
     updates, opt = optimizer.update(grads, state.opt, state.params, decay=decay)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    return TrainState(state.step + 1, params, opt), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-
-
-def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax.Array) -> tuple[jax.Array, nnx.State]:
-    """Mean loss over the targets of a batch, and its gradients to the parameters."""
-    separator, accumulate = key.separator, key.optim.accumulate
-    counted_BT = _documents(tokens_BT, separator)[1]
-    # Of all micro-batches together: each target weighs the same, whichever micro-batch it is in.
-    count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
-
-    # Once a step, not once a micro-batch. A single batch makes them layer by layer, where they are needed.
-    codes = nnx.merge(graphdef, params).make_codes() if accumulate > 1 else None
-
-    def mean_loss(params: nnx.State, rows_BT: jax.Array) -> jax.Array:
-        segments_BT, mask_BT = _documents(rows_BT, separator)
-        model = nnx.merge(graphdef, params)
-        if codes is not None:
-            model.use_codes(codes)
-        targets_BT, z_loss = rows_BT[:, 1:], key.optim.z_loss
-        nats, _ = model.loss(rows_BT[:, :-1], targets_BT, mask_BT, segments_BT=segments_BT, z_loss=z_loss)
-        return nats / (count / accumulate)
-
-    loss, grads = _accumulated(jax.value_and_grad(mean_loss), params, tokens_BT, accumulate)
-    if accumulate == 1 and key.unroll >= key.model.depth:
-        grads = _stacked(grads, compute_dtype(key.precision))
-    return loss, grads
+    apart = {"loss": loss - z, "z_loss": z} if key.optim.z_loss else {"loss": loss}
+    return TrainState(state.step + 1, params, opt), {**apart, "grad_norm": optax.tree.norm(grads)}
 
 
 def _accumulated(loss_and_grad: Callable, params: nnx.State, tokens_BT: jax.Array, steps: int) -> tuple:
@@ -243,6 +279,40 @@ def _stacked(grads: nnx.State, dtype: Any) -> nnx.State:
         return jax.lax.optimization_barrier(stack).astype(grad.dtype)
 
     return jax.tree.map(one, roles(grads), grads)
+
+
+def _inspect(
+    graphdef: Any, optimizer: Any, key: ProgramKey, state: TrainState, tokens_BT: jax.Array, rates: Rates
+) -> dict[str, Any]:
+    """What a step on this batch does: `grad_norm`, `update_norm` and `param_norm` (before it) of every parameter by its
+    name, those of the blocks layer by layer [L]; `activation_rms` and `largest_logit` of the first micro-batch
+    (`LanguageModel.activations`).
+
+    A program of its own, so that looking changes nothing: the gradient once more, and a forward pass.
+    """
+    _, grads = _gradients(graphdef, key, state.params, tokens_BT)
+    updates, _ = optimizer.update(grads, state.opt, state.params, decay=rates.decay)
+    rows_BT = tokens_BT.reshape(-1, key.optim.accumulate, tokens_BT.shape[1])[:, 0]
+    segments_BT, _ = _documents(rows_BT, key.separator)
+    seen = nnx.merge(graphdef, state.params).activations(rows_BT[:, :-1], segments_BT=segments_BT)
+    return {
+        "grad_norm": _norms(grads),
+        "update_norm": jax.tree.map(lambda norm: rates.learning * norm, _norms(updates)),
+        "param_norm": _norms(state.params),
+        "largest_logit": seen.pop("largest_logit"),
+        "activation_rms": seen,
+    }
+
+
+def _norms(tree: Any) -> dict[str, jax.Array]:
+    """Euclidean norms by name; of what is stacked by layer, those of each layer."""
+
+    def one(name: str, leaf: jax.Array) -> jax.Array:
+        stacked = name.startswith(("blocks.", "lower_bounds"))
+        return jnp.sqrt(jnp.sum(jnp.square(leaf), axis=tuple(range(int(stacked), leaf.ndim))))
+
+    leaves = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+    return {name: one(name, leaf) for name, leaf in leaves}
 
 
 def _evaluate(

@@ -69,6 +69,40 @@ def test_what_is_proposed_fits_and_what_lies_beyond_does_not(instant):
     assert found.same_batch is None or needs(512, found.same_batch.remat) <= found.usable
 
 
+def test_micro_batches_are_proposed_first_where_devices_are_too_few(instant, capsys):
+    """A preset meant for many devices, on two: the batch stays what it is."""
+    assert cli.main(["matmul-free-1.3b", "--mesh", "fsdp=2", "--device", "h200"]) == 2
+    said = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in said if line.startswith("the same batch in micro-batches: "))
+    run = run_of("matmul-free-1.3b", 512, 2048, "products")
+    run = dataclasses.replace(run, mesh=MeshConfig(fsdp=2), unroll=0)
+    found = verdict.judge(run, "h200").micro_batches
+    assert found.batch == 512
+    assert found.remat == "products"
+    assert f"--optim.accumulate {found.accumulate} ({256 // found.accumulate} rows a device at once, " in line
+    assert said.index(line) < next(i for i, line in enumerate(said) if line.startswith("largest batch"))
+
+    def needs(accumulate: int) -> float:
+        one = dataclasses.replace(run, optim=dataclasses.replace(run.optim, accumulate=accumulate))
+        return memory(one, state_of(one), DEVICES["h200"]).total
+
+    assert (
+        needs(found.accumulate)
+        == found.memory
+        <= verdict.USABLE * DEVICES["h200"].memory
+        < needs(found.accumulate // 2)
+    )
+    assert needs(32) < 40e9  # eight rows on each of the two
+    fits = dataclasses.replace(run, optim=dataclasses.replace(run.optim, accumulate=32))
+    assert verdict.judge(fits, "h200").micro_batches is None
+
+
+def test_a_model_whose_state_fills_the_device_gets_no_micro_batches_proposed(instant):
+    run = dataclasses.replace(run_of("transformer++-70b", 512, 2048, "full"), mesh=MeshConfig(fsdp=2))
+    found = verdict.judge(run, "h100")
+    assert found.micro_batches is found.same_batch is found.largest is None
+
+
 @pytest.mark.parametrize(
     ("mesh", "wrong"),
     [

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,13 @@ from mmfree_jax.data.token_writer import write_token_set
 from mmfree_jax.data.tokenization import byte_tokenizer
 from mmfree_jax.files import LockedError
 from mmfree_jax.sweep import worker
-from mmfree_jax.sweep.executor import open_chains
+from mmfree_jax.sweep.executor import give_up, open_chains, remaining
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
 from mmfree_jax.sweep.heartbeat import STALE_SECONDS, Heartbeat, file_clock, holder, last_beat, wait_until_free
 from mmfree_jax.sweep.status import fail, run_folder, status
 from mmfree_jax.sweep.study import prepare, provenance
 from mmfree_jax.training.folder import claim
+from mmfree_jax.training.metrics import Diverged
 from tests.conftest import sentences, tiny_model, tiny_run
 
 
@@ -125,6 +127,38 @@ def test_what_diverged_is_left_alone_with_its_branches_and_other_failures_are_tr
     end = dataclasses.replace(runs[2], name="end", steps=14, branch=Branch("longer", 12))
     assert open_chains(tmp_path, [*runs, longer, end, other]) == [[other]]
     assert sorted(map(len, open_chains(tmp_path, [*runs, other], again=True))) == [1, 3]
+
+
+def test_branches_that_a_trunk_got_to_before_it_diverged_are_trained(token_set, tmp_path, monkeypatch):
+    """They are valid end points; what comes after the divergence is not begun. So also when the trunk is given up."""
+    runs = trunk_and_decays(tiny_run("transformer++", token_set.path, name="late", evaluate=False), (6, 12))
+    trunk, early, late = runs
+    assert trunk.milestones == (early.branch.step, late.branch.step) == (5, 10)
+    for run in runs:
+        claim(run, run_folder(tmp_path, run))
+    real = worker.train
+
+    def train(config, folder, token_set):
+        if config.name != trunk.name:
+            return real(config, folder, token_set)
+        half = dataclasses.replace(trunk, steps=5, milestones=(5,))
+        real(half, tmp_path / "half", token_set)
+        shutil.copytree(tmp_path / "half" / "checkpoints", folder / "checkpoints")
+        raise Diverged(f"{config.name}: loss nan at step 7")
+
+    monkeypatch.setattr(worker, "train", train)
+    assert worker.main(tmp_path, [run.name for run in runs]) == 1
+    found = [status(run_folder(tmp_path, run), run) for run in runs]
+    assert [one.state for one in found] == ["failed", "done", "failed"]
+    assert found[2].error == "not started: its trunk late-trunk failed"
+    assert open_chains(tmp_path, runs) == []
+
+    (run_folder(tmp_path, early) / "result.json").unlink()
+    assert open_chains(tmp_path, runs) == [[early]]
+    for run in runs:
+        (run_folder(tmp_path, run) / "error.txt").unlink(missing_ok=True)
+    give_up(tmp_path, runs, "its worker was killed by SIGKILL")
+    assert remaining(tmp_path, runs) == [early]
 
 
 def elsewhere(folder: Path) -> None:

@@ -15,7 +15,7 @@ from mmfree_jax.data import resolve_data
 from mmfree_jax.files import locked, write_json
 from mmfree_jax.sweep.executor import open_chains
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
-from mmfree_jax.sweep.local import Local, Slot, find_slots
+from mmfree_jax.sweep.local import Local, Slot, find_slots, joined, this_machine
 from mmfree_jax.sweep.status import collect, run_folder, status
 from mmfree_jax.sweep.study import prepare, sweep
 from mmfree_jax.sweep.view import View
@@ -69,6 +69,58 @@ def test_a_worker_killed_twice_is_reported_with_its_signal(tmp_path, monkeypatch
     found = status(run_folder(tmp_path, run), run)
     assert found.state == "failed"
     assert found.error == "its worker was killed by SIGKILL; its last words: begun"
+
+
+def test_a_chain_that_goes_on_gets_no_more_starts_in_vain_than_a_new_one(tmp_path, monkeypatch):
+    run = tiny_run("matmul-free", Path("c"))
+    claim(run, run_folder(tmp_path, run))
+    (run_folder(tmp_path, run) / "checkpoints" / "10").mkdir(parents=True)
+    starts = tmp_path / "starts"
+    monkeypatch.setattr("mmfree_jax.sweep.executor.WORKER", ("/bin/sh", "-c", f"echo begun >> {starts}; kill -9 $$"))
+    assert Local(SLOTS).execute(tmp_path, open_chains(tmp_path, [run]), lambda: None) == 0
+    assert starts.read_text().count("begun") == 2
+
+
+def test_a_folder_that_another_process_holds_is_given_up_without_a_trace_in_it(tmp_path, monkeypatch):
+    run = tiny_run("matmul-free", Path("c"))
+    folder = run_folder(tmp_path, run)
+    claim(run, folder)
+    before = sorted(path.name for path in folder.iterdir())
+    starts = tmp_path / "starts"
+    monkeypatch.setattr("mmfree_jax.sweep.executor.WORKER", ("/bin/sh", "-c", f"echo begun >> {starts}; exit 1"))
+    work = open_chains(tmp_path, [run])
+    with locked(folder):
+        assert Local(SLOTS).execute(tmp_path, work, lambda: None) == 0
+        assert status(folder, run).state == "running"
+    assert starts.read_text().count("begun") == 2
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", *before]
+
+
+@pytest.mark.parametrize(("chips", "devices", "rooms"), [(4, 1, 4), (4, 4, 1), (1, 1, 1)])
+def test_a_host_of_tpus_gives_each_worker_a_chip_or_one_worker_all(chips, devices, rooms, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr("mmfree_jax.sweep.local._visible_gpus", lambda: [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu" or None)
+    found = {"/dev/accel[0-9]*": [f"/dev/accel{i}" for i in range(chips)]}
+    monkeypatch.setattr("mmfree_jax.sweep.local.glob.glob", lambda pattern: found.get(pattern, []))
+    host = this_machine()
+    assert [slot.env for slot in host.slots] == [{"TPU_VISIBLE_CHIPS": str(i)} for i in range(chips)]
+    run = meshed("r", devices)
+    room = host.room([run])
+    assert chips // room == rooms
+    env = joined(host.slots[:room], devices).env
+    if devices == 1:
+        assert (env["TPU_VISIBLE_CHIPS"], env["TPU_PROCESS_BOUNDS"]) == ("0", "1,1,1")
+        assert host.plan([run])[0].endswith("one a TPU chip")
+    else:
+        assert env == {}  # as outside a sweep
+    with pytest.raises(ConfigError, match="a TPU chip belongs to one worker"):
+        this_machine(2)
+    if chips == 4:
+        with pytest.raises(ConfigError, match="2 of the 4 TPU chips of a host: use one, or all"):
+            host.room([meshed("r", 2)])
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert find_slots()[0].name.startswith("cpu")
 
 
 def meshed(name: str, devices: int) -> RunConfig:

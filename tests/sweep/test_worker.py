@@ -1,5 +1,6 @@
 """The one command of every executor, given nothing but an experiment file and a shared folder."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from mmfree_jax.config import ConfigError, RunConfig, from_json
-from mmfree_jax.files import read_json
+from mmfree_jax.files import locked, read_json
 from mmfree_jax.sweep import worker
+from mmfree_jax.sweep.heartbeat import wait_until_free
 from mmfree_jax.training.folder import claim
 from mmfree_jax.training.metrics import Diverged
 from tests.conftest import tiny_run
@@ -79,6 +81,18 @@ def test_one_of_several_processes_that_fails_for_itself_ends_and_does_not_go_on(
     monkeypatch.setattr("jax.process_count", lambda: 2)
     assert worker.main(tmp_path, ["first", "second"]) == code
     assert tried == (["first", "second"] if code == 1 else ["first"])
+
+
+def test_a_worker_that_finds_another_process_at_work_leaves_nothing_in_its_folder(tmp_path, monkeypatch, capsys):
+    run = tiny_run("transformer++", Path("c"))
+    folder = tmp_path / "runs" / run.name
+    claim(run, folder)
+    monkeypatch.setattr(worker, "wait_until_free", functools.partial(wait_until_free, patience_s=0.3))
+    with locked(folder):
+        before = sorted(folder.iterdir())
+        assert worker.main(tmp_path, [run.name]) == 1
+        assert sorted(folder.iterdir()) == before
+    assert "is working here" in capsys.readouterr().err
 
 
 def test_a_run_that_the_experiment_file_does_not_have_is_refused(token_set, tmp_path, monkeypatch):

@@ -1,10 +1,17 @@
-"""Checkpoints move: a run saved on one mesh goes on on others to the same losses."""
+"""Checkpoints move: a run saved on one mesh goes on on others to the same losses. What cannot be read says why."""
 
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
+from mmfree_jax.training.checkpoint import CheckpointError, Checkpoints, restore
 from tests.simulated import run
 
 # Eight simulated devices in one process for all meshes: compiling is what takes the time.
@@ -55,3 +62,67 @@ def test_a_run_saved_on_one_mesh_goes_on_on_others(token_set, tmp_path):
         assert curve[:4] == saved[:4], name
         # int8 codes that a rounding error tips over are the only difference there can be
         np.testing.assert_allclose(curve, saved, rtol=1e-4, err_msg=name)
+
+
+def shaped(*shape: int) -> jax.ShapeDtypeStruct:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here)
+
+
+@pytest.mark.parametrize("name", ["x[lr=3e-3]", "a*b", "is it?", "b]:x:é", "{0}%d"])
+def test_a_folder_of_any_name_holds_checkpoints_that_can_be_read(name, tmp_path):
+    with Checkpoints(tmp_path / name) as checkpoints:
+        checkpoints.save({"a": jnp.arange(4.0)}, {"more": 1}, 3)
+    state, meta = restore(tmp_path / name, {"a": shaped(4)})
+    assert state["a"].tolist() == [0, 1, 2, 3]
+    assert meta == {"more": 1}
+
+
+def halved(name: str) -> Callable[[Path], None]:
+    def cut(step: Path) -> None:
+        for path in step.rglob(name):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda step: (step / "state" / "_METADATA").unlink(),
+        lambda step: shutil.rmtree(step / "state"),
+        lambda step: [shutil.rmtree(folder) for folder in list(step.rglob("d"))],
+        halved("_METADATA"),
+        halved("manifest.ocdbt"),
+    ],
+)
+def test_what_is_damaged_is_said_to_be_and_what_to_fall_back_on(damage, tmp_path):
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        for step in (3, 7):
+            checkpoints.save({"a": jnp.ones(4)}, {"more": 1}, step)
+    damage(tmp_path / "c" / "7")
+    with pytest.raises(CheckpointError, match=r"c/7 cannot be read: .*is damaged, remove it: the one before .* 3$"):
+        restore(tmp_path / "c", {"a": shaped(4)})
+    restore(tmp_path / "c", {"a": shaped(4)}, step=3)
+
+
+@pytest.mark.parametrize("other", [{"a": shaped(5)}, {"b": shaped(4)}, {"a": shaped(4), "b": shaped(4)}])
+def test_a_checkpoint_of_another_model_is_not_called_damaged(other, tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save({"a": jnp.ones(4)}, {"more": 1}, 3)
+    with pytest.raises(CheckpointError, match=r"c/3 cannot be read: it holds other arrays") as failed:
+        restore(tmp_path / "c", other)
+    assert "remove" not in str(failed.value)
+
+
+def test_a_device_without_the_memory_for_a_checkpoint_does_not_make_it_damaged(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save({"a": jnp.ones(4)}, {"more": 1}, 3)
+
+    def full(*_, **__):
+        raise KeyError("state") from jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "load_checkpointables", full)
+    with pytest.raises(CheckpointError, match=r"cannot be read: JaxRuntimeError: RESOURCE_EXHAUSTED") as failed:
+        restore(tmp_path / "c", {"a": shaped(4)})
+    assert "remove" not in str(failed.value)

@@ -1,6 +1,8 @@
 """Runs: resumed, branched, split over devices and accumulated, they compute the same thing."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -9,18 +11,22 @@ import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mmfree_jax.config import Branch, ConfigError, OptimConfig
 from mmfree_jax.data.token_writer import write_token_set
 from mmfree_jax.data.tokenization import byte_tokenizer
+from mmfree_jax.errors import reported
 from mmfree_jax.files import read_json
+from mmfree_jax.training import loop
 from mmfree_jax.training.checkpoint import CheckpointError, Checkpoints
 from mmfree_jax.training.folder import read_run, settled
 from mmfree_jax.training.interrupt import Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
+from mmfree_jax.training.step import make_program, program_key
 from tests.conftest import MAIN_FAMILIES, read_metrics, sentences, tiny_run
 
 NUMBERS = ("loss", "loss_se", "bpb", "train_loss", "N", "D", "flops", "val_tokens")
@@ -74,8 +80,8 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_numbers(family, token_set
     assert read_json(folder / "result.json")["attempts"] == 5
 
 
-def stop_after(steps: int):
-    """A stand-in for Diagnostics that sends this process SIGTERM in the course of its n-th step."""
+def stop_after(steps: int, number: int = signal.SIGTERM):
+    """A stand-in for Diagnostics that sends this process a signal in the course of its n-th step."""
 
     class Stopper:
         def __init__(self, *_):
@@ -84,12 +90,32 @@ def stop_after(steps: int):
         def before(self, *_):
             self.seen += 1
             if self.seen == steps:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
 
         def after(self, *_):
-            pass
+            return False
 
     return Stopper
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_closed_stops_a_run_that_is_saved_unless_it_was_told_not_to_care(
+    ignored, token_set, tmp_path, monkeypatch
+):
+    """As `nohup` tells it."""
+    config = tiny_run("matmul-free", token_set.path, evaluate=False)
+    monkeypatch.setattr("mmfree_jax.training.loop.Diagnostics", stop_after(3, signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        if ignored:
+            train(config, tmp_path, token_set)
+            return
+        with pytest.raises(Interrupted) as stop:
+            train(config, tmp_path, token_set)
+        assert stop.value.status == 75
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_logs_written_after_the_last_checkpoint_are_cut_off_on_resume(token_set, tmp_path):
@@ -145,6 +171,49 @@ def test_a_diverging_run_says_so(token_set, tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.parametrize(("log_every", "logged"), [(1, [1, 2, 3, 4]), (3, [3, 4]), (0, [4])])
+def test_a_run_that_diverges_logs_the_steps_before(log_every, logged, token_set, tmp_path, monkeypatch):
+    """The fifth loss is not a number."""
+    config = tiny_run("transformer++", token_set.path, log_every=log_every, checkpoint_every=0, evaluate=False)
+    program = make_program(program_key(config, None))
+
+    def step(state, tokens_BT, rates):
+        state, metrics = program.train_step(state, tokens_BT, rates)
+        return state, {**metrics, "loss": jnp.where(state.step == 5, jnp.nan, metrics["loss"])}
+
+    monkeypatch.setattr(loop, "make_program", lambda key: dataclasses.replace(program, train_step=step))
+    with pytest.raises(Diverged, match=r"loss nan and gradient norm [\d.e+]+ at step 5"):
+        train(config, tmp_path, token_set)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == logged
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    log = (tmp_path / "log.txt").read_text()
+    assert "ended by Diverged: transformer++-tiny: loss nan" in log
+    assert "Traceback" not in log
+
+
+def test_an_error_that_nobody_foresaw_leaves_its_traceback_in_the_log(token_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "evaluate", lambda *_: {}["optimizer"])
+    with pytest.raises(KeyError) as failed:
+        train(tiny_run("matmul-free", token_set.path), tmp_path, token_set)
+    log = (tmp_path / "log.txt").read_text()
+    assert "ended by KeyError: 'optimizer'\nTraceback" in log
+    assert reported(failed.value) == f"KeyError: 'optimizer' (traceback: {tmp_path / 'log.txt'}; --debug shows it)"
+
+
+def test_a_finished_run_is_returned_from_a_disk_that_cannot_be_written(token_set, tmp_path, monkeypatch):
+    config = tiny_run("matmul-free", token_set.path, steps=6)
+    result = train(config, tmp_path, token_set)
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / ".lock"))
+
+    monkeypatch.setattr(loop, "locked", read_only)
+    assert train(config, tmp_path, token_set) == result
+    with pytest.raises(OSError, match="Read-only"):
+        train(dataclasses.replace(config, seed=1), tmp_path, token_set)
+
+
 def test_a_folder_with_another_run_is_refused(token_set, tmp_path):
     config = tiny_run("matmul-free", token_set.path, steps=6)
     train(config, tmp_path, token_set)
@@ -172,6 +241,41 @@ def test_saving_is_no_part_of_the_time_of_training(token_set, tmp_path, monkeypa
     result = train(config, tmp_path, token_set)
     assert 0 < result["seconds"] < 2
     assert all(row["tokens_per_s"] is None or row["tokens_per_s"] > 4 * 32 for row in read_metrics(tmp_path))
+
+
+class Clock:
+    """Stands for the clock and the energy counter: every step takes a second and two joules, a compilation 100."""
+
+    now = 0.0
+    restarted = 0.0
+
+    def restart(self):
+        Clock.restarted = Clock.now
+
+    def joules(self):
+        return 2 * (Clock.now - Clock.restarted)
+
+
+@pytest.mark.parametrize("stops", [(), (3,), (1, 1, 2), (4, 7)])
+def test_seconds_and_joules_are_those_of_all_steps_however_often_a_run_is_stopped(
+    stops, token_set, tmp_path, monkeypatch
+):
+    """`stops`: after how many steps each process but the last gets SIGTERM, between two rows of metrics."""
+    config = tiny_run("matmul-free", token_set.path, log_every=0, checkpoint_every=0, evaluate=False)
+    monkeypatch.setattr("mmfree_jax.training.metrics.EnergyMeter", Clock)
+    monkeypatch.setattr("mmfree_jax.training.metrics.time.perf_counter", lambda: Clock.now)
+    for steps in (*stops, 0):
+
+        class Stepper(stop_after(steps)):
+            def before(self, *_):
+                super().before()
+                Clock.now += 100 if self.seen == 1 else 1
+
+        monkeypatch.setattr("mmfree_jax.training.loop.Diagnostics", Stepper)
+        with pytest.raises(Interrupted) if steps else contextlib.nullcontext():
+            train(config, tmp_path, token_set)
+    result = read_json(tmp_path / "result.json")
+    assert (result["seconds"], result["joules"]) == (12, 24)
 
 
 def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(token_set, tmp_path):
@@ -232,7 +336,7 @@ class Guarded:
     def __init__(self, config, *_):
         self.last, self.guard = config.steps - 1, jax.transfer_guard("disallow")
 
-    def before(self, step, _):
+    def before(self, step, *_):
         if step == 2:
             self.guard.__enter__()
 
