@@ -15,14 +15,14 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from mmfree_jax.config import ConfigError, MeshConfig, RunConfig, require
+from mmfree_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, require
 from mmfree_jax.flops import parameters
 from mmfree_jax.output import teller
 from mmfree_jax.sweep.executor import Executor
 from mmfree_jax.sweep.local import this_machine
 from mmfree_jax.sweep.render import Cloud, render
 from mmfree_jax.sweep.slurm import Slurm, SlurmExecutor
-from mmfree_jax.training.folder import check_held_out_text, check_vocabulary
+from mmfree_jax.training.folder import begun, check_held_out_text, held_out_corpus, known_corpora, with_padding
 
 T = TypeVar("T")
 SIGNS = re.compile(r"[╭╮╰╯│─┌┐└┘]")
@@ -94,6 +94,8 @@ class TrainArguments:
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
     profile: str = ""
     """FROM:TO writes a profiler's trace of these steps to OUT/profile (TensorBoard, Perfetto)."""
+    no_self_check: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Do not compare the first step with the float32 reference on a two-layer copy of the model before training."""
     group: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Processes)
 
 
@@ -271,20 +273,33 @@ def train(arguments: list[str]) -> int:
     chosen = parse(TrainArguments, rest, f"launch.py train {preset}", default)
     if chosen.group.join():
         print(distributed.process_table(), flush=True)
-    run = _of_weights(chosen.run, preset) if chosen.run.init else chosen.run
-    return _train(run, chosen.out, step_range(chosen.profile))
+    return _train(
+        _with_init(chosen.run, preset, chosen.out), chosen.out, step_range(chosen.profile), not chosen.no_self_check
+    )
 
 
-def _of_weights(run: RunConfig, preset: str) -> RunConfig:
-    """The run with the architecture of the weights that it starts from.
+def _with_init(run: RunConfig, preset: str, out: Path) -> RunConfig:
+    """The run with the architecture of the weights that it starts from, if it does.
+
+    One that has made a checkpoint knows them, and needs them no more.
+    """
+    from mmfree_jax.weights import model_config
+
+    held, init = begun(out), run.init and str(Path(run.init).resolve())
+    if held is not None and held.init and init in ("", held.init):
+        return _of_weights(dataclasses.replace(run, init=held.init), preset, held.model)
+    return _of_weights(run, preset, model_config(Path(run.init))) if run.init else run
+
+
+def _of_weights(run: RunConfig, preset: str, found: ModelConfig) -> RunConfig:
+    """The run with the architecture `found` of the weights that it starts from.
 
     Raises ConfigError where the preset is of another family, whose rate and schedule would be another's, or the command
     line asks for another architecture. How gradients are computed is the run's own.
     """
     from mmfree_jax.presets import run_preset
-    from mmfree_jax.weights import model_config
 
-    found, usual = model_config(Path(run.init)), run_preset(preset).model
+    usual, own = run_preset(preset).model, ("gradient_bits", "tokenizer_vocab")  # those are no matter of the weights
     require(
         found.family == usual.family,
         f"init={run.init} holds a model of family {found.family}, and {preset} is of {usual.family}: take a preset of "
@@ -293,14 +308,14 @@ def _of_weights(run: RunConfig, preset: str) -> RunConfig:
     for name in (field.name for field in dataclasses.fields(found)):
         asked = getattr(run.model, name)
         require(
-            asked in (getattr(usual, name), getattr(found, name)) or name == "gradient_bits",
+            asked in (getattr(usual, name), getattr(found, name)) or name in own,
             f"model.{name}={asked!r}, but init={run.init} has {getattr(found, name)!r}: leave it out",
         )
-    model = dataclasses.replace(found, gradient_bits=run.model.gradient_bits)
+    model = dataclasses.replace(found, **{name: getattr(run.model, name) for name in own})
     return dataclasses.replace(run, init=str(Path(run.init).resolve()), model=model)
 
 
-def _train(config: RunConfig, out: Path, profiled: range) -> int:
+def _train(config: RunConfig, out: Path, profiled: range, checked: bool) -> int:
     import jax
 
     from mmfree_jax.data.corpora import cache_folder, resolve_data
@@ -317,14 +332,14 @@ def _train(config: RunConfig, out: Path, profiled: range) -> int:
     make_mesh(config.mesh)  # devices that do not exist are missed before a corpus is prepared for them
     if idle := left_idle(config.mesh):
         say(idle)
-    token_set = resolve_data(config.data, say)
+    token_set = resolve_data(config.data, say, known_corpora(out))
     for line in make_program(program_key(config, token_set.end_of_document)).uncut:
         say(line)
     use_compile_cache(cache_folder() / "compiled")
 
     try:
         with follow(config, out, console):
-            result = train_run(config, out, token_set, profiled)
+            result = train_run(config, out, token_set, profiled, checked)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.status
@@ -340,7 +355,6 @@ def evaluate(arguments: list[str]) -> int:
     chosen.group.join()
 
     from mmfree_jax import distributed, evaluation
-    from mmfree_jax.data.corpora import resolve_corpus
     from mmfree_jax.devices import check_platform
     from mmfree_jax.sharding import left_idle, make_mesh
     from mmfree_jax.training.step import make_program, program_key
@@ -351,17 +365,15 @@ def evaluate(arguments: list[str]) -> int:
     make_mesh(mesh)
     if idle := left_idle(mesh):
         print(idle, file=sys.stderr)
-    data = dataclasses.replace(
-        run.data, corpus=chosen.corpus or run.data.corpus, sequence=chosen.sequence or run.data.sequence
-    )
-    token_set = resolve_corpus(data.corpus, data.vocab)
-    check_vocabulary(run.model, token_set)
+    token_set = held_out_corpus(chosen.model, run.data, chosen.corpus)
+    run = dataclasses.replace(run, model=with_padding(run.model, token_set))
     check_held_out_text(token_set)
-    even = data.sequence % mesh.sequence == 0
-    require(even, f"a sequence of {data.sequence} is not divisible by mesh.sequence={mesh.sequence}: choose others")
+    sequence = chosen.sequence or run.data.sequence
+    even = sequence % mesh.sequence == 0
+    require(even, f"a sequence of {sequence} is not divisible by mesh.sequence={mesh.sequence}: choose others")
     program = make_program(dataclasses.replace(program_key(run, token_set.end_of_document), mesh=mesh))
     params = load_params(chosen.model, program.abstract_state.params)
-    scores = evaluation.evaluate(program, params, token_set, data.sequence)
+    scores = evaluation.evaluate(program, params, token_set, sequence)
     if distributed.is_first():
         print("\n".join(evaluation.shown(scores)))
     return 0
@@ -370,11 +382,11 @@ def evaluate(arguments: list[str]) -> int:
 def import_model(arguments: list[str]) -> int:
     """Hugging Face -> our folder."""
     chosen = parse(ImportArguments, arguments, "launch.py import")
-    from mmfree_jax.interop import load_huggingface
+    from mmfree_jax.interop import load_huggingface, read_origin
     from mmfree_jax.weights import save_model
 
     model = load_huggingface(chosen.source)
-    save_model(model, chosen.out)
+    save_model(model, chosen.out, read_origin(chosen.source))
     print(f"{model.config.family}, {parameters(model.config).total:,} parameters · {chosen.out}")
     return 0
 
@@ -383,9 +395,11 @@ def export_model(arguments: list[str]) -> int:
     """A model -> Hugging Face folder."""
     chosen = parse(ExportArguments, arguments, "launch.py export")
     from mmfree_jax.interop import save_huggingface
-    from mmfree_jax.weights import load_model
+    from mmfree_jax.weights import load_model, origin
 
-    model = load_model(chosen.model)
-    save_huggingface(model, chosen.out, chosen.dtype)
-    print(f"{model.config.family}, {parameters(model.config).total:,} parameters · {chosen.out}")
+    model, known = load_model(chosen.model), origin(chosen.model)
+    save_huggingface(model, chosen.out, chosen.dtype, origin=known)
+    words = model.config.tokenizer_vocab
+    padding = f", without {model.config.vocab - words} tokens of padding" if words else ""
+    print(f"{model.config.family}, {parameters(model.config).total:,} parameters{padding} · {chosen.out}")
     return 0

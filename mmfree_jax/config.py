@@ -63,7 +63,8 @@ class ModelConfig:
 
     mixer: Mixer = "mlgru"
     linear: Linear = "ternary"
-    vocab: int = 32000
+    vocab: int = 32000  # rows of the embedding and outputs of the head
+    tokenizer_vocab: int = 0  # how many of them the tokenizer has; the others are padding, never predicted; 0: all
     width: int = 1024
     depth: int = 24
     glu_width: int = 2816
@@ -90,6 +91,10 @@ class ModelConfig:
         check_choices(self)
         for name in ("vocab", "width", "depth", "glu_width", "heads"):
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: must be at least 1")
+        require(
+            0 <= self.tokenizer_vocab <= self.vocab,
+            f"model.tokenizer_vocab={self.tokenizer_vocab} exceeds model.vocab={self.vocab}: raise model.vocab",
+        )
         require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps}: must be positive")
         require(self.init_std > 0, f"model.init_std={self.init_std}: must be positive")
         self._check_attention() if self.mixer == "attention" else self._check_recurrent()
@@ -147,6 +152,9 @@ class ModelConfig:
         return next((name for name, key in FAMILIES.items() if key == pair), f"{self.mixer}+{self.linear}")
 
 
+PLACES = ("corpus", "vocab", "mixture")  # fields of DataConfig that lead to the data, and are not what they are
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is read: a corpus ("embedded", "s", "m", "l", or the folder of a token set) cut into windows.
@@ -154,7 +162,10 @@ class DataConfig:
     `mixture` names further corpora to train on; the held-out loss is always that of `corpus`. `weights` are the shares
     of the windows, that of `corpus` first; equal when not given.
     `sequence` is in tokens; `batch` is the number of sequences in one optimizer step over all devices and all
-    accumulation steps. Windows are shuffled by `seed`, so two runs with equal DataConfig see equal data in equal order.
+    accumulation steps. Windows are shuffled by `seed`, so two runs with equal DataConfig see equal data in equal order;
+    the initial weights have a seed of their own, that of the run.
+    `contents` are the fingerprints of corpus and mixture, which a run fills in when it begins: they say what the data
+    are, and corpus, mixture and vocab then only where they were found (`PLACES`).
     """
 
     corpus: str = "embedded"
@@ -165,8 +176,13 @@ class DataConfig:
     separate_documents: bool = False  # neither state nor attention crosses from one document to the next
     mixture: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    contents: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        require(
+            len(self.contents) in (0, 1 + len(self.mixture)),
+            f"data.contents={self.contents}: one fingerprint for data.corpus and each of data.mixture, or none",
+        )
         require(
             len(self.weights) in (0, 1 + len(self.mixture)) and all(weight > 0 for weight in self.weights),
             f"data.weights={self.weights}: give one positive number for data.corpus and each of data.mixture, or none",
@@ -279,8 +295,12 @@ class Branch:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run, entirely: two runs with equal fingerprints compute the same thing.
+    """One training run, entirely: two runs with equal fingerprints compute the same thing, once they have begun.
 
+    A run that begins fills in what depends on where it does: the `precision` that "auto" stands for, and what its
+    corpus holds (`data.contents`, `model.tokenizer_vocab`). A run that goes on keeps what it began with.
+    `seed` is of the initial weights, `data.seed` of the order of the data: runs that repeat one another differ in both
+    (`sweep.grids.repeats`), or their spread tells nothing of the order.
     `steps` counts from the very start, also for a run that branches off another: a decay branch is the WSD run of the
     same length whose first `branch.step` steps were computed by its trunk. `milestones` are steps whose checkpoints
     are kept for good. `checkpoint_every`, `log_every`, `eval_every` (held-out loss) and `diagnose_every` (norms and
@@ -399,8 +419,17 @@ class RunConfig:
         return self.branch.step if self.branch else 0
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change whenever anything that the run computes or writes changes."""
-        return hashlib.sha256(to_json(self).encode()).hexdigest()[:16]
+        """16 hexadecimal digits that change whenever anything that the run computes or writes changes.
+
+        Where the data lie is nothing of that, once it is known what they are.
+        """
+        data = self.data
+        if data.contents:
+            anywhere = DataConfig()
+            data = dataclasses.replace(
+                data, corpus=anywhere.corpus, vocab=anywhere.vocab, mixture=("",) * len(data.mixture)
+            )
+        return hashlib.sha256(to_json(dataclasses.replace(self, data=data)).encode()).hexdigest()[:16]
 
 
 def to_json(config: Any) -> str:

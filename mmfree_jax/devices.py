@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from mmfree_jax import nvidia
-from mmfree_jax.config import ConfigError
+from mmfree_jax.config import ConfigError, require
 from mmfree_jax.tracing import during
+
+GENERATOR = "threefry2x32"  # of the numbers that initial weights are drawn from, whatever the environment names
+# Settings of JAX that would change what a run computes: a value of its own would have to be part of the run.
+SETTINGS = {"jax_enable_x64": False, "jax_threefry_partitionable": True, "jax_default_matmul_precision": None}
 
 Platform = Literal["cuda", "tpu"]
 
@@ -109,6 +113,18 @@ def use_compile_cache(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def check_settings() -> None:
+    """Raises ConfigError where the environment would have runs compute something else than their configs say."""
+    import jax
+
+    for name, usual in SETTINGS.items():
+        found = getattr(jax.config, name, usual)
+        require(
+            found == usual,
+            f"{name}={found!r} would change the numbers of the run and is no part of it: unset {name.upper()}",
+        )
 
 
 class EnergyMeter:

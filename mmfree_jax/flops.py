@@ -3,6 +3,7 @@
 Conventions. A product or an accumulation of n weights counts 2n, also where the weights are ternary: "each operation
 is treated identically between MatMul-free LM and Transformer++" (Zhu et al. 2024, arXiv 2406.02528, section 4.2).
 `N` counts the matrices, head included, input-embedding lookup excluded, so that families of equal shape have equal N.
+All of `model.vocab` counts, also the padding beyond `model.tokenizer_vocab`: its logits are computed, then left out.
 The backward pass of every product is two products of its size; that of element-wise work is taken as twice its forward.
 """
 

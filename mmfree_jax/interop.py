@@ -2,14 +2,15 @@
 
 A folder holds `config.json` and `model.safetensors`, or shards with `model.safetensors.index.json`. Matrices lie there
 as [out, in], here as [in, out] with layers in front. No value is rounded on the way: bfloat16 and float16 are exact in
-float32, so reading a folder and writing it in its own type gives back the same bytes. Needs the package safetensors.
+float32, so reading a folder and writing it in its own type gives back the same bytes. What a folder holds is what the
+headers of its files say; an index that says something else is refused. Needs the package safetensors.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +27,17 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BUFFERS = ("rotary_emb.inv_freq",)  # not parameters: old Llama checkpoints hold them
+STORED = ("F32", "BF16", "F16", "F64")  # types of tensors, as safetensors calls them, whose numbers are the weights
+HEAD = "lm_head.weight"
+VOCABULARY = (
+    "embedding",
+    "head.kernel",
+)  # parameters with a row a token, once they are turned as checkpoints have them
 
 # What the official code computes whatever its config says, or only with these values.
 HGRN_FIXED = {"num_heads": 1, "expand_ratio": 1, "use_short_conv": False, "hidden_act": "swish"}
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")  # keys of config.json that no default can stand for
+LLAMA_SIZES = ("intermediate_size", "num_attention_heads")
 LLAMA_FIXED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 
 
@@ -43,6 +52,26 @@ class Slot(NamedTuple):
     at: tuple[int, ...]
     shape: tuple[int, ...]  # in the checkpoint
     matrix: bool = False
+
+
+class Stored(NamedTuple):
+    """A tensor as the header of its file describes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Origin(NamedTuple):
+    """What a checkpoint's config.json tells of the text that it was trained on; None: not known."""
+
+    bos: int | None = None  # the token that a text begins with
+    eos: int | list[int] | None = None  # those that end it
+    pad: int | None = None
+    positions: int | None = None  # the longest text trained on, in tokens
+
+
+UNKNOWN = Origin()
 
 
 def load_huggingface(path: str | Path, dtype: str = "float32") -> LanguageModel:
@@ -63,23 +92,40 @@ def load_huggingface(path: str | Path, dtype: str = "float32") -> LanguageModel:
     config = read_config(folder)
     param_dtype = jnp.float64 if dtype == "float64" else jnp.float32
     build = lambda: LanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), param_dtype=param_dtype)
+    table = slots(config)
+    stored = _checked(folder, table, config)  # before anything is built
     graph, shapes = nnx.split(nnx.eval_shape(build))
-    return nnx.merge(graph, jax.tree.map(jnp.asarray, read_parameters(folder, shapes)))
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, _read(table, stored, shapes)))
 
 
 def read_parameters(folder: Path, shapes: Any) -> Any:
-    """NumPy arrays of a model's parameters, in a tree like `shapes`: that of the model that the folder holds."""
-    arrays = _fill(read_config(folder), folder, {_name(p): a for p, a in jax.tree.leaves_with_path(shapes)})
+    """NumPy arrays of a model's parameters, in a tree like `shapes`: that of the model that the folder holds.
+
+    Raises what `load_huggingface` does.
+    """
+    config = read_config(folder)
+    table = slots(config)
+    return _read(table, _checked(folder, table, config), shapes)
+
+
+def _read(table: dict[str, Slot], stored: dict[str, Stored], shapes: Any) -> Any:
+    arrays = _fill(table, stored, {_name(p): a for p, a in jax.tree.leaves_with_path(shapes)})
     return jax.tree.map_with_path(lambda p, _: arrays[_name(p)], shapes)
 
 
 def save_huggingface(
-    model: LanguageModel, path: str | Path, dtype: str = "float32", *, shard_bytes: int = SHARD_BYTES
+    model: LanguageModel,
+    path: str | Path,
+    dtype: str = "float32",
+    *,
+    origin: Origin = UNKNOWN,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model as a folder that the official code (matmul-free) or transformers (transformer++) loads.
 
     The folder appears complete or not at all. `dtype` is the type on disk; files hold at most `shard_bytes` each,
-    unless one tensor is larger. The tokenizer's files are not part of a model: copy them beside it.
+    unless one tensor is larger. `origin` goes into config.json, as null what it does not know. Padding of the
+    vocabulary is left out: the formats have none. The tokenizer's files are not part of a model: copy them beside it.
 
     Raises:
         ConfigError: for an architecture that neither format can express.
@@ -89,7 +135,7 @@ def save_huggingface(
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty folder: choose another")
-    text = write_config(model.config, dtype)
+    text = write_config(model.config, dtype, origin)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
@@ -108,19 +154,24 @@ def tensors(model: LanguageModel, dtype: str = "float32") -> Iterator[tuple[str,
     for name, slot in slots(model.config).items():
         array = np.asarray(arrays[slot.path][slot.at])
         array = array.swapaxes(-1, -2) if slot.matrix else array
+        if slot.path in VOCABULARY:
+            array = array[: slot.shape[0]]
         yield name, np.ascontiguousarray(array.reshape(slot.shape).astype(jnp.dtype(dtype)))
 
 
 def slots(config: ModelConfig) -> dict[str, Slot]:
-    """Every tensor of the format that a config is stored in. Raises ConfigError when there is none."""
-    V, D = config.vocab, config.width
+    """Every tensor of the format that a config is stored in. Raises ConfigError when there is none.
+
+    The formats know no padding of the vocabulary: it is not stored.
+    """
+    V, D = config.tokenizer_vocab or config.vocab, config.width
     hgrn = _format(config) == "hgrn_bit"
     table = {
         "model.embeddings.weight" if hgrn else "model.embed_tokens.weight": Slot("embedding", (), (V, D)),
         "model.norm.weight": Slot("norm.gain", (), (D,)),
     }
     if not config.tie_embeddings:
-        table["lm_head.weight"] = Slot("head.kernel", (), (V, D), matrix=True)
+        table[HEAD] = Slot("head.kernel", (), (V, D), matrix=True)
     if hgrn:
         table["lm_head.norm.weight"] = Slot("head.gain", (), (D,))
         if config.lower_bounds:
@@ -134,14 +185,21 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
 def read_config(folder: Path) -> ModelConfig:
     """The architecture that a folder's config.json describes.
 
-    Raises InteropError without a config.json, ConfigError for what the models here cannot express.
+    Raises InteropError without a config.json, ConfigError that names file and key for what it lacks or the models here
+    cannot express.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise InteropError(f"{folder} has no config.json: not a Hugging Face model folder")
-    values = read_json(file)
+    values, file = _read_values(folder), folder / "config.json"
     kind = values.get("model_type")
     require(kind in ("hgrn_bit", "llama"), f"{file}: model_type={kind!r}; only hgrn_bit and llama can be read")
+    quantised = values.get("quantization_config")
+    require(
+        not quantised,
+        f"{file}: quantization_config={quantised!r} says that weights are codes, which cannot be read: take the "
+        "checkpoint in float32, bfloat16 or float16",
+    )
+    for name in SIZES if kind == "hgrn_bit" else (*SIZES, *LLAMA_SIZES):
+        size = values.get(name)
+        require(type(size) is int, f"{file}: {name} is {'missing' if size is None else f'{size!r}, not a number'}")
     fixed = HGRN_FIXED if kind == "hgrn_bit" else LLAMA_FIXED
     for name, only in fixed.items():
         found = values.get(name, only)
@@ -149,21 +207,40 @@ def read_config(folder: Path) -> ModelConfig:
     return _from_hgrn(values) if kind == "hgrn_bit" else _from_llama(values, file)
 
 
-def write_config(config: ModelConfig, dtype: str) -> str:
+def read_origin(folder: Path) -> Origin:
+    """What a folder's config.json tells of the text that the model was trained on. Raises as `read_config`."""
+    values = _read_values(folder)
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+    return Origin(*(values.get(key) for key in keys))
+
+
+def _read_values(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InteropError(f"{folder} has no config.json: not a Hugging Face model folder")
+    values = read_json(file)
+    require(isinstance(values, dict), f"{file} is not a JSON object")
+    return values
+
+
+def write_config(config: ModelConfig, dtype: str, origin: Origin = UNKNOWN) -> str:
     """The text of config.json. Raises ConfigError when no format can express the architecture."""
     values = {
-        "vocab_size": config.vocab,
+        "vocab_size": config.tokenizer_vocab or config.vocab,
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
         "intermediate_size": config.glu_width,
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        "bos_token_id": origin.bos,
+        "eos_token_id": origin.eos,
         "torch_dtype": dtype,
     }
+    if origin.pad is not None:
+        values["pad_token_id"] = origin.pad
+    if origin.positions is not None:  # without it the official code takes its own default
+        values["max_position_embeddings"] = origin.positions
     special = _hgrn_values(config) if _format(config) == "hgrn_bit" else _llama_values(config)
     return json.dumps(values | special, indent=2, sort_keys=True) + "\n"
 
@@ -223,6 +300,8 @@ def _from_llama(values: dict[str, Any], file: Path) -> ModelConfig:
     head_dim = values.get("head_dim") or width // heads
     require(head_dim * heads == width, f"{file}: head_dim={head_dim} is not supported, only hidden_size / heads")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1
+    require(part == 1, f"{file}: partial_rotary_factor={part} is not supported, only 1")
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind == "default", f"{file}: rotary embeddings of type {kind!r} are not supported, only 'default'")
     return ModelConfig(
@@ -291,17 +370,15 @@ def _name(path: tuple[Any, ...]) -> str:
     return ".".join(str(step.key) for step in path if isinstance(step, jax.tree_util.DictKey))
 
 
-def _fill(config: ModelConfig, folder: Path, shapes: dict[str, Any]) -> dict[str, np.ndarray]:
+def _fill(table: dict[str, Slot], stored: dict[str, Stored], shapes: dict[str, Any]) -> dict[str, np.ndarray]:
     """Our parameters, read tensor by tensor."""
-    table = slots(config)
-    files = _files(folder)
-    _check(folder, files, table, config)
-    arrays = {name: np.empty(a.shape, a.dtype) for name, a in shapes.items()}
-    for file in sorted(set(files.values())):
+    arrays = {name: np.full(a.shape, np.nan, a.dtype) for name, a in shapes.items()}  # a gap would show
+    for file in sorted({stored[name].file for name in table}):
         with _open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                if name in table:
-                    _put(arrays[table[name].path], table[name], opened.get_tensor(name))
+            for name in (name for name in table if stored[name].file == file):
+                _put(arrays[table[name].path], table[name], opened.get_tensor(name))
+    if HEAD in stored and HEAD not in table:
+        _check_tied(arrays["embedding"], stored[HEAD])
     return arrays
 
 
@@ -315,40 +392,89 @@ def _put(array: np.ndarray, slot: Slot, tensor: np.ndarray) -> None:
     place[...] = tensor.reshape(*groups, out, into).swapaxes(-1, -2)
 
 
-def _check(folder: Path, files: dict[str, Path], table: dict[str, Slot], config: ModelConfig) -> None:
-    """Raise InteropError naming every tensor that is missing, not expected or of another shape."""
-    spare = {"lm_head.weight"} if config.tie_embeddings else set()
-    wrong = [f"missing {name} {list(table[name].shape)}" for name in table if name not in files]
-    wrong += [f"extra {n}" for n in files if n not in table and n not in spare and not n.endswith(BUFFERS)]
-    for file in sorted(set(files.values())):
-        with _open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                shape = tuple(opened.get_slice(name).get_shape())
-                if name in table and shape != table[name].shape:
-                    wrong.append(f"misshaped {name}: {list(shape)}, expected {list(table[name].shape)}")
+def _check_tied(embedding_VD: np.ndarray, head: Stored) -> None:
+    """A head that is stored beside the embedding which the config ties it to must be that embedding."""
+    with _open(head.file) as opened:
+        same = np.array_equal(embedding_VD, opened.get_tensor(HEAD).astype(embedding_VD.dtype))
+    if not same:
+        raise InteropError(
+            f"{head.file}: {HEAD} is not the embedding, to which tie_word_embeddings in config.json ties it"
+        )
+
+
+def _checked(folder: Path, table: dict[str, Slot], config: ModelConfig) -> dict[str, Stored]:
+    """Where each tensor of the folder lies: every one of the table, once, of the right shape and a type that is read.
+
+    Raises InteropError naming every tensor at fault.
+    """
+    promised = _promised(folder)
+    held = _headers(promised.values())
+    spare = {HEAD} if config.tie_embeddings else set()
+    wrong = [f"missing {name} {list(table[name].shape)}" for name in table if name not in held and name not in promised]
+    wrong += [
+        f"absent {name}: {INDEX} promises it in {file.name}"
+        for name, file in promised.items()
+        if file not in {one.file for one in held.get(name, ())} and not name.endswith(BUFFERS)
+    ]
+    for name, found in held.items():
+        if name in table or name in spare:
+            wrong += _faults(name, found, table.get(name, Slot("", (), (config.vocab, config.width))), name in promised)
+        elif not name.endswith(BUFFERS):
+            wrong.append(f"extra {name} in {found[0].file.name}")
     if wrong:
         raise InteropError(f"{folder}: {len(wrong)} tensors do not fit its config.json:\n  " + "\n  ".join(wrong))
+    return {name: found[0] for name, found in held.items()}
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor."""
-    if (folder / INDEX).is_file():
-        named = read_json(folder / INDEX)["weight_map"]
-        files = {tensor: folder / file for tensor, file in named.items()}
-        absent = sorted({str(file) for file in files.values() if not file.is_file()})
-        if absent:
-            raise InteropError(f"{folder / INDEX} names files that are not there: {', '.join(absent)}")
-        return files
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise InteropError(f"{folder} has neither model.safetensors nor {INDEX}: convert its weights to safetensors")
-    with _open(single) as opened:
-        return dict.fromkeys(opened.keys(), single)
+def _faults(name: str, found: list[Stored], slot: Slot, listed: bool) -> Iterator[str]:
+    """What is wrong with a tensor that should be there."""
+    one = found[0]
+    if len(found) > 1:
+        yield f"doubled {name}: in {' and '.join(other.file.name for other in found)}"
+    if not listed:
+        yield f"unlisted {name}: {one.file.name} holds it, but {INDEX} does not list it"
+    if one.shape != slot.shape:
+        yield f"misshaped {name}: {list(one.shape)}, expected {list(slot.shape)}"
+    if one.dtype not in STORED:
+        yield f"quantised {name}: of type {one.dtype} in {one.file.name}; only {', '.join(STORED)} can be read"
+
+
+def _headers(files: Iterable[Path]) -> dict[str, list[Stored]]:
+    """Every tensor that the files really hold, in each file that holds it."""
+    held: dict[str, list[Stored]] = {}
+    for file in sorted(set(files)):
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                header = opened.get_slice(name)
+                held.setdefault(name, []).append(Stored(file, tuple(header.get_shape()), header.get_dtype()))
+    return held
+
+
+def _promised(folder: Path) -> dict[str, Path]:
+    """Which file should hold each tensor, by the index; of a folder without one, by the only file itself."""
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise InteropError(f"{folder} has neither {single.name} nor {INDEX}: convert its weights to safetensors")
+        return dict.fromkeys(_headers([single]), single)
+    try:
+        files = {str(tensor): folder / str(file) for tensor, file in dict(read_json(index)["weight_map"]).items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InteropError(f"{index} has no weight_map of tensors to files ({error})") from None
+    absent = sorted({str(file) for file in files.values() if not file.is_file()})
+    if absent:
+        raise InteropError(f"{index} names files that are not there: {', '.join(absent)}")
+    if single.is_file() and single not in files.values():
+        raise InteropError(f"{folder} holds {single.name} and {INDEX}, which does not name it: remove what is stale")
+    return files
 
 
 def _open(file: Path) -> Any:
-    safe_open: Callable[..., Any] = _safetensors("safetensors").safe_open
-    return safe_open(str(file), framework="numpy")
+    module = _safetensors("safetensors")
+    try:
+        return module.safe_open(str(file), framework="numpy")
+    except module.SafetensorError as error:
+        raise InteropError(f"{file} is cut off or damaged: {error}") from None
 
 
 def _safetensors(module: str) -> Any:

@@ -10,13 +10,15 @@ from flax import nnx
 
 from mmfree_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, from_json, to_json
 from mmfree_jax.distributed import put
-from mmfree_jax.files import read_json, write_atomically
-from mmfree_jax.interop import load_huggingface, read_config, read_parameters
+from mmfree_jax.files import read_json, write_atomically, write_json
+from mmfree_jax.interop import UNKNOWN, Origin, load_huggingface, read_config, read_origin, read_parameters
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.training.checkpoint import Checkpoints, restore, restore_params
+from mmfree_jax.training.folder import corpus_facts
 from mmfree_jax.training.optim import make_optimizer
 from mmfree_jax.training.step import TrainState
 
+ORIGIN = "origin.json"  # of an imported folder: what its source told of the text that it was trained on
 MODEL = "model.json"  # what an imported folder has in place of a run's config.json
 
 
@@ -71,12 +73,27 @@ def load_params(path: Path, abstract: Any) -> nnx.State:
     return jax.tree.map(lambda host, a: put(host, a.sharding), read_parameters(path, abstract), abstract)
 
 
-def save_model(model: LanguageModel, path: Path) -> None:
-    """Write parameters and architecture into a new folder. Raises ConfigError if it holds something already."""
+def origin(path: Path) -> Origin:
+    """What is known of the text that a model on disk was trained on: that of the run here, else what came with it.
+
+    Documents of a corpus here are parted by one token, which stands before each and ends it.
+    """
+    if _is_run(path):
+        end = corpus_facts(path).get("end_of_document")
+        return Origin(bos=end, eos=end, positions=run_config(path).data.sequence)
+    if (path / MODEL).exists():
+        return Origin(**read_json(path / ORIGIN)) if (path / ORIGIN).exists() else UNKNOWN
+    return read_origin(path)
+
+
+def save_model(model: LanguageModel, path: Path, known: Origin = UNKNOWN) -> None:
+    """Write parameters, architecture and what is known of the text into a new folder. Raises ConfigError if it holds
+    something already."""
     if path.exists() and any(path.iterdir()):
         raise ConfigError(f"{path} exists and is not an empty folder: choose another")
     with Checkpoints(path / "checkpoints") as checkpoints:
         checkpoints.save(nnx.state(model, nnx.Param), {"kind": "weights"}, 0)
+    write_json(path / ORIGIN, known._asdict())
     write_atomically(path / MODEL, to_json(model.config) + "\n")  # last: a folder without it is not a model
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from scaling.fitting.approaches import MIN_POINTS, budget_labels, sizes
 from scaling.fitting.fit import Gate, ladder_gate
-from scaling.tables.runs import CONVENTIONS, Runs
+from scaling.tables.runs import CONVENTIONS, RECIPE, SCRATCH, SURROUNDINGS, Runs
 from scaling.uncertainty.bootstrap import cluster_labels
 from scaling.uncertainty.replicates import cells
 
@@ -43,6 +43,7 @@ def lint(runs: Runs) -> list[Finding]:
         duplicates,
         midrun,
         disagreements,
+        pooled,
         unrecorded,
         constant,
         designs,
@@ -108,6 +109,21 @@ def disagreements(runs: Runs) -> Iterator[Finding]:
             kinds, counts = np.unique(values, return_counts=True)
             severity = "error" if name in MUST_AGREE else "warning"
             yield Finding(severity, f"mixed {name}", ", ".join(kinds[:6]), ids(runs, values == kinds[counts.argmin()]))
+
+
+def pooled(runs: Runs) -> Iterator[Finding]:
+    """Families that hold runs of several recipes: a law fitted to them is one of the mixture."""
+    for family in runs.families:
+        part = runs.family(family)
+        started = part.kinds("init")
+        mixed = [("error", name) for name in RECIPE] + [("warning", name) for name in SURROUNDINGS]
+        mixed += [("error", "init")] * (SCRATCH in started)
+        for severity, name in mixed:
+            if len(part.kinds(name)) > 1:
+                values = part[name].astype(str)
+                kinds, counts = np.unique(values[(values != "") & (values != "nan")], return_counts=True)
+                message = f"{family} holds runs with {', '.join(kinds[:6])}: keep one with --where {name}=VALUE"
+                yield Finding(severity, f"mixed {name}", message, ids(part, values == kinds[counts.argmin()]))
 
 
 def unrecorded(runs: Runs) -> Iterator[Finding]:

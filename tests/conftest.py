@@ -11,6 +11,7 @@ os.environ.setdefault("XLA_FLAGS", xla_flags())  # before JAX loads
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests run beside each other: waiting threads would spin
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +19,31 @@ from mmfree_jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from mmfree_jax.data import TokenSet
 from mmfree_jax.data.token_writer import write_token_set
 from mmfree_jax.data.tokenization import byte_tokenizer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what tests compile, for the other processes of this session and for the next one."""
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        return
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Give each process a stretch of the tests, so that tests of one file share its fixtures and compiled programs."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory) -> Path:
+    """The cache folder of the commands that this session's tests run: what one has compiled the next one finds."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
+
 
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
@@ -30,6 +56,13 @@ def sentences(count: int, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     words = "the loss of a model falls with compute while data and parameters grow together in time".split()
     return [" ".join(rng.choice(words, rng.integers(20, 80))) + "." for _ in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def no_self_check(monkeypatch):
+    """Runs in the tests' own process skip the comparison before the first step, which compiles more than they do.
+    tests/training/test_self_check.py tests it; commands in processes of their own make it."""
+    monkeypatch.setattr("mmfree_jax.training.loop.self_check", lambda *a: None)
 
 
 @pytest.fixture(scope="session")

@@ -34,17 +34,18 @@ def on_mesh(shape: tuple, f, *args):
         return jax.jit(f)(*args)
 
 
-def agreement(family: str, shapes: list, bits: int = 0) -> dict:
+def agreement(family: str, shapes: list, bits: int = 0, words: int = 0) -> dict:
     """Loss and gradients, with documents that end anywhere, on each mesh against one device.
 
-    `bits` of ternary layers' activations: with some, a rounding error may tip one into the next code.
+    `bits` of ternary layers' activations: with some, a rounding error may tip one into the next code. `words`: tokens
+    of the vocabulary, the rest of which is padding.
     """
-    model = run_config(family, (1, 1, 1, 1)).model
+    model = dataclasses.replace(run_config(family, (1, 1, 1, 1)).model, tokenizer_vocab=words)
     if model.linear == "ternary":
         model = dataclasses.replace(model, activation_bits=bits)
     graphdef, params = nnx.split(LanguageModel(model, rngs=nnx.Rngs(0)), nnx.Param)
     rng = np.random.default_rng(0)
-    tokens_BT = jnp.asarray(rng.integers(0, V, (B, T + 1)), jnp.int32)
+    tokens_BT = jnp.asarray(rng.integers(0, words or V, (B, T + 1)), jnp.int32)
     segments_BT = jnp.asarray(np.cumsum(rng.uniform(size=(B, T)) < 0.1, axis=1), jnp.int32)
 
     def loss(params):
@@ -118,6 +119,7 @@ def main() -> None:
     every, fsdp = (1, 2, 2, 2), (1, 8, 1, 1)
     agree = {family: agreement(family, [every]) for family in FAMILIES}
     agree["matmul-free"] |= agreement("matmul-free", [fsdp, (1, 1, 1, 8)], bits=8)
+    agree["padded"] = agreement("matmul-free", [every], words=200)  # of 512: one half of the vocabulary has none
     traffic = {
         "none": sent("matmul-free", fsdp),
         "full": sent("matmul-free", fsdp, remat="full", unroll=L),

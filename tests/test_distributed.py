@@ -31,7 +31,14 @@ ROOT = Path(__file__).parents[1]
 SHAPE = "--model.width 16 --model.depth 2 --model.glu-width 32 --model.vocab 257 --data.vocab 257"
 RUN = f"{SHAPE} --data.sequence 32 --data.batch 8 --steps 6 --log-every 1 --checkpoint-every 0 --diagnose-every 4"
 RUN += " --optim.warmup-steps 2 --optim.decay-steps 0"
+# launch.py with less patience: processes that wait for a dead one spin until they call it dead.
+LAUNCH = "import sys, launch, mmfree_jax.distributed as d; d.HEARTBEAT_SECONDS = 8; sys.exit(launch.main(sys.argv[1:]))"
 BRIEF = ("--no-evaluate", "--diagnose-every", "0")
+
+
+@pytest.fixture(autouse=True)
+def cache(programs, monkeypatch):
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(programs))
 
 
 def free_port() -> int:
@@ -42,10 +49,10 @@ def free_port() -> int:
             return port
 
 
-def launch(devices: int, cache: Path, *arguments: object) -> subprocess.Popen:
+def launch(devices: int, *arguments: object) -> subprocess.Popen:
     """`launch.py ARGUMENTS` on that many simulated devices."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "MMFREE_JAX_CACHE": str(cache), "XLA_FLAGS": xla_flags(devices)}
-    command = [sys.executable, "launch.py", *map(str, arguments)]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
+    command = [sys.executable, "-c", LAUNCH, *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -55,7 +62,7 @@ def start(family: str, corpus: Path, out: Path, devices: int, *more: str) -> sub
     """`launch.py train` on that many simulated devices."""
     heads = ["--model.heads", "2"] if family == "transformer++" else []
     run = ["train", f"{family}-tiny", *RUN.split(), *heads, "--data.corpus", corpus, "--out", out]
-    return launch(devices, out.parent / "cache", *run, "--mesh.data", 2, "--mesh.fsdp", 4, *more)
+    return launch(devices, *run, "--mesh.data", 2, "--mesh.fsdp", 4, *more)
 
 
 def group(
@@ -161,14 +168,14 @@ def test_two_processes_start_from_a_model_and_evaluate_it(token_set, tmp_path):
     """With a rate of almost nothing: what is evaluated in the end are the weights that training began with."""
     model = LanguageModel(tiny_model("matmul-free"), rngs=nnx.Rngs(3))
     save_model(model, tmp_path / "model")
-    place, cache = ["--mesh.data", 2, "--mesh.fsdp", 4], tmp_path / "cache"
+    place = ["--mesh.data", 2, "--mesh.fsdp", 4]
     more = ["--init", str(tmp_path / "model"), "--optim.lr", "1e-12", "--diagnose-every", "0", "--steps", "2"]
     with group(2, "matmul-free", token_set.path, tmp_path / "run", *more) as processes:
         ended = finish(processes)
     assert [status for status, *_ in ended] == [0, 0], ended
     asked = ["--corpus", token_set.path, "--sequence", 32]
-    one = launch(1, cache, "evaluate", tmp_path / "model", *asked)
-    begin = lambda *flags: launch(4, cache, "evaluate", tmp_path / "run", *asked, *place, *flags)
+    one = launch(1, "evaluate", tmp_path / "model", *asked)
+    begin = lambda *flags: launch(4, "evaluate", tmp_path / "run", *asked, *place, *flags)
     with together(2, begin) as processes:
         ended = [*finish([one]), *finish(processes)]
     assert [status for status, *_ in ended] == [0, 0, 0], ended
@@ -192,7 +199,7 @@ def test_where_one_process_dies_the_other_ends_with_an_error(token_set, tmp_path
 
 def test_several_processes_with_a_mesh_of_some_of_their_devices_are_refused(token_set, tmp_path):
     """As `srun -n 2` with the default mesh: the second process would have nothing to compute."""
-    begin = lambda *flags: launch(1, tmp_path / "cache", "train", "matmul-free-tiny", "--out", tmp_path / "run", *flags)
+    begin = lambda *flags: launch(1, "train", "matmul-free-tiny", "--out", tmp_path / "run", *flags)
     with together(2, begin) as processes:
         ended = finish(processes)
     for status, _, errors in ended:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,16 @@ from models import reference
 from models.families import CONFIGS, family, logits, model, plain_model, tokens
 
 from mmfree_jax.config import ConfigError
-from mmfree_jax.interop import InteropError, load_huggingface, read_config, save_huggingface, slots
+from mmfree_jax.interop import (
+    INDEX,
+    InteropError,
+    Origin,
+    load_huggingface,
+    read_config,
+    read_origin,
+    save_huggingface,
+    slots,
+)
 from mmfree_jax.presets import model_preset
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="needs the extra huggingface")
@@ -96,6 +106,142 @@ def test_every_wrong_tensor_is_named(tmp_path):
     assert "misshaped model.layers.0.attn.i_proj.weight: [16, 15], expected [16, 16]" in str(error.value)
 
 
+def sharded(folder, name="transformer++"):
+    """A saved model in several files, and its index."""
+    save_huggingface(model(CONFIGS[name]), folder, shard_bytes=4000)
+    return json.loads((folder / INDEX).read_text())["weight_map"]
+
+
+def rewritten(file, change):
+    """Apply `change` to the tensors of a file."""
+    tensors = safetensors.load_file(file)
+    change(tensors)
+    safetensors.save_file(tensors, file)
+
+
+def write_index(folder, weight_map):
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_tensor_that_the_index_promises_and_its_shard_lacks_is_named(place, tmp_path):
+    weight_map = sharded(tmp_path / "hf")
+    name = list(weight_map)[0 if place == "first" else -1]
+    rewritten(tmp_path / "hf" / weight_map[name], lambda tensors: tensors.pop(name))
+    with pytest.raises(InteropError, match=f"absent {re.escape(name)}: .* promises it in {weight_map[name]}"):
+        load_huggingface(tmp_path / "hf")
+
+
+def test_an_index_that_names_the_wrong_shard_is_refused(tmp_path):
+    weight_map = sharded(tmp_path / "hf")
+    name, other = "model.norm.weight", next(f for f in weight_map.values() if f != weight_map["model.norm.weight"])
+    write_index(tmp_path / "hf", weight_map | {name: other})
+    with pytest.raises(InteropError, match=f"absent {name}: .* promises it in {other}"):
+        load_huggingface(tmp_path / "hf")
+
+
+def test_an_index_that_promises_too_little_is_refused(tmp_path):
+    weight_map = sharded(tmp_path / "hf")
+    del weight_map["model.norm.weight"]
+    write_index(tmp_path / "hf", weight_map)
+    with pytest.raises(InteropError, match=r"unlisted model\.norm\.weight: model-0.* does not list it"):
+        load_huggingface(tmp_path / "hf")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    weight_map = sharded(tmp_path / "hf")
+    name, files = "model.norm.weight", sorted(set(weight_map.values()))
+    other = next(file for file in files if file != weight_map[name])
+    rewritten(tmp_path / "hf" / other, lambda tensors: tensors.update({name: np.zeros(16, np.float32)}))
+    with pytest.raises(InteropError, match=f"doubled {name}: in {' and '.join(sorted({other, weight_map[name]}))}"):
+        load_huggingface(tmp_path / "hf")
+
+
+def test_a_folder_with_an_index_and_another_file_is_ambiguous(tmp_path):
+    sharded(tmp_path / "hf")
+    save_huggingface(model(CONFIGS["transformer++"]), tmp_path / "whole")
+    (tmp_path / "whole" / "model.safetensors").rename(tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(InteropError, match="remove what is stale"):
+        load_huggingface(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])
+def test_an_index_that_is_none_is_named(text, tmp_path):
+    sharded(tmp_path / "hf")
+    (tmp_path / "hf" / INDEX).write_text(text)
+    with pytest.raises(InteropError, match=r"safetensors\.index\.json has no weight_map"):
+        load_huggingface(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 60, -1])
+def test_a_damaged_file_is_named(kept, tmp_path):
+    save_huggingface(model(CONFIGS["transformer++"]), tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(InteropError, match=r"model\.safetensors is cut off or damaged"):
+        load_huggingface(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8", "uint8", "int64"])
+def test_codes_are_not_taken_for_weights(kind, tmp_path):
+    """As fp8 checkpoints and BitNet's hold them, with or without scales beside them."""
+    save_huggingface(model(CONFIGS["transformer++"]), tmp_path / "hf")
+    name = "model.layers.1.mlp.down_proj.weight"
+    file, stored = tmp_path / "hf" / "model.safetensors", np.dtype(jnp.dtype(kind))
+    tensors = safetensors.load_file(file)
+    tensors[name] = np.ones(tensors[name].shape, np.uint8 if stored.kind == "V" else stored)
+    safetensors.save_file(tensors, file)
+    if kind.startswith("float8"):  # the library writes no such type from NumPy: change it in the header
+        written = file.read_bytes()
+        header = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])
+        header[name]["dtype"] = "F8_E4M3"
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + written[8 + int.from_bytes(written[:8], "little") :])
+    with pytest.raises(InteropError, match=rf"quantised {re.escape(name)}: of type \w+ in model\.safetensors"):
+        load_huggingface(tmp_path / "hf")
+
+
+def test_a_tied_head_must_be_the_embedding(tmp_path):
+    built = model(CONFIGS["tied-dense"])
+    save_huggingface(built, tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    rewritten(file, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    np.testing.assert_array_equal(load_huggingface(tmp_path / "hf").embedding[...], built.embedding[...])
+    rewritten(file, lambda t: t.update({"lm_head.weight": 2 * t["model.embed_tokens.weight"]}))
+    with pytest.raises(InteropError, match=r"lm_head\.weight is not the embedding"):
+        load_huggingface(tmp_path / "hf")
+
+
+@BOTH
+def test_what_a_config_lacks_is_named(name, tmp_path):
+    save_huggingface(model(CONFIGS[name]), tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    whole = json.loads(file.read_text())
+    needed = ["vocab_size", "hidden_size", "num_hidden_layers"]
+    needed += ["intermediate_size", "num_attention_heads"] if name == "transformer++" else []
+    for key in needed:
+        file.write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
+        with pytest.raises(ConfigError, match=rf"config\.json: {key} is missing"):
+            load_huggingface(tmp_path / "hf")
+        file.write_text(json.dumps(whole | {key: "64"}))
+        with pytest.raises(ConfigError, match=rf"config\.json: {key} is '64', not a number"):
+            load_huggingface(tmp_path / "hf")
+    file.write_text("[]")
+    with pytest.raises(ConfigError, match=r"config\.json is not a JSON object"):
+        load_huggingface(tmp_path / "hf")
+
+
+@BOTH
+def test_what_is_known_of_the_text_is_exported_and_nothing_else_is_claimed(name, tmp_path):
+    origin = Origin(bos=7, eos=[8, 9], pad=0, positions=8192)
+    save_huggingface(model(CONFIGS[name]), tmp_path / "known", origin=origin)
+    assert read_origin(tmp_path / "known") == origin
+    save_huggingface(model(CONFIGS[name]), tmp_path / "unknown")
+    values = json.loads((tmp_path / "unknown" / "config.json").read_text())
+    assert (values["bos_token_id"], values["eos_token_id"]) == (None, None)
+    assert "max_position_embeddings" not in values
+
+
 def test_absent_files_are_named(tmp_path):
     with pytest.raises(InteropError, match=r"no config\.json"):
         load_huggingface(tmp_path)
@@ -111,6 +257,7 @@ def test_absent_files_are_named(tmp_path):
         ({"model_type": "mamba"}, "model_type='mamba'"),
         ({"use_short_conv": True}, "use_short_conv=True is not supported"),
         ({"expand_ratio": 2}, "expand_ratio=2 is not supported"),
+        ({"quantization_config": {"quant_method": "bitnet"}}, r"config\.json: quantization_config=.*bitnet"),
     ],
 )
 def test_architectures_that_are_not_ours_are_refused(change, message, tmp_path):

@@ -1,17 +1,13 @@
 """The search over rates, the verdict, and the whole experiment as a command, interrupted."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from experiments import learning_rate_picture, learning_rate_transfer
 from experiments.learning_rate_picture import curves, optimum, verdict_lines
 from experiments.learning_rate_transfer import next_place, place, rate, read
-
-ROOT = Path(__file__).parents[1]
+from tests.in_process import called
 
 
 def searched(loss, start, around=2):
@@ -58,35 +54,24 @@ def test_the_verdict_counts_grid_steps_from_the_narrowest_width():
     assert set(curves(rows)[("hgrn", "mup")]) == {64, 128}
 
 
-def command(module, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 def test_the_experiment_runs_resumes_and_is_drawn(token_set, tmp_path):
     table, picture = tmp_path / "t.csv", tmp_path / "t.png"
     small = ["--widths", 16, 32, "--depth", 2, "--tokens", 2560, "--sequence", 32, "--batch", 8, "--around", 1]
     arguments = ["--out", table, "--corpus", token_set.path, "--vocab", 257, "--families", "transformer++", *small]
-    done = command("learning_rate_transfer", *arguments)
+    done = called(learning_rate_transfer.main, *arguments)
     assert done.returncode == 0, done.stderr
     rows, text = read(table), table.read_text()
     assert {(row["parametrisation"], row["width"]) for row in rows} == {("standard", 16), ("standard", 32), ("mup", 32)}
     assert all(math.isfinite(row["loss"]) for row in rows)
     table.write_text("\n".join(text.splitlines()[:-1]) + "\n")  # as if stopped before the last run
-    again = command("learning_rate_transfer", *arguments)
+    again = called(learning_rate_transfer.main, *arguments)
     assert again.returncode == 0, again.stderr
     strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     assert strip(read(table)) == strip(rows)
-    drawn = command("learning_rate_picture", table, "--out", picture)
+    drawn = called(learning_rate_picture.main, table, "--out", picture)
     assert drawn.returncode == 0, drawn.stderr
     assert len(drawn.stdout.strip().splitlines()) == 2
     assert picture.stat().st_size > 10_000
-    wrong = command("learning_rate_transfer", *arguments[:-1], 0)
+    wrong = called(learning_rate_transfer.main, *arguments[:-1], 0)
     assert (wrong.returncode, wrong.stderr.strip().count("\n")) == (1, 0)
     assert "around and seeds must be at least 1" in wrong.stderr

@@ -39,7 +39,7 @@ def shapes(traffic: list, kinds: set[str], axis: str) -> list[list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "padded"])
 def test_values_and_gradients_do_not_depend_on_the_mesh(found, family):
     for mesh, error in found["agree"][family].items():
         assert error["loss"] < 1e-6, mesh

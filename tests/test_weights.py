@@ -1,10 +1,9 @@
 """Models on disk: imported, trained on, exported, evaluated; through the commands that users type."""
 
+import functools
 import json
-import os
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,8 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from launch import main
 from mmfree_jax import cli
 from mmfree_jax.config import ConfigError, MeshConfig, OptimConfig
+from mmfree_jax.data import resolve_data
+from mmfree_jax.data.token_writer import write_token_set
+from mmfree_jax.data.tokenization import byte_tokenizer, train_bpe
+from mmfree_jax.files import read_json
 from mmfree_jax.interop import load_huggingface, save_huggingface
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.training.checkpoint import restore_params
@@ -21,16 +25,16 @@ from mmfree_jax.training.folder import claim
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.step import make_program, program_key
 from mmfree_jax.weights import load_model, model_config, run_config, save_model
-from tests.conftest import MAIN_FAMILIES, tiny_model, tiny_run
-from tests.simulated import run
+from tests.conftest import MAIN_FAMILIES, sentences, tiny_model, tiny_run
+from tests.in_process import called
+from tests.simulated import run as simulated
 
-ROOT = Path(__file__).parents[1]
+launch = functools.partial(called, main)
 
 
-def launch(*arguments) -> subprocess.CompletedProcess:
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "launch.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+@pytest.fixture(autouse=True)
+def cache(programs, monkeypatch):
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(programs))
 
 
 def parameters(model: nnx.Module) -> list[np.ndarray]:
@@ -87,7 +91,7 @@ def test_models_of_every_kind_are_loaded_in_shards_of_any_mesh(family, token_set
         tmp_path / "run",
         token_set,
     )
-    said, _ = run("-m", "tests.load_program", *(str(tmp_path / kind) for kind in ("ours", "huggingface", "run")))
+    said, _ = simulated("-m", "tests.load_program", *(str(tmp_path / kind) for kind in ("ours", "huggingface", "run")))
     found = json.loads(said.splitlines()[-1])
     assert found.keys() == {"ours", "huggingface", "run"}
     for kind, meshes in found.items():
@@ -109,6 +113,89 @@ def test_the_moments_of_a_run_are_not_read_for_its_parameters(token_set, tmp_pat
     assert all(leaf is ... for leaf in jax.tree.leaves((asked[0].opt, asked[0].step)))
     params = restore_params(tmp_path / "checkpoints", abstract)
     assert_equal(nnx.merge(make_program(program_key(config, None)).graphdef, params), load_model(tmp_path))
+
+
+def exported(source: Path, out: Path) -> dict:
+    """config.json of a model after the command."""
+    assert cli.export_model([str(source), "--out", str(out)]) == 0
+    return read_json(out / "config.json")
+
+
+def test_what_an_export_says_of_the_text_is_the_corpuss_or_what_was_imported(token_set, tmp_path, capsys):
+    run = tiny_run("transformer++", token_set.path, model=tiny_model("transformer++", vocab=288), steps=6)
+    train(run, tmp_path / "run", token_set)
+    values = exported(tmp_path / "run", tmp_path / "a")
+    assert "without 31 tokens of padding" in capsys.readouterr().out
+    end = token_set.end_of_document
+    assert (values["bos_token_id"], values["eos_token_id"], values["max_position_embeddings"]) == (end, end, 32)
+    assert values["vocab_size"] == 257
+
+    facts = {"bos_token_id": 100, "eos_token_id": [101, 102], "pad_token_id": 103, "max_position_embeddings": 8192}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(values | facts))
+    assert cli.import_model([str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 0
+    for source, out in ((tmp_path / "b", tmp_path / "c"), (tmp_path / "a", tmp_path / "d")):  # imported, and directly
+        values = exported(source, out)
+        assert {name: values[name] for name in facts} == facts
+
+    (tmp_path / "run" / "corpus.json").unlink()  # a run of before it was written down
+    values = exported(tmp_path / "run", tmp_path / "e")
+    assert (values["bos_token_id"], values["eos_token_id"], values["max_position_embeddings"]) == (None, None, 32)
+
+
+def test_a_run_is_evaluated_from_anywhere_on_its_own_corpus_or_not_at_all(token_set, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here" / "there").mkdir(parents=True)
+    shutil.copytree(token_set.path, tmp_path / "here" / "c")
+    monkeypatch.chdir(tmp_path / "here")
+    run = tiny_run("matmul-free", Path("c"), steps=6)
+    loss = train(run, tmp_path / "run", resolve_data(run.data))["loss"]
+
+    def evaluated(*more: str) -> bool:
+        assert cli.evaluate([str(tmp_path / "run"), *more]) == 0
+        return f"loss {loss:.6g}\n" in capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path / "here" / "there")
+    assert evaluated()
+    shutil.move(tmp_path / "here" / "c", tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"no corpus '.*/here/c'"):
+        cli.evaluate([str(tmp_path / "run")])
+    assert evaluated("--corpus", "../../moved")
+    texts = {"train": sentences(9, 2), "valid": sentences(9, 3)}
+    card = {"name": "other", "description": "made up", "sources": []}
+    write_token_set(tmp_path / "here" / "c", texts, byte_tokenizer(), card)
+    with pytest.raises(ConfigError, match=r"was trained on \w{16}: say with --corpus what to evaluate on"):
+        cli.evaluate([str(tmp_path / "run")])
+    assert not evaluated("--corpus", str(tmp_path / "here" / "c"))
+    other = train_bpe(texts["train"], 257)
+    other.vocab_hash = "0" * 64  # as many tokens, but others
+    write_token_set(tmp_path / "d", texts, other, card)
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        cli.evaluate([str(tmp_path / "run"), "--corpus", str(tmp_path / "d")])
+
+
+def test_a_run_that_goes_on_needs_the_weights_it_began_with_no_more(token_set, tmp_path):
+    save_model(LanguageModel(tiny_model("matmul-free"), rngs=nnx.Rngs(3)), tmp_path / "m")
+    settings = ["matmul-free-tiny", "--out", tmp_path / "run", "--data.corpus", token_set.path, "--data.sequence", 32]
+    settings += ["--data.batch", 4, "--steps", 4, "--checkpoint-every", 2, "--optim.warmup-steps", 0]
+    command = [*map(str, settings), "--optim.decay-steps", "0", "--diagnose-every", "0"]
+    assert cli.train([*command, "--init", str(tmp_path / "m")]) == 0
+    row = read_json(tmp_path / "run" / "result.json")
+    assert row["init"] == str(tmp_path / "m")
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    with pytest.raises(ConfigError, match=r"is not a model"):
+        cli.train([*command, "--init", str(tmp_path / "another")])
+    for again in ([], ["--init", str(tmp_path / "m")]):
+        (tmp_path / "m").rename(tmp_path / "gone") if (tmp_path / "m").exists() else None
+        (tmp_path / "run" / "result.json").unlink(missing_ok=True)
+        assert cli.train([*command, *again]) == 0
+        assert read_json(tmp_path / "run" / "result.json")["loss"] == row["loss"]
+    (tmp_path / "gone").rename(tmp_path / "another")
+    with pytest.raises(ConfigError, match=r"holds another run \(init is .*/m, not .*/another"):
+        cli.train([*command, "--init", str(tmp_path / "another")])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # nothing to go on from: the weights are needed again
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(ConfigError, match=r"model\.vocab=2048, but the corpus has 257"):  # what they are is not known
+        cli.train(command)
 
 
 def test_evaluating_a_run_gives_the_loss_of_its_result(token_set, tmp_path):

@@ -25,6 +25,7 @@ from mmfree_jax.ops.bit_linear import Weights, bit_linear
 from mmfree_jax.ops.fast import checks
 from mmfree_jax.ops.fast.checks import Use
 from mmfree_jax.ops.fast.choice import kernels_allowed, kernels_assumed
+from mmfree_jax.ops.kernels import normed_codes
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.ternary_weights import Recipe
 
@@ -75,12 +76,21 @@ def _multiple(rng: np.random.Generator, of: int, most: int) -> int:
 
 def _draw_normed_codes(rng: np.random.Generator, attempt: int) -> Use:
     kind = str(rng.choice(["norm", "gated", "swiglu"]))
-    most = 6144 if kind == "norm" else 8192
-    width, bits = 128 * (1 + attempt % (most // 128)), int(rng.choice([0, 8]))
+    width, bits = 128 * (1 + attempt % 64), int(rng.choice([0, 8]))
     gains = int(rng.choice([1, 2, 3])) if kind == "norm" and width <= 2048 else 1
     products = gains if gains > 1 else int(rng.choice([1, 2, 3])) if kind == "norm" else 1
     options = kind, gains, products, _dtype(rng), bits, kind == "norm" and bool(rng.integers(2))
-    return Use("normed_codes", (_rows(rng, width), width), (*options, kind == "swiglu" and bits == 8))
+    use = Use("normed_codes", (_rows(rng, width), width), (*options, kind == "swiglu" and bits == 8))
+    return use if _fits(use) else _draw_normed_codes(rng, attempt)
+
+
+def _fits(use: Use) -> bool:
+    """Whether the kernel takes a use of `normed_codes`; the layer leaves others to XLA."""
+    (_, width), (kind, gains, products, dtype, _, beside, _) = use.sizes, use.options
+    sources = 1 if kind == "norm" else 2
+    return normed_codes.supports(
+        width, gains + (kind != "swiglu"), jnp.dtype(dtype), sources + products + beside, sources + gains
+    )
 
 
 def _draw_row_codes(rng: np.random.Generator, attempt: int) -> Use:

@@ -23,7 +23,7 @@ from mmfree_jax.devices import use_compile_cache
 from mmfree_jax.training.step import make_program, program_key
 
 FULL = (StepCase("transformer++-1.3b", 8, 2048), StepCase("matmul-free-1.3b", 8, 2048))
-SMALL = (StepCase("transformer++-tiny", 4, 128), StepCase("matmul-free-tiny", 4, 128))
+SMALL = (StepCase("transformer++-tiny", 2, 64), StepCase("matmul-free-tiny", 2, 64))
 
 
 def measure(case: StepCase) -> Iterator[dict[str, Any]]:

@@ -72,10 +72,10 @@ FULL = (
     StepCase("matmul-free-1.3b", 8, 2048, kernels="off"),
 )
 SMALL = (
-    StepCase("transformer++-tiny", 4, 128),
-    StepCase("matmul-free-tiny", 4, 128),
-    StepCase("matmul-free-tiny", 4, 128, gradient_bits=8),
-    StepCase("matmul-free-tiny", 4, 128, unoptimised="float32"),
+    StepCase("transformer++-tiny", 2, 64),
+    StepCase("matmul-free-tiny", 2, 64),
+    StepCase("matmul-free-tiny", 2, 64, gradient_bits=8),
+    StepCase("matmul-free-tiny", 2, 64, unoptimised="float32"),
 )
 FULL_MEMORY = (
     *(StepCase("matmul-free-1.3b", 4, 2048, remat=remat) for remat in policies(run_preset("matmul-free-1.3b"))),
@@ -84,9 +84,9 @@ FULL_MEMORY = (
     *(StepCase("transformer++-1.3b", 4, 2048, remat=remat) for remat in policies(run_preset("transformer++-1.3b"))),
 )
 SMALL_MEMORY = (
-    *(StepCase("matmul-free-tiny", 16, 512, remat=remat) for remat in ("none", "full")),
-    StepCase("matmul-free-tiny", 16, 512, unoptimised="float32"),
-    StepCase("transformer++-tiny", 16, 512),
+    *(StepCase("matmul-free-tiny", 16, 128, remat=remat) for remat in ("none", "full")),
+    StepCase("matmul-free-tiny", 16, 128, unoptimised="float32"),
+    StepCase("transformer++-tiny", 16, 128),
 )
 
 

@@ -92,9 +92,16 @@ def tokenise(job: Job) -> dict[str, Any]:
     tokenizer = load(folder / TOKENIZER)
     with naming(folder):
         splits = write_texts(folder, labelled, tokenizer, SPLITS, suffix=f"-{job.number:05d}")
-        record = {"splits": splits, "bad": len(documents.bad), "bad_examples": documents.bad[:5]}
+        record = {"splits": splits, **unreadable([documents])}
         write_json(_record_path(folder, job.number), record)
     return record
+
+
+def unreadable(read: Sequence[Documents]) -> dict[str, Any]:
+    """What of the input is not in the documents as it was, for the data card."""
+    bad = [example for documents in read for example in documents.bad]
+    replaced = sum(documents.replaced for documents in read)
+    return {"bad_records": len(bad), "bad_record_examples": bad[:5], "replaced_characters": replaced}
 
 
 def _identity(units: Sequence[Unit], recipe: Recipe, vocab_hash: str) -> dict[str, Any]:
@@ -138,9 +145,10 @@ def _tokenise_all(jobs: Sequence[Job], processes: int, progress: Progress) -> li
 def _publish(folder: Path, path: Path, records: Sequence[dict[str, Any]], card: Mapping[str, Any]) -> None:
     """Complete the set in `folder`: write the index, leave out the records of the build, rename."""
     splits = {name: join_entries([record["splits"][name] for record in records]) for name in SPLITS}
-    bad = {"bad_records": sum(record["bad"] for record in records)}
-    bad |= {"bad_record_examples": [example for record in records for example in record["bad_examples"]][:20]}
-    finish(folder, splits, load(folder / TOKENIZER), {**card, **bad})
+    known = [card, *records]  # the card has what was met before the units were written
+    counts = {name: sum(one.get(name, 0) for one in known) for name in ("bad_records", "replaced_characters")}
+    examples = [example for one in known for example in one.get("bad_record_examples", ())][:20]
+    finish(folder, splits, load(folder / TOKENIZER), {**card, **counts, "bad_record_examples": examples})
     for file in [folder / PLAN, *folder.glob("unit-*.json")]:  # only now: until here a failure costs nothing
         file.unlink()
     os.rename(folder, path)

@@ -21,6 +21,16 @@ def totals(sources: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {step: sum(source["bytes_after"][step] for source in sources) for step in steps}
 
 
+def _flaws(card: Mapping[str, Any]) -> str:
+    """What of the input is not in the set as it was, if anything is not."""
+    counts = [("bad_records", "records left out that could not be read")]
+    counts += [("replaced_characters", "characters replaced by U+FFFD or dropped, because they were not UTF-8")]
+    lines = [f"- {card[name]:,} {words}" for name, words in counts if card.get(name)]
+    lines += [f"  - {example}" for example in card.get("bad_record_examples", ())]
+    lines += [f"- {line}" for line in card.get("left_out", ())]
+    return "\n".join(["\n## Not in the set", "", *lines, ""]) if lines else ""
+
+
 def readable(card: Mapping[str, Any]) -> str:
     """The card as Markdown."""
     sources = card.get("sources", [])
@@ -40,7 +50,7 @@ def readable(card: Mapping[str, Any]) -> str:
 
 Tokenizer: {card["tokenizer"]} ({card["vocab_size"]:,} tokens, vocabulary {card["vocab_hash"][:16]}).
 Content: {card["fingerprint"]}.
-
+{_flaws(card)}
 ## Sources
 
 Bytes of UTF-8 left after each step{"".join(f"; {step}: {why}" for step, why in card.get("steps", {}).items())}.

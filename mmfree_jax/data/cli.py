@@ -11,9 +11,8 @@ from typing import NoReturn
 from mmfree_jax.data import card as cards
 from mmfree_jax.data import tokenization
 from mmfree_jax.data.bench import measure
-from mmfree_jax.data.build import Recipe, build, train_tokenizer
-from mmfree_jax.data.corpora import EMBEDDED, build_embedded, resolve_corpus, tier_folder
-from mmfree_jax.data.distributions import TIERS
+from mmfree_jax.data.build import Recipe, build, train_tokenizer, unreadable
+from mmfree_jax.data.corpora import EMBEDDED, NAMED, build_embedded, resolve_corpus, tier_folder
 from mmfree_jax.data.foreign import convert
 from mmfree_jax.data.inputs import Reading, Unit, plan
 from mmfree_jax.data.packing import pack
@@ -23,7 +22,6 @@ from mmfree_jax.data.tiers import build_tier
 from mmfree_jax.data.token_set import READABLE_CARD, TokenSet
 from mmfree_jax.data.tokenization import Tokenizer
 
-NAMED = (EMBEDDED, *TIERS)
 _OWN_INPUT = ("key", "skip_bad", "raw", "english", "shortest", "dedup", "held_out")  # options of `build`
 
 
@@ -55,14 +53,14 @@ def _without_repetitions(
 ) -> tuple[list[Unit], dict]:
     """Units and card of the input after `prepare`, which needs all of its text in memory."""
     _say("reading everything to remove repetitions")
-    documents = documents_of(units, reading, english=options.english, shortest=options.shortest)
+    documents, read = documents_of(units, reading, english=options.english, shortest=options.shortest)
     prepared = prepare(documents, held_out=options.held_out)
     spilled = spill(prepared, _spilled(options.out))
     names = list(bytes_by_source(documents))
     steps = {name: {step: left.get(name, 0) for step, left in prepared.left.items()} for name in names}
     counts = {name: sum(d.source == name for d in prepared.train + prepared.valid) for name in names}
     rows = [cards.source_row(name, "", "not stated", counts[name], steps[name]) for name in names]
-    return spilled, {"steps": STEPS, "sources": rows}
+    return spilled, {"steps": STEPS, "sources": rows, **unreadable(read)}
 
 
 def _build_input(options: argparse.Namespace) -> TokenSet:
@@ -70,13 +68,20 @@ def _build_input(options: argparse.Namespace) -> TokenSet:
         raise ValueError("--raw and --dedup exclude each other: repetitions are found in cleaned text")
     reading = Reading(options.key, options.skip_bad)
     recipe = Recipe(reading, not options.raw, options.english, options.shortest, options.held_out)
-    units = plan(options.what)
+    left_out: list[str] = []
+    units = plan(options.what, left_out.append)
+    for line in left_out:
+        _say(line)
     card = {"name": options.out.name, "description": f"Built from {', '.join(options.what)}.", "sources": []}
+    card["left_out"] = left_out
     if options.dedup:
         units, more = _without_repetitions(options, units, reading)
         recipe, card = Recipe(clean=False), card | more
     tokenizer = _tokenizer(options, units, recipe)
     result = build(options.out, units, tokenizer, recipe, card, processes=options.processes, progress=_say)
+    for name in ("bad_records", "replaced_characters"):
+        if result.card[name]:
+            _say(f"{result.card[name]:,} {name.replace('_', ' ')} (see {options.out / READABLE_CARD})")
     if options.dedup:
         shutil.rmtree(_spilled(options.out))
     return result

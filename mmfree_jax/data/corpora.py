@@ -1,13 +1,15 @@
 """A corpus by name or path -> an opened token set; named corpora live in the cache, one for each vocabulary."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from mmfree_jax.config import DataConfig
+from mmfree_jax.config import DataConfig, require
 from mmfree_jax.data import card as cards
 from mmfree_jax.data.distributions import TIERS
 from mmfree_jax.data.embedded import SHORTEST, Package, extract_packages, installed_packages, installed_versions
@@ -18,10 +20,20 @@ from mmfree_jax.data.tokenization import Tokenizer, train_bpe
 from mmfree_jax.files import locked
 
 EMBEDDED = "embedded"
+NAMED = (EMBEDDED, *TIERS)
 BUILDER = 2  # raise it when the same packages would give another corpus
 HELD_OUT = 0.042  # of the bytes: about 240 thousand tokens of the embedded corpus at vocabulary 2048
 WAIT_S = 600.0  # for another process that is building the same corpus
 Progress = Callable[[str], None]
+
+
+class Known(NamedTuple):
+    """Where a run found a corpus before."""
+
+    name: str  # as it was asked for
+    path: str  # of the token set, absolute
+    fingerprint: str
+
 
 _STEPS = {
     "found": "all documentation strings",
@@ -148,12 +160,47 @@ def resolve_corpus(
     if name in TIERS:
         return _built_tier(name, vocab_size, cache)
     if not Path(name).exists():
-        known = ", ".join(map(repr, (EMBEDDED, *TIERS)))
+        known = ", ".join(map(repr, NAMED))
         raise FileNotFoundError(f"no corpus {name!r}: use {known} or the folder of a token set")
     return TokenSet.open(name)
 
 
-def resolve_data(data: DataConfig, progress: Progress = _quiet) -> TokenSet:
-    """What a run reads: its corpus, or the mixture of it with others. Raises as `resolve_corpus` and `Mixture` do."""
-    sets = [resolve_corpus(name, data.vocab, progress=progress) for name in (data.corpus, *data.mixture)]
+def _found(name: str, vocab_size: int, progress: Progress, known: Known | None) -> TokenSet:
+    if known is None or Path(name).name != Path(known.name).name or (name not in NAMED and Path(name).exists()):
+        return resolve_corpus(name, vocab_size, progress=progress)
+    try:
+        found = TokenSet.open(known.path)
+    except FileNotFoundError:
+        found = None
+    if found is not None and found.fingerprint == known.fingerprint:
+        return found
+    try:
+        return resolve_corpus(name, vocab_size, progress=progress)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; the run read it from {known.path}, where it is no more") from None
+
+
+def located(data: DataConfig, token_set: TokenSet) -> DataConfig:
+    """The same data, with what they are (`contents`) and paths that lead to them from any working directory.
+
+    Raises ConfigError for a token set that is not of as many corpora.
+    """
+    names, sets = (data.corpus, *data.mixture), token_set.sets
+    require(len(names) == len(sets), f"data.corpus and data.mixture name {len(names)} corpora, not {len(sets)}")
+    corpus, *mixture = (
+        name if name in NAMED else str(one.path.resolve()) for name, one in zip(names, sets, strict=True)
+    )
+    contents = tuple(one.fingerprint for one in sets)
+    return dataclasses.replace(data, corpus=corpus, mixture=tuple(mixture), contents=contents)
+
+
+def resolve_data(data: DataConfig, progress: Progress = _quiet, known: tuple[Known, ...] = ()) -> TokenSet:
+    """What a run reads: its corpus, or the mixture of it with others. Raises as `resolve_corpus` and `Mixture` do.
+
+    known: where a run that goes on found its corpora. A name that leads to another corpus by now, and a path that leads
+    nowhere from here, are looked for there.
+    """
+    names = (data.corpus, *data.mixture)
+    places = known if len(known) == len(names) else (None,) * len(names)
+    sets = [_found(name, data.vocab, progress, place) for name, place in zip(names, places, strict=True)]
     return Mixture(sets, data.weights or [1.0] * len(sets)) if data.mixture else sets[0]

@@ -10,25 +10,40 @@ from mmfree_jax.data.token_set import Shard, TokenSet
 from mmfree_jax.data.token_writer import SHARD_TOKENS, ShardWriter, finish, publish, split_entry
 from mmfree_jax.data.tokenization import Tokenizer
 
-_LLMC_MAGIC, _LLMC_HEADER = 20240520, 1024  # first number, and bytes, of the header of llm.c's token files
+# llm.c's token files: bytes of the header, and type of the tokens by its first number (GPT-2's, Llama 3's tokens).
+_LLMC_HEADER, _LLMC_DTYPES = 1024, {20240520: "<u2", 20240801: "<u4"}
+_ENOUGH = 8  # numbers that look like upper halves of wider ones before that is no accident
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 def _plain(path: Path, dtype: str) -> np.ndarray:
-    """Tokens of a nanoGPT file (nothing but numbers) or an llm.c one (256 int32 of header, then uint16)."""
+    """Tokens of a nanoGPT file (nothing but numbers, of `dtype`) or an llm.c one (256 int32 of header, then tokens)."""
     with path.open("rb") as file:
         start = file.read(12)
     head = np.frombuffer(start if len(start) == 12 else bytes(12), "<i4")
-    if head[0] == _LLMC_MAGIC:
-        tokens = np.memmap(path, "<u2", "r", offset=_LLMC_HEADER)
-        if len(tokens) != head[2]:
+    if int(head[0]) in _LLMC_DTYPES:
+        size = path.stat().st_size - _LLMC_HEADER
+        kind = np.dtype(_LLMC_DTYPES[int(head[0])])
+        tokens = np.memmap(path, kind, "r", _LLMC_HEADER, max(size, 0) // kind.itemsize) if size > 0 else head[:0]
+        if size != head[2] * kind.itemsize:
             raise ValueError(f"{path} is cut off: {len(tokens)} tokens instead of {head[2]}")
         return tokens
     size = np.dtype(dtype).itemsize
     if path.stat().st_size % size or not path.stat().st_size:
         raise ValueError(f"{path} is cut off or not of type {dtype}: {path.stat().st_size} bytes")
     return np.memmap(path, dtype, "r")
+
+
+def _check_width(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """Refuse numbers of 16 bits that are halves of wider ones, or that cannot name all of the vocabulary."""
+    if tokens.dtype.itemsize != 2:
+        return
+    upper = tokens[1 : 2 * SHARD_TOKENS : 2]
+    if len(tokens) % 2 == 0 and len(upper) >= _ENOUGH and int(upper.max()) <= (vocab_size - 1) >> 16:
+        raise ValueError(f"{path} looks like numbers of 32 bits, for every second one is 0 or so: use --dtype uint32")
+    if vocab_size > 1 << 16:
+        raise ValueError(f"{path} of 16-bit numbers cannot hold a vocabulary of {vocab_size}: use --dtype uint32")
 
 
 def _plain_blocks(tokens: np.ndarray, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -97,8 +112,12 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 
 def _write_split(folder: Path, name: str, path: Path, tokenizer: Tokenizer, dtype: str) -> dict:
     end = tokenizer.end_of_document
-    is_megatron = path.with_suffix(".idx").exists()
-    blocks = _megatron_blocks(path, end) if is_megatron else _plain_blocks(_plain(path, dtype), end)
+    if path.with_suffix(".idx").exists():
+        blocks = _megatron_blocks(path, end)
+    else:
+        numbers = _plain(path, dtype)
+        _check_width(path, numbers, tokenizer.vocab_size)
+        blocks = _plain_blocks(numbers, end)
     lengths = token_bytes(tokenizer)
     shards: list[Shard] = []
     size = 0

@@ -1,7 +1,10 @@
 """Bytes, lines and records out of files and parts of files, compressed or not, a block in memory at a time."""
 
+import bz2
+import codecs
 import gzip
 import importlib
+import itertools
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +13,18 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 BLOCK = 1 << 20  # bytes read at once
-_READERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": lambda raw: gzip.GzipFile(fileobj=raw), ".xz": lzma.LZMAFile}
+_READERS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".xz": lzma.LZMAFile,
+    ".bz2": bz2.BZ2File,
+}
+COMPRESSED = (*_READERS, ".zst")
+_MARKS = {  # the longer first: that of UTF-16 begins that of UTF-32
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 class InputError(ValueError):
@@ -49,15 +63,41 @@ def _decompressed(path: str, file: BinaryIO) -> Iterator[bytes]:
     return iter(lambda: plain.read(BLOCK), b"")
 
 
+def marked(head: bytes) -> str | None:
+    """utf-16 or utf-32 where the first bytes of a file are such a byte-order mark."""
+    return next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+
+
+def _as_utf8(stream: Iterator[bytes]) -> Iterator[bytes]:
+    """The same; of a file that a mark says to be of UTF-16 or UTF-32, its text in UTF-8."""
+    head = b""
+    while len(head) < 4 and (block := next(stream, None)) is not None:
+        head += block
+    name = marked(head)
+    if name is None:
+        yield head
+        yield from stream
+        return
+    decoder = codecs.getincrementaldecoder(name)()
+    for block in itertools.chain([head], stream):
+        yield decoder.decode(block).encode()
+    decoder.decode(b"", final=True)
+
+
 def blocks(path: str) -> Iterator[bytes]:
-    """The decompressed content of a file in blocks. Raises InputError when the file is cut off or damaged."""
+    """The decompressed content of a file in blocks, as UTF-8 where a mark says that it is UTF-16 or UTF-32.
+
+    Raises InputError when the file is cut off or damaged.
+    """
     done = 0
     with open(path, "rb") as file:
         try:
-            for block in _decompressed(path, file):
+            if not file.peek(1) and Path(path).suffix.lower() in COMPRESSED:
+                raise EOFError("it has no bytes, which no compressed file has")
+            for block in _as_utf8(_decompressed(path, file)):
                 yield block
                 done += len(block)
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        except (EOFError, OSError, lzma.LZMAError, zlib.error, UnicodeError) as error:
             raise InputError(f"{path} is cut off or damaged after {done} bytes of content: {error}") from None
 
 

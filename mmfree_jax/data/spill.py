@@ -11,16 +11,19 @@ from mmfree_jax.data.text import looks_english, normalise, paragraphs
 SPILLED_BYTES = 16_000_000  # of text in a unit: what fits in memory should keep many cores busy
 
 
-def documents_of(units: Sequence[Unit], reading: Reading, *, english: bool, shortest: int) -> list[Document]:
-    """All documents of the units in memory, cleaned, with their paragraphs as passages, for `prepare`."""
-    result = []
-    for unit in units:
+def documents_of(
+    units: Sequence[Unit], reading: Reading, *, english: bool, shortest: int
+) -> tuple[list[Document], list[Documents]]:
+    """All documents of the units in memory, cleaned, with their paragraphs as passages, for `prepare`; and what was
+    read, which knows what it could not read."""
+    result, every = [], [Documents(unit, reading) for unit in units]
+    for unit, documents in zip(units, every, strict=True):
         source = Path(unit.files[0]).name
-        for number, raw in enumerate(Documents(unit, reading)):
+        for number, raw in enumerate(documents):
             text = normalise(raw)
             if len(text) >= shortest and (not english or looks_english(text)):
                 result.append(Document(source, f"{unit.start}:{number}", tuple(paragraphs(text))))
-    return result
+    return result, every
 
 
 def _write_unit(path: Path, texts: Iterable[str], split: str) -> Unit:

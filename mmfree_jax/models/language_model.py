@@ -16,7 +16,7 @@ from mmfree_jax.models.layers import Context, Projection, RMSNorm, gain, normal,
 from mmfree_jax.models.mlgru import MLGRU, floors
 from mmfree_jax.models.rwkv4 import RWKV4
 from mmfree_jax.ops.bit_linear import bit_linear
-from mmfree_jax.ops.cross_entropy import head_losses, head_nats, largest_logits
+from mmfree_jax.ops.cross_entropy import head_losses, head_nats, largest_logits, without_padding
 from mmfree_jax.ops.embedding import embed
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.ternary import Quantised, wide
@@ -140,7 +140,7 @@ class LanguageModel(nnx.Module):
         self.head = Head(config, init=init, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
-        """Logits of the next token, [B, T, V], in at least float32.
+        """Logits of the next token, [B, T, V], in at least float32; padding of the vocabulary has the lowest number.
 
         `segments_BT` are document ids: neither state nor attention crosses from one to another. Padding is a
         document of its own, so left-padded rows are segments such as 0 0 0 1 1 1.
@@ -177,12 +177,14 @@ class LanguageModel(nnx.Module):
         """The sum of `loss`, to be differentiated, and how much of it is the z-loss."""
         x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
         operands = self.head.operands(x_BTD, self.embedding[...])
-        return head_losses(self.head.recipe, *operands, targets_BT, mask_BT, kernel=self.head.codes, z_loss=z_loss)
+        vocab, codes = self.config.tokenizer_vocab, self.head.codes
+        return head_losses(self.head.recipe, *operands, targets_BT, mask_BT, kernel=codes, vocab=vocab, z_loss=z_loss)
 
     def nats(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         """Cross-entropy of each target in nats, [B, T], in at least float32. Chunked, for evaluation."""
         x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
-        return head_nats(self.head.recipe, *self.head.operands(x_BTD, self.embedding[...]), targets_BT)
+        operands = self.head.operands(x_BTD, self.embedding[...])
+        return head_nats(self.head.recipe, *operands, targets_BT, vocab=self.config.tokenizer_vocab)
 
     def hidden(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         """Normed output of the last block, [B, T, D] of `dtype`."""
@@ -199,7 +201,7 @@ class LanguageModel(nnx.Module):
             "embedding": rms(self._embed(tokens_BT)),
             "blocks": blocks_L,
             "norm": rms(normed_BTD),
-            "largest_logit": jnp.max(largest_logits(self.head.recipe, *operands)),
+            "largest_logit": jnp.max(largest_logits(self.head.recipe, *operands, vocab=self.config.tokenizer_vocab)),
         }
 
     def _stream(
@@ -307,7 +309,8 @@ class Head(nnx.Module):
         shape = (config.width, config.vocab)
         make = lambda: nnx.Param(partitioned(init, *axes)(rngs.params(), shape, param_dtype))
         ternary = config.linear == "ternary" and not config.dense_head
-        self.recipe = recipe(config, axes)._replace(gradient_bits=0) if ternary else None
+        self.vocab = config.tokenizer_vocab
+        self.recipe = recipe(config, axes)._replace(gradient_bits=0, columns=self.vocab) if ternary else None
         self.scale = scales(config).logits
         self.kernel = None if config.tie_embeddings else make()
         has_norm = self.recipe is not None and config.linear_norm
@@ -339,5 +342,5 @@ class Head(nnx.Module):
         exact = wide(x_BTD.dtype)
         if self.recipe is None:
             kernel_DV = gathered(kernel_DV.astype(x_BTD.dtype), ("embed", "vocab"))
-            return jnp.matmul(x_BTD, kernel_DV, preferred_element_type=exact)
-        return bit_linear(self.recipe, x_BTD, kernel_DV[None], gain_D)[0].astype(exact)
+            return without_padding(jnp.matmul(x_BTD, kernel_DV, preferred_element_type=exact), self.vocab)
+        return without_padding(bit_linear(self.recipe, x_BTD, kernel_DV[None], gain_D)[0].astype(exact), self.vocab)

@@ -150,7 +150,9 @@ def _one_pass_serves(recipe: Recipe, sources, source_gain, gain, products: int) 
     from mmfree_jax.ops.kernels.normed_codes import supports
 
     gains, dtype = len(_gains(gain)), sources[0].dtype
-    if ways(whole(recipe.axes)[0], width) > 1 or not supports(width, (source_gain is not None) + gains, dtype):
+    arrays = len(sources) + products + recipe.beside, len(sources) + gains
+    fits = supports(width, (source_gain is not None) + gains, dtype, *arrays)
+    if ways(whole(recipe.axes)[0], width) > 1 or not fits:
         return False
     options = recipe.prologue, gains, products, str(dtype), recipe.gradient_bits, recipe.beside, recipe.onward
     return choice.serves(Use("normed_codes", (local_rows(sources[0]), width), options))

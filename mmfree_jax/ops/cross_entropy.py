@@ -35,6 +35,7 @@ def head_loss(
     mask_BT: jax.Array | None = None,
     *,
     kernel: Quantised | None = None,
+    vocab: int = 0,
     z_loss: float = 0.0,
     chunks: int = 0,
 ) -> jax.Array:
@@ -48,6 +49,8 @@ def head_loss(
         targets_BT: int32 token to predict at each position.
         mask_BT: weight of each position, 0 to leave it out; None counts all.
         kernel: what `quantise_kernel` made of w_DV, where that was done ahead.
+        vocab: how many columns of w_DV are tokens; those after them are padding, which has no probability and receives
+            no gradient. 0: all.
         z_loss: adds z_loss * logsumexp^2 per token, which keeps logits near zero (PaLM, Chowdhery et al. 2022,
             arXiv 2204.02311, section 5).
         chunks: how many pieces the time axis is cut into; 0 chooses by device and size.
@@ -55,7 +58,8 @@ def head_loss(
     Returns:
         a scalar in at least float32. The mask receives no gradient.
     """
-    return head_losses(recipe, x_BTD, w_DV, gain_D, targets_BT, mask_BT, kernel=kernel, z_loss=z_loss, chunks=chunks)[0]
+    operands = recipe, x_BTD, w_DV, gain_D, targets_BT, mask_BT
+    return head_losses(*operands, kernel=kernel, vocab=vocab, z_loss=z_loss, chunks=chunks)[0]
 
 
 def head_losses(
@@ -67,12 +71,13 @@ def head_losses(
     mask_BT: jax.Array | None = None,
     *,
     kernel: Quantised | None = None,
+    vocab: int = 0,
     z_loss: float = 0.0,
     chunks: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """What `head_loss` returns, and how much of it is the z-loss: to be looked at, it hands back no gradient."""
     weights_BT = jnp.ones(targets_BT.shape, wide(x_BTD.dtype)) if mask_BT is None else mask_BT.astype(wide(x_BTD.dtype))
-    return _head_loss((recipe, z_loss, chunks), x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel)
+    return _head_loss((recipe, vocab, z_loss, chunks), x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel)
 
 
 def head_nats(
@@ -82,6 +87,7 @@ def head_nats(
     gain_D: jax.Array | None,
     targets_BT: jax.Array,
     *,
+    vocab: int = 0,
     chunks: int = 0,
 ) -> jax.Array:
     """Cross-entropy in nats of each token, [B, T], in at least float32; arguments as `head_loss`."""
@@ -90,7 +96,7 @@ def head_nats(
 
     def local(x, kernel, targets_BT):
         count = chunks or chunk_count(targets_BT, kernel)
-        one = lambda piece: _nats(piece[0], kernel, piece[1], x_BTD.dtype, axis)[0]
+        one = lambda piece: _nats(piece[0], kernel, piece[1], x_BTD.dtype, axis, vocab)[0]
         return (_join(jax.lax.map(one, _cut((x, targets_BT), count)), targets_BT.shape[1]),)
 
     return per_shard(local, [ROWS, KERNEL, TOKENS], [TOKENS], saved.inputs[0], kernel, targets_BT)[0]
@@ -101,15 +107,19 @@ def largest_logits(
     x_BTD: jax.Array,
     w_DV: jax.Array,
     gain_D: jax.Array | None,
+    *,
+    vocab: int = 0,
 ) -> jax.Array:
-    """The largest magnitude of each token's logits, [B, T], in at least float32; arguments as `head_loss`."""
+    """The largest magnitude of each position's logits, [B, T], in at least float32; arguments as `head_loss`."""
     saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D)
     axis = axis_if_cut("vocab", w_DV.shape[1])
     time = jnp.zeros(x_BTD.shape[:2], jnp.int32)
 
     def local(x, kernel, like_BT):
         def one(piece):
-            top_BT = jnp.max(jnp.abs(product(piece, kernel, x_BTD.dtype)), axis=-1)
+            logits_BTV = product(piece, kernel, x_BTD.dtype)
+            kept_BTV = without_padding(logits_BTV, vocab, _first(logits_BTV, axis))
+            top_BT = jnp.max(jnp.where(kept_BTV == logits_BTV, jnp.abs(logits_BTV), 0), axis=-1)
             return top_BT if axis is None else jax.lax.pmax(top_BT, axis)
 
         return (_join(jax.lax.map(one, _cut(x, chunk_count(like_BT, kernel))), like_BT.shape[1]),)
@@ -133,9 +143,10 @@ def _operands(recipe, x_BTD, w_DV, gain_D, kernel: Quantised | None = None) -> t
     return quantise_input(recipe, (x_BTD,), None, gain_D), kernel
 
 
-def _nats(x: Quantised, kernel: Quantised, targets_BT, dtype, axis: str | None):
+def _nats(x: Quantised, kernel: Quantised, targets_BT, dtype, axis: str | None, vocab: int):
     """Nats of each token of one chunk, its logits and their log-sum-exp; `axis` of the mesh cuts the vocabulary."""
     logits_BTV = product(x, kernel, dtype)
+    logits_BTV = without_padding(logits_BTV, vocab, _first(logits_BTV, axis))
     total_BT = _log_sum_exp(logits_BTV, axis)
     hit_BT = jnp.sum(jnp.where(_chosen(logits_BTV, targets_BT, axis), logits_BTV, 0), axis=-1)
     return total_BT - _summed(hit_BT, axis), logits_BTV, total_BT
@@ -147,11 +158,26 @@ def _log_sum_exp(logits_BTV: jax.Array, axis: str | None) -> jax.Array:
     return top_BT + jnp.log(_summed(jnp.sum(jnp.exp(logits_BTV - top_BT[..., None]), axis=-1), axis))
 
 
+def _first(logits_BTV: jax.Array, axis: str | None) -> jax.Array | int:
+    """The token of the first column; a device holds the logits of a range of the vocabulary."""
+    return 0 if axis is None else jax.lax.axis_index(axis) * logits_BTV.shape[2]
+
+
+def without_padding(logits: jax.Array, vocab: int, first: jax.Array | int = 0) -> jax.Array:
+    """Logits [..., V] of the tokens from `first` on, those from `vocab` on (0: none) so low that they never win.
+
+    Finite, so that differences and products with their probability, which is 0, are numbers.
+    """
+    if vocab == 0:
+        return logits
+    token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) + first
+    return jnp.where(token < vocab, logits, jnp.finfo(logits.dtype).min)
+
+
 def _chosen(logits_BTV: jax.Array, targets_BT: jax.Array, axis: str | None) -> jax.Array:
-    """True at each token's target; a device holds the logits of a range of the vocabulary."""
-    vocab = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
-    first = 0 if axis is None else jax.lax.axis_index(axis) * logits_BTV.shape[2]
-    return vocab + first == targets_BT[..., None]
+    """True at each token's target."""
+    token = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
+    return token + _first(logits_BTV, axis) == targets_BT[..., None]
 
 
 def _summed(a: jax.Array, axis: str | None) -> jax.Array:
@@ -172,10 +198,10 @@ def _parts(sums: jax.Array, z_loss: float) -> tuple[jax.Array, jax.Array]:
     return (sums[0], sums[1]) if z_loss else (sums, jnp.zeros_like(sums))
 
 
-def _loss_and_gradients(kernel: Quantised, piece: tuple, z_loss: float, dtype, axis: str | None):
+def _loss_and_gradients(kernel: Quantised, piece: tuple, vocab: int, z_loss: float, dtype, axis: str | None):
     """Loss of one chunk and its gradients to the dequantised operands; that to x sums this device's vocabulary only."""
     x, targets_BT, weights_BT = piece
-    nats_BT, logits_BTV, total_BT = _nats(x, kernel, targets_BT, dtype, axis)
+    nats_BT, logits_BTV, total_BT = _nats(x, kernel, targets_BT, dtype, axis, vocab)
     loss = _sums(nats_BT, total_BT, weights_BT, z_loss)
     pull_BT = weights_BT * (1 + 2 * z_loss * total_BT)
     softmax_BTV = jnp.exp(logits_BTV - total_BT[..., None])
@@ -203,13 +229,13 @@ def _join(a: jax.Array, time: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _head_loss(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel) -> tuple[jax.Array, jax.Array]:
-    recipe, z_loss, chunks = static
+    recipe, vocab, z_loss, chunks = static
     saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D, kernel)
     axis = axis_if_cut("vocab", w_DV.shape[1])
 
     def local(x, kernel, targets_BT, weights_BT):
         def one(total, piece):
-            nats_BT, _, total_BT = _nats(piece[0], kernel, piece[1], x_BTD.dtype, axis)
+            nats_BT, _, total_BT = _nats(piece[0], kernel, piece[1], x_BTD.dtype, axis, vocab)
             return total + _sums(nats_BT, total_BT, piece[2], z_loss), None
 
         pieces = _cut((x, targets_BT, weights_BT), chunks or chunk_count(targets_BT, kernel))
@@ -220,7 +246,7 @@ def _head_loss(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel) -> t
 
 
 def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel):
-    recipe, z_loss, chunks = static
+    recipe, vocab, z_loss, chunks = static
     saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D, kernel)
     axis = axis_if_cut("vocab", w_DV.shape[1])
 
@@ -228,7 +254,7 @@ def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel):
         kernel = kernel._replace(codes=kernel.codes.astype(x_BTD.dtype))  # once, not in every chunk
 
         def one(carry, piece):
-            loss, (dx_BTD, dw_DV) = _loss_and_gradients(kernel, piece, z_loss, x_BTD.dtype, axis)
+            loss, (dx_BTD, dw_DV) = _loss_and_gradients(kernel, piece, vocab, z_loss, x_BTD.dtype, axis)
             return (carry[0] + loss, carry[1] + dw_DV), _summed(dx_BTD, axis)
 
         zero = (_no_sums(z_loss, weights_BT.dtype), jnp.zeros(kernel.codes.shape, weights_BT.dtype))

@@ -39,6 +39,7 @@ class Recipe(NamedTuple):
     eps: float = 1e-6
     axes: tuple[str | None, str | None] = (None, None)  # logical names of the input and output axes of w
     gradient_bits: int = 0  # 8: the gradient to an output is quantised, and both products of it are of integers
+    columns: int = 0  # of the output axis, before the padding that has no part in the scale; 0: there is none
     # Set by the ops, not by their callers:
     prologue: Kind = "plain"  # how the input is made of the arrays that are kept
     beside: bool = False  # whether an extra gradient for the first source (from the residual) is added to its gradient
@@ -66,7 +67,10 @@ class GradientCodes(NamedTuple):
 def quantise_kernel(recipe: Recipe, w_GDF: jax.Array) -> tuple[Quantised, ...]:
     """Ternary codes [D, F] of each matrix, quantised and left on the devices that hold the weights."""
     groups, names = w_GDF.shape[0], (None, *recipe.axes)
+    w_GDF = without_padding(recipe, w_GDF)
     scale = weight_scale(w_GDF, recipe.scale_axes, names)
+    if recipe.columns and -1 in recipe.scale_axes:  # a mean that counts zeros which are not there
+        scale = scale * (w_GDF.shape[-1] / recipe.columns)
     scale = jnp.broadcast_to(scale, (groups, 1, scale.shape[-1]))
 
     def one(g: int) -> Quantised:
@@ -74,6 +78,13 @@ def quantise_kernel(recipe: Recipe, w_GDF: jax.Array) -> tuple[Quantised, ...]:
         return Quantised(checkpoint_name(codes, "codes"), checkpoint_name(scale[g], "codes"))
 
     return tuple(one(g) for g in range(groups))
+
+
+def without_padding(recipe: Recipe, w_GDF: jax.Array) -> jax.Array:
+    """The weights with zeros in the columns that are padding."""
+    if not recipe.columns:
+        return w_GDF
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, w_GDF.shape, w_GDF.ndim - 1) < recipe.columns, w_GDF, 0)
 
 
 def gather_kernel(recipe: Recipe, kernel: tuple[Quantised, ...]) -> tuple[Quantised, ...]:

@@ -29,6 +29,20 @@ def zipped(base: RunConfig, values: Values) -> list[RunConfig]:
     return [_varied(base, dict(zip(values, chosen, strict=True))) for chosen in zip(*values.values(), strict=True)]
 
 
+def repeats(base: RunConfig, seeds: Sequence[int]) -> list[RunConfig]:
+    """The run once for each seed, with other initial weights and its data in another order; named NAME-seedN.
+
+    What varies between them is what varies between two runs of the same study made anew: `seed` alone would leave the
+    order of the data out of it, `data.seed` alone the weights. The held-out text stays the same.
+    """
+    return [
+        dataclasses.replace(
+            base, name=f"{base.name}-seed{seed}", seed=seed, data=dataclasses.replace(base.data, seed=seed)
+        )
+        for seed in seeds
+    ]
+
+
 def chain(*parts: Iterable[RunConfig]) -> list[RunConfig]:
     """The runs of all parts, one after the other. Raises ConfigError for two runs of one name."""
     runs = list(itertools.chain(*parts))

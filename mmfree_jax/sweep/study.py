@@ -17,7 +17,7 @@ from mmfree_jax.sweep.heartbeat import file_clock
 from mmfree_jax.sweep.slurm import queued
 from mmfree_jax.sweep.status import collect, run_folder, status
 from mmfree_jax.sweep.view import View, describe
-from mmfree_jax.training.folder import changes, check_data, claim
+from mmfree_jax.training.folder import changes, check_data, claim, going_on, known_corpora, settled
 
 
 def sweep(study: Study, out: Path, console: Console, executor: Executor, again: bool = False) -> int:
@@ -51,19 +51,22 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
 
     Raises ConfigError before anything is run or written, naming every run that the experiment file has changed.
     """
-    changed = [f"{run.name} ({why})" for run in study.runs if (why := changes(run, run_folder(out, run)))]
+    say = teller(console)
+    parts = [_parts(run.data) for run in study.runs]  # of one corpus, but perhaps of several mixtures with it
+    known = {one: known_corpora(run_folder(out, run)) for run, one in zip(study.runs, parts, strict=True)}
+    found = {one: resolve_data(one, say, known[one]) for one in dict.fromkeys(parts)}
+    for run, read in zip(study.runs, parts, strict=True):
+        check_data(run, found[read])
+    begun = [settled(run, found[read]) for run, read in zip(study.runs, parts, strict=True)]
+    changed = [f"{run.name} ({why})" for run in begun if (why := changes(run, run_folder(out, run)))]
     require(
         not changed,
         f"{out} holds other runs of these names: {'; '.join(changed)}. Rename them in the experiment file, put them "
         "back as they were, or choose another folder",
     )
-    say = teller(console)
-    parts = [_parts(run.data) for run in study.runs]  # of one corpus, but perhaps of several mixtures with it
-    found = {one: resolve_data(one, say) for one in dict.fromkeys(parts)}
-    for run, read in zip(study.runs, parts, strict=True):
-        check_data(run, found[read])
-    for run in study.runs:
-        claim(run, run_folder(out, run))
+    for run in begun:
+        folder = run_folder(out, run)
+        claim(going_on(run, folder), folder)
     write_json(out / "sweep.json", {"study": study.name, "runs": [run.name for run in study.runs]})
     paths = dict.fromkeys(one.path for token_set in found.values() for one in token_set.sets)
     for number, path in enumerate(paths, 1):

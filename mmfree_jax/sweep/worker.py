@@ -34,7 +34,7 @@ from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
 from mmfree_jax.sweep.status import can_begin, fail, has_failed
-from mmfree_jax.training.folder import read_run
+from mmfree_jax.training.folder import known_corpora, read_run
 from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
@@ -99,7 +99,7 @@ def _train(config: RunConfig, folder: Path, resolve: Callable[..., TokenSet], li
     late = _late(folder, limit_hours)
     with Heartbeat(folder, late) if first else contextlib.nullcontext(), _alarm(limit_hours):
         try:
-            train(config, folder, resolve(config.data))
+            train(config, folder, resolve(config.data, known=known_corpora(folder)))
         except Interrupted as stop:
             if stop.status == TIMED_OUT:
                 raise TimedOut(f"{stop}; its limit of {limit_hours:g} hours is over: raise --limit-hours") from None

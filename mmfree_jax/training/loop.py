@@ -14,37 +14,48 @@ import numpy as np
 from mmfree_jax import distributed, flops
 from mmfree_jax.config import RunConfig, require, to_json
 from mmfree_jax.data import Batches, TokenSet, batches
-from mmfree_jax.devices import peak_memory_bytes
+from mmfree_jax.devices import GENERATOR, check_settings, peak_memory_bytes
 from mmfree_jax.errors import logged
 from mmfree_jax.evaluation import Scores, evaluate, shown
 from mmfree_jax.files import locked, read_json, write_json
+from mmfree_jax.ops.fast import choice
 from mmfree_jax.sharding import batch_sharding, left_idle
 from mmfree_jax.training.checkpoint import Checkpoints, restore
 from mmfree_jax.training.diagnostics import Diagnostics
-from mmfree_jax.training.folder import changes, check_data, claim, differences
+from mmfree_jax.training.folder import changes, check_data, claim, differences, going_on, note_corpus, settled
+from mmfree_jax.training.identity import code_version, identity
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
 from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
 from mmfree_jax.training.optim import rates
 from mmfree_jax.training.profiling import Profile, check_range
-from mmfree_jax.training.step import Program, TrainState, compute_dtype, make_program, program_key
+from mmfree_jax.training.self_check import self_check
+from mmfree_jax.training.step import Program, TrainState, concrete, make_program, program_key
 
 
-def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range = range(0)) -> dict[str, Any]:
+def train(
+    config: RunConfig, folder: Path, token_set: TokenSet, profiled: range = range(0), checked: bool = True
+) -> dict[str, Any]:
     """Train `config` in `folder`, or take up what is there, and return the row of result.json.
 
-    A finished run is returned as it stands. A trace of the steps `profiled` is written to `folder`/profile.
-    Raises ConfigError (the folder holds another run, the corpus does not fit), Diverged, or Interrupted once the state
-    has been saved after a signal; or the result, where it came after the last step.
+    A finished run is returned as it stands. A trace of the steps `profiled` is written to `folder`/profile. Before its
+    first step a run that is `checked` compares that step with the reference (`training.self_check`). Raises
+    SelfCheckError where they differ; ConfigError (the folder holds another run, the corpus does not fit); Diverged; or
+    Interrupted once the state has been saved after a signal, or with the result where it came after the last step.
     """
-    if (folder / "result.json").exists() and not changes(config, folder):
-        return read_json(folder / "result.json")  # nothing is written, as the disk may be read-only by now
+    check_settings()
     check_data(config, token_set)
     check_range(profiled, config.steps)
+    config = going_on(settled(config, token_set), folder)
+    config = dataclasses.replace(config, precision=concrete(config.precision))
+    if (folder / "result.json").exists() and not changes(config, folder):
+        return read_json(folder / "result.json")  # nothing is written, as the disk may be read-only by now
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
             stack.enter_context(locked(folder, wait_s=30))
             claim(config, folder)
+            if not (folder / "result.json").exists():
+                note_corpus(config, token_set, folder)
 
         distributed.first_does(take)
         if (folder / "result.json").exists():
@@ -52,22 +63,30 @@ def train(config: RunConfig, folder: Path, token_set: TokenSet, profiled: range 
         if distributed.is_first():
             stack.enter_context(logged(folder / "log.txt", but=Interrupted))
         with StopFlag() as stop:
-            return _train(config, folder, token_set, stop, profiled)
+            return _train(config, folder, token_set, stop, profiled, checked)
 
 
-def _train(config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag, profiled: range) -> dict[str, Any]:
-    program = make_program(program_key(config, token_set.end_of_document))
+def _train(
+    config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag, profiled: range, checked: bool
+) -> dict[str, Any]:
+    key = program_key(config, token_set.end_of_document)
+    program = make_program(key)
     milestones = (*config.milestones, config.steps)
     per_token = flops.train_flops_per_token(config.model, config.data.sequence).products
 
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         data = config.data
+        program.prepare((data.batch, data.sequence + 1), looked_at=config.diagnose_every > 0)
+        if checked and progress.step == 0:
+            self_check(key, data.batch, data.sequence, token_set.vocab_size)
         rows = _batches(config, program, token_set, progress.data)
         agreed = distributed.AgreedStop(program.mesh)
         trace = Profile(folder / "profile", profiled)
         with run_log(folder, marks) as log, rows, jax.set_mesh(program.mesh), trace:
             _describe(config, program, log, progress)
+            for refused in choice.record()["refused"]:
+                log.event(f"kernel refused, XLA serves: {refused}")
             interval = Interval(config, progress, per_token * data.tokens_per_step, log)
             diagnostics = Diagnostics(config, program, log, interval)
             scores: Scores | None = None  # of the last step taken, where that was evaluated
@@ -140,7 +159,7 @@ def _begin(
         _check_corpus(meta, token_set, trunk)
         return state, dataclasses.replace(Progress(**meta["progress"]), attempts=1), {}
     with jax.set_mesh(program.mesh):
-        state = program.init(jax.random.key(config.seed))
+        state = program.init(jax.random.key(config.seed, impl=GENERATOR))
     return _with_weights(state, config, program) if config.init else state, Progress(attempts=1), {}
 
 
@@ -150,7 +169,8 @@ def _with_weights(state: TrainState, config: RunConfig, program: Program) -> Tra
     from mmfree_jax.weights import load_params, model_config
 
     path = Path(config.init)
-    found = dataclasses.replace(model_config(path), gradient_bits=config.model.gradient_bits)  # no matter of weights
+    own = {name: getattr(config.model, name) for name in ("gradient_bits", "tokenizer_vocab")}
+    found = dataclasses.replace(model_config(path), **own)  # which are no matter of the weights
     require(
         found == config.model,
         f"init={config.init} holds another architecture ({differences(found, config.model)})",
@@ -187,7 +207,7 @@ def _describe(config: RunConfig, program: Program, log: Log, progress: Progress)
     devices = jax.devices()
     log.event(
         f"{'start' if progress.attempts == 1 else 'resume'} {config.name} at step {progress.step} of {config.steps} "
-        f"on {config.mesh.devices} x {devices[0].device_kind} (jax {jax.__version__})"
+        f"on {config.mesh.devices} x {devices[0].device_kind} (jax {jax.__version__}, code {code_version()})"
     )
     for line in filter(None, (left_idle(config.mesh), *program.uncut)):
         log.event(line)
@@ -232,7 +252,7 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "cluster": config.branch.run if config.branch else config.name,
         "width": config.model.width,
         "depth": config.model.depth,
-        "precision": str(compute_dtype(config.precision)),
+        "precision": concrete(config.precision),
         "train_loss": progress.train_loss,
         "seconds": progress.of_all_steps(progress.seconds),
         "joules": progress.of_all_steps(progress.joules),
@@ -240,6 +260,8 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "attempts": progress.attempts,
         "device": jax.devices()[0].device_kind,
         "devices": config.mesh.devices,
-        "jax": jax.__version__,
+        "kernels": "; ".join(choice.record()["served"]) or "none",
+        "kernels_refused": "; ".join(choice.record()["refused"]) or None,
+        **identity(config, token_set),
         "fingerprint": config.fingerprint(),
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -31,6 +32,7 @@ from mmfree_jax.data.packing import document_ids, is_target
 from mmfree_jax.devices import backend
 from mmfree_jax.distributed import put, repeat
 from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.parametrisation import Role
 from mmfree_jax.sharding import batch_sharding, make_mesh, packing, path_name, shardings, summing_wide, uncut, unfilled
@@ -72,6 +74,7 @@ class Program:
     abstract_state: TrainState  # ShapeDtypeStructs that carry shardings: what a checkpoint is restored into
     init: Callable[[jax.Array], TrainState]  # key -> state, made directly in its sharded place
     train_step: jax.stages.Wrapped  # (TrainState, tokens_BT, Rates) -> (TrainState, metrics)
+    gradients: jax.stages.Wrapped  # (params, tokens_BT) -> (mean loss, gradients), as the step computes them
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     # (TrainState, tokens_BT, Rates) -> what the step about to be taken looks like; see `_inspect`
     inspect: Callable[[TrainState, jax.Array, Rates], dict[str, Any]]
@@ -80,6 +83,14 @@ class Program:
     def place(self, array: Any) -> jax.Array:
         """Put a [B, ...] host array, of which every process has the whole, where the step expects it."""
         return put(array, batch_sharding(self.mesh))
+
+    def prepare(self, shape: tuple[int, int], looked_at: bool = False) -> None:
+        """Check the kernels that a step on tokens [B, T+1] and a look at it would use, before they are traced."""
+        tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
+        rate = self.repeat(Rates(np.float32(0), np.float32(0)))
+        with jax.set_mesh(self.mesh):
+            for program in (self.train_step, self.inspect) if looked_at else (self.train_step,):
+                choice.prepare(functools.partial(jax.eval_shape, program, self.abstract_state, tokens_BT, rate))
 
     def repeat(self, numbers: Any) -> Any:
         """Put host numbers, of which every process has the same, on all devices: a step would copy them from one."""
@@ -115,11 +126,16 @@ def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:
     )
 
 
-def compute_dtype(precision: Precision) -> jnp.dtype:
-    """bfloat16 on accelerators and float32 on CPU, unless the config says which."""
+def concrete(precision: Precision) -> Precision:
+    """What "auto" stands for here, bfloat16 on accelerators and float32 on CPU; any other is what it is."""
     if precision == "auto":
-        precision = "float32" if backend() == "cpu" else "bfloat16"
-    return jnp.dtype(precision)
+        return "float32" if backend() == "cpu" else "bfloat16"
+    return precision
+
+
+def compute_dtype(precision: Precision) -> jnp.dtype:
+    """The type of activations."""
+    return jnp.dtype(concrete(precision))
 
 
 @functools.cache
@@ -156,6 +172,11 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
         in_shardings=(place, rows, None),
         out_shardings=(place, scalar),
     )
+    gradients = jax.jit(
+        choosing(functools.partial(_loss_and_gradients, graphdef, key)),
+        in_shardings=(place.params, rows),
+        out_shardings=(scalar, place.params),
+    )
     evaluate = jax.jit(
         choosing(functools.partial(_evaluate, graphdef, key.separator)),
         in_shardings=(place.params, rows, rows),
@@ -168,7 +189,8 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
         in_shardings=(place, rows, None),
         out_shardings=scalar,
     )
-    return Program(mesh, graphdef, abstract, start, train_step, evaluate, inspect, uncut(mesh, shapes.params))
+    whole = uncut(mesh, shapes.params)
+    return Program(mesh, graphdef, abstract, start, train_step, gradients, evaluate, inspect, whole)
 
 
 def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array | None, jax.Array | None]:
@@ -176,6 +198,12 @@ def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array |
     if separator is None:
         return None, None
     return document_ids(tokens_BT[:, :-1], separator), is_target(tokens_BT, separator)
+
+
+def _loss_and_gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax.Array) -> tuple:
+    """Mean loss over the targets of a batch, z-loss included, and its gradients to the parameters."""
+    (loss, _), grads = _gradients(graphdef, key, params, tokens_BT)
+    return loss, grads
 
 
 def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax.Array) -> tuple[tuple, nnx.State]:
@@ -197,7 +225,10 @@ def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax
         total, z = model.losses(rows_BT[:, :-1], targets_BT, mask_BT, segments_BT=segments_BT, z_loss=z_loss)
         return total / (count / accumulate), z / (count / accumulate)
 
-    return _accumulated(jax.value_and_grad(mean_loss, has_aux=True), params, tokens_BT, accumulate)
+    losses, grads = _accumulated(jax.value_and_grad(mean_loss, has_aux=True), params, tokens_BT, accumulate)
+    if accumulate == 1 and key.unroll >= key.model.depth:
+        grads = _stacked(grads, jnp.dtype("float32") if key.reduction == "float32" else compute_dtype(key.precision))
+    return losses, grads
 
 
 def _train_step(
@@ -212,8 +243,6 @@ def _train_step(
     besides, and the norm of its gradient before clipping."""
     rate, decay = rates if isinstance(rates, Rates) else Rates(rates)  # a rate alone leaves weight decay as it is
     (loss, z), grads = _gradients(graphdef, key, state.params, tokens_BT)
-    if key.optim.accumulate == 1 and key.unroll >= key.model.depth:
-        grads = _stacked(grads, jnp.dtype("float32") if key.reduction == "float32" else compute_dtype(key.precision))
     updates, opt = optimizer.update(grads, state.opt, state.params, decay=decay)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     apart = {"loss": loss - z, "z_loss": z} if key.optim.z_loss else {"loss": loss}

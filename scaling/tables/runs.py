@@ -28,6 +28,19 @@ TEXT = (
     "cluster",
     "precision",
     "reason",
+    "optimizer",
+    "parametrisation",
+    "init",  # "random", or the weights started from
+    "documents",  # joined or separate
+    "mixture",
+    "train_set",
+    "settings",  # whatever else is not as usual
+    "device",
+    "code",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
 )
 BOOLEAN = ("ended", "excluded", "embedding_counted")  # the last: whether N holds the input embedding
 BITS, NATS, NATS_PER_TOKEN = "bits per byte", "nats", "nats per token"
@@ -38,7 +51,12 @@ CONVENTIONS = (
     "flops_rule",
     "embedding_counted",
 )  # one value each, or no comparison
-KNOWN = (*NUMERIC, *TEXT, *BOOLEAN, "seed")
+# One value each in a family, or it pools what was trained differently. `init` aside: sizes have weights of their own.
+RECIPE = ("optimizer", "parametrisation", "documents", "activation_bits", "gradient_bits", "settings")
+# Likewise, but what differs may be little, or meant.
+SURROUNDINGS = ("mixture", "train_set", "precision", "device", "code", "jax", "jaxlib", "flax", "optax")
+SCRATCH = "random"  # `init` of a run from random weights
+KNOWN = (*NUMERIC, *TEXT, *BOOLEAN, "seed", "data_seed", "activation_bits", "gradient_bits")
 FLOPS_PER_PARAMETER_TOKEN = 6.0  # forward 2, backward 4 (Kaplan et al. 2020, section 2.1)
 LARGEST = 1e60  # beyond any run; keeps products of two columns finite
 MISSING_WORDS = frozenset({"", "na", "n/a", "nan", "none", "null"})

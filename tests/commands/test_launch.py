@@ -10,6 +10,7 @@ import pytest
 
 from launch import main
 from mmfree_jax.files import read_json
+from tests.in_process import called
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +28,7 @@ def launch(*arguments, **env) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("arguments", [("--help",), ("study", "--help"), ("train", "--help"), ("fit", "--help")])
 def test_help_explains_itself(arguments):
-    done = launch(*arguments)
+    done = called(main, *arguments)
     assert done.returncode == 0
     assert "usage" in done.stdout.lower()
     assert done.stderr == ""
@@ -78,7 +79,7 @@ def test_help_explains_itself(arguments):
     ],
 )
 def test_wrong_usage_is_one_clear_line_and_status_1(arguments, says):
-    done = launch(*arguments)
+    done = called(main, *arguments)
     assert done.returncode == 1
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -99,6 +100,14 @@ def test_an_environment_that_cannot_be_meant_is_one_clear_line(name, value, says
     assert done.returncode == 1
     assert done.stderr.startswith(f"launch.py train: {says}")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_process_says_no_more_than_that_line():
+    """JAX has looked for devices by then."""
+    done = launch("train", "matmul-free-tiny", "--out", "x", "--mesh.data", "8")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("launch.py train: ")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_debug_shows_the_traceback():

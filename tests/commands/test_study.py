@@ -44,13 +44,13 @@ def steps_logged(out: Path) -> dict[str, list[int]]:
     }
 
 
-def wait_until_some_run_is_half_way(out: Path) -> None:
-    """Until a branch has finished and another run has logged a step: the middle of the middle."""
+def wait_until_some_run_is_half_way(out: Path, done: int) -> None:
+    """Until so many runs, branches among them, have finished and another has logged a step: amid the middle."""
     deadline = time.monotonic() + LONG
     while time.monotonic() < deadline:
         logged = steps_logged(out)
         finished = len(list(out.glob("runs/*/result.json")))
-        if finished >= 2 and len(logged) > finished:
+        if finished >= done and len(logged) > finished:
             return
         time.sleep(0.05)
     raise AssertionError("the study did not get going")
@@ -100,19 +100,23 @@ def test_the_study_leaves_what_it_promises(whole, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_study_stopped_in_the_middle_ends_with_the_same_numbers(number, whole, token_set, tmp_path):
+def test_a_study_interrupted_and_later_killed_ends_with_the_same_numbers(whole, token_set, tmp_path):
     reference, _, cache = whole
     out = tmp_path / "out"
-    process = start(out, token_set, cache)
-    wait_until_some_run_is_half_way(out)
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=LONG)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
-    if number == signal.SIGINT:
-        assert re.fullmatch(r"interrupted with \d+ of 16 runs done: the same command goes on", said.splitlines()[-1])
-    done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
-    assert 0 < len(done) < RUNS
+    done: dict[Path, int] = {}
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = start(out, token_set, cache)
+        wait_until_some_run_is_half_way(out, len(done) + 2)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=LONG)
+        assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+        if number == signal.SIGINT:
+            assert re.fullmatch(
+                r"interrupted with \d+ of 16 runs done: the same command goes on", said.splitlines()[-1]
+            )
+        before, done = done, {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
+        assert before.items() <= done.items(), "a run was run again"
+        assert len(before) < len(done) < RUNS
 
     finish(start(out, token_set, cache))
     assert table(out) == table(reference)

@@ -105,6 +105,27 @@ def test_bad_records_stop_the_build_or_are_counted_on_the_card(tmp_path: Path) -
     assert "line 51" in built.card["bad_record_examples"][0]
 
 
+@pytest.mark.parametrize("more", [[], ["--dedup"]])
+def test_the_card_tells_what_of_the_input_is_not_in_the_set(tmp_path: Path, capsys, more: list[str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_input(folder / "a.jsonl", 50)
+    with (folder / "a.jsonl").open("ab") as file:
+        file.write(b'{"text": "cut\n{"text": "caf\xe9 ' + b"and so on " * 200 + b'"}\n')
+    (folder / "._a.jsonl").write_bytes(b"\0\5\x16\7")
+    command = ["build", str(folder), "--tokenizer", "bytes", "--out", str(tmp_path / "set"), "--held-out", "0", *more]
+    assert main([*command, "--skip-bad", "--processes", "1"]) == 0
+    card = TokenSet.open(tmp_path / "set").card
+    assert (card["bad_records"], card["replaced_characters"]) == (1, 1)
+    assert card["left_out"] == [f"{folder}: left out 1 files: hidden (1)"]
+    said = capsys.readouterr().err
+    assert "left out 1 files: hidden" in said
+    assert "1 replaced characters" in said
+    readable = (tmp_path / "set" / "data_card.md").read_text()
+    assert "## Not in the set" in readable
+    assert "a.jsonl, line 51: Unterminated string" in readable
+
+
 SLOW = """if True:
     import sys
     from pathlib import Path

@@ -50,15 +50,36 @@ def test_nanogpt_files_are_divided_into_their_documents(
     check(token_set, tokenizer)
 
 
-def test_llmc_files_are_recognised_by_their_header(tokenizer: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
+def test_llmc_files_are_recognised_by_their_header(
+    tokenizer: Tokenizer, tmp_path: Path, magic: int, version: int, dtype: str
+) -> None:
+    """Of GPT-2's tokens and of Llama 3's: `dev/data/data_common.py` there."""
     tokens = np.concatenate(tokens_of(tokenizer))
     head = np.zeros(256, "<i4")
-    head[:3] = 20240520, 1, len(tokens)
-    (tmp_path / "train.bin").write_bytes(head.tobytes() + tokens.astype("<u2").tobytes())
+    head[:3] = magic, version, len(tokens)
+    (tmp_path / "train.bin").write_bytes(head.tobytes() + tokens.astype(dtype).tobytes())
     check(convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "set"), tokenizer)
-    (tmp_path / "train.bin").write_bytes(head.tobytes() + tokens.astype("<u2").tobytes()[:-2])
-    with pytest.raises(ValueError, match=r"train\.bin is cut off"):
-        convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "other")
+    for lost in (1, 2, 10**9):  # in a token, at its end (of two bytes), all
+        (tmp_path / "train.bin").write_bytes(head.tobytes() + tokens.astype(dtype).tobytes()[:-lost])
+        with pytest.raises(ValueError, match=r"train\.bin is cut off"):
+            convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "other")
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i4"])
+def test_numbers_of_32_bits_are_not_read_as_16(tokenizer: Tokenizer, tmp_path: Path, dtype: str) -> None:
+    np.concatenate(tokens_of(tokenizer)).astype(dtype).tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match=r"train\.bin looks like numbers of 32 bits.*--dtype uint32"):
+        convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "set")
+    check(convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "set", dtype), tokenizer)
+
+
+def test_16_bits_do_not_hold_a_large_vocabulary(tmp_path: Path) -> None:
+    numbers = np.array([1, 70_000, 2, 69_999] * 9, "<u4")
+    for stored, why in ((numbers, "looks like numbers of 32 bits"), (np.arange(36), "cannot hold a vocabulary of 128")):
+        stored.astype("<u4" if stored is numbers else "<u2").tofile(tmp_path / "train.bin")
+        with pytest.raises(ValueError, match=rf"train\.bin .*{why}.*--dtype uint32"):
+            foreign._check_width(tmp_path / "train.bin", np.fromfile(tmp_path / "train.bin", "<u2"), 128_000)
 
 
 def write_megatron(path: Path, documents: list[list[np.ndarray]]) -> None:

@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import json
 import lzma
@@ -24,7 +25,7 @@ def zstd(data: bytes) -> bytes:
     return compressor.compress(data[:half]) + compressor.compress(data[half:])
 
 
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd, ".bz2": bz2.compress}
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -36,7 +37,7 @@ def test_json_lines_are_read_from_every_compression(tmp_path: Path, ending: str)
     assert read(file) == TEXTS
 
 
-@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst", ".bz2"])
 def test_a_truncated_or_damaged_file_is_named(tmp_path: Path, ending: str) -> None:
     file = tmp_path / f"a.jsonl{ending}"
     whole = COMPRESS[ending](b"".join(json.dumps({"text": str(i**5)}).encode() + b"\n" for i in range(9999)))
@@ -62,7 +63,7 @@ def test_slices_of_a_large_file_give_every_line_once(tmp_path: Path, monkeypatch
         (b'{"text": "cut', "Unterminated string"),
         (b"[1, 2]", "not a JSON object"),
         (b'{"body": "x"}', "no field 'text', only 'body'"),
-        (b'{"text": null}', "field 'text' is not text"),
+        (b'{"text": null}', "field 'text' is not text but of type NoneType"),
         (b"[" * 100_000, "recursion"),
     ],
 )
@@ -117,10 +118,92 @@ def test_one_endless_line_is_cut_between_words_or_characters(
         assert all(text.endswith(" ") for text in found)
 
 
-def test_invalid_utf8_is_marked_and_kept(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
-    (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    assert read(tmp_path) == ["caf\ufffd au lait", "caf\ufffd"]
+def test_a_stray_byte_that_is_not_utf8_is_marked_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait" + b"." * 2000)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9 \\udc80 \xef\xbf\xbd", "other": "\xff"}\n' + LINES)
+    documents = [Documents(unit, Reading()) for unit in plan([str(tmp_path)])]
+    texts = [text for one in documents for text in one]
+    assert texts[:2] == ["caf\ufffd au lait" + "." * 2000, "caf\ufffd \ufffd \ufffd"]
+    assert [one.replaced for one in documents] == [1, 2]  # U+FFFD that the file holds is no loss
+
+
+SPOILT = {  # of each kind of input: a document of other encoding among good ones
+    "a.txt": "déjà vu et café".encode("latin-1"),
+    "a.jsonl": LINES + b'{"text": "d\xe9j\xe0 vu"}\n' * 5,
+    "a.jsonl.gz": gzip.compress(LINES + b'{"text": "d\xe9j\xe0 vu"}\n' * 5),
+    "nul.txt": "as UTF-16 without a mark".encode("utf-16-le"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_file_of_another_encoding_is_refused_by_name_or_its_documents_are_left_out(tmp_path: Path, name: str) -> None:
+    (tmp_path / "0.txt").write_bytes(b"a good neighbour")
+    (tmp_path / name).write_bytes(SPOILT[name])
+    (tmp_path / "z.txt").write_bytes(b"another")
+    with pytest.raises(InputError, match=rf"/{name} is not UTF-8: \d+ of \d+ characters"):
+        read(tmp_path)
+    documents = [Documents(unit, Reading(skip_bad=True)) for unit in plan([str(tmp_path)])]
+    texts = [text for one in documents for text in one]
+    assert texts == ["a good neighbour", *(TEXTS if "jsonl" in name else []), "another"]
+    bad = [line for one in documents for line in one.bad]
+    assert len(bad) == (5 if "jsonl" in name else 1)
+    assert all(name in line and "characters are not UTF-8" in line for line in bad)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig", "utf-16-be"])
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_byte_order_mark_is_believed(
+    tmp_path: Path, encoding: str, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "UNIT_BYTES", 100)  # were they cut into units, it would show
+    monkeypatch.setattr(inputs, "LARGE_TEXT", 100)
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / f"a.jsonl{ending}").write_bytes(COMPRESS[ending]((mark + LINES.decode()).encode(encoding)))
+    (tmp_path / f"b.txt{ending}").write_bytes(COMPRESS[ending]((mark + "naïve 数学 🙂\n" * 200).encode(encoding)))
+    found = read(tmp_path)
+    assert found[: len(TEXTS)] == TEXTS
+    assert "\n".join(found[len(TEXTS) :]) == "\n".join(["naïve 数学 🙂"] * 200)
+
+
+def test_utf16_that_is_cut_off_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("cut".encode("utf-16")[:-1])
+    with pytest.raises(InputError, match=r"a\.txt is cut off or damaged"):
+        read(tmp_path)
+
+
+SHARDS = ("jsonl", "parquet", "large", "gz")
+
+
+@pytest.mark.parametrize("kind", SHARDS)
+@pytest.mark.parametrize("empty", [".txt", ".md", ".jsonl"])
+@pytest.mark.parametrize("place", ["0", "1", "2"])
+def test_an_empty_file_changes_nothing_wherever_it_stands(
+    tmp_path: Path, kind: str, empty: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`place`: before, between and after two shards."""
+    monkeypatch.setattr(inputs, "LARGE_TEXT", 100)
+    for name in ("05", "15"):
+        if kind == "parquet":
+            pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / f"{name}.parquet")
+        elif kind == "large":
+            (tmp_path / f"{name}.txt").write_text(f"{name} a large text\n" * 20)
+        else:
+            data = LINES if kind == "jsonl" else gzip.compress(LINES)
+            (tmp_path / (f"{name}.jsonl" + ".gz" * (kind == "gz"))).write_bytes(data)
+    before = [text for text in read(tmp_path) if text]
+    (tmp_path / f"{place}{empty}").touch()
+    (tmp_path / f"{place}+{empty}").touch()
+    assert [text for text in read(tmp_path) if text] == before
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst", ".bz2"])
+def test_a_compressed_file_without_a_byte_is_cut_off(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"a.txt{ending}").touch()
+    with pytest.raises(InputError, match=rf"a\.txt{ending} is cut off"):
+        read(tmp_path)
+    (tmp_path / f"a.txt{ending}").write_bytes(COMPRESS[ending](b""))
+    assert read(tmp_path) == [""]
 
 
 def test_folders_are_read_in_order_and_small_files_share_a_unit(tmp_path: Path) -> None:
@@ -143,6 +226,63 @@ def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(InputError, match=r"a\.parquet is cut off or damaged"):
         read(file)
+
+
+def test_parquet_text_may_be_bytes_or_a_dictionary(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    kinds = (pyarrow.binary(), pyarrow.large_binary(), pyarrow.large_string(), pyarrow.string_view())
+    kinds += (pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),)
+    for kind in kinds:
+        stored = [text.encode() for text in TEXTS] if "binary" in str(kind) else TEXTS
+        parquet.write_table(pyarrow.table({"text": pyarrow.array(stored, kind)}), tmp_path / "a.parquet")
+        assert read(tmp_path) == TEXTS, kind
+
+
+@pytest.mark.parametrize(("values", "kind"), [([["a", "b"], ["c"]], "list"), ([1, 2], "int64"), ([True, None], "bool")])
+def test_parquet_columns_that_hold_no_text_are_named(tmp_path: Path, values: list, kind: str) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": [None, *values]}), file, row_group_size=1)
+    with pytest.raises(InputError, match=rf"a\.parquet, row 1: column 'text' holds {kind}.*, which is not text"):
+        read(file)
+    every = [Documents(unit, Reading(skip_bad=True)) for unit in plan([str(file)])]
+    assert [text for one in every for text in one] == []
+    assert sum(len(one.bad) for one in every) == sum(value is not None for value in values)
+
+
+def test_parquet_bytes_of_another_encoding_are_bad_records(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column = pyarrow.array(["good", "d\u00e9j\u00e0".encode("latin-1"), "more"], pyarrow.binary())
+    for kind in (column, pyarrow.Array.from_buffers(pyarrow.string(), 3, column.buffers())):  # strings, not checked
+        parquet.write_table(pyarrow.table({"text": kind}), tmp_path / "a.parquet")
+        with pytest.raises(InputError, match=r"a\.parquet is not UTF-8: 2 of 12 characters"):
+            read(tmp_path)
+        documents = Documents(plan([str(tmp_path)])[0], Reading(skip_bad=True))
+        assert list(documents) == ["good", "more"]
+        assert "row 1: 2 of 4 characters" in documents.bad[0]
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path: Path) -> None:
+    names = (
+        "a.jsonl",
+        "._a.jsonl",
+        "__MACOSX/a.jsonl",
+        ".git/notes.txt",
+        "b.json.gz",
+        "info.json",
+        "c.csv",
+        "d.tar.gz",
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(gzip.compress(LINES) if name.endswith("gz") else LINES)
+    said: list[str] = []
+    units = plan([str(tmp_path)], said.append)
+    assert [Path(unit.files[0]).name for unit in units] == ["a.jsonl", "b.json.gz"]
+    assert said == [f"{tmp_path}: left out 6 files: hidden (3), .csv (1), .tar.gz (1), .json (1)"]
+    assert [text for unit in units for text in Documents(unit, Reading())] == 2 * TEXTS
+    assert read(tmp_path / "info.json") == TEXTS  # named, it is read
+    assert read(tmp_path / ".git") == [LINES.decode()[:-1]]  # and so is a hidden folder
 
 
 def test_array_records_hold_text_or_json(tmp_path: Path) -> None:

@@ -99,6 +99,19 @@ def with_costs(rows):
     return out
 
 
+@pytest.fixture
+def coarse_profiles(monkeypatch):
+    """Profiles of the crossing on few budgets and from few starts, for tests of what stands beside them in a report."""
+    for name in ("PASSES", "REFINEMENTS"):
+        monkeypatch.setattr(f"scaling.verdict.crossing_profile.{name}", 1)
+
+
+@pytest.fixture
+def brief_reports(coarse_profiles, monkeypatch):
+    """Reports without pictures, which take half of the time."""
+    monkeypatch.setattr("scaling.report.write.write_figures", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
     """The same small report written twice: (reports, folders)."""

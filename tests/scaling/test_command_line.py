@@ -4,21 +4,26 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import DATA, ROOT, ladder_rows, write_csv
 
 from scaling.__main__ import main
+from tests.in_process import called
 
 WIDE = {"sizes": tuple(np.geomspace(1e6, 2.5e8, 7)), "ratios": (5, 10, 20, 80), "noise": 0.002}
 
 WIDE_ROWS = ladder_rows(**WIDE)
 
 
-def call(*arguments):
+def process(*arguments):
     command = [sys.executable, "-m", "scaling", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+call = partial(called, main)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +82,7 @@ def test_report_then_predict(reported):
     assert entry["extrapolation"] > 1
 
 
-def test_a_report_on_unfinished_runs_can_be_used_and_renewed(tmp_path, capsys):
+def test_a_report_on_unfinished_runs_can_be_used_and_renewed(tmp_path, capsys, brief_reports):
     rows = [row | {"ended": "false"} for row in ladder_rows(noise=0.003) if row["family"] == "matmul-free"]
     for part in (rows[:-1], rows):
         table = write_csv(tmp_path / "table.csv", part)
@@ -100,7 +105,7 @@ def test_one_table_gives_one_answer_by_every_route(tables, reported, capsys):
     assert json.loads(capsys.readouterr().out)["difference"] == report["comparisons"][0]["difference"]
 
 
-def test_a_table_of_three_families_has_one_threshold_by_every_route(tables, tmp_path, capsys):
+def test_a_table_of_three_families_has_one_threshold_by_every_route(tables, tmp_path, capsys, brief_reports):
     """The third family is far noisier: a threshold of those two alone would be another."""
     noisy = {"third": (1.8, 200.0, 420.0, 0.34, 0.37)}
     rows = [*ladder_rows(noise=0.003), *ladder_rows(noise=0.03, truth=noisy, seed=3)]
@@ -192,7 +197,7 @@ def test_an_exponent_that_the_design_cannot_give_is_a_dash(tables, tmp_path, cap
     assert "IsoFLOP two budgets" not in out
 
 
-def test_compare_writes_the_report_of_the_pair_that_is_asked_for(tables, tmp_path, capsys):
+def test_compare_writes_the_report_of_the_pair_that_is_asked_for(tables, tmp_path, capsys, brief_reports):
     extra = [r | {"family": "third", "run_id": f"third-{r['run_id']}"} for r in ladder_rows(noise=0.003, seed=1)[:12]]
     table = str(write_csv(tmp_path / "three.csv", [*ladder_rows(noise=0.003), *extra]))
     asked = ["compare", table, "--a", "third", "--b", "matmul-free", "--draws", "20", "--out", str(tmp_path / "out")]
@@ -211,7 +216,7 @@ def test_laws_without_a_floor_are_compared_without_further_flags(tables, capsys)
     assert json.loads(capsys.readouterr().out)["share"] == []
 
 
-def test_predictions_and_plans_name_the_unit_of_the_losses(tmp_path, capsys):
+def test_predictions_and_plans_name_the_unit_of_the_losses(tmp_path, capsys, brief_reports):
     table = write_csv(tmp_path / "runs.csv", [r | {"loss_unit": "bits per byte"} for r in ladder_rows(noise=0.003)])
     assert main(["report", str(table), "--draws", "20", "--out", str(tmp_path / "out")]) == 0
     assert main(["predict", str(tmp_path / "out"), "--N", "2e6", "--D", "4e7"]) == 0
@@ -267,8 +272,15 @@ def test_bad_input_is_one_line_and_exit_one(tables, arguments, said):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_process_ends_with_the_status_and_the_line():
+    done = process("fit", "absent.csv")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no such file" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_debug_shows_the_traceback():
-    assert "Traceback" in call("fit", "absent.csv", "--debug").stderr
+    assert "Traceback" in process("fit", "absent.csv", "--debug").stderr
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the public tables are not at ../shared/data")

@@ -1,5 +1,7 @@
 """Back-test, sensitivity, nested models, IsoFLOP: what is said about a fit beyond the fit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import DATA, ladder_rows
@@ -7,6 +9,8 @@ from conftest import DATA, ladder_rows
 from scaling import Runs, fit
 from scaling.fitting.approaches import envelope, isoflop
 from scaling.fitting.solve import objective_named
+from scaling.laws.forms import law_named
+from scaling.report.forecast import Forecaster
 from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest, Held, backtest
 from scaling.uncertainty.sensitivity import (
     CUSTOMARY_DELTA,
@@ -36,6 +40,13 @@ def test_factor_is_the_conformal_quantile_and_never_falls_with_distance():
     assert curve[0] == 1.0
     assert (np.diff(curve) >= 0).all()
     assert test.reach(LEVELS) == 1.4
+
+
+def test_a_forecast_is_widened_by_the_factor_of_its_distance():
+    steps = ((0.5, 1.2), (1.0, 1.5), (2.0, 3.0))
+    one = Forecaster(law_named("chinchilla"), np.zeros(2), np.zeros(5), np.zeros((1, 5)), 0.0, steps, 1e18, ())
+    assert [one.factor(x) for x in (-1.0, 0.0, 0.3, 0.5, 0.7, 2.0, 9.0)] == [1.0, 1.0, 1.2, 1.2, 1.5, 3.0, 3.0]
+    assert replace(one, calibration=()).factor(0.7) == 1.0
 
 
 def test_coverage_counts_points_inside_the_raw_interval():

@@ -1,14 +1,13 @@
 """The forecast ledger: what is recorded, when it is scored, and how."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TRUTH, ladder_rows
+from conftest import TRUTH, ladder_rows
 
 from scaling import Runs, ScalingError
+from scaling.__main__ import main
 from scaling.report.ledger import (
     FILE,
     Forecast,
@@ -21,6 +20,7 @@ from scaling.report.ledger import (
     write_ledger,
 )
 from scaling.report.write import write_report
+from tests.in_process import called
 
 LONE = {"matmul-free": TRUTH["matmul-free"]}
 SIZES = tuple(np.geomspace(1e6, 3.2e7, 6))
@@ -41,8 +41,8 @@ def grown(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grown")
     write_report(lone_ladder(SIZES[:5]), folder, draws=100)
     before = read_ledger(folder)
-    asked = [sys.executable, "-m", "scaling", "predict", str(folder), "--N", "6.4e7", "--D", "1.28e9"]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = called(main, "predict", folder, "--N", "6.4e7", "--D", "1.28e9")
+    assert done.returncode == 0, done.stderr
     rows = ladder_rows(sizes=SIZES, ratios=(5, 10, 20, 40), noise=0.002, truth=LONE)
     extra = ladder_rows(sizes=SIZES[5:], ratios=(80,), noise=0.002, truth=LONE)
     report = write_report(Runs.from_rows(rows + [row | {"run_id": "unasked"} for row in extra]), folder, draws=100)
@@ -80,8 +80,8 @@ def test_a_table_is_not_scored_against_itself(grown):
     _, _, report, folder = grown
     runs, ledger = report.found.runs, read_ledger(folder)
     cell = ["--N", repr(float(runs["N"][0])), "--D", repr(float(runs["D"][0]))]
-    command = [sys.executable, "-m", "scaling", "predict", str(folder), *cell]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = called(main, "predict", folder, *cell)
+    assert done.returncode == 0, done.stderr
     assert "recorded" not in done.stdout
     assert read_ledger(folder) == ledger
     assert score(ledger, runs, digest_of(runs)) == ledger

@@ -30,6 +30,11 @@ def nth(number, **changes):
     return lambda i, row: changes if i == number else {}
 
 
+def third(name, value, others):
+    """A column that says `others` of every run but one."""
+    return lambda i, row: {name: value if i == 3 else others}
+
+
 @pytest.mark.parametrize(
     ("name", "severity", "change", "row"),
     [
@@ -37,6 +42,17 @@ def nth(number, **changes):
         ("near duplicates", "warning", lambda i, r: {"D": r["D"] * 0.501} if i == 1 else {}, "transformer++-0-10"),
         ("mid-schedule points", "error", nth(2, ended="false"), "transformer++-0-20"),
         ("mixed tokenizer", "error", nth(3, tokenizer="other"), "transformer++-0-80"),
+        ("mixed optimizer", "error", third("optimizer", "muon", "adamw"), "transformer++-0-80"),
+        ("mixed gradient_bits", "error", third("gradient_bits", 8, 0), "transformer++-0-80"),
+        ("mixed init", "error", third("init", "runs/imported", "random"), "transformer++-0-80"),
+        ("mixed settings", "error", third("settings", "optim.clip=0.5", "usual"), "transformer++-0-80"),
+        ("mixed device", "warning", third("device", "NVIDIA H200", "cpu"), "transformer++-0-80"),
+        (
+            "mixed code",
+            "warning",
+            third("code", "1e5", "100000"),
+            "transformer++-0-80",
+        ),  # no numbers, though equal ones
         ("mixed loss_unit", "error", nth(3, loss_unit="bits per byte"), "transformer++-0-80"),
         ("mixed embedding_counted", "error", nth(3, embedding_counted="true"), "transformer++-0-80"),
         ("mixed schedule", "warning", nth(3, schedule="cosine"), "transformer++-0-80"),
@@ -50,6 +66,14 @@ def test_fault_is_found_with_its_row(name, severity, change, row):
     found = findings(rows_with(change))[name]
     assert found.severity == severity
     assert any(row in run_id for run_id in found.rows)
+
+
+def test_a_family_of_two_recipes_is_no_law_in_silence_and_two_families_may_differ():
+    mixed = Runs.from_rows(rows_with(third("optimizer", "muon", "adamw")))
+    assert [(gate.name, gate.passed) for gate in lint_gates(mixed)] == [("mixed optimizer [transformer++]", False)]
+    own = rows_with(lambda i, row: {"optimizer": "muon" if row["family"] == "matmul-free" else "adamw"})
+    weights = [row | {"init": f"imported-{row['N']}"} for row in own]  # each size starts from its own
+    assert findings(weights) == {}
 
 
 def test_conventions_that_nobody_recorded_are_listed():

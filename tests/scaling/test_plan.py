@@ -1,13 +1,11 @@
 """Planning: noise, cheapest ladder, value of the next run, power, and the experiment file."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT, ladder_rows, write_csv
+from conftest import ladder_rows, write_csv
 
 from scaling import Runs, ScalingError, compare
 from scaling.__main__ import main
@@ -18,6 +16,7 @@ from scaling.verdict.experiment_file import write_experiment
 from scaling.verdict.plan import Pool, Trunk, candidates, cheapest, next_values, noise_of, question
 from scaling.verdict.power import designs_of, own_designs, power, truths_of
 from scaling.verdict.trials import COSTS, FACTORIAL, PLAN_CASES, PLAN_NOISE, both_ladders, law_fit
+from tests.in_process import called
 
 TRUTH = {"transformer++": (1.8, 180.0, 420.0, 0.34, 0.37), "matmul-free": (1.8, 320.0, 420.0, 0.365, 0.37)}
 PILOT = Ladder(tuple(np.geomspace(1e6, 3e7, 5)), (5, 10, 20, 40))
@@ -104,6 +103,9 @@ def test_enough_is_not_overspent(asked):
     tight = cheapest(asked, options, 1e21, target_sd=0.6)
     assert loose.sd_then <= 0.8
     assert loose.flops < tight.flops
+    pool = Pool(asked, loose.trunks, keep_runs=True)
+    for trunk in loose.trunks:
+        assert pool.spread([t for t in loose.trunks if t is not trunk]) > 0.8, f"{trunk} is not needed"
 
 
 def test_next_run_is_ranked_by_what_it_buys_per_flop(asked):
@@ -135,11 +137,6 @@ def test_power_grows_with_the_ladder():
     assert strong.rms_difference < weak.rms_difference
 
 
-def call(*arguments):
-    command = [sys.executable, "launch.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-
-
 @pytest.fixture(scope="module")
 def pilot_table(pilot, tmp_path_factory):
     known = {"lr": 0.004, "seq_len": 128, "batch_tokens": 1024, "vocab": 2048}
@@ -148,14 +145,14 @@ def pilot_table(pilot, tmp_path_factory):
 
 def test_a_plan_is_written_and_swept_as_it_is(pilot_table):
     """`plan` gates when the budget is too small for what was asked; the file it wrote is a valid sweep all the same."""
-    pytest.importorskip("mmfree_jax")
+    launch = pytest.importorskip("launch")
     path = pilot_table.with_name("planned.py")
     settings = ("--target", 1e18, "--ratios", "5,10,20", "--max-run", 1e15, "--ladders", 3, "--draws", 100)
-    planned = call("plan", pilot_table, "--budget", 1e16, *settings, "--experiment", path)
+    planned = called(main, "plan", pilot_table, "--budget", 1e16, *settings, "--experiment", path)
     assert planned.returncode == 2, planned.stderr
     assert "GATE plan" in planned.stdout
     assert "P(the interval of the difference at 1.0e+18 FLOP excludes zero)" in planned.stdout
-    swept = call("sweep", path, "--out", path.with_name("sweep"), "--dry-run")
+    swept = called(launch.main, "sweep", path, "--out", path.with_name("sweep"), "--dry-run")
     assert swept.returncode == 0, swept.stderr
     chosen = [line for line in planned.stdout.splitlines() if line.strip()[:1].isdigit()]
     runs = 2 * sum(1 + line.count(",") + 1 for line in chosen)
@@ -174,11 +171,13 @@ def test_an_sd_of_no_crossing_at_all_is_a_dash():
 
 
 def test_power_of_a_proposed_ladder_as_a_command(pilot_table):
-    done = call("power", pilot_table, "--sizes", "1e8,3e8,1e9", "--ratios", "5,20,80", "--ladders", 3, "--draws", 50)
+    done = called(
+        main, "power", pilot_table, "--sizes", "1e8,3e8,1e9", "--ratios", "5,20,80", "--ladders", 3, "--draws", 50
+    )
     assert done.returncode == 0, done.stderr
     assert "3 sizes at 3 budgets" in done.stdout
     assert "over 3 simulated ladders" in done.stdout
-    bad = call("power", pilot_table, "--sizes", "1e8", "--ratios", "5,20", "--draws", 50)
+    bad = called(main, "power", pilot_table, "--sizes", "1e8", "--ratios", "5,20", "--draws", 50)
     assert bad.returncode == 1
     assert "needs two sizes" in bad.stderr
 

@@ -96,7 +96,7 @@ def test_a_branch_is_drawn_with_the_trunk_that_it_grew_from(tmp_path):
     assert curves["decay"]["tokens"].tolist() == [10, 20, 30, 40]
 
 
-def test_names_of_families_need_not_be_names_of_files(tmp_path):
+def test_names_of_families_need_not_be_names_of_files(tmp_path, coarse_profiles):
     """A slash, an argument of NumPy's own, and two names that would be one file."""
     truth = {"file": (1.8, 180.0, 420.0, 0.34, 0.37), "a/b": (1.8, 320.0, 420.0, 0.36, 0.37)}
     truth["a_b"] = (1.8, 250.0, 420.0, 0.35, 0.37)
@@ -110,7 +110,7 @@ def test_names_of_families_need_not_be_names_of_files(tmp_path):
     assert all(f"({name})" in page for name in names)
 
 
-def test_findings_keep_their_rows(tmp_path):
+def test_findings_keep_their_rows(tmp_path, brief_reports):
     rows = ladder_rows(noise=0.003)
     report = write_report(Runs.from_rows([*rows, rows[0] | {"run_id": "copied"}]), tmp_path, draws=10)
     assert "copied" in (tmp_path / "report.md").read_text().partition("## Checks")[2]

@@ -76,6 +76,16 @@ def test_noise_model_finds_the_size_and_the_place_of_the_noise():
     assert abs(other) < 0.1
 
 
+def test_noise_that_few_runs_show_is_drawn_as_wide_as_student_has_it():
+    """Ten single runs less five parameters: a variance is RSS / chi-square(5), on average RSS / (5 - 2)."""
+    rows = [row | {"cluster": ""} for row in ladder_rows(sizes=(1e6, 3e6, 1e7, 3e7, 1e8), ratios=(5, 80), noise=0.003)]
+    fitted = fit(Runs.from_rows(rows).family("matmul-free"), objective="log-ls")
+    labels, paired = cluster_labels(fitted.runs, fitted.families)
+    noise = parametric_noise(fitted, labels, paired, 20_000, np.random.default_rng(0))
+    squares = (fitted.residuals() ** 2).sum()
+    assert (noise**2).mean() == pytest.approx(squares / (5 - 2), rel=0.1)
+
+
 def test_same_seed_same_draws(small_ladder):
     fitted = fit(small_ladder.family("matmul-free"))
     one, two, three = (bootstrap(fitted, 100, seed).theta for seed in (1, 1, 2))

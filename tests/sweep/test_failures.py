@@ -30,8 +30,8 @@ from tests.conftest import sentences, tiny_model, tiny_run
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MMFREE_JAX_CACHE", str(tmp_path / "cache"))
+def cache(programs, monkeypatch):
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(programs))
 
 
 def test_a_run_that_takes_too_long_is_saved_and_called_failed_and_goes_on_later(token_set, tmp_path):
@@ -73,7 +73,7 @@ def test_a_run_that_needs_too_much_says_what_to_change_and_the_next_one_is_train
         (folder / "result.json").write_text('{"loss": 1.0, "train_loss": 1.0}')
 
     monkeypatch.setattr(worker, "train", train)
-    monkeypatch.setattr(worker, "resolve_data", lambda data: None)
+    monkeypatch.setattr(worker, "resolve_data", lambda data, **_: None)
     assert worker.main(tmp_path, ["large", "small"]) == 1
     assert [status(run_folder(tmp_path, run), run).state for run in runs] == ["failed", "done"]
     assert status(run_folder(tmp_path, runs[0]), runs[0]).error.startswith(says)

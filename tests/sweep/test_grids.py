@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from mmfree_jax.config import ConfigError
-from mmfree_jax.sweep.grids import chain, grid, zipped
+from mmfree_jax.sweep.grids import chain, grid, repeats, zipped
 from tests.conftest import MAIN_FAMILIES, tiny_run
 
 
@@ -24,6 +24,14 @@ def test_zipped_takes_values_together_and_chain_puts_parts_in_a_row():
         chain([base], [base])
     with pytest.raises(ConfigError, match="different numbers of values"):
         zipped(base, {"seed": (1, 2), "steps": (30,)})
+
+
+def test_repeats_differ_in_weights_and_in_the_order_of_the_data():
+    runs = repeats(tiny_run("matmul-free", Path("c")), (0, 7))
+    assert [(run.name, run.seed, run.data.seed) for run in runs] == [
+        ("matmul-free-tiny-seed0", 0, 0),
+        ("matmul-free-tiny-seed7", 7, 7),
+    ]
 
 
 def test_values_that_are_possible_together_need_not_be_one_by_one():

@@ -5,17 +5,18 @@ import itertools
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+import launch
 from experiments import ladder, quickstart
 from mmfree_jax.config import ConfigError, MeshConfig
 from mmfree_jax.sweep.experiment import chains
 from mmfree_jax.sweep.render import DEVICES, Cloud, render
 from mmfree_jax.sweep.worker import parse
+from tests.in_process import called
 
 EXPERIMENT = Path("experiments/quickstart.py")
 STUDY = quickstart.study()
@@ -163,14 +164,14 @@ def test_what_no_machine_has_is_refused(tmp_path, target, axes, cloud, reason):
 
 
 def test_the_flag_writes_files_and_launches_nothing(tmp_path):
-    command = [sys.executable, "launch.py", "sweep", str(EXPERIMENT), "--out", str(tmp_path), "--render", "skypilot"]
-    done = subprocess.run([*command, "--cloud.storage", "gs://b/r"], capture_output=True, text=True, timeout=600)
+    command = ["sweep", EXPERIMENT, "--out", tmp_path, "--render", "skypilot"]
+    done = called(launch.main, *command, "--cloud.storage", "gs://b/r")
     assert done.returncode == 0, done.stderr
     written = [Path(line) for line in done.stdout.splitlines()]
     assert len(written) == len(chains(STUDY.runs)) + 1
     assert all(path.exists() for path in written)
     assert not (tmp_path / "runs").exists()
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    refused = called(launch.main, *command)
     assert refused.returncode == 1
     assert len(refused.stderr.splitlines()) == 1
 

@@ -14,7 +14,9 @@ import pytest
 
 from mmfree_jax.config import ConfigError, MeshConfig
 from mmfree_jax.files import read_json
-from mmfree_jax.sweep.slurm import Driver, Place, Slurm, SlurmExecutor, Tracked
+from mmfree_jax.sweep.slurm import Driver, Place, Slurm, SlurmExecutor, Ticket, Tracked
+from mmfree_jax.sweep.status import run_folder, status
+from mmfree_jax.training.folder import claim
 from tests.conftest import tiny_run
 from tests.sweep.one_host_slurm import missing, one_host_slurm
 
@@ -28,13 +30,13 @@ LONG = 600  # seconds that a machine under load may need for anything here
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(programs, tmp_path_factory):
     if why := missing():
         if os.environ.get("REQUIRE_SLURM"):
             pytest.fail(f"REQUIRE_SLURM is set, but {why}")
         pytest.skip(why)
     with one_host_slurm(tmp_path_factory.mktemp("slurm")) as env:
-        yield env
+        yield {**env, "MMFREE_JAX_CACHE": str(programs)}
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ class Sweep:
     def __init__(self, folder: Path, env: dict[str, str], corpus: Path, runs: str, steps: int = 12):
         self.out, self.said = folder / "out", folder / "said.txt"
         self.env = {**env, "JAX_PLATFORMS": "cpu", "SLURM_STUDY_CORPUS": str(corpus), "SLURM_STUDY_RUNS": runs}
-        self.env |= {"SLURM_STUDY_STEPS": str(steps), "MMFREE_JAX_CACHE": str(folder / "cache")}
+        self.env |= {"SLURM_STUDY_STEPS": str(steps)}
 
     def start(self, *more: str) -> subprocess.Popen:
         """A driver; what it says is in `said`."""
@@ -243,6 +245,20 @@ def test_a_running_job_that_never_gives_a_sign_of_life_is_cancelled_and_a_waitin
     clock.now = 602.0
     driver._listen(one, Place("7_0", state))
     assert commands == ([["scancel", "7_0"]] if state == "RUNNING" else [])
+
+
+def test_a_run_whose_job_is_lost_twice_without_a_step_is_given_up(tmp_path):
+    run, said = tiny_run("transformer++", Path("c")), []
+    claim(run, run_folder(tmp_path, run))
+    one = Tracked([run])
+    driver = Driver(SlurmExecutor(Slurm(), say=said.append), tmp_path, [one], lambda: None)
+    for job in ("7_0", "8_0"):
+        assert driver.tracked == [one]
+        one.ticket, one.job = Ticket("sweep", 0), job
+        driver._settle({})  # squeue knows of no job
+    assert said == [f"{run.name}: job 7_0 is gone; submitted again (its last words: nothing)"]
+    assert driver.tracked == []
+    assert status(run_folder(tmp_path, run), run).error.startswith("its job 8_0 is gone, like the one before")
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ def states(out, runs) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MMFREE_JAX_CACHE", str(tmp_path / "cache"))
+def cache(programs, monkeypatch):
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(programs))
 
 
 @pytest.mark.slow

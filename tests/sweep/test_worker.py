@@ -38,8 +38,8 @@ def experiment(folder: Path, corpus: Path, devices: int = 1) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_named_by_jax_variables_train_a_chain_from_an_experiment_file(token_set, tmp_path):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "MMFREE_JAX_CACHE": str(tmp_path / "cache"), "JAX_NUM_PROCESSES": "2"}
+def test_two_processes_named_by_jax_variables_train_a_chain_from_an_experiment_file(token_set, programs, tmp_path):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "MMFREE_JAX_CACHE": str(programs), "JAX_NUM_PROCESSES": "2"}
     env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "mmfree_jax.sweep.worker", "--experiment"]
     command += [str(experiment(tmp_path, token_set.path, devices=2)), str(tmp_path / "out"), "two-trunk", "two-1.28k"]
@@ -77,7 +77,7 @@ def test_one_of_several_processes_that_fails_for_itself_ends_and_does_not_go_on(
         raise error
 
     monkeypatch.setattr(worker, "train", train)
-    monkeypatch.setattr(worker, "resolve_data", lambda data: None)
+    monkeypatch.setattr(worker, "resolve_data", lambda data, **_: None)
     monkeypatch.setattr("jax.process_count", lambda: 2)
     assert worker.main(tmp_path, ["first", "second"]) == code
     assert tried == (["first", "second"] if code == 1 else ["first"])

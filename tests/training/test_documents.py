@@ -123,5 +123,5 @@ def test_a_mixture_of_named_corpora_trains(token_set: TokenSet, tmp_path, monkey
     assert result["val_set"] == f"{packed.fingerprint}:valid"
     assert result["U"] == run.tokens
     (tmp_path / "run" / "result.json").unlink()
-    with pytest.raises(ConfigError, match="trained on corpus"):
+    with pytest.raises(ConfigError, match="name 2 corpora, not 1"):
         train(run, tmp_path / "run", packed)

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.config import Branch, ConfigError, OptimConfig, RunConfig, from_json
+from mmfree_jax.config import Branch, ConfigError, OptimConfig
 from mmfree_jax.data.token_writer import write_token_set
 from mmfree_jax.data.tokenization import byte_tokenizer
 from mmfree_jax.errors import reported
 from mmfree_jax.files import read_json
 from mmfree_jax.training import loop
 from mmfree_jax.training.checkpoint import CheckpointError, Checkpoints
+from mmfree_jax.training.folder import read_run, settled
 from mmfree_jax.training.interrupt import Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
@@ -298,7 +300,7 @@ def test_a_run_that_took_too_much_memory_goes_on_with_less(token_set, tmp_path, 
     again = train(less, tmp_path, token_set)
     assert again["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     assert train(config, tmp_path, token_set) == again
-    assert from_json(RunConfig, (tmp_path / "config.json").read_text()) == less
+    assert read_run(tmp_path / "config.json") == dataclasses.replace(settled(less, token_set), precision="float32")
 
 
 def test_a_changed_corpus_is_refused(token_set, tmp_path):
@@ -308,7 +310,7 @@ def test_a_changed_corpus_is_refused(token_set, tmp_path):
     texts = {"train": sentences(250, 2), "valid": sentences(25, 3)}
     card = {"name": "other", "description": "made up", "sources": []}
     other = write_token_set(tmp_path / "other", texts, byte_tokenizer(), card)
-    with pytest.raises(ConfigError, match="start again in a new folder"):
+    with pytest.raises(ConfigError, match=r"its data are .*corpus0/tiny \(\w{16}\), not .*/other \("):
         train(config, tmp_path / "run", other)
 
 
@@ -317,9 +319,14 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(token_set,
     long = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence=1 << 20))
     with pytest.raises(ConfigError, match="longer than the train split"):
         train(long, tmp_path / "run", token_set)
-    wrong = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=300))
-    with pytest.raises(ConfigError, match=r"model.vocab=300, but the corpus has 257"):
-        train(wrong, tmp_path / "run", token_set)
+    for change, why in (
+        ({"vocab": 256}, "model.vocab=256 is smaller than the 257 tokens of the corpus: set model.vocab to 257"),
+        ({"vocab": 257 + 1024}, "or say model.tokenizer_vocab=257, if so much padding is meant"),
+        ({"vocab": 300, "tokenizer_vocab": 258}, "model.tokenizer_vocab=258, but the corpus has 257 tokens"),
+    ):
+        wrong = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
+        with pytest.raises(ConfigError, match=re.escape(why)):
+            train(wrong, tmp_path / "run", token_set)
     assert not (tmp_path / "run").exists()
 
 

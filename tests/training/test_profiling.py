@@ -1,12 +1,11 @@
-import subprocess
-import sys
-
 import pytest
 
+import launch
 from mmfree_jax.config import ConfigError
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.profiling import step_range
 from tests.conftest import MAIN_FAMILIES, tiny_run
+from tests.in_process import called
 
 
 @pytest.mark.parametrize("family", MAIN_FAMILIES)
@@ -36,8 +35,7 @@ def test_a_wrong_range_fails_before_anything_is_written(tmp_path):
     for wrong in ("10", "5:5", "a:b", "7:3"):
         with pytest.raises(ConfigError, match="profile="):
             step_range(wrong)
-    command = [sys.executable, "launch.py", "train", "matmul-free-tiny", "--out", str(tmp_path / "x"), "--profile", "9"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = called(launch.main, "train", "matmul-free-tiny", "--out", tmp_path / "x", "--profile", "9")
     assert done.returncode == 1
     assert "must be FROM:TO" in done.stderr
     assert not (tmp_path / "x").exists()

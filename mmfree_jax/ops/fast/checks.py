@@ -18,10 +18,10 @@ from mmfree_jax.ops.ternary import SMALLEST, TINY, TOP, dither_phases
 
 ROWS = 509
 EPS = 1e-6  # of the norms
-TOLERANCES = {"bfloat16": 2.0**-5, "float32": 2.0**-10}  # see `_deviation`; float32 kernels use approximate exp and rcp
-CODES = 1.01  # a rounding that falls the other way moves a code by one
-ONE_CODE = 1 / 8  # the same relative to values made of codes, whose typical code is 20
-DERIVED_CODES = 2.01  # codes of values that are themselves rounded to bfloat16 first
+# See `_deviation`. On an H200 the largest deviations were 3.5e-3 and 5e-6 (exp and 1/x are approximate).
+TOLERANCES = {"bfloat16": 2.0**-6, "float32": 2.0**-14}
+MOST_OFF, MEAN_OFF = 1.5, 1 / 8  # of codes, in codes; values rounded to bfloat16 first are off by half a code
+LARGEST = 1 / 8  # of a column's largest magnitude, relative: the code that it is made of may be off by one
 
 
 class Use(NamedTuple):
@@ -55,8 +55,8 @@ class Outcome(NamedTuple):
 class Problem(NamedTuple):
     """A check's inputs and expected results.
 
-    run: from `arrays` to results by name, traced and compiled. expected: the same in float64. tolerance: by result; of
-    codes in units of one, otherwise relative (`_deviation`). select: from a result to the part that is expected.
+    run: from `arrays` to results by name, traced and compiled. expected: the same in float64. tolerance: of those
+    results that are no codes, by name. select: from a result to the part that is expected.
     """
 
     run: Callable[..., dict[str, jax.Array]]
@@ -74,7 +74,7 @@ def check(use: Use, device: Any = None) -> Outcome:
     @jax.jit
     def deviations(arrays, expected):
         found = problem.run(*arrays)
-        return [_deviation(problem.select(found[name]), expected[name], problem.tolerance[name]) for name in names]
+        return [_deviation(problem.select(found[name]), expected[name], problem.tolerance.get(name)) for name in names]
 
     device = device or jax.local_devices()[0]
     expected = {name: _single(values) for name, values in problem.expected.items()}
@@ -82,16 +82,19 @@ def check(use: Use, device: Any = None) -> Outcome:
     return Outcome(dict(zip(names, map(float, deviations(arrays, expected)), strict=True)))
 
 
-def _deviation(found: jax.Array, expected: jax.Array, tolerance: float) -> jax.Array:
-    """The largest of |found - expected| over its allowance: `tolerance` codes, or that share of the expected value plus
-    the root mean square of its row. Rows and columns of `found` repeat those expected."""
+def _deviation(found: jax.Array, expected: jax.Array, tolerance: float | None) -> jax.Array:
+    """The largest of |found - expected| over its allowance: `tolerance` times the expected value's magnitude plus the
+    root mean square of its row. Rows and columns of `found` repeat those expected.
+
+    Codes have no tolerance given: roundings that fall the other way move some by one, on average few.
+    """
     index = [jnp.arange(size) % limit for size, limit in zip(found.shape, expected.shape, strict=True)]
     expected = expected[jnp.ix_(*index)]
-    unit = jnp.ones(())
-    if found.dtype != jnp.int8:
-        typical = jnp.sqrt(jnp.mean(expected**2, axis=-1, keepdims=True))
-        unit = jnp.abs(expected) + typical + TINY
-    return jnp.max(jnp.abs(found.astype(jnp.float32) - expected) / (tolerance * unit))
+    off = jnp.abs(found.astype(jnp.float32) - expected)
+    if tolerance is None:
+        return jnp.maximum(jnp.max(off) / MOST_OFF, jnp.mean(off) / MEAN_OFF)
+    typical = jnp.sqrt(jnp.mean(expected**2, axis=-1, keepdims=True))
+    return jnp.max(off / (tolerance * (jnp.abs(expected) + typical + TINY)))
 
 
 def _repeated(a: jax.Array, rows: int) -> jax.Array:
@@ -150,7 +153,8 @@ def normed_codes(rng: np.random.Generator, use: Use) -> Problem:
         found = kernel.backward(kind, sources, inner, gains, scales, dys, factors, EPS, as_codes, by, residual)
         results = {f"codes {g}": a for g, a in enumerate(codes)} | {f"scales {g}": a for g, a in enumerate(scales)}
         results |= {f"gradient to gain {g}": a for g, a in enumerate(found.gains)}
-        results |= {f"inputs {g}": a for g, a in enumerate(found.inputs)}
+        in_codes = [a if as_codes else a / scale[:, None] for a, scale in zip(found.inputs, scales, strict=True)]
+        results |= {f"inputs {g} in codes": a for g, a in enumerate(in_codes)}
         if inner is not None:
             results["gradient to inner gain"] = found.norm_gain
         for i, d in enumerate(found.sources):
@@ -158,17 +162,13 @@ def normed_codes(rng: np.random.Generator, use: Use) -> Problem:
             results |= {f"gradient to source {i} {part}".strip(): a for part, a in parts}
         return results
 
-    expected = _normed_codes(kind, sources, inner, gains, dys, factors, by, residual, counts, dtype, as_codes)
-    tolerance = {}
-    for name in expected:
-        is_codes = name.startswith("codes") or name.endswith("codes") or (as_codes and name.startswith("inputs"))
-        tolerance[name] = TOLERANCES[dtype] if not is_codes else DERIVED_CODES if "source" in name else CODES
-        if name.endswith("largest") or (name.startswith("inputs") and not as_codes):
-            tolerance[name] = ONE_CODE
+    expected = _normed_codes(kind, sources, inner, gains, dys, factors, by, residual, counts, dtype)
+    tolerance = {name: TOLERANCES[dtype] for name in expected if "codes" not in name}
+    tolerance |= {name: LARGEST for name in expected if name.endswith("largest")}
     return Problem(run, (sources, inner, gains, dys, factors, by, residual), expected, tolerance)
 
 
-def _normed_codes(kind, sources, inner, gains, dys, factors, by, residual, counts, dtype, as_codes) -> dict:
+def _normed_codes(kind, sources, inner, gains, dys, factors, by, residual, counts, dtype) -> dict:
     """`normed_codes.forward` and `.backward` by their definitions: `prologue.combine`, a norm, absmax, and gradients
     straight through the quantiser."""
     exact = [_exact(a) for a in sources]
@@ -190,14 +190,12 @@ def _normed_codes(kind, sources, inner, gains, dys, factors, by, residual, count
     normed = x * rstd
 
     results: dict[str, np.ndarray] = {}
-    scales = []
     for g, gain in enumerate(gains):
         y = normed * _exact(gain)
         scale = np.maximum(np.abs(y).max(axis=1, keepdims=True), SMALLEST) / TOP
         codes = np.rint(y / scale)
-        scales.append(scale)
         results[f"codes {g}"], results[f"scales {g}"] = codes, scale[:, 0]
-        results[f"inputs {g}"] = codes if as_codes else codes * scale
+        results[f"inputs {g} in codes"] = codes
 
     dy = [_exact(d) * (1 if factors is None else _exact(factors[p])) for p, d in enumerate(dys)]
     dy = [sum(dy)] if len(gains) == 1 else dy
@@ -247,7 +245,7 @@ def row_codes(rng: np.random.Generator, use: Use) -> Problem:
     expected = {"codes": np.rint(exact / scale), "scales": scale[:, 0]}
     if by is not None:
         expected["largest"] = np.abs(expected["codes"] * scale * _exact(by)[:, None]).max(axis=0)
-    tolerance = {"codes": CODES, "scales": TOLERANCES["float32"], "largest": ONE_CODE}
+    tolerance = {"scales": TOLERANCES["float32"], "largest": LARGEST}
     return Problem(run, (x, by), expected, tolerance)
 
 
@@ -283,7 +281,7 @@ def transposed_codes(rng: np.random.Generator, use: Use) -> Problem:
     codes = rng.integers(-TOP, TOP + 1, (R, D), dtype=np.int8)
     if not scaled:
         plain = lambda codes: {"codes": kernel(_repeated(codes, M)).T}
-        return Problem(plain, (codes,), {"codes": codes}, {"codes": 0.01})
+        return Problem(plain, (codes,), {"codes": codes}, {"codes": 2.0**-20})
     by = _single(rng.uniform(0.1, 1, R))
     scale = _single(np.abs(codes * _exact(by)[:, None]).max(axis=0) / TOP * rng.uniform(1, 3, D))
     picked = np.unique(np.r_[0, M - 1, rng.choice(M, min(M, ROWS - 2), replace=False)])
@@ -292,7 +290,7 @@ def transposed_codes(rng: np.random.Generator, use: Use) -> Problem:
     phase_M, phase_D = (np.asarray(a) for a in dither_phases(M, D))
     fraction = ((phase_M[picked, None] + phase_D) & 0x7FFFFF) / 2.0**23
     expected = np.rint(np.clip(values[picked % R] + fraction - 0.5, -TOP, TOP))
-    return Problem(run, (codes, by, scale), {"codes": expected}, {"codes": CODES}, lambda found: found[picked])
+    return Problem(run, (codes, by, scale), {"codes": expected}, {}, lambda found: found[picked])
 
 
 def recurrence(rng: np.random.Generator, use: Use) -> Problem:
@@ -329,6 +327,8 @@ def recurrence(rng: np.random.Generator, use: Use) -> Problem:
     else:
         del expected["decay"]
     tolerance = dict.fromkeys(expected, TOLERANCES[dtype])
+    # Its factor h - silu(c) may be small beside h, which is kept in the type of the states.
+    tolerance["gradient to f"] *= 4
     return Problem(run, (c, f, floor, h, resets, dout, dlast), expected, tolerance)
 
 

@@ -68,8 +68,10 @@ def serves(use: Use) -> bool:
         return True
     collected = _collected.get()
     if collected is not None:
+        if use in _outcomes and not _passed(use):
+            return False
         collected.add(use)
-        return use not in _outcomes or _passed(use)
+        return True
     if use not in _outcomes and jax.process_count() > 1:
         # This process cannot ask the others here, and all have to trace the same program.
         warnings.warn(f"{use} was not checked before this program was traced; XLA serves", stacklevel=2)
@@ -138,21 +140,28 @@ def _outcome(use: Use) -> Outcome:
     outcome = checks.check(use)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"use": str(use), "environment": _environment(), "deviations": outcome.deviations})
+        write_json(path, {"use": str(use), "environment": environment(), "deviations": outcome.deviations})
     return outcome
 
 
 def _path(use: Use) -> Path | None:
     """The file that keeps the outcome of a use; None where programs are not kept either."""
-    folder = getattr(jax.config, "jax_compilation_cache_dir", None)  # set by `devices.use_compile_cache`
-    if not folder:
+    folder = kept_in()
+    if folder is None:
         return None
-    key = hashlib.sha256(json.dumps([str(use), _environment(), _sources()]).encode()).hexdigest()[:24]
-    return Path(folder) / "kernels" / f"{key}.json"
+    key = hashlib.sha256(json.dumps([str(use), environment(), _sources()]).encode()).hexdigest()[:24]
+    return folder / "kernels" / f"{key}.json"
+
+
+def kept_in() -> Path | None:
+    """The folder of compiled programs, which also keeps outcomes (`devices.use_compile_cache`); None where there is
+    none."""
+    folder = getattr(jax.config, "jax_compilation_cache_dir", None)
+    return Path(folder) if folder else None
 
 
 @functools.cache
-def _environment() -> list[str]:
+def environment() -> list[str]:
     """What compiles kernels and runs them. The platform's version names CUDA's, whose assembler is part of it."""
     import jaxlib
 

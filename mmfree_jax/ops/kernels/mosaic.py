@@ -20,6 +20,9 @@ STREAMING = functools.partial(
 )
 
 
+SHARED_BYTES = 227 * 1024 - 8192  # of shared memory that a block has on Hopper, less reductions, barriers and padding
+
+
 def sigmoid(x: jax.Array) -> jax.Array:
     """1 / (1 + e^-x), an exponential and a reciprocal."""
     return 1.0 / (1.0 + jnp.exp(-x))

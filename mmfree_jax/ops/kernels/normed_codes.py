@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mmfree_jax.ops.kernels.mosaic import STREAMING, sigmoid
+from mmfree_jax.ops.kernels.mosaic import SHARED_BYTES, STREAMING, sigmoid
 from mmfree_jax.ops.ternary import SMALLEST, TINY, TOP, nearest_integer
 
 THREADS = 128  # of a warpgroup
@@ -29,9 +29,15 @@ REGISTERS = 100  # a thread has for gains, which stay there for all rows of a bl
 Row = list[jax.Array]  # a row in registers, in pieces of which each thread holds one vector
 
 
-def supports(width: int, gains: int, dtype: Any) -> bool:
-    """Whether the kernels serve [rows, width] activations of this type with this many gain vectors."""
-    return width % LANES == 0 and gains * width // THREADS <= REGISTERS and dtype in (jnp.bfloat16, jnp.float32)
+def supports(width: int, gains: int, dtype: Any, inputs: int = 1, outputs: int = 1) -> bool:
+    """Whether the kernels serve [rows, width] activations of this type with this many gain vectors.
+
+    inputs, outputs: arrays of that size that the backward pass reads and writes.
+    """
+    if width % LANES or gains * width // THREADS > REGISTERS or dtype not in (jnp.bfloat16, jnp.float32):
+        return False
+    values = max(width, STAGE_VALUES["backward"])
+    return (STAGES * inputs + outputs) * values * jnp.dtype(dtype).itemsize <= SHARED_BYTES
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "eps"))

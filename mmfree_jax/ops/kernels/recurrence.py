@@ -21,12 +21,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mmfree_jax.ops.kernels.mosaic import STREAMING, sigmoid
+from mmfree_jax.ops.kernels.mosaic import SHARED_BYTES, STREAMING, sigmoid
 
 LANES = 128  # channels of a block: one warpgroup, one channel a thread
 ROWS = 32  # time steps of a stage
 GROUP = 16  # rows loaded before the first of them is stored: a store may alias the loads behind it
-STAGES = {2: 4, 3: 3, 4: 3}  # copied ahead, by how many arrays: 4 x 2 and 3 x 4 tiles of ROWS x LANES fit shared memory
+STAGES = {2: 4, 3: 3, 4: 3}  # copied ahead at most, by how many arrays
 BLOCKS = 128  # that keep an H200's 132 multiprocessors busy
 
 
@@ -36,6 +36,13 @@ def segments(batch: int, time: int, width: int) -> int:
     while batch * width // LANES * count < BLOCKS and time % (2 * count * ROWS) == 0:
         count *= 2
     return count
+
+
+def copied_ahead(arrays: int, dtype: Any) -> int:
+    """How many stages of so many arrays are copied ahead: what shared memory has room for beside two tiles of each of
+    two results, at most STAGES."""
+    tiles = SHARED_BYTES // (ROWS * LANES * dtype.itemsize) - 4
+    return min(STAGES[arrays], tiles // arrays)
 
 
 @jax.jit
@@ -59,7 +66,7 @@ def segment_ends(
             plgpu.commit_smem()  # all threads have read the buffers that the next copy overwrites
             return decay, h
 
-        walk = _pipeline(stage, T, 2, lambda t: t, (_zeros() + 1.0, _zeros()))
+        walk = _pipeline(stage, T, 2, c_BTD.dtype, lambda t: t, (_zeros() + 1.0, _zeros()))
         smem[0], smem[1] = walk(c_gmem.at[b, :, lanes], f_gmem.at[b, :, lanes], keep_gmem.at[b])
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem.at[0], decay_gmem.at[b, lanes])
@@ -89,7 +96,7 @@ def segment_starts(f_BTD: jax.Array, floor_D: jax.Array | None, keep_BT: jax.Arr
             plgpu.commit_smem()  # all threads have read the buffers that the next copy overwrites
             return g
 
-        walk = _pipeline(stage, T, 2, lambda i: stages - 1 - i, _zeros())
+        walk = _pipeline(stage, T, 2, f_BTD.dtype, lambda i: stages - 1 - i, _zeros())
         smem[...] = walk(f_gmem.at[b, :, lanes], dout_gmem.at[b, :, lanes], keep_gmem.at[b])
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem, dstart_gmem.at[b, lanes])
@@ -134,7 +141,7 @@ def forward(
             plgpu.copy_smem_to_gmem(out_smem.at[slot], out_gmem.at[b, pl.ds(index[0] * ROWS, ROWS), lanes])
             return h
 
-        walk = _pipeline(stage, T, 2, lambda t: t, _lane_vector(h_gmem.at[b, lanes]))
+        walk = _pipeline(stage, T, 2, c_BTD.dtype, lambda t: t, _lane_vector(h_gmem.at[b, lanes]))
         last_smem[...] = walk(c_gmem.at[b, :, lanes], f_gmem.at[b, :, lanes], keep_gmem.at[b])
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(last_smem, last_gmem.at[b, lanes])
@@ -213,7 +220,7 @@ def backward(
             return g, dfloor
 
         start = _lane_vector(dlast_gmem.at[b, lanes]), _zeros()
-        walk = _pipeline(stage, T, len(streams), lambda i: stages - 1 - i, start)
+        walk = _pipeline(stage, T, len(streams), f_BTD.dtype, lambda i: stages - 1 - i, start)
         sums_smem[0], sums_smem[1] = walk(*(ref.at[b, :, lanes] for ref in stream_gmem), keep_gmem.at[b])
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(sums_smem.at[0], dh_gmem.at[b, lanes])
@@ -266,7 +273,7 @@ def _one_a_thread() -> Any:
     return plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
 
-def _pipeline(stage: Any, time: int, arrays: int, at: Any, start: Any) -> Any:
+def _pipeline(stage: Any, time: int, arrays: int, dtype: Any, at: Any, start: Any) -> Any:
     """Walks over `arrays` [T, LANES] and the scalars [T] in stages; stage i sees the piece at(i)."""
     tile = plgpu.BlockSpec((ROWS, LANES), lambda i: (at(i), 0), memory_space=plgpu.SMEM)
     scalars = plgpu.BlockSpec((ROWS,), lambda i: (at(i),), memory_space=plgpu.SMEM)
@@ -274,7 +281,7 @@ def _pipeline(stage: Any, time: int, arrays: int, at: Any, start: Any) -> Any:
         stage,
         grid=(time // ROWS,),
         in_specs=[tile] * arrays + [scalars],
-        max_concurrent_steps=STAGES[arrays],
+        max_concurrent_steps=copied_ahead(arrays, dtype),
         init_carry=start,
     )
 
