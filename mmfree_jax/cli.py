@@ -355,12 +355,13 @@ def evaluate(arguments: list[str]) -> int:
     chosen.group.join()
 
     from mmfree_jax import distributed, evaluation
-    from mmfree_jax.devices import check_platform
+    from mmfree_jax.devices import check_platform, check_settings
     from mmfree_jax.sharding import left_idle, make_mesh
     from mmfree_jax.training.step import make_program, program_key
     from mmfree_jax.weights import load_params, run_config
 
     check_platform()
+    check_settings()
     run, mesh = run_config(chosen.model), chosen.mesh
     make_mesh(mesh)
     if idle := left_idle(mesh):

@@ -22,10 +22,14 @@ from mmfree_jax.data.tokenization import byte_tokenizer
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep what tests compile, for the other processes of this session and for the next one."""
+    """Keep what tests compile, for later tests and for the next session.
+
+    Each process of pytest-xdist has a folder of its own: JAX does not write atomically, and another would read half.
+    """
     if not hasattr(config, "cache"):  # -p no:cacheprovider
         return
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
+    folder = config.cache.mkdir(f"compiled-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -40,9 +44,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory) -> Path:
-    """The cache folder of the commands that this session's tests run: what one has compiled the next one finds."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
+    """The cache folder of the commands that tests run: what one has compiled the next one finds."""
+    return tmp_path_factory.mktemp("programs")
 
 
 hypothesis.settings.register_profile("repeatable", derandomize=True)

@@ -188,7 +188,7 @@ def located(data: DataConfig, token_set: TokenSet) -> DataConfig:
     names, sets = (data.corpus, *data.mixture), token_set.sets
     require(len(names) == len(sets), f"data.corpus and data.mixture name {len(names)} corpora, not {len(sets)}")
     corpus, *mixture = (
-        name if name in NAMED else str(one.path.resolve()) for name, one in zip(names, sets, strict=True)
+        name if name in NAMED else os.path.abspath(one.path) for name, one in zip(names, sets, strict=True)
     )
     contents = tuple(one.fingerprint for one in sets)
     return dataclasses.replace(data, corpus=corpus, mixture=tuple(mixture), contents=contents)

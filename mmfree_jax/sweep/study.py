@@ -9,6 +9,7 @@ from rich.text import Text
 
 from mmfree_jax.config import DataConfig, require
 from mmfree_jax.data import TokenSet, resolve_data
+from mmfree_jax.data.corpora import Known
 from mmfree_jax.files import locked, write_atomically, write_json
 from mmfree_jax.output import teller
 from mmfree_jax.sweep.executor import Executor, open_chains
@@ -53,7 +54,9 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
     """
     say = teller(console)
     parts = [_parts(run.data) for run in study.runs]  # of one corpus, but perhaps of several mixtures with it
-    known = {one: known_corpora(run_folder(out, run)) for run, one in zip(study.runs, parts, strict=True)}
+    known: dict[DataConfig, tuple[Known, ...]] = {}
+    for run, one in zip(study.runs, parts, strict=True):
+        known[one] = known.get(one) or known_corpora(run_folder(out, run))  # of the first that has begun
     found = {one: resolve_data(one, say, known[one]) for one in dict.fromkeys(parts)}
     for run, read in zip(study.runs, parts, strict=True):
         check_data(run, found[read])

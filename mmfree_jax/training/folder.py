@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def note_corpus(config: RunConfig, token_set: TokenSet, folder: Path) -> None:
     """Write down what the run reads and where: what is asked of it later must not need the same working directory."""
     names = (config.data.corpus, *config.data.mixture)
     sets = [
-        Known(name, str(one.path.resolve()), one.fingerprint) for name, one in zip(names, token_set.sets, strict=True)
+        Known(name, os.path.abspath(one.path), one.fingerprint) for name, one in zip(names, token_set.sets, strict=True)
     ]
     facts = {name: getattr(token_set, name) for name in ("vocab_size", "vocab_hash", "end_of_document")}
     write_json(folder / CORPUS, {"sets": [one._asdict() for one in sets], **facts})
@@ -200,7 +201,7 @@ def _content(data: DataConfig) -> str:
 def _anywhere(config: RunConfig) -> RunConfig:
     """The same with absolute paths."""
     data = config.data
-    corpus, *mixture = (name if name in NAMED else str(Path(name).resolve()) for name in (data.corpus, *data.mixture))
+    corpus, *mixture = (name if name in NAMED else os.path.abspath(name) for name in (data.corpus, *data.mixture))
     init = str(Path(config.init).absolute()) if config.init else ""
     return dataclasses.replace(config, data=dataclasses.replace(data, corpus=corpus, mixture=tuple(mixture)), init=init)
 

@@ -11,14 +11,16 @@ import pytest
 from rich.console import Console
 
 from mmfree_jax.config import ConfigError, MeshConfig, RunConfig
+from mmfree_jax.data import resolve_data
 from mmfree_jax.files import locked, write_json
 from mmfree_jax.sweep.executor import open_chains
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
 from mmfree_jax.sweep.local import Local, Slot, find_slots, joined, this_machine
 from mmfree_jax.sweep.status import collect, run_folder, status
-from mmfree_jax.sweep.study import sweep
+from mmfree_jax.sweep.study import prepare, sweep
 from mmfree_jax.sweep.view import View
-from mmfree_jax.training.folder import claim
+from mmfree_jax.training.folder import claim, read_run
+from mmfree_jax.training.loop import train
 from tests.conftest import tiny_run
 
 SLOTS = [Slot("one", {"JAX_PLATFORMS": "cpu"}, frozenset(os.sched_getaffinity(0)))]
@@ -226,6 +228,21 @@ def test_a_finished_sweep_runs_nothing_and_an_edited_one_is_refused(token_set, t
     edited = Study("s", "t", (dataclasses.replace(run, seed=1),), "a")
     with pytest.raises(ConfigError, match=r"matmul-free-tiny \(seed is 0, not 1\). Rename them"):
         sweep(edited, tmp_path, console, Local(SLOTS))
+
+
+def test_a_sweep_goes_on_from_another_working_directory(token_set, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "c").symlink_to(token_set.path)
+    runs = tuple(tiny_run("matmul-free", Path("c"), name=name, steps=6) for name in ("one", "two"))
+    study, out, console = Study("s", "t", runs, "a"), tmp_path / "out", Console(file=io.StringIO())
+    monkeypatch.chdir(tmp_path)
+    prepare(study, out, console)
+    held = [read_run(run_folder(out, run) / "config.json") for run in runs]
+    assert {(run.data.corpus, run.data.contents) for run in held} == {(str(tmp_path / "c"), (token_set.fingerprint,))}
+    train(held[0], run_folder(out, runs[0]), resolve_data(held[0].data))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert prepare(study, out, console).fingerprint == token_set.fingerprint
+    assert read_run(run_folder(out, runs[1]) / "config.json") == held[1]
 
 
 @dataclasses.dataclass

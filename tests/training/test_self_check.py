@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 from mmfree_jax.config import ConfigError
-from mmfree_jax.devices import use_compile_cache
 from mmfree_jax.training import loop, self_check, step
 from mmfree_jax.training.step import make_program, program_key
 from tests.conftest import tiny_run
@@ -18,8 +17,9 @@ CHECK = self_check.self_check
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Programs of a test hold its faults: none of them outlives it."""
+    """Programs of a test hold its faults: none of them outlives it, and no outcome is found or kept."""
     monkeypatch.setattr(self_check, "_passed", set())
+    monkeypatch.setattr(self_check.choice, "kept_in", lambda: None)
     make_program.cache_clear()
     yield
     make_program.cache_clear()
@@ -73,18 +73,14 @@ def test_a_gradient_that_is_no_number_is_refused(token_set, monkeypatch):
 
 
 def test_the_outcome_is_kept_beside_compiled_programs(token_set, tmp_path, monkeypatch):
-    before = jax.config.jax_compilation_cache_dir
-    use_compile_cache(tmp_path)
-    try:
-        run = run_of("hgrn", token_set, precision="float32")
-        check(run)
-        monkeypatch.setattr(self_check, "_passed", set())
-        monkeypatch.setattr(self_check, "compare", lambda *a: pytest.fail("compared again"))
-        check(dataclasses.replace(run, seed=1, steps=20))  # of the same shape
-        with pytest.raises(pytest.fail.Exception):
-            check(dataclasses.replace(run, data=dataclasses.replace(run.data, sequence=16)))
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    monkeypatch.setattr(self_check.choice, "kept_in", lambda: tmp_path)
+    run = run_of("hgrn", token_set, precision="float32")
+    check(run)
+    monkeypatch.setattr(self_check, "_passed", set())
+    monkeypatch.setattr(self_check, "compare", lambda *a: pytest.fail("compared again"))
+    check(dataclasses.replace(run, seed=1, steps=20))  # of the same shape
+    with pytest.raises(pytest.fail.Exception):
+        check(dataclasses.replace(run, data=dataclasses.replace(run.data, sequence=16)))
 
 
 def test_a_run_that_fails_trains_nothing(token_set, tmp_path, monkeypatch):
