@@ -12,7 +12,7 @@ from mmfree_jax.config import DataConfig, OptimConfig, RunConfig
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
 from mmfree_jax.sweep.shapes import ladder_model
 
-WIDTHS = (32, 56, 88, 144)
+WIDTHS = (16, 32, 56, 88, 144)
 BUDGETS = (256, 512, 1024)  # optimizer steps
 DATA = DataConfig(corpus="embedded", vocab=2048, sequence=128, batch=8)
 

@@ -55,18 +55,35 @@ def causal_attention(
 
 def _whole(form: str, q_BTHK, k_BTJK, v_BTJK, segments_BT) -> jax.Array:
     if form == "cudnn":
-        return jax.nn.dot_product_attention(q_BTHK, k_BTJK, v_BTJK, is_causal=True, implementation="cudnn")
+        return _cudnn(q_BTHK, k_BTJK, v_BTJK)
     if form == "rows":
         return _by_rows(q_BTHK, k_BTJK, v_BTJK, segments_BT)
     return attend(q_BTHK, k_BTJK, v_BTJK, visible(segments_BT, q_BTHK.shape[1]))
 
 
 def choose(q_BTHK: jax.Array, segments_BT: jax.Array | None) -> str:
-    """The form for this device; the fused kernel takes half precision and no documents."""
+    """The form for this device; the fused kernel takes half precision, no documents and heads up to a width."""
     if backend() == "cpu":
         return "rows"
-    halves = q_BTHK.dtype in (jnp.bfloat16, jnp.float16)
-    return "cudnn" if jax.default_backend() == "gpu" and halves and segments_BT is None else "full"
+    fused = q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and segments_BT is None
+    return "cudnn" if fused and q_BTHK.shape[-1] <= _widest_fused_head() else "full"
+
+
+def _widest_fused_head() -> int:
+    """The widest head that cuDNN's kernel takes on the GPU here; 0 without one."""
+    if jax.default_backend() != "gpu":
+        return 0
+    return 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
+
+
+def _cudnn(q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJK: jax.Array) -> jax.Array:
+    """NVIDIA's fused kernel. It takes heads of a multiple of 8: others are filled up with zeros, which add nothing to
+    scores and make columns of the result that are cut off again."""
+    width = q_BTHK.shape[-1]
+    fill = lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, -width % 8)])
+    q, k, v = map(fill, (q_BTHK, k_BTJK, v_BTJK))
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=width**-0.5, implementation="cudnn")
+    return y[..., :width]
 
 
 def _chunk(q_BTHK, k_BTJK, v_BTJK, segments_BT, axis: str) -> jax.Array:

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import ladder, quickstart
+from mmfree_jax.ops import attention
 from mmfree_jax.ops.attention import attend, causal_attention
 
 SEGMENTS = jnp.repeat(jnp.array([[0, 1, 2], [5, 5, 3]]), jnp.array([30, 50, 70]), axis=1)
@@ -40,3 +42,49 @@ def test_attention_is_the_written_out_formula():
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     np.testing.assert_allclose(causal_attention(q, k, v)[0, :, 0], weights @ v[0, :, 0], atol=1e-6)
     np.testing.assert_allclose(attend(q, k, v, jnp.tri(9, dtype=bool))[0, :, 0], weights @ v[0, :, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [36, 44, 64, 5])
+def test_heads_of_any_width_are_filled_up_for_cudnn(monkeypatch, width):
+    """Stands in for NVIDIA's kernel, which takes multiples of 8 only and would scale by the width that it is given."""
+
+    def fused(q, k, v, *, is_causal, scale, implementation):
+        assert is_causal
+        assert implementation == "cudnn"
+        assert {a.shape[-1] % 8 for a in (q, k, v)} == {0}
+        return right(q, k, v, is_causal=True, scale=scale, implementation="xla")
+
+    right = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    shapes = ((2, 19, 4, width), (2, 19, 2, width), (2, 19, 2, width))
+    q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+
+    def run(impl):
+        score = lambda *a: jnp.sum(jnp.sin(causal_attention(*a, impl=impl)))
+        return jax.value_and_grad(score, argnums=(0, 1, 2))(q, k, v)
+
+    for a, b in zip(jax.tree.leaves(run("cudnn")), jax.tree.leaves(run("full")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+def test_the_form_on_a_gpu_follows_type_documents_and_width(monkeypatch):
+    monkeypatch.setattr(attention, "backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "_widest_fused_head", lambda: 256)
+    shaped = lambda width, dtype: jax.ShapeDtypeStruct((2, 150, 4, width), dtype)
+    assert attention.choose(shaped(36, jnp.bfloat16), None) == "cudnn"
+    assert attention.choose(shaped(256, jnp.float16), None) == "cudnn"
+    assert attention.choose(shaped(264, jnp.bfloat16), None) == "full"
+    assert attention.choose(shaped(64, jnp.float32), None) == "full"
+    assert attention.choose(shaped(64, jnp.bfloat16), SEGMENTS) == "full"
+    monkeypatch.setattr(attention, "backend", lambda: "cpu")
+    assert attention.choose(shaped(64, jnp.bfloat16), None) == "rows"
+
+
+@pytest.mark.parametrize("study", [quickstart.study(), ladder.study()], ids=lambda study: study.name)
+def test_every_head_that_an_experiment_declares_is_fused_on_a_gpu(monkeypatch, study):
+    monkeypatch.setattr(attention, "backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "_widest_fused_head", lambda: 256)
+    widths = {run.model.width // run.model.heads for run in study.runs if run.model.mixer == "attention"}
+    assert widths
+    for width in widths:
+        assert attention.choose(jax.ShapeDtypeStruct((8, 128, 1, width), jnp.bfloat16), None) == "cudnn"
