@@ -1,8 +1,8 @@
 """What a run shows of itself now and then: norms, activations and logits, histograms, the behaviour of ternary codes.
 
 Every `diagnose_every` steps, in the row of metrics.jsonl under `diagnostics` and in TensorBoard (`training.step`
-describes the entries). A diagnosed step costs what `inspect` does, its gradient once more and a forward pass (about 1.4
-steps on top of its own; one more program to compile), besides a pass over the weights and their codes.
+describes the entries). A diagnosed step costs what `inspect` does, its gradient once more and a forward pass (about one
+step on top of its own, and one more program to compile), besides a pass over the weights and their codes.
 
 A run is the same to the last bit with and without it, so a loss spike can be looked at afterwards: copy the folder,
 take away result.json and every checkpoint after the spike, and run the same command on the copy with

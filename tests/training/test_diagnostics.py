@@ -1,6 +1,7 @@
 """What is looked at during a run: it is right, it is where it is looked for, and looking changes nothing."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,23 @@ def test_a_run_stopped_between_them_has_the_same_rows_in_the_end(token_set, tmp_
     timeless = lambda row: {k: v for k, v in row.items() if k not in ("tokens_per_s", "data_wait_s", "seconds")}
     whole, stopped = ([timeless(row) for row in read_metrics(tmp_path / name)] for name in ("whole", "stopped"))
     assert stopped == whole
+
+
+def test_what_happened_at_a_spike_is_seen_by_running_a_copy_again(token_set, tmp_path):
+    """From the checkpoint before it, looking at every step: the same losses, and what led to them."""
+    config = looked_at(
+        "matmul-free", token_set.path, eval_every=0, diagnose_every=0, checkpoint_every=4, keep_checkpoints=3
+    )
+    train(config, tmp_path / "run", token_set)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    (tmp_path / "copy" / "result.json").unlink()
+    for step in ("8", "12"):
+        shutil.rmtree(tmp_path / "copy" / "checkpoints" / step, ignore_errors=True)
+    assert [path.name for path in (tmp_path / "copy" / "checkpoints").iterdir()] == ["4"]
+    train(dataclasses.replace(config, diagnose_every=1), tmp_path / "copy", token_set)
+    assert curve(tmp_path / "copy") == curve(tmp_path / "run")
+    seen = [row["step"] for row in read_metrics(tmp_path / "copy") if "diagnostics" in row]
+    assert seen == list(range(5, 13))
 
 
 @pytest.mark.parametrize("family", MAIN_FAMILIES)
