@@ -122,7 +122,7 @@ def test_settings_that_would_change_the_numbers_are_refused_in_a_line(name, toke
         jax_enable_x64, jax_threefry_partitionable, jax_default_matmul_precision = False, True, None
 
     monkeypatch.setattr(Config, name, "float32" if "precision" in name else not getattr(Config, name))
-    monkeypatch.setattr(devices.jax, "config", Config)
+    monkeypatch.setattr(jax, "config", Config)
     with pytest.raises(ConfigError, match=f"^{name}=.* would change the numbers of the run.*: unset {name.upper()}$"):
         train(tiny_run("matmul-free", token_set.path), tmp_path / "run", token_set)
     assert not (tmp_path / "run").exists()
