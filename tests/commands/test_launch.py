@@ -120,7 +120,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     done = launch("study", "experiments/quickstart.py", "--out", tmp_path / "out", "--dry-run")
     assert done.returncode == 0
     assert "matmul-free-w144-1.05M: steps 819..1024" in done.stdout
-    assert "32 runs" in done.stdout
+    assert "40 runs" in done.stdout
     assert not (tmp_path / "out").exists()
 
 
