@@ -46,13 +46,13 @@ def main(arguments: list[str]) -> int:
         print(usage())
         return 0 if arguments else 1
     verb, *rest = arguments
-    if verb in SCALING:
-        return importlib.import_module("scaling.__main__").main([verb, *rest, *(["--debug"] if debug else [])])
-    if verb not in VERBS:
+    if verb not in VERBS and verb not in SCALING:
         print(f"launch.py: no verb {verb!r}; one of {', '.join([*VERBS, *SCALING])}", file=sys.stderr)
         return 1
-    module, name, _ = VERBS[verb]
     try:
+        if verb in SCALING:
+            return importlib.import_module("scaling.__main__").main([verb, *rest, *(["--debug"] if debug else [])])
+        module, name, _ = VERBS[verb]
         return getattr(importlib.import_module(module), name)(rest)
     except KeyboardInterrupt:
         print(f"launch.py {verb}: interrupted", file=sys.stderr)

@@ -362,8 +362,8 @@ def evaluate(arguments: list[str]) -> int:
     from mmfree_jax.training.step import make_program, program_key
     from mmfree_jax.weights import load_params, run_config
 
-    check_platform()
     check_settings()
+    check_platform()
     run, mesh = run_config(chosen.model), chosen.mesh
     make_mesh(mesh)
     if idle := left_idle(mesh):

@@ -101,7 +101,7 @@ def load_huggingface(path: str | Path, dtype: str = "float32") -> LanguageModel:
 def read_parameters(folder: Path, shapes: Any) -> Any:
     """NumPy arrays of a model's parameters, in a tree like `shapes`: that of the model that the folder holds.
 
-    Raises what `load_huggingface` does.
+    Raises as `load_huggingface`.
     """
     config = read_config(folder)
     table = slots(config)

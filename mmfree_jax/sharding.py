@@ -283,7 +283,7 @@ def uncut(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shapes: Any) -> t
     """
     with nnx.logical_axis_rules(tuple(RULES.items())):
         specs = nnx.get_partition_spec(shapes)
-    found, cut, sizes = [], set[str](), dict[str, set[int]]()
+    said, cut, left = [], set[str](), dict[str, set[int]]()
     for (path, leaf), wanted in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(specs), strict=True):
         for size, axes in zip(leaf.shape, wanted, strict=False):
             names = (axes,) if isinstance(axes, str) else axes or ()
@@ -292,20 +292,24 @@ def uncut(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shapes: Any) -> t
                 cut |= set(names)
             elif parts > 1:
                 along = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
-                found.append(
+                said.append(
                     f"{path_name(path)} {list(leaf.shape)} is whole along {along}: {size} is not divisible by {parts}"
                 )
-                for one in names:
-                    sizes.setdefault(one, set()).add(size)
+                for name in names:
+                    left.setdefault(name, set()).add(size)
     for axis in ("fsdp", "tensor"):
         if mesh.shape[axis] > 1 and axis not in cut:
-            widths = sorted(sizes.get(axis, set()))
-            largest = max((d for d in range(1, mesh.shape[axis]) if all(w % d == 0 for w in widths)), default=1)
-            raise ConfigError(
-                f"mesh.{axis}={mesh.shape[axis]} would cut no parameter, and each device hold all of them: it divides "
-                f"none of the sizes {', '.join(map(str, widths))}; use {axis}={largest}, or other sizes"
-            )
-    return tuple(found)
+            raise ConfigError(_useless(axis, mesh.shape[axis], sorted(left.get(axis, set()))))
+    return tuple(said)
+
+
+def _useless(axis: str, parts: int, sizes: list[int]) -> str:
+    """That an axis of a mesh cuts none of these sizes, and the largest that would cut all."""
+    fits = max((n for n in range(1, parts) if all(size % n == 0 for size in sizes)), default=1)
+    return (
+        f"mesh.{axis}={parts} would cut no parameter, and each device hold all of them: it divides none of the sizes "
+        f"{', '.join(map(str, sizes))}; use {axis}={fits}, or other sizes"
+    )
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

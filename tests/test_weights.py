@@ -27,7 +27,7 @@ from mmfree_jax.training.step import make_program, program_key
 from mmfree_jax.weights import load_model, model_config, run_config, save_model
 from tests.conftest import MAIN_FAMILIES, sentences, tiny_model, tiny_run
 from tests.in_process import called
-from tests.simulated import run as simulated
+from tests.simulated import run
 
 launch = functools.partial(called, main)
 
@@ -78,41 +78,6 @@ def test_imported_weights_are_trained_on_and_exported(family, token_set, tmp_pat
     done = launch("export", tmp_path / "run", "--out", tmp_path / "back")
     assert done.returncode == 0, done.stderr
     assert_equal(load_huggingface(tmp_path / "back"), load_model(tmp_path / "run"))
-
-
-@pytest.mark.parametrize("family", MAIN_FAMILIES)
-def test_models_of_every_kind_are_loaded_in_shards_of_any_mesh(family, token_set, tmp_path):
-    """None of the eight devices ever needs the memory of a whole model that is cut over them."""
-    model = LanguageModel(tiny_model(family, vocab=264), rngs=nnx.Rngs(3))
-    save_model(model, tmp_path / "ours")
-    save_huggingface(model, tmp_path / "huggingface")
-    train(
-        tiny_run(family, token_set.path, evaluate=False, steps=4, optim=OptimConfig(warmup_steps=1)),
-        tmp_path / "run",
-        token_set,
-    )
-    said, _ = simulated("-m", "tests.load_program", *(str(tmp_path / kind) for kind in ("ours", "huggingface", "run")))
-    found = json.loads(said.splitlines()[-1])
-    assert found.keys() == {"ours", "huggingface", "run"}
-    for kind, meshes in found.items():
-        assert all(one["equal"] for one in meshes.values()), kind
-        assert meshes["copies"]["held"] == 1
-        for name, ways in (("fsdp", 8), ("both", 4)):
-            whole = 0.55 if kind == "run" else 0.05  # norms; of the run a vocabulary of 257, which nothing divides
-            assert 1 / ways <= meshes[name]["held"] < 1 / ways + whole, (kind, name)
-
-
-def test_the_moments_of_a_run_are_not_read_for_its_parameters(token_set, tmp_path):
-    config = tiny_run("matmul-free", token_set.path, evaluate=False)
-    train(config, tmp_path, token_set)
-    abstract = make_program(program_key(config, None)).abstract_state
-    asked = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmfree_jax.training.checkpoint.restore", lambda _, state: asked.append(state) or [state])
-        restore_params(tmp_path / "checkpoints", abstract)
-    assert all(leaf is ... for leaf in jax.tree.leaves((asked[0].opt, asked[0].step)))
-    params = restore_params(tmp_path / "checkpoints", abstract)
-    assert_equal(nnx.merge(make_program(program_key(config, None)).graphdef, params), load_model(tmp_path))
 
 
 def exported(source: Path, out: Path) -> dict:
@@ -196,6 +161,41 @@ def test_a_run_that_goes_on_needs_the_weights_it_began_with_no_more(token_set, t
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(ConfigError, match=r"model\.vocab=2048, but the corpus has 257"):  # what they are is not known
         cli.train(command)
+
+
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+def test_models_of_every_kind_are_loaded_in_shards_of_any_mesh(family, token_set, tmp_path):
+    """None of the eight devices ever needs the memory of a whole model that is cut over them."""
+    model = LanguageModel(tiny_model(family, vocab=264), rngs=nnx.Rngs(3))
+    save_model(model, tmp_path / "ours")
+    save_huggingface(model, tmp_path / "huggingface")
+    train(
+        tiny_run(family, token_set.path, evaluate=False, steps=4, optim=OptimConfig(warmup_steps=1)),
+        tmp_path / "run",
+        token_set,
+    )
+    said, _ = run("-m", "tests.load_program", *(str(tmp_path / kind) for kind in ("ours", "huggingface", "run")))
+    found = json.loads(said.splitlines()[-1])
+    assert found.keys() == {"ours", "huggingface", "run"}
+    for kind, meshes in found.items():
+        assert all(one["equal"] for one in meshes.values()), kind
+        assert meshes["copies"]["held"] == 1
+        for name, ways in (("fsdp", 8), ("both", 4)):
+            whole = 0.55 if kind == "run" else 0.05  # norms; of the run a vocabulary of 257, which nothing divides
+            assert 1 / ways <= meshes[name]["held"] < 1 / ways + whole, (kind, name)
+
+
+def test_the_moments_of_a_run_are_not_read_for_its_parameters(token_set, tmp_path):
+    config = tiny_run("matmul-free", token_set.path, evaluate=False)
+    train(config, tmp_path, token_set)
+    abstract = make_program(program_key(config, None)).abstract_state
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmfree_jax.training.checkpoint.restore", lambda _, state: asked.append(state) or [state])
+        restore_params(tmp_path / "checkpoints", abstract)
+    assert all(leaf is ... for leaf in jax.tree.leaves((asked[0].opt, asked[0].step)))
+    params = restore_params(tmp_path / "checkpoints", abstract)
+    assert_equal(nnx.merge(make_program(program_key(config, None)).graphdef, params), load_model(tmp_path))
 
 
 def test_evaluating_a_run_gives_the_loss_of_its_result(token_set, tmp_path):

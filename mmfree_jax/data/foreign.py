@@ -76,8 +76,10 @@ def _megatron_documents(path: Path) -> Iterator[np.ndarray]:
     pointers = np.frombuffer(index, "<i8", sequences, 34 + 4 * sequences)
     documents = np.frombuffer(index, "<i8", bounds, 34 + 12 * sequences)
     data = np.memmap(path, np.uint8, "r")
-    if sequences and int(pointers[-1]) + int(sizes[-1]) * dtype.itemsize > len(data):
-        raise ValueError(f"{path} is cut off: its index expects more than {len(data)} bytes")
+    expected = int((pointers + sizes.astype(np.int64) * dtype.itemsize).max(initial=0))
+    if expected != len(data):
+        state = "cut off" if expected > len(data) else "not of its index"
+        raise ValueError(f"{path} is {state}: the index expects {expected} bytes, not {len(data)}")
     for first, last in zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True):
         if last > first:
             stop = int(pointers[last - 1]) + int(sizes[last - 1]) * dtype.itemsize

@@ -312,7 +312,10 @@ class Documents:
         path = self.unit.files[0]
         reader = _array_record(path)
         for number in range(self.unit.start, self.unit.stop or reader.num_records()):
-            record = reader.read([number])[0]
+            try:
+                record = reader.read([number])[0]
+            except RuntimeError as error:
+                raise InputError(f"{path} is damaged at record {number}: {error}") from None
             try:
                 text = _text_of(_parsed(record), self.reading.key) if record.startswith(b"{") else record
             except (ValueError, RecursionError) as error:
@@ -352,7 +355,10 @@ def _parquet_file(path: str) -> Any:
 
 def _array_record(path: str) -> Any:
     module = need("array_record.python.array_record_module", "array_record", "ArrayRecord")
-    return module.ArrayRecordReader(path)
+    reader = module.ArrayRecordReader(path)
+    if not reader.ok():  # it would be taken for one without records
+        raise InputError(f"{path} is cut off, or no ArrayRecord file")
+    return reader
 
 
 def _dataset(name: str) -> Any:

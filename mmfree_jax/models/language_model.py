@@ -177,8 +177,15 @@ class LanguageModel(nnx.Module):
         """The sum of `loss`, to be differentiated, and how much of it is the z-loss."""
         x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
         operands = self.head.operands(x_BTD, self.embedding[...])
-        vocab, codes = self.config.tokenizer_vocab, self.head.codes
-        return head_losses(self.head.recipe, *operands, targets_BT, mask_BT, kernel=codes, vocab=vocab, z_loss=z_loss)
+        return head_losses(
+            self.head.recipe,
+            *operands,
+            targets_BT,
+            mask_BT,
+            kernel=self.head.codes,
+            vocab=self.config.tokenizer_vocab,
+            z_loss=z_loss,
+        )
 
     def nats(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         """Cross-entropy of each target in nats, [B, T], in at least float32. Chunked, for evaluation."""
@@ -197,11 +204,12 @@ class LanguageModel(nnx.Module):
         x_BTD, blocks_L = self._stream(tokens_BT, segments_BT, rms)
         normed_BTD = self.norm(x_BTD)
         operands = self.head.operands(normed_BTD, self.embedding[...])
+        largest_BT = largest_logits(self.head.recipe, *operands, vocab=self.config.tokenizer_vocab)
         return {
             "embedding": rms(self._embed(tokens_BT)),
             "blocks": blocks_L,
             "norm": rms(normed_BTD),
-            "largest_logit": jnp.max(largest_logits(self.head.recipe, *operands, vocab=self.config.tokenizer_vocab)),
+            "largest_logit": jnp.max(largest_BT),
         }
 
     def _stream(

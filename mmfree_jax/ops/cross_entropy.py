@@ -110,7 +110,7 @@ def largest_logits(
     *,
     vocab: int = 0,
 ) -> jax.Array:
-    """The largest magnitude of each position's logits, [B, T], in at least float32; arguments as `head_loss`."""
+    """The largest magnitude of each token's logits, [B, T], in at least float32; arguments as `head_loss`."""
     saved, kernel = _operands(recipe, x_BTD, w_DV, gain_D)
     axis = axis_if_cut("vocab", w_DV.shape[1])
     time = jnp.zeros(x_BTD.shape[:2], jnp.int32)

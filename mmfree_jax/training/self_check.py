@@ -9,25 +9,31 @@ This costs two or three compilations of a two-layer step (seconds on a CPU, abou
 time only: the outcome is kept beside the compiled programs.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from mmfree_jax.config import ConfigError, MeshConfig
+from mmfree_jax.devices import backend
 from mmfree_jax.files import write_json
 from mmfree_jax.ops.fast import choice
+from mmfree_jax.sharding import batch_sharding
 from mmfree_jax.training.step import ProgramKey, concrete, make_program
 
 DEPTH = 2
 LOSS = "the loss"
+QUICKLY = {"cpu": {"xla_backend_optimization_level": 0}, "gpu": {"xla_gpu_autotune_level": 0}}  # compiler options
 FLOORS = {"float32": 0.02, "bfloat16": 0.1}  # relative errors of gradients that are always let pass: codes flip
 LOSS_FLOORS = {"float32": 1e-3, "bfloat16": 0.01}  # of the loss, relative
 MARGIN, MOST = 4.0, 0.5  # rounding explains at most so many times what it does without kernels, and no more than MOST
@@ -81,36 +87,62 @@ def compare(key: ProgramKey, rows: int, parts: int, time: int, vocab: int) -> di
     if key.separator is not None:
         tokens = np.where(rng.uniform(size=tokens.shape) < 1 / 64, np.int32(key.separator), tokens)
 
-    with jax.set_mesh(make_program(own).mesh):
-        params = make_program(own).init(jax.random.key(0)).params
-    found = _gradients(own, params, tokens)
-    with jax.default_matmul_precision("highest"):
-        exact = _gradients(dataclasses.replace(slow, precision="float32"), params, tokens)
-    rounded = found if precision == "float32" else _gradients(slow, params, tokens)
-    total = np.sqrt(sum(np.sum(g**2) for name, g in exact.items() if name != LOSS))
+    exactly = dataclasses.replace(slow, precision="float32")
+    keys = (own, exactly) if precision == "float32" else (own, exactly, slow)
+    found, exact, *rounded = _results(keys, tokens)
+    floors = {name: LOSS_FLOORS if name == LOSS else FLOORS for name in exact}
+    sizes, errors = _norms(exact, exact), [_norms(found, exact), *(_norms(one, exact) for one in rounded)]
+    total = np.sqrt(sum(sizes[name][1] ** 2 for name in exact if name != LOSS))
 
     def judged(name: str) -> tuple[float, float]:
-        size = np.linalg.norm(exact[name]) + (0 if name == LOSS else 1e-4 * total)  # some gradients are nearly zero
-        error = lambda a: float(np.linalg.norm(a[name] - exact[name]) / size)
-        floor = (LOSS_FLOORS if name == LOSS else FLOORS)[precision]
-        return error(found), floor if precision == "float32" else max(floor, min(MOST, MARGIN * error(rounded)))
+        size = sizes[name][1] + (0 if name == LOSS else 1e-4 * total)  # some gradients are nearly zero
+        error, *explained = (float(one[name][0] / size) for one in errors)
+        return error, max([floors[name][precision], *(min(MOST, MARGIN * one) for one in explained)])
 
     return {name: judged(name) for name in exact}
 
 
-def _gradients(key: ProgramKey, params: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """The loss of a two-layer model and its gradients, whole on this host."""
+def _results(keys: Sequence[ProgramKey], tokens: np.ndarray) -> list[dict[str, jax.Array]]:
+    """The loss of a two-layer model and its gradients by each program, all of the same weights.
+
+    The first is the step's. The others are compiled in less time, as they run once. All compile beside each other.
+    """
+    programs = [make_program(key) for key in keys]
+    with jax.set_mesh(programs[0].mesh):
+        params = programs[0].init(jax.random.key(0)).params
+    lowered = [_lowered(key, tokens.shape) for key in keys]
+    options = [{}, *[QUICKLY.get(backend(), {})] * (len(keys) - 1)]
+    with ThreadPoolExecutor(len(keys)) as pool:
+        compiled = list(pool.map(lambda one, how: one.compile(how), lowered, options))
+    results = []
+    for program, run in zip(programs, compiled, strict=True):
+        place = jax.tree.map(lambda a: a.sharding, program.abstract_state.params)
+        with jax.set_mesh(program.mesh):
+            loss, grads = run(jax.device_put(params, place), program.place(tokens))
+        # Where the second, the reference, has its results: a comparison is of arrays in one place.
+        grads = jax.device_put(grads, jax.tree.map(lambda a: a.sharding, programs[1].abstract_state.params))
+        loss = jax.device_put(loss, jax.sharding.NamedSharding(programs[1].mesh, jax.sharding.PartitionSpec()))
+        name = lambda path: f"the gradient to {keystr(path, simple=True, separator='.')}"
+        results.append({LOSS: loss, **{name(path): g for path, g in tree_leaves_with_path(grads)}})
+    return results
+
+
+def _lowered(key: ProgramKey, shape: tuple[int, ...]) -> jax.stages.Lowered:
+    """A program's gradients for tokens [B, T+1]. In float32 products are exact to that, not to TensorFloat-32."""
     program = make_program(key)
-    with jax.set_mesh(program.mesh):
-        params = jax.device_put(params, jax.tree.map(lambda a: a.sharding, program.abstract_state.params))
-        batch = program.place(tokens)
+    params = program.abstract_state.params
+    batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(program.mesh))
+    precision = jax.default_matmul_precision("highest") if key.precision == "float32" else contextlib.nullcontext()
+    with jax.set_mesh(program.mesh), precision:
         choice.prepare(lambda: jax.eval_shape(program.gradients, params, batch))
-        results = program.gradients(params, batch)
-        if jax.process_count() > 1:
-            results = multihost_utils.process_allgather(results, tiled=True)
-    loss, grads = jax.tree.map(lambda a: np.asarray(a, np.float64), results)
-    name = lambda path: f"the gradient to {keystr(path, simple=True, separator='.')}"
-    return {LOSS: loss, **{name(path): g for path, g in tree_leaves_with_path(grads)}}
+        return program.gradients.lower(params, batch)
+
+
+def _norms(found: dict[str, jax.Array], exact: dict[str, jax.Array]) -> dict[str, tuple[float, float]]:
+    """For each result |found - exact| and |exact|, Euclidean."""
+    norm = lambda a: jnp.sqrt(jnp.sum(jnp.square(a.astype(jnp.float32))))
+    both = jax.jit(lambda a, b: jax.tree.map(lambda a, b: (norm(a - b), norm(b)), a, b))(found, exact)
+    return {name: (float(error), float(size)) for name, (error, size) in both.items()}
 
 
 def _excess(found: float, explained: float) -> float:

@@ -84,13 +84,12 @@ class Program:
         """Put a [B, ...] host array, of which every process has the whole, where the step expects it."""
         return put(array, batch_sharding(self.mesh))
 
-    def prepare(self, shape: tuple[int, int], looked_at: bool = False) -> None:
-        """Check the kernels that a step on tokens [B, T+1] and a look at it would use, before they are traced."""
+    def prepare(self, shape: tuple[int, int]) -> None:
+        """Check the kernels that a step on tokens [B, T+1] would use, before it is traced for good."""
         tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
         rate = self.repeat(Rates(np.float32(0), np.float32(0)))
         with jax.set_mesh(self.mesh):
-            for program in (self.train_step, self.inspect) if looked_at else (self.train_step,):
-                choice.prepare(functools.partial(jax.eval_shape, program, self.abstract_state, tokens_BT, rate))
+            choice.prepare(lambda: jax.eval_shape(self.train_step, self.abstract_state, tokens_BT, rate))
 
     def repeat(self, numbers: Any) -> Any:
         """Put host numbers, of which every process has the same, on all devices: a step would copy them from one."""
@@ -189,8 +188,8 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
         in_shardings=(place, rows, None),
         out_shardings=scalar,
     )
-    whole = uncut(mesh, shapes.params)
-    return Program(mesh, graphdef, abstract, start, train_step, gradients, evaluate, inspect, whole)
+    functions = start, train_step, gradients, evaluate, inspect
+    return Program(mesh, graphdef, abstract, *functions, uncut(mesh, shapes.params))
 
 
 def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array | None, jax.Array | None]:
@@ -198,12 +197,6 @@ def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array |
     if separator is None:
         return None, None
     return document_ids(tokens_BT[:, :-1], separator), is_target(tokens_BT, separator)
-
-
-def _loss_and_gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax.Array) -> tuple:
-    """Mean loss over the targets of a batch, z-loss included, and its gradients to the parameters."""
-    (loss, _), grads = _gradients(graphdef, key, params, tokens_BT)
-    return loss, grads
 
 
 def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax.Array) -> tuple[tuple, nnx.State]:
@@ -229,6 +222,14 @@ def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax
     if accumulate == 1 and key.unroll >= key.model.depth:
         grads = _stacked(grads, jnp.dtype("float32") if key.reduction == "float32" else compute_dtype(key.precision))
     return losses, grads
+
+
+def _loss_and_gradients(
+    graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax.Array
+) -> tuple[jax.Array, nnx.State]:
+    """What is minimised, the z-loss in it, and its gradients."""
+    (loss, _), grads = _gradients(graphdef, key, params, tokens_BT)
+    return loss, grads
 
 
 def _train_step(

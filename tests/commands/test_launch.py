@@ -86,6 +86,14 @@ def test_wrong_usage_is_one_clear_line_and_status_1(arguments, says):
     assert not (ROOT / "x").exists()
 
 
+def test_a_process_says_no_more_than_that_line():
+    """JAX has looked for devices by then."""
+    done = launch("train", "matmul-free-tiny", "--out", "x", "--mesh.data", "8")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("launch.py train: ")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
@@ -100,14 +108,6 @@ def test_an_environment_that_cannot_be_meant_is_one_clear_line(name, value, says
     assert done.returncode == 1
     assert done.stderr.startswith(f"launch.py train: {says}")
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_process_says_no_more_than_that_line():
-    """JAX has looked for devices by then."""
-    done = launch("train", "matmul-free-tiny", "--out", "x", "--mesh.data", "8")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("launch.py train: ")
-    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_debug_shows_the_traceback():

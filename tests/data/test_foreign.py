@@ -98,9 +98,11 @@ def test_megatron_files_keep_their_documents(tokenizer: Tokenizer, tmp_path: Pat
     documents = [one if with_end else one[:-1] for one in tokens_of(tokenizer)]
     write_megatron(tmp_path / "train.bin", [[one[:5], one[5:]] for one in documents])
     check(convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "set"), tokenizer)
-    (tmp_path / "train.bin").write_bytes((tmp_path / "train.bin").read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"train\.bin is cut off"):
-        convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "other")
+    whole = (tmp_path / "train.bin").read_bytes()
+    for data, state in ((whole[:-10], "cut off"), (whole + whole, "not of its index")):
+        (tmp_path / "train.bin").write_bytes(data)
+        with pytest.raises(ValueError, match=rf"train\.bin is {state}"):
+            convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "other")
 
 
 def test_wrong_types_and_tokenizers_are_noticed(tokenizer: Tokenizer, tmp_path: Path) -> None:

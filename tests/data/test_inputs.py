@@ -293,6 +293,17 @@ def test_array_records_hold_text_or_json(tmp_path: Path) -> None:
         writer.write(record)
     writer.close()
     assert read(file) == ["plain text", "from json", "naïve"]
+    whole = file.read_bytes()
+    place = whole.index(b"plain text")
+    for broken, why in (
+        (b"", "is cut off"),
+        (whole[:-100], "is cut off"),
+        (whole[: place + 5], "is cut off"),
+        (whole[:place] + b"other text" + whole[place + 10 :], "is damaged at record 0"),
+    ):
+        file.write_bytes(broken)
+        with pytest.raises(InputError, match=rf"a\.array_record {why}"):
+            read(file)
 
 
 def test_hugging_face_datasets_are_streamed_by_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
