@@ -85,7 +85,7 @@ def _train(
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         data = config.data
-        program.prepare((data.batch, data.sequence + 1))
+        program.prepare((data.batch, data.sequence + 1), looked_at=config.diagnose_every > 0)
         if checked and progress.step == 0:
             self_check(key, data.batch, data.sequence, token_set.vocab_size)
         rows = _batches(config, program, token_set, progress.data)

@@ -84,12 +84,13 @@ class Program:
         """Put a [B, ...] host array, of which every process has the whole, where the step expects it."""
         return put(array, batch_sharding(self.mesh))
 
-    def prepare(self, shape: tuple[int, int]) -> None:
-        """Check the kernels that a step on tokens [B, T+1] would use, before it is traced for good."""
+    def prepare(self, shape: tuple[int, int], looked_at: bool = False) -> None:
+        """Check the kernels that a step on tokens [B, T+1] and a look at it would use, before they are traced."""
         tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
         rate = self.repeat(Rates(np.float32(0), np.float32(0)))
         with jax.set_mesh(self.mesh):
-            choice.prepare(lambda: jax.eval_shape(self.train_step, self.abstract_state, tokens_BT, rate))
+            for program in (self.train_step, self.inspect) if looked_at else (self.train_step,):
+                choice.prepare(functools.partial(jax.eval_shape, program, self.abstract_state, tokens_BT, rate))
 
     def repeat(self, numbers: Any) -> Any:
         """Put host numbers, of which every process has the same, on all devices: a step would copy them from one."""

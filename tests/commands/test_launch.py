@@ -143,6 +143,10 @@ def test_an_error_that_nobody_foresaw_says_its_type_and_where_its_traceback_is(m
     assert trace.read_text().startswith("Traceback")
     with pytest.raises(KeyError):
         main(["study", "--debug"])
+    trace.unlink()
+    monkeypatch.setattr("scaling.__main__.main", lambda _: {}["optimizer"])
+    assert main(["fit", "x"]) == 1
+    assert capsys.readouterr().err.startswith("launch.py fit: KeyError: 'optimizer' (traceback: ")
 
 
 def test_errors_that_are_written_for_users_are_one_sentence(monkeypatch, capsys, tmp_path):

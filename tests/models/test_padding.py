@@ -76,6 +76,18 @@ def test_padding_is_never_predicted(name):
     np.testing.assert_allclose(nats, direct, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["matmul-free", "tied-dense"])
+def test_padding_shows_neither_in_the_largest_logit_nor_in_the_z_loss(name):
+    built, ids = model(CONFIGS[name]), tokens(CONFIGS[name], time=8)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def seen(graph, params):
+        one = nnx.merge(graph, params)
+        return one.activations(ids)["largest_logit"], one.losses(ids, ids, z_loss=1e-3)[1]
+
+    np.testing.assert_allclose(seen(*nnx.split(padded(built))), seen(*nnx.split(built)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["transformer++", "matmul-free", "tied-dense"])
 def test_padding_is_not_exported(name, tmp_path):
     pytest.importorskip("safetensors", reason="needs the extra huggingface")
