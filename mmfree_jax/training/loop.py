@@ -83,11 +83,11 @@ def _train(
     per_token = flops.train_flops_per_token(config.model, config.data.sequence).products
 
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
-        state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         data = config.data
         program.prepare((data.batch, data.sequence + 1), looked_at=config.diagnose_every > 0)
-        if checked and progress.step == 0:
+        if checked and not checkpoints.steps and config.branch is None:  # while there is no state on the devices yet
             self_check(key, data.batch, data.sequence, token_set.vocab_size)
+        state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         rows = _batches(config, program, token_set, progress.data)
         agreed = distributed.AgreedStop(program.mesh)
         trace = Profile(folder / "profile", profiled)
