@@ -83,11 +83,12 @@ def _train(
     per_token = flops.train_flops_per_token(config.model, config.data.sequence).products
 
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
-        state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         data = config.data
+        # Both checks come before the state is made: they need the device's memory, too.
         program.prepare((data.batch, data.sequence + 1), looked_at=config.diagnose_every > 0)
-        if checked and progress.step == 0:
+        if checked and not checkpoints.steps and config.branch is None:
             self_check(key, data.batch, data.sequence, token_set.vocab_size)
+        state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         rows = _batches(config, program, token_set, progress.data)
         agreed = distributed.AgreedStop(program.mesh)
         trace = Profile(folder / "profile", profiled)
@@ -191,8 +192,8 @@ def _with_weights(state: TrainState, config: RunConfig, program: Program) -> Tra
 def _check_corpus(meta: dict[str, Any], token_set: TokenSet, where: Path) -> None:
     require(
         meta["corpus"] == token_set.fingerprint,
-        f"{where} was trained on corpus {meta['corpus']}, but this one is {token_set.fingerprint}: "
-        "the packages it is made of have changed; start again in a new folder",
+        f"{where} was trained on corpus {meta['corpus']}, but this one is {token_set.fingerprint}: give that one (the "
+        "embedded corpus changes with the packages that it is made of), or start again in a new folder",
     )
 
 
