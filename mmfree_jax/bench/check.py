@@ -1,5 +1,6 @@
-"""`launch.py bench --suite check`: every kernel at hundreds of shapes on this device, each against float64; and whole
-ternary layers at widths that no kernel takes, against XLA on the CPU.
+"""`launch.py bench --suite check`: every kernel at hundreds of shapes on this device, each against float64; whole
+ternary layers, also at widths that no kernel takes, against XLA on the CPU; and the gradients of whole small models of
+all families against XLA in float32.
 
 Processes share the device, since most of a check is compilation: lowering a kernel keeps one core busy.
 """
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.config import ConfigError
+from mmfree_jax.config import FAMILIES, ConfigError, DataConfig, ModelConfig, RunConfig
 from mmfree_jax.ops.bit_glu import bit_glu
 from mmfree_jax.ops.bit_linear import Weights, bit_linear
 from mmfree_jax.ops.fast import checks
@@ -28,6 +29,8 @@ from mmfree_jax.ops.fast.choice import kernels_allowed, kernels_assumed
 from mmfree_jax.ops.kernels import normed_codes
 from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.ternary_weights import Recipe
+from mmfree_jax.training import self_check
+from mmfree_jax.training.step import program_key
 
 LIMIT_S = 500.0  # of a shard; what is left is for the next call
 PROCESSES = 12  # at most, on one device
@@ -124,6 +127,14 @@ def _draw_layer(rng: np.random.Generator, attempt: int) -> Use:
     return Use("layer", (rows, min(width, 2304), min(out, 2304)), options)
 
 
+def _draw_model(rng: np.random.Generator, attempt: int) -> Use:
+    family = list(FAMILIES)[attempt % len(FAMILIES)]
+    width = _multiple(rng, 128, 1024) if rng.integers(2) else 4 * int(rng.integers(4, 200))
+    sizes = int(rng.integers(1, 9)), int(rng.choice([31, 77, 128, 256, 1000])), width, 16 * int(rng.integers(2, 129))
+    bits = int(rng.choice([0, 8])) if FAMILIES[family][1] == "ternary" else 0
+    return Use("model", sizes, (family, _dtype(rng), bits, bool(rng.integers(2))))
+
+
 DRAWS: dict[str, Callable[[np.random.Generator, int], Use]] = {
     "normed_codes": _draw_normed_codes,
     "row_codes": _draw_row_codes,
@@ -131,6 +142,7 @@ DRAWS: dict[str, Callable[[np.random.Generator, int], Use]] = {
     "transposed_codes": _draw_transposed_codes,
     "recurrence": _draw_recurrence,
     "layer": _draw_layer,
+    "model": _draw_model,
 }
 
 
@@ -149,7 +161,7 @@ def checked(use: Use) -> Checked:
     """Check one use. An exception is a row too: nothing that a kernel does ends the suite."""
     began = time.perf_counter()
     try:
-        outcome = _layer(use) if use.kernel == "layer" else checks.check(use)
+        outcome = {"layer": _layer, "model": _model}.get(use.kernel, checks.check)(use)
     except Exception as error:  # the row says so, and the suite fails
         return Checked(str(use), False, None, f"{type(error).__name__}: {error}"[:300], time.perf_counter() - began)
     deviation = max(outcome.deviations.values(), key=lambda value: np.nan_to_num(value, nan=np.inf))
@@ -188,6 +200,30 @@ def _layer(use: Use) -> checks.Outcome:
         expected = jax.jit(functools.partial(gradients, kind=jnp.float32))(*jax.device_put((x, weights, dy), host))
     error = lambda a, b: float(np.linalg.norm(np.float32(a) - np.float32(b)) / np.linalg.norm(np.float32(b)))
     return checks.Outcome({name: error(found[name], b) / LAYER_TOLERANCES[dtype] for name, b in expected.items()})
+
+
+def _model(use: Use) -> checks.Outcome:
+    """The comparison of `training.self_check` for a model of two layers: each gradient's error over what rounding
+    explains.
+
+    sizes: rows, time, width, GLU width. options: family, type, bits of gradients, whether documents are apart.
+    """
+    (rows, time, width, glu_width), (family, dtype, bits, apart) = use.sizes, use.options
+    mixer, linear = FAMILIES[family]
+    model = ModelConfig(
+        vocab=512,
+        width=width,
+        depth=2,
+        glu_width=glu_width,
+        mixer=mixer,
+        linear=linear,
+        heads=max(n for n in (1, 2, 4) if width % (2 * n) == 0) if mixer == "attention" else 1,
+        gradient_bits=bits,
+    )
+    data = DataConfig(vocab=512, sequence=time, batch=rows, separate_documents=apart)
+    run = RunConfig("check", model, data, precision=dtype)
+    deviations = self_check.compare(program_key(run, 0), rows, 1, time, 512)
+    return checks.Outcome({name: found / explained for name, (found, explained) in deviations.items()})
 
 
 def wanted(shard: str, seed: int, shapes: int, only: str) -> list[Use]:

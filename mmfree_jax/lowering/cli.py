@@ -12,6 +12,7 @@ from rich.table import Table
 from mmfree_jax import flops
 from mmfree_jax.cli import parse
 from mmfree_jax.config import MeshConfig, RunConfig, require, suggestion
+from mmfree_jax.devices import DEVICES
 from mmfree_jax.lowering.verdict import Verdict, judge
 from mmfree_jax.presets import PRESETS, run_preset
 
@@ -111,6 +112,8 @@ def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
         "(mmfree_jax/devices.py) times the shares measured on an H200, nothing overlapping.",
         style="dim",
     )
+    if DEVICES[verdict.device].kernels and run.kernels == "auto":
+        console.print("kernels: unverified. On that machine `train` checks each of them before it serves.", style="dim")
     for line in _proposals(run, verdict):
         console.print(line)
     sign = "<=" if verdict.fits else ">"

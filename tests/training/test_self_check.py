@@ -83,6 +83,14 @@ def test_the_outcome_is_kept_beside_compiled_programs(token_set, tmp_path, monke
         check(dataclasses.replace(run, data=dataclasses.replace(run.data, sequence=16)))
 
 
+def test_a_run_tells_which_kernels_served_and_which_were_refused(token_set, tmp_path, monkeypatch):
+    served, refused = ["int8_matmul 256x128x128 False"], ["row_codes 4x128 bfloat16 False: codes deviates by 85 times"]
+    monkeypatch.setattr(loop.choice, "record", lambda: {"served": served, "refused": refused})
+    row = loop.train(run_of("transformer++", token_set, steps=6), tmp_path, token_set)
+    assert (row["kernels"], row["kernels_refused"]) == (served[0], refused[0])
+    assert f"kernel refused, XLA serves: {refused[0]}" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
 def test_a_run_that_fails_trains_nothing(token_set, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "self_check", CHECK)
     monkeypatch.setattr(step, "_accumulated", scaled(1.5))
