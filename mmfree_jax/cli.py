@@ -22,7 +22,7 @@ from mmfree_jax.sweep.executor import Executor
 from mmfree_jax.sweep.local import this_machine
 from mmfree_jax.sweep.render import Cloud, render
 from mmfree_jax.sweep.slurm import Slurm, SlurmExecutor
-from mmfree_jax.training.folder import begun, check_held_out_text, held_out_corpus, known_corpora, with_padding
+from mmfree_jax.training.folder import check_held_out_text, held_out_corpus, known_corpora, saved_run, with_padding
 
 T = TypeVar("T")
 SIGNS = re.compile(r"[╭╮╰╯│─┌┐└┘]")
@@ -64,7 +64,7 @@ class Processes:
     """Several processes as one run."""
 
     coordinator: str = ""
-    """HOST:PORT of process 0, where several processes train one run; found automatically under SLURM and on Cloud TPU."""
+    """HOST:PORT of process 0 if several processes are one run; found automatically under SLURM and on Cloud TPU."""
     processes: int = 0
     """Number of processes."""
     process: int = -1
@@ -107,7 +107,7 @@ class EvaluateArguments:
     model: tyro.conf.Positional[Path]
     """Folder of the model."""
     corpus: str = ""
-    """Corpus or folder of a token set (default: the run's own)."""
+    """Corpus or folder of a token set (default: that of the run; needed for other models)."""
     sequence: int = 0
     """Tokens in a window (default: the run's own, else 2048)."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -288,7 +288,7 @@ def _with_init(run: RunConfig, preset: str, out: Path) -> RunConfig:
     """
     from mmfree_jax.weights import model_config
 
-    held, init = begun(out), run.init and str(Path(run.init).resolve())
+    held, init = saved_run(out), run.init and str(Path(run.init).resolve())
     if held is not None and held.init and init in ("", held.init):
         return _of_weights(dataclasses.replace(run, init=held.init), preset, held.model)
     return _of_weights(run, preset, model_config(Path(run.init))) if run.init else run
@@ -363,11 +363,13 @@ def evaluate(arguments: list[str]) -> int:
     from mmfree_jax.devices import check_platform, check_settings
     from mmfree_jax.sharding import left_idle, make_mesh
     from mmfree_jax.training.step import make_program, program_key
-    from mmfree_jax.weights import load_params, run_config
+    from mmfree_jax.weights import is_run, load_params, run_config
 
     check_settings()
     check_platform()
     run, mesh = run_config(chosen.model), chosen.mesh
+    known = bool(chosen.corpus) or is_run(chosen.model)
+    require(known, f"{chosen.model} was not trained here: give the corpus to evaluate on with --corpus")
     make_mesh(mesh)
     if idle := left_idle(mesh):
         print(idle, file=sys.stderr)

@@ -76,8 +76,8 @@ def _fitting(run: RunConfig, report: Report, device: Device) -> Proposal | None:
 def _micro_batches(run: RunConfig, report: Report, device: Device) -> Proposal | None:
     """The fewest micro-batches with which the same batch fits, with the run's own policy or else one that keeps less.
 
-    The result is the same, and unlike remat nothing is recomputed; but weights are gathered, and gradients reduced, once
-    a micro-batch. None for a run that fits.
+    The result is the same, and unlike with remat nothing is recomputed. But weights are gathered, and gradients
+    reduced, once a micro-batch. None for a run that fits.
     """
     if _fitting(run, report, device) is not None:
         return None

@@ -22,7 +22,15 @@ from mmfree_jax.ops.fast import choice
 from mmfree_jax.sharding import batch_sharding, left_idle
 from mmfree_jax.training.checkpoint import Checkpoints, restore
 from mmfree_jax.training.diagnostics import Diagnostics
-from mmfree_jax.training.folder import changes, check_data, claim, differences, going_on, note_corpus, settled
+from mmfree_jax.training.folder import (
+    changes,
+    check_data,
+    claim,
+    differences,
+    note_corpus,
+    with_corpus,
+    with_saved_choices,
+)
 from mmfree_jax.training.identity import code_version, identity
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
 from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
@@ -70,7 +78,7 @@ def resolved(config: RunConfig, folder: Path, token_set: TokenSet) -> RunConfig:
 
     Raises ConfigError where the model's vocabulary is not that of the corpus.
     """
-    config = going_on(settled(config, token_set), folder)
+    config = with_saved_choices(with_corpus(config, token_set), folder)
     return dataclasses.replace(config, precision=concrete(config.precision))
 
 

@@ -6,8 +6,8 @@ run's mesh), a row at a time. Kernels, compilers, meshes and orders of summation
 deviation rounding explains is measured too: XLA in the step's own precision is compared with the reference in the same
 way. A larger deviation stops the run.
 
-This costs two or three compilations of a two-layer step (seconds on a CPU, about twenty on a GPU at 1.3B), and only the
-first time: the outcome is kept beside the compiled programs.
+This costs two or three compilations of a two-layer step (docs/kernels.md has measurements), and only the first time:
+the outcome is kept beside the compiled programs.
 """
 
 import contextlib

@@ -85,7 +85,7 @@ class Program:
         return put(array, batch_sharding(self.mesh))
 
     def prepare(self, shape: tuple[int, int], looked_at: bool = False) -> None:
-        """Check the kernels that a step on tokens [B, T+1] uses, and `inspect` if `looked_at`, before they are traced."""
+        """Check the kernels of a step on tokens [B, T+1], and of `inspect` if `looked_at`, before they are traced."""
         tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
         rate = self.repeat(Rates(np.float32(0), np.float32(0)))
         with jax.set_mesh(self.mesh):
@@ -287,8 +287,9 @@ def _inspect(
 ) -> dict[str, Any]:
     """Describe the step on this batch without taking it.
 
-    Returns `grad_norm`, `update_norm` and `param_norm` (before the step) of every parameter by name, those of the blocks
-    layer by layer [L]; `activation_rms` and `largest_logit` of the first micro-batch (`LanguageModel.activations`).
+    Returns `grad_norm`, `update_norm` and `param_norm` (before the step) of every parameter by name, those of the
+    blocks layer by layer [L]; `activation_rms` and `largest_logit` of the first micro-batch
+    (`LanguageModel.activations`).
     It is a separate program, so the training step stays the same; it computes the gradient again, and a forward pass.
     """
     _, grads = _gradients(graphdef, key, state.params, tokens_BT)
