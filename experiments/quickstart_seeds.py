@@ -11,7 +11,6 @@ sweeps have to run in one environment.
 """
 
 import csv
-import dataclasses
 import math
 import statistics
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from experiments.quickstart import BUDGETS, FAMILIES, WIDTHS, base_run, rate
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
+from mmfree_jax.sweep.grids import repeats
 
 SEEDS = (0, 1, 2)
 COLUMNS = ("family", "width", "D", "cpu", "cpu_mean", "cpu_sd", "gpu", "difference", "in_sd")
@@ -26,14 +26,8 @@ COLUMNS = ("family", "width", "D", "cpu", "cpu_mean", "cpu_sd", "gpu", "differen
 
 def study() -> Study:
     """The quickstart once for each seed."""
-    runs = []
-    for seed in SEEDS:
-        for width in WIDTHS:
-            for family in FAMILIES:
-                base = base_run(family, width, rate(family, width))
-                data = dataclasses.replace(base.data, seed=seed)
-                repeat = dataclasses.replace(base, name=f"{base.name}-seed{seed}", seed=seed, data=data)
-                runs += trunk_and_decays(repeat, BUDGETS)
+    bases = [base_run(family, width, rate(family, width)) for width in WIDTHS for family in FAMILIES]
+    runs = [run for base in bases for repeat in repeats(base, SEEDS) for run in trunk_and_decays(repeat, BUDGETS)]
     return Study(name="quickstart-seeds", title="Repeats of the quickstart", runs=tuple(runs), baseline=FAMILIES[0])
 
 

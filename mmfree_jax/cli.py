@@ -22,7 +22,7 @@ from mmfree_jax.sweep.executor import Executor
 from mmfree_jax.sweep.local import this_machine
 from mmfree_jax.sweep.render import Cloud, render
 from mmfree_jax.sweep.slurm import Slurm, SlurmExecutor
-from mmfree_jax.training.folder import begun, check_held_out_text, held_out_corpus, known_corpora, with_padding
+from mmfree_jax.training.folder import check_held_out_text, held_out_corpus, known_corpora, saved_run, with_padding
 
 T = TypeVar("T")
 SIGNS = re.compile(r"[╭╮╰╯│─┌┐└┘]")
@@ -46,7 +46,7 @@ class SweepArguments:
     limit_hours: float = 0.0
     """Hours that a run may take before it is saved and called failed (0: any number)."""
     again: bool = False
-    """Run those again that diverged."""
+    """Also run again what diverged."""
     dry_run: bool = False
     """Print what would be run, and stop."""
     status: bool = False
@@ -64,18 +64,19 @@ class Processes:
     """Several processes as one run."""
 
     coordinator: str = ""
-    """HOST:PORT of process 0, where several processes are one run; found by itself under SLURM and on Cloud TPU."""
+    """HOST:PORT of process 0 if several processes are one run; found automatically under SLURM and on Cloud TPU."""
     processes: int = 0
-    """How many processes are one run."""
+    """Number of processes."""
     process: int = -1
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     patience: float = 300.0
-    """Seconds to wait for the other processes to come."""
+    """Seconds to wait for the other processes to start."""
 
     def join(self) -> bool:
-        """Become one of them, where several are meant, before anything asks JAX for devices. Returns whether they are.
+        """Join the group of processes that flags or the environment ask for; returns whether there is one.
 
-        Raises ConfigError, and MissingProcess where others do not come.
+        Call it before anything asks JAX for devices. Raises ConfigError for flags that do not go together, and
+        MissingProcess where other processes do not start.
         """
         from mmfree_jax import distributed
 
@@ -95,7 +96,7 @@ class TrainArguments:
     profile: str = ""
     """FROM:TO writes a profiler's trace of these steps to OUT/profile (TensorBoard, Perfetto)."""
     no_self_check: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Do not compare the first step with the float32 reference on a two-layer copy of the model before training."""
+    """Skip the check before training, which compares a step of a two-layer copy with a float32 reference."""
     group: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Processes)
 
 
@@ -106,11 +107,11 @@ class EvaluateArguments:
     model: tyro.conf.Positional[Path]
     """Folder of the model."""
     corpus: str = ""
-    """Corpus or folder of a token set (default: the run's own)."""
+    """Corpus or folder of a token set (default: that of the run; needed for other models)."""
     sequence: int = 0
     """Tokens in a window (default: the run's own, else 2048)."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    """The devices to evaluate on; any, whatever the model was trained on."""
+    """The devices to evaluate on. They need not be those of training."""
     group: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Processes)
 
 
@@ -163,9 +164,11 @@ def _flags(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 def nearest_flags(unknown: str, known: Sequence[str]) -> list[str]:
-    """What may have been meant: a flag that is written much alike, whose last word has the initials of the unknown
-    one's (learning-rate is lr) or is a part of it (batch-size is data.batch); those that are equally near, at most
-    three."""
+    """The known flags that an unknown one may stand for: the nearest, at most three that are equally near.
+
+    Near is a similar spelling, or a last word made of the unknown flag's initials (learning-rate: optim.lr) or of one
+    of its parts (batch-size: data.batch).
+    """
     group, _, word = unknown.removeprefix("--").replace("_", "-").split("=")[0].rpartition(".")
     initials = "".join(part[:1] for part in word.split("-"))
 
@@ -242,7 +245,7 @@ def _sweep(verb: str, arguments: list[str]) -> int:
 
 
 def _check_idle(chosen: SweepArguments) -> None:
-    """Refuse options of machines that are not asked for: a sweep meant for a cluster would begin on this one."""
+    """Refuse options of an executor that is not asked for: a sweep meant for a cluster would begin on this machine."""
     watched = chosen.status or chosen.collect  # of a sweep that ran wherever it ran
     require(
         chosen.slurm == Slurm() or chosen.executor == "slurm" or watched,
@@ -279,13 +282,13 @@ def train(arguments: list[str]) -> int:
 
 
 def _with_init(run: RunConfig, preset: str, out: Path) -> RunConfig:
-    """The run with the architecture of the weights that it starts from, if it does.
+    """The run with the architecture of the weights that it starts from, if there are any.
 
-    One that has made a checkpoint knows them, and needs them no more.
+    A run that has made a checkpoint has its architecture in its folder: the weights need not exist any more.
     """
     from mmfree_jax.weights import model_config
 
-    held, init = begun(out), run.init and str(Path(run.init).resolve())
+    held, init = saved_run(out), run.init and str(Path(run.init).resolve())
     if held is not None and held.init and init in ("", held.init):
         return _of_weights(dataclasses.replace(run, init=held.init), preset, held.model)
     return _of_weights(run, preset, model_config(Path(run.init))) if run.init else run
@@ -299,7 +302,7 @@ def _of_weights(run: RunConfig, preset: str, found: ModelConfig) -> RunConfig:
     """
     from mmfree_jax.presets import run_preset
 
-    usual, own = run_preset(preset).model, ("gradient_bits", "tokenizer_vocab")  # those are no matter of the weights
+    usual, own = run_preset(preset).model, ("gradient_bits", "tokenizer_vocab")  # these two do not shape the weights
     require(
         found.family == usual.family,
         f"init={run.init} holds a model of family {found.family}, and {preset} is of {usual.family}: take a preset of "
@@ -330,7 +333,7 @@ def _train(config: RunConfig, out: Path, profiled: range, checked: bool) -> int:
     check_platform()
     console = Console(quiet=jax.process_index() > 0)
     say = teller(console)
-    make_mesh(config.mesh)  # devices that do not exist are missed before a corpus is prepared for them
+    make_mesh(config.mesh)  # refuses missing devices before a corpus is prepared
     if idle := left_idle(config.mesh):
         say(idle)
     token_set = resolve_data(config.data, say, known_corpora(out))
@@ -360,11 +363,13 @@ def evaluate(arguments: list[str]) -> int:
     from mmfree_jax.devices import check_platform, check_settings
     from mmfree_jax.sharding import left_idle, make_mesh
     from mmfree_jax.training.step import make_program, program_key
-    from mmfree_jax.weights import load_params, run_config
+    from mmfree_jax.weights import is_run, load_params, run_config
 
     check_settings()
     check_platform()
     run, mesh = run_config(chosen.model), chosen.mesh
+    known = bool(chosen.corpus) or is_run(chosen.model)
+    require(known, f"{chosen.model} was not trained here: give the corpus to evaluate on with --corpus")
     make_mesh(mesh)
     if idle := left_idle(mesh):
         print(idle, file=sys.stderr)

@@ -22,17 +22,15 @@ from flax import nnx
 from mmfree_jax.config import ConfigError, ModelConfig, require
 from mmfree_jax.files import read_json
 from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.sharding import path_name
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BUFFERS = ("rotary_emb.inv_freq",)  # not parameters: old Llama checkpoints hold them
-STORED = ("F32", "BF16", "F16", "F64")  # types of tensors, as safetensors calls them, whose numbers are the weights
+STORED = ("F32", "BF16", "F16", "F64")  # safetensors' names of the types that can be read
 HEAD = "lm_head.weight"
-VOCABULARY = (
-    "embedding",
-    "head.kernel",
-)  # parameters with a row a token, once they are turned as checkpoints have them
+VOCABULARY = ("embedding", "head.kernel")  # parameters that have a row for each token in a checkpoint
 
 # What the official code computes whatever its config says, or only with these values.
 HGRN_FIXED = {"num_heads": 1, "expand_ratio": 1, "use_short_conv": False, "hidden_act": "swish"}
@@ -145,7 +143,7 @@ def save_huggingface(
 
 def tensors(model: LanguageModel, dtype: str = "float32") -> Iterator[tuple[str, np.ndarray]]:
     """The model's parameters under their names, and in the layout, of the checkpoint format."""
-    arrays = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(nnx.state(model))}
+    arrays = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(nnx.state(model))}
     for name, slot in slots(model.config).items():
         array = np.asarray(arrays[slot.path][slot.at])
         array = array.swapaxes(-1, -2) if slot.matrix else array
@@ -360,14 +358,9 @@ def _llama_layer(config: ModelConfig) -> Iterable[tuple[str, Slot]]:
     yield "post_attention_layernorm.weight", Slot("glu_norm.gain", (), (D,))
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    """`blocks.mixer.out.kernel` for a path into a model's state."""
-    return ".".join(str(step.key) for step in path if isinstance(step, jax.tree_util.DictKey))
-
-
 def _fill(table: dict[str, Slot], stored: dict[str, Stored], shapes: Any) -> Any:
     """Our parameters in a tree like `shapes`, read tensor by tensor."""
-    named = {_name(path): a for path, a in jax.tree.leaves_with_path(shapes)}
+    named = {path_name(path): a for path, a in jax.tree.leaves_with_path(shapes)}
     arrays = {name: np.full(a.shape, np.nan, a.dtype) for name, a in named.items()}  # a gap would show
     for file in sorted({stored[name].file for name in table}):
         with _open(file) as opened:
@@ -375,7 +368,7 @@ def _fill(table: dict[str, Slot], stored: dict[str, Stored], shapes: Any) -> Any
                 _put(arrays[table[name].path], table[name], opened.get_tensor(name))
     if HEAD in stored and HEAD not in table:
         _check_tied(arrays["embedding"], stored[HEAD])
-    return jax.tree.map_with_path(lambda path, _: arrays[_name(path)], shapes)
+    return jax.tree.map_with_path(lambda path, _: arrays[path_name(path)], shapes)
 
 
 def _put(array: np.ndarray, slot: Slot, tensor: np.ndarray) -> None:

@@ -18,8 +18,8 @@ from mmfree_jax.training.folder import corpus_facts
 from mmfree_jax.training.optim import make_optimizer
 from mmfree_jax.training.step import TrainState
 
-ORIGIN = "origin.json"  # of an imported folder: what its source told of the text that it was trained on
-MODEL = "model.json"  # what an imported folder has in place of a run's config.json
+ORIGIN = "origin.json"  # in an imported folder: what its source says about the text that it was trained on
+MODEL = "model.json"  # in an imported folder, instead of a run's config.json
 
 
 def model_config(path: Path) -> ModelConfig:
@@ -28,15 +28,15 @@ def model_config(path: Path) -> ModelConfig:
         return from_json(ModelConfig, (path / MODEL).read_text(encoding="utf-8"), str(path / MODEL))
     if not (path / "config.json").exists():
         raise ConfigError(f"{path} is not a model: it has neither {MODEL} nor config.json")
-    if _is_run(path):
+    if is_run(path):
         return run_config(path).model
     return read_config(path)
 
 
 def run_config(path: Path) -> RunConfig:
-    """The run that made a model, on one device; for a model that no run here made, a bare one with its architecture."""
-    if _is_run(path):
-        here = {"mesh": {}, "gather": "int8", "reduction": "compute"}  # the last two are of a mesh
+    """The config of the run that made a model, on one device; for other models a default one with their architecture."""
+    if is_run(path):
+        here = {"mesh": {}, "gather": "int8", "reduction": "compute"}  # the last two need a mesh
         return from_json(RunConfig, json.dumps(read_json(path / "config.json") | here), str(path / "config.json"))
     model = model_config(path)
     return RunConfig("model", model, DataConfig(vocab=max(257, model.vocab), sequence=2048))
@@ -57,14 +57,15 @@ def load_model(path: Path, dtype: str = "float32") -> LanguageModel:
 
 
 def load_params(path: Path, abstract: Any) -> nnx.State:
-    """The parameters of a model, placed as `abstract` says: a tree of ShapeDtypeStructs with shardings, of any mesh.
+    """Read the parameters of a model onto the devices of any mesh.
 
-    Nothing but parameters is read: of a run or an imported folder, by every process the shards that its devices hold.
-    A Hugging Face folder passes whole through the memory of each process's host, not of its devices.
+    abstract: a tree of ShapeDtypeStructs with shardings, which says where each goes. Only parameters are read; of a run
+    or an imported folder each process reads the shards that its devices hold. A Hugging Face folder passes whole
+    through the host memory of each process, but not through its devices' memory.
     Raises ConfigError (not a model, another architecture), CheckpointError, InteropError.
     """
     config = model_config(path)
-    if _is_run(path):
+    if is_run(path):
         opt = jax.eval_shape(make_optimizer(run_config(path).optim, config).init, abstract)
         step: Any = jax.ShapeDtypeStruct((), jnp.int32)
         return restore_params(path / "checkpoints", TrainState(step, abstract, opt))
@@ -74,11 +75,11 @@ def load_params(path: Path, abstract: Any) -> nnx.State:
 
 
 def origin(path: Path) -> Origin:
-    """What is known of the text that a model on disk was trained on: that of the run here, else what came with it.
+    """What is known of the text that a model on disk was trained on, from its run here or from its source.
 
-    Documents of a corpus here are parted by one token, which stands before each and ends it.
+    Documents of a corpus here are separated by one token, which is both their first and their last.
     """
-    if _is_run(path):
+    if is_run(path):
         end = corpus_facts(path).get("end_of_document")
         return Origin(bos=end, eos=end, positions=run_config(path).data.sequence)
     if (path / MODEL).exists():
@@ -87,8 +88,10 @@ def origin(path: Path) -> Origin:
 
 
 def save_model(model: LanguageModel, path: Path, known: Origin = UNKNOWN) -> None:
-    """Write parameters, architecture and what is known of the text into a new folder. Raises ConfigError if it holds
-    something already."""
+    """Write parameters, architecture and what is known of the text into a new folder.
+
+    Raises ConfigError if the folder is not empty.
+    """
     if path.exists() and any(path.iterdir()):
         raise ConfigError(f"{path} exists and is not an empty folder: choose another")
     with Checkpoints(path / "checkpoints") as checkpoints:
@@ -97,9 +100,10 @@ def save_model(model: LanguageModel, path: Path, known: Origin = UNKNOWN) -> Non
     write_atomically(path / MODEL, to_json(model.config) + "\n")  # last: a folder without it is not a model
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run here, and not an imported or a Hugging Face folder."""
     return (path / "config.json").exists() and "model_type" not in read_json(path / "config.json")
 
 
 def _is_huggingface(path: Path) -> bool:
-    return not (path / MODEL).exists() and not _is_run(path)
+    return not (path / MODEL).exists() and not is_run(path)

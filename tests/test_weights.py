@@ -127,7 +127,7 @@ def test_a_run_is_evaluated_from_anywhere_on_its_own_corpus_or_not_at_all(token_
     texts = {"train": sentences(9, 2), "valid": sentences(9, 3)}
     card = {"name": "other", "description": "made up", "sources": []}
     write_token_set(tmp_path / "here" / "c", texts, byte_tokenizer(), card)
-    with pytest.raises(ConfigError, match=r"was trained on \w{16}: say with --corpus what to evaluate on"):
+    with pytest.raises(ConfigError, match=r"was trained on \w{16}: give the corpus to evaluate on with --corpus"):
         cli.evaluate([str(tmp_path / "run")])
     assert not evaluated("--corpus", str(tmp_path / "here" / "c"))
     other = train_bpe(texts["train"], 257)

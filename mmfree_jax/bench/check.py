@@ -32,7 +32,7 @@ from mmfree_jax.ops.ternary_weights import Recipe
 from mmfree_jax.training import self_check
 from mmfree_jax.training.step import program_key
 
-LIMIT_S = 500.0  # of a shard; what is left is for the next call
+LIMIT_S = 500.0  # of one command; what is left is for the next one
 PROCESSES = 12  # at most, on one device
 MOST_VALUES = 2**26  # of one activation
 ROW_COUNTS = (1, 2, 3, 77, 127, 128, 129, 154, 255, 264, 265, 300, 528, 529, 1000, 4096, 8191, 16384, 39989)
@@ -58,13 +58,13 @@ def uses(count: int, seed: int) -> list[Use]:
 
 
 def _rows(rng: np.random.Generator, width: int) -> int:
-    """Special counts half of the time, otherwise any up to 40,000, as far as memory goes."""
+    """One of ROW_COUNTS half of the time, otherwise any count up to 40,000; fewer where memory limits it."""
     count = int(rng.choice(ROW_COUNTS)) if rng.uniform() < 0.5 else int(np.exp(rng.uniform(0, math.log(40_000))))
     return max(1, min(count, MOST_VALUES // width))
 
 
 def _width(rng: np.random.Generator, attempt: int) -> int:
-    """A width of this residue, small ones as likely as large ones."""
+    """A width whose residue modulo 256 is that of `attempt`; its logarithm is uniform."""
     residue = attempt % 256
     return residue + 256 * int(np.exp(rng.uniform(0, math.log(33))) - 1) if residue >= 16 else residue + 256
 
@@ -88,7 +88,7 @@ def _draw_normed_codes(rng: np.random.Generator, attempt: int) -> Use:
 
 
 def _fits(use: Use) -> bool:
-    """Whether the kernel takes a use of `normed_codes`; the layer leaves others to XLA."""
+    """Whether the kernel supports this use of `normed_codes`; a layer leaves other uses to XLA."""
     (_, width), (kind, gains, products, dtype, _, beside, _) = use.sizes, use.options
     sources = 1 if kind == "norm" else 2
     return normed_codes.supports(
@@ -158,7 +158,7 @@ class Checked:
 
 
 def checked(use: Use) -> Checked:
-    """Check one use. An exception is a row too: nothing that a kernel does ends the suite."""
+    """Check one use and return its row. An exception becomes a row that did not pass, so that the suite goes on."""
     began = time.perf_counter()
     try:
         outcome = {"layer": _layer, "model": _model}.get(use.kernel, checks.check)(use)
@@ -227,8 +227,10 @@ def _model(use: Use) -> checks.Outcome:
 
 
 def wanted(shard: str, seed: int, shapes: int, only: str) -> list[Use]:
-    """The uses of one shard, "i/n", whose names contain one of the words of `only` ("a|b"). Raises ConfigError for a
-    shard that is none, and where no use is left."""
+    """The uses of one shard, "i/n", whose names contain one of the words of `only` ("a|b").
+
+    Raises ConfigError for a shard of another form, and where no use is left.
+    """
     index, _, shards = shard.partition("/")
     if not (index.isdigit() and shards.isdigit() and int(index) < int(shards)):
         raise ConfigError(f"shard={shard!r}: want i/n with i from 0 to n - 1, as 0/4")
@@ -240,14 +242,14 @@ def wanted(shard: str, seed: int, shapes: int, only: str) -> list[Use]:
 
 
 def measure(wanted: list[Use], done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A row for each use: first those that are `done` already, then checks until LIMIT_S is over."""
+    """Yield a row for each use: first those already in `done`, then new checks until LIMIT_S is over."""
     known = {row["use"]: row for row in done}
     yield from (known[str(use)] for use in wanted if str(use) in known)
     yield from map(dataclasses.asdict, _beside(_limited([use for use in wanted if str(use) not in known])))
 
 
 def by_kernel(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each kernel: how many shapes, how many wrong, and the largest deviation of the others, in tolerances."""
+    """A row for each kernel: number of shapes, how many are wrong, and the largest deviation of the others."""
     found = []
     for kernel in DRAWS:
         of = [row for row in rows if row["use"].split()[0] == kernel]
@@ -259,7 +261,7 @@ def by_kernel(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _limited(uses: list[Use]) -> Iterator[Use]:
-    """The uses in order until the shard's time is over."""
+    """Yield uses in order until LIMIT_S is over."""
     until = time.monotonic() + LIMIT_S
     for use in uses:
         if time.monotonic() > until:
@@ -268,9 +270,7 @@ def _limited(uses: list[Use]) -> Iterator[Use]:
 
 
 def _beside(uses: Iterator[Use]) -> Iterator[Checked]:
-    """Checks by several processes, each handed its next use when it has done one."""
-    # Before JAX starts in them: the first process would take three quarters of the device's memory.
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    """Check uses in several processes; each gets its next use when it has finished one."""
     workers = max(1, min(PROCESSES, (os.cpu_count() or 1) - 1))
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         running: set[concurrent.futures.Future[Checked]] = set()

@@ -20,6 +20,7 @@ from mmfree_jax.cli import parse
 from mmfree_jax.config import ConfigError
 from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.files import read_json, write_json
+from mmfree_jax.training.identity import code_version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,8 @@ class BenchArguments:
     suite: Literal["all", "start", "kernels", "step", "memory", "check"] = "all"
     """start: what a process waits for before its first step, cold and from the cache; kernels: the operations, variants
     side by side; step: training steps of presets; memory: what steps with every remat policy ask for, compiled but not
-    run; check (never part of all): every kernel against float64 at many shapes, exit status 2 where one is wrong, 75
-    where time was over first (run the same command again, with --json)."""
+    run; check (never part of all): every kernel against float64 at many shapes. Its exit status is 2 if a kernel is
+    wrong, and 75 if time ran out first (with --json, the same command continues)."""
     json: Path | None = None
     """File for all figures."""
     only: str = ""
@@ -39,11 +40,11 @@ class BenchArguments:
     small: tyro.conf.FlagCreatePairsOff[bool] = False
     """Tiny shapes; a CPU always takes these."""
     shard: str = "0/1"
-    """Which part of the checks, as 0/4: a shard ends within nine minutes."""
+    """Which part of the checks to run, as 0/4 for the first of four. Each part ends within nine minutes."""
     seed: int = 0
-    """Of the checks' shapes."""
+    """Seed of the checks' shapes."""
     shapes: int = 256
-    """How many shapes of each kernel are checked in all shards together."""
+    """Shapes of each kernel that all parts together check."""
 
 
 Rows = Callable[[BenchArguments, dict[str, float]], Iterator[dict[str, Any]]]
@@ -52,6 +53,9 @@ Rows = Callable[[BenchArguments, dict[str, float]], Iterator[dict[str, Any]]]
 def main(arguments: list[str]) -> int:
     """Run the suites asked for and print a table of each. Raises ValueError where a variant computes something else."""
     chosen = parse(BenchArguments, arguments, "launch.py bench")
+    if chosen.suite == "check":
+        # Checks run in several processes, which share the device's memory: none may take most of it when JAX starts.
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     check_platform()
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
@@ -72,12 +76,16 @@ def _about(arguments: list[str], device: str) -> dict[str, Any]:
     }
 
 
+def _done(path: Path | None, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checks in a file that the same command wrote, on the same device, with the same code. Others do not count."""
+    found = read_json(path) if path and path.exists() else {}
+    return found["check"] if found == {**about, "check": found.get("check")} else []
+
+
 def _check(chosen: BenchArguments, console: Console, arguments: list[str]) -> int:
-    # The checks run in processes of their own: this one must leave the device's memory to them.
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    about, rows = _about(arguments, jax.devices()[0].device_kind), []
+    about, rows = {**_about(arguments, jax.devices()[0].device_kind), "code": code_version()}, []
     wanted = check.wanted(chosen.shard, chosen.seed, chosen.shapes, chosen.only)
-    done = read_json(chosen.json)["check"] if chosen.json and chosen.json.exists() else []
+    done = _done(chosen.json, about)
     for row in check.measure(wanted, done):
         rows.append(row)
         if chosen.json:
@@ -85,11 +93,10 @@ def _check(chosen: BenchArguments, console: Console, arguments: list[str]) -> in
     console.print(_table("check", check.by_kernel(rows)))
     wrong = [row for row in rows if not row["passed"]]
     for row in wrong:
-        console.print(f"{row['use']}: {row['worst']}", markup=False)
+        console.print(f"{row['use']}: {row['worst']}")
     left = len(wanted) - len(rows)
-    console.print(
-        f"{len(rows)} checks, {len(wrong)} wrong" + (f", {left} left: run the same command again" * (left > 0))
-    )
+    rest = f", {left} left: run the same command again" if left else ""
+    console.print(f"{len(rows)} checks, {len(wrong)} wrong{rest}")
     return 2 if wrong else 75 if left else 0
 
 

@@ -194,10 +194,11 @@ def cases(small: bool) -> Iterator[Case]:
 
 
 def worst_difference(found: Any, wanted: Any) -> float:
-    """The largest difference of any result, relative to the largest value of that result."""
+    """The largest difference of any result, relative to the largest value of that result; NaN if any result has one."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
     wide = lambda a: np.asarray(a, np.float32)
-    return max(float(np.abs(wide(a) - wide(b)).max() / max(np.abs(wide(b)).max(), 1e-30)) for a, b in pairs)
+    # Not Python's `max`, which drops NaN.
+    return float(np.max([np.abs(wide(a) - wide(b)).max() / max(np.abs(wide(b)).max(), 1e-30) for a, b in pairs]))
 
 
 def measure(cases: Sequence[Case], limits: dict[str, float]) -> Iterator[dict[str, Any]]:

@@ -28,9 +28,9 @@ Progress = Callable[[str], None]
 
 
 class Known(NamedTuple):
-    """Where a run found a corpus before."""
+    """Where a run found one of its corpora."""
 
-    name: str  # as it was asked for
+    name: str  # as in the run's config
     path: str  # of the token set, absolute
     fingerprint: str
 
@@ -165,7 +165,11 @@ def resolve_corpus(
     return TokenSet.open(name)
 
 
-def _found(name: str, vocab_size: int, progress: Progress, known: Known | None) -> TokenSet:
+def _corpus_of_run(name: str, vocab_size: int, progress: Progress, known: Known | None) -> TokenSet:
+    """The corpus of a name, or the one that the run found under this name before.
+
+    The latter if the name is a path that does not exist here, or that of a named corpus whose content has changed.
+    """
     if known is None or Path(name).name != Path(known.name).name or (name not in NAMED and Path(name).exists()):
         return resolve_corpus(name, vocab_size, progress=progress)
     try:
@@ -177,11 +181,11 @@ def _found(name: str, vocab_size: int, progress: Progress, known: Known | None) 
     try:
         return resolve_corpus(name, vocab_size, progress=progress)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; the run read it from {known.path}, where it is no more") from None
+        raise FileNotFoundError(f"{error}; the run read it from {known.path}, which is gone") from None
 
 
 def located(data: DataConfig, token_set: TokenSet) -> DataConfig:
-    """The same data, with what they are (`contents`) and paths that lead to them from any working directory.
+    """The config with the fingerprints of its corpora (`contents`), and with absolute paths to them.
 
     Raises ConfigError for a token set that is not of as many corpora.
     """
@@ -197,10 +201,10 @@ def located(data: DataConfig, token_set: TokenSet) -> DataConfig:
 def resolve_data(data: DataConfig, progress: Progress = _quiet, known: tuple[Known, ...] = ()) -> TokenSet:
     """What a run reads: its corpus, or the mixture of it with others. Raises as `resolve_corpus` and `Mixture` do.
 
-    known: where a run that goes on found its corpora. A name that leads to another corpus by now, and a path that leads
-    nowhere from here, are looked for there.
+    known: where a resumed run found its corpora before. They are used for a path that does not exist here, and for a
+    named corpus that has changed since.
     """
     names = (data.corpus, *data.mixture)
     places = known if len(known) == len(names) else (None,) * len(names)
-    sets = [_found(name, data.vocab, progress, place) for name, place in zip(names, places, strict=True)]
+    sets = [_corpus_of_run(name, data.vocab, progress, place) for name, place in zip(names, places, strict=True)]
     return Mixture(sets, data.weights or [1.0] * len(sets)) if data.mixture else sets[0]

@@ -3,7 +3,7 @@
 Input is cut into units that do not depend on how many processes read them. Every error names the file and the place.
 Text and JSON lines are never held whole: a long text file becomes documents of PART_BYTES, cut at blank lines, else at
 ends of lines, else between words; a JSON line above LONGEST_RECORD is a bad record. Text is UTF-8, or UTF-16 or UTF-32
-with a byte-order mark; a file of which more than MOST_REPLACED is neither is refused.
+with a byte-order mark; a file with a larger share of other characters than MOST_REPLACED is refused.
 """
 
 import itertools
@@ -32,7 +32,7 @@ UNIT_BYTES = 64_000_000  # of input in a unit: some ten seconds of work, a shard
 LARGE_TEXT = 1_000_000  # bytes of a text file that are one document; of a larger one nothing could be held out
 PART_BYTES = 65_536  # of a document cut out of a large text file
 LONGEST_RECORD = 64_000_000  # bytes of a JSON line: what one worker can hold several times over
-MOST_REPLACED = 1e-3  # share of the characters of a file, or of a document, that bytes which are not UTF-8 may be
+MOST_REPLACED = 1e-3  # largest share of a file's or document's characters that may not be UTF-8
 _TEXT, _JSON = (".txt", ".md", ".rst", ".text"), (".jsonl", ".ndjson")
 _BARE_JSON = ".json"  # JSON lines where it is compressed or named; in a folder most such files only describe the others
 _ENDINGS = (
@@ -67,7 +67,8 @@ class Reading:
 
 
 def _kind(path: Path, named: bool = True) -> str | None:
-    """What is in a file by its ending, None if it is not known; `named`: by the user, not found in a folder."""
+    """The kind of a file by its ending, None if it is unknown. `named`: the user named it, and it was not found in a
+    folder."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = len(suffixes) > 1 and suffixes[-1] in COMPRESSED
     last = suffixes[-2] if compressed else suffixes[-1] if suffixes else ""
@@ -96,7 +97,7 @@ def _units_of_file(path: Path, kind: str) -> list[Unit]:
 
 
 def _is_marked(path: Path) -> bool:
-    """Whether a file is of UTF-16 or UTF-32, which has no line ends to cut it at."""
+    """Whether a file starts with a mark of UTF-16 or UTF-32, where a single byte does not show a line's end."""
     with path.open("rb") as file:
         return marked(file.read(4)) is not None
 
@@ -106,7 +107,7 @@ def _units_of_dataset(name: str) -> list[Unit]:
 
 
 def _hidden(path: Path) -> bool:
-    """Whether a path inside a folder is none of its own files: macOS keeps a `._NAME` beside each NAME."""
+    """Whether a path inside a folder is hidden, as the `._NAME` that macOS keeps beside each NAME."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
@@ -211,7 +212,7 @@ def _text_of(record: Any, key: str) -> str | bytes:
 
 
 def _parsed(data: bytes) -> Any:
-    """JSON; what is not UTF-8 in it is kept until it is known whether it lies in the text."""
+    """Parse JSON. Bytes that are not UTF-8 become surrogates, for only those in the text matter."""
     return json.loads(data.decode("utf-8-sig", "surrogateescape"))
 
 
@@ -230,8 +231,8 @@ def _is_spoilt(replaced: int, characters: int) -> bool:
 class Documents:
     """An iterator over the texts of a unit.
 
-    `bad` lists the records left out, as `FILE, line N: why`; `replaced` counts the characters of all others that are
-    not what the file holds, because that is not UTF-8.
+    `bad` lists the records left out, as `FILE, line N: why`. `replaced` counts the characters of the other records that
+    stand for bytes which are not UTF-8.
     """
 
     def __init__(self, unit: Unit, reading: Reading):
@@ -263,11 +264,11 @@ class Documents:
 
     def _refuse(self, where: str, error: Exception) -> None:
         if not self.reading.skip_bad:
-            raise InputError(f"{where}: {error} (such records can be skipped on request)")
+            raise InputError(f"{where}: {error} (--skip-bad leaves such records out)")
         self.bad.append(f"{where}: {error}")
 
     def _text(self) -> Iterator[tuple[str, str, str | bytes]]:
-        """As all methods for a kind: the file, the place in it for messages, and a text or what is to be its UTF-8."""
+        """Yield file, place in it (for messages), and text or UTF-8 bytes of each document; so do the other kinds."""
         sliced = self.unit.stop is not None
         for file in self.unit.files:
             stream = range_blocks(file, *_slice_range(self.unit, whole_lines=False)) if sliced else blocks(file)

@@ -64,12 +64,12 @@ def _decompressed(path: str, file: BinaryIO) -> Iterator[bytes]:
 
 
 def marked(head: bytes) -> str | None:
-    """utf-16 or utf-32 where the first bytes of a file are such a byte-order mark."""
+    """The encoding, utf-16 or utf-32, whose byte-order mark a file starts with; None without one."""
     return next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
 
 
 def _as_utf8(stream: Iterator[bytes]) -> Iterator[bytes]:
-    """The same; of a file that a mark says to be of UTF-16 or UTF-32, its text in UTF-8."""
+    """The same blocks; recoded as UTF-8 if they start with a byte-order mark of UTF-16 or UTF-32."""
     head = b""
     while len(head) < 4 and (block := next(stream, None)) is not None:
         head += block
@@ -85,7 +85,7 @@ def _as_utf8(stream: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def blocks(path: str) -> Iterator[bytes]:
-    """The decompressed content of a file in blocks, as UTF-8 where a mark says that it is UTF-16 or UTF-32.
+    """Yield the decompressed content of a file in blocks. UTF-16 and UTF-32 with a byte-order mark become UTF-8.
 
     Raises InputError when the file is cut off or damaged.
     """

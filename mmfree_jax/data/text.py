@@ -9,7 +9,7 @@ STOP_WORDS = frozenset(
     "have has but when all one use used no may their they its what so up out were more other do any your some "
     "than into only must should does these each between such then there where how we".split()
 )
-_NOT_TEXT = re.compile(r"[\ud800-\udfff]")  # what bytes that are not UTF-8 are read as, and halves of pairs in JSON
+_NOT_TEXT = re.compile(r"[\ud800-\udfff]")  # surrogates: bytes that are not UTF-8, and unpaired ones in JSON
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b\ufeff\ufffe\uffff]")
 _TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n{3,}")
@@ -23,9 +23,9 @@ def decode(data: bytes) -> str:
 
 
 def mended(data: bytes | str) -> tuple[str, int]:
-    """Text with U+FFFD for whatever no UTF-8 can stand for, and how many characters it does not hold as they were.
+    """Return the text, with U+FFFD for whatever is not UTF-8, and the number of characters that are wrong.
 
-    data: bytes, or text that was read with `surrogateescape`. NUL bytes count too: they stay, but no text file has any
+    data: bytes, or text that was read with `surrogateescape`. NUL bytes stay, but count as wrong: no text file has any,
     unless it is UTF-16 without a mark.
     """
     text = data.decode("utf-8-sig", "surrogateescape") if isinstance(data, bytes) else data

@@ -74,10 +74,10 @@ def _fitting(run: RunConfig, report: Report, device: Device) -> Proposal | None:
 
 
 def _micro_batches(run: RunConfig, report: Report, device: Device) -> Proposal | None:
-    """The fewest micro-batches in which the same batch fits, with the run's own policy or else one that keeps less.
+    """The fewest micro-batches with which the same batch fits, with the run's own policy or else one that keeps less.
 
-    It changes nothing that is computed, and unlike remat it makes nothing twice; but weights are gathered, and
-    gradients reduced, once a micro-batch. None for a run that fits.
+    The result is the same, and unlike with remat nothing is recomputed. But weights are gathered, and gradients
+    reduced, once a micro-batch. None for a run that fits.
     """
     if _fitting(run, report, device) is not None:
         return None

@@ -132,10 +132,8 @@ def _integer_units_serve(x: Quantised, w: Quantised, out: Any, axes: Names, turn
         return False
     from mmfree_jax.ops.kernels import int8_matmul, transposed_codes
 
-    rows, shape = (
-        local_rows(x.codes),
-        [size // ways(name, size) for name, size in zip(axes, w.codes.shape, strict=True)],
-    )
+    rows = local_rows(x.codes)
+    shape = [size // ways(name, size) for name, size in zip(axes, w.codes.shape, strict=True)]
     inner, columns = reversed(shape) if turned else shape
     whole_blocks = int8_matmul.supports(rows, inner, columns) and transposed_codes.supports(inner, columns)
     if x.codes.dtype != jnp.int8 or not whole_blocks:

@@ -1,10 +1,10 @@
 """How many workers share a GPU, and what each gets of it.
 
 A small model leaves a GPU idle nearly all the time: while its worker starts, while it compiles on the CPU, and between
-the few short kernels of a step. Workers side by side fill these gaps. A model that fills the device itself would only
-be slowed down, and its rows need the time, energy and memory that a shared device cannot tell.
+the few short kernels of a step. Several workers fill these gaps. A model that fills the device by itself would only be
+slowed down, and time, energy and memory of a single run cannot be measured on a shared device.
 
-The rule: as many as there are chains for, and at most
+The rule: at most one worker for each chain, and at most
 
 - `MOST`;
 - `WHOLE_STEP` divided by the FLOPs of the run's own step;
@@ -18,6 +18,9 @@ from collections.abc import Sequence
 
 from mmfree_jax import flops
 from mmfree_jax.config import RunConfig, require
+from mmfree_jax.devices import DEVICES
+from mmfree_jax.lowering.memory import memory as peak_memory
+from mmfree_jax.lowering.program import Report
 
 MOST = 12
 WHOLE_STEP = 1e12  # FLOP: a millisecond of an H200's matrix units, several of a smaller GPU's
@@ -29,7 +32,7 @@ HOST = 3e9  # bytes of the host's memory that a worker takes: jaxlib, CUDA, a co
 
 
 def workers(chain: Sequence[RunConfig], memory: float | None, cores: float, host: float) -> int:
-    """How many workers with a chain like this one may share a GPU of `memory` bytes; 1 where that is not known.
+    """How many workers with chains like this one may share a GPU of `memory` bytes; 1 if its memory is not known.
 
     `cores` and `host` (bytes) are what the machine has for each of its GPUs.
     """
@@ -43,18 +46,17 @@ def workers(chain: Sequence[RunConfig], memory: float | None, cores: float, host
 
 
 def step_bytes(run: RunConfig) -> float:
-    """The peak of a training step on one GPU without kernels of ours: weights, moments, activations, gradients."""
-    from mmfree_jax.devices import DEVICES
-    from mmfree_jax.lowering.memory import memory
-    from mmfree_jax.lowering.program import Report
-
+    """Bytes at the peak of a training step on one GPU without hand-written kernels: state, activations, gradients."""
     weights = 4.0 * flops.parameters(run.model).total
     report = Report(weights, 2 * weights, sharded=1.0, traffic=(), rematerialised=0)
-    return memory(run, report, DEVICES["a100"]).total
+    return peak_memory(run, report, DEVICES["a100"]).total
 
 
 def fraction(memory: float | None, sharers: int) -> float:
-    """XLA_PYTHON_CLIENT_MEM_FRACTION of each of several workers. Raises ConfigError where nothing is left for them."""
+    """The share of a GPU's memory for each of several workers (XLA_PYTHON_CLIENT_MEM_FRACTION).
+
+    Raises ConfigError where the contexts of so many processes leave nothing.
+    """
     contexts = sharers * CONTEXT / memory if memory else 0.1
     each = (USABLE - contexts) / sharers
     have = f"a GPU of {memory / 1e9:.0f} GB" if memory else "one GPU"
@@ -63,5 +65,5 @@ def fraction(memory: float | None, sharers: int) -> float:
 
 
 def host_memory() -> float:
-    """Bytes of this machine."""
+    """Bytes of main memory of this machine."""
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -23,8 +23,8 @@ class RunStatus:
     """Where one run stands. `loss` is the held-out loss of a finished run, else the latest training loss.
 
     `step` is the last one logged or saved, 0 before the first, also in a run that branches off another. `holder` is who
-    trains it now. `steady` is whether two rows of metrics in a row have a speed: the first may be that of a device
-    which warms up, and is no ground for saying when the run will end.
+    trains it now. `steady`: the last two rows of metrics have a speed. The first speed alone may be that of a device
+    that is warming up, and is not used to estimate when the run will end.
     """
 
     config: RunConfig
@@ -101,7 +101,10 @@ def has_failed(out: Path, name: str) -> bool:
 
 
 def can_begin(out: Path, run: RunConfig) -> bool:
-    """Whether what a run branches off is there, be it of a trunk that failed later; so it is for one with no trunk."""
+    """Whether the checkpoint that a run branches off exists; always true of a run without a trunk.
+
+    A trunk that failed later may have left it.
+    """
     if run.branch is None:
         return True
     return (out / "runs" / run.branch.run / "checkpoints" / str(run.branch.step)).is_dir()
@@ -115,8 +118,8 @@ def fail(folder: Path, message: str) -> None:
 def collect(out: Path, runs: Sequence[RunConfig]) -> Path:
     """Write runs.csv: one row for every finished run that was evaluated, in the order of the experiment.
 
-    Before the first of them it is a header alone. Rows that versions of this program wrote with other columns than the
-    first row's leave some empty, or add theirs.
+    Without a finished run it is a header alone. Rows of other versions of this program may have other columns: the
+    table has all of them, empty where a row has none.
     Raises ConfigError where there is no such folder.
     """
     require(out.is_dir(), f"{out}: no such sweep folder")

@@ -18,7 +18,7 @@ from mmfree_jax.sweep.heartbeat import file_clock
 from mmfree_jax.sweep.slurm import queued
 from mmfree_jax.sweep.status import collect, run_folder, status
 from mmfree_jax.sweep.view import View, describe
-from mmfree_jax.training.folder import changes, check_data, claim, going_on, known_corpora, settled
+from mmfree_jax.training.folder import changes, check_data, claim, known_corpora, with_corpus, with_saved_choices
 
 
 def sweep(study: Study, out: Path, console: Console, executor: Executor, again: bool = False) -> int:
@@ -53,23 +53,24 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
     Raises ConfigError before anything is run or written, naming every run that the experiment file has changed.
     """
     say = teller(console)
-    parts = [_parts(run.data) for run in study.runs]  # of one corpus, but perhaps of several mixtures with it
+    parts = [_parts(run.data) for run in study.runs]  # one corpus, but perhaps several mixtures with it
     known: dict[DataConfig, tuple[Known, ...]] = {}
     for run, one in zip(study.runs, parts, strict=True):
-        known[one] = known.get(one) or known_corpora(run_folder(out, run))  # of the first that has begun
+        known[one] = known.get(one) or known_corpora(run_folder(out, run))  # of the first run that has begun
     found = {one: resolve_data(one, say, known[one]) for one in dict.fromkeys(parts)}
-    for run, read in zip(study.runs, parts, strict=True):
-        check_data(run, found[read])
-    begun = [settled(run, found[read]) for run, read in zip(study.runs, parts, strict=True)]
-    changed = [f"{run.name} ({why})" for run in begun if (why := changes(run, run_folder(out, run)))]
+    runs = []
+    for run, one in zip(study.runs, parts, strict=True):
+        check_data(run, found[one])
+        runs.append(with_corpus(run, found[one]))
+    changed = [f"{run.name} ({why})" for run in runs if (why := changes(run, run_folder(out, run)))]
     require(
         not changed,
         f"{out} holds other runs of these names: {'; '.join(changed)}. Rename them in the experiment file, put them "
         "back as they were, or choose another folder",
     )
-    for run in begun:
+    for run in runs:
         folder = run_folder(out, run)
-        claim(going_on(run, folder), folder)
+        claim(with_saved_choices(run, folder), folder)
     write_json(out / "sweep.json", {"study": study.name, "runs": [run.name for run in study.runs]})
     paths = dict.fromkeys(one.path for token_set in found.values() for one in token_set.sets)
     for number, path in enumerate(paths, 1):
@@ -80,7 +81,7 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
 
 
 def _parts(data: DataConfig) -> DataConfig:
-    """What is read, however it is cut into batches."""
+    """The fields that say which corpora are read, without those that cut them into batches."""
     return DataConfig(data.corpus, data.vocab, mixture=data.mixture, weights=data.weights)
 
 

@@ -35,9 +35,8 @@ class View:
         self.statuses = self._read({})
         self.flops_total = sum(run_flops(run) for run, _ in self.runs)
         self.flops_before = self._flops_done()
-        self.progress: list[
-            tuple[float, float]
-        ] = []  # when it was seen to be further, and how far: the first two and the last
+        # When progress was seen, and how many FLOPs were done then: the first two observations and the last.
+        self.progress: list[tuple[float, float]] = []
         self.live: Live | None = None
 
     def __enter__(self) -> "View":
@@ -78,15 +77,15 @@ class View:
         return sum(run_flops(s.config) * _fraction(s) for s in self.statuses.values())
 
     def measure(self, now: float) -> None:
-        """Remember what is done by `now`, where that is more than before."""
+        """Note the time and the FLOPs done, if they have grown."""
         done = self._flops_done()
         if done > (self.progress[-1][1] if self.progress else self.flops_before):
             self.progress = [*self.progress[:2], (now, done)]
 
     def eta_seconds(self) -> float | None:
-        """Time until the last run ends, at the rate of the work since its first result was seen.
+        """Seconds until the last run ends, at the rate since the first observed progress.
 
-        None until two more have been: what came before the first is mostly compilation.
+        None before the third observation: the time before the first is mostly compilation.
         """
         if len(self.progress) < 3:
             return None

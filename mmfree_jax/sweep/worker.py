@@ -39,8 +39,8 @@ from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
 
-PATIENCE_SECONDS = 300.0  # for the other processes of this worker to come
-GRACE_SECONDS = 900.0  # for a run whose time is over to end a step, save or evaluate, before it is taken for stuck
+PATIENCE_SECONDS = 300.0  # for the other processes of this worker to start
+GRACE_SECONDS = 900.0  # grace period, for a last step, save or evaluation, before a run counts as hung
 
 
 class TrunkFailed(RuntimeError):

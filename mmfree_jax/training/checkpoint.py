@@ -29,8 +29,8 @@ for _name in ("absl", "orbax"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-# etils takes the whole path for a pattern: in a folder called `x[lr=3e-3]` Orbax finds nothing to put together at the
-# end of a save, and nobody can read the checkpoint. So the folder's own name is taken as it stands.
+# etils' `glob` takes the whole path for a pattern: in a folder called `x[lr=3e-3]` Orbax finds none of the parts that
+# it merges at the end of a save, and the checkpoint cannot be read. This `glob` escapes the folder's own name.
 _folder_type: Any = type(epath.Path("/"))
 _plain_glob = _folder_type.glob
 
@@ -106,7 +106,8 @@ def _load(
 ) -> tuple[Any, dict[str, Any]]:
     steps = sorted(checkpoint.step for checkpoint in orbax.checkpoints)
     if not steps or (step is not None and step not in steps):
-        raise CheckpointError(f"{folder} has no checkpoint of step {step or 'any'} (it has: {steps or 'none'})")
+        wanted = "" if step is None else f" of step {step}"
+        raise CheckpointError(f"{folder} has no checkpoint{wanted} (it has: {steps or 'none'})")
     chosen = steps[-1] if step is None else step
     try:
         found = orbax.load_checkpointables(chosen, abstract_checkpointables={"state": abstract_state, "meta": None})
@@ -123,6 +124,6 @@ def _reason(error: Exception, steps: list[int], chosen: int) -> str:
         return f"it holds other arrays than its run or model has now ({why})"
     if isinstance(cause, FileNotFoundError | json.JSONDecodeError) or DAMAGE.search(why):
         before = [str(earlier) for earlier in steps if earlier < chosen][-1:]
-        there = f"the one before it is of step {before[0]}" if before else "there is none before it"
+        there = f"the one before it is of step {before[0]}" if before else "there is no earlier one"
         return f"{why}; it is damaged, remove it: {there}"
     return f"{type(cause).__name__}: {why}"

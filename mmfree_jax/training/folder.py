@@ -13,12 +13,14 @@ from mmfree_jax.data.corpora import NAMED, Known, located, resolve_corpus, resol
 from mmfree_jax.files import read_json, write_atomically, write_json
 
 CORPUS = "corpus.json"  # what the run reads and where that was last
-MOST_PADDING = 1024  # tokens of padding that nobody has to ask for: vocabularies are padded to multiples of up to that
+MOST_PADDING = 1024  # rows beyond the tokenizer's that are padding without being asked for
 
 
 def check_data(config: RunConfig, token_set: TokenSet) -> None:
-    """Refuse a corpus that the run cannot be trained on, or evaluated where it will be. Raises ConfigError before
-    anything is compiled."""
+    """Check that the run can be trained on this corpus, and evaluated on it if it will be, before anything is compiled.
+
+    Raises ConfigError.
+    """
     check_vocabulary(config.model, token_set)
     for one in token_set.sets:
         _check_training_text(config.data, one)
@@ -27,8 +29,10 @@ def check_data(config: RunConfig, token_set: TokenSet) -> None:
 
 
 def check_vocabulary(model: ModelConfig, token_set: TokenSet) -> None:
-    """Raises ConfigError for a corpus with more tokens than the model's vocabulary, or with so many fewer that they are
-    hardly meant to be padded."""
+    """Check that the model's vocabulary is the corpus's, with at most MOST_PADDING rows of padding unless asked for.
+
+    Raises ConfigError.
+    """
     have = token_set.vocab_size
     require(
         model.vocab >= have,
@@ -42,22 +46,19 @@ def check_vocabulary(model: ModelConfig, token_set: TokenSet) -> None:
     require(
         model.tokenizer_vocab == have or model.vocab - have < MOST_PADDING,
         f"model.vocab={model.vocab}, but the corpus has {have} tokens: set model.vocab to that or to a multiple above "
-        f"it; or say model.tokenizer_vocab={have}, if so much padding is meant",
+        f"it; or set model.tokenizer_vocab={have}, if so much padding is meant",
     )
 
 
 def with_padding(model: ModelConfig, token_set: TokenSet) -> ModelConfig:
-    """The model, with what of its vocabulary is padding."""
+    """The model, told how much of its vocabulary is padding. Raises ConfigError as `check_vocabulary` does."""
     check_vocabulary(model, token_set)
-    return (
-        dataclasses.replace(model, tokenizer_vocab=token_set.vocab_size)
-        if model.vocab > token_set.vocab_size
-        else model
-    )
+    have = token_set.vocab_size
+    return dataclasses.replace(model, tokenizer_vocab=have) if model.vocab > have else model
 
 
 def check_held_out_text(token_set: TokenSet) -> None:
-    """Raises ConfigError for a corpus that nothing can be evaluated on; of a mixture the first part counts alone."""
+    """Check that a corpus, or the first of a mixture, has held-out text. Raises ConfigError."""
     have = len(token_set.split("valid")) if "valid" in token_set.splits else 0
     require(have > 1, f"{token_set.path} has no held-out text: build it with some, or train with evaluate=False")
 
@@ -75,42 +76,44 @@ def _check_training_text(data: DataConfig, token_set: TokenSet) -> None:
     )
 
 
-# Fields that change where and how a run is computed and what is looked at on the way, not what but for rounding.
+# Fields that change where and how a run is computed, and what is reported on the way, but no result except by rounding.
 HOW = (
     *("mesh", "remat", "kernels", "gather", "reduction", "unroll", "optim.accumulate"),
     *("eval_every", "diagnose_every"),
 )
 
 
-def settled(config: RunConfig, token_set: TokenSet) -> RunConfig:
-    """The run as it begins with this corpus: with what the corpus holds, and paths that lead there from anywhere."""
+def with_corpus(config: RunConfig, token_set: TokenSet) -> RunConfig:
+    """The run's config for this corpus: with the corpus's fingerprints and vocabulary, and absolute paths."""
     model, data = with_padding(config.model, token_set), located(config.data, token_set)
     init = str(Path(config.init).absolute()) if config.init else ""
     return dataclasses.replace(config, model=model, data=data, init=init)
 
 
-def going_on(config: RunConfig, folder: Path) -> RunConfig:
-    """The run with what it began with, in its folder or in that of its trunk: the precision that "auto" stood for, and
-    the weights that it needs no more where it has a checkpoint of its own."""
-    held = begun(folder)
+def with_saved_choices(config: RunConfig, folder: Path) -> RunConfig:
+    """The run's config with what was chosen when it began, from the checkpointed run in its folder or its trunk's.
+
+    These are the precision that "auto" stood for, and the weights that the run started from.
+    """
+    held = saved_run(folder)
     if held is not None and held.init and not config.init:
         config = dataclasses.replace(config, init=held.init)
-    trunk = begun(folder.parent / config.branch.run) if config.branch else None
+    trunk = saved_run(folder.parent / config.branch.run) if config.branch else None
     for one in (trunk, held):
         if one is not None and config.precision == "auto":
             config = dataclasses.replace(config, precision=one.precision)
     return config
 
 
-def begun(folder: Path) -> RunConfig | None:
-    """The run of a folder that has made a checkpoint; None where there is none."""
+def saved_run(folder: Path) -> RunConfig | None:
+    """The config of the run in a folder, if it has made a checkpoint; else None."""
     saved = folder / "checkpoints"
     has_any = saved.is_dir() and any(entry.name.isdigit() for entry in saved.iterdir())
     return read_run(folder / "config.json") if has_any and (folder / "config.json").exists() else None
 
 
 def note_corpus(config: RunConfig, token_set: TokenSet, folder: Path) -> None:
-    """Write down what the run reads and where: what is asked of it later must not need the same working directory."""
+    """Write corpus.json: what the run reads and where, so that later commands work from any working directory."""
     names = (config.data.corpus, *config.data.mixture)
     sets = [
         Known(name, os.path.abspath(one.path), one.fingerprint) for name, one in zip(names, token_set.sets, strict=True)
@@ -130,21 +133,21 @@ def known_corpora(folder: Path) -> tuple[Known, ...]:
 
 
 def held_out_corpus(folder: Path, data: DataConfig, asked: str) -> TokenSet:
-    """What the run of a folder is evaluated on: its own corpus, wherever that lies by now, or the one that is `asked`.
+    """The corpus to evaluate the run of a folder on: the one `asked` for, or the run's own, wherever it lies now.
 
-    Raises ConfigError where its own has changed, and for one of another tokenizer.
+    Raises ConfigError where the run's own has changed, and for a corpus of another tokenizer.
     """
     facts = corpus_facts(folder)
     if asked:
         found = resolve_corpus(asked, data.vocab)
     else:
-        found = resolve_data(
-            dataclasses.replace(data, mixture=(), weights=(), contents=()), known=known_corpora(folder)[:1]
-        )
+        own = dataclasses.replace(data, mixture=(), weights=(), contents=())
+        found = resolve_data(own, known=known_corpora(folder)[:1])
+        trained_on = data.contents[0] if data.contents else found.fingerprint
         require(
-            not data.contents or found.fingerprint == data.contents[0],
-            f"{found.path} holds {found.fingerprint[:16]}, but {folder} was trained on {(*data.contents, '')[0][:16]}: "
-            "say with --corpus what to evaluate on",
+            found.fingerprint == trained_on,
+            f"{found.path} holds {found.fingerprint[:16]}, but {folder} was trained on {trained_on[:16]}: give the "
+            "corpus to evaluate on with --corpus",
         )
     require(
         facts.get("vocab_hash", found.vocab_hash) == found.vocab_hash,
@@ -154,10 +157,10 @@ def held_out_corpus(folder: Path, data: DataConfig, asked: str) -> TokenSet:
 
 
 def claim(config: RunConfig, folder: Path) -> None:
-    """Write config.json into a new folder; check it in one that holds a run. Raises ConfigError if it is another.
+    """Write config.json into a new folder. In a folder that holds a run, check that it is this run, else ConfigError.
 
-    A run may go on where and how it is told now (`HOW`: another mesh, less memory), which then stands in its
-    config.json. A finished one keeps what it was computed with.
+    A resumed run may change where and how it is computed (`HOW`), and its config.json with it. That of a finished run
+    stays as it is.
     """
     if why := changes(config, folder):
         raise ConfigError(f"{folder} holds another run ({why}): choose another folder")
@@ -174,9 +177,9 @@ def read_run(path: Path) -> RunConfig:
 
 
 def changes(config: RunConfig, folder: Path) -> str:
-    """How `config` differs from the run that `folder` holds; empty if it is that run, but for `HOW`, or none.
+    """How `config` differs from the run in `folder`, in words; empty if there is none, or if only `HOW` differs.
 
-    What only one of the two says, because the other has not begun or was written before it was said, is no difference.
+    A field that only one of the two has filled in is no difference: the other has not begun, or is of an older version.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -188,8 +191,8 @@ def changes(config: RunConfig, folder: Path) -> str:
     if old.contents and new.contents and old.contents != new.contents:
         return f"its data are {_content(old)}, not {_content(new)}"
     free |= set() if old.contents and new.contents else {"data.contents"}
-    if old.contents == new.contents != () or (begun(folder) and not (folder / "result.json").exists()):
-        free |= {f"data.{name}" for name in PLACES}  # its checkpoints tell the content, too
+    if old.contents == new.contents != () or (saved_run(folder) and not (folder / "result.json").exists()):
+        free |= {f"data.{name}" for name in PLACES}  # its checkpoints hold the fingerprint, too
     return differences(held, config, free)
 
 
@@ -199,7 +202,7 @@ def _content(data: DataConfig) -> str:
 
 
 def _anywhere(config: RunConfig) -> RunConfig:
-    """The same with absolute paths."""
+    """The config with absolute paths."""
     data = config.data
     corpus, *mixture = (name if name in NAMED else os.path.abspath(name) for name in (data.corpus, *data.mixture))
     init = str(Path(config.init).absolute()) if config.init else ""
@@ -207,16 +210,17 @@ def _anywhere(config: RunConfig) -> RunConfig:
 
 
 def differences(held: Any, wanted: Any, free: Collection[str] = ()) -> str:
-    """The first few fields in which two configs of one kind differ, and how; but for those that are `free`."""
-    old, new = (dict(_leaves(json.loads(to_json(c)))) for c in (held, wanted))
+    """The first four fields in which two configs differ, and how. Fields in `free` may differ."""
+    old, new = (dict(leaves(json.loads(to_json(c)))) for c in (held, wanted))
     bound = [key for key in old.keys() | new.keys() if key not in free and key.partition(".")[0] not in free]
     changed = [key for key in bound if old.get(key) != new.get(key)]
     return ", ".join(f"{key} is {old.get(key)}, not {new.get(key)}" for key in sorted(changed)[:4])
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted name and value of each field of a config that was read as JSON."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -1,4 +1,4 @@
-"""What decides the numbers of a run, as columns of the runs table: rows that differ in these are not repeats."""
+"""Columns of the runs table that say how a run was trained. Rows that differ in one of them are not repeats."""
 
 import functools
 import importlib.metadata
@@ -11,10 +11,10 @@ from typing import Any
 
 from mmfree_jax.config import RunConfig, to_json
 from mmfree_jax.data import TokenSet
-from mmfree_jax.training.folder import HOW
+from mmfree_jax.training.folder import HOW, leaves
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
-# Fields of a config that columns of `result_row` or `identity` tell, and those that decide no number.
+# Fields of a config that have a column in `result_row` or `identity`, and fields that change no number.
 TOLD = frozenset(
     "name steps seed init precision model.mixer model.linear model.vocab model.tokenizer_vocab model.width model.depth "
     "model.glu_width model.heads model.kv_heads model.parametrisation model.activation_bits model.gradient_bits "
@@ -24,7 +24,7 @@ SILENT = frozenset("branch milestones evaluate log_every checkpoint_every keep_c
 
 
 def identity(config: RunConfig, token_set: TokenSet) -> dict[str, Any]:
-    """The columns. `settings` are all other fields that decide numbers and are not as usual, as NAME=VALUE."""
+    """Return the columns by name. `settings` lists every other field that changes numbers and is not at its default."""
     model, data = config.model, config.data
     ternary = model.linear == "ternary"
     return {
@@ -48,7 +48,7 @@ def identity(config: RunConfig, token_set: TokenSet) -> dict[str, Any]:
 
 
 def _mixture(config: RunConfig) -> str:
-    """Names of what is trained on; with their shares where these are more than one."""
+    """Names of the corpora trained on, with their shares if there are several."""
     names = [Path(name).name for name in (config.data.corpus, *config.data.mixture)]
     if len(names) == 1:
         return names[0]
@@ -57,20 +57,17 @@ def _mixture(config: RunConfig) -> str:
 
 
 def _unusual(config: RunConfig) -> Iterator[str]:
-    values, usual = (json.loads(to_json(one)) for one in (config, RunConfig("usual")))
-    for part, group in (("model.", "model"), ("optim.", "optim"), ("", "")):
-        found, plain = (one.get(group, one) for one in (values, usual))
-        for name, value in found.items():
-            key = part + name
-            told = key in TOLD | SILENT or {name, key} & set(HOW) or isinstance(plain[name], dict)
-            if not told and value != plain[name]:
-                yield f"{key}={value}"
+    """KEY=VALUE for each other field of run, model and optimizer that differs from its default."""
+    values, usual = (dict(leaves(json.loads(to_json(one)))) for one in (config, RunConfig("usual")))
+    for key, value in values.items():
+        told = key in TOLD | SILENT | set(HOW) or key.startswith(("data.", "mesh.", "branch."))
+        if not told and value != usual[key]:
+            yield f"{key}={value}"
 
 
 @functools.cache
 def code_version() -> str:
-    """The commit of the checkout that this package lies in, with `-dirty` where files differ from it; of an installed
-    package its version."""
+    """The commit of this package's checkout, with `-dirty` if files differ from it; its version if there is none."""
     root = Path(__file__).parents[2]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

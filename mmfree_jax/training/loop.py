@@ -22,7 +22,15 @@ from mmfree_jax.ops.fast import choice
 from mmfree_jax.sharding import batch_sharding, left_idle
 from mmfree_jax.training.checkpoint import Checkpoints, restore
 from mmfree_jax.training.diagnostics import Diagnostics
-from mmfree_jax.training.folder import changes, check_data, claim, differences, going_on, note_corpus, settled
+from mmfree_jax.training.folder import (
+    changes,
+    check_data,
+    claim,
+    differences,
+    note_corpus,
+    with_corpus,
+    with_saved_choices,
+)
 from mmfree_jax.training.identity import code_version, identity
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
 from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
@@ -70,7 +78,7 @@ def resolved(config: RunConfig, folder: Path, token_set: TokenSet) -> RunConfig:
 
     Raises ConfigError where the model's vocabulary is not that of the corpus.
     """
-    config = going_on(settled(config, token_set), folder)
+    config = with_saved_choices(with_corpus(config, token_set), folder)
     return dataclasses.replace(config, precision=concrete(config.precision))
 
 
@@ -83,8 +91,9 @@ def _train(
 
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         data = config.data
+        # Both checks come before the state is made: they need the device's memory, too.
         program.prepare((data.batch, data.sequence + 1), looked_at=config.diagnose_every > 0)
-        if checked and not checkpoints.steps and config.branch is None:  # while there is no state on the devices yet
+        if checked and not checkpoints.steps and config.branch is None:
             self_check(key, data.batch, data.sequence, token_set.vocab_size)
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         rows = _batches(config, program, token_set, progress.data)
@@ -218,8 +227,8 @@ def _with_weights(state: TrainState, config: RunConfig, program: Program) -> Tra
 def _check_corpus(meta: dict[str, Any], token_set: TokenSet, where: Path) -> None:
     require(
         meta["corpus"] == token_set.fingerprint,
-        f"{where} was trained on corpus {meta['corpus']}, but this one is {token_set.fingerprint}: "
-        "the packages it is made of have changed; start again in a new folder",
+        f"{where} was trained on corpus {meta['corpus']}, but this one is {token_set.fingerprint}: give that one (the "
+        "embedded corpus changes with the packages that it is made of), or start again in a new folder",
     )
 
 

@@ -1,12 +1,13 @@
-"""Before a run begins: does its step compute what the definitions say, on this device and mesh, at these shapes?
+"""A check before a run: does its step compute what the definitions say, on this device and mesh, at these shapes?
 
 A copy of the model with two layers and all other sizes unchanged takes a micro-batch (two where the step accumulates)
-by the step's own path, and by the reference: XLA in float32 on one device, a row at a time. What lies between the two,
-be it a kernel, a compiler, a mesh or an order of sums, may round differently. How much rounding explains is measured as
-well, by the same comparison of XLA in the step's own precision. A deviation beyond that stops the run.
+through the step's own program and through the reference: XLA in float32 on one device (with several processes on the
+run's mesh), a row at a time. Kernels, compilers, meshes and orders of summation may round differently. How much of the
+deviation rounding explains is measured too: XLA in the step's own precision is compared with the reference in the same
+way. A larger deviation stops the run.
 
-This costs two or three compilations of a two-layer step (seconds on a CPU, about twenty on a GPU at 1.3B) and the first
-time only: the outcome is kept beside the compiled programs.
+This costs two or three compilations of a two-layer step (docs/kernels.md has measurements), and only the first time:
+the outcome is kept beside the compiled programs.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from mmfree_jax.config import ConfigError, MeshConfig
 from mmfree_jax.devices import backend
-from mmfree_jax.files import write_json
+from mmfree_jax.files import sha256
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.sharding import batch_sharding
 from mmfree_jax.training.step import ProgramKey, concrete, make_program
@@ -34,15 +35,15 @@ from mmfree_jax.training.step import ProgramKey, concrete, make_program
 DEPTH = 2
 LOSS = "the loss"
 QUICKLY = {"cpu": {"xla_backend_optimization_level": 0}, "gpu": {"xla_gpu_autotune_level": 0}}  # compiler options
-FLOORS = {"float32": 0.02, "bfloat16": 0.1}  # relative errors of gradients that are always let pass: codes flip
-LOSS_FLOORS = {"float32": 1e-3, "bfloat16": 0.01}  # of the loss, relative
-MARGIN, MOST = 4.0, 0.5  # rounding explains at most so many times what it does without kernels, and no more than MOST
+FLOORS = {"float32": 0.02, "bfloat16": 0.1}  # relative errors of gradients that always pass, because codes flip
+LOSS_FLOORS = {"float32": 1e-3, "bfloat16": 0.01}  # relative errors of the loss that always pass
+MARGIN, MOST = 4.0, 0.5  # rounding explains MARGIN times the error of XLA in the step's precision, and MOST at most
 
 _passed: set[str] = set()
 
 
 class SelfCheckError(ConfigError):
-    """The step computes something else than the reference."""
+    """A training step does not compute what the reference computes."""
 
 
 def self_check(key: ProgramKey, batch: int, time: int, vocab: int) -> None:
@@ -62,23 +63,24 @@ def self_check(key: ProgramKey, batch: int, time: int, vocab: int) -> None:
         served = ", ".join(sorted({use.split()[0] for use in choice.record()["served"]})) or "none"
         raise SelfCheckError(
             f"self-check: {worst} deviates by {found:.3g} from the float32 reference, where rounding explains "
-            f"{explained:.2g} (kernels that serve: {served}). Nothing was trained. --kernels off may be right here; "
-            "--no-self-check trains all the same"
+            f"{explained:.2g} (kernels in use: {served}). Nothing was trained. Try --kernels off (in an experiment "
+            "kernels='off'); `train --no-self-check` trains without this check"
         )
     _passed.add(name)
-    if path := _path(name):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"deviations": deviations})
+    choice.keep(_path(name), {"deviations": deviations})
 
 
 def compare(key: ProgramKey, rows: int, parts: int, time: int, vocab: int) -> dict[str, tuple[float, float]]:
-    """For the loss and the gradient to each parameter of the two-layer copy: the relative error of the step's own path,
-    and how much rounding explains."""
+    """Compare the loss, and the gradient to each parameter of the two-layer copy, with the reference.
+
+    Returns for each the relative error of the step's own program, and how much of it rounding explains.
+    rows: of all `parts` micro-batches together.
+    """
     precision = concrete(key.precision)
     in_parts = lambda parts: dataclasses.replace(key.optim, accumulate=parts)
     small = dataclasses.replace(key.model, depth=DEPTH)
     own = dataclasses.replace(key, model=small, optim=in_parts(parts), unroll=min(key.unroll, DEPTH))
-    # A device of another process cannot be computed on alone.
+    # One process cannot compute on a device alone while the others wait, so the reference is on the whole mesh then.
     mesh = MeshConfig() if jax.process_count() == 1 else key.mesh
     slow = dataclasses.replace(own, mesh=mesh, kernels="off", remat="none", gather="int8")
     slow = dataclasses.replace(slow, optim=in_parts(rows // mesh.batch_shards))
@@ -103,9 +105,10 @@ def compare(key: ProgramKey, rows: int, parts: int, time: int, vocab: int) -> di
 
 
 def _results(keys: Sequence[ProgramKey], tokens: np.ndarray) -> list[dict[str, jax.Array]]:
-    """The loss of a two-layer model and its gradients by each program, all of the same weights.
+    """The loss of a two-layer model and its gradients by each program, all with the same weights.
 
-    The first is the step's. The others are compiled in less time, as they run once. All compile beside each other.
+    The first program is the step's; the others run once, so they are compiled with less optimisation. All are compiled
+    in parallel.
     """
     programs = [make_program(key) for key in keys]
     with jax.set_mesh(programs[0].mesh):
@@ -119,7 +122,7 @@ def _results(keys: Sequence[ProgramKey], tokens: np.ndarray) -> list[dict[str, j
         place = jax.tree.map(lambda a: a.sharding, program.abstract_state.params)
         with jax.set_mesh(program.mesh):
             loss, grads = run(jax.device_put(params, place), program.place(tokens))
-        # Where the second, the reference, has its results: a comparison is of arrays in one place.
+        # To where the second program, the reference, has its results: arrays are compared in one place.
         grads = jax.device_put(grads, jax.tree.map(lambda a: a.sharding, programs[1].abstract_state.params))
         loss = jax.device_put(loss, jax.sharding.NamedSharding(programs[1].mesh, jax.sharding.PartitionSpec()))
         name = lambda path: f"the gradient to {keystr(path, simple=True, separator='.')}"
@@ -128,7 +131,7 @@ def _results(keys: Sequence[ProgramKey], tokens: np.ndarray) -> list[dict[str, j
 
 
 def _lowered(key: ProgramKey, shape: tuple[int, ...]) -> jax.stages.Lowered:
-    """A program's gradients for tokens [B, T+1]. In float32 products are exact to that, not to TensorFloat-32."""
+    """Lower a program's gradients for tokens [B, T+1]. In float32 without TensorFloat-32, so products are exact."""
     program = make_program(key)
     params = program.abstract_state.params
     batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(program.mesh))
@@ -146,12 +149,12 @@ def _norms(found: dict[str, jax.Array], exact: dict[str, jax.Array]) -> dict[str
 
 
 def _excess(found: float, explained: float) -> float:
-    """How many times the explained error was found; infinite where it is no number."""
+    """The error over what rounding explains; infinite for NaN."""
     return np.inf if np.isnan(found) else found / explained
 
 
 def _all_processes(flag: bool) -> bool:
-    """Whether this is true in every process of the run: all have to take the same path."""
+    """Whether the flag is true in every process of the run. All must agree on whether to compare."""
     return bool(np.all(multihost_utils.process_allgather(np.array(flag)))) if jax.process_count() > 1 else flag
 
 
@@ -174,8 +177,6 @@ def _name(key: ProgramKey, rows: int, time: int) -> str:
 @functools.cache
 def _sources() -> str:
     """A digest of the code that computes a step."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for pattern in ("models/*.py", "ops/**/*.py", "training/*.py", "sharding.py"):
-        for file in sorted(root.glob(pattern)):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
+    root = Path(__file__).parents[1]
+    patterns = ("models/*.py", "ops/**/*.py", "training/*.py", "data/packing.py", "parametrisation.py", "sharding.py")
+    return sha256(file for pattern in patterns for file in sorted(root.glob(pattern)))

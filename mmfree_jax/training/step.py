@@ -81,11 +81,11 @@ class Program:
     uncut: tuple[str, ...] = ()  # parameters that the mesh does not divide, a sentence each
 
     def place(self, array: Any) -> jax.Array:
-        """Put a [B, ...] host array, of which every process has the whole, where the step expects it."""
+        """Put a [B, ...] host array, which every process holds whole, where the step expects it."""
         return put(array, batch_sharding(self.mesh))
 
     def prepare(self, shape: tuple[int, int], looked_at: bool = False) -> None:
-        """Check the kernels that a step on tokens [B, T+1] and a look at it would use, before they are traced."""
+        """Check the kernels of a step on tokens [B, T+1], and of `inspect` if `looked_at`, before they are traced."""
         tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
         rate = self.repeat(Rates(np.float32(0), np.float32(0)))
         with jax.set_mesh(self.mesh):
@@ -93,7 +93,7 @@ class Program:
                 choice.prepare(functools.partial(jax.eval_shape, program, self.abstract_state, tokens_BT, rate))
 
     def repeat(self, numbers: Any) -> Any:
-        """Put host numbers, of which every process has the same, on all devices: a step would copy them from one."""
+        """Put host numbers, the same in every process, on all devices. Otherwise each step would copy them from one."""
         return jax.tree.map(lambda number: repeat(number, NamedSharding(self.mesh, P())), numbers)
 
 
@@ -228,7 +228,7 @@ def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax
 def _loss_and_gradients(
     graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax.Array
 ) -> tuple[jax.Array, nnx.State]:
-    """What is minimised, the z-loss in it, and its gradients."""
+    """The minimised loss, z-loss included, and its gradients."""
     (loss, _), grads = _gradients(graphdef, key, params, tokens_BT)
     return loss, grads
 
@@ -241,8 +241,8 @@ def _train_step(
     tokens_BT: jax.Array,
     rates: Rates | jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after an optimizer step, and of the step the mean loss in nats, without the z-loss that it has had
-    besides, and the norm of its gradient before clipping."""
+    """Take one optimizer step. Returns the new state and metrics: `loss`, the mean cross-entropy in nats without the
+    z-loss; `z_loss`, where there is one; `grad_norm`, before clipping."""
     rate, decay = rates if isinstance(rates, Rates) else Rates(rates)  # a rate alone leaves weight decay as it is
     (loss, z), grads = _gradients(graphdef, key, state.params, tokens_BT)
     updates, opt = optimizer.update(grads, state.opt, state.params, decay=decay)
@@ -264,7 +264,7 @@ def _accumulated(loss_and_grad: Callable, params: nnx.State, tokens_BT: jax.Arra
 
 
 def _stacked(grads: nnx.State, dtype: Any) -> nnx.State:
-    """The same, with the gradients to the matrices of unrolled blocks stacked once, in the type they were computed in.
+    """The gradients, with those to the matrices of unrolled blocks stacked once, in the type they were computed in.
 
     They come one by one. XLA's GPU compiler would stack them in the optimizer, which then takes three passes over the
     state in place of one: 36 bytes a parameter in place of 30. Nor does it see that these make a stack: it would gather
@@ -285,11 +285,12 @@ def _stacked(grads: nnx.State, dtype: Any) -> nnx.State:
 def _inspect(
     graphdef: Any, optimizer: Any, key: ProgramKey, state: TrainState, tokens_BT: jax.Array, rates: Rates
 ) -> dict[str, Any]:
-    """What a step on this batch does: `grad_norm`, `update_norm` and `param_norm` (before it) of every parameter by its
-    name, those of the blocks layer by layer [L]; `activation_rms` and `largest_logit` of the first micro-batch
-    (`LanguageModel.activations`).
+    """Describe the step on this batch without taking it.
 
-    A program of its own, so that looking changes nothing: the gradient once more, and a forward pass.
+    Returns `grad_norm`, `update_norm` and `param_norm` (before the step) of every parameter by name, those of the
+    blocks layer by layer [L]; `activation_rms` and `largest_logit` of the first micro-batch
+    (`LanguageModel.activations`).
+    It is a separate program, so the training step stays the same; it computes the gradient again, and a forward pass.
     """
     _, grads = _gradients(graphdef, key, state.params, tokens_BT)
     updates, _ = optimizer.update(grads, state.opt, state.params, decay=rates.decay)

@@ -18,7 +18,7 @@ from mmfree_jax.data.tokenization import byte_tokenizer
 from mmfree_jax.files import read_json
 from mmfree_jax.sweep.status import collect
 from mmfree_jax.training import identity as identities
-from mmfree_jax.training.folder import HOW, changes, claim, going_on, known_corpora, read_run, settled
+from mmfree_jax.training.folder import HOW, changes, claim, known_corpora, read_run, with_corpus, with_saved_choices
 from mmfree_jax.training.identity import SILENT, identity
 from mmfree_jax.training.loop import result_row, train
 from mmfree_jax.training.metrics import Progress
@@ -48,7 +48,7 @@ def test_every_way_to_name_a_corpus_is_the_same_run(corpus, tmp_path, monkeypatc
         monkeypatch.chdir(tmp_path / where)
         again = run_on(place, steps=6)
         token_set = resolve_data(again.data, known=known_corpora(folder))
-        begun = going_on(settled(again, token_set), folder)
+        begun = with_saved_choices(with_corpus(again, token_set), folder)
         assert begun.fingerprint() == read_run(folder / "config.json").fingerprint()
         assert result["fingerprint"] == read_run(folder / "config.json").fingerprint()
         assert train(again, folder, token_set) == result
@@ -60,7 +60,7 @@ def test_a_moved_corpus_is_accepted_for_what_it_holds_and_another_in_its_place_i
     (folder / "result.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "6")
     shutil.move(corpus, tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"no corpus 'c'.*the run read it from .*/c, where it is no more"):
+    with pytest.raises(FileNotFoundError, match=r"no corpus 'c'.*the run read it from .*/c, which is gone"):
         resolve_data(run.data, known=known_corpora(folder))
     moved = run_on("moved", steps=6, checkpoint_every=3)
     assert train(moved, folder, resolve_data(moved.data, known=known_corpora(folder)))["loss"] == result["loss"]
@@ -102,8 +102,8 @@ def test_precision_is_settled_at_the_start_and_kept_where_the_run_goes_on(token_
     monkeypatch.setattr("mmfree_jax.training.loop.concrete", lambda p: "bfloat16" if p == "auto" else p)  # a GPU's
     assert train(run, tmp_path / "run", token_set)["precision"] == "float32"
     branch = dataclasses.replace(run, name="branch", branch=Branch("run", 2))
-    assert going_on(branch, tmp_path / "branch").precision == "float32"  # a trunk's is its branches'
-    assert going_on(run, tmp_path / "new").precision == "auto"
+    assert with_saved_choices(branch, tmp_path / "branch").precision == "float32"  # a trunk's is its branches'
+    assert with_saved_choices(run, tmp_path / "new").precision == "auto"
     other = dataclasses.replace(run, precision="bfloat16")
     with pytest.raises(ConfigError, match="precision is float32, not bfloat16"):
         train(other, tmp_path / "run", token_set)
@@ -240,7 +240,7 @@ def test_a_run_of_an_older_version_goes_on(token_set, tmp_path):
         train(run, folder, other)
     (folder / "config.json").write_text(kept)
     assert train(run, folder, token_set)["loss"] == result["loss"]
-    assert read_run(folder / "config.json") == dataclasses.replace(settled(run, token_set), precision="float32")
+    assert read_run(folder / "config.json") == dataclasses.replace(with_corpus(run, token_set), precision="float32")
     (folder / "config.json").write_text(kept)  # ended, it must be asked for as it was
     assert "data.corpus is" in changes(run, folder)
 

@@ -21,7 +21,7 @@ from mmfree_jax.errors import reported
 from mmfree_jax.files import read_json
 from mmfree_jax.training import loop
 from mmfree_jax.training.checkpoint import CheckpointError, Checkpoints
-from mmfree_jax.training.folder import read_run, settled
+from mmfree_jax.training.folder import read_run, with_corpus
 from mmfree_jax.training.interrupt import Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
@@ -283,7 +283,7 @@ def test_a_run_that_took_too_much_memory_goes_on_with_less(token_set, tmp_path, 
     again = train(less, tmp_path, token_set)
     assert again["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     assert train(config, tmp_path, token_set) == again
-    assert read_run(tmp_path / "config.json") == dataclasses.replace(settled(less, token_set), precision="float32")
+    assert read_run(tmp_path / "config.json") == dataclasses.replace(with_corpus(less, token_set), precision="float32")
 
 
 def test_a_changed_corpus_is_refused(token_set, tmp_path):

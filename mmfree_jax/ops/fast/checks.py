@@ -1,8 +1,9 @@
 """Checks of the GPU kernels against NumPy in float64, on the device that they are to serve on.
 
 A check runs one kernel, forward and backward, at the shapes and in the type of one use. The reference is computed for
-at most ROWS distinct rows. These are repeated over all rows of the use, so that every row that the kernel writes is
-compared; sums over rows are compared with weighted sums. ROWS is prime: repetitions do not line up with tiles.
+at most ROWS distinct rows. The kernel gets these rows repeated until the use's number of rows is reached, so every row
+that it writes is compared; sums over rows are compared with weighted sums. ROWS is prime, so that repetitions do not
+line up with tiles.
 """
 
 import functools
@@ -20,8 +21,8 @@ ROWS = 509
 EPS = 1e-6  # of the norms
 # See `_deviation`. On an H200 the largest deviations were 3.5e-3 and 5e-6 (exp and 1/x are approximate).
 TOLERANCES = {"bfloat16": 2.0**-6, "float32": 2.0**-14}
-MOST_OFF, MEAN_OFF = 1.5, 1 / 8  # of codes, in codes; values rounded to bfloat16 first are off by half a code
-LARGEST = 1 / 8  # of a column's largest magnitude, relative: the code that it is made of may be off by one
+MOST_OFF, MEAN_OFF = 1.5, 1 / 8  # largest and mean error of codes; rounding to bfloat16 first costs half a code
+LARGEST = 1 / 8  # relative error of a column's largest magnitude: its code may be off by one
 
 
 class Use(NamedTuple):
@@ -36,18 +37,21 @@ class Use(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a check found: for each result the largest deviation as a multiple of its tolerance."""
+    """What a check found."""
 
-    deviations: dict[str, float]
+    deviations: dict[str, float]  # of each result the largest, as a multiple of its tolerance
+    error: str = ""  # what went wrong, where the check could not be finished
 
     @property
     def passed(self) -> bool:
-        """Whether every result is within its tolerance. A deviation that is not a number is not."""
-        return all(deviation <= 1 for deviation in self.deviations.values())
+        """Whether every result is within its tolerance. NaN is not."""
+        return not self.error and all(deviation <= 1 for deviation in self.deviations.values())
 
     @property
     def worst(self) -> str:
-        """The result that deviates most, in words."""
+        """The error, or the result that deviates most, in words."""
+        if self.error:
+            return self.error
         name, deviation = max(self.deviations.items(), key=lambda item: np.nan_to_num(item[1], nan=np.inf))
         return f"{name} deviates by {deviation:.3g} times the tolerance"
 
@@ -55,8 +59,8 @@ class Outcome(NamedTuple):
 class Problem(NamedTuple):
     """A check's inputs and expected results.
 
-    run: from `arrays` to results by name, traced and compiled. expected: the same in float64. tolerance: of those
-    results that are no codes, by name. select: from a result to the part that is expected.
+    run: from `arrays` to results by name; it is compiled. expected: the results in float64. tolerance: of each result
+    that is not codes. select: from a result to the part of it that is expected.
     """
 
     run: Callable[..., dict[str, jax.Array]]
@@ -86,11 +90,12 @@ def _deviation(found: jax.Array, expected: jax.Array, tolerance: float | None) -
     """The largest of |found - expected| over its allowance: `tolerance` times the expected value's magnitude plus the
     root mean square of its row. Rows and columns of `found` repeat those expected.
 
-    Codes have no tolerance given: roundings that fall the other way move some by one, on average few.
+    `tolerance` is None for codes: a few may differ by one, where rounding fell the other way.
     """
     index = [jnp.arange(size) % limit for size, limit in zip(found.shape, expected.shape, strict=True)]
     expected = expected[jnp.ix_(*index)]
     off = jnp.abs(found.astype(jnp.float32) - expected)
+    off = jnp.where(jnp.isnan(off), jnp.inf, off)  # compilers may leave NaN out of a maximum
     if tolerance is None:
         return jnp.maximum(jnp.max(off) / MOST_OFF, jnp.mean(off) / MEAN_OFF)
     typical = jnp.sqrt(jnp.mean(expected**2, axis=-1, keepdims=True))
@@ -98,18 +103,18 @@ def _deviation(found: jax.Array, expected: jax.Array, tolerance: float | None) -
 
 
 def _repeated(a: jax.Array, rows: int) -> jax.Array:
-    """The rows of `a` again and again, `rows` in all."""
+    """The rows of `a`, repeated in order until there are `rows`."""
     return a[jnp.arange(rows) % a.shape[0]]
 
 
 def _sample(rows: int) -> tuple[int, np.ndarray]:
-    """The number of distinct rows, and how often each of them stands among all."""
+    """The number of distinct rows, and how often each of them occurs."""
     distinct = min(rows, ROWS)
     return distinct, np.bincount(np.arange(rows) % distinct).astype(np.float64)
 
 
 def _draw(rng: np.random.Generator, dtype: str, *shape: int) -> np.ndarray:
-    """Normal values of this type whose rows differ in size by up to a thousand."""
+    """Normal values of this type; the scale of a row varies by up to a factor of a thousand."""
     values = rng.standard_normal(shape) * 10.0 ** rng.uniform(-1.5, 1.5, (*shape[:-1], 1))
     return values.astype(jnp.dtype(dtype))
 
@@ -127,14 +132,16 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def normed_codes(rng: np.random.Generator, use: Use) -> Problem:
-    """sizes: rows, width. options: kind of prologue, gains, products, type, bits of gradients, whether the gradient of
-    a residual is added, whether the gradients to the sources come as codes.
+    """The pass from activations to codes and its backward pass.
+
+    sizes: rows, width. options: kind of prologue, gains, products, type, bits of gradients, whether the gradient of a
+    residual is added, whether the gradients to the sources come as codes.
 
     With 8 bits of gradients the normed inputs come as codes, and the gradients to them have their factors already.
     """
     from mmfree_jax.ops.kernels import normed_codes as kernel
 
-    (M, D), (kind, G, products, dtype, bits, beside, onward) = use.sizes, use.options
+    (M, D), (kind, G, products, dtype, bits, has_residual, onward_codes) = use.sizes, use.options
     R, counts = _sample(M)
     as_codes = bits == 8
     sources = [_draw(rng, dtype, R, D) for _ in range(1 if kind == "norm" else 2)]
@@ -142,15 +149,16 @@ def normed_codes(rng: np.random.Generator, use: Use) -> Problem:
     gains = [_single(rng.uniform(0.5, 2, D)) for _ in range(G)]
     dys = [_draw(rng, dtype, R, D) for _ in range(products)]
     factors = None if bits == 8 else _single(rng.uniform(0.01, 0.1, products))
-    by = _single(rng.uniform(0.5, 2, R)) if onward else None
-    residual = _draw(rng, dtype, R, D) if beside else None
+    row_factors = _single(rng.uniform(0.5, 2, R)) if onward_codes else None
+    residual = _draw(rng, dtype, R, D) if has_residual else None
 
-    def run(sources, inner, gains, dys, factors, by, residual):
+    def run(sources, inner, gains, dys, factors, row_factors, residual):
         rows = functools.partial(_repeated, rows=M)
         sources, dys = [rows(a) for a in sources], [rows(a) for a in dys]
-        by, residual = None if by is None else rows(by), None if residual is None else rows(residual)
+        row_factors = None if row_factors is None else rows(row_factors)
+        residual = None if residual is None else rows(residual)
         codes, scales = kernel.forward(kind, sources, inner, gains, EPS)
-        found = kernel.backward(kind, sources, inner, gains, scales, dys, factors, EPS, as_codes, by, residual)
+        found = kernel.backward(kind, sources, inner, gains, scales, dys, factors, EPS, as_codes, row_factors, residual)
         results = {f"codes {g}": a for g, a in enumerate(codes)} | {f"scales {g}": a for g, a in enumerate(scales)}
         results |= {f"gradient to gain {g}": a for g, a in enumerate(found.gains)}
         in_codes = [a if as_codes else a / scale[:, None] for a, scale in zip(found.inputs, scales, strict=True)]
@@ -158,17 +166,17 @@ def normed_codes(rng: np.random.Generator, use: Use) -> Problem:
         if inner is not None:
             results["gradient to inner gain"] = found.norm_gain
         for i, d in enumerate(found.sources):
-            parts = zip(("codes", "scales", "largest"), d, strict=True) if onward else [("", d)]
+            parts = zip(("codes", "scales", "largest"), d, strict=True) if onward_codes else [("", d)]
             results |= {f"gradient to source {i} {part}".strip(): a for part, a in parts}
         return results
 
-    expected = _normed_codes(kind, sources, inner, gains, dys, factors, by, residual, counts, dtype)
+    expected = _normed_codes(kind, sources, inner, gains, dys, factors, row_factors, residual, counts, dtype)
     tolerance = {name: TOLERANCES[dtype] for name in expected if "codes" not in name}
     tolerance |= {name: LARGEST for name in expected if name.endswith("largest")}
-    return Problem(run, (sources, inner, gains, dys, factors, by, residual), expected, tolerance)
+    return Problem(run, (sources, inner, gains, dys, factors, row_factors, residual), expected, tolerance)
 
 
-def _normed_codes(kind, sources, inner, gains, dys, factors, by, residual, counts, dtype) -> dict:
+def _normed_codes(kind, sources, inner, gains, dys, factors, row_factors, residual, counts, dtype) -> dict:
     """`normed_codes.forward` and `.backward` by their definitions: `prologue.combine`, a norm, absmax, and gradients
     straight through the quantiser."""
     exact = [_exact(a) for a in sources]
@@ -217,40 +225,40 @@ def _normed_codes(kind, sources, inner, gains, dys, factors, by, residual, count
         found[0] = found[0] + _exact(residual)
     for i, d in enumerate(found):
         name = f"gradient to source {i}"
-        if by is None:
+        if row_factors is None:
             results[name] = d
             continue
         scale = np.maximum(np.abs(d).max(axis=1, keepdims=True), TINY) / TOP
         codes = np.rint(d / scale)
         results[f"{name} codes"], results[f"{name} scales"] = codes, scale[:, 0]
-        results[f"{name} largest"] = np.abs(codes * scale * _exact(by)[:, None]).max(axis=0)
+        results[f"{name} largest"] = np.abs(codes * scale * _exact(row_factors)[:, None]).max(axis=0)
     return results
 
 
 def row_codes(rng: np.random.Generator, use: Use) -> Problem:
-    """sizes: rows, width. options: type, whether factors of rows are given."""
+    """The codes of gradients, row by row. sizes: rows, width. options: type, whether rows have factors."""
     from mmfree_jax.ops.kernels import normed_codes as kernel
 
     (M, D), (dtype, factored) = use.sizes, use.options
     R, _ = _sample(M)
-    x, by = _draw(rng, dtype, R, D), _single(rng.uniform(0.5, 2, R)) if factored else None
+    x, row_factors = _draw(rng, dtype, R, D), _single(rng.uniform(0.5, 2, R)) if factored else None
     x[rng.integers(R)] = 0
 
-    def run(x, by):
-        found = kernel.codes(_repeated(x, M), None if by is None else _repeated(by, M))
+    def run(x, row_factors):
+        found = kernel.codes(_repeated(x, M), None if row_factors is None else _repeated(row_factors, M))
         return {"codes": found.codes, "scales": found.scales, "largest": found.largest}
 
     exact = _exact(x)
     scale = np.maximum(np.abs(exact).max(axis=1, keepdims=True), TINY) / TOP
     expected = {"codes": np.rint(exact / scale), "scales": scale[:, 0]}
-    if by is not None:
-        expected["largest"] = np.abs(expected["codes"] * scale * _exact(by)[:, None]).max(axis=0)
+    if row_factors is not None:
+        expected["largest"] = np.abs(expected["codes"] * scale * _exact(row_factors)[:, None]).max(axis=0)
     tolerance = {"scales": TOLERANCES["float32"], "largest": LARGEST}
-    return Problem(run, (x, by), expected, tolerance)
+    return Problem(run, (x, row_factors), expected, tolerance)
 
 
 def int8_matmul(rng: np.random.Generator, use: Use) -> Problem:
-    """sizes: rows, inner, columns. options: whether each column has a scale of its own."""
+    """The product of int8 codes. sizes: rows, inner, columns. options: whether each column has its own scale."""
     from mmfree_jax.ops.kernels.int8_matmul import int8_matmul as kernel
 
     (M, K, N), (per_column,) = use.sizes, use.options
@@ -269,10 +277,10 @@ def int8_matmul(rng: np.random.Generator, use: Use) -> Problem:
 
 
 def transposed_codes(rng: np.random.Generator, use: Use) -> Problem:
-    """sizes: rows, columns. options: whether rows and columns are scaled on the way.
+    """Transposed codes. sizes: rows, columns. options: whether rows and columns are rescaled as well.
 
-    Where they are, each place has a rounding of its own: the rows expected are then ROWS of all, with the first and the
-    last.
+    Rescaled codes are rounded with a different dither at each place, so rows cannot repeat: at most ROWS of all rows
+    are expected, the first and the last among them.
     """
     from mmfree_jax.ops.kernels.transposed_codes import transposed as kernel
 
@@ -282,20 +290,23 @@ def transposed_codes(rng: np.random.Generator, use: Use) -> Problem:
     if not scaled:
         plain = lambda codes: {"codes": kernel(_repeated(codes, M)).T}
         return Problem(plain, (codes,), {"codes": codes}, {"codes": 2.0**-20})
-    by = _single(rng.uniform(0.1, 1, R))
-    scale = _single(np.abs(codes * _exact(by)[:, None]).max(axis=0) / TOP * rng.uniform(1, 3, D))
+    row_factors = _single(rng.uniform(0.1, 1, R))
+    scale = _single(np.abs(codes * _exact(row_factors)[:, None]).max(axis=0) / TOP * rng.uniform(1, 3, D))
     picked = np.unique(np.r_[0, M - 1, rng.choice(M, min(M, ROWS - 2), replace=False)])
-    run = lambda codes, by, scale: {"codes": kernel(_repeated(codes, M), _repeated(by, M), scale).T}
-    values = _exact(codes) * _exact(by)[:, None] / _exact(scale)
+    run = lambda codes, row_factors, scale: {"codes": kernel(_repeated(codes, M), _repeated(row_factors, M), scale).T}
+    values = _exact(codes) * _exact(row_factors)[:, None] / _exact(scale)
     phase_M, phase_D = (np.asarray(a) for a in dither_phases(M, D))
     fraction = ((phase_M[picked, None] + phase_D) & 0x7FFFFF) / 2.0**23
     expected = np.rint(np.clip(values[picked % R] + fraction - 0.5, -TOP, TOP))
-    return Problem(run, (codes, by, scale), {"codes": expected}, {}, lambda found: found[picked])
+    return Problem(run, (codes, row_factors, scale), {"codes": expected}, {}, lambda found: found[picked])
 
 
 def recurrence(rng: np.random.Generator, use: Use) -> Problem:
-    """sizes: sequences, steps, channels. options: type, whether the MLGRU's gates are in it, whether these steps are
-    one device's chunk of longer sequences: then what a chunk does to a state is checked too."""
+    """The recurrence and its backward pass.
+
+    sizes: sequences, steps, channels. options: type, whether the MLGRU's gates are fused in, whether these steps are
+    one device's chunk of longer sequences (then what a chunk does to a state is checked too).
+    """
     from mmfree_jax.ops.fused_recurrence import fused_recurrence
     from mmfree_jax.ops.kernels import recurrence as kernel
 

@@ -2,17 +2,17 @@
 
 A kernel serves only where it has been checked. Its first use at a shape, in a type, on a kind of device compares it
 with float64 (`checks`). The outcome is kept in a folder, so that later processes do not check again. Where a kernel
-deviates, XLA serves, a warning names the kernel, and `record` says so for the run's log and result.
+deviates or fails, XLA serves, a warning names the kernel, and `record` says so for the run's log and result.
 
-`prepare` finds all uses of a program by tracing it once, checks those that are new, and unites what the processes of a
-run refuse before any of them traces for good. A use that nobody prepared is checked when it is met.
+`prepare` traces a program once to find its uses and checks the new ones. The processes of a run then agree: what one of
+them refuses, all refuse. A use that was not prepared is checked when the trace reaches it.
 
 On a mesh a kernel runs inside `sharding.per_shard`: the compiler cannot cut it. All sizes here are of a device's part.
 """
 
+import contextlib
 import functools
 import hashlib
-import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterable
@@ -25,12 +25,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mmfree_jax.files import write_json
+from mmfree_jax.files import read_json, sha256, write_json
 from mmfree_jax.ops.fast import checks
 from mmfree_jax.ops.fast.checks import Outcome, Use
 from mmfree_jax.tracing import during
 
-THREADS = 8  # that check at the same time: XLA and ptxas compile beside each other, lowering takes turns
+THREADS = 8  # checks at the same time: XLA and ptxas compile in parallel, lowering holds Python's lock
+LONGEST_REASON = 300  # characters of an exception's message
 
 _allowed: ContextVar[bool] = ContextVar("kernels_allowed", default=True)
 _assumed: ContextVar[bool] = ContextVar("kernels_assumed", default=False)
@@ -45,8 +46,10 @@ def kernels_allowed(allowed: bool) -> Any:
 
 
 def kernels_assumed() -> Any:
-    """What is traced inside takes every kernel that supports its shape, unchecked, as if this were a Hopper GPU: for
-    programs that are compiled for absent devices or interpreted. Also a decorator."""
+    """What is traced inside uses every kernel that supports its shape, unchecked, as if this were a Hopper GPU. Also a
+    decorator.
+
+    For programs that are compiled for an absent device, or interpreted."""
     return during(_assumed, True)
 
 
@@ -63,7 +66,7 @@ def _is_hopper() -> bool:
 
 
 def serves(use: Use) -> bool:
-    """Whether a kernel serves a use. To be asked while a program is traced, after `available` and `supports`."""
+    """Whether a kernel serves a use. Ask while a program is traced, after `available` and the kernel's `supports`."""
     if _assumed.get():
         return True
     collected = _collected.get()
@@ -83,7 +86,7 @@ def serves(use: Use) -> bool:
 def prepare(trace: Callable[[], Any]) -> None:
     """Check all kernels that a program would use, before it is traced for good.
 
-    trace: traces the program and computes nothing (`lambda: jax.eval_shape(step, ...)`). Every process of a run has to
+    trace: traces the program without computing (`lambda: jax.eval_shape(step, ...)`). Every process of a run has to
     call this with the same program. JAX keeps the trace, so the next one is free unless a kernel was refused.
     """
     if not _is_hopper():
@@ -97,12 +100,12 @@ def prepare(trace: Callable[[], Any]) -> None:
         _unite(new)
         if all(_passed(use) for use in uses):
             return
-        # What was traced has the refused kernels in it. Without them it may want others: hence the loop.
+        # The cached trace contains refused kernels. A new one may ask for other kernels: check again.
         jax.clear_caches()
 
 
 def record() -> dict[str, list[str]]:
-    """The uses that this process asked about: those in which a kernel serves, and those refused and why, in words."""
+    """The uses that this process met, in words: those that a kernel serves, and those refused, with the reason."""
     served = sorted(str(use) for use in _outcomes if _passed(use))
     refused = sorted(_words(use) for use in _outcomes if not _passed(use))
     return {"served": served, "refused": refused}
@@ -118,9 +121,10 @@ def _words(use: Use) -> str:
 
 
 def _check(uses: Iterable[Use]) -> None:
-    """Fill in the outcomes of uses, from the folder or by checks in threads of their own.
+    """Find the outcomes of uses that have none yet, in the folder or by checks.
 
-    A new thread has no surrounding trace, mesh or setting: the check runs at once even while a program is traced.
+    The checks run in new threads, which have no surrounding trace, mesh or setting: so they compute at once, even while
+    a program is being traced.
     """
     new = [use for use in uses if use not in _outcomes]
     if not new:
@@ -133,19 +137,25 @@ def _check(uses: Iterable[Use]) -> None:
 
 
 def _outcome(use: Use) -> Outcome:
-    """The outcome kept in the folder, or that of a check now, which is then kept."""
+    """Return the outcome kept in the folder, or check now and keep the outcome.
+
+    An exception refuses the kernel, but only in this process: memory may just have been short.
+    """
     path = _path(use)
     if path is not None and path.exists():
-        return Outcome(json.loads(path.read_text(encoding="utf-8"))["deviations"])
-    outcome = checks.check(use)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"use": str(use), "environment": environment(), "deviations": outcome.deviations})
+        return Outcome({name: float(text) for name, text in read_json(path)["deviations"].items()})
+    try:
+        outcome = checks.check(use)
+    except Exception as error:  # of many kinds: a compiler's, a driver's, Pallas' own
+        return Outcome({}, error=f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_REASON]}")
+    # As text, for JSON has neither NaN nor infinity.
+    deviations = {name: str(deviation) for name, deviation in outcome.deviations.items()}
+    keep(path, {"use": str(use), "environment": environment(), "deviations": deviations})
     return outcome
 
 
 def _path(use: Use) -> Path | None:
-    """The file that keeps the outcome of a use; None where programs are not kept either."""
+    """The file that keeps the outcome of a use; None where no folder is set."""
     folder = kept_in()
     if folder is None:
         return None
@@ -154,15 +164,23 @@ def _path(use: Use) -> Path | None:
 
 
 def kept_in() -> Path | None:
-    """The folder of compiled programs, which also keeps outcomes (`devices.use_compile_cache`); None where there is
-    none."""
+    """The folder of compiled programs (`devices.use_compile_cache`), which also keeps outcomes; None if not set."""
     folder = getattr(jax.config, "jax_compilation_cache_dir", None)
     return Path(folder) if folder else None
 
 
+def keep(path: Path | None, outcome: dict[str, Any]) -> None:
+    """Write an outcome as JSON. Where there is no folder or it cannot be written, the next process checks again."""
+    if path is None:
+        return
+    with contextlib.suppress(OSError):  # a read-only or full disk: JAX does without its cache there, too
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, outcome)
+
+
 @functools.cache
 def environment() -> list[str]:
-    """What compiles kernels and runs them. The platform's version names CUDA's, whose assembler is part of it."""
+    """Names of what compiles and runs kernels, with versions; the platform's includes that of CUDA's assembler."""
     import jaxlib
 
     device = jax.local_devices()[0]
@@ -171,18 +189,15 @@ def environment() -> list[str]:
 
 @functools.cache
 def _sources() -> str:
-    """A digest of the kernels' source, and of the checks'."""
-    folder = Path(inspect.getfile(checks)).parent.parent
-    files = [*sorted((folder / "kernels").glob("*.py")), folder / "ternary.py", folder / "fused_recurrence.py"]
-    digest = hashlib.sha256()
-    for file in [*files, Path(inspect.getfile(checks))]:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    """A digest of the source of kernels and checks."""
+    ops = Path(__file__).parents[1]
+    files = [*sorted((ops / "kernels").glob("*.py")), ops / "ternary.py", ops / "fused_recurrence.py"]
+    return sha256([*files, ops / "fast" / "checks.py"])
 
 
 def _unite(uses: list[Use]) -> None:
-    """What any process of the run refuses, all refuse."""
-    if jax.process_count() == 1:
+    """Refuse in every process what any process of the run refuses."""
+    if jax.process_count() == 1 or not uses:
         return
     mine = np.array([not _outcomes[use].passed for use in uses])
     any_refuses = multihost_utils.process_allgather(mine).any(axis=0)

@@ -83,6 +83,38 @@ def test_a_kernel_with_one_wrong_column_is_refused_and_xla_serves(gpu, monkeypat
     assert refused.startswith(str(PRODUCT))
 
 
+def no_number(*arguments):
+    return product(*arguments).at[0, 0].set(jnp.nan)
+
+
+def no_product(*arguments):
+    raise NotImplementedError("a layout that this compiler does not know")
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "kept"),
+    [(no_number, "product deviates by inf", 2), (no_product, "NotImplementedError: a layout that", 1)],
+)
+def test_a_kernel_without_a_number_or_that_fails_is_refused_and_only_failures_are_tried_again(
+    gpu, monkeypatch, fault, reason, kept
+):
+    monkeypatch.setattr(int8_matmul, "int8_matmul", fault)
+    for _ in range(2):  # the second process reads what the first one kept
+        monkeypatch.setattr(choice, "_outcomes", {})
+        jax.clear_caches()
+        with pytest.warns(UserWarning, match=reason):
+            assert np.isfinite(layer()).all()
+        assert len(list((gpu / "kernels").iterdir())) == kept
+    assert reason in choice.record()["refused"][0]
+
+
+def test_a_folder_that_cannot_be_written_costs_the_next_process_a_check(gpu, monkeypatch):
+    (gpu / "kernels").touch()  # a file where the folder should be: an OSError, as on a read-only disk
+    layer()
+    assert choice.record()["refused"] == []
+    assert len(choice.record()["served"]) == 2
+
+
 def test_uses_of_a_program_are_checked_before_it_is_traced_for_good(gpu, monkeypatch):
     traced = []
 
