@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmfree_jax.ops import recurrence as module
 from mmfree_jax.ops.recurrence import recurrence
 from mmfree_jax.ops.wkv import wkv
 
@@ -44,6 +45,17 @@ def test_pieces_continue_each_other(impl):
         pieces.append(recurrence(F[:, a:b], X[:, a:b], h, impl=impl))
         h = pieces[-1][:, -1]
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "form"), [("cpu", "scan"), ("gpu", "associative"), ("tpu", "associative")])
+def test_a_cpu_walks_and_accelerators_take_the_parallel_prefix(backend, form, monkeypatch):
+    taken = []
+    for name in ("_walk", "_prefix"):
+        monkeypatch.setattr(module, name, lambda f, x, h, reverse, name=name: taken.append(name) or x)
+    monkeypatch.setattr(module, "backend", lambda: backend)
+    ones = jnp.ones((1, 5, 3))
+    recurrence(ones, ones)
+    assert taken == [{"scan": "_walk", "associative": "_prefix"}[form]]
 
 
 def test_the_carry_of_half_precision_inputs_is_float32():
