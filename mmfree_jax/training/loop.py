@@ -102,8 +102,11 @@ def _train(
         trace = Profile(folder / "profile", profiled)
         with run_log(folder, marks) as log, rows, jax.set_mesh(program.mesh), trace:
             _describe(config, program, log, progress)
-            for refused in choice.record()["refused"]:
-                log.event(f"kernel refused, XLA serves: {refused}")
+            kernels = choice.record()
+            for use in kernels["served"]:
+                log.event(f"kernel serves: {use}")
+            for use in kernels["refused"]:
+                log.event(f"kernel refused, XLA serves: {use}")
             interval = Interval(config, progress, per_token * data.tokens_per_step, log)
             diagnostics = Diagnostics(config, program, log, interval)
             scores: Scores | None = None  # of the last step taken, where that was evaluated

@@ -88,7 +88,9 @@ def test_a_run_tells_which_kernels_served_and_which_were_refused(token_set, tmp_
     monkeypatch.setattr(loop.choice, "record", lambda: {"served": served, "refused": refused})
     row = loop.train(run_of("transformer++", token_set, steps=6), tmp_path, token_set)
     assert (row["kernels"], row["kernels_refused"]) == (served[0], refused[0])
-    assert f"kernel refused, XLA serves: {refused[0]}" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    log = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert f"kernel refused, XLA serves: {refused[0]}" in log
+    assert f"kernel serves: {served[0]}" in log
 
 
 def test_a_run_that_fails_trains_nothing(token_set, tmp_path, monkeypatch):
