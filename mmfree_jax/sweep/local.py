@@ -269,7 +269,7 @@ class Local:
                 stderr=subprocess.STDOUT,
                 # Its own session: Ctrl-C reaches the driver only, which then stops the workers in good order.
                 start_new_session=True,
-                preexec_fn=functools.partial(_settle, slot, os.getpid()),
+                preexec_fn=functools.partial(_prepare_child, slot, os.getpid()),
             )
 
 
@@ -284,8 +284,8 @@ def _wait_for_one(processes: Sequence[subprocess.Popen], seconds: float) -> None
             os.close(handle)
 
 
-def _settle(slot: Slot, driver: int) -> None:
-    """In the child, before it starts: keep to the slot's cores, and save and leave if the driver dies.
+def _prepare_child(slot: Slot, driver: int) -> None:
+    """In the child, before it starts: bind it to the slot's cores, and have it save and end if the driver dies.
 
     Nothing here may take a lock that another thread of the driver could hold: it would never be released in the child.
     """

@@ -29,7 +29,7 @@ from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import cache_folder, resolve_data
 from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.files import LockedError
-from mmfree_jax.output import settle
+from mmfree_jax.output import make_streams_tolerant
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
@@ -173,5 +173,5 @@ def start(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    settle()
+    make_streams_tolerant()
     sys.exit(start(sys.argv[1:]))
