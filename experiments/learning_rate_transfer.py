@@ -235,8 +235,8 @@ class Trainer:
         data = run.data
         available = len(self.token_set.split("train"))
         require(
-            run.tokens <= available,
-            f"a run of {run.tokens:,} tokens repeats data: the corpus has {available:,}; lower --tokens",
+            run.positions <= available,
+            f"a run of {run.positions:,} tokens repeats data: the corpus has {available:,}; lower --tokens",
         )
         if len(self.batches) != run.steps:
             with batches(self.token_set, sequence=data.sequence, batch=data.batch, seed=data.seed, put=put) as rows:

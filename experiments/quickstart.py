@@ -2,8 +2,9 @@
 
     python launch.py study experiments/quickstart.py --out runs/quickstart
 
-About eight minutes on 2 CPU cores. Expect held-out losses between about 4 and 5.5 nats a token, Transformer++ ahead at
-every size, and a report which says that a ladder this small does not determine whether or where the families cross.
+About ten minutes on 2 CPU cores; its runs take 139 s on one H200. Expect held-out losses between about 3.9 and 5.6 nats
+a token, Transformer++ ahead at every size, and a report which says that a ladder this small does not determine whether
+or where the families cross.
 """
 
 import math

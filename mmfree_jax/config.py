@@ -194,7 +194,7 @@ class DataConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step trains on."""
+        """Positions of one optimizer step: all tokens of its windows, padding included."""
         return self.batch * self.sequence
 
 
@@ -409,8 +409,12 @@ class RunConfig:
         )
 
     @property
-    def tokens(self) -> int:
-        """Tokens trained on by the end, a branch's trunk included (the D of a scaling law)."""
+    def positions(self) -> int:
+        """Tokens in the windows of all steps, a branch's trunk and padding included: what is computed.
+
+        The D of a scaling law are the targets that carried a loss: as many with joined documents, fewer where they are
+        separate. A run counts them (`data.counts`).
+        """
         return self.steps * self.data.tokens_per_step
 
     @property

@@ -12,7 +12,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from mmfree_jax.config import require
 HEARTBEAT_SECONDS = 30  # a process silent for so long is taken for dead, and all others end
 FAREWELL_SECONDS = 10  # how long one that ends waits for the others to end too
 RETRY_SECONDS = 0.2
+DIGITS = (0, 16, 32, 48)  # where the digits of `added` begin, in bits
 GREETING_SECONDS = 5  # within which one that connects has said its number, or is not of this run
 
 
@@ -237,6 +239,16 @@ def total(value: float | None) -> float | None:
     return None if np.isnan(found).any() else float(found.sum())
 
 
+def added(numbers: Sequence[int]) -> list[int]:
+    """The sums over processes of whole numbers, each from 0 to 2^64 - 1 in every process; exact."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    # In digits of 16 bits: JAX exchanges numbers of 32.
+    digits = [[number >> shift & 0xFFFF for shift in DIGITS] for number in numbers]
+    found = np.asarray(multihost_utils.process_allgather(np.array(digits, np.int32)), np.int64).sum(axis=0)
+    return [sum(int(digit) << shift for digit, shift in zip(row, DIGITS, strict=True)) for row in found]
+
+
 class AgreedStop:
     """Turns signals that single processes got into one that all know of at the same step.
 
@@ -277,6 +289,16 @@ def own_rows(sharding: NamedSharding, batch: int) -> list[int]:
     """Which rows of a global batch the devices of this process hold, ascending: wherever the mesh puts them."""
     held = sharding.addressable_devices_indices_map((batch, 1)).values()
     return sorted({row for index in held if index is not None for row in range(batch)[index[0]]})
+
+
+def counted_rows(sharding: NamedSharding, batch: int) -> list[int]:
+    """The rows of `own_rows` that no process before this one holds: over all processes, each row of a batch once."""
+    holder: dict[int, int] = {}
+    device: Any
+    for device, index in sharding.devices_indices_map((batch, 1)).items():
+        for row in range(batch)[index[0]] if index is not None else ():
+            holder[row] = min(device.process_index, holder.get(row, device.process_index))
+    return sorted(row for row, process in holder.items() if process == jax.process_index())
 
 
 def put_rows(array: np.ndarray, sharding: NamedSharding, batch: int, rows: list[int]) -> jax.Array:

@@ -11,6 +11,7 @@ from mmfree_jax.ops.fast import choice
 from mmfree_jax.training.step import Program
 
 EVALUATION_BATCH = 16  # sequences a device: enough to keep it busy, few enough for a laptop's memory
+BLOCK = 16  # sequences of consecutive text that the standard error takes together, whatever the devices
 
 
 class Scores(TypedDict, total=False):
@@ -30,9 +31,9 @@ def shown(scores: Scores) -> list[str]:
 def evaluate(program: Program, params: Any, token_set: TokenSet, sequence: int) -> Scores:
     """Mean loss over the whole held-out split, every token but the first predicted once.
 
-    Returns `loss` (nats a token), `loss_se` (its standard error from the spread between batches, which are blocks of
-    consecutive text: tokens within a document are not independent; None for a single batch), `bpb` (bits per byte of
-    text) and `tokens`.
+    Returns `loss` (nats a token), `loss_se` (its standard error from the spread between blocks of `BLOCK` sequences of
+    consecutive text: tokens within a document are not independent; None for a single block), `bpb` (bits per byte of
+    text) and `tokens`: but for rounding the same on every mesh.
     """
     shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     batch = EVALUATION_BATCH * shards
@@ -43,15 +44,21 @@ def evaluate(program: Program, params: Any, token_set: TokenSet, sequence: int) 
         program.evaluate(params, program.place(tokens_BT), program.place(mask_BT))
         for tokens_BT, mask_BT in evaluation_windows(token_set, sequence, batch)
     ]
-    nats, counts = np.array([[float(n), float(c)] for n, c in sums]).T
+    nats, counts = (np.concatenate(list(map(np.float64, of_all))) for of_all in zip(*jax.device_get(sums), strict=True))
+    nats, counts = nats[counts > 0], counts[counts > 0]  # without what filled up the last batch
     loss = nats.sum() / counts.sum()
     bits_per_token = loss / math.log(2)
     return {
         "loss": float(loss),
-        "loss_se": _ratio_standard_error(nats, counts),
+        "loss_se": _ratio_standard_error(_blocks(nats), _blocks(counts)),
         "bpb": float(bits_per_token / token_set.bytes_per_token("valid")),
         "tokens": int(counts.sum()),
     }
+
+
+def _blocks(of_sequences: np.ndarray) -> np.ndarray:
+    """Sums over `BLOCK` sequences each; the last block has what is left."""
+    return np.add.reduceat(of_sequences, np.arange(0, len(of_sequences), BLOCK))
 
 
 def _ratio_standard_error(nats: np.ndarray, counts: np.ndarray) -> float | None:

@@ -52,7 +52,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class OpCounts:
-    """Operations per token by class."""
+    """Operations by class."""
 
     dense: float = 0  # multiplications and additions with dense block weights
     ternary: float = 0  # additions and subtractions with ternary block weights, counted as if they were products
@@ -70,10 +70,6 @@ class OpCounts:
     def total(self) -> float:
         """All classes."""
         return self.products + self.elementwise + self.norm_quant
-
-    def times(self, factor: float) -> "OpCounts":
-        """Every class multiplied."""
-        return OpCounts(**{name: value * factor for name, value in dataclasses.asdict(self).items()})
 
 
 def _kv_width(config: ModelConfig) -> int:
@@ -122,35 +118,55 @@ def parameters(config: ModelConfig) -> Parameters:
     )
 
 
-def flops_per_token(config: ModelConfig, sequence: int, *, causal: bool = True) -> OpCounts:
-    """Forward operations per token, averaged over a window of `sequence` tokens.
+def forward_flops(config: ModelConfig, positions: float, pairs: float) -> OpCounts:
+    """Operations of a forward pass over `positions` tokens, padding included: all that has to be computed.
 
-    Attention counts the visible pairs, (sequence + 1) / 2 a token; with `causal=False` all `sequence`, which is what a
-    kernel that does not skip the masked half computes.
+    pairs: of a position and one that it sees, itself included, over all windows (`data.counts`). Attention counts
+    these, not what a kernel computes that makes masked scores as well: the count is of the model and its data, the same
+    on every device and for every form of attention.
     """
     count = parameters(config)
-    seen = (sequence + 1) / 2 if causal else sequence
     attention, softmax = 0.0, 0.0
     if config.mixer == "attention":
-        attention = 4.0 * config.depth * config.width * seen
-        softmax = SOFTMAX * config.depth * config.heads * seen
-    blocks = 2.0 * count.N_nonemb
+        attention = 4 * config.depth * config.width * pairs
+        softmax = SOFTMAX * config.depth * config.heads * pairs
+    blocks = 2 * count.N_nonemb * positions
+    each = config.depth * _layer_elementwise(config) + SOFTMAX * config.vocab
     return OpCounts(
         dense=blocks if config.linear == "dense" else 0.0,
         ternary=blocks if config.linear == "ternary" else 0.0,
         attention=attention,
-        head=2.0 * config.vocab * config.width,
-        elementwise=softmax + config.depth * _layer_elementwise(config) + SOFTMAX * config.vocab,
-        norm_quant=config.depth * _layer_norm_quant(config) + _head_norm_quant(config),
+        head=2 * config.vocab * config.width * positions,
+        elementwise=softmax + each * positions,
+        norm_quant=(config.depth * _layer_norm_quant(config) + _head_norm_quant(config)) * positions,
     )
 
 
-def train_flops_per_token(config: ModelConfig, sequence: int, *, causal: bool = True) -> OpCounts:
-    """Operations per token of a training step, forward and backward: three times the forward.
+def train_flops(config: ModelConfig, positions: float, pairs: float) -> OpCounts:
+    """Operations of training on `positions` tokens, forward and backward: three times the forward.
 
-    Recomputed activations (remat) and the optimizer are not counted: they are not the model's work.
+    Of whole numbers the classes are exact, up to the rounding of a float. Recomputed activations (remat) and the
+    optimizer are not counted: they are not the model's work.
     """
-    return flops_per_token(config, sequence, causal=causal).times(3)
+    counts = dataclasses.asdict(forward_flops(config, positions, pairs))
+    return OpCounts(**{name: float(3 * count) for name, count in counts.items()})
+
+
+def flops_per_token(config: ModelConfig, sequence: int, *, causal: bool = True) -> OpCounts:
+    """Forward operations per token, averaged over a window of `sequence` tokens that is one document.
+
+    Attention counts the visible pairs, (sequence + 1) / 2 a token; with `causal=False` all `sequence`, which is what a
+    kernel that does not skip the masked half computes.
+    """
+    return forward_flops(config, 1, (sequence + 1) / 2 if causal else sequence)
+
+
+def train_flops_per_token(config: ModelConfig, sequence: int, *, causal: bool = True) -> OpCounts:
+    """Operations per token of a training step (`train_flops`), over windows that are one document each.
+
+    What is planned counts with this: where documents are separate a run spends less.
+    """
+    return train_flops(config, 1, (sequence + 1) / 2 if causal else sequence)
 
 
 def decode_state_bytes(config: ModelConfig, tokens: int, element_bytes: int = 2) -> int:

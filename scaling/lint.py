@@ -18,7 +18,7 @@ REPEATS = 4.0  # epochs beyond which repeated tokens are worth visibly less (Mue
 SHAPES_APART = 2.0  # ratio of width to depth; fitted exponents swing with it (McLeish et al. 2025)
 EDGE = 0.1  # share of an IsoFLOP curve's width at either end in which its minimum counts as off-centre
 MIDRUN = "mid-schedule points"
-MUST_AGREE = (*CONVENTIONS, "vocab")
+MUST_AGREE = (*CONVENTIONS, "vocab", "D_rule")
 SHOULD_AGREE = ("schedule", "seq_len")
 
 

@@ -13,13 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from mmfree_jax.config import ConfigError
-from mmfree_jax.distributed import Group, call_roll, first_host, meant
+from mmfree_jax.distributed import Group, added, call_roll, counted_rows, first_host, meant
 from mmfree_jax.files import read_json
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.weights import save_model
@@ -97,6 +99,12 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(folder)}
 
 
+def axes(folder: Path) -> list:
+    """What was counted: by step, and in the end. Each process counts the rows that it holds."""
+    result = read_json(folder / "result.json")
+    return [(row["tokens"], row["flops"]) for row in read_metrics(folder)] + [result[n] for n in ("D", "U", "flops")]
+
+
 def wait_for_steps(folder: Path, steps: int, processes: list[subprocess.Popen]) -> None:
     """Until the run of these processes has logged that many steps."""
     deadline = time.monotonic() + PATIENCE_SECONDS
@@ -133,6 +141,7 @@ def test_two_processes_train_what_one_does(token_set, tmp_path):
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
     one, two = (read_json(tmp_path / name / "result.json") for name in ("one", "two"))
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert axes(tmp_path / "two") == axes(tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -161,6 +170,7 @@ def test_a_run_stopped_in_two_processes_goes_on_in_one_and_in_four(token_set, tm
         found = losses(tmp_path / name)
         assert found.keys() == expected.keys()
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5, err_msg=name)
+        assert axes(tmp_path / name) == axes(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -282,3 +292,31 @@ def test_the_first_host_of_any_list_that_slurm_writes(nodes, first):
 def test_what_is_no_list_of_hosts_is_refused(nodes):
     with pytest.raises(ConfigError, match=r"no list of hosts|not on which nodes"):
         meant("", 0, -1, {**SLURM, "SLURM_STEP_NODELIST": nodes})
+
+
+@pytest.mark.parametrize("owners", [[0, 0, 1, 1], [0, 1, 0, 1], [1, 0, 2, 0]])
+def test_a_row_that_several_processes_hold_is_counted_in_one(owners, monkeypatch):
+    """Four devices, of these processes; the first two hold rows 0 to 3, the others rows 4 to 7."""
+    rows = [slice(0, 4), slice(0, 4), slice(4, 8), slice(4, 8)]
+    devices = [type("Device", (), {"process_index": process})() for process in owners]
+    placed = {device: (held, slice(None)) for device, held in zip(devices, rows, strict=True)}
+    sharding = SimpleNamespace(devices_indices_map=lambda _: placed)
+    counted = []
+    for process in set(owners):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        counted += counted_rows(sharding, 8)
+    assert sorted(counted) == list(range(8))
+
+
+def test_large_numbers_are_added_exactly_over_processes(monkeypatch):
+    """JAX would exchange them in 32 bits."""
+    theirs = [2**63 - 1, 5, 0]
+
+    def gathered(own):
+        assert own.dtype == np.int32
+        digits = [[number >> shift & 0xFFFF for shift in (0, 16, 32, 48)] for number in theirs]
+        return np.stack([own, np.array(digits, np.int32)])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("mmfree_jax.distributed.multihost_utils.process_allgather", gathered)
+    assert added([2**62 + 3, 0, 70_000]) == [2**63 - 1 + 2**62 + 3, 5, 70_000]

@@ -24,7 +24,7 @@ def test_the_quickstart_ladder_is_as_wide_as_it_says(family):
     assert len(sizes) >= 4
     assert max(sizes) >= 16 * min(sizes)
     for size in sizes:
-        budgets = {run.tokens for run in runs if flops.parameters(run.model).N_nonemb == size}
+        budgets = {run.positions for run in runs if flops.parameters(run.model).N_nonemb == size}
         assert len(budgets) >= 3
         assert max(budgets) >= 4 * min(budgets)
 
@@ -34,7 +34,7 @@ def test_both_families_see_the_same_data_and_have_the_same_sizes():
     assert [run.data for run in first] == [run.data for run in second]
     assert [run.seed for run in first] == [run.seed for run in second]
     for a, b in zip(first, second, strict=True):
-        assert a.tokens == b.tokens
+        assert a.positions == b.positions
         assert flops.parameters(a.model).N == flops.parameters(b.model).N
 
 

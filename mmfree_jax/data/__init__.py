@@ -16,6 +16,7 @@
     token_writer.py  the on-disk format, for writing: atomic and checksummed; card.py describes the sources
     packing.py       documents arranged so that windows do not cut them; document numbers for resets
     pipeline.py      shuffled batches whose state is one integer; prefetch.py makes them ahead, bench.py times them
+    counts.py        what training took in: targets, different ones, pairs that attention sees
     corpora.py       a name or a path -> a token set
     cli.py           the `corpus` command
 
@@ -23,15 +24,18 @@ Importing this package imports neither JAX nor Grain.
 """
 
 from mmfree_jax.data.corpora import resolve_corpus, resolve_data
-from mmfree_jax.data.pipeline import Batches, batches, evaluation_batches, evaluation_windows
+from mmfree_jax.data.counts import Counts
+from mmfree_jax.data.pipeline import Batches, batches, count_examples, evaluation_batches, evaluation_windows
 from mmfree_jax.data.token_set import Mixture, TokenSet, TokenSetError
 
 __all__ = [
     "Batches",
+    "Counts",
     "Mixture",
     "TokenSet",
     "TokenSetError",
     "batches",
+    "count_examples",
     "evaluation_batches",
     "evaluation_windows",
     "resolve_corpus",

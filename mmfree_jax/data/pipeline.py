@@ -2,7 +2,8 @@
 
 An example is a window of `sequence + 1` tokens; windows start every `sequence` tokens, so every token but the first is
 a target exactly once an epoch. Grain shuffles and mixes the windows with random access, so any process can compute
-its rows of any batch, and a run goes on from an integer in any number of processes, with any batch size.
+its rows of any batch, and a run goes on from an integer in any number of processes, with any batch size. What is read
+is counted on the way (`data.counts`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmfree_jax.data.counts import Counts, counted
 from mmfree_jax.data.prefetch import Prefetched
 from mmfree_jax.data.token_set import Split, TokenSet
 
@@ -39,14 +41,20 @@ class Windows:
 
 
 def examples(sources: Sequence[Windows], weights: Sequence[float], seed: int) -> "grain.MapDataset":
-    """All examples of a run in order, endless: every source shuffled anew each epoch, mixed in exact proportion."""
+    """All examples of a run in order, endless: every source shuffled anew each epoch, mixed in exact proportion.
+
+    An example is a window and whether it is read for the first time.
+    """
     import grain  # here, because it takes a second to load and few uses of this package read batches
 
     if any(weight <= 0 for weight in weights):
         raise ValueError(f"mixture weights must be positive, not {list(weights)}")
-    endless = [
-        grain.MapDataset.source(windows).seed(seed + i).shuffle().repeat(None) for i, windows in enumerate(sources)
-    ]
+
+    def endless_windows(windows: Windows, seed: int) -> "grain.MapDataset":
+        shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat(None)
+        return shuffled.map_with_index(lambda number, window: (window, number < len(windows)))
+
+    endless = [endless_windows(windows, seed + i) for i, windows in enumerate(sources)]
     return endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, list(weights))
 
 
@@ -55,29 +63,45 @@ class Batches:
     that also takes them where `put` says.
 
     `state` is the number of examples that all processes together have been given: pass it as `start` to go on, in any
-    number of processes and with any batch size. Use as a context manager, or call `close`, to stop the thread.
+    number of processes and with any batch size. `counts` are those of the `counting` rows of the batches given out
+    here. Use as a context manager, or call `close`, to stop the thread.
     """
 
-    def __init__(self, dataset: "grain.MapDataset", batch: int, start: int, rows: Sequence[int], ahead: int, put: Put):
+    def __init__(
+        self,
+        dataset: "grain.MapDataset",
+        batch: int,
+        start: int,
+        rows: Sequence[int],
+        ahead: int,
+        put: Put,
+        counting: Sequence[int],
+        end_of_document: int | None,
+    ):
         if batch <= 0 or len(rows) == 0 or not set(rows) <= set(range(batch)):
             raise ValueError(f"rows {list(rows)} must be some of the {batch} of a batch")
         if start < 0:
             raise ValueError(f"start {start} must not be negative")
         self.dataset, self.batch, self.state, self.put = dataset, batch, start, put
-        self._rows = rows
+        self.counts = Counts()
+        self._rows, self._end_of_document = rows, end_of_document
+        self._counting = np.isin(rows, list(counting))
         self._ahead = Prefetched(self._generate(start), ahead)
 
-    def _generate(self, start: int) -> Iterator[Any]:
+    def _generate(self, start: int) -> Iterator[tuple[Any, Counts]]:
         while True:
-            yield self.put(np.stack([self.dataset[start + row] for row in self._rows]))
+            windows, first = map(np.stack, zip(*(self.dataset[start + row] for row in self._rows), strict=True))
+            counts = counted(windows[self._counting], first[self._counting], self._end_of_document)
+            yield self.put(windows), counts
             start += self.batch
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Any:
-        tokens = next(self._ahead)
+        tokens, counts = next(self._ahead)
         self.state += self.batch
+        self.counts += counts
         return tokens
 
     def close(self) -> None:
@@ -102,17 +126,40 @@ def batches(
     split: str = "train",
     ahead: int = 4,
     put: Put = lambda rows: rows,
+    counting: Sequence[int] | None = None,
+    separate: bool = False,
 ) -> Batches:
     """Shuffled training batches of a token set or a `Mixture`.
 
     batch: windows of all processes together; `rows`: which of them this process wants, None for all. start: examples
     consumed before (`Batches.state`). ahead: batches prepared in advance, at least 1. put: done to each batch ahead,
-    such as the copy to a device. Raises ValueError for impossible sizes.
+    such as the copy to a device. counting: which of its rows this process counts, None for all; each row is counted in
+    one process. separate: count as documents are that do not see each other. Raises ValueError for impossible sizes.
     """
-    sources = [Windows(one.split(split), sequence) for one in token_set.sets]
+    rows = range(batch) if rows is None else rows
     return Batches(
-        examples(sources, token_set.weights, seed), batch, start, range(batch) if rows is None else rows, ahead, put
+        _examples(token_set, sequence, seed, split),
+        batch,
+        start,
+        rows,
+        ahead,
+        put,
+        rows if counting is None else counting,
+        token_set.end_of_document if separate else None,
     )
+
+
+def count_examples(token_set: TokenSet, *, sequence: int, seed: int, examples: int, separate: bool) -> Counts:
+    """Counts of the first `examples` training examples, made by reading them: for a run that did not count them."""
+    dataset, total = _examples(token_set, sequence, seed, "train"), Counts()
+    for number in range(examples):
+        window, first = dataset[number]
+        total += counted(window[None], np.array([first]), token_set.end_of_document if separate else None)
+    return total
+
+
+def _examples(token_set: TokenSet, sequence: int, seed: int, split: str) -> "grain.MapDataset":
+    return examples([Windows(one.split(split), sequence) for one in token_set.sets], token_set.weights, seed)
 
 
 def evaluation_windows(

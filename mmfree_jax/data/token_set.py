@@ -150,11 +150,6 @@ class TokenSet:
             raise KeyError(f"{self.path} has no split {name!r}, only {', '.join(self.splits)}")
         return self.splits[name]
 
-    def unique_tokens(self, tokens: int) -> int:
-        """How many different training tokens a run of `tokens` tokens sees."""
-        seen = [tokens * weight / sum(self.weights) for weight in self.weights]
-        return sum(min(round(part), len(one.split("train"))) for part, one in zip(seen, self.sets, strict=True))
-
     def text_bytes(self, split: str) -> int:
         """UTF-8 bytes of the text of a split, end-of-document tokens not counted."""
         return int(self.index["splits"][self.split(split).name]["text_bytes"])

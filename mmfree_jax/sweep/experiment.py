@@ -76,7 +76,7 @@ def trunk_and_decays(base: RunConfig, budgets: Sequence[int], decay: float = 0.2
 
     Every branch is the WSD run of that budget, for the price of its decay alone (Hägele et al. 2024, arXiv
     2405.18392; Hu et al. 2024, arXiv 2404.06395), so its end point is comparable with any other, which a point inside
-    a cosine run is not. The trunk is named NAME-trunk, the branches NAME-<tokens>.
+    a cosine run is not. The trunk is named NAME-trunk, the branches NAME-<tokens>, after their positions.
     """
     require(0 < decay < 1, f"decay={decay}: must be a fraction in (0, 1)")
     lengths = {steps: max(1, round(steps * decay)) for steps in sorted(budgets)}
@@ -105,7 +105,7 @@ def _short(tokens: int) -> str:
 
 
 def run_flops(run: RunConfig) -> float:
-    """FLOPs that this run itself will spend: its own steps, without its trunk's."""
+    """FLOPs that this run itself will spend: its own steps, without its trunk's. Less where documents are separate."""
     steps = run.steps - run.first_step
     return flops.train_flops_per_token(run.model, run.data.sequence).products * run.data.tokens_per_step * steps
 

@@ -131,7 +131,7 @@ def plan_lines(study: Study, executor: Executor) -> list[str]:
     """What a sweep would do, without doing it (--dry-run)."""
     total = sum(run_flops(run) for run in study.runs)
     lines = [
-        f"{run.name}: steps {run.first_step}..{run.steps}, {run.tokens:,} tokens, lr {run.optim.lr:g}, "
+        f"{run.name}: steps {run.first_step}..{run.steps}, {run.positions:,} tokens, lr {run.optim.lr:g}, "
         f"{run_flops(run):.3g} FLOP" + (f", after {run.branch.run}" if run.branch else "")
         for run in study.runs
     ]

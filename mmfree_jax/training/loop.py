@@ -13,7 +13,7 @@ import numpy as np
 
 from mmfree_jax import distributed, flops
 from mmfree_jax.config import RunConfig, require, to_json
-from mmfree_jax.data import Batches, TokenSet, batches
+from mmfree_jax.data import Batches, Counts, TokenSet, batches, count_examples
 from mmfree_jax.devices import GENERATOR, check_settings, peak_memory_bytes
 from mmfree_jax.errors import logged
 from mmfree_jax.evaluation import Scores, evaluate, shown
@@ -88,7 +88,6 @@ def _train(
     key = program_key(config, token_set.end_of_document)
     program = make_program(key)
     milestones = (*config.milestones, config.steps)
-    per_token = flops.train_flops_per_token(config.model, config.data.sequence).products
 
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         data = config.data
@@ -107,7 +106,8 @@ def _train(
                 log.event(f"kernel serves: {use}")
             for use in kernels["refused"]:
                 log.event(f"kernel refused, XLA serves: {use}")
-            interval = Interval(config, progress, per_token * data.tokens_per_step, log)
+            assert progress.counts is not None
+            interval = Interval(config, progress, progress.counts, log)
             diagnostics = Diagnostics(config, program, log, interval)
             scores: Scores | None = None  # of the last step taken, where that was evaluated
 
@@ -121,7 +121,7 @@ def _train(
                 trace.after(step, metrics)
                 # Only now, with this step already queued, are the metrics of the steps before it fetched.
                 interval.flush_if_due()
-                interval.add(step, metrics, float(now.learning))
+                interval.add(step, metrics, float(now.learning), rows.counts)
 
                 looked, scores = diagnostics.after(step, state), None
                 if config.eval_every and (step + 1) % config.eval_every == 0:
@@ -159,8 +159,17 @@ def _batches(config: RunConfig, program: Program, token_set: TokenSet, start: in
     """The batches of the run from example `start` on; each process reads the rows that its devices hold."""
     data, place = config.data, batch_sharding(program.mesh)
     rows = distributed.own_rows(place, data.batch)
-    put = functools.partial(distributed.put_rows, sharding=place, batch=data.batch, rows=rows)
-    return batches(token_set, sequence=data.sequence, batch=data.batch, seed=data.seed, start=start, rows=rows, put=put)
+    return batches(
+        token_set,
+        sequence=data.sequence,
+        batch=data.batch,
+        seed=data.seed,
+        start=start,
+        rows=rows,
+        put=functools.partial(distributed.put_rows, sharding=place, batch=data.batch, rows=rows),
+        counting=distributed.counted_rows(place, data.batch),
+        separate=data.separate_documents,
+    )
 
 
 def _begin(
@@ -170,17 +179,32 @@ def _begin(
     if checkpoints.steps:
         state, meta = checkpoints.restore(program.abstract_state)
         _check_corpus(meta, token_set, folder)
-        progress = Progress(**meta["progress"])
+        progress = _progress(config, meta, token_set)
         progress.attempts += 1
         return state, progress, meta["marks"]
     if config.branch is not None:
         trunk = folder.parent / config.branch.run / "checkpoints"
         state, meta = restore(trunk, program.abstract_state, config.branch.step)
         _check_corpus(meta, token_set, trunk)
-        return state, dataclasses.replace(Progress(**meta["progress"]), attempts=1), {}
+        return state, dataclasses.replace(_progress(config, meta, token_set), attempts=1), {}
     with jax.set_mesh(program.mesh):
         state = program.init(jax.random.key(config.seed, impl=GENERATOR))
-    return _with_weights(state, config, program) if config.init else state, Progress(attempts=1), {}
+    state = _with_weights(state, config, program) if config.init else state
+    return state, Progress(attempts=1, counts=Counts()), {}
+
+
+def _progress(config: RunConfig, meta: dict[str, Any], token_set: TokenSet) -> Progress:
+    """Where a checkpoint stands. What one of an older version did not count is read again."""
+    progress, data = Progress(**meta["progress"]), config.data
+    if progress.counts is None:
+        progress.counts = count_examples(
+            token_set,
+            sequence=data.sequence,
+            seed=data.seed,
+            examples=progress.data,
+            separate=data.separate_documents,
+        )
+    return progress
 
 
 def _with_weights(state: TrainState, config: RunConfig, program: Program) -> TrainState:
@@ -236,18 +260,24 @@ def _describe(config: RunConfig, program: Program, log: Log, progress: Progress)
 
 
 def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, scores: Scores) -> dict[str, Any]:
-    """Everything that a row of the runs table needs. `loss` is null for a run that was not evaluated (a trunk)."""
-    size = flops.parameters(config.model)
+    """Everything that a row of the runs table needs. `loss` is null for a run that was not evaluated (a trunk).
+
+    D, U and FLOPs are of what was counted, a trunk's part included; `batch_tokens`, `warmup_tokens` and `decay_tokens`
+    are positions.
+    """
+    size, counts = flops.parameters(config.model), progress.counts
     data, optim = config.data, config.optim
-    spent = flops.train_flops_per_token(config.model, data.sequence).times(config.tokens)
+    assert counts is not None
+    spent = flops.train_flops(config.model, config.positions, counts.pairs)
     return {
         "run_id": config.name,
         "family": config.model.family,
         "N": size.N,
         "N_nonemb": size.N_nonemb,
         "N_total": size.total,
-        "D": config.tokens,
-        "U": token_set.unique_tokens(config.tokens),
+        "D": counts.targets,
+        "U": counts.unique,
+        "D_rule": "targets",
         "loss": scores.get("loss"),
         "loss_se": scores.get("loss_se"),
         "bpb": scores.get("bpb"),
@@ -257,7 +287,7 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "vocab": token_set.vocab_size,
         "seq_len": data.sequence,
         "flops": spent.products,
-        "flops_rule": "exact products",
+        "flops_rule": "exact products" + ", attention within documents" * data.separate_documents,
         "loss_unit": "nats",
         "embedding_counted": False,
         **{f"flops_{name}": count for name, count in dataclasses.asdict(spent).items()},

@@ -1,14 +1,18 @@
 """What a run writes about itself: metrics.jsonl, TensorBoard, log.txt.
 
+In metrics.jsonl `tokens` are the targets that carried a loss so far, the row's D in the end, and `flops` what had to be
+computed for them; `tokens_per_s` are positions, padding included, and `mfu` is `flops` by time: what the device does.
+
 Every file is append-only and its length is part of each checkpoint, so a resumed run first cuts its logs back to the
 checkpoint: no step is ever logged twice, however the run died.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,11 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from mmfree_jax import nvidia
+from mmfree_jax import flops, nvidia
 from mmfree_jax.config import RunConfig
+from mmfree_jax.data import Counts
 from mmfree_jax.devices import EnergyMeter, peak_flops
-from mmfree_jax.distributed import is_first, total
+from mmfree_jax.distributed import added, is_first, total
 
 
 class Diverged(RuntimeError):
@@ -37,13 +42,18 @@ class Progress:
 
     step: int = 0
     data: int = 0  # examples that the data pipeline has given out, over all hosts
+    counts: Counts | None = None  # of these examples; None in checkpoints of before they were counted
     seconds: float = 0.0
     joules: float | None = None
     uncounted: int = 0  # steps whose seconds and joules are still to be made out from later ones
     shared: bool = False  # a part of it was computed beside other runs on one GPU: times and energy are not its own
     train_loss: float | None = None
     attempts: int = 0
-    held: list[list[float]] = dataclasses.field(default_factory=list)  # steps not logged yet: step, loss, norm, rate
+    held: list[Any] = dataclasses.field(default_factory=list)  # steps not logged yet, as `Pending.held`
+
+    def __post_init__(self) -> None:
+        if isinstance(self.counts, dict):  # out of a checkpoint
+            self.counts = Counts(**self.counts)
 
     def of_all_steps(self, measured: float | None) -> float | None:
         """`seconds` or `joules` with those steps that were last and alone in their process, at the mean of all others.
@@ -55,14 +65,36 @@ class Progress:
         return measured * self.step / (self.step - self.uncounted)
 
 
-# What a step's metrics may be, in the order in which those not logged yet are kept: step, loss, norm, rate, z-loss.
-HELD = ("loss", "grad_norm", "z_loss")
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A step taken and not logged: its 1-based number, metrics, rate, and counts of all steps up to it."""
+
+    step: int
+    metrics: Mapping[str, Any]
+    rate: float
+    before: Counts  # when this process began, over all processes
+    own: Counts  # what this process has counted since
+
+    def held(self, counts: Counts) -> dict[str, Any]:
+        """As it stands in a checkpoint."""
+        metrics = {name: float(value) for name, value in self.metrics.items()}
+        return {"step": self.step, "rate": self.rate, "metrics": metrics, "counts": dataclasses.asdict(counts)}
+
+    @staticmethod
+    def taken_up(held: Any, counts: Counts) -> "Pending":
+        """Inverse of `held`; also of lists of step, loss, norm, rate and z-loss, as older checkpoints have them, whose
+        counts are taken to be those of the checkpoint."""
+        if isinstance(held, dict):
+            return Pending(held["step"], held["metrics"], held["rate"], Counts(**held["counts"]), Counts())
+        step, loss, norm, rate, *z = held
+        metrics = dict(zip(("loss", "grad_norm", "z_loss"), (loss, norm, *z), strict=False))
+        return Pending(int(step), metrics, rate, counts, Counts())
 
 
-def _ordered(held: list[float]) -> list[float]:
-    """Step and rate first."""
-    step, loss, norm, rate, *rest = held
-    return [step, rate, loss, norm, *rest]
+def totals(pending: Sequence[Pending]) -> list[Counts]:
+    """Counts of all steps up to each of these, over all processes: every one of them takes part."""
+    numbers = iter(added([number for one in pending for number in dataclasses.astuple(one.own)]))
+    return [one.before + Counts(*itertools.islice(numbers, 3)) for one in pending]
 
 
 class RunLog:
@@ -199,17 +231,17 @@ def _rewind(folder: Path, marks: dict[str, int]) -> None:
 class Interval:
     """The steps since the last logged one: keeps their metrics on the device and logs their mean when asked."""
 
-    def __init__(self, config: RunConfig, progress: Progress, flops_per_step: float, log: Log):
-        self.config, self.progress, self.flops_per_step, self.log = config, progress, flops_per_step, log
+    def __init__(self, config: RunConfig, progress: Progress, counts: Counts, log: Log):
+        """counts: of the steps up to `progress.step`."""
+        self.config, self.progress, self.log = config, progress, log
         progress.shared = progress.shared or nvidia.is_shared()
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak = None if peak is None or progress.shared else peak * config.mesh.devices
         self.meter = EnergyMeter()
-        self.pending: list[tuple[int, Mapping[str, Any], float]] = [
-            (int(step), dict(zip(HELD, values, strict=False)), rate)
-            for step, rate, *values in map(_ordered, progress.held)
-        ]
+        self.pending = [Pending.taken_up(held, counts) for held in progress.held]
         progress.held = []
+        self.before = counts
+        self.reached = progress.step, counts  # the last step that needs no more counting here, and counts up to it
         self.notes: dict[str, Any] = {}  # for the next row besides
         self.waited = 0.0
         self.compiled = False  # a first step of this process has been compiled and run
@@ -224,9 +256,10 @@ class Interval:
         self.waited += time.perf_counter() - start
         return tokens_BT
 
-    def add(self, step: int, metrics: dict[str, jax.Array], rate: float) -> None:
-        """Take the metrics of 0-based step `step`, without waiting for them (but for the first: it compiles)."""
-        self.pending.append((step + 1, metrics, rate))
+    def add(self, step: int, metrics: dict[str, jax.Array], rate: float, counts: Counts) -> None:
+        """Take the metrics of 0-based step `step`, without waiting for them (but for the first: it compiles), and what
+        this process has counted of the batches up to it."""
+        self.pending.append(Pending(step + 1, metrics, rate, self.before, counts))
         self.running += 1
         if not self.compiled:
             jax.block_until_ready(metrics)
@@ -241,7 +274,7 @@ class Interval:
     def pause(self) -> bool:
         """Stop the clocks once the device is done with the steps taken so far, and add their time and energy to the
         progress. Whether there were any: otherwise the clocks go on."""
-        jax.block_until_ready([metrics for _, metrics, _ in self.pending])
+        jax.block_until_ready([one.metrics for one in self.pending])
         drawn = total(self.meter.joules())
         if self.began is None or self.running == 0:
             return False
@@ -263,15 +296,20 @@ class Interval:
     def hold(self) -> None:
         """Put what is not logged yet into the progress: a run that is stopped here logs the same rows in the end."""
         self.pause()
-        for step, metrics, rate in jax.device_get(self.pending):
-            values = [float(metrics[name]) for name in HELD if name in metrics]
-            self.progress.held.append([float(step), *values[:2], float(rate), *values[2:]])
+        counts = totals(self.pending)
+        self.progress.held = [one.held(c) for one, c in zip(self._fetched(), counts, strict=True)]
+        self.progress.counts = counts[-1] if counts else self.progress.counts
         self.pending.clear()
+
+    def _fetched(self) -> list[Pending]:
+        """The pending steps with their metrics as NumPy scalars."""
+        metrics = jax.device_get([one.metrics for one in self.pending])
+        return [dataclasses.replace(one, metrics=values) for one, values in zip(self.pending, metrics, strict=True)]
 
     def flush_if_due(self) -> None:
         """Log when the newest step taken is a multiple of log_every."""
         every = self.config.log_every
-        if self.pending and every and self.pending[-1][0] % every == 0:
+        if self.pending and every and self.pending[-1].step % every == 0:
             self.flush()
 
     def flush(self) -> None:
@@ -280,14 +318,16 @@ class Interval:
         if not self.pending:
             return
         stopped = self.pause()
-        steps, fetched, rates = zip(*jax.device_get(self.pending), strict=True)
-        metrics = {name: np.array([one[name] for one in fetched], np.float64) for name in fetched[0]}
+        fetched, counts = self._fetched(), totals(self.pending)
+        steps = [one.step for one in fetched]
+        metrics = {name: np.array([one.metrics[name] for one in fetched], np.float64) for name in fetched[0].metrics}
         finite = np.isfinite(metrics["loss"] + metrics["grad_norm"])
         count = len(steps) if finite.all() else int(np.argmin(finite))
         notes = self.notes if count == len(steps) else {}
         means = {name: float(one[:count].mean()) for name, one in metrics.items() if count}
         if count:
-            self._log(steps[count - 1], means, rates[count - 1], notes)
+            self.progress.counts = counts[count - 1]
+            self._log(steps[count - 1], means, fetched[count - 1].rate, notes)
         if count < len(steps):
             if self.notes:
                 self.log.metrics({"step": steps[-1], **self.notes})
@@ -303,20 +343,30 @@ class Interval:
 
     def _log(self, step: int, means: dict[str, float], rate: float, notes: dict[str, Any]) -> None:
         own, steps_per_s = not self.progress.shared, self.timed / self.elapsed if self.elapsed else None
+        counts, since = self.progress.counts, step - self.reached[0]
+        assert counts is not None
+        done, before = (self._flops(*at) for at in ((step, counts), self.reached))
+        each = (done - before) / since if since > 0 else None  # FLOPs of a step, the mean over those of this row
+        self.reached = (step, counts) if since > 0 else self.reached
         self.progress.train_loss = means["loss"]
         self.log.metrics(
             {
                 "step": step,
-                "tokens": step * self.config.data.tokens_per_step,
-                "flops": step * self.flops_per_step,
+                "tokens": counts.targets,
+                "flops": done,
                 "loss": means["loss"],
                 "lr": rate,
                 **{name: mean for name, mean in means.items() if name != "loss"},
                 "tokens_per_s": steps_per_s and steps_per_s * self.config.data.tokens_per_step,
-                "mfu": self.peak and steps_per_s and steps_per_s * self.flops_per_step / self.peak,
+                "mfu": self.peak and steps_per_s and each and steps_per_s * each / self.peak,
                 "data_wait_s": self.waited / len(self.pending),
                 "seconds": self.progress.seconds if own else None,
                 "joules": self.progress.joules if own else None,
                 **notes,
             }
         )
+
+    def _flops(self, step: int, counts: Counts) -> float:
+        """Of all steps up to this one."""
+        positions = step * self.config.data.tokens_per_step
+        return flops.train_flops(self.config.model, positions, counts.pairs).products

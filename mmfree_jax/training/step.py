@@ -320,7 +320,8 @@ def _norms(tree: Any) -> dict[str, jax.Array]:
 def _evaluate(
     graphdef: Any, separator: int | None, params: nnx.State, tokens_BT: jax.Array, mask_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of nats, number of targets) over the positions where the mask is true."""
+    """Of each sequence its sum of nats [B] and number of targets [B], where the mask is true."""
     segments_BT, _ = _documents(tokens_BT, separator)
     model = nnx.merge(graphdef, params)
-    return model.loss(tokens_BT[:, :-1], tokens_BT[:, 1:], mask_BT, segments_BT=segments_BT)
+    nats_BT = model.nats(tokens_BT[:, :-1], tokens_BT[:, 1:], segments_BT=segments_BT)
+    return jnp.sum(jnp.where(mask_BT, nats_BT, 0), axis=1), jnp.sum(mask_BT, axis=1)

@@ -23,6 +23,7 @@ TEXT = (
     "val_set",
     "tokenizer",
     "flops_rule",
+    "D_rule",  # what D counts: targets that carried a loss, or positions, padding included
     "loss_unit",  # nats (per token) or bits per byte
     "schedule",
     "cluster",
@@ -55,6 +56,7 @@ CONVENTIONS = (
 RECIPE = ("optimizer", "parametrisation", "documents", "activation_bits", "gradient_bits", "settings")
 # Likewise, but what differs may be little, or meant.
 SURROUNDINGS = ("mixture", "train_set", "precision", "device", "code", "jax", "jaxlib", "flax", "optax")
+TARGETS, POSITIONS = "targets", "positions"  # rules of D
 SCRATCH = "random"  # `init` of a run from random weights
 KNOWN = (*NUMERIC, *TEXT, *BOOLEAN, "seed", "data_seed", "activation_bits", "gradient_bits")
 FLOPS_PER_PARAMETER_TOKEN = 6.0  # forward 2, backward 4 (Kaplan et al. 2020, section 2.1)
@@ -150,7 +152,7 @@ class Runs:
         return cls.from_rows([dict(zip(names, row, strict=True)) for row in zip(*names.values(), strict=True)])
 
     def with_defaults(self) -> Runs:
-        """Fills in cluster (= run_id) and flops (= 6 N D), noting it."""
+        """Fills in cluster (= run_id) and flops (= 6 N D), noting it, and D_rule in rows of a table that has it."""
         table, notes = dict(self.columns), list(self.notes)
         given = table.get("cluster", np.full(len(self), "", dtype=object))
         table["cluster"] = np.where(given == "", table["run_id"], given)
@@ -160,7 +162,14 @@ class Runs:
             how_many = "every row" if absent.all() else f"{absent.sum()} of {len(self)} rows"
             notes.append(f"flops derived as 6*N*D for {how_many}")
             flops = np.where(absent, FLOPS_PER_PARAMETER_TOKEN * table["N"] * table["D"], flops)
-        return replace(self, columns=table | {"flops": flops}, notes=tuple(notes))
+        rule = {"D_rule": self._rule_of_D()} if "D_rule" in table else {}
+        return replace(self, columns=table | {"flops": flops} | rule, notes=tuple(notes))
+
+    def _rule_of_D(self) -> np.ndarray:
+        """D_rule, where it is blank that of tables without the column: positions. With joined documents these are the
+        targets."""
+        rule, documents = self.columns["D_rule"], self.columns.get("documents", np.full(len(self), "", dtype=object))
+        return np.where(rule != "", rule, np.where(documents == "joined", TARGETS, POSITIONS)).astype(object)
 
     def __len__(self) -> int:
         return len(self.columns["run_id"])

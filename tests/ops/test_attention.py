@@ -1,11 +1,14 @@
 """All forms of attention compute the same thing, and documents do not see each other."""
 
+import importlib
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ladder, quickstart
+import experiments
 from mmfree_jax.ops import attention
 from mmfree_jax.ops.attention import attend, causal_attention
 
@@ -80,11 +83,14 @@ def test_the_form_on_a_gpu_follows_type_documents_and_width(monkeypatch):
     assert attention.choose(shaped(64, jnp.bfloat16), None) == "rows"
 
 
-@pytest.mark.parametrize("study", [quickstart.study(), ladder.study()], ids=lambda study: study.name)
-def test_every_head_that_an_experiment_declares_is_fused_on_a_gpu(monkeypatch, study):
+DECLARING = [path.stem for path in Path(experiments.__file__).parent.glob("*.py") if "def study(" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", sorted(DECLARING))
+def test_every_head_that_an_experiment_declares_is_fused_on_a_gpu(monkeypatch, name):
+    study = importlib.import_module(f"experiments.{name}").study()
     monkeypatch.setattr(attention, "backend", lambda: "gpu")
     monkeypatch.setattr(attention, "_widest_fused_head", lambda: 256)
     widths = {run.model.width // run.model.heads for run in study.runs if run.model.mixer == "attention"}
-    assert widths
     for width in widths:
         assert attention.choose(jax.ShapeDtypeStruct((8, 128, 1, width), jnp.bfloat16), None) == "cudnn"

@@ -76,6 +76,14 @@ def test_a_family_of_two_recipes_is_no_law_in_silence_and_two_families_may_diffe
     assert findings(weights) == {}
 
 
+def test_numbers_of_targets_and_of_positions_are_told_apart():
+    """A row that does not say counts positions, which are the targets where documents are joined."""
+    blank = lambda documents: rows_with(lambda i, row: {"documents": documents, "D_rule": "" if i == 3 else "targets"})
+    found = findings(blank("separate"))["mixed D_rule"]
+    assert (found.severity, found.message, found.rows) == ("error", "positions, targets", (rows_with()[3]["run_id"],))
+    assert findings(blank("joined")) == findings(rows_with(D_rule="targets")) == findings(rows_with()) == {}
+
+
 def test_conventions_that_nobody_recorded_are_listed():
     found = lint(Runs.from_rows(ladder_rows(sizes=SIZES, ratios=(5, 10, 20, 80))))
     assert [f.message for f in found if f.name == "conventions not recorded"] == [

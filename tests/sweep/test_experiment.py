@@ -49,7 +49,7 @@ def test_branches_cost_their_decays_only():
     whole = run_flops(dataclasses.replace(BASE, steps=100, branch=None))
     assert run_flops(trunk) == pytest.approx(0.8 * whole)
     assert sum(map(run_flops, branches)) == pytest.approx(0.2 * 1.75 * whole)
-    assert [r.tokens for r in branches] == [steps * 4 * 32 for steps in (25, 50, 100)]
+    assert [r.positions for r in branches] == [steps * 4 * 32 for steps in (25, 50, 100)]
 
 
 def test_chains_keep_a_trunk_with_its_branches():

@@ -30,7 +30,7 @@ def test_every_rung_has_its_size_horizons_and_a_trunk(family):
         N = flops.parameters(trunk.model).N
         ends = [run for run in runs if run.branch and run.branch.run == trunk.name]
         assert size / 1.3 < N < 1.3 * size
-        assert [run.tokens / N for run in ends] == pytest.approx([5, 20], rel=0.05)
+        assert [run.positions / N for run in ends] == pytest.approx([5, 20], rel=0.05)
         assert all(run.model == trunk.model and run.optim.lr == trunk.optim.lr for run in ends)
         assert 1 / (trunk.optim.lr * trunk.optim.weight_decay) == pytest.approx(
             1.084 * 20**-0.527 * ends[-1].steps, rel=1e-6
@@ -48,7 +48,7 @@ def test_a_ladder_without_sizes_is_refused():
 
 def test_the_experiment_fits_its_corpus_and_treats_both_families_alike():
     runs = experiment.study().runs
-    assert max(run.tokens for run in runs) <= 67e6  # tier M, in one epoch
+    assert max(run.positions for run in runs) <= 67e6  # tier M, in one epoch
     halves = [[run for run in runs if run.model.family == family] for family in experiment.BASES]
     for a, b in zip(*halves, strict=True):
         assert (a.data, a.steps, a.branch is None) == (b.data, b.steps, b.branch is None)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
 import re
 import shutil
 import signal
@@ -28,6 +27,7 @@ from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
 from mmfree_jax.training.step import make_program, program_key
 from tests.conftest import MAIN_FAMILIES, read_metrics, sentences, tiny_run
+from tests.training.stopping import stop_after
 
 NUMBERS = ("loss", "loss_se", "bpb", "train_loss", "N", "D", "flops", "val_tokens")
 
@@ -78,24 +78,6 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_numbers(family, token_set
     assert numbers(read_json(folder / "result.json")) == numbers(whole)
     assert curve(folder) == curve(tmp_path / "whole")
     assert read_json(folder / "result.json")["attempts"] == 5
-
-
-def stop_after(steps: int, number: int = signal.SIGTERM):
-    """A stand-in for Diagnostics that sends this process a signal in the course of its n-th step."""
-
-    class Stopper:
-        def __init__(self, *_):
-            self.seen = 0
-
-        def before(self, *_):
-            self.seen += 1
-            if self.seen == steps:
-                os.kill(os.getpid(), number)
-
-        def after(self, *_):
-            return False
-
-    return Stopper
 
 
 @pytest.mark.parametrize("ignored", [False, True])
@@ -186,6 +168,7 @@ def test_a_run_that_diverges_logs_the_steps_before(log_every, logged, token_set,
         train(config, tmp_path, token_set)
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == logged
+    assert [row["tokens"] for row in rows] == [step * 4 * 32 for step in logged]
     assert all(np.isfinite(row["loss"]) for row in rows)
     log = (tmp_path / "log.txt").read_text()
     assert "ended by Diverged: transformer++-tiny: loss nan" in log
@@ -221,8 +204,8 @@ def test_a_folder_with_another_run_is_refused(token_set, tmp_path):
         train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5)), tmp_path, token_set)
 
 
-def test_a_single_batch_of_held_out_text_has_no_standard_error(token_set, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmfree_jax.evaluation.EVALUATION_BATCH", 1000)
+def test_a_single_block_of_held_out_text_has_no_standard_error(token_set, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmfree_jax.evaluation.BLOCK", 1000)
     result = train(tiny_run("matmul-free", token_set.path), tmp_path, token_set)
     assert result["loss"] > 0
     assert result["loss_se"] is None

@@ -28,7 +28,7 @@ def test_z_loss_is_trained_on_and_reported_apart_from_the_loss(accumulate):
         with jax.set_mesh(program.mesh):
             state = program.init(jax.random.key(0))
             logits_BTV = nnx.merge(program.graphdef, state.params)(jnp.asarray(tokens_BT[:, :-1]))
-            held_out.append(program.evaluate(state.params, program.place(tokens_BT), program.place(mask_BT))[0])
+            held_out.append(program.evaluate(state.params, program.place(tokens_BT), program.place(mask_BT))[0].sum())
             trained.append(program.train_step(state, program.place(tokens_BT), np.float32(1e-3))[1])
     squares = np.mean(np.square(jax.nn.logsumexp(logits_BTV, axis=-1)))
     np.testing.assert_allclose(trained[1]["z_loss"], 0.1 * squares, rtol=1e-5)
