@@ -11,7 +11,8 @@ Windows have 8 positions, there are 16 of them, and a step takes 8, so that two 
 three; a dot is an end of document:
 
     a b c d . a . .   joined: 8 targets, 1 + 2 + ... + 8 = 36 pairs
-    a b c d . a . .   apart: 7 targets (no dot after a dot); documents `a b c d`, `. a`, `.`, `.`: 10 + 3 + 1 + 1 = 15 pairs
+    a b c d . a . .   apart: 7 targets (no dot after a dot); documents `a b c d`, `. a`, `.`, `.`: 15 pairs
+                      (10 + 3 + 1 + 1)
     a b c d . . . .   packed: 5 targets, 10 + 4 x 1 = 14 pairs; after the last window stands a dot: it has 4 targets
 """
 
@@ -57,8 +58,9 @@ ATTENTION = {"joined": 331_776, "apart": 138_240, "packed": 129_024}
 BLOCKS = 2_949_120  # 6 steps x 64 positions = 384, x 7680
 HEAD = 4_737_024  # 384 x 12336
 # Element-wise, forward, of a position: softmax of the head 5 x 257 = 1285; of a layer SiLU, product and two residuals
-# 5 F + 2 D = 96, with attention 96 + 3 x 16 (rotary) = 144, with MLGRU 96 + 19 D = 248 (gates 12, recurrence 2, output 5),
-# with RWKV-4 96 + 35 D = 376 (mixes 9, WKV 22, gate 4). Of a pair 5 (softmax) x 2 layers x 2 heads = 20. All times three.
+# 5 F + 2 D = 96, with attention 96 + 3 x 16 (rotary) = 144, with MLGRU 96 + 19 D = 248 (gates 12, recurrence 2,
+# output 5), with RWKV-4 96 + 35 D = 376 (mixes 9, WKV 22, gate 4). Of a pair 5 (softmax) x 2 layers x 2 heads = 20. All
+# times three.
 ELEMENTWISE = {  # 384 x 3 x (1285 + 2 x layer)
     "transformer++": 1_812_096,  # 1573
     "bitnet": 1_812_096,
@@ -144,8 +146,8 @@ def test_the_axes_of_a_run_are_those_worked_out_by_hand(case: Case, found: dict)
     }
     assert {name: found["result"][name] for name in expected} == expected
 
-    # Rows at steps 2, 4 and 6, the ends of epochs. The first step of a process, which compiles, is not timed: the row of
-    # a resumed run and of a branch at step 4 has no other.
+    # Rows at steps 2, 4 and 6, the ends of epochs. The first step of a process, which compiles, is not timed: the row
+    # of a resumed run and of a branch at step 4 has no other.
     rows = {row["step"]: row for row in found["metrics"]}
     steps = (4, 6) if case.history == "branched" else (2, 4, 6)
     assert tuple(rows) == steps

@@ -104,6 +104,9 @@ def test_precision_is_settled_at_the_start_and_kept_where_the_run_goes_on(token_
     branch = dataclasses.replace(run, name="branch", branch=Branch("run", 2))
     assert with_saved_choices(branch, tmp_path / "branch").precision == "float32"  # a trunk's is its branches'
     assert with_saved_choices(run, tmp_path / "new").precision == "auto"
+    # Also of a run that ended before its first checkpoint, perhaps on another kind of device.
+    claim(dataclasses.replace(run, precision="bfloat16"), tmp_path / "early")
+    assert with_saved_choices(run, tmp_path / "early").precision == "bfloat16"
     other = dataclasses.replace(run, precision="bfloat16")
     with pytest.raises(ConfigError, match="precision is float32, not bfloat16"):
         train(other, tmp_path / "run", token_set)
