@@ -120,7 +120,7 @@ def _alarm(hours: float) -> Iterator[None]:
 
 
 def _late(folder: Path, limit_hours: float) -> Callable[[], None]:
-    """To be called now and then: ends this process when a run has not answered the alarm for long."""
+    """A function to call now and then. It ends this process if the run has not answered its alarm for GRACE_SECONDS."""
     deadline = time.monotonic() + limit_hours * 3600 + GRACE_SECONDS
 
     def check() -> None:
@@ -132,7 +132,7 @@ def _late(folder: Path, limit_hours: float) -> Callable[[], None]:
 
 
 def _explain(folder: Path, error: Exception) -> None:
-    """The reason for whoever reads the log, and a line of it for whoever asks for the sweep's status."""
+    """Print the error for the worker's log, and leave one line of it in the run's folder for `--status`."""
     if not isinstance(error, TrunkFailed | TimedOut | LockedError):
         traceback.print_exception(error)
     message = f"{type(error).__name__}: {error}"
