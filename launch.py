@@ -65,5 +65,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    importlib.import_module("mmfree_jax.output").settle()
+    importlib.import_module("mmfree_jax.output").make_streams_tolerant()
     sys.exit(main(sys.argv[1:]))

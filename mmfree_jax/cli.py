@@ -17,7 +17,7 @@ from rich.console import Console
 
 from mmfree_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, require
 from mmfree_jax.flops import parameters
-from mmfree_jax.output import teller
+from mmfree_jax.output import line_printer
 from mmfree_jax.sweep.executor import Executor
 from mmfree_jax.sweep.local import this_machine
 from mmfree_jax.sweep.render import Cloud, render
@@ -257,7 +257,7 @@ def _check_idle(chosen: SweepArguments) -> None:
 def _executor(chosen: SweepArguments, console: Console) -> Executor:
     if chosen.executor == "slurm":
         require(chosen.slots == 0, "--slots is for workers of this machine: with SLURM use --slurm.parallel")
-        return SlurmExecutor(chosen.slurm, chosen.limit_hours, teller(console))
+        return SlurmExecutor(chosen.slurm, chosen.limit_hours, line_printer(console))
     return this_machine(chosen.slots, chosen.limit_hours)
 
 
@@ -332,7 +332,7 @@ def _train(config: RunConfig, out: Path, profiled: range, checked: bool) -> int:
 
     check_platform()
     console = Console(quiet=jax.process_index() > 0)
-    say = teller(console)
+    say = line_printer(console)
     make_mesh(config.mesh)  # refuses missing devices before a corpus is prepared
     if idle := left_idle(config.mesh):
         say(idle)

@@ -64,7 +64,7 @@ class ModelConfig:
     mixer: Mixer = "mlgru"
     linear: Linear = "ternary"
     vocab: int = 32000  # rows of the embedding and outputs of the head
-    tokenizer_vocab: int = 0  # how many of them the tokenizer has; the others are padding, never predicted; 0: all
+    tokenizer_vocab: int = 0  # tokens of the tokenizer; rows beyond are padding, never predicted; 0: no padding
     width: int = 1024
     depth: int = 24
     glu_width: int = 2816
@@ -93,7 +93,7 @@ class ModelConfig:
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: must be at least 1")
         require(
             0 <= self.tokenizer_vocab <= self.vocab,
-            f"model.tokenizer_vocab={self.tokenizer_vocab} exceeds model.vocab={self.vocab}: raise model.vocab",
+            f"model.tokenizer_vocab={self.tokenizer_vocab}: must be from 0 (no padding) to model.vocab={self.vocab}",
         )
         require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps}: must be positive")
         require(self.init_std > 0, f"model.init_std={self.init_std}: must be positive")
@@ -152,7 +152,7 @@ class ModelConfig:
         return next((name for name, key in FAMILIES.items() if key == pair), f"{self.mixer}+{self.linear}")
 
 
-PLACES = ("corpus", "vocab", "mixture")  # fields of DataConfig that lead to the data, and are not what they are
+PLACES = ("corpus", "vocab", "mixture")  # fields of DataConfig that say where the data are, not what they are
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ class DataConfig:
     `sequence` is in tokens; `batch` is the number of sequences in one optimizer step over all devices and all
     accumulation steps. Windows are shuffled by `seed`, so two runs with equal DataConfig see equal data in equal order;
     the initial weights have a seed of their own, that of the run.
-    `contents` are the fingerprints of corpus and mixture, which a run fills in when it begins: they say what the data
-    are, and corpus, mixture and vocab then only where they were found (`PLACES`).
+    `contents` are the fingerprints of corpus and mixture. A run fills them in when it begins. From then on they
+    identify the data; corpus, mixture and vocab only say where the data were found (`PLACES`).
     """
 
     corpus: str = "embedded"
@@ -295,12 +295,12 @@ class Branch:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run, entirely: two runs with equal fingerprints compute the same thing, once they have begun.
+    """Everything that defines one training run: two runs that have begun with equal fingerprints compute the same.
 
-    A run that begins fills in what depends on where it does: the `precision` that "auto" stands for, and what its
-    corpus holds (`data.contents`, `model.tokenizer_vocab`). A run that goes on keeps what it began with.
-    `seed` is of the initial weights, `data.seed` of the order of the data: runs that repeat one another differ in both
-    (`sweep.grids.repeats`), or their spread tells nothing of the order.
+    When a run begins, it fills in what depends on its environment: the `precision` that "auto" stands for, and what its
+    corpus holds (`data.contents`, `model.tokenizer_vocab`). A resumed run keeps these choices.
+    `seed` draws the initial weights, `data.seed` the order of the data. Repeated runs should differ in both
+    (`sweep.grids.repeats`), so that their spread includes the effect of the order.
     `steps` counts from the very start, also for a run that branches off another: a decay branch is the WSD run of the
     same length whose first `branch.step` steps were computed by its trunk. `milestones` are steps whose checkpoints
     are kept for good. `checkpoint_every`, `log_every`, `eval_every` (held-out loss) and `diagnose_every` (norms and
@@ -321,10 +321,10 @@ class RunConfig:
     )
     milestones: tuple[int, ...] = ()
     precision: Precision = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU; weights are float32
-    remat: Remat = "none"  # what the backward pass makes again (`models.language_model.remat_policy`)
+    remat: Remat = "none"  # what the backward pass recomputes (`models.language_model.remat_policy`)
     kernels: Kernels = "auto"  # hand-written kernels where they serve; off: the compiler alone
     gather: Gather = "int8"  # how ternary codes travel between fsdp shards; packed: four in a byte
-    reduction: Reduction = "compute"  # the type in which gradients of matrices are added up over devices (`sharding`)
+    reduction: Reduction = "compute"  # type in which gradients of matrices are summed over devices (`sharding`)
     unroll: int = 0  # layers per iteration of the scan over layers; 0: all on GPUs, where a loop costs a sixth, else 1
     evaluate: bool = True  # on the whole held-out split at the end
     log_every: int = 10
@@ -425,7 +425,7 @@ class RunConfig:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change whenever anything that the run computes or writes changes.
 
-        Where the data lie is nothing of that, once it is known what they are.
+        The place of the data does not count once their contents are filled in.
         """
         data = self.data
         if data.contents:

@@ -1,4 +1,4 @@
-"""What becomes of an exception: its own sentence for those that we raise, a traceback on file for all others."""
+"""How a command reports an exception: by its message if we wrote that for users, else with a traceback in a file."""
 
 import contextlib
 import linecache
@@ -13,15 +13,17 @@ PACKAGES = ("mmfree_jax", "scaling", "launch")
 
 
 def is_explained(error: BaseException) -> bool:
-    """Whether an exception's message is written for users: our own types, whatever our code raises on purpose, and
-    what the system says of a file."""
+    """Whether an exception's message is written for users.
+
+    It is for our own types, for whatever our code raises on purpose, and for the system's errors about a file.
+    """
     if type(error).__module__.partition(".")[0] in PACKAGES:
         return True
     return (isinstance(error, OSError) and error.filename is not None) or _raised_by_us(error.__traceback__)
 
 
 def _raised_by_us(trace: TracebackType | None) -> bool:
-    """Whether the innermost frame is at a `raise` of these packages: `{}["optimizer"]` in them is none."""
+    """Whether a `raise` statement of these packages raised it, and not an expression such as `{}["optimizer"]`."""
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     if trace is None:
@@ -32,7 +34,7 @@ def _raised_by_us(trace: TracebackType | None) -> bool:
 
 
 def sentence(error: BaseException) -> str:
-    """An exception in one line; its type stands before a message that may say little."""
+    """An exception in one line; the type comes first unless the message is written for users."""
     text = " ".join(str(error).split())
     if is_explained(error):
         return text or type(error).__name__
@@ -40,7 +42,7 @@ def sentence(error: BaseException) -> str:
 
 
 def reported(error: Exception) -> str:
-    """`sentence`, and where the traceback of an exception that is not explained has been written."""
+    """An exception in one line, and the file with its traceback unless the message is written for users."""
     if is_explained(error):
         return sentence(error)
     place = getattr(error, "written_to", None) or _to_temporary_file(error)
@@ -49,9 +51,9 @@ def reported(error: Exception) -> str:
 
 @contextlib.contextmanager
 def logged(log: Path, but: type[Exception]) -> Iterator[None]:
-    """An exception, but for one kind, passes with a line in `log`, and its traceback there if it is not explained.
+    """Append a line to `log` for an exception that passes, and its traceback if the message is not for users.
 
-    Only for a log that this process alone writes.
+    Exceptions of the type `but` leave no line. No other process may write to the log.
     """
     try:
         yield

@@ -1,6 +1,6 @@
-"""What NVIDIA's management library (NVML) says of GPUs; it may be absent, old or forbidden to answer.
+"""Questions to NVIDIA's management library (NVML) about GPUs. It may be absent, old or without permission to answer.
 
-GPUs go by the names that CUDA gives them: a number, a UUID or the beginning of one, a MIG instance's name. Nothing here
+GPUs are named as CUDA names them: by a number, a UUID or the beginning of one, or a MIG instance's name. Nothing here
 imports JAX.
 """
 
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-SHARERS = "MMFREE_JAX_SHARERS"  # set for a worker that is one of so many on its GPU
+SHARERS = "MMFREE_JAX_SHARERS"  # number of workers on a GPU, set by the sweep that starts them
 
 
 def named_by_cuda() -> list[str] | None:
-    """The names in CUDA_VISIBLE_DEVICES; CUDA sees those before a negative one. None where all GPUs are visible."""
+    """The GPU names in CUDA_VISIBLE_DEVICES up to a negative one, as CUDA reads it; None if it is not set."""
     if VISIBLE not in os.environ:
         return None
     named = [name.strip() for name in os.environ[VISIBLE].split(",") if name.strip()]
@@ -23,7 +23,7 @@ def named_by_cuda() -> list[str] | None:
 
 
 def visible() -> list[str]:
-    """The GPUs that a process started here may use; none without a driver that answers."""
+    """The GPUs that a process started here may use; empty if no driver answers."""
     named = named_by_cuda()
     if named is not None:
         return named
@@ -31,7 +31,7 @@ def visible() -> list[str]:
 
 
 def is_shared() -> bool:
-    """Whether other workers of the same sweep use this process's GPU: its times and energy are then not its own."""
+    """Whether other workers of the same sweep use this process's GPU, so that its times and energy mean nothing."""
     return int(os.environ.get(SHARERS) or 1) > 1
 
 
@@ -48,10 +48,9 @@ def joules(name: str) -> float | None:
 
 
 def _asked(question: Callable[[Any], Any]) -> Any:
-    """The answer to one question; None for each of the many reasons why there is none.
+    """Ask NVML one question; None if it does not answer, for whatever reason.
 
-    Drivers differ in what they raise for what they cannot tell: errors of their own, missing functions, or nothing that
-    carries a name. No answer of theirs is worth a training run.
+    Drivers differ in what they raise: errors of their own, or missing functions. None of them may end a training run.
     """
     try:
         nvml = importlib.import_module("pynvml")
@@ -62,13 +61,13 @@ def _asked(question: Callable[[Any], Any]) -> Any:
 
 
 def _handle(nvml: Any, name: str) -> Any:
-    """NVML's own for a GPU of this name. Raises LookupError for a name of none."""
+    """NVML's handle of the GPU with this name. Raises LookupError if there is none."""
     if name.isdigit():
         return nvml.nvmlDeviceGetHandleByIndex(int(name))
     if name.startswith("MIG-"):
         return nvml.nvmlDeviceGetHandleByUUID(name)
     for number in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(number)
-        if nvml.nvmlDeviceGetUUID(handle).startswith(name):  # it may be cut
+        if nvml.nvmlDeviceGetUUID(handle).startswith(name):
             return handle
     raise LookupError(name)

@@ -1,4 +1,4 @@
-"""What is printed never decides how a command ends: no name in it, no terminal's encoding, no reader that has left."""
+"""Printing that cannot fail: any characters in names, any encoding of the terminal, with or without a reader."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOBODY = (errno.EPIPE, errno.EIO)  # a pipe without a reader, as after `… | he
 
 
 class Stream(io.FileIO):
-    """A file descriptor to write to; what nobody can read any more is thrown away."""
+    """A file descriptor to write to. Once nobody can read it, what is written is discarded."""
 
     def write(self, data: Any) -> int:
         """Number of bytes taken."""
@@ -31,10 +31,10 @@ class Stream(io.FileIO):
             return memoryview(data).nbytes
 
 
-def settle() -> None:
-    """Give this process standard streams that take any text: characters that the encoding has not are written as \\u….
+def make_streams_tolerant() -> None:
+    """Replace stdout and stderr by streams that take any text and survive their reader.
 
-    Once, at the start of a command.
+    Characters that the encoding lacks are written as \\u…. Call it once, at the start of a command.
     """
     for name in ("stdout", "stderr"):
         old = getattr(sys, name)
@@ -46,6 +46,6 @@ def settle() -> None:
         setattr(sys, name, own)
 
 
-def teller(console: Console) -> Callable[[str | Text], None]:
-    """Prints lines as they are, however long, and whatever brackets and colons the names in them have."""
+def line_printer(console: Console) -> Callable[[str | Text], None]:
+    """Return a function that prints lines as they are: neither wrapped nor read as markup."""
     return lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -67,8 +67,8 @@ nnx.use_eager_sharding(False)
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
     """A (data, fsdp, tensor, sequence) mesh over the first `config.devices` devices.
 
-    Raises ConfigError when there are fewer devices than the mesh needs, and for several processes unless it is all that
-    they bring: one without a part of the mesh has nothing to compute, and ends the others.
+    Raises ConfigError when there are fewer devices than the mesh needs. Also when several processes have more: one
+    without a device in the mesh would have nothing to compute, and would end the others.
     """
     shape = (config.data, config.fsdp, config.tensor, config.sequence)
     devices = jax.devices()
@@ -79,19 +79,19 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
     if jax.process_count() > 1 and config.devices < len(devices):
         raise ConfigError(
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} is {config.devices} of the {len(devices)} devices that "
-            f"{jax.process_count()} processes bring: several processes need a mesh of all, such as --mesh.data "
-            f"{len(devices)}; or start a single one"
+            f"{jax.process_count()} processes bring: use all of them, for instance with --mesh.data {len(devices)}, or "
+            "start a single process"
         )
     auto = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[: config.devices])
 
 
 def left_idle(config: MeshConfig) -> str:
-    """What to say of devices that a mesh leaves out; empty where it is all there are."""
+    """A sentence about devices that a mesh leaves idle; empty if it uses all."""
     have = len(jax.devices())
     if config.devices >= have:
         return ""
-    return f"{have - config.devices} of {have} devices stay idle: --mesh.data and --mesh.fsdp say how many are used"
+    return f"{have - config.devices} of {have} devices stay idle: --mesh.data and --mesh.fsdp set how many are used"
 
 
 def spec(*axes: Axes) -> P:
@@ -157,11 +157,11 @@ _wide_sums: ContextVar[bool] = ContextVar("wide_sums", default=False)
 
 
 def summing_wide(wide: bool) -> Any:
-    """Whether what is traced inside adds up gradients over devices in float32, where a device's own part of them is
-    narrower. Also a decorator.
+    """Whether what is traced inside sums gradients over devices in float32, also those of a narrower type. Also a
+    decorator.
 
-    It doubles the bytes that gradients of the blocks' matrices take between devices (those of the embedding, of the
-    head and of all vectors are float32 anyway), and hands their sums to the optimizer without rounding them.
+    This doubles the bytes that devices exchange for gradients of the blocks' matrices (gradients of the embedding, of
+    the head and of all vectors are float32 anyway), and the optimizer gets their sums without rounding.
     """
     return during(_wide_sums, wide)
 
@@ -277,9 +277,9 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def uncut(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shapes: Any) -> tuple[str, ...]:
-    """The parameters that stay whole along an axis of the mesh because it does not divide them, a sentence each.
+    """A sentence for each parameter that an axis of the mesh should cut but does not divide: devices hold it whole.
 
-    Raises ConfigError where an axis that is meant to cut parameters cuts none: every device would hold all of them.
+    Raises ConfigError where an axis that should cut parameters cuts none: every device would hold all of them.
     """
     with nnx.logical_axis_rules(tuple(RULES.items())):
         specs = nnx.get_partition_spec(shapes)
@@ -304,11 +304,11 @@ def uncut(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shapes: Any) -> t
 
 
 def _useless(axis: str, parts: int, sizes: list[int]) -> str:
-    """That an axis of a mesh cuts none of these sizes, and the largest that would cut all."""
+    """A sentence about an axis of a mesh that divides none of these sizes, with the largest that divides all."""
     fits = max((n for n in range(1, parts) if all(size % n == 0 for size in sizes)), default=1)
     return (
-        f"mesh.{axis}={parts} would cut no parameter, and each device hold all of them: it divides none of the sizes "
-        f"{', '.join(map(str, sizes))}; use {axis}={fits}, or other sizes"
+        f"mesh.{axis}={parts} would cut no parameter, so each device would hold all of them: it divides none of the "
+        f"sizes {', '.join(map(str, sizes))}; use {axis}={fits}, or other sizes"
     )
 
 

@@ -104,7 +104,7 @@ def believed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_program", noted)
         patch.setattr(jax, "block_until_ready", waited)
-        patch.setattr(loop.Program, "prepare", lambda *_: None)
+        patch.setattr(loop.Program, "prepare", lambda *_, **__: None)
         patch.setattr(loop, "self_check", lambda *_: None)
         patch.setattr(metrics, "peak_flops", lambda _: PEAK)
         patch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now[0], strftime=time.strftime))

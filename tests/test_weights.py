@@ -207,6 +207,14 @@ def test_evaluating_a_run_gives_the_loss_of_its_result(token_set, tmp_path):
     assert int(scores["tokens"]) == result["val_tokens"]
 
 
+def test_a_model_that_was_not_trained_here_is_evaluated_on_no_corpus_that_nobody_named(tmp_path):
+    """The embedded corpus would get a tokenizer of its own, and the loss would mean nothing."""
+    save_model(LanguageModel(tiny_model("matmul-free"), rngs=nnx.Rngs(3)), tmp_path / "m")
+    done = launch("evaluate", tmp_path / "m")
+    assert done.returncode == 1
+    assert "give the corpus to evaluate on with --corpus" in done.stderr
+
+
 @pytest.mark.parametrize("text", ['{"name": ', '{"name": "r", "stepz": 3}'])
 def test_a_damaged_config_is_named(text, token_set, tmp_path):
     (tmp_path / "config.json").write_text(text)

@@ -5,7 +5,6 @@ all families against XLA in float32.
 Processes share the device, since most of a check is compilation: lowering a kernel keeps one core busy.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -14,6 +13,8 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import jax
@@ -270,13 +271,50 @@ def _limited(uses: list[Use]) -> Iterator[Use]:
 
 
 def _beside(uses: Iterator[Use]) -> Iterator[Checked]:
-    """Check uses in several processes; each gets its next use when it has finished one."""
+    """Check uses in several processes; each gets its next use when it has finished one.
+
+    A process that dies takes the others of its pool along. Each use that they were checking is then checked alone, in a
+    process of its own: the one that kills it fails, and the suite goes on in a new pool.
+    """
     workers = max(1, min(PROCESSES, (os.cpu_count() or 1) - 1))
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        running: set[concurrent.futures.Future[Checked]] = set()
-        for use in uses:
-            running.add(pool.submit(checked, use))
-            if len(running) >= workers:
-                ended, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-                yield from (future.result() for future in ended)
-        yield from (future.result() for future in concurrent.futures.as_completed(running))
+    while True:
+        lost: list[Use] = []
+        with _pool(workers) as pool:
+            yield from _in(pool, workers, uses, lost)
+        for use in lost:
+            with _pool(1) as alone:
+                try:
+                    yield alone.submit(checked, use).result()
+                except BrokenProcessPool:
+                    yield Checked(str(use), False, None, "the process that checked it died", 0.0)
+        if not lost:
+            return
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+
+
+def _in(pool: ProcessPoolExecutor, workers: int, uses: Iterator[Use], lost: list[Use]) -> Iterator[Checked]:
+    """Rows of uses, from a pool. Once a process has died, those that were being checked are added to `lost`."""
+    running: dict[Future[Checked], Use] = {}
+    for use in uses:
+        try:
+            running[pool.submit(checked, use)] = use
+        except BrokenProcessPool:
+            lost.append(use)
+        if len(running) >= workers:
+            yield from _ended(running, FIRST_COMPLETED, lost)
+        if lost:
+            break
+    yield from _ended(running, ALL_COMPLETED, lost)
+
+
+def _ended(running: dict[Future[Checked], Use], when: str, lost: list[Use]) -> Iterator[Checked]:
+    """Wait, and take the futures that have ended out of `running`."""
+    for future in wait(running, return_when=when).done:
+        use = running.pop(future)
+        try:
+            yield future.result()
+        except BrokenProcessPool:
+            lost.append(use)

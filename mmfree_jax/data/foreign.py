@@ -12,7 +12,7 @@ from mmfree_jax.data.tokenization import Tokenizer
 
 # llm.c's token files: bytes of the header, and type of the tokens by its first number (GPT-2's, Llama 3's tokens).
 _LLMC_HEADER, _LLMC_DTYPES = 1024, {20240520: "<u2", 20240801: "<u4"}
-_ENOUGH = 8  # numbers that look like upper halves of wider ones before that is no accident
+_ENOUGH = 8  # numbers that must look like upper halves of 32-bit ones to conclude that they are
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
@@ -36,12 +36,14 @@ def _plain(path: Path, dtype: str) -> np.ndarray:
 
 
 def _check_width(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Refuse numbers of 16 bits that are halves of wider ones, or that cannot name all of the vocabulary."""
+    """Check that 16-bit numbers are not halves of 32-bit ones, and can name the whole vocabulary. Raises ValueError."""
     if tokens.dtype.itemsize != 2:
         return
     upper = tokens[1 : 2 * SHARD_TOKENS : 2]
     if len(tokens) % 2 == 0 and len(upper) >= _ENOUGH and int(upper.max()) <= (vocab_size - 1) >> 16:
-        raise ValueError(f"{path} looks like numbers of 32 bits, for every second one is 0 or so: use --dtype uint32")
+        raise ValueError(
+            f"{path} looks like numbers of 32 bits, because every second one is (nearly) 0: use --dtype uint32"
+        )
     if vocab_size > 1 << 16:
         raise ValueError(f"{path} of 16-bit numbers cannot hold a vocabulary of {vocab_size}: use --dtype uint32")
 

@@ -140,7 +140,7 @@ class LanguageModel(nnx.Module):
         self.head = Head(config, init=init, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
-        """Logits of the next token, [B, T, V], in at least float32; padding of the vocabulary has the lowest number.
+        """Logits of the next token, [B, T, V], in at least float32; those of padding are the lowest finite number.
 
         `segments_BT` are document ids: neither state nor attention crosses from one to another. Padding is a
         document of its own, so left-padded rows are segments such as 0 0 0 1 1 1.
@@ -174,7 +174,7 @@ class LanguageModel(nnx.Module):
         segments_BT: jax.Array | None = None,
         z_loss: float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
-        """The sum of `loss`, to be differentiated, and how much of it is the z-loss."""
+        """The sum that `loss` returns, and the part of it that is the z-loss. Only the sum has a gradient."""
         x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
         operands = self.head.operands(x_BTD, self.embedding[...])
         return head_losses(
@@ -198,8 +198,9 @@ class LanguageModel(nnx.Module):
         return self.norm(self._stream(tokens_BT, segments_BT, lambda _: None)[0])
 
     def activations(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> dict[str, jax.Array]:
-        """What can be seen of a forward pass: `embedding` [], `blocks` [L] and `norm` [], root mean squares of the
-        residual stream as it leaves these, and `largest_logit` [], by magnitude."""
+        """Statistics of a forward pass: root mean squares of the residual stream after the embedding (`embedding` []),
+        each block (`blocks` [L]) and the last norm (`norm` []); and the largest logit's magnitude (`largest_logit` []).
+        """
         rms = lambda x_BTD: jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(wide(x_BTD.dtype)))))
         x_BTD, blocks_L = self._stream(tokens_BT, segments_BT, rms)
         normed_BTD = self.norm(x_BTD)
@@ -215,7 +216,7 @@ class LanguageModel(nnx.Module):
     def _stream(
         self, tokens_BT: jax.Array, segments_BT: jax.Array | None, look: Callable[[jax.Array], Any]
     ) -> tuple[jax.Array, Any]:
-        """Output of the last block, before its norm, and what `look` made of each block's output, stacked."""
+        """Output of the last block, before the norm, and `look` of each block's output, stacked over layers."""
         starts_BT = None if segments_BT is None else document_starts(segments_BT)
         context = Context(starts_BT, segments_BT, self._rotary(jnp.arange(tokens_BT.shape[1])))
 

@@ -71,9 +71,10 @@ def choose(q_BTHK: jax.Array, segments_BT: jax.Array | None) -> str:
 
 def _widest_fused_head() -> int:
     """The widest head that cuDNN's kernel takes on the GPU here; 0 without one."""
-    if jax.default_backend() != "gpu":
+    capability = str(getattr(jax.devices()[0], "compute_capability", "")) if jax.default_backend() == "gpu" else ""
+    if not capability.replace(".", "").isdigit():  # as gfx942 of another maker
         return 0
-    return 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
+    return 256 if float(capability) >= 9 else 128
 
 
 def _cudnn(q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJK: jax.Array) -> jax.Array:

@@ -75,7 +75,7 @@ def head_losses(
     z_loss: float = 0.0,
     chunks: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """What `head_loss` returns, and how much of it is the z-loss: to be looked at, it hands back no gradient."""
+    """What `head_loss` returns, and the part of it that is the z-loss, for logs: it has no gradient."""
     weights_BT = jnp.ones(targets_BT.shape, wide(x_BTD.dtype)) if mask_BT is None else mask_BT.astype(wide(x_BTD.dtype))
     return _head_loss((recipe, vocab, z_loss, chunks), x_BTD, w_DV, gain_D, targets_BT, weights_BT, kernel)
 
@@ -158,14 +158,15 @@ def _log_sum_exp(logits_BTV: jax.Array, axis: str | None) -> jax.Array:
 
 
 def _first(logits_BTV: jax.Array, axis: str | None) -> jax.Array | int:
-    """The token of the first column; a device holds the logits of a range of the vocabulary."""
+    """The token of this device's first column, where the vocabulary is cut."""
     return 0 if axis is None else jax.lax.axis_index(axis) * logits_BTV.shape[2]
 
 
 def without_padding(logits: jax.Array, vocab: int, first: jax.Array | int = 0) -> jax.Array:
-    """Logits [..., V] of the tokens from `first` on, those from `vocab` on (0: none) so low that they never win.
+    """Logits [..., V] with the lowest finite number for padding: tokens from `vocab` on (0: no padding).
 
-    Finite, so that differences and products with their probability, which is 0, are numbers.
+    first: token of the first column. The number is finite so that differences, and products with its probability of 0,
+    are not NaN.
     """
     if vocab == 0:
         return logits
@@ -184,7 +185,7 @@ def _summed(a: jax.Array, axis: str | None) -> jax.Array:
 
 
 def _sums(nats_BT: jax.Array, total_BT: jax.Array, weights_BT: jax.Array, z_loss: float) -> jax.Array:
-    """Loss of a chunk, a scalar; with a z-loss [2], the second the z-loss in it."""
+    """Loss of a chunk, a scalar; with a z-loss an array [2] of the loss and the z-loss in it."""
     loss = jnp.sum((nats_BT + z_loss * total_BT**2) * weights_BT)
     return jnp.stack([loss, z_loss * jnp.sum(total_BT**2 * weights_BT)]) if z_loss else loss
 

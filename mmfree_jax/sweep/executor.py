@@ -80,7 +80,7 @@ class Pending:
         self.vain = 0 if further or not worked else self.vain + 1
 
     def abandon(self, out: Path, why: str) -> None:
-        """`give_up`; what is left then may still succeed, but for what somebody else trains."""
+        """Give up on the run under way, and go on with those that can still succeed and that nobody else trains."""
         give_up(out, self.runs, why)
         self.runs, self.vain = [run for run in remaining(out, self.runs) if not is_locked(run_folder(out, run))], 0
 

@@ -6,6 +6,7 @@ the age of a file is the difference of two time stamps that the file system itse
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import socket
@@ -21,6 +22,7 @@ FILE = "heartbeat.json"
 BEAT_SECONDS = 5.0
 THIS_MACHINE = "this machine"  # of a process that holds the lock and left no name
 STALE_SECONDS = 120.0  # NFS may show a time stamp a minute late
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +80,13 @@ def last_beat(folder: Path) -> Beat | None:
 
 
 def file_clock(folder: Path) -> float:
-    """What time it is for the file system that holds `folder`; for one that may not be written, for this machine."""
+    """The time of the file system that holds `folder`; this machine's where nothing can be written there."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock.") as file:
             return os.fstat(file.fileno()).st_mtime
-    except PermissionError:
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
         with tempfile.TemporaryFile() as file:
             return os.fstat(file.fileno()).st_mtime
 

@@ -36,10 +36,10 @@ PR_SET_PDEATHSIG = 1
 GPU = nvidia.VISIBLE
 TPU = "TPU_VISIBLE_CHIPS"
 TPU_PORT = 8476  # of the first chip's process
-TPU_FILES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # one a chip, by the driver's age
+TPU_FILES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # one for each chip, of older and of newer drivers
 
-# XLA allocates its temporaries anew in every step. Left to itself, glibc returns them to the system and the next step
-# faults every page in again, a sixth to a third of a small model's time on a CPU: let it keep what it has.
+# XLA allocates its temporaries in every step. By default glibc returns them to the system, and the next step faults
+# every page in again: a sixth to a third of a small model's time on a CPU. With these settings it keeps them.
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
@@ -50,7 +50,7 @@ KEEP_MEMORY = {
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Room for one worker, or for several small ones: the environment and the CPU cores they get."""
+    """Room for one worker or several small ones: their environment and CPU cores."""
 
     name: str
     env: dict[str, str]
@@ -60,7 +60,7 @@ class Slot:
 
 @dataclasses.dataclass
 class Job(Pending):
-    """A chain, the worker it is on, and the slots that this takes: whole ones, or its share of one."""
+    """A chain, its worker, and the slots that the worker takes: whole ones, or a share of one."""
 
     name: str = ""
     slots: list[int] = dataclasses.field(default_factory=list)
@@ -69,10 +69,10 @@ class Job(Pending):
 
 
 def this_machine(workers: int = 0, limit_hours: float = 0.0) -> "Local":
-    """The executor over all that is here: `workers` on each GPU, or in all where there are CPU cores alone.
+    """The executor for this machine: with `workers` on each GPU, or that many in all where there are only CPU cores.
 
-    0 is as many as `sharing` finds right, or one a core. Raises ConfigError for more than there is room for, and where
-    this is not Linux, whose means of starting, pinning and ending workers are used.
+    0 means as many as `sharing` allows on each GPU, or one on each core. Raises ConfigError for more workers than there
+    is room for, and on other systems than Linux, whose ways of starting, pinning and ending processes are used.
     """
     require(
         sys.platform == "linux",
@@ -91,7 +91,7 @@ def this_machine(workers: int = 0, limit_hours: float = 0.0) -> "Local":
 
 
 def find_slots() -> list[Slot]:
-    """One slot a visible GPU or TPU chip, else one a CPU core: small models keep one busy and gain nothing from two."""
+    """One slot for each visible GPU or TPU chip, else for each CPU core: a small model gains nothing from two cores."""
     cores = sorted(os.sched_getaffinity(0))
     gpus = _visible_gpus()
     if gpus:
@@ -102,28 +102,28 @@ def find_slots() -> list[Slot]:
 
 
 def _visible_gpus() -> list[str]:
-    """The GPUs that JAX would use, by the names that CUDA gives them."""
+    """The GPUs that JAX would use, by CUDA's names."""
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not any("cuda" in plugin.name for plugin in _plugins()):
         return []
     return nvidia.visible()
 
 
 def _tpu_chips() -> int:
-    """How many TPU chips this host has, and JAX can use; asked of the system, for libtpu would take them all."""
+    """Number of this host's TPU chips that JAX can use, from the system: libtpu would take all chips to count them."""
     if os.environ.get("JAX_PLATFORMS", "tpu") != "tpu" or importlib.util.find_spec("libtpu") is None:
         return 0
     return max(len(glob.glob(pattern)) for pattern in TPU_FILES)
 
 
 def _plugins() -> Iterable[importlib.metadata.EntryPoint]:
-    """JAX's own for accelerators: plain `pip install jax` brings none, and then a GPU is of no use to it."""
+    """JAX's plugins for accelerators. A plain `pip install jax` has none, and then JAX cannot use a GPU."""
     return importlib.metadata.entry_points(group="jax_plugins")
 
 
 def joined(slots: Sequence[Slot], devices: int, sharers: int = 1) -> Slot:
-    """Room for one worker whose runs use so many devices: the GPUs of the slots, or simulated ones on their cores.
+    """Combine slots for one worker whose runs use `devices` devices: the slots' GPUs, or simulated ones on their cores.
 
-    One of several `sharers` of a GPU gets its part of the memory, and is told that its times are not its own.
+    One of several `sharers` of a GPU gets its part of the memory, and its environment says that the GPU is shared.
     """
     env = {name: value for slot in slots for name, value in slot.env.items()}
     if GPU in env:
@@ -140,7 +140,7 @@ def joined(slots: Sequence[Slot], devices: int, sharers: int = 1) -> Slot:
 
 
 def one_chip(number: int) -> dict[str, str]:
-    """What libtpu needs to be told in a process that has one of a host's chips, beside others that have theirs."""
+    """Environment of a process that uses one of a host's chips, while other processes use the others."""
     port = str(TPU_PORT + number)
     return {
         TPU: str(number),
@@ -155,10 +155,10 @@ def one_chip(number: int) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """A pool of workers on this machine; each run may take `limit_hours` (0: any number).
+    """A pool of workers on this machine; each run may take `limit_hours` (0: no limit).
 
-    `sharers` is how many workers are on each GPU at once; 0: what `sharing` finds for their runs. A worker whose runs
-    need several slots has them for itself.
+    `sharers` is the number of workers on each GPU; 0: as many as `sharing` allows for their runs. A worker whose runs
+    need several slots does not share them.
     """
 
     slots: Sequence[Slot]
@@ -173,12 +173,12 @@ class Local:
 
     @property
     def kind(self) -> str:
-        """What a slot is."""
+        """What each slot is: GPU, TPU chip or CPU core."""
         names = {name for slot in self.slots for name in slot.env}
         return "GPU" if GPU in names else "TPU chip" if TPU in names else "CPU core"
 
     def plan(self, runs: Sequence[RunConfig]) -> list[str]:
-        """How many workers there would be. Raises ConfigError for a mesh of more GPUs than there are."""
+        """Describe in a line how many workers would run. Raises ConfigError as `room` does."""
         work = chains(runs)
         most = max(map(self.room, work))
         joint = f", {most} of them as one where a mesh needs it" if most > 1 else ""
@@ -189,8 +189,11 @@ class Local:
         ]
 
     def room(self, chain: Sequence[RunConfig]) -> int:
-        """How many slots a chain takes. Raises ConfigError for more GPUs or TPU chips than there are, for some of
-        several chips, and for several meshes."""
+        """Number of slots that a chain takes.
+
+        Raises ConfigError for more GPUs or TPU chips than there are, for some but not all of several chips, and for
+        runs of different meshes.
+        """
         _, devices = machines(chain, 0, "machine")
         have, kind = len(self.slots), self.kind
         if kind != "CPU core":
@@ -202,7 +205,7 @@ class Local:
         return min(devices, len(self.slots))
 
     def crowd(self, chain: Sequence[RunConfig], waiting: int) -> int:
-        """How many workers share the slot of a chain, of `waiting` chains in all: no more than these would fill."""
+        """Number of workers that share the slot of a chain; no more than `waiting` chains in all can fill."""
         if self.kind != "GPU" or self.room(chain) > 1:
             return 1
         have = len(self.slots)
@@ -212,9 +215,9 @@ class Local:
         return min(right, math.ceil(waiting / have))
 
     def execute(self, out: Path, work: list[list[RunConfig]], watch: Callable[[], None]) -> int:
-        """SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the workers, which save themselves; then 130 or 75 is returned.
+        """Run the chains in the order of `work`: a chain that needs several slots is not overtaken by smaller ones.
 
-        In the order of `work`: a chain that needs several slots is not overtaken by others that need fewer.
+        SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the workers, which save themselves; then 130 or 75 is returned.
         """
         queue = [Job(chain, name=chain[0].name, reached=steps_done(out, chain)) for chain in work]
         for job in queue:
@@ -251,7 +254,7 @@ class Local:
         return stopped[0] if stopped else 0
 
     def _place(self, job: Job, free: Sequence[Fraction]) -> list[int]:
-        """The slots with most room for a job, by number; none where it does not fit yet."""
+        """Indices of the slots with most room for a job; none while it does not fit."""
         fitting = [slot for slot, share in enumerate(free) if share >= job.share]
         room = self.room(job.runs)
         return sorted(fitting, key=lambda slot: -free[slot])[:room] if len(fitting) >= room else []
@@ -269,12 +272,12 @@ class Local:
                 stderr=subprocess.STDOUT,
                 # Its own session: Ctrl-C reaches the driver only, which then stops the workers in good order.
                 start_new_session=True,
-                preexec_fn=functools.partial(_settle, slot, os.getpid()),
+                preexec_fn=functools.partial(_prepare_child, slot, os.getpid()),
             )
 
 
 def _wait_for_one(processes: Sequence[subprocess.Popen], seconds: float) -> None:
-    """Until one of the processes has ended, or for so long: a slot is filled again at once."""
+    """Wait until one of the processes has ended, so that its slot is filled at once, or for `seconds`."""
     handles = [os.pidfd_open(process.pid) for process in processes if process.poll() is None]
     try:
         if len(handles) == len(processes):
@@ -284,8 +287,8 @@ def _wait_for_one(processes: Sequence[subprocess.Popen], seconds: float) -> None
             os.close(handle)
 
 
-def _settle(slot: Slot, driver: int) -> None:
-    """In the child, before it starts: keep to the slot's cores, and save and leave if the driver dies.
+def _prepare_child(slot: Slot, driver: int) -> None:
+    """In the child, before it starts: bind it to the slot's cores, and have it save and end if the driver dies.
 
     Nothing here may take a lock that another thread of the driver could hold: it would never be released in the child.
     """
@@ -296,7 +299,7 @@ def _settle(slot: Slot, driver: int) -> None:
 
 
 def _goes_on(out: Path, job: Job) -> bool:
-    """Whether an ended worker's chain needs another one. Gives up what two in a row got no further with."""
+    """Whether an ended worker's chain needs another worker. Gives up on a run after two without progress."""
     job.look(out)
     if job.runs and job.vain == ATTEMPTS and job.process is not None:
         code = job.process.returncode

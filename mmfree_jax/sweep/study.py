@@ -11,7 +11,7 @@ from mmfree_jax.config import DataConfig, require
 from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.data.corpora import Known
 from mmfree_jax.files import locked, write_atomically, write_json
-from mmfree_jax.output import teller
+from mmfree_jax.output import line_printer
 from mmfree_jax.sweep.executor import Executor, open_chains
 from mmfree_jax.sweep.experiment import Study, run_flops
 from mmfree_jax.sweep.heartbeat import file_clock
@@ -29,7 +29,7 @@ def sweep(study: Study, out: Path, console: Console, executor: Executor, again: 
     with locked(out):
         plan = executor.plan(study.runs)  # first: it refuses runs that this executor has no machines for
         token_set = prepare(study, out, console)
-        say = teller(console)
+        say = line_printer(console)
         say("\n".join(plan))
         with View([(run, run_folder(out, run)) for run in study.runs], console) as view:
             code = executor.execute(out, open_chains(out, study.runs, again), view.update)
@@ -52,7 +52,7 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
 
     Raises ConfigError before anything is run or written, naming every run that the experiment file has changed.
     """
-    say = teller(console)
+    say = line_printer(console)
     parts = [_parts(run.data) for run in study.runs]  # one corpus, but perhaps several mixtures with it
     known: dict[DataConfig, tuple[Known, ...]] = {}
     for run, one in zip(study.runs, parts, strict=True):
@@ -102,7 +102,7 @@ def run_study(study: Study, out: Path, console: Console, executor: Executor, aga
         provenance=provenance(study),
         baseline=study.baseline,
     )
-    say = teller(console)
+    say = line_printer(console)
     say(report.terminal_summary(console.width))
     say(f"\nreport: {out / 'report' / 'report.html'}")
     return 0

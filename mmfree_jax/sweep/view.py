@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmfree_jax.config import RunConfig
-from mmfree_jax.output import teller
+from mmfree_jax.output import line_printer
 from mmfree_jax.sweep.experiment import run_flops
 from mmfree_jax.sweep.status import RunStatus, status
 
@@ -30,7 +30,7 @@ class View:
     console: Console
 
     def __post_init__(self) -> None:
-        self.say = teller(self.console)
+        self.say = line_printer(self.console)
         self.began = self.read_at = self.shown_at = time.monotonic()
         self.statuses = self._read({})
         self.flops_total = sum(run_flops(run) for run, _ in self.runs)

@@ -29,7 +29,7 @@ from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import cache_folder, resolve_data
 from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.files import LockedError
-from mmfree_jax.output import settle
+from mmfree_jax.output import make_streams_tolerant
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
@@ -120,7 +120,7 @@ def _alarm(hours: float) -> Iterator[None]:
 
 
 def _late(folder: Path, limit_hours: float) -> Callable[[], None]:
-    """To be called now and then: ends this process when a run has not answered the alarm for long."""
+    """A function to call now and then. It ends this process if the run has not answered its alarm for GRACE_SECONDS."""
     deadline = time.monotonic() + limit_hours * 3600 + GRACE_SECONDS
 
     def check() -> None:
@@ -132,7 +132,7 @@ def _late(folder: Path, limit_hours: float) -> Callable[[], None]:
 
 
 def _explain(folder: Path, error: Exception) -> None:
-    """The reason for whoever reads the log, and a line of it for whoever asks for the sweep's status."""
+    """Print the error for the worker's log, and leave one line of it in the run's folder for `--status`."""
     if not isinstance(error, TrunkFailed | TimedOut | LockedError):
         traceback.print_exception(error)
     message = f"{type(error).__name__}: {error}"
@@ -173,5 +173,5 @@ def start(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    settle()
+    make_streams_tolerant()
     sys.exit(start(sys.argv[1:]))

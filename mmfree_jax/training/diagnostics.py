@@ -1,11 +1,11 @@
-"""What a run shows of itself now and then: norms, activations and logits, histograms, the behaviour of ternary codes.
+"""Diagnostics of a run every `diagnose_every` steps: norms, activations and logits, histograms, flips of ternary codes.
 
-Every `diagnose_every` steps, in the row of metrics.jsonl under `diagnostics` and in TensorBoard (`training.step`
-describes the entries). A diagnosed step costs what `inspect` does, its gradient once more and a forward pass (about one
-step on top of its own, and one more program to compile), besides a pass over the weights and their codes.
+They go into the row of metrics.jsonl under `diagnostics` (`training.step` describes the entries) and into TensorBoard.
+A diagnosed step costs about one step more: `inspect` computes its gradient again and a forward pass, and there is a
+pass over the weights and their codes. There is also one more program to compile.
 
-A run is the same to the last bit with and without it, so a loss spike can be looked at afterwards: copy the folder,
-take away result.json and every checkpoint after the spike, and run the same command on the copy with
+A run is the same to the last bit with and without diagnostics, so a loss spike can be diagnosed afterwards: copy the
+folder, remove result.json and every checkpoint after the spike, and run the same command on the copy with
 `--diagnose-every 1`.
 """
 
@@ -39,7 +39,7 @@ class Diagnostics:
         self.seen: dict[str, Any] = {}
 
     def before(self, step: int, state: TrainState, tokens_BT: jax.Array, rates: Rates) -> None:
-        """Look at the step about to be taken, whose state will be donated; the clocks stand still meanwhile."""
+        """Inspect the step about to be taken, before its state is donated. The clocks are stopped meanwhile."""
         if self._due(step):
             self.interval.pause()
             self.codes = {name: codes for name, (codes, _) in self.read(state.params).items()}
@@ -47,9 +47,9 @@ class Diagnostics:
             self.interval.resume()
 
     def after(self, step: int, state: TrainState) -> bool:
-        """Compare with the codes before, and note everything for the row of this step; whether it was one to look at.
+        """Compare with the codes before, and note everything for the row of this step.
 
-        The clocks are left standing.
+        Returns whether the step was due; the clocks are stopped then.
         """
         if not self._due(step):
             return False

@@ -91,17 +91,17 @@ def with_corpus(config: RunConfig, token_set: TokenSet) -> RunConfig:
 
 
 def with_saved_choices(config: RunConfig, folder: Path) -> RunConfig:
-    """The run's config with what was chosen when it began, from the checkpointed run in its folder or its trunk's.
+    """The run's config with what was chosen when it began, from the config.json in its folder or its trunk's.
 
-    These are the precision that "auto" stood for, and the weights that the run started from.
+    These are the precision that "auto" stood for and, once there is a checkpoint, the weights to start from.
     """
-    held = saved_run(folder)
-    if held is not None and held.init and not config.init:
-        config = dataclasses.replace(config, init=held.init)
-    trunk = saved_run(folder.parent / config.branch.run) if config.branch else None
-    for one in (trunk, held):
-        if one is not None and config.precision == "auto":
-            config = dataclasses.replace(config, precision=one.precision)
+    saved = saved_run(folder)
+    if saved is not None and saved.init and not config.init:
+        config = dataclasses.replace(config, init=saved.init)
+    trunk = [folder.parent / config.branch.run] if config.branch else []
+    for path in (one / "config.json" for one in (*trunk, folder)):
+        if config.precision == "auto" and path.exists():
+            config = dataclasses.replace(config, precision=read_run(path).precision)
     return config
 
 

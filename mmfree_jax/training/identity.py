@@ -75,4 +75,7 @@ def code_version() -> str:
             return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             pass  # no git here, or a checkout that it does not trust: the version has to do
-    return importlib.metadata.version("mmfree-jax")
+    try:
+        return importlib.metadata.version("mmfree-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # run from a copy that is neither installed nor a checkout

@@ -5,7 +5,7 @@ from types import FrameType
 
 PREEMPTED = 75  # exit status: run the same command again
 INTERRUPTED = 130  # exit status: stopped by Ctrl-C
-TIMED_OUT = 124  # exit status: the time that it was given is over
+TIMED_OUT = 124  # exit status: the run's time limit is over
 
 
 class Interrupted(Exception):
@@ -20,7 +20,7 @@ class StopFlag:
     """Set by SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone), SIGUSR2 (SLURM's notice before preemption) and
     SIGALRM (time is up).
 
-    Only while the context is open; SIGHUP that is ignored, as under `nohup`, stays so. A second Ctrl-C is not caught,
+    Only while the context is open. An ignored SIGHUP, as under `nohup`, stays ignored. A second Ctrl-C is not caught,
     so an impatient user gets out at once.
     """
 

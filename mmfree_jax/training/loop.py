@@ -46,7 +46,7 @@ def train(
     """Train `config` in `folder`, or take up what is there, and return the row of result.json.
 
     A finished run is returned as it stands. A trace of the steps `profiled` is written to `folder`/profile. Before its
-    first step a run that is `checked` compares that step with the reference (`training.self_check`). Raises
+    first step here a run that is `checked` compares that step with the reference (`training.self_check`). Raises
     SelfCheckError where they differ; ConfigError (the folder holds another run, the corpus does not fit); Diverged; or
     Interrupted once the state has been saved after a signal, or with the result where it came after the last step.
     """
@@ -93,7 +93,7 @@ def _train(
         data = config.data
         # Both checks come before the state is made: they need the device's memory, too.
         program.prepare((data.batch, data.sequence + 1), looked_at=config.diagnose_every > 0)
-        if checked and not checkpoints.steps and config.branch is None:
+        if checked:
             self_check(key, data.batch, data.sequence, token_set.vocab_size)
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         rows = _batches(config, program, token_set, progress.data)

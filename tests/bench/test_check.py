@@ -1,6 +1,7 @@
 """The suite of checks: what it draws, how it resumes, and that a fault makes it fail."""
 
 import json
+import os
 
 import jax
 import pytest
@@ -89,3 +90,20 @@ def test_the_suite_resumes_and_says_what_is_wrong(tmp_path, monkeypatch):
     assert f"{bad}: codes deviates by 3 times" in second.stdout
     assert sorted(map(str, asked)) == sorted(map(str, uses)), "something was checked twice"
     assert len(json.loads(table.read_text())["check"]) == 4
+
+
+def dies_at_three(use):
+    """Stands in for a check; in a process of the suite."""
+    if use.sizes == (3,):
+        os._exit(1)
+    return check.Checked(str(use), True, 0.1, "all", 0.0)
+
+
+def test_a_process_that_dies_fails_its_use_alone(monkeypatch):
+    monkeypatch.setattr(check, "checked", dies_at_three)
+    monkeypatch.setattr(check, "PROCESSES", 2)
+    uses = [checks.Use("layer", (n,)) for n in range(1, 6)]
+    rows = {row.use: row for row in check._beside(iter(uses))}
+    assert rows.keys() == set(map(str, uses))
+    assert [str(use) for use in uses if not rows[str(use)].passed] == ["layer 3"]
+    assert rows["layer 3"].worst == "the process that checked it died"

@@ -1,6 +1,7 @@
 """What goes wrong in a run, and what the sweep makes of it."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -257,3 +259,12 @@ def test_a_ladder_says_the_batches_of_all_its_rungs():
     large = dataclasses.replace(small, name="large", data=dataclasses.replace(small.data, batch=32))
     assert provenance(Study("s", "t", (small, large), "a"))["batch"] == "128 to 1024 tokens a step"
     assert provenance(Study("s", "t", (small,), "a"))["batch"] == "128 tokens a step"
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_the_status_of_a_sweep_on_a_disk_that_cannot_be_written_takes_this_machines_time(tmp_path, monkeypatch, reason):
+    def refuse(**_):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    assert abs(file_clock(tmp_path) - time.time()) < 60

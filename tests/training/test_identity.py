@@ -12,7 +12,7 @@ import pytest
 
 from mmfree_jax import devices
 from mmfree_jax.config import Branch, ConfigError, RunConfig, from_dict, to_json
-from mmfree_jax.data import resolve_data
+from mmfree_jax.data import Counts, resolve_data
 from mmfree_jax.data.token_writer import write_token_set
 from mmfree_jax.data.tokenization import byte_tokenizer
 from mmfree_jax.files import read_json
@@ -104,6 +104,9 @@ def test_precision_is_settled_at_the_start_and_kept_where_the_run_goes_on(token_
     branch = dataclasses.replace(run, name="branch", branch=Branch("run", 2))
     assert with_saved_choices(branch, tmp_path / "branch").precision == "float32"  # a trunk's is its branches'
     assert with_saved_choices(run, tmp_path / "new").precision == "auto"
+    # Also of a run that ended before its first checkpoint, perhaps on another kind of device.
+    claim(dataclasses.replace(run, precision="bfloat16"), tmp_path / "early")
+    assert with_saved_choices(run, tmp_path / "early").precision == "bfloat16"
     other = dataclasses.replace(run, precision="bfloat16")
     with pytest.raises(ConfigError, match="precision is float32, not bfloat16"):
         train(other, tmp_path / "run", token_set)
@@ -160,7 +163,7 @@ def test_whatever_decides_the_numbers_is_in_the_row(path, token_set):
         path[-1], not old if isinstance(old, bool) else old / 2 or 1.0 if isinstance(old, float) else old * 2 or 1
     )
     changed = changed_run(values)
-    rows = [result_row(run, token_set, Progress(), {}) for run in (RUN, changed)]
+    rows = [result_row(run, token_set, Progress(counts=Counts()), {}) for run in (RUN, changed)]
     columns = {name for name in rows[0] if rows[0][name] != rows[1][name]} - {"fingerprint"}
     assert columns, f"{key} decides numbers, and no column tells"
 
@@ -249,7 +252,10 @@ def test_rows_of_an_older_version_are_collected_and_read_beside_newer_ones(token
     runs = [tiny_run("matmul-free", token_set.path, name=name) for name in ("old", "new")]
     for number, run in enumerate(runs):
         row = result_row(
-            run, token_set, Progress(seconds=1.0), {"loss": 2.0 + number, "loss_se": 0.1, "bpb": 1.0, "tokens": 9}
+            run,
+            token_set,
+            Progress(seconds=1.0, counts=Counts(90, 90, 900)),
+            {"loss": 2.0 + number, "loss_se": 0.1, "bpb": 1.0, "tokens": 9},
         )
         if run.name == "old":
             row = {name: value for name, value in row.items() if name == "jax" or name not in identity(run, token_set)}

@@ -304,7 +304,7 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(token_set,
         train(long, tmp_path / "run", token_set)
     for change, why in (
         ({"vocab": 256}, "model.vocab=256 is smaller than the 257 tokens of the corpus: set model.vocab to 257"),
-        ({"vocab": 257 + 1024}, "or say model.tokenizer_vocab=257, if so much padding is meant"),
+        ({"vocab": 257 + 1024}, "or set model.tokenizer_vocab=257, if so much padding is meant"),
         ({"vocab": 300, "tokenizer_vocab": 258}, "model.tokenizer_vocab=258, but the corpus has 257 tokens"),
     ):
         wrong = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))

@@ -130,16 +130,20 @@ def _check(uses: Iterable[Use]) -> None:
     if not new:
         return
     with ThreadPoolExecutor(THREADS) as pool:
-        for use, outcome in zip(new, pool.map(_outcome, new), strict=True):
-            _outcomes[use] = outcome
-            if not outcome.passed:
-                warnings.warn(f"kernel refused, XLA serves: {use}: {outcome.worst}", stacklevel=2)
+        found = list(pool.map(_outcome, new))
+    with ThreadPoolExecutor(1) as pool:  # what failed beside others may only have lacked memory: again, alone
+        failed = [use for use, outcome in zip(new, found, strict=True) if outcome.error]
+        again = dict(zip(failed, pool.map(_outcome, failed), strict=True))
+    for use, outcome in (dict(zip(new, found, strict=True)) | again).items():
+        _outcomes[use] = outcome
+        if not outcome.passed:
+            warnings.warn(f"kernel refused, XLA serves: {use}: {outcome.worst}", stacklevel=2)
 
 
 def _outcome(use: Use) -> Outcome:
     """Return the outcome kept in the folder, or check now and keep the outcome.
 
-    An exception refuses the kernel, but only in this process: memory may just have been short.
+    An exception refuses the kernel, but it is not kept: the next process tries again.
     """
     path = _path(use)
     if path is not None and path.exists():

@@ -108,6 +108,22 @@ def test_a_kernel_without_a_number_or_that_fails_is_refused_and_only_failures_ar
     assert reason in choice.record()["refused"][0]
 
 
+def test_a_check_that_fails_beside_others_is_made_again_alone(gpu, monkeypatch):
+    """Checks at the same time need memory at the same time."""
+    calls = []
+
+    def scarce(use):
+        calls.append(use)
+        if calls.count(PRODUCT) == 1 and use == PRODUCT:
+            raise MemoryError("out of memory")
+        return checks.Outcome({"product": 0.5})
+
+    monkeypatch.setattr(checks, "check", scarce)
+    layer()
+    assert sorted(calls) == sorted([TURN, PRODUCT, PRODUCT])
+    assert choice.record()["refused"] == []
+
+
 def test_a_folder_that_cannot_be_written_costs_the_next_process_a_check(gpu, monkeypatch):
     (gpu / "kernels").touch()  # a file where the folder should be: an OSError, as on a read-only disk
     layer()
