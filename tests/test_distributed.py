@@ -214,7 +214,7 @@ def test_several_processes_with_a_mesh_of_some_of_their_devices_are_refused(toke
         ended = finish(processes)
     for status, _, errors in ended:
         assert status == 1
-        assert "is 1 of the 2 devices that 2 processes bring: several processes need a mesh of all" in errors
+        assert "is 1 of the 2 devices that 2 processes bring: use all of them" in errors
     assert not (tmp_path / "run").exists()
 
 

@@ -100,5 +100,5 @@ def test_padding_is_not_exported(name, tmp_path):
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
-    with pytest.raises(ConfigError, match=r"model\.tokenizer_vocab=62 exceeds model\.vocab=61: raise model\.vocab"):
+    with pytest.raises(ConfigError, match=r"tokenizer_vocab=62: must be from 0 .no padding. to model\.vocab=61"):
         replace(CONFIGS["hgrn"], tokenizer_vocab=62)
