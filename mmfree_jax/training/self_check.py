@@ -93,11 +93,12 @@ def compare(key: ProgramKey, rows: int, parts: int, time: int, vocab: int) -> di
     keys = (own, exactly) if precision == "float32" else (own, exactly, slow)
     found, exact, *rounded = _results(keys, tokens)
     floors = {name: LOSS_FLOORS if name == LOSS else FLOORS for name in exact}
-    sizes, errors = _norms(exact, exact), [_norms(found, exact), *(_norms(one, exact) for one in rounded)]
-    total = np.sqrt(sum(sizes[name][1] ** 2 for name in exact if name != LOSS))
+    errors = [_norms(one, exact) for one in (found, *rounded)]
+    sizes = {name: size for name, (_, size) in errors[0].items()}
+    total = np.sqrt(sum(sizes[name] ** 2 for name in exact if name != LOSS))
 
     def judged(name: str) -> tuple[float, float]:
-        size = sizes[name][1] + (0 if name == LOSS else 1e-4 * total)  # some gradients are nearly zero
+        size = sizes[name] + (0 if name == LOSS else 1e-4 * total)  # some gradients are nearly zero
         error, *explained = (float(one[name][0] / size) for one in errors)
         return error, max([floors[name][precision], *(min(MOST, MARGIN * one) for one in explained)])
 
