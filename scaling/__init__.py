@@ -1,7 +1,8 @@
-"""Scaling-law fits from a table of runs: `Runs.read`, `fit`, `compare`. NumPy, SciPy, Matplotlib and Plotly only."""
+"""Scaling laws from a table of runs, and what may be said about families: `analyse(runs, Spec(...))`. Never JAX."""
 
+from scaling.ensemble.ensemble import Ensemble, analyse, compare
 from scaling.fitting.fit import fit
+from scaling.spec import Spec
 from scaling.tables.runs import Runs, ScalingError
-from scaling.verdict.compare import compare
 
-__all__ = ["Runs", "ScalingError", "compare", "fit"]
+__all__ = ["Ensemble", "Runs", "ScalingError", "Spec", "analyse", "compare", "fit"]

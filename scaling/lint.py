@@ -10,8 +10,8 @@ import numpy as np
 from scaling.fitting.approaches import MIN_POINTS, budget_labels, sizes
 from scaling.fitting.fit import Gate, ladder_gate
 from scaling.tables.runs import CONVENTIONS, RECIPE, SCRATCH, SURROUNDINGS, Runs
-from scaling.uncertainty.bootstrap import cluster_labels
-from scaling.uncertainty.replicates import cells
+from scaling.tables.cells import matched_cells
+from scaling.tables.cells import cells
 
 WARMUP_SHARE = 0.2  # Porian et al. 2024: longer warm-ups bias small runs
 REPEATS = 4.0  # epochs beyond which repeated tokens are worth visibly less (Muennighoff et al. 2023)
@@ -20,6 +20,8 @@ EDGE = 0.1  # share of an IsoFLOP curve's width at either end in which its minim
 MIDRUN = "mid-schedule points"
 MUST_AGREE = (*CONVENTIONS, "vocab", "D_rule")
 SHOULD_AGREE = ("schedule", "seq_len")
+LEAST_FLOPS, MOST_FLOPS = 0.02, 100.0  # of 6 N D; sparse models cost less, short contexts with large heads more
+LEAST_N, LEAST_D = 1e3, 1e4  # parameters and tokens
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def lint(runs: Runs) -> list[Finding]:
         unrecorded,
         constant,
         designs,
+        units,
         ladders,
         shapes,
         warmups,
@@ -102,13 +105,16 @@ def midrun(runs: Runs) -> Iterator[Finding]:
 
 
 def disagreements(runs: Runs) -> Iterator[Finding]:
-    """Conventions that differ between rows, so that losses or costs do not compare; the rows of the rarest value."""
+    """Conventions that differ between rows, or are stated for some of them only, so that losses or costs may not
+    compare; the rows of the rarest value."""
     for name in (*MUST_AGREE, *SHOULD_AGREE):
-        if len(runs.kinds(name)) > 1:
-            values = runs[name].astype(str)
-            kinds, counts = np.unique(values, return_counts=True)
-            severity = "error" if name in MUST_AGREE else "warning"
-            yield Finding(severity, f"mixed {name}", ", ".join(kinds[:6]), ids(runs, values == kinds[counts.argmin()]))
+        values = runs[name].astype(str) if name in runs.columns else np.full(len(runs), "")
+        kinds, counts = np.unique(np.where(values == "nan", "", values), return_counts=True)
+        if len(kinds) > 1:
+            severity = "error" if name in MUST_AGREE and len(runs.kinds(name)) > 1 else "warning"
+            severity = "error" if name in MUST_AGREE and "" in kinds.tolist() else severity
+            listed = ", ".join(kind or "(blank)" for kind in kinds[:6])
+            yield Finding(severity, f"mixed {name}", listed, ids(runs, np.where(values == "nan", "", values) == kinds[counts.argmin()]))
 
 
 def pooled(runs: Runs) -> Iterator[Finding]:
@@ -145,10 +151,26 @@ def constant(runs: Runs) -> Iterator[Finding]:
 
 def designs(runs: Runs) -> Iterator[Finding]:
     """Families whose grids differ, which costs the cancellation of common errors."""
-    families = tuple(runs.families)
-    if len(families) > 1 and not cluster_labels(runs, families)[1]:
-        message = "the families' (N, D) cells do not match one to one: their errors will not cancel from the difference"
-        yield Finding("warning", "unequal designs", message)
+    first, *others = runs.families
+    for other in others:
+        family = np.where(runs["family"] == first, 0, np.where(runs["family"] == other, 1, 2))
+        if (matched_cells(runs, family)[family == 0] < 0).any():
+            text = f"{first} and {other}: not every (N, D) cell has its match (N within 1 %, equal D), so that fewer errors cancel from the difference"
+            yield Finding("warning", "unequal designs", text)
+
+
+def units(runs: Runs) -> Iterator[Finding]:
+    """Compute far from 6 N D, or sizes no language model has: a column in another unit, most often."""
+    ratio = runs["flops"] / (6 * runs["N"] * runs["D"])
+    for far, word in ((ratio < LEAST_FLOPS, "below"), (ratio > MOST_FLOPS, "above")):
+        if far.any():
+            text = f"flops / (6 N D) is {np.median(ratio[far]):.2g}, {word} anything a language model costs: check the units (--column flops='flops*1e9')"
+            yield Finding("error", "units of flops", text, ids(runs, far))
+    for name, least in (("N", LEAST_N), ("D", LEAST_D)):
+        small = runs[name] < least
+        if small.any():
+            text = f"{name} is {np.median(runs[name][small]):.3g}: in millions or billions? (--column {name}='{name}*1e6')"
+            yield Finding("error", f"units of {name}", text, ids(runs, small))
 
 
 def ladders(runs: Runs) -> Iterator[Finding]:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from scaling.fitting.approaches import isoflop
-from scaling.fitting.fit import Fit, fit
+from scaling.fitting.fit import Fit, bounds_of, fit
 from scaling.tables.runs import Runs, ScalingError
-from scaling.uncertainty.bootstrap import bootstrap, interval
-from scaling.verdict.compare import compare
+from scaling.ensemble.answers import interval
+from scaling.ensemble.ensemble import compare
+from scaling.fitting.solve import refit
 
 XLSTM_CONTEXT = 16384  # tokens
 EPOCH_INTERVALS = {  # Besiroglu et al. 2024, table 1
@@ -114,7 +115,7 @@ def check_epoch(path: Path) -> Iterator[Row]:
         for name, value in values.items():
             yield Row("Epoch v. Chinchilla", f"{objective} {name}", value, params[name], 3e-4)
     fitted = fit(runs)
-    draws = bootstrap(fitted, 4000).raw()
+    draws = pair_bootstrap(fitted, 4000)
     for name, value in {"alpha": 0.015, "beta": 0.021, "E": 0.026, "A": 124.5}.items():
         yield Row("Epoch v. Chinchilla", f"bootstrap sd of {name}", value, float(draws[name].std()), 0.08)
     for name, ends in EPOCH_INTERVALS.items():
@@ -122,6 +123,15 @@ def check_epoch(path: Path) -> Iterator[Row]:
             tolerance = 0.06 if name == "B" else 0.02  # what 4,000 draws of so skewed a quantity leave open
             yield Row("Epoch v. Chinchilla", f"{side} 95 % bound of {name}", value, ours, tolerance)
     yield Row("Epoch v. Chinchilla", "chi-squared of Hoffmann's vector", 238.4, distance(fitted, draws), 0.03)
+
+
+def pair_bootstrap(fitted: Fit, draws: int) -> dict[str, np.ndarray]:
+    """(draws,) raw parameters of refits to resampled rows, which is how the published intervals were made."""
+    rows = len(fitted.runs)
+    weight = np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=draws).astype(float)
+    target, start = fitted.objective.target(fitted.runs["loss"]), np.repeat(fitted.theta[None], draws, axis=0)
+    box = bounds_of(fitted.model, fitted.runs["loss"])
+    return fitted.raw(refit(fitted.model, fitted.objective, target, weight, start, box))
 
 
 def distance(fitted: Fit, draws: dict[str, np.ndarray]) -> float:
@@ -184,8 +194,9 @@ def check_xlstm(path: Path) -> Iterator[Row | Conclusion]:
         for name, value, ours in zip("ND", values, (found.exponent_n, found.exponent_d), strict=True):
             yield Row("xLSTM", f"{source[8:]} exponent of {name}", value, ours, 2e-3)
     c = compare(runs.select(runs["ctx"] == XLSTM_CONTEXT), "llama", "mlstm", draws=1000)
-    chance = float(c.p_b_better[c.within].min())
-    yield Conclusion("xLSTM", "lower loss than Llama at equal FLOP", chance, *c.measured)
+    low, high = c.measured()
+    chance = float((c.gaps(c.budgets(beyond=0.0)) < 0).mean(axis=0).min())
+    yield Conclusion("xLSTM", "lower loss than Llama at equal FLOP", chance, low, high)
 
 
 CHECKS = {

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from scaling.commands.output import ERROR
-from scaling.fitting.solve import Objective
+from scaling.costs import AXES, Prices
+from scaling.ensemble.ensemble import baseline_first
+from scaling.ensemble.posterior import NOISES
+from scaling.fitting.selection import CHOICES
+from scaling.fitting.sensitivity import CUSTOMARY_DELTA
 from scaling.laws.forms import LAWS
+from scaling.spec import Spec
 from scaling.tables.runs import Runs, ScalingError, as_number
-from scaling.uncertainty.sensitivity import CUSTOMARY_DELTA, delta_from_noise, objective_text
-from scaling.verdict.costs import AXES, Prices
 
-OBJECTIVES = ("huber", "lad", "log-ls", "raw-ls")
 Run = Callable[[argparse.Namespace], int]
 
 
@@ -45,11 +47,6 @@ def positive(text: str) -> float:
     return value
 
 
-def threshold(text: str) -> float | None:
-    """A positive number, or None for auto."""
-    return None if text == "auto" else positive(text)
-
-
 def count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive count")
@@ -67,62 +64,55 @@ def table_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--allow-midrun", action="store_true", help="accept points inside a run (they mislead fits)")
 
 
-def fit_arguments(verb: argparse.ArgumentParser, draws: int = 2000, drawn: str = "bootstrap draws") -> None:
-    """Law, objective and bootstrap."""
-    verb.add_argument("--law", default="chinchilla", choices=sorted(LAWS))
-    verb.add_argument("--objective", default="huber", choices=OBJECTIVES)
-    verb.add_argument(
-        "--delta",
-        type=threshold,
-        help="Huber threshold on log loss (default auto: from the noise of the table, but not below "
-        f"{CUSTOMARY_DELTA:g}, with which published fits are made)",
-    )
-    verb.add_argument("--draws", type=count, default=draws, help=f"{drawn} (default {draws})")
-    verb.add_argument("--seed", type=int, default=0)
+def spec_arguments(verb: argparse.ArgumentParser) -> None:
+    """What an analysis assumes: one flag for every field of `Spec`, with its defaults."""
+    d = Spec()
+    verb.add_argument("--law", default=d.law, choices=sorted(LAWS))
+    text = "noise of the runs: auto weighs normal against Huber's; or fix one (default auto)"
+    verb.add_argument("--objective", default=d.objective, choices=sorted(NOISES), help=text)
+    text = f"Huber threshold of single fits (default: from the noise of the table, at least {CUSTOMARY_DELTA:g})"
+    verb.add_argument("--delta", type=positive, help=text)
+    text = "parameters common to two families, e.g. E,B,beta; '' for none (default: every tie by its weight)"
+    verb.add_argument("--share", help=text)
+    text = "rows that count: all, the best learning rate of each cell, or the envelope"
+    verb.add_argument("--select", default=d.select, choices=CHOICES, help=text)
+    verb.add_argument("--draws", type=count, default=d.draws, help=f"draws of the ensemble (default {d.draws})")
+    verb.add_argument("--seed", type=int, default=d.seed)
+    verb.add_argument("--energy", action="append", default=[], metavar="CLASS=PJ", help="picojoules per operation")
+    verb.add_argument("--usd-per-hour", type=positive, help="price of an accelerator, for the axis usd")
+    verb.add_argument("--baseline", help="the family that others are compared with (default: transformer++, or the first)")
 
 
-def family_arguments(verb: argparse.ArgumentParser) -> None:
-    """Two families, and what they share: see `pair_of`."""
-    verb.add_argument("--a", help="baseline family (default: the table's first)")
-    verb.add_argument("--b", help="the family compared with it (default: the table's second)")
-    share_argument(verb)
+def spec_of(a: argparse.Namespace) -> Spec:
+    """The Spec that the flags describe."""
+    energies = {name: positive_setting(value, "--energy") for name, value in assignments(a.energy, "--energy").items()}
+    share = None if a.share is None else tuple(name.strip() for name in a.share.split(",") if name.strip())
+    prices = Prices.of(energies, a.usd_per_hour)
+    return Spec(a.law, a.objective, a.delta, share, a.select, a.draws, a.seed, prices, getattr(a, "a", None) or a.baseline)
+
+
+def pair_arguments(verb: argparse.ArgumentParser) -> None:
+    """Two families: see `pair_of`."""
+    verb.add_argument("--a", help="baseline family (default: --baseline)")
+    verb.add_argument("--b", help="the family compared with it (default: the next one)")
 
 
 def pair_of(a: argparse.Namespace, runs: Runs) -> tuple[str, str]:
     """The two families that --a and --b name; raises ScalingError where the table has no two."""
-    first = a.a or runs.families[0]
-    rest = [name for name in runs.families if name != first]
-    if not a.b and not rest:
-        raise ScalingError(f"the table holds one family, {first!r}; a comparison needs two")
-    second = a.b or rest[0]
-    if first == second:
-        raise ScalingError(f"family {first!r} cannot be compared with itself")
-    return first, second
+    ordered = baseline_first(runs, a.a or a.baseline)
+    if len(ordered) < 2:
+        raise ScalingError(f"the table holds one family, {ordered[0]!r}; a comparison needs two")
+    second = a.b or ordered[1]
+    if second == ordered[0]:
+        raise ScalingError(f"family {second!r} cannot be compared with itself")
+    return ordered[0], str(runs.family(second)["family"][0])
 
 
 def axis_arguments(verb: argparse.ArgumentParser) -> None:
     """What two families are compared at equal amounts of, and along which path."""
-    verb.add_argument("--horizon", type=positive, help="cost up to which a crossing is looked for")
-    verb.add_argument("--axis", choices=sorted(AXES), help="what is compared at equal amounts (default flops)")
-    verb.add_argument("--along", help="optimal (default), ratio=20 (tokens a parameter) or size=1e9")
-    price_arguments(verb)
-
-
-def price_arguments(verb: argparse.ArgumentParser) -> None:
-    """What operations and hours cost."""
-    verb.add_argument("--energy", action="append", default=[], metavar="CLASS=PJ", help="picojoules per operation")
-    verb.add_argument("--usd-per-hour", type=positive, help="price of an accelerator, for the axis usd")
-
-
-def prices_of(a: argparse.Namespace) -> Prices:
-    """The cited energies with what --energy replaces, and the price of an hour."""
-    energies = {name: positive_setting(value, "--energy") for name, value in assignments(a.energy, "--energy").items()}
-    return Prices.of(energies, a.usd_per_hour)
-
-
-def share_argument(verb: argparse.ArgumentParser) -> None:
-    text = "parameters common to all families, e.g. E,B,beta; '' for none (default: E where the law has one)"
-    verb.add_argument("--share", help=text)
+    verb.add_argument("--axis", default="flops", choices=sorted(AXES), help="what is equal (default flops)")
+    verb.add_argument("--along", default="optimal", help="optimal (default), ratio=20 (tokens a parameter) or size=1e9")
+    verb.add_argument("--at", type=positive, action="append", default=[], help="a budget to compare at; may be repeated")
 
 
 def out_argument(verb: argparse.ArgumentParser) -> None:
@@ -148,24 +138,7 @@ def positive_setting(text: str, flag: str) -> float:
     return value
 
 
-def delta_of(a: argparse.Namespace, runs: Runs) -> float:
-    """The Huber threshold asked for, or that of the noise of the table: the same whichever families a verb fits."""
-    return delta_from_noise(runs, a.law) if a.delta is None else a.delta
-
-
-def objective_line(a: argparse.Namespace, objective: Objective) -> str:
-    """By what the laws were fitted, for the terminal."""
-    return f"fitted by {objective_text(objective, a.delta is None)}"
-
-
 def read_table(a: argparse.Namespace, allow_midrun: bool = False) -> Runs:
     """The table that --column, --set and --where describe."""
     columns, constants = assignments(a.column, "--column"), assignments(a.set, "--set")
     return Runs.read(a.runs, columns, a.where, constants, a.allow_midrun or allow_midrun)
-
-
-def shared(a: argparse.Namespace) -> tuple[str, ...] | None:
-    """The names in --share; None where it is left to the law."""
-    if a.share is None:
-        return None
-    return tuple(name.strip() for name in a.share.split(",") if name.strip())

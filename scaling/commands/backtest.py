@@ -1,66 +1,37 @@
-"""`scaling backtest RUNS --q 2,4,10`: what cheaper runs would have predicted for dearer ones."""
+"""`scaling backtest RUNS`: what cheaper runs would have said about dearer ones."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import asdict
 from typing import Any
 
-from scaling.commands.arguments import (
-    delta_of,
-    fit_arguments,
-    new_verb,
-    objective_line,
-    positive_setting,
-    read_table,
-    share_argument,
-    shared,
-    table_arguments,
-)
+from scaling.analysis import Analysis
+from scaling.commands.arguments import new_verb, read_table, spec_arguments, spec_of, table_arguments
 from scaling.commands.output import GATE, OK, print_json
-from scaling.fitting.solve import objective_named
-from scaling.tables.runs import ScalingError
-from scaling.uncertainty.backtest import BINS, DIFFERENCE, LEVELS, ORIGINS, BackTest, backtest
+from scaling.ensemble.backtest import DIFFERENCE, DISTANCES, LOSS
+from scaling.report.words import backtest_sentence
 
 
 def add(verbs: Any) -> None:
-    verb = new_verb(
-        verbs, "backtest", run, "fit the cheap runs, predict the dear ones, and calibrate by what was found"
-    )
+    verb = new_verb(verbs, "backtest", run, "analyse the cheap runs, forecast the dear ones")
     table_arguments(verb)
-    fit_arguments(verb)
-    share_argument(verb)
-    every = ",".join(f"{q:g}" for q in ORIGINS)
-    verb.add_argument("--q", default=every, help=f"fit the runs below C_max / q, for each q (default {every})")
+    spec_arguments(verb)
 
 
 def run(a: argparse.Namespace) -> int:
-    """Gate: no origin leaves enough runs to fit."""
-    runs = read_table(a)
-    origins = [positive_setting(text, "--q") for text in a.q.split(",")]
-    if min(origins) <= 1:
-        raise ScalingError(f"--q {a.q}: every q must be above 1, else nothing is held out")
-    delta = delta_of(a, runs)
-    found = backtest(runs, origins, shared(a), a.law, a.objective, delta, a.draws, a.seed)
+    """Gate: no origin leaves enough runs to analyse."""
+    found = Analysis.of(read_table(a), spec_of(a))
+    ensembles = found.pairs or (found.own[found.families[0]],)
     if a.json:
-        print_json({"held": [asdict(h) for h in found.held], "skipped": list(found.skipped)})
-    else:
-        print("\n".join(lines(found, len(runs.families) > 1)))
-        print(objective_line(a, objective_named(a.objective, delta)))
-    return OK if found.held else GATE
-
-
-def lines(found: BackTest, several: bool) -> list[str]:
-    """A sentence and a table by distance for losses, and for differences of families."""
-    out = []
-    for kind in (LEVELS, DIFFERENCE) if several else (LEVELS,):
-        out.append(found.sentence(kind))
-        for low, high in itertools.pairwise(BINS):
-            ratios = [h.ratio for h in found.of(kind) if low < h.decades <= high]
-            if ratios:
-                inside = sum(r <= 1 for r in ratios) / len(ratios)
-                factor, count = found.factor(kind, high)
-                text = f"  {low:g} to {high:g} decades beyond: raw interval covers {inside:.0%} of {len(ratios)}"
-                out.append(f"{text}; half-widths times {factor:.2f} (from {count} points)")
-    return [*out, *(f"left out: {reason}" for reason in found.skipped)]
+        print_json({" and ".join(e.families): {"reach": e.reach} | vars(e.test) for e in ensembles})
+        return OK if all(e.test.points for e in ensembles) else GATE
+    for e in ensembles:
+        print(f"{' and '.join(e.families)}: {backtest_sentence(e)}")
+        for kind in (LOSS, DIFFERENCE):
+            for low, high in itertools.pairwise((0.0, *DISTANCES)):
+                near = [p.inside for p in e.test.of(kind) if low < p.decades <= high]
+                if near:
+                    print(f"  {kind}, {low:g} to {high:g} decades beyond: {sum(near)} of {len(near)} inside")
+        print("\n".join(f"  left out: {reason}" for reason in e.test.skipped))
+    return OK if all(e.test.points for e in ensembles) else GATE

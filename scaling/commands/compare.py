@@ -3,103 +3,75 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
+from scaling.analysis import Analysis
 from scaling.commands.arguments import (
     axis_arguments,
-    delta_of,
-    family_arguments,
-    fit_arguments,
     new_verb,
-    objective_line,
     out_argument,
+    pair_arguments,
     pair_of,
-    prices_of,
     read_table,
-    shared,
+    spec_arguments,
+    spec_of,
     table_arguments,
 )
 from scaling.commands.output import OK, exit_code, print_gates, print_json
 from scaling.commands.report import full_report
-from scaling.report.artefact import comparison_json, crossover_json
-from scaling.tables.runs import ScalingError
-from scaling.verdict.break_even import break_even
-from scaling.verdict.compare import Comparison, compare, pick_families
-from scaling.verdict.crossing_profile import profile_crossing
-from scaling.verdict.words import bound_text, crossing_sentence, headline, short_ladders, verdict
+from scaling.report.artefact import pair_json
+from scaling.report.words import crossing_sentence, difference_sentence, verdict
 
 
 def add(verbs: Any) -> None:
     for name, run, text in (
-        ("compare", run_compare, "compare two families: difference, crossover, verdict"),
-        ("crossover", run_crossover, "where B overtakes A, with its interval"),
+        ("compare", run_compare, "compare two families: difference, crossing, verdict"),
+        ("crossover", run_crossover, "from which compute on one family leads"),
     ):
         verb = new_verb(verbs, name, run, text)
         table_arguments(verb)
-        fit_arguments(verb)
-        family_arguments(verb)
+        spec_arguments(verb)
+        pair_arguments(verb)
         axis_arguments(verb)
         if name == "compare":
             out_argument(verb)
 
 
-def comparison(a: argparse.Namespace) -> Comparison:
-    """The comparison that the flags ask for."""
+def analysed(a: argparse.Namespace) -> Analysis:
+    """The pair that the flags ask for."""
     runs = read_table(a)
-    first, second = pair_of(a, runs)
-    delta = delta_of(a, runs)
-    options = {"law": a.law, "objective": a.objective, "delta": delta, "horizon": a.horizon}
-    axes: dict[str, Any] = {"axis": a.axis or "flops", "along": a.along or "optimal", "prices": prices_of(a)}
-    return compare(runs, first, second, shared(a), a.draws, a.seed, **options, **axes)
+    return Analysis.of(runs, spec_of(a), pair_of(a, runs))
 
 
 def run_compare(a: argparse.Namespace) -> int:
     if a.out:
-        return written(a)
-    c = comparison(a)
-    price = break_even(c) if c.axis == "flops" else None
+        found = analysed(a) if a.b else Analysis.of(read_table(a), spec_of(a))
+        return full_report(a, found, gate=True)
+    found = analysed(a)
+    (pair,) = found.pairs
     if a.json:
-        print_json(comparison_json(c, price=price) | {"gates": [asdict(g) for g in c.gates]})
-        return exit_code(c.gates)
-    print("\n".join(verdict(c)))
-    if price:
-        print(price.sentence(c.measured[1]))
-    print(objective_line(a, c.fit.objective))
-    print_gates(c.gates)
-    return exit_code(c.gates)
-
-
-def written(a: argparse.Namespace) -> int:
-    """The report of the pair that --b asks for, or of all families; it shows every axis and path that the table has."""
-    for flag in ("axis", "along", "horizon"):
-        if getattr(a, flag):
-            raise ScalingError(
-                f"--{flag} answers on the terminal or as --json; --out writes every axis and path there is"
-            )
-    runs = read_table(a)
-    pair = pair_of(a, runs)
-    chosen = pick_families(runs, pair) if a.b else runs
-    return full_report(a, chosen, share=shared(a), baseline=pair[0] if a.b else a.a, prices=prices_of(a), gate=True)
+        answers = [pair.difference(budget, a.axis, a.along) for budget in a.at]
+        print_json(pair_json(pair, a.axis, a.along) | {"at": answers, "gates": found.gates})
+        return exit_code(found.gates)
+    print("\n".join(verdict(pair, found.failed)))
+    if a.axis != "flops" or a.along != "optimal":
+        print(crossing_sentence(pair, pair.crossing(a.axis, a.along), f", along {a.along}"))
+    for budget in a.at:
+        d = pair.difference(budget, a.axis, a.along)
+        print(difference_sentence(pair, d, f"At {budget:.1e} {d.unit}"))
+    print_gates(found.gates)
+    return exit_code(found.gates)
 
 
 def run_crossover(a: argparse.Namespace) -> int:
-    c = comparison(a)
-    profile = profile_crossing(c, seed=a.seed)
+    found = analysed(a)
+    (pair,) = found.pairs
+    answers = {name: e.crossing(a.axis, a.along) for name, e in (("tied", pair.tied), ("untied", pair.untied))}
+    said = pair.crossing(a.axis, a.along)
     if a.json:
-        print_json(crossover_json(c, profile))
+        print_json({"crossing": said} | answers | {"measured": pair.measured(a.axis), "reach": pair.reach})
         return OK
-    x = c.crossover
-    print(headline(c))
-    if short_ladders(c):
-        print(f"What the draws would say of a larger ladder: {crossing_sentence(c)}")
-    print(profile.sentence(c.a, c.b, c.unit))
-    print(f"share of draws in which the order never changes before {x.horizon:.1e} {c.unit}: {x.p_none:.3f}")
-    above, by = (bound_text(bound, c.unit) for bound in (x.lower_bound(), x.upper_bound()))
-    print(f"one-sided 95 % bounds: {c.b} takes the lead above {above}; it leads by {by}")
-    for flops in 10.0 ** np.arange(np.ceil(np.log10(c.budgets[0])), np.log10(x.horizon) + 1e-9):
-        print(f"  P({c.b} leads for good by {flops:.0e} {c.unit}) = {x.p_before(flops):.3f}")
-    print(objective_line(a, c.fit.objective))
+    print(crossing_sentence(pair, said, "" if a.along == "optimal" else f", along {a.along}"))
+    for name, answer in answers.items():
+        print(f"  {name}: {crossing_sentence(pair, answer)}")
     return OK

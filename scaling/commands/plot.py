@@ -20,14 +20,14 @@ def add(verbs: Any) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    from scaling.report.plot import runs_figure, save
-    from scaling.report.views import runs_views
+    from scaling.report.figures import runs_chart
+    from scaling.report.plot import drawn, save
 
-    if a.out.suffix not in {".png", ".svg", ".pdf"}:
+    if a.out.suffix.lower() not in {".png", ".svg", ".pdf"}:
         raise ScalingError(f"--out {a.out} must end in .png, .svg or .pdf")
     runs = read_table(a, allow_midrun=True)
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    save(runs_figure(runs_views(runs), a.x, sweep_curves(a.runs)), a.out)
+    save(drawn(runs_chart(runs, a.x, sweep_curves(a.runs))), a.out)
     if a.json:
         print_json({"file": str(a.out), "x": a.x, "runs": {f: len(runs.family(f)) for f in runs.families}})
     else:

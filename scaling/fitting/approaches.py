@@ -82,16 +82,22 @@ def iso_curve(part: Runs) -> list[IsoCurve]:
     return [IsoCurve(middle, part["N"], part["D"], part["loss"], grid, fitted, best_n, best_d, lowest)]
 
 
-def envelope(runs: Runs) -> np.ndarray:
-    """Approach 1: indices of the runs that no cheaper run beats, in order of compute."""
-    order = np.argsort(runs["flops"], kind="stable")
-    best = np.minimum.accumulate(runs["loss"][order])
-    return order[runs["loss"][order] <= best]
+def envelope(flops: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Approach 1: indices, in order of compute, of the best run of each budget that no cheaper budget's best beats.
+
+    Runs of one budget are compared first: in order of compute alone the row order would decide among equals.
+    """
+    labels = budget_labels(flops)
+    best = np.full(labels.max() + 1, np.inf)
+    np.minimum.at(best, labels, loss)
+    order = np.lexsort((np.arange(len(flops)), loss, labels))
+    first = order[np.unique(labels[order], return_index=True)[1]]
+    return first[best <= np.minimum.accumulate(best)]
 
 
 def envelope_exponent(runs: Runs) -> float:
     """Exponent a of N* = C^a through the envelope; NaN with fewer than three runs on it."""
-    rows = envelope(runs)
+    rows = envelope(runs["flops"], runs["loss"])
     if len(rows) < 3:
         return float("nan")
     return float(np.polyfit(np.log(runs["flops"][rows]), np.log(runs["N"][rows]), 1)[0])

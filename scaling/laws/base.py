@@ -9,12 +9,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
 from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, Runs, ScalingError
 
 EXPONENT_BOUNDS = (-0.5, 3.0)
+# Prior medians: the floor is 65 % of the lowest loss, every other term 20 % of it at the middle of the ladder.
+FLOOR_SHARE, TERM_SHARE = np.log(0.65), np.log(0.2)
+FLOOR_SD, TERM_SD, FLOOR_APART, TERM_APART = 0.4, 1.0, 0.05, 0.5
+EXPONENT_PRIOR = {"N": (0.35, 0.4), "D": (0.35, 0.4), "C": (0.15, 0.8)}  # median, sd of the logarithm, by input
+EXPONENT_APART, DATA_APART = 0.2, 0.3  # the second: of the coefficient of D, as both families read the same text
 FLOOR_DEPTH = 12.0  # the floor may fall to exp(-12) of the lowest loss before it counts as absent
 
 
@@ -25,6 +32,15 @@ class Term:
     intercept: int
     slope: int | None = None
     feature: int | None = None
+
+
+class Prior(NamedTuple):
+    """Normal prior of a law's centred parameters, exponents in logarithms: mean, sd, and `apart`, the sd of the
+    difference between two families where a parameter is not shared; all (P,)."""
+
+    mean: np.ndarray
+    sd: np.ndarray
+    apart: np.ndarray
 
 
 class Law(ABC):
@@ -60,6 +76,38 @@ class Law(ABC):
     @abstractmethod
     def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(count, P) random starts."""
+
+    def prior(self, log_loss: np.ndarray, features: np.ndarray) -> Prior:
+        """What is believed before any run, from the spread of the random starts; sums of powers know better."""
+        theta = self.starts(512, log_loss, features, np.random.default_rng(0))
+        theta[:, self.logged] = np.log(np.maximum(theta[:, self.logged], 1e-3))
+        sd = theta.std(axis=0)
+        return Prior(theta.mean(axis=0), sd, 0.4 * sd)
+
+    @property
+    def logged(self) -> np.ndarray:
+        """(P,) which centred parameters are exponents; an ensemble draws their logarithms, which keeps them positive."""
+        return np.isin(self.names, self.exponents)
+
+    def ties(self) -> tuple[tuple[str, ...], ...]:
+        """Sets of parameters that two families may share, the empty one first: equal floors or not, unless told."""
+        return ((), ("E",)) if "E" in self.names else ((),)
+
+    def checked_share(self, share: Sequence[str]) -> tuple[str, ...]:
+        """What families are to share. A coefficient is shared in centred coordinates, which equals sharing it in raw
+        ones only with its exponent; raises ScalingError where that is not asked for."""
+        for name in share:
+            if name not in self.names:
+                raise ScalingError(f"cannot share {name!r}: law {self.name!r} has {', '.join(self.names)}")
+        for term in self.terms:
+            if term.slope is not None and self.names[term.intercept] in share and self.names[term.slope] not in share:
+                raise ScalingError(
+                    f"sharing {self.names[term.intercept]} needs {self.names[term.slope]} shared too: "
+                    "a coefficient has no meaning apart from its exponent"
+                )
+        if not self.terms and set(share) - {"E"} and set(share) != set(self.names):
+            raise ScalingError(f"law {self.name!r} can share E, or everything, or nothing")
+        return tuple(share)
 
     def features(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
         """(inputs, n) features of a table's rows."""
@@ -162,6 +210,30 @@ class SumOfPowers(Law):
                 low[term.slope], high[term.slope] = EXPONENT_BOUNDS
         return low, high
 
+    def prior(self, log_loss: np.ndarray, features: np.ndarray) -> Prior:
+        """Medians relative to the lowest loss; two families' parameters are much nearer to each other than to these."""
+        lowest, size = log_loss.min(), len(self.names)
+        mean, sd, apart = np.full(size, lowest + FLOOR_SHARE), np.full(size, FLOOR_SD), np.full(size, FLOOR_APART)
+        for term in self.terms:
+            if term.slope is None or term.feature is None:
+                continue
+            name = self.inputs[term.feature]
+            median, spread = EXPONENT_PRIOR[name]
+            mean[[term.intercept, term.slope]] = lowest + TERM_SHARE, np.log(median)
+            sd[[term.intercept, term.slope]] = TERM_SD, spread
+            apart[[term.intercept, term.slope]] = DATA_APART if name == "D" else TERM_APART, EXPONENT_APART
+        return Prior(mean, sd, apart)
+
+    def ties(self) -> tuple[tuple[str, ...], ...]:
+        """Every combination of a shared floor, shared exponents of N (or C), and a shared term in D."""
+        groups: list[tuple[str, ...]] = [("E",)] if "E" in self.names else []
+        for term in self.terms:
+            if term.slope is None or term.feature is None:
+                continue
+            slope, both = self.names[term.slope], (self.names[term.intercept], self.names[term.slope])
+            groups.append(both if self.inputs[term.feature] == "D" and both[1] not in sum(groups, ()) else (slope,))
+        return tuple(sum((g for g, on in zip(groups, picked, strict=True) if on), ()) for picked in product((False, True), repeat=len(groups)))
+
     def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(count, P) random starts: exponents log-uniform over 0.05-1.5, the median loss split at random by term."""
         theta = np.empty((count, len(self.names)))
@@ -240,7 +312,7 @@ def single_model(law: Law, runs: Runs, centre: np.ndarray) -> Model:
 
 def joint_model(law: Law, runs: Runs, families: Sequence[str], share: Sequence[str], centre: np.ndarray) -> Model:
     """One law per family with the parameters in `share` common to all; raises ScalingError on a meaningless tie."""
-    check_share(law, share)
+    law.checked_share(share)
     names: list[str] = []
     index = np.empty((len(families), len(law.names)), dtype=int)
     for f, family in enumerate(families):
@@ -251,18 +323,3 @@ def joint_model(law: Law, runs: Runs, families: Sequence[str], share: Sequence[s
             index[f, p] = names.index(label)
     rows = tuple(np.flatnonzero(runs["family"] == family) for family in families)
     return Model(law, law.features(runs, centre), index, rows, tuple(names))
-
-
-def check_share(law: Law, share: Sequence[str]) -> None:
-    """A coefficient is shared in centred coordinates, which equals sharing it in raw ones only with its exponent."""
-    for name in share:
-        if name not in law.names:
-            raise ScalingError(f"cannot share {name!r}: law {law.name!r} has {', '.join(law.names)}")
-    for term in law.terms:
-        if term.slope is not None and law.names[term.intercept] in share and law.names[term.slope] not in share:
-            raise ScalingError(
-                f"sharing {law.names[term.intercept]} needs {law.names[term.slope]} shared too: "
-                "a coefficient has no meaning apart from its exponent"
-            )
-    if not law.terms and set(share) - {"E"} and set(share) != set(law.names):
-        raise ScalingError(f"law {law.name!r} can share E, or everything, or nothing")

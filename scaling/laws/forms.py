@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import expit
 
-from scaling.laws.base import EXPONENT_BOUNDS, FLOOR_DEPTH, Law, SumOfPowers, Term, middles
+from scaling.laws.base import EXPONENT_BOUNDS, FLOOR_DEPTH, Law, Prior, SumOfPowers, Term, middles
 from scaling.tables.runs import Runs, ScalingError
 
 TERNARY_BITS = float(np.log2(3))
@@ -185,6 +185,15 @@ class EffectiveChinchilla(Law):
     def bounds(self, log_loss: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         low, high = self.base.bounds(log_loss, features)
         return np.append(low, np.log(self.range[0])), np.append(high, np.log(self.range[1]))
+
+    def prior(self, log_loss: np.ndarray, features: np.ndarray) -> Prior:
+        low, high = np.log(self.start_range)
+        beside = np.array([(low + high) / 2]), np.array([(high - low) / 2]), np.array([0.3])
+        return Prior(*(np.append(a, b) for a, b in zip(self.base.prior(log_loss, features), beside, strict=True)))
+
+    def ties(self) -> tuple[tuple[str, ...], ...]:
+        """Those of the law without it, each with the sixth parameter shared: it belongs to the data or the format."""
+        return tuple((*tie, self.names[-1]) for tie in self.base.ties())
 
     def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         theta = self.base.starts(count, log_loss, features, rng)

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import norm
 
-from scaling.report.forecast import Forecaster, Prediction
+from scaling.ensemble.answers import Prediction
 from scaling.tables.runs import Runs, ScalingError
+
+if TYPE_CHECKING:
+    from scaling.analysis import Analysis
 
 FILE = "forecast.jsonl"
 SAME_CELL = 0.01  # a run is the forecast one if N and D agree this closely (natural log)
@@ -122,9 +125,8 @@ def holds_cell(runs: Runs, family: str, n: float, d: float) -> bool:
     return bool((near & (runs["family"] == family)).any())
 
 
-def made_of(prediction: Prediction, made: str, table: str, family: str, n: float, d: float) -> Forecast:
-    p = prediction
-    return Forecast(made, table, family, n, d, p.loss, p.run_low, p.run_high, p.sd)
+def made_of(p: Prediction, made: str, table: str) -> Forecast:
+    return Forecast(made, table, p.family, p.N, p.D, p.loss, p.run_low, p.run_high, p.sd)
 
 
 def record(ledger: Sequence[Forecast], new: Iterable[Forecast]) -> list[Forecast]:
@@ -158,22 +160,18 @@ def score(ledger: Sequence[Forecast], runs: Runs, table: str) -> list[Forecast]:
     return out
 
 
-def unasked(
-    ledger: Sequence[Forecast], runs: Runs, earlier: Runs, table: str, forecasters: Mapping[str, Forecaster]
-) -> list[Forecast]:
-    """Forecasts of the earlier fit (of `table`) for runs that came since and that nobody had asked it about.
+def unasked(ledger: Sequence[Forecast], runs: Runs, earlier: Analysis, table: str) -> list[Forecast]:
+    """Forecasts of the earlier analysis (of `table`) for runs that came since and that nobody had asked it about.
 
-    They are dated as that fit's own forecasts are: it was on disk before the runs were in the table.
+    They are dated as that analysis's own forecasts are: it was on disk before the runs were in the table.
     """
     made = min((f.made for f in ledger if f.table == table), default=None)
-    if made is None:
-        return []
     out = []
-    for row in runs.records():
+    for row in runs.records() if made else ():
         family, n, d = row["family"], row["N"], row["D"]
-        if family in forecasters and not holds_cell(earlier, family, n, d):
+        if family in earlier.families and not holds_cell(earlier.runs, family, n, d):
             known = {"flops": row["flops"], "unique": row.get("U") or d, "precision": row.get("precision", "")}
-            out.append(made_of(forecasters[family].at(n, d, **known), made, table, family, n, d))
+            out.append(made_of(earlier.ensemble(family).predict(n, d, family, **known), str(made), table))
     return out
 
 

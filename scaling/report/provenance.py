@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import scipy
 
-from scaling.fitting.fit import Fit
+from scaling.analysis import Analysis
 from scaling.tables.runs import Runs
-from scaling.uncertainty.bootstrap import Draws
 
 FROM_TABLE = (
     "tokenizer",
@@ -29,14 +28,13 @@ FROM_TABLE = (
 FROM_CALLER = ("question", "data", "tuning", "hold_outs", "code_version", "hardware")
 
 
-def provenance_block(
-    runs: Runs, fits: Mapping[str, Fit], draws: Mapping[str, Draws], given: Mapping[str, Any], count: int, seed: int
-) -> dict[str, Any]:
+def provenance_block(found: Analysis, given: Mapping[str, Any]) -> dict[str, Any]:
     """Every item of the checklist, None where it is not known, then whatever else the caller recorded."""
+    runs, spec, fits = found.runs, found.spec, found.fits
     block: dict[str, Any] = {name: given.get(name) for name in FROM_CALLER}
     block |= {name: given.get(name, values_of(runs, name)) for name in FROM_TABLE}
     block |= {
-        "families": {f: len(runs.family(f)) for f in runs.families},
+        "families": {f: len(runs.family(f)) for f in found.families},
         "N_range": span(runs["N"]),
         "D_range": span(runs["D"]),
         "flops_range": span(runs["flops"]),
@@ -44,15 +42,15 @@ def provenance_block(
         "source_sha256": runs.sha256 or None,
         "derived": list(runs.notes),
         "exclusions": [f"{row['run_id']} ({row['reason']})" for row in runs.set_aside],
-        "form": {f: fits[f].law.name for f in fits},
-        "objective": {f: f"{fits[f].objective.name}, delta {fits[f].objective.delta:g}" for f in fits},
+        "law": spec.law,
+        "noise": spec.objective,
+        "shared": "every tie by its weight" if spec.share is None else list(spec.share),
+        "single_fits": {f: f"{fits[f].objective.name}, delta {fits[f].objective.delta:.3g}" for f in found.families},
         "solver": "centred batched damped IRLS/Newton, Newton polish; VarPro as second solver",
         "starts_agreeing": {f: f"{fits[f].certificate.agreeing} of {fits[f].certificate.starts}" for f in fits},
-        "intervals": {
-            f: f"{draws[f].method} bootstrap over {draws[f].clusters[0]} clusters, percentile" for f in draws
-        },
-        "draws": count,
-        "seed": seed,
+        "intervals": "ensemble over noise, misfit, ties and objective; equal-tailed 95 % of its draws",
+        "draws": spec.draws,
+        "seed": spec.seed,
         "software": {"numpy": np.__version__, "scipy": scipy.__version__, "scaling_sha256": own_digest()},
     }
     return block | {name: value for name, value in given.items() if name not in block}

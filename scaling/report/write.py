@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scaling.fitting.fit import Gate
-from scaling.report import diagnostics, plot
-from scaling.report.agreement import starts_figure
-from scaling.report.analysis import Analysis, Settings, analyse
-from scaling.report.approaches import approaches_figure
-from scaling.report.artefact import family_json, fit_json, read_draws, read_fit_json, write_draws
-from scaling.report.forecast import Forecaster
-from scaling.report.html import html_page
+import jinja2
+import numpy as np
+from plotly.offline import get_plotlyjs
+
+from scaling.analysis import Analysis
+from scaling.commands.output import plain
+from scaling.ensemble.frontier import Cost
+from scaling.report import interactive, plot
+from scaling.report.artefact import fit_json, read_analysis, read_fit_json, report_verdict
+from scaling.report.figures import Curves
 from scaling.report.ledger import (
     Forecast,
     digest_of,
@@ -30,12 +36,14 @@ from scaling.report.ledger import (
     unasked,
     write_ledger,
 )
-from scaling.report.markdown import markdown
-from scaling.report.summary import terminal_summary
+from scaling.report.provenance import provenance_block
+from scaling.report.sections import Section, charts, sections
+from scaling.report.words import rounded, short
+from scaling.spec import Spec
 from scaling.tables.runs import Runs
-from scaling.uncertainty.sensitivity import delta_from_noise, objective_text
-from scaling.verdict.costs import CITED, Prices
-from scaling.verdict.frontier import Cost
+
+SHOWN = 4  # sentences of the verdict that are shown at once
+LONG_TABLE = 40  # rows beyond which the terminal shows only how many there are
 
 
 @dataclass(frozen=True)
@@ -45,117 +53,124 @@ class Report:
     out_dir: Path
     title: str
     found: Analysis
+    verdict: tuple[str, ...]
     ledger: tuple[Forecast, ...]
 
-    @property
-    def gates(self) -> tuple[Gate, ...]:
-        return self.found.gates
-
-    @property
-    def verdict(self) -> tuple[str, ...]:
-        return self.found.verdict
-
     def terminal_summary(self, width: int = 100) -> str:
-        """Plain text that is read in ten seconds: runs, fitted parameters with intervals, verdict."""
-        found = self.found
-        goal = objective_text(next(iter(found.fits.values())).objective, found.settings.delta_found)
-        forecasts = ledger_sentence(self.ledger)
-        return terminal_summary(found.runs, found.fits, found.draws, goal, found.verdict, forecasts, width)
+        """Plain text that is read in ten seconds: runs, parameters with intervals, verdict."""
+        found, runs = self.found, self.found.runs
+        out = [f"RUNS  held-out loss, {runs.loss_label}"]
+        out += run_lines(runs) if len(runs) <= LONG_TABLE else [f"{f}: {len(runs.family(f))} runs" for f in found.families]
+        out += ["", f"LAW   {found.spec.law}; 95 % intervals of the ensemble"]
+        for family in found.families:
+            parts = [f"{p.name} {rounded(p.value, p.low, p.high)}" for p in found.own[family].parameters(family)]
+            out += textwrap.wrap(f"{family}: {', '.join(parts)}", width, subsequent_indent="  ")
+        out += ["", "VERDICT"]
+        for line in self.verdict[:SHOWN]:
+            out += textwrap.wrap(line, width)
+        out += ["", "FORECASTS", *textwrap.wrap(ledger_sentence(self.ledger), width)]
+        return "\n".join(line[:width] for line in out)
+
+
+def run_lines(runs: Runs) -> list[str]:
+    """One line a run."""
+    names = [str(name) for name in runs["run_id"]]
+    width = min(max(map(len, names)), 44)
+    return [
+        f"{name[:width]:<{width}}  N {short(n):>6}  D {short(d):>6}  {c:.1e} FLOP  {loss:.4f}"
+        for name, n, d, c, loss in zip(names, *(runs[x] for x in ("N", "D", "flops", "loss")), strict=True)
+    ]
 
 
 def write_report(
-    runs: Runs,
+    runs: Runs | Analysis,
     out_dir: str | Path,
     *,
-    curves: plot.Curves | None = None,
+    curves: Curves | None = None,
     title: str = "Loss against compute",
     provenance: Mapping[str, Any] | None = None,
-    draws: int = 2000,
-    seed: int = 0,
-    law: str = "chinchilla",
-    objective: str = "huber",
-    delta: float | None = None,
-    share: Sequence[str] | None = None,
-    baseline: str | None = None,
-    prices: Prices = CITED,
+    spec: Spec | None = None,
+    **choices: Any,
 ) -> Report:
-    """Fits every family, compares each with the baseline, and writes the report into `out_dir`.
+    """Analyses every family, compares each with the baseline, and writes the report into `out_dir`.
 
-    Files: report.html (self-contained), report.md, fit.json, draws.npz (each family's centred draws), runs.csv,
-    forecast.jsonl (see `ledger`), one PNG per figure. `curves` maps run_id to arrays "tokens", "flops", "loss" of its
-    training curve, drawn faintly. `provenance` holds what the table cannot tell (how rates were tuned, which data);
-    what is absent is listed as missing. `delta` is the Huber threshold, None for `delta_from_noise`. Equal input gives
-    equal bytes, the ledger's dates apart.
+    Files: report.html (self-contained), report.md, fit.json, runs.csv, forecast.jsonl (see `ledger`), one PNG a figure.
+    `curves` maps run_id to arrays "tokens", "flops", "loss" of its training curve, drawn faintly. `provenance` holds
+    what the table cannot tell (how rates were tuned, which data); what is absent is listed as missing. `choices` are
+    fields of the Spec. Equal input gives equal bytes, the ledger's dates apart.
     """
-    threshold = delta_from_noise(runs, law) if delta is None else delta
-    settings = Settings(law, objective, threshold, draws, seed, share, baseline, prices, delta is None)
-    found, out = analyse(runs, settings, provenance or {}), Path(out_dir)
+    found = runs if isinstance(runs, Analysis) else Analysis.of(runs, spec or Spec(**choices))
+    out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    ledger = updated_ledger(found, out)
-    data = fit_json(found, ledger)
-    write_figures(found, out, curves)
-    (out / "fit.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    write_draws(out, {family: draws.theta for family, draws in found.draws.items()})
-    (out / "report.html").write_text(html_page(found, title, ledger, curves), encoding="utf-8")
-    (out / "report.md").write_text(markdown(found, title, ledger), encoding="utf-8")
-    runs.write_csv(out / "runs.csv")
+    ledger, block = updated_ledger(found, out), provenance_block(found, provenance or {})
+    said = report_verdict(found)
+    parts = sections(found, curves or {}, ledger, block)
+    data = json.dumps(fit_json(found, ledger, block), indent=1, allow_nan=False)
+    (out / "fit.json").write_text(data + "\n", encoding="utf-8")
+    (out / "report.html").write_text(html_page(found, title, said, parts), encoding="utf-8")
+    (out / "report.md").write_text(markdown(title, said, parts), encoding="utf-8")
+    for chart in charts(parts):
+        plot.save(plot.drawn(chart), out / f"{chart.name}.png")
+    found.runs.write_csv(out / "runs.csv")
     write_ledger(out, ledger)
-    return Report(out, title, found, tuple(ledger))
+    return Report(out, title, found, tuple(said), tuple(ledger))
+
+
+def templates(escape: bool) -> jinja2.Environment:
+    """The folder of templates; every value is escaped, for HTML by Jinja2 and for Markdown by the filter `md`."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    found = jinja2.Environment(loader=loader, autoescape=escape, undefined=jinja2.StrictUndefined)
+    found.filters["md"] = markdown_text
+    return found
+
+
+def markdown_text(text: object) -> str:
+    """Text that means itself in Markdown, also inside a table."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", str(text).replace("\n", " "))
+
+
+def html_page(found: Analysis, title: str, said: Sequence[str], parts: Sequence[Section]) -> str:
+    """One file without network; plotly.js travels compressed."""
+    drawn = {chart.name: json.loads(interactive.drawn(chart).to_json()) for chart in charts(parts)}
+    for figure in drawn.values():
+        figure["layout"].pop("template", None)
+    packed = base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+    return templates(True).get_template("page.html.j2").render(
+        title=title,
+        counts=", ".join(f"{len(found.runs.family(f))} runs of {f}" for f in found.families),
+        verdict=said,
+        shown=SHOWN,
+        sections=parts,
+        charts=jinja2.utils.htmlsafe_json_dumps(plain(drawn)),
+        library=packed,
+    )
+
+
+def markdown(title: str, said: Sequence[str], parts: Sequence[Section]) -> str:
+    return templates(False).get_template("page.md.j2").render(title=title, verdict=said, sections=parts)
 
 
 def updated_ledger(found: Analysis, out: Path) -> list[Forecast]:
     """The folder's ledger with what the new runs score, and this table's own forecasts of the next ones."""
     runs, table = found.runs, digest_of(found.runs)
     ledger = read_ledger(out)
-    if ledger and all((out / name).is_file() for name in ("fit.json", "draws.npz", "runs.csv")):
-        data, draws = read_fit_json(out), read_draws(out)
-        earlier = {f: Forecaster.of(entry, draws[f]) for f, entry in data["families"].items()}
-        if data["table"] != table:
-            seen = Runs.read(out / "runs.csv", allow_midrun=True)
-            ledger = record(ledger, unasked(ledger, runs, seen, data["table"], earlier))
+    if ledger and (out / "fit.json").is_file() and (out / "runs.csv").is_file():
+        earlier = json.loads((out / "fit.json").read_text())
+        if earlier.get("table") != table and "spec" in earlier:
+            ledger = record(ledger, unasked(ledger, runs, read_analysis(out), read_fit_json(out)["table"]))
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return record(score(ledger, runs, table), [made_of(p, now, table, *cell) for cell, p in next_forecasts(found)])
+    return record(score(ledger, runs, table), next_forecasts(found, now, table))
 
 
-def next_forecasts(found: Analysis) -> list[tuple[tuple[str, float, float], Any]]:
-    """What this table's fits say of the next size of each family's ladder."""
+def next_forecasts(found: Analysis, now: str, table: str) -> list[Forecast]:
+    """What this analysis says of the next size of each family's ladder."""
     out = []
-    for family, fitted in found.fits.items():
-        draws, part = found.draws[family], found.runs.family(family)
-        forecaster, cost = Forecaster.of(family_json(fitted, draws, found.test_of(family)), draws.theta), Cost.of(part)
-        if set(forecaster.asks) - {"flops"}:  # nobody can say how often the next size will see its tokens
+    for family in found.families:
+        e, part = found.ensemble(family), found.runs.family(family)
+        if e.law.beside:  # nobody can say how often the next size will see its tokens, or how precise it is
             continue
         for n, d in next_cells(part):
             if not holds_cell(found.runs, family, n, d):
-                out.append(((family, n, d), forecaster.at(n, d, flops=float(cost.rate(n) * n * d))))
-    return out
-
-
-def write_figures(found: Analysis, out: Path, curves: plot.Curves | None) -> None:
-    """One PNG per figure; those without content are not written."""
-    figures = {
-        "loss": plot.loss_figure(found.views, curves),
-        "residuals": plot.residual_figure(found.fits, found.views),
-        "sensitivity": diagnostics.sensitivity_figure(found.variants, found.views),
-        "influence": diagnostics.influence_figure(found.fits, found.influences, found.views),
-        "starts": starts_figure(found.fits, found.views),
-    }
-    if found.allocations:
-        figures["allocation"] = diagnostics.allocation_figure(found.allocations)
-        figures["approaches"] = approaches_figure(found.views, found.allocations)
-    for pair in found.pairs:
-        tail = found.tail(pair.main.b)
-        figures[f"difference{tail}"] = plot.difference_figure(pair.views["flops"])
-        figures[f"probability{tail}"] = plot.probability_figure(pair.views["flops"])
-        if len(pair.views) > 1:
-            figures[f"axes{tail}"] = plot.axes_figure(list(pair.views.values()))
-        figures[f"profile{tail}"] = diagnostics.profile_figure(pair.profile, pair.main)
-        if pair.price:
-            figures[f"break-even{tail}"] = diagnostics.break_even_figure(pair.price, pair.views["flops"])
-    for test, family in zip(found.tests, [pair.main.b for pair in found.pairs] or [""], strict=True):
-        if test.held:
-            figures[f"backtest{found.tail(family)}"] = diagnostics.backtest_figure(test)
-    if all(isoflops.curves for isoflops in found.isoflops.values()):
-        figures["isoflop"] = diagnostics.isoflop_figure(found.isoflops, found.views)
-    for name, figure in figures.items():
-        plot.save(figure, out / f"{name}.png")
+                flops = float(Cost.of(part).rate(n) * n * d)
+                out.append(made_of(e.predict(n, d, family, flops=flops), now, table))
+    return [f for f in out if np.isfinite(f.sd)]

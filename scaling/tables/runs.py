@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import narwhals
 import numpy as np
 
 from scaling.tables.readers import ScalingError, read_rows
@@ -44,6 +45,7 @@ TEXT = (
     "optax",
 )
 BOOLEAN = ("ended", "excluded", "embedding_counted")  # the last: whether N holds the input embedding
+IN_BITS = "nats per token do not compare, bits per byte would (--column loss=bpb)"
 BITS, NATS, NATS_PER_TOKEN = "bits per byte", "nats", "nats per token"
 CONVENTIONS = (
     "tokenizer",
@@ -142,6 +144,21 @@ class Runs:
         if fault:
             runs = replace(runs, notes=(*runs.notes, f"points inside a schedule accepted, which mislead fits: {fault}"))
         return runs.with_defaults()
+
+    @classmethod
+    def any(cls, source: Any) -> Runs:
+        """A table from whatever holds one: a Runs, a path, row mappings, or a DataFrame that narwhals knows."""
+        if isinstance(source, Runs):
+            return source
+        if isinstance(source, (str, Path)):
+            return cls.read(source)
+        if isinstance(source, (list, tuple)):
+            return cls.from_rows(source)
+        try:
+            frame = narwhals.from_native(source, eager_only=True)
+        except TypeError as error:
+            raise ScalingError(f"a {type(source).__name__} is no table of runs: give a path, rows or a DataFrame") from error
+        return cls.from_rows(frame.rows(named=True))
 
     @classmethod
     def of(cls, family: str = "all", **columns: Any) -> Runs:
@@ -365,3 +382,19 @@ def midrun_fault(runs: Runs) -> str:
         worst = int(np.argmax(counts))
         return f"run_id {str(names[worst])!r} appears {counts[worst]} times, as points inside one run do"
     return ""
+
+
+def check_comparable(runs: Runs) -> None:
+    """Losses in nats compare only over one tokenizer, vocabulary and validation set, sizes and costs by one count: of
+    what is recorded for one family it must be known for the other too. Raises ScalingError."""
+    advice = {} if runs.kinds("loss_unit") == [BITS] else dict.fromkeys(("tokenizer", "vocab"), IN_BITS)
+    advice["val_set"] = "evaluate both on one text"
+    advice |= dict.fromkeys(("loss_unit", "flops_rule", "embedding_counted", "D_rule"), "count and measure both alike first")
+    for name, mend in advice.items():
+        kinds = runs.kinds(name)
+        if len(kinds) > 1:
+            raise ScalingError(f"the two families differ in {name} ({', '.join(kinds)}): {mend}")
+        blank = [f for f in runs.families if kinds and not runs.family(f).kinds(name)]
+        if blank:
+            known = f"{name} is {kinds[0]} for some rows and blank for {blank[0]!r}"
+            raise ScalingError(f"{known}: fill it in, or state it for all with --set {name}=VALUE")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scaling import Runs, fit
-from scaling.verdict.frontier import Cost, frontier
+from scaling.ensemble.frontier import Cost, frontier
 
 
 def runs_with_cost(cost):

@@ -13,7 +13,7 @@ from scaling.report.plot import difference_figure, runs_figure
 from scaling.report.views import difference_view, runs_views, segments
 from scaling.verdict.compare import contrast, joint_draws
 from scaling.verdict.crossing import crossover
-from scaling.verdict.frontier import Cost, frontier
+from scaling.ensemble.frontier import Cost, frontier
 from scaling.verdict.nested import nested
 from scaling.verdict.words import ranking, verdict
 

@@ -6,7 +6,7 @@ from conftest import ladder_rows
 
 from scaling import Runs, ScalingError, compare
 from scaling.verdict.break_even import break_even
-from scaling.verdict.costs import Prices, arithmetic_energy, available_axes, axis_cost
+from scaling.costs import Prices, arithmetic_energy, available_axes, axis_cost
 
 BASE = (1.8, 180.0, 420.0, 0.34, 0.34)
 RHO = 0.5

@@ -12,7 +12,7 @@ from scaling.fitting.solve import objective_named
 from scaling.laws.forms import law_named
 from scaling.report.forecast import Forecaster
 from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest, Held, backtest
-from scaling.uncertainty.sensitivity import (
+from scaling.fitting.sensitivity import (
     CUSTOMARY_DELTA,
     delta_from_noise,
     influence,

@@ -6,7 +6,7 @@ from conftest import ladder_rows
 
 from scaling import Runs, ScalingError, compare, fit
 from scaling.lint import lint, lint_gates
-from scaling.uncertainty.replicates import cells
+from scaling.fitting.replicates import cells
 
 SIZES = tuple(np.geomspace(1e6, 2.5e8, 7))
 STATED = {"val_set": "c4", "loss_unit": "nats", "flops_rule": "exact", "embedding_counted": "false"}

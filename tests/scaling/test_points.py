@@ -10,10 +10,10 @@ from scaling import Runs, ScalingError, compare, fit
 from scaling.__main__ import main
 from scaling.uncertainty.backtest import backtest
 from scaling.uncertainty.bootstrap import bootstrap
-from scaling.uncertainty.sensitivity import influence
+from scaling.fitting.sensitivity import influence
 from scaling.verdict.compare import contrast, family_frontier, joint_draws
-from scaling.verdict.costs import available_axes
-from scaling.verdict.frontier import Cost
+from scaling.costs import available_axes
+from scaling.ensemble.frontier import Cost
 from scaling.verdict.words import verdict
 
 SIZES, RATIOS = tuple(np.geomspace(1e6, 2.5e8, 7)), (5, 10, 20, 80)

@@ -7,7 +7,7 @@ from conftest import TRUTH, ladder_rows
 from scaling import Runs, fit
 from scaling.uncertainty.bootstrap import bootstrap
 from scaling.uncertainty.profile import profile_intervals
-from scaling.uncertainty.replicates import lack_of_fit
+from scaling.fitting.replicates import lack_of_fit
 
 SIZES = tuple(np.geomspace(1e6, 2.5e8, 7))
 

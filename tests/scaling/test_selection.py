@@ -6,7 +6,7 @@ from conftest import TRUTH
 
 from scaling import Runs, ScalingError, fit
 from scaling.uncertainty.bootstrap import bootstrap, interval
-from scaling.uncertainty.selection import chosen, fit_chosen, rate_noise
+from scaling.fitting.selection import chosen, fit_chosen, rate_noise
 
 SIZES, RATIOS, RATES = np.geomspace(1e6, 3e8, 7), (5, 20, 80), 2.0 ** np.arange(-2, 3)
 TRUE = TRUTH["matmul-free"]

@@ -5,7 +5,7 @@ import pytest
 from conftest import ladder_rows
 
 from scaling import Runs
-from scaling.uncertainty.sensitivity import sensitivity
+from scaling.fitting.sensitivity import sensitivity
 
 SIZES = tuple(np.geomspace(1e6, 2.5e8, 7))
 

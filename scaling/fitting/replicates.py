@@ -9,16 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 from scipy.stats import f as fisher
 
-from scaling.fitting.fit import LARGE_TABLE, Fit
-from scaling.tables.runs import Runs
-from scaling.uncertainty.noise import least_squares_residuals
+from scaling.fitting.fit import LARGE_TABLE, Fit, bounds_of
+from scaling.fitting.solve import Objective, linearised, minimise
+from scaling.tables.cells import cells
 
-SAME_CELL = 0.005  # log N and log D this close are one cell
 COPIES = 1e-9  # of log loss: repeats that differ by less are no runs of their own
 
 
@@ -26,7 +22,7 @@ COPIES = 1e-9  # of log loss: repeats that differ by less are no runs of their o
 class LackOfFit:
     """Analysis of variance of log loss about the least-squares fit (Draper & Smith 1998, section 2.1).
 
-    pure, misfit: standard deviations, pure error and beyond it; their degrees of freedom; ratio: F; p: its tail.
+    pure: standard deviation of a run; misfit: that of cells about the law beyond what their runs' noise explains; their degrees of freedom; ratio: F; p: its tail.
     """
 
     pure: float
@@ -62,21 +58,24 @@ def lack_of_fit(fit: Fit) -> LackOfFit | None:
     misfit = float((residual**2).sum()) - pure
     ratio = (misfit / misfit_freedom) / (pure / pure_freedom)
     chance = float(fisher.sf(ratio, misfit_freedom, pure_freedom))
-    sizes = np.sqrt([pure / pure_freedom, max(misfit, 0.0) / misfit_freedom])
+    # A cell of r runs lies off the law by its misfit and by 1 / sqrt(r) of a run's noise; the sum of squares over
+    # runs counts both r times.
+    variance, runs_a_cell = pure / pure_freedom, len(residual) / count
+    sizes = np.sqrt([variance, max(misfit / misfit_freedom - variance, 0.0) / runs_a_cell])
     return LackOfFit(float(sizes[0]), float(sizes[1]), pure_freedom, misfit_freedom, float(ratio), chance)
 
 
-def cells(runs: Runs) -> np.ndarray:
-    """(n,) cell numbers: rows of one family whose N and D agree within 0.5 %, directly or by way of others.
+def least_squares_residuals(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+    """Log residuals (n,) about the least-squares fit of the same rows, and an orthonormal basis (n, q) of its tangent.
 
-    By distance in both at once: in order of N alone, rows of a neighbouring number of tokens would stand between two
-    whose N differs in the last digits.
+    Not about the fit itself: a Huber fit with a threshold below the noise passes through P points exactly, and its
+    residuals say nothing about the noise there.
     """
-    family = np.unique(runs["family"].astype(str), return_inverse=True)[1]
-    apart = 10 * SAME_CELL + np.ptp(np.log(runs["N"]))
-    points, place = np.unique(
-        np.column_stack([np.log(runs["N"]) + apart * family, np.log(runs["D"])]), axis=0, return_inverse=True
-    )
-    near = cKDTree(points).query_pairs(SAME_CELL, p=np.inf, output_type="ndarray")
-    links = coo_matrix((np.ones(len(near)), near.T), shape=(len(points), len(points)))
-    return connected_components(links, directed=False)[1][place.ravel()]
+    squares = Objective("log-ls", True, np.inf)
+    log_loss = np.log(fit.runs["loss"])
+    box = bounds_of(fit.model, fit.runs["loss"])
+    theta, _ = minimise(fit.model, squares, log_loss, np.ones(len(log_loss)), fit.theta[None], box, 200)
+    value, jacobian = linearised(fit.model, squares, theta)
+    design = jacobian[0].T
+    left, spectrum, _ = np.linalg.svd(design / (np.linalg.norm(design, axis=0) + 1e-300), full_matrices=False)
+    return log_loss - value[0], left[:, spectrum > 1e-7 * spectrum[0]]

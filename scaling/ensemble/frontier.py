@@ -11,6 +11,7 @@ from scaling.tables.runs import FLOPS_PER_PARAMETER_TOKEN, Runs, ScalingError, a
 
 GOLDEN = (np.sqrt(5) - 1) / 2
 SEARCH_STEPS = 34  # golden sections; 60 e-folds of N shrink to 5e-6, and the loss is flat to second order there
+NEAR, NEAR_STEPS = 6.0, 19  # e-folds to either side of a known neighbour's optimum, and the sections that leave 1e-3
 RATIO_STEPS = 60  # at most, to the size of a prescribed ratio
 COST_DEGREE, COST_POINTS = 2, 65  # of log cost in log N, and the points at which it is tabulated
 
@@ -68,7 +69,13 @@ def is_positive(text: str) -> bool:
 
 
 def frontier_along(
-    path: str, law: Law, theta: np.ndarray, centre: np.ndarray, cost: Cost, log_flops: np.ndarray
+    path: str,
+    law: Law,
+    theta: np.ndarray,
+    centre: np.ndarray,
+    cost: Cost,
+    log_flops: np.ndarray,
+    near: np.ndarray | None = None,
 ) -> Frontier:
     """The frontier on a named path: "optimal", "ratio=20" (tokens per parameter) or "size=1e9" (parameters).
 
@@ -76,7 +83,7 @@ def frontier_along(
     Raises ScalingError on another path, or on any but the first for a law of compute alone.
     """
     if path == "optimal":
-        return frontier(law, theta, centre, cost, log_flops)
+        return frontier(law, theta, centre, cost, log_flops, near)
     if not law.has_allocation:
         raise ScalingError(f"law {law.name!r} depends on compute alone: no ratio or size can be prescribed to it")
     kind, _, number = path.partition("=")
@@ -105,26 +112,34 @@ def fixed_size(cost: Cost, log_flops: np.ndarray, size: float) -> tuple[np.ndarr
     return log_n, cost.log_tokens(log_n, log_flops)
 
 
-def frontier(law: Law, theta: np.ndarray, centre: np.ndarray, cost: Cost, log_flops: np.ndarray) -> Frontier:
+def frontier(
+    law: Law,
+    theta: np.ndarray,
+    centre: np.ndarray,
+    cost: Cost,
+    log_flops: np.ndarray,
+    near: np.ndarray | None = None,
+) -> Frontier:
     """Minimises the loss over N at each budget, by golden section for all K vectors and M budgets at once.
 
-    theta: (K, p) one family's centred vectors; log_flops: (M,) or (K, 1). The loss is a sum of exponentials in log N
-    along a budget, hence convex there, so the search cannot end in a wrong valley.
+    theta: (K, p) one family's centred vectors; log_flops: (M,) or (K, 1); near: (M,) log N of an optimum not far away,
+    which shortens the search. The loss is a sum of exponentials in log N along a budget, hence convex there, so the
+    search cannot end in a wrong valley.
     """
     shape = np.broadcast_shapes((len(theta), 1), log_flops.shape)
     if not law.has_allocation:
         nowhere = np.full(shape, np.nan)
         loss = np.exp(law.value(theta, law.features_at(nowhere, nowhere, centre, log_flops)))
         return Frontier(log_flops, loss, nowhere, nowhere)
-    low = np.full(shape, np.log(10.0))
-    high = np.broadcast_to(log_flops - cost.log_cost.max() - np.log(10.0), shape).copy()
+    low = np.full(shape, np.log(10.0)) if near is None else np.broadcast_to(near - NEAR, shape)
+    high = np.broadcast_to(log_flops - cost.log_cost.max() - np.log(10.0) if near is None else near + NEAR, shape)
 
     def log_loss(log_n: np.ndarray) -> np.ndarray:
         return law.value(theta, law.features_at(log_n, cost.log_tokens(log_n, log_flops), centre, log_flops))
 
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     at_left, at_right = log_loss(left), log_loss(right)
-    for _ in range(SEARCH_STEPS):
+    for _ in range(SEARCH_STEPS if near is None else NEAR_STEPS):
         down = at_left < at_right
         high, low = np.where(down, right, high), np.where(down, low, left)
         probe = np.where(down, high - GOLDEN * (high - low), low + GOLDEN * (high - low))

@@ -1,0 +1,99 @@
+"""How runs depart from their law: noise of runs, trunks and cells, and a smooth misfit that is a Gaussian process.
+
+Log loss = law + misfit + trunk + cell + run. The misfit of a family at x = (log10 N, log10 D), from the middle of the
+ladder, has the covariance
+
+    tau^2 exp(-|x - y|^2 / 2 ell^2) + kappa^2 (walk(x_1, y_1) + walk(x_2, y_2)),
+
+where walk is that of an integrated random walk which starts at the middle: what the ladder cannot see grows with the
+decades beyond it. A part rho of both is common to the families. (Kennedy & O'Hagan 2001 put a Gaussian process between
+a model and its data; Rasmussen & Williams 2006, chapter 2, for the algebra.) A function with this covariance is also a
+sum of many features with normal weights (Rahimi & Recht 2007), so that a draw can be asked for its value anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+from scipy.stats import t as student
+
+# Columns of a table of hyperparameters (H, 7), all on log loss: standard deviations of a run, a trunk and a cell that
+# the families have in common; amplitude and length (decades) of the smooth misfit; its common part; drift.
+RUN, TRUNK, CELL, TAU, ELL, RHO, KAPPA = range(7)
+LATENTS = 7
+RUN_MEDIAN, RUN_SPREAD = 0.002, 0.8  # lognormal: half of all ladders scatter by less than 0.2 %, 95 % by 0.04 to 1 %
+TRUNK_SCALE, CELL_SCALE, KAPPA_SCALE = 0.002, 0.001, 0.001  # half-normal
+TAU_SCALE, TAU_FREEDOM = 0.003, 4  # half-Student, since some tables miss their law by far more
+ELL_MEDIAN, ELL_SPREAD = 0.75, 0.35  # lognormal
+WAVES = 64  # frequencies that stand for the smooth part; each has a cosine and a sine
+KNOT_STEP, KNOTS = 0.25, 24  # decades between, and number of, the kinks that stand for the walk
+
+
+class Points(NamedTuple):
+    """Where the misfit is asked for: x (m, d) decades from the middle of the ladder, family (m,) 0 or 1."""
+
+    x: np.ndarray
+    family: np.ndarray
+
+
+def physical(z: np.ndarray, misfit: bool = True) -> np.ndarray:
+    """Hyperparameters (H, 7) of standard normal latents (H, 7): this map is the prior."""
+
+    def half(k: int, scale: float) -> np.ndarray:
+        return scale * ndtri((1 + ndtr(z[:, k])) / 2)
+
+    out = np.empty_like(z)
+    out[:, RUN] = RUN_MEDIAN * np.exp(RUN_SPREAD * z[:, RUN])
+    out[:, TRUNK], out[:, CELL] = half(TRUNK, TRUNK_SCALE), half(CELL, CELL_SCALE)
+    out[:, TAU] = TAU_SCALE * student.ppf((1 + ndtr(z[:, TAU])) / 2, TAU_FREEDOM)
+    out[:, ELL] = ELL_MEDIAN * np.exp(ELL_SPREAD * z[:, ELL])
+    out[:, RHO] = ndtr(z[:, RHO])
+    # A law that misses inside the ladder by more than usual is trusted less outside of it.
+    out[:, KAPPA] = half(KAPPA, KAPPA_SCALE) * np.maximum(1, out[:, TAU] / TAU_SCALE)
+    if not misfit:
+        out[:, [TAU, KAPPA]] = 0
+    return out
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """What covariances of a fixed set of rows are made of, (n, m) each: squared distance, walk, equal families."""
+
+    square: np.ndarray
+    walk: np.ndarray
+    same: np.ndarray
+
+    @classmethod
+    def between(cls, one: Points, two: Points) -> Nearness:
+        first, second = one.x[:, None], two.x[None]
+        short, long = np.minimum(abs(first), abs(second)), np.maximum(abs(first), abs(second))
+        walk = np.where(first * second > 0, short**2 * (3 * long - short) / 6, 0).sum(-1)
+        return cls(((first - second) ** 2).sum(-1), walk, (one.family[:, None] == two.family) * 1.0)
+
+    def covariance(self, h: np.ndarray) -> np.ndarray:
+        """(H, n, m) covariance of the misfit for hyperparameters (H, 7)."""
+        h = h[:, :, None, None]
+        smooth = h[:, TAU] ** 2 * np.exp(-0.5 * self.square / h[:, ELL] ** 2) + 3 * h[:, KAPPA] ** 2 * self.walk
+        return smooth * (h[:, RHO] + (1 - h[:, RHO]) * self.same)
+
+
+class Basis:
+    """Features whose sum with standard normal weights is a misfit with given hyperparameters (7,); d dimensions."""
+
+    def __init__(self, h: np.ndarray, dimensions: int, families: int, rng: np.random.Generator):
+        self.h, self.families = h, families
+        self.waves = rng.normal(size=(dimensions, WAVES)) / h[ELL]
+        self.knots = KNOT_STEP * (np.arange(KNOTS) + 0.5)
+
+    def at(self, points: Points) -> np.ndarray:
+        """(m, features): a block common to the families, then one for each."""
+        angle = points.x @ self.waves
+        smooth = self.h[TAU] / np.sqrt(WAVES) * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+        kinks = np.maximum(np.abs(points.x)[:, :, None] - self.knots, 0) * np.sqrt(KNOT_STEP)
+        sides = np.concatenate([kinks * (points.x > 0)[..., None], kinks * (points.x < 0)[..., None]], axis=1)
+        block = np.concatenate([smooth, np.sqrt(3) * self.h[KAPPA] * sides.reshape(len(points.x), -1)], axis=1)
+        own = [np.sqrt(1 - self.h[RHO]) * block * (points.family == f)[:, None] for f in range(self.families)]
+        return np.concatenate([np.sqrt(self.h[RHO]) * block, *own], axis=1)

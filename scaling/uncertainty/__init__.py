@@ -1,1 +1,0 @@
-"""How far a fit can be believed: bootstraps, back-tests, sensitivity, simulated ladders."""
