@@ -167,10 +167,10 @@ class World:
             ]
         return Runs.from_rows(rows)
 
-    def truths(self, centre: np.ndarray) -> tuple[float, float, float, float]:
+    def truths(self, centre: np.ndarray, edge: float) -> tuple[float, float, float, float]:
         """Compute from which B leads, difference at the crossing, loss of the new run, rho at the ladder's middle."""
         gaps = np.exp(self.best(1, GRID)) - np.exp(self.best(0, GRID))
-        crossing = float(overtakes(GRID * LN10, gaps[None])[0])
+        crossing = float(overtakes(GRID * LN10, gaps[None], edge)[0])
         at = np.array([self.case.crossing])
         difference = float(np.exp(self.best(1, at)[0]) - np.exp(self.best(0, at)[0]))
         log_n, log_d = centre / LN10
@@ -195,7 +195,7 @@ def score(ensemble: Ensemble, world: World, truths: tuple[float, float, float, f
     crossing, difference, new_run, rho = truths
     budgets = np.union1d(ensemble.budgets(beyond=HORIZON), 10**world.case.crossing)
     gaps = ensemble.gaps(budgets)
-    said = crossing_of(overtakes(np.log(budgets), gaps), ensemble.measured(), "FLOP", False)
+    said = crossing_of(overtakes(np.log(budgets), gaps, ensemble.measured()[1]), ensemble.measured(), "FLOP")
     low, high = interval(gaps[:, np.searchsorted(budgets, 10**world.case.crossing)])
     n, d = 10**world.target
     curve = ensemble.rows_curve("A", Runs.of("A", N=[n], D=[d], loss=[1.0]))[:, 0]
@@ -211,7 +211,7 @@ def trial(name: str, case: Case, k: int, spec: Spec) -> dict[str, list[float]]:
     """Scores of every method on one ladder."""
     world = World(case, np.random.default_rng([zlib.crc32(name.encode()), k]))
     found = ensembles(world, spec)
-    truths = world.truths(found["tied"].centre)
+    truths = world.truths(found["tied"].centre, found["tied"].measured()[1])
     out = {method: score(found[method], world, truths) for method in ("tied", "untied", "oracle")}
     return out | {"headline": out["untied" if found["headline"].only_untied else "tied"]}
 

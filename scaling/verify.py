@@ -120,7 +120,7 @@ def check_epoch(path: Path) -> Iterator[Row]:
         yield Row("Epoch v. Chinchilla", f"bootstrap sd of {name}", value, float(draws[name].std()), 0.08)
     for name, ends in EPOCH_INTERVALS.items():
         for value, ours, side in zip(ends, interval(draws[name]), ("lower", "upper"), strict=True):
-            tolerance = 0.06 if name == "B" else 0.02  # what 4,000 draws of so skewed a quantity leave open
+            tolerance = 0.06 if name == "B" else 0.03  # what 4,000 draws of so skewed a quantity leave open
             yield Row("Epoch v. Chinchilla", f"{side} 95 % bound of {name}", value, ours, tolerance)
     yield Row("Epoch v. Chinchilla", "chi-squared of Hoffmann's vector", 238.4, distance(fitted, draws), 0.03)
 

@@ -4,56 +4,38 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from scaling.analysis import Analysis
 from scaling.commands.arguments import (
-    count,
-    delta_of,
-    family_arguments,
-    fit_arguments,
     new_verb,
-    objective_line,
+    pair_arguments,
     pair_of,
     positive,
     positive_setting,
     read_table,
-    shared,
+    spec_arguments,
+    spec_of,
     table_arguments,
 )
-from scaling.commands.output import GATE, OK, print_json
-from scaling.laws.forms import law_named
-from scaling.report.artefact import plain
+from scaling.commands.output import GATE, OK, plain, print_json
+from scaling.ensemble.ensemble import Ensemble
+from scaling.experiment_file import write_experiment
+from scaling.plan import Pool, Trunk, agreement, candidates, cheapest, check_plannable, default_target, power
 from scaling.tables.runs import ScalingError
-from scaling.verdict.compare import joint_fit, pick_families
-from scaling.verdict.experiment_file import write_experiment
-from scaling.verdict.plan import (
-    MISFIT,
-    Question,
-    Trunk,
-    candidates,
-    cheapest,
-    check_plannable,
-    next_values,
-    noise_of,
-    question,
-)
-from scaling.verdict.power import Power, designs_of, joined, own_designs, power, truths_of
 
-ENOUGH = {"log10 C*": 0.3, "difference": 0.002}  # sd of what is asked that decides: decades; the unit of the losses
-SIZES_OFFERED = 24
-VALUES_SHOWN = 5
-DRAWS = 200  # of every simulated ladder
+ENOUGH = 0.002  # sd of the difference that decides, in the unit of the losses
+SIZES_OFFERED, VALUES_SHOWN = 24, 5
 
 
 def add(verbs: Any) -> None:
-    plan = new_verb(verbs, "plan", run_plan, "the cheapest ladder that would decide the crossing")
+    plan = new_verb(verbs, "plan", run_plan, "the cheapest ladder that would decide which family wins")
     common_arguments(plan)
     plan.add_argument("--budget", type=positive, required=True, help="FLOP for all planned runs of both families")
-    plan.add_argument("--target-sd", type=positive, help="sd that is enough (default 0.3 decades, or 0.002 of loss)")
+    plan.add_argument("--target-sd", type=positive, default=ENOUGH, help=f"sd that is enough (default {ENOUGH:g})")
     plan.add_argument("--max-run", type=positive, default=float("inf"), help="FLOP that one run may cost")
     plan.add_argument("--max-memory", type=positive, default=float("inf"), help="bytes of weights and optimizer state")
     plan.add_argument("--max-hours", type=positive, default=float("inf"), help="hours that one run may take")
@@ -69,87 +51,69 @@ def add(verbs: Any) -> None:
 
 def common_arguments(verb: argparse.ArgumentParser) -> None:
     table_arguments(verb)
-    fit_arguments(verb, DRAWS, "bootstrap draws of every simulated ladder")
-    family_arguments(verb)
-    verb.add_argument("--target", type=positive, help="FLOP at which the difference is asked for, not the crossing")
-    verb.add_argument("--misfit", type=positive, default=MISFIT, help="rms lack of fit to allow for (default 0.005)")
-    verb.add_argument("--ladders", type=count, default=20, help="ladders simulated for the power (default 20)")
+    spec_arguments(verb)
+    pair_arguments(verb)
+    text = "FLOP at which the difference is asked for (default: the crossing within the runs, else a decade beyond)"
+    verb.add_argument("--target", type=positive, help=text)
+    verb.add_argument("--differences", default="", help="true differences to state the power for, e.g. 0.005,0.01")
 
 
 def numbers(text: str, flag: str) -> list[float]:
     """A comma-separated flag, sorted."""
-    return sorted(positive_setting(part, flag) for part in text.split(","))
+    return sorted(positive_setting(part, flag) for part in text.split(",")) if text else []
 
 
-def asked(a: argparse.Namespace) -> Question:
-    """What the ladder is to find out, about the joint fit of the two families."""
-    check_plannable(law_named(a.law))
+def asked(a: argparse.Namespace) -> tuple[Ensemble, float]:
+    """The ensemble of the two families, and the compute at which the difference is asked for."""
     runs = read_table(a)
-    pair = pick_families(runs, pair_of(a, runs))
-    fitted = joint_fit(pair, shared(a), a.law, a.objective, delta_of(a, runs), seed=a.seed)
-    return question(fitted, noise_of(fitted, misfit=a.misfit), a.target)
+    (pair,) = Analysis.of(runs, spec_of(a), pair_of(a, runs)).pairs
+    check_plannable(pair)
+    return pair, a.target or default_target(pair)
 
 
 def run_plan(a: argparse.Namespace) -> int:
-    q = asked(a)
-    runs, ratios = q.fit.runs, numbers(a.ratios, "--ratios")
-    low = float(runs["N"].min())
-    least = min(float(np.exp(cost.log_cost.min())) for cost in q.costs)
+    (pair, target), ratios = asked(a), numbers(a.ratios, "--ratios")
+    costs = [pair.cost(f) for f in pair.families]
+    low, least = float(pair.runs["N"].min()), min(float(np.exp(cost.log_cost.min())) for cost in costs)
     sizes = np.geomspace(low, max(np.sqrt(a.budget / (least * min(ratios))), 2 * low), SIZES_OFFERED)
     cap = min(a.max_run, a.max_hours * 3600 * a.flops_per_second)
-    options = candidates(sizes.tolist(), ratios, q.costs, cap, a.max_memory)
-    enough_at = a.target_sd or ENOUGH[q.asked]
-    plan = cheapest(q, options, a.budget, enough_at, not a.fresh)
-    enough = plan.sd_then <= enough_at
+    options = candidates(sizes.tolist(), ratios, costs, cap, a.max_memory)
+    plan = cheapest(pair, options, a.budget, target, a.target_sd, not a.fresh)
+    enough = plan.sd_then <= a.target_sd
     if a.experiment:
-        write_experiment(plan, runs, q.fit.families, a.experiment)
-    found = power_of(a, q, plan.trunks, not a.fresh)
+        write_experiment(plan, pair.runs, pair.families, a.experiment)
+    found = power(pair, plan.trunks, target, numbers(a.differences, "--differences"), not a.fresh)
     if a.json:
-        print_json(asdict(plan) | {"enough": enough, "power": power_json(found)})
+        print_json(plain(plan) | {"enough": enough, "power": found})
         return OK if enough else GATE
     print("\n".join([*plan.lines(), *found.lines()]))
-    print_values(q, options)
-    print(objective_line(a, q.fit.objective))
+    print_values(pair, options, target)
     if not enough:
-        print(f"GATE plan: the budget leaves an sd of {plan.sd_then:.3g}; {enough_at:g} was asked for")
+        print(f"GATE plan: the budget leaves an sd of {plan.sd_then:.3g}; {a.target_sd:g} was asked for")
     return OK if enough else GATE
 
 
-def print_values(q: Question, options: Sequence[Trunk]) -> None:
+def print_values(pair: Ensemble, options: Sequence[Trunk], target: float) -> None:
     """What each of the best next trunks alone would add."""
-    print("value of the next trunk, best per FLOP first:")
-    for value in next_values(q, options)[:VALUES_SHOWN]:
-        ratio_text = ", ".join(f"{r:g}" for r in value.trunk.ratios)
-        gain = f"sd falls by {value.shrink:.3g} for {value.trunk.flops:.1e} FLOP"
-        print(f"  N {value.trunk.n:.3g} at {ratio_text} tokens a parameter: {gain}")
+    pool, scale = Pool(pair, options, target), agreement(pair, target)
+    gains = [scale * (pool.spread([]) - pool.spread([t])) for t in options]
+    worth = sorted(zip(gains, options, strict=True), key=lambda x: -x[0] / x[1].flops**0.5)
+    print("value of the next trunk, best per root of its cost first:")
+    for gain, trunk in worth[:VALUES_SHOWN]:
+        text = ", ".join(f"{r:g}" for r in trunk.ratios)
+        print(f"  N {trunk.n:.3g} at {text} tokens a parameter: sd falls by {gain:.3g} for {trunk.flops:.1e} FLOP")
 
 
 def run_power(a: argparse.Namespace) -> int:
     ratios, sizes = numbers(a.ratios, "--ratios"), numbers(a.sizes, "--sizes")
     if len(sizes) < 2 or len(ratios) < 2:
         raise ScalingError("a ladder needs two sizes and two ratios at least")
-    q = asked(a)
-    trunks = [Trunk.of(n, ratios, q.costs) for n in sizes]
-    found = power_of(a, q, trunks, keep=False)
+    pair, target = asked(a)
+    trunks = [Trunk.of(n, ratios, [pair.cost(f) for f in pair.families]) for n in sizes]
+    found = power(pair, trunks, target, numbers(a.differences, "--differences"))
     if a.json:
-        print_json(power_json(found))
+        print_json(found)
         return OK
     print(f"{len(trunks)} sizes at {len(ratios)} budgets, {sum(t.flops for t in trunks):.2e} FLOP for both families")
     print("\n".join(found.lines()))
-    print(objective_line(a, q.fit.objective))
     return OK
-
-
-def power_json(found: Power) -> dict[str, Any]:
-    """Power as JSON takes it: None for an sd that too many ladders without a crossing leave unbounded."""
-    return {name: plain(value) for name, value in asdict(found).items()}
-
-
-def power_of(a: argparse.Namespace, q: Question, trunks: Sequence[Trunk], keep: bool) -> Power:
-    """Power of trunks, with the runs at hand if they count, under the fitted laws and the noise found."""
-    designs = designs_of(trunks, q.fit.families)
-    if keep:
-        own = own_designs(q.fit)
-        designs = {family: joined(own[family], cells) for family, cells in designs.items()}
-    unit = q.fit.runs.loss_unit
-    return power(truths_of(q.fit), designs, q.noise, q.target, a.ladders, a.seed, q.fit.share, a.draws, a.law, unit)

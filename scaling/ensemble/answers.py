@@ -39,16 +39,19 @@ class Difference:
 class Crossing:
     """From which budget on B leads. kind:
 
-    "inside": between low and high, both within the ladder's compute (95 %, two-sided).
+    "inside": between low and high (95 %, two-sided); the estimate lies within the ladder's compute.
     "not before": above low, if at all (95 %, one-sided); high is inf.
     "by": by high at the latest (95 %, one-sided); low is 0.
     "throughout": B leads over the whole ladder. "open": the runs do not say.
+
+    estimate: the median of the draws, 0 for throughout and inf for never within two decades beyond the runs.
     """
 
     kind: str
     low: float
     high: float
     unit: str
+    estimate: float
     untied: bool = False
 
     def contains(self, budget: float) -> bool:

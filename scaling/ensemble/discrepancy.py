@@ -25,8 +25,10 @@ from scipy.stats import t as student
 RUN, TRUNK, CELL, TAU, ELL, RHO, KAPPA = range(7)
 LATENTS = 7
 RUN_MEDIAN, RUN_SPREAD = 0.002, 0.8  # lognormal: half of all ladders scatter by less than 0.2 %, 95 % by 0.04 to 1 %
-TRUNK_SCALE, CELL_SCALE, KAPPA_SCALE = 0.002, 0.001, 0.001  # half-normal
-TAU_SCALE, TAU_FREEDOM = 0.003, 4  # half-Student, since some tables miss their law by far more
+TRUNK_SCALE, CELL_SCALE, TAU_SCALE = 0.002, 0.001, 0.003  # half-Student, since some tables scatter and miss far more
+FREEDOM = 4  # of these
+KAPPA_SCALE = 0.001  # half-normal
+LEAST_DRIFT = 0.7  # of KAPPA_SCALE, where the law fits well
 ELL_MEDIAN, ELL_SPREAD = 0.75, 0.35  # lognormal
 WAVES = 64  # frequencies that stand for the smooth part; each has a cosine and a sine
 KNOT_STEP, KNOTS = 0.25, 24  # decades between, and number of, the kinks that stand for the walk
@@ -42,17 +44,15 @@ class Points(NamedTuple):
 def physical(z: np.ndarray, misfit: bool = True) -> np.ndarray:
     """Hyperparameters (H, 7) of standard normal latents (H, 7): this map is the prior."""
 
-    def half(k: int, scale: float) -> np.ndarray:
-        return scale * ndtri((1 + ndtr(z[:, k])) / 2)
-
     out = np.empty_like(z)
     out[:, RUN] = RUN_MEDIAN * np.exp(RUN_SPREAD * z[:, RUN])
-    out[:, TRUNK], out[:, CELL] = half(TRUNK, TRUNK_SCALE), half(CELL, CELL_SCALE)
-    out[:, TAU] = TAU_SCALE * student.ppf((1 + ndtr(z[:, TAU])) / 2, TAU_FREEDOM)
+    upper = (1 + ndtr(z)) / 2
+    for k, scale in ((TRUNK, TRUNK_SCALE), (CELL, CELL_SCALE), (TAU, TAU_SCALE)):
+        out[:, k] = scale * student.ppf(upper[:, k], FREEDOM)
     out[:, ELL] = ELL_MEDIAN * np.exp(ELL_SPREAD * z[:, ELL])
     out[:, RHO] = ndtr(z[:, RHO])
     # A law that misses inside the ladder by more than usual is trusted less outside of it.
-    out[:, KAPPA] = half(KAPPA, KAPPA_SCALE) * np.maximum(1, out[:, TAU] / TAU_SCALE)
+    out[:, KAPPA] = KAPPA_SCALE * ndtri(upper[:, KAPPA]) * np.maximum(LEAST_DRIFT, out[:, TAU] / TAU_SCALE)
     if not misfit:
         out[:, [TAU, KAPPA]] = 0
     return out

@@ -233,8 +233,9 @@ class Ensemble(Equal):
     def crossing(self, axis: str = "flops", along: str = "optimal") -> Crossing:
         """From which budget on B leads: two-sided within the ladder's compute, one-sided beyond."""
         budgets = self.budgets(axis, HORIZON)
-        draws = overtakes(np.log(budgets), self.gaps(budgets, axis, along))
-        return crossing_of(draws, self.measured(axis), AXES[axis], self.only_untied)
+        measured = self.measured(axis)
+        draws = overtakes(np.log(budgets), self.gaps(budgets, axis, along), max(measured))
+        return crossing_of(draws, measured, AXES[axis], self.only_untied)
 
     def predict(self, N: float, D: float, family: str | None = None, **known: Any) -> Prediction:
         """The loss of a run that has not been made; `known`: flops, unique (tokens), precision, for laws that ask."""
@@ -406,32 +407,39 @@ class Ensemble(Equal):
         return power(self, ladder, budget, differences)
 
 
-def overtakes(log_budget: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    """(K,) budget from which B leads up to the end of the grid (inf: it does not, 0: throughout), from gaps (K, M)."""
-    leads = gaps < 0
-    changes = leads[:, 1:] != leads[:, :-1]
+def overtakes(log_budget: np.ndarray, gaps: np.ndarray, edge: float) -> np.ndarray:
+    """(K,) budget from which B leads, from gaps (K, M): its last taking of the lead up to `edge`, the largest measured
+    budget, if it leads there (0: it led from the first); else the first beyond, inf where there is none.
+
+    What happens again far beyond the runs does not undo a crossing within them.
+    """
+    count = int(np.searchsorted(log_budget, np.log(edge) * (1 + 1e-12), side="right"))
+    leads, rows = gaps < 0, np.arange(len(gaps))
+    inside = leads[:, :count]
+    changes = inside[:, 1:] & ~inside[:, :-1]
     last = np.where(changes.any(axis=1), changes.shape[1] - 1 - changes[:, ::-1].argmax(axis=1), -1)
-    k, rows = np.maximum(last, 0), np.arange(len(gaps))
-    before, after = gaps[rows, k], gaps[rows, k + 1]
+    first = count - 1 + np.argmax(leads[:, count:], axis=1) if count < gaps.shape[1] else np.zeros(len(gaps), int)
+    ahead, later = inside[:, -1], leads[:, count:].any(axis=1)
+    k = np.where(ahead, np.maximum(last, 0), first)
+    before, after = gaps[rows, k], gaps[rows, np.minimum(k + 1, gaps.shape[1] - 1)]
     part = np.clip(before / np.where(before == after, 1.0, before - after), 0, 1)
-    crossing = np.exp(log_budget[k] + part * (log_budget[k + 1] - log_budget[k]))
-    return np.where(leads[:, -1], np.where(last < 0, 0.0, crossing), np.inf)
+    crossing = np.exp(log_budget[k] + part * (log_budget[np.minimum(k + 1, len(log_budget) - 1)] - log_budget[k]))
+    return np.where(ahead, np.where(last < 0, 0.0, crossing), np.where(later, crossing, np.inf))
 
 
-def crossing_of(draws: np.ndarray, measured: tuple[float, float], unit: str, untied: bool) -> Crossing:
-    """What draws (K,) of the budget from which B leads say, by the ladder's compute."""
-    low, high = interval(draws)
-    if measured[0] <= low and high <= measured[1]:
-        return Crossing("inside", low, high, unit, untied)
-    later, sooner = np.quantile(draws, [0.05, 0.95], method="nearest")
-    edge = measured[1] * 10**GIVEN
-    if later > measured[0]:
-        return Crossing("not before", float(min(later, edge)), np.inf, unit, untied)
-    if sooner <= 0:
-        return Crossing("throughout", 0.0, 0.0, unit, untied)
-    if sooner <= measured[1]:
-        return Crossing("by", 0.0, float(sooner), unit, untied)
-    return Crossing("open", 0.0, np.inf, unit, untied)
+def crossing_of(draws: np.ndarray, measured: tuple[float, float], unit: str, untied: bool = False) -> Crossing:
+    """What draws (K,) of the budget from which B leads say. Their median decides the kind of answer: two-sided where it
+    lies within the ladder's compute, one-sided elsewhere, no farther than differences are given."""
+    (low, high), middle = interval(draws), float(np.quantile(draws, 0.5, method="nearest"))
+    first, last = measured
+    if first <= low and middle <= last and np.isfinite(high):
+        return Crossing("inside", low, high, unit, middle, untied)
+    later, sooner = (float(q) for q in np.quantile(draws, [0.05, 0.95], method="nearest"))
+    if later > first:
+        return Crossing("not before", min(later, last * 10**GIVEN), np.inf, unit, middle, untied)
+    if sooner <= last:
+        return Crossing("throughout" if sooner <= 0 else "by", 0.0, max(sooner, 0.0), unit, middle, untied)
+    return Crossing("open", 0.0, np.inf, unit, middle, untied)
 
 
 def lowest(log_n: np.ndarray, curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ from scaling.fitting.solve import (
 )
 from scaling.laws.base import Law, Model, centre_of, joint_model, single_model
 from scaling.laws.forms import law_named
+from scaling.tables.equal import Equal
 from scaling.tables.runs import CONVENTIONS, Runs, ScalingError
 
 AGREEMENT = 1e-6  # relative gap in objective within which two optima are the same one
@@ -66,8 +67,8 @@ class Certificate:
     gaps: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Fit:
+@dataclass(frozen=True, eq=False)
+class Fit(Equal):
     """A fitted law: one family, or several with shared parameters (`share`).
 
     theta: (P,) centred parameters; centre: (2,) mean log N and log D; names: joint parameter names, those of a family's
@@ -84,6 +85,10 @@ class Fit:
     theta: np.ndarray
     certificate: Certificate
     gates: tuple[Gate, ...]
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in self.params.items())
+        return f"<Fit of {self.law.name} to {' and '.join(self.families)}, {len(self.runs)} runs: {values}>"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,6 +138,8 @@ class Fit:
         precision counts where it has one, and tokens are all new where its runs repeat none. Raises ScalingError where
         the law needs one of them all the same.
         """
+        if family is None and len(self.families) > 1:
+            raise ScalingError(f"a prediction is of one family: name {' or '.join(self.families)}")
         family = family or self.families[0]
         law = self.law
         if law.beside:

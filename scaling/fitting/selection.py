@@ -74,28 +74,38 @@ def selected(runs: Runs, how: str, seed: int = 0) -> Runs:
         times[cell] += again[:, row].sum()
     lowest_true = np.full(count, np.inf)
     np.minimum.at(lowest_true, place, log_loss)
-    shift = (lowest_true - luck / np.maximum(times, 1))[place].clip(0) * (times[place] > 0)
+    several = (times > 0) & ((np.bincount(place, minlength=count) > 1) | (how == "envelope"))
+    shift = (lowest_true - luck / np.maximum(times, 1))[place].clip(0) * several[place]
     corrected = replace(runs, columns=runs.columns | {"loss": runs["loss"] * np.exp(shift)})
     note = f"{int(mask.sum())} of {len(runs)} rows chosen ({how}); losses raised by {100 * shift[mask].mean():.2g} % on average for the luck of the choice"
     return replace(corrected.select(mask), notes=(*runs.notes, note))
 
 
 def smooth(runs: Runs) -> np.ndarray:
-    """(n,) log losses, in cells of enough learning rates on their parabola."""
-    out = np.log(runs["loss"])
-    place = cells(runs)
-    for rows in rated_cells(runs, place):
-        x = np.log(runs["lr"][rows])
-        out[rows] = np.polyval(np.polyfit(x - x.mean(), out[rows], 2), x - x.mean())
+    """(n,) log losses, in cells of enough learning rates on their parabola in the log of the rate: every cell has its
+    own height, all have one curvature, and the best rate may move with size."""
+    out, place = np.log(runs["loss"]), cells(runs)
+    rated = rated_rows(runs, place)
+    if len(rated):
+        design = rate_design(runs.select(rated), place[rated])
+        out[rated] = design @ np.linalg.lstsq(design, out[rated], rcond=None)[0]
     return out
 
 
-def rated_cells(runs: Runs, place: np.ndarray) -> list[np.ndarray]:
-    """Rows of every cell with enough different learning rates for a parabola and its noise."""
+def rate_design(runs: Runs, place: np.ndarray) -> np.ndarray:
+    """(n, cells + 3): one column a cell, then the log rate, its square, and how it goes with size."""
+    rate, size = np.log(runs["lr"]), np.log(runs["N"])
+    rate, size = rate - rate.mean(), size - size.mean()
+    own = (place[:, None] == np.unique(place)).astype(float)
+    return np.column_stack([own, rate, rate**2, rate * size])
+
+
+def rated_rows(runs: Runs, place: np.ndarray) -> np.ndarray:
+    """Rows of every cell with enough different learning rates."""
     if "lr" not in runs.columns:
-        return []
+        return np.empty(0, int)
     groups = [np.flatnonzero(place == cell) for cell in range(place.max() + 1)]
-    return [rows for rows in groups if len(np.unique(runs["lr"][rows])) >= MIN_RATES]
+    return np.concatenate([[], *(g for g in groups if len(np.unique(runs["lr"][g])) >= MIN_RATES)]).astype(int)
 
 
 def noise_of(runs: Runs, how: str) -> float:
@@ -111,9 +121,11 @@ def noise_of(runs: Runs, how: str) -> float:
 
 
 def rate_noise(runs: Runs) -> tuple[float, float]:
-    """Sd of log loss about each cell's parabola in log lr, pooled, and its degrees of freedom; zeros without any."""
-    log_loss, fitted, freedom, squares = np.log(runs["loss"]), smooth(runs), 0, 0.0
-    for rows in rated_cells(runs, cells(runs)):
-        squares += float(((log_loss[rows] - fitted[rows]) ** 2).sum())
-        freedom += len(rows) - 3
-    return (float(np.sqrt(squares / freedom)), float(freedom)) if freedom else (0.0, 0.0)
+    """Sd of log loss about the cells' parabolas, and its degrees of freedom; zeros without any."""
+    place = cells(runs)
+    rated = rated_rows(runs, place)
+    freedom = len(rated) - len(np.unique(place[rated])) - 3
+    if freedom < 1:
+        return 0.0, 0.0
+    left = (np.log(runs["loss"]) - smooth(runs))[rated]
+    return float(np.sqrt((left**2).sum() / freedom)), float(freedom)

@@ -228,11 +228,13 @@ class SumOfPowers(Law):
         """Every combination of a shared floor, shared exponents of N (or C), and a shared term in D."""
         groups: list[tuple[str, ...]] = [("E",)] if "E" in self.names else []
         for term in self.terms:
-            if term.slope is None or term.feature is None:
-                continue
-            slope, both = self.names[term.slope], (self.names[term.intercept], self.names[term.slope])
-            groups.append(both if self.inputs[term.feature] == "D" and both[1] not in sum(groups, ()) else (slope,))
-        return tuple(sum((g for g, on in zip(groups, picked, strict=True) if on), ()) for picked in product((False, True), repeat=len(groups)))
+            if term.slope is not None and term.feature is not None:
+                slope = self.names[term.slope]
+                own = (self.names[term.intercept], slope) if self.inputs[term.feature] == "D" else (slope,)
+                groups.append(own)
+        picks = product((False, True), repeat=len(groups))
+        ties = (sum((g for g, on in zip(groups, picked, strict=True) if on), ()) for picked in picks)
+        return tuple(dict.fromkeys(tuple(dict.fromkeys(tie)) for tie in ties))
 
     def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(count, P) random starts: exponents log-uniform over 0.05-1.5, the median loss split at random by term."""

@@ -146,7 +146,7 @@ def difference_chart(e: Ensemble, name: str, axis: str = "flops") -> Chart:
     marks += [Line(budgets, middle, DIFFERENCE_COLOUR, "", measured), Rule(last, "x", EDGE_WORDS)]
     crossing = e.crossing(axis)
     if crossing.kind == "inside":
-        marks.append(Line(np.array([crossing.low, crossing.high]), np.zeros(2), "#333333", "crossing, 95 %", width=6))
+        marks.append(Line(np.clip([crossing.low, crossing.high], budgets[0], budgets[-1]), np.zeros(2), "#333333", "crossing, 95 %", width=6))
     if 0 < e.reach < 1:
         marks.append(Rule(last * 10**e.reach, "x", "not validated beyond"))
     caption = (

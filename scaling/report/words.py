@@ -71,7 +71,8 @@ def crossing_sentence(e: Ensemble, x: Crossing, along: str = "") -> str:
     """What is said of the crossing; two-sided within the ladder's compute, one-sided beyond."""
     low, high = (f"{end:.1e} {x.unit}" for end in e.measured())
     if x.kind == "inside":
-        return f"{e.b} overtakes {e.a} between {x.low:.1e} and {x.high:.1e} {x.unit} (95 %), within the compute measured{along}."
+        far = "" if x.high <= e.measured()[1] else "; runs stand behind the lower part of that range"
+        return f"{e.b} overtakes {e.a} between {x.low:.1e} and {x.high:.1e} {x.unit} (95 %){far}{along}."
     if x.kind == "not before":
         return f"{e.b} does not overtake {e.a} before {x.low:.1e} {x.unit} (95 %, one-sided){along}."
     if x.kind == "by":

@@ -13,6 +13,7 @@ from typing import Any
 import narwhals
 import numpy as np
 
+from scaling.tables.equal import Equal
 from scaling.tables.readers import ScalingError, read_rows
 
 REQUIRED = ("run_id", "family", "N", "D", "loss")
@@ -75,8 +76,8 @@ COMPARISONS = {
 }
 
 
-@dataclass(frozen=True)
-class Runs:
+@dataclass(frozen=True, eq=False)
+class Runs(Equal):
     """A validated table of runs.
 
     `columns` maps a name to an array of one entry per row: float64 for numbers (NaN where missing), object (str) for

@@ -100,16 +100,9 @@ def with_costs(rows):
 
 
 @pytest.fixture
-def coarse_profiles(monkeypatch):
-    """Profiles of the crossing on few budgets and from few starts, for tests of what stands beside them in a report."""
-    for name in ("PASSES", "REFINEMENTS"):
-        monkeypatch.setattr(f"scaling.verdict.crossing_profile.{name}", 1)
-
-
-@pytest.fixture
-def brief_reports(coarse_profiles, monkeypatch):
+def brief_reports(monkeypatch):
     """Reports without pictures, which take half of the time."""
-    monkeypatch.setattr("scaling.report.write.write_figures", lambda *_: None)
+    monkeypatch.setattr("scaling.report.write.charts", lambda _: [])
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,4 @@
-"""Back-test, sensitivity, nested models, IsoFLOP: what is said about a fit beyond the fit."""
-
-from dataclasses import replace
+"""Sensitivity, influence, thresholds, IsoFLOP: what is said about a single fit."""
 
 import numpy as np
 import pytest
@@ -9,9 +7,6 @@ from conftest import DATA, ladder_rows
 from scaling import Runs, fit
 from scaling.fitting.approaches import envelope, isoflop
 from scaling.fitting.solve import objective_named
-from scaling.laws.forms import law_named
-from scaling.report.forecast import Forecaster
-from scaling.uncertainty.backtest import DIFFERENCE, LEVELS, BackTest, Held, backtest
 from scaling.fitting.sensitivity import (
     CUSTOMARY_DELTA,
     delta_from_noise,
@@ -20,67 +15,9 @@ from scaling.fitting.sensitivity import (
     robust_delta,
     sensitivity,
 )
-from scaling.verdict.nested import nested
 
 SIX = tuple(np.geomspace(1e6, 1e8, 6))
 RATIOS = (5, 10, 20, 40, 80)
-BASE = (1.8, 180.0, 420.0, 0.34, 0.37)
-
-
-def held(ratio, decades, kind=LEVELS):
-    return Held(kind, 4.0, "f", "r", decades, ratio * 1.959964 * 0.01, 0.01)
-
-
-def test_factor_is_the_conformal_quantile_and_never_falls_with_distance():
-    points = [held(0.1 * k, 0.3) for k in range(1, 40)] + [held(5.0, 1.4)] * 9
-    test = BackTest(tuple(points))
-    assert test.factor(LEVELS, 0.3) == (pytest.approx(3.8), 39)  # the ceil(40 * 0.95) = 38th of 39
-    assert test.factor(LEVELS, 1.4)[0] == pytest.approx(5.0)
-    curve = test.factors(LEVELS, np.linspace(0, 3, 31))
-    assert curve[0] == 1.0
-    assert (np.diff(curve) >= 0).all()
-    assert test.reach(LEVELS) == 1.4
-
-
-def test_a_forecast_is_widened_by_the_factor_of_its_distance():
-    steps = ((0.5, 1.2), (1.0, 1.5), (2.0, 3.0))
-    one = Forecaster(law_named("chinchilla"), np.zeros(2), np.zeros(5), np.zeros((1, 5)), 0.0, steps, 1e18, ())
-    assert [one.factor(x) for x in (-1.0, 0.0, 0.3, 0.5, 0.7, 2.0, 9.0)] == [1.0, 1.0, 1.2, 1.2, 1.5, 3.0, 3.0]
-    assert replace(one, calibration=()).factor(0.7) == 1.0
-
-
-def test_coverage_counts_points_inside_the_raw_interval():
-    test = BackTest((held(0.5, 0.3), held(0.9, 0.3), held(1.1, 0.3), held(3.0, 0.3)))
-    assert test.coverage(LEVELS) == 0.5
-    assert np.isnan(test.coverage(DIFFERENCE))
-
-
-def test_true_law_needs_little_widening_and_a_wrong_one_much():
-    """Data from a law with a break, fitted with one without, must earn a larger factor than data that obey it."""
-    rows = ladder_rows(sizes=tuple(np.geomspace(1e6, 1e9, 8)), ratios=RATIOS, noise=0.001)
-    bent = [row | {"loss": row["loss"] * (1 + 0.02 * np.log10(row["flops"] / 1e15) ** 2)} for row in rows]
-    right, wrong = (backtest(Runs.from_rows(r), draws=150) for r in (rows, bent))
-    assert right.coverage(LEVELS) > 0.85
-    assert wrong.coverage(LEVELS) < right.coverage(LEVELS)
-    assert wrong.factor(LEVELS, 1.0)[0] > 1.5 * right.factor(LEVELS, 1.0)[0]
-
-
-def test_errors_common_to_both_families_cancel_from_the_difference():
-    """The same bend in both families spoils the levels far more than their difference."""
-    rows = ladder_rows(sizes=tuple(np.geomspace(1e6, 1e9, 8)), ratios=RATIOS, noise=0.0005)
-    bent = [row | {"loss": row["loss"] * (1 + 0.02 * np.log10(row["flops"] / 1e15) ** 2)} for row in rows]
-    test = backtest(Runs.from_rows(bent), draws=100)
-    level = np.sqrt(np.mean([h.error**2 for h in test.of(LEVELS)])) * 3.0  # log error to nats, at a loss near 3
-    difference = np.sqrt(np.mean([h.error**2 for h in test.of(DIFFERENCE)]))
-    assert difference < 0.5 * level
-
-
-def test_ladder_too_small_for_a_backtest_says_so():
-    rows = ladder_rows(sizes=(1e6, 2e6, 4e6), ratios=(10, 20), noise=0.001)
-    test = backtest(Runs.from_rows(rows), draws=20)
-    assert not test.held
-    assert "No back-test of the loss is possible" in test.sentence(LEVELS)
-    assert "needed" in test.sentence(LEVELS)
 
 
 def test_epoch_exclusions_move_the_exponent():
@@ -122,25 +59,6 @@ def test_an_objective_in_words_says_where_its_threshold_is_from():
     assert objective_text(objective_named("raw-ls"), True) == "raw-ls"
 
 
-@pytest.mark.parametrize("rho", [0.6, 1.0])
-def test_parameter_efficiency_is_recovered(rho):
-    truth = {"a": BASE, "b": (1.8, 180.0 * rho**-0.34, 420.0, 0.34, 0.37)}
-    found = nested(Runs.from_rows(ladder_rows(sizes=SIX, ratios=RATIOS, truth=truth, noise=0.001)), ("a", "b"), 100)
-    point, low, high = found.efficiencies["b"]
-    assert low < rho < high
-    assert high - low < 0.15
-    assert found.chosen.name == ("M0" if rho == 1.0 else "M1")
-    assert f"worth {point:.2f}" in found.sentence()
-
-
-def test_an_exponent_of_its_own_rejects_constant_efficiency():
-    truth = {"a": BASE, "b": (1.8, 320.0, 420.0, 0.37, 0.37)}
-    found = nested(Runs.from_rows(ladder_rows(sizes=SIX, ratios=RATIOS, truth=truth, noise=0.001)), ("a", "b"), 100)
-    assert found.steps[1].p_value < 0.05
-    assert found.chosen.name == "M2"
-    assert "reject" in found.sentence()
-
-
 def test_isoflop_finds_the_allocation_exponent():
     """A symmetric law (alpha = beta) has N* = C^(1/2) exactly, and its parabolas are unbiased."""
     budgets = np.repeat(np.geomspace(1e18, 1e21, 5), 9)
@@ -159,6 +77,14 @@ def test_seeds_of_one_size_do_not_bend_a_parabola():
     assert isoflop(rows).curves == ()
 
 
-def test_envelope_keeps_only_runs_that_no_cheaper_one_beats():
-    runs = Runs.of(N=[1e6, 2e6, 3e6, 4e6], D=1e8, loss=[4.0, 4.2, 3.5, 3.6])
-    assert envelope(runs).tolist() == [0, 2]
+def test_envelope_keeps_the_best_of_each_budget_that_no_cheaper_budget_beats():
+    flops, loss = np.array([1e18, 2e18, 3e18, 4e18]), np.array([4.0, 4.2, 3.5, 3.6])
+    assert envelope(flops, loss).tolist() == [0, 2]
+
+
+def test_the_order_of_rows_decides_nothing_on_the_envelope():
+    """Runs of one budget, as an IsoFLOP table has them: the best of each is on the envelope, wherever it stands."""
+    flops = np.repeat([1e18, 1e19, 1e20], 4)
+    loss = np.array([3.3, 3.1, 3.2, 3.4, 2.9, 2.7, 2.8, 3.0, 2.5, 2.4, 2.6, 2.8])
+    for order in (np.arange(12), np.arange(12)[::-1], np.random.default_rng(0).permutation(12)):
+        assert sorted(order[envelope(flops[order], loss[order])].tolist()) == [1, 5, 9]

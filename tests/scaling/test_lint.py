@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from conftest import ladder_rows
 
-from scaling import Runs, ScalingError, compare, fit
+from scaling import Runs, ScalingError, Spec, fit
+from scaling.analysis import Analysis
 from scaling.lint import lint, lint_gates
-from scaling.fitting.replicates import cells
+from scaling.tables.cells import cells
 
 SIZES = tuple(np.geomspace(1e6, 2.5e8, 7))
 STATED = {"val_set": "c4", "loss_unit": "nats", "flops_rule": "exact", "embedding_counted": "false"}
@@ -147,6 +148,6 @@ def test_errors_of_lint_are_gates_of_fits_and_keep_their_rows():
     (gate,) = lint_gates(runs)
     assert (gate.name, gate.passed) == ("duplicates [transformer++]", False)
     assert "transformer++-0-5, copy" in gate.message
-    assert gate in compare(runs, "transformer++", "matmul-free", draws=5).gates
+    assert gate in Analysis.of(runs, Spec(draws=5)).gates
     midrun = Runs.from_rows(rows_with(nth(2, ended="false")), allow_midrun=True)
     assert lint_gates(midrun) == []

@@ -1,0 +1,54 @@
+"""The misfit's covariance, and that its features are that covariance."""
+
+import numpy as np
+import pytest
+
+from scaling.ensemble.discrepancy import ELL, KAPPA, LATENTS, RHO, TAU, Basis, Nearness, Points, physical
+
+RNG = np.random.default_rng(0)
+POINTS = Points(RNG.uniform(-1.5, 1.5, (12, 2)), np.arange(12) % 2)
+
+
+def hyper(**values):
+    h = physical(np.zeros((1, LATENTS)))
+    for name, value in values.items():
+        h[0, {"tau": TAU, "ell": ELL, "rho": RHO, "kappa": KAPPA}[name]] = value
+    return h
+
+
+@pytest.mark.parametrize("values", [{"tau": 0.01, "kappa": 0}, {"tau": 0, "kappa": 0.01}, {"tau": 0.004, "kappa": 0.003}])
+def test_features_have_the_covariance_that_is_written_down(values):
+    """On average over frequencies; a draw of weights is then a draw of the process."""
+    h = hyper(**values)
+    exact = Nearness.between(POINTS, POINTS).covariance(h)[0]
+    rng = np.random.default_rng(1)
+    found = np.mean([(f := Basis(h[0], 2, 2, rng).at(POINTS)) @ f.T for _ in range(200)], axis=0)
+    np.testing.assert_allclose(found, exact, atol=0.04 * exact.max())
+
+
+def test_families_have_a_part_in_common_and_the_rest_apart():
+    h = hyper(tau=0.01, kappa=0.0, rho=0.3)
+    same = Points(np.zeros((2, 2)), np.array([0, 1]))
+    covariance = Nearness.between(same, same).covariance(h)[0]
+    assert covariance[0, 1] / covariance[0, 0] == pytest.approx(0.3)
+
+
+def test_the_walk_is_that_of_an_integrated_random_walk_from_the_middle():
+    """Integral of (x - t)(y - t) from 0 to the nearer of x and y on one side; nothing across the middle."""
+    one, two = Points(np.array([[0.7]]), np.zeros(1)), Points(np.array([[1.6], [-0.7]]), np.zeros(2))
+    t = np.linspace(0, 0.7, 100_001)
+    expected = np.trapezoid((0.7 - t) * (1.6 - t), t)
+    np.testing.assert_allclose(Nearness.between(one, two).walk[0], [expected, 0], rtol=1e-6)
+
+
+def test_without_a_misfit_there_is_none():
+    h = physical(np.random.default_rng(0).normal(size=(5, LATENTS)), misfit=False)
+    assert not h[:, [TAU, KAPPA]].any()
+    assert (h[:, :3] > 0).all()
+
+
+def test_a_law_that_misses_inside_is_trusted_less_outside():
+    z = np.zeros((2, LATENTS))
+    z[1, TAU] = 2.0
+    drift = physical(z)[:, KAPPA]
+    assert drift[1] > 2 * drift[0]
