@@ -1,6 +1,6 @@
 """Do the ensemble's intervals hold the truth where no law is exactly true? Simulated ladders of two families, scored.
 
-    python -m experiments.interval_coverage --out experiments/results/interval_coverage.csv      (about an hour, one core)
+    python -m experiments.interval_coverage --out experiments/results/interval_coverage.csv      (two hours, one core)
     python -m experiments.interval_coverage --rows "0.2 %, 1 out" --ladders 50 --out /tmp/x.csv
 
 Two Chinchilla laws whose exponents of N differ by 0.04 meet at a stated compute: inside the ladder (1e20 FLOP), one or
@@ -111,7 +111,7 @@ class World:
         return lambda x: self.case.misfit * np.sin(x * rate + phase).sum(-1)
 
     def meeting(self, case: Case) -> list[np.ndarray]:
-        """Both laws as (E, log A, log B, alpha, beta), equal in loss at the crossing; parallel ones if they never do."""
+        """Both laws as (E, log A, log B, alpha, beta), equal in loss at the crossing; or parallel ones."""
         e, a, b, alpha, beta = BASELINE
         first = np.array([e, np.log(a), np.log(b), alpha, beta])
         if case.kind == "never":
@@ -184,7 +184,9 @@ def ensembles(world: World, spec: Spec) -> dict[str, Ensemble]:
     """The four methods on one ladder."""
     headline = Ensemble.of(world.runs, ("A", "B"), spec, samples=64)
     rows = rows_of(headline.runs, "AB", headline.law, headline.centre)
-    known = posterior(rows, headline.law, headline.posterior.ties, "log-ls", 0, known=np.repeat(world.hyper, 16, axis=0))
+    known = posterior(
+        rows, headline.law, headline.posterior.ties, "log-ls", 0, known=np.repeat(world.hyper, 16, axis=0)
+    )
     draws = known.draws(spec.draws, np.random.default_rng(0))
     oracle = Ensemble(headline.runs, spec, ("A", "B"), headline.law, headline.centre, known, draws)
     return dict(zip(METHODS, (headline.tied, headline.untied, headline, oracle), strict=True))
@@ -222,7 +224,9 @@ HEADER = ("crossing", "difference", "new run", "rho", "two-sided", "false two-si
 def row_of(name: str, method: str, found: np.ndarray) -> dict[str, str]:
     shares = [f"{x:.3f}" for x in found[:, :6].mean(axis=0)]
     widths = [f"{x:.1f}" for x in np.median(found[:, 6:], axis=0)]
-    return {"case": name, "method": method, "ladders": str(len(found))} | dict(zip(HEADER, shares + widths, strict=True))
+    return {"case": name, "method": method, "ladders": str(len(found))} | dict(
+        zip(HEADER, shares + widths, strict=True)
+    )
 
 
 def write_table(path: Path, scores: dict[str, list[dict[str, list[float]]]]) -> None:

@@ -42,9 +42,7 @@ class Analysis:
     def fits(self) -> dict[str, Fit]:
         """The best single fit of every family by itself, with its certificate."""
         s = self.spec
-        return {
-            f: fit(self.runs.family(f), s.law, s.point_objective, self.delta, seed=s.seed) for f in self.families
-        }
+        return {f: fit(self.runs.family(f), s.law, s.point_objective, self.delta, seed=s.seed) for f in self.families}
 
     @cached_property
     def own(self) -> dict[str, Ensemble]:

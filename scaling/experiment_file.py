@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from scaling.tables.runs import Runs, ScalingError
 from scaling.plan import Plan
+from scaling.tables.runs import Runs, ScalingError
 
 TEMPLATE = '''"""Planned ladder: {names}; {flops:.2e} FLOP in all.
 
     python launch.py sweep {path} --out runs/{name}
 
-Written by `scaling plan` from {source}: sd of the difference at {target:.1e} FLOP {sd_now:.3g} before, {sd_then:.3g} expected with these runs.
+Written by `scaling plan` from {source}: sd of the difference at {target:.1e} FLOP
+{sd_now:.3g} before, {sd_then:.3g} expected with these runs.
 Learning rates are the power law in N through the rates of that table; check them before a large run.
 The largest run reads {tokens:.1e} tokens: name a corpus that holds them.
 """

@@ -9,9 +9,8 @@ import numpy as np
 
 from scaling.fitting.approaches import MIN_POINTS, budget_labels, sizes
 from scaling.fitting.fit import Gate, ladder_gate
+from scaling.tables.cells import cells, matched_cells
 from scaling.tables.runs import CONVENTIONS, RECIPE, SCRATCH, SURROUNDINGS, Runs
-from scaling.tables.cells import matched_cells
-from scaling.tables.cells import cells
 
 WARMUP_SHARE = 0.2  # Porian et al. 2024: longer warm-ups bias small runs
 REPEATS = 4.0  # epochs beyond which repeated tokens are worth visibly less (Muennighoff et al. 2023)
@@ -114,7 +113,12 @@ def disagreements(runs: Runs) -> Iterator[Finding]:
             severity = "error" if name in MUST_AGREE and len(runs.kinds(name)) > 1 else "warning"
             severity = "error" if name in MUST_AGREE and "" in kinds.tolist() else severity
             listed = ", ".join(kind or "(blank)" for kind in kinds[:6])
-            yield Finding(severity, f"mixed {name}", listed, ids(runs, np.where(values == "nan", "", values) == kinds[counts.argmin()]))
+            yield Finding(
+                severity,
+                f"mixed {name}",
+                listed,
+                ids(runs, np.where(values == "nan", "", values) == kinds[counts.argmin()]),
+            )
 
 
 def pooled(runs: Runs) -> Iterator[Finding]:
@@ -155,7 +159,9 @@ def designs(runs: Runs) -> Iterator[Finding]:
     for other in others:
         family = np.where(runs["family"] == first, 0, np.where(runs["family"] == other, 1, 2))
         if (matched_cells(runs, family)[family == 0] < 0).any():
-            text = f"{first} and {other}: not every (N, D) cell has its match (N within 1 %, equal D), so that fewer errors cancel from the difference"
+            text = (
+                f"{first} and {other}: not every (N, D) cell has its match (N within 1 %, equal D): fewer errors cancel"
+            )
             yield Finding("warning", "unequal designs", text)
 
 
@@ -164,12 +170,15 @@ def units(runs: Runs) -> Iterator[Finding]:
     ratio = runs["flops"] / (6 * runs["N"] * runs["D"])
     for far, word in ((ratio < LEAST_FLOPS, "below"), (ratio > MOST_FLOPS, "above")):
         if far.any():
-            text = f"flops / (6 N D) is {np.median(ratio[far]):.2g}, {word} anything a language model costs: check the units (--column flops='flops*1e9')"
+            mend = "check the units (--column flops='flops*1e9')"
+            text = f"flops / (6 N D) is {np.median(ratio[far]):.2g}, {word} anything a language model costs: {mend}"
             yield Finding("error", "units of flops", text, ids(runs, far))
     for name, least in (("N", LEAST_N), ("D", LEAST_D)):
         small = runs[name] < least
         if small.any():
-            text = f"{name} is {np.median(runs[name][small]):.3g}: in millions or billions? (--column {name}='{name}*1e6')"
+            text = (
+                f"{name} is {np.median(runs[name][small]):.3g}: in millions or billions? (--column {name}='{name}*1e6')"
+            )
             yield Finding("error", f"units of {name}", text, ids(runs, small))
 
 

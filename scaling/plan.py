@@ -126,7 +126,13 @@ class Pool:
 
 
 def covariances(
-    e: Ensemble, h: np.ndarray, target: float, log_n: np.ndarray, log_d: np.ndarray, family: np.ndarray, trunk: np.ndarray
+    e: Ensemble,
+    h: np.ndarray,
+    target: float,
+    log_n: np.ndarray,
+    log_d: np.ndarray,
+    family: np.ndarray,
+    trunk: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Of log losses (n, n), of log losses with the difference at the target (n,), and its own variance, before any run
     is made: the laws' parameters by their prior under the likeliest tie, the misfit by h (7,)."""
@@ -136,7 +142,10 @@ def covariances(
     every = np.concatenate([family, [0, 1]])
     slopes = jacobian(e, every_n, every_d, every)
     tie = max(e.tie_weights, key=lambda t: e.tie_weights[t]) if not e.only_untied else ()
-    sd = np.append(e.posterior.sd[0][: len(e.law.names)], shared_sd(e.law, tie, e.law.prior(e.posterior.rows.y, e.posterior.rows.features).apart))
+    sd = np.append(
+        e.posterior.sd[0][: len(e.law.names)],
+        shared_sd(e.law, tie, e.law.prior(e.posterior.rows.y, e.posterior.rows.features).apart),
+    )
     points = Points(place(e.law, every_n, every_d, None, e.centre), every)
     whole = (slopes * sd**2) @ slopes.T + Nearness.between(points, points).covariance(h[None])[0]
     count = len(log_n)
@@ -160,7 +169,9 @@ def jacobian(e: Ensemble, log_n: np.ndarray, log_d: np.ndarray, family: np.ndarr
 def check_plannable(e: Ensemble) -> None:
     """A ladder is sizes and tokens; a law that asks for more leaves its runs undefined. Raises ScalingError."""
     if not e.law.has_allocation or e.law.beside:
-        raise ScalingError(f"a ladder is planned in N and D, and law {e.law.name!r} is not a function of these two alone")
+        raise ScalingError(
+            f"a ladder is planned in N and D, and law {e.law.name!r} is not a function of these two alone"
+        )
 
 
 def default_target(e: Ensemble) -> float:
@@ -195,7 +206,9 @@ def cheapest(
     pool, scale = Pool(e, affordable, target, keep_runs), agreement(e, target)
     chosen = greedy(pool, affordable, budget, target_sd / scale)
     if not chosen:
-        raise ScalingError(f"the runs at hand give an sd of {scale * pool.spread([]):.2g}: that is enough, or no candidate lowers it")
+        raise ScalingError(
+            f"the runs at hand give an sd of {scale * pool.spread([]):.2g}: that is enough, or no candidate lowers it"
+        )
     ordered = tuple(sorted(chosen, key=lambda t: t.n))
     ends = (scale * pool.spread([]), scale * pool.spread(chosen))
     return Plan(ordered, sum(t.flops for t in chosen), *ends, target, e.runs.loss_label)
@@ -238,7 +251,11 @@ def greedy(pool: Pool, options: Sequence[Trunk], budget: float, target_sd: float
 
 
 def power(
-    e: Ensemble, ladder: Sequence[Trunk], target: float | None = None, differences: Sequence[float] = (), keep_runs: bool = False
+    e: Ensemble,
+    ladder: Sequence[Trunk],
+    target: float | None = None,
+    differences: Sequence[float] = (),
+    keep_runs: bool = False,
 ) -> Power:
     """What a ladder would show of the difference at `target` FLOP (see `default_target`), for true `differences` (by
     default the one that the table's own ensemble expects, its half and its double)."""

@@ -14,9 +14,9 @@ from scaling.tables.runs import ScalingError
 @dataclass(frozen=True)
 class Spec:
     """law: see `scaling.laws.forms`. objective: huber, lad, log-ls or raw-ls; auto weighs normal against Huber's noise.
-    delta: Huber threshold of point fits (None: from the noise). share: parameters that families have in common (None:
-    every tie, by its weight). select: which rows count (all, best learning rate of each cell, envelope). draws, seed: of
-    the ensemble. prices: of operations and hours. baseline: the family that others are compared with.
+    delta: Huber threshold of single fits (None: from the noise). share: parameters that families have in common (None:
+    every tie, by its weight). select: which rows count (all, best learning rate of each cell, envelope). draws and seed
+    are the ensemble's. prices: of operations and hours. baseline: the family that others are compared with.
 
     Raises ScalingError on a value that means nothing.
     """

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling.fitting.approaches import isoflop
-from scaling.fitting.fit import Fit, bounds_of, fit
-from scaling.tables.runs import Runs, ScalingError
 from scaling.ensemble.answers import interval
 from scaling.ensemble.ensemble import compare
+from scaling.fitting.approaches import isoflop
+from scaling.fitting.fit import Fit, bounds_of, fit
 from scaling.fitting.solve import refit
+from scaling.tables.runs import Runs, ScalingError
 
 XLSTM_CONTEXT = 16384  # tokens
 EPOCH_INTERVALS = {  # Besiroglu et al. 2024, table 1

@@ -43,9 +43,10 @@ def run(a: argparse.Namespace) -> int:
 
 def line(x: Allocation) -> str:
     """One family's allocation."""
-    n, d, r = ("{:.3g} ({:.3g} to {:.3g})".format(v, *ends) for v, ends in (
-        (x.N, x.N_interval), (x.D, x.D_interval), (x.ratio, x.ratio_interval)
-    ))
+    n, d, r = (
+        "{:.3g} ({:.3g} to {:.3g})".format(v, *ends)
+        for v, ends in ((x.N, x.N_interval), (x.D, x.D_interval), (x.ratio, x.ratio_interval))
+    )
     where = "within the runs" if x.decades <= 0 else f"{x.decades:.1f} decades beyond the largest run"
     loss = rounded(x.loss, *x.loss_interval)
     return f"{x.family} at {x.flops:.3g} FLOP ({where}): N* {n}, D* {d}, D*/N* {r}, loss {loss}"

@@ -80,7 +80,9 @@ def spec_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--seed", type=int, default=d.seed)
     verb.add_argument("--energy", action="append", default=[], metavar="CLASS=PJ", help="picojoules per operation")
     verb.add_argument("--usd-per-hour", type=positive, help="price of an accelerator, for the axis usd")
-    verb.add_argument("--baseline", help="the family that others are compared with (default: transformer++, or the first)")
+    verb.add_argument(
+        "--baseline", help="the family that others are compared with (default: transformer++, or the first)"
+    )
 
 
 def spec_of(a: argparse.Namespace) -> Spec:
@@ -88,7 +90,9 @@ def spec_of(a: argparse.Namespace) -> Spec:
     energies = {name: positive_setting(value, "--energy") for name, value in assignments(a.energy, "--energy").items()}
     share = None if a.share is None else tuple(name.strip() for name in a.share.split(",") if name.strip())
     prices = Prices.of(energies, a.usd_per_hour)
-    return Spec(a.law, a.objective, a.delta, share, a.select, a.draws, a.seed, prices, getattr(a, "a", None) or a.baseline)
+    return Spec(
+        a.law, a.objective, a.delta, share, a.select, a.draws, a.seed, prices, getattr(a, "a", None) or a.baseline
+    )
 
 
 def pair_arguments(verb: argparse.ArgumentParser) -> None:
@@ -112,7 +116,9 @@ def axis_arguments(verb: argparse.ArgumentParser) -> None:
     """What two families are compared at equal amounts of, and along which path."""
     verb.add_argument("--axis", default="flops", choices=sorted(AXES), help="what is equal (default flops)")
     verb.add_argument("--along", default="optimal", help="optimal (default), ratio=20 (tokens a parameter) or size=1e9")
-    verb.add_argument("--at", type=positive, action="append", default=[], help="a budget to compare at; may be repeated")
+    verb.add_argument(
+        "--at", type=positive, action="append", default=[], help="a budget to compare at; may be repeated"
+    )
 
 
 def out_argument(verb: argparse.ArgumentParser) -> None:

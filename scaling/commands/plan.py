@@ -97,7 +97,7 @@ def print_values(pair: Ensemble, options: Sequence[Trunk], target: float) -> Non
     """What each of the best next trunks alone would add."""
     pool, scale = Pool(pair, options, target), agreement(pair, target)
     gains = [scale * (pool.spread([]) - pool.spread([t])) for t in options]
-    worth = sorted(zip(gains, options, strict=True), key=lambda x: -x[0] / x[1].flops**0.5)
+    worth = sorted(zip(gains, options, strict=True), key=lambda x: -x[0] / x[1].flops ** 0.5)
     print("value of the next trunk, best per root of its cost first:")
     for gain, trunk in worth[:VALUES_SHOWN]:
         text = ", ".join(f"{r:g}" for r in trunk.ratios)

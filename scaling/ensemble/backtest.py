@@ -1,4 +1,4 @@
-"""Rolling-origin back-test: the same analysis of the cheap runs, scored on the dear ones. A check, never a correction."""
+"""Rolling-origin back-test: the analysis of the cheap runs, scored on the dear ones. A check, never a correction."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scaling.tables.cells import matched_cells
-from scaling.fitting.fit import count_sizes, row_fault
+from scaling.fitting.fit import ladder_gate, row_fault
 from scaling.laws.forms import law_named
+from scaling.tables.cells import matched_cells
 from scaling.tables.runs import Runs
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from scaling.spec import Spec
 
 ORIGINS = (2.0, 4.0, 10.0, 30.0)  # the early runs are those below C_max over each
-SPARE_ROWS, MIN_SIZES = 3, 3  # rows beyond the number of parameters, and sizes, below which an origin is left out
+SPARE_ROWS = 3  # rows beyond the number of parameters, below which an origin is left out
 DISTANCES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # decades at which the reach may end
 HELD, MIN_HELD = 0.85, 5  # share of left-out runs that must lie in their 95 % intervals, and how many there must be
 DRAWS, SAMPLES, MOST_LEFT_OUT = 400, 32, 40
@@ -101,8 +101,9 @@ def too_few(early: Runs, families: Sequence[str], spec: Spec) -> str:
         n = early["N"][early["family"] == family]
         if len(n) < len(law.names) + SPARE_ROWS:
             return f"{len(n)} of {family}, {len(law.names) + SPARE_ROWS} needed"
-        if count_sizes(n) < MIN_SIZES:
-            return f"{count_sizes(n)} sizes of {family}, {MIN_SIZES} needed"
+        gate = ladder_gate(early, family)  # nobody should extrapolate from a ladder that fails it
+        if not gate.passed:
+            return f"{family} has {gate.message}"
         fault = row_fault(early.family(family), law)
         if fault:
             return fault
@@ -135,7 +136,9 @@ def differences(ensemble: Ensemble, left_out: Runs, q: float) -> list[LeftOut]:
     numbers = spread(np.unique(cell[cell >= 0]))
     if not len(numbers):
         return []
-    one, two = (left_out.select([np.flatnonzero((cell == k) & (family == f))[0] for k in numbers]) for f in (0, 1))
+    one, two = (
+        left_out.select(np.array([np.flatnonzero((cell == k) & (family == f))[0] for k in numbers])) for f in (0, 1)
+    )
     noise = ensemble.run_noise(2, cell=False)
     first, second = (np.exp(ensemble.rows_curve(f, x) + noise[:, [k]]) for k, (f, x) in enumerate(((a, one), (b, two))))
     gaps = second - first

@@ -26,7 +26,7 @@ from scaling.ensemble.backtest import BackTest, backtest
 from scaling.ensemble.discrepancy import CELL, RUN, TRUNK, Points
 from scaling.ensemble.frontier import Cost, Frontier, frontier_along
 from scaling.ensemble.posterior import Draws, Posterior, posterior
-from scaling.ensemble.rows import LN10, place, rows_of
+from scaling.ensemble.rows import place, rows_of
 from scaling.fitting.fit import habits, row_fault
 from scaling.fitting.selection import selected
 from scaling.laws.base import Law, centre_of
@@ -150,7 +150,7 @@ class Ensemble(Equal):
             fault = row_fault(runs.family(family), law)
             if fault:
                 raise ScalingError(fault)
-        chosen = runs.select(np.concatenate([np.flatnonzero(runs["family"] == f) for f in families]))
+        chosen = in_order(runs, families)
         centre = centre_of(chosen)
         ties = spec.ties if len(families) > 1 else ((),)
         found = posterior(rows_of(chosen, families, law, centre), law, ties, spec.objective, spec.seed, **settings)
@@ -295,10 +295,12 @@ class Ensemble(Equal):
         best, loss = lowest(log_n, curves)
         best_d = cost.log_tokens(best, np.log(flops))
         n, d, ratio = np.exp(best), np.exp(best_d), np.exp(best_d - best)
-        middles = [(float(np.median(x)), interval(x)) for x in (n, d, ratio, np.exp(loss))]
         decades = max(0.0, float(np.log10(flops / self.runs.family(family)["flops"].max())))
-        flat = [x for pair in middles for x in pair]
-        return Allocation(family, flops, *flat, decades, decades <= 0 or decades <= self.reach + 1e-6)
+        validated = decades <= 0 or decades <= self.reach + 1e-6
+        best_of = [float(np.median(x)) for x in (n, d, ratio, np.exp(loss))]
+        ends = [interval(x) for x in (n, d, ratio, np.exp(loss))]
+        pairs = (best_of[0], ends[0], best_of[1], ends[1], best_of[2], ends[2], best_of[3], ends[3])
+        return Allocation(family, flops, *pairs, decades, validated)
 
     def exponent(self, family: str) -> tuple[float, float, float]:
         """Exponent of N* in compute over the ladder, by the law alone: median and 95 % interval."""
@@ -316,7 +318,8 @@ class Ensemble(Equal):
         sizes = log_n + np.linspace(-4.6, 4.6, 47)
         falls = np.minimum.accumulate(self.curve(self.a, sizes, log_d), axis=1)
         rho = np.array([np.interp(-y, -row, sizes) for y, row in zip(at[:, 0], falls, strict=True)]) - log_n
-        return Efficiency(*np.exp([log_n, log_d, np.median(rho)]).tolist(), *interval(np.exp(rho)))
+        low, high = interval(np.exp(rho))
+        return Efficiency(float(np.exp(log_n)), float(np.exp(log_d)), float(np.exp(np.median(rho))), low, high)
 
     def curve(self, family: str, log_n: np.ndarray, log_d: float) -> np.ndarray:
         """(K, m) log loss at sizes (m,) and one number of tokens, misfit included."""
@@ -375,7 +378,10 @@ class Ensemble(Equal):
         """Budgets with both frontiers, their difference and P(B better), None where that is not validated."""
         budgets = self.budgets(axis)
         levels = {f: np.median(self.frontier(f, budgets, axis), axis=0) for f in self.families}
-        out = [{"budget": c, "unit": AXES[axis]} | {f: float(levels[f][k]) for f in self.families} for k, c in enumerate(budgets.tolist())]
+        out = [
+            {"budget": c, "unit": AXES[axis]} | {f: float(levels[f][k]) for f in self.families}
+            for k, c in enumerate(budgets.tolist())
+        ]
         if len(self.families) < 2:
             return out
         gaps = self.gaps(budgets, axis)
@@ -405,6 +411,13 @@ class Ensemble(Equal):
         from scaling.plan import power
 
         return power(self, ladder, budget, differences)
+
+
+def in_order(runs: Runs, families: Sequence[str]) -> Runs:
+    """The rows of these families in an order of their own, so that that of the table decides nothing."""
+    place = np.array([families.index(f) if f in families else -1 for f in runs["family"]])
+    order = np.lexsort((runs["loss"], runs["flops"], runs["D"], runs["N"], place))
+    return runs.select(order[place[order] >= 0])
 
 
 def overtakes(log_budget: np.ndarray, gaps: np.ndarray, edge: float) -> np.ndarray:
@@ -470,7 +483,9 @@ def compare(runs: Any, a: str, b: str, spec: Spec | None = None, **choices: Any)
     if a == b:
         raise ScalingError(f"family {a!r} cannot be compared with itself")
     spec, table = replace(spec or Spec(), **choices), Runs.any(runs)
-    pair = table.select(np.concatenate([np.flatnonzero(table["family"] == table.family(f)["family"][0]) for f in (a, b)]))
+    pair = table.select(
+        np.concatenate([np.flatnonzero(table["family"] == table.family(f)["family"][0]) for f in (a, b)])
+    )
     check_comparable(pair)
     return Ensemble.of(selected(pair, spec.select, spec.seed), (a, b), spec)
 

@@ -184,13 +184,13 @@ class Posterior:
         phi, log_weight = np.empty((count, len(self.mean))), np.zeros(count)
         groups = []
         for n in np.unique(noise):
-            used, place = np.unique(hyper[noise == n], return_inverse=True)
-            white = self.whiten(self.h[used], self.scale[n])
-            groups.append((n, used, white[0]))
+            used = np.unique(hyper[noise == n])
+            factor = self.whiten(self.h[used], self.scale[n])
+            groups.append((n, used, factor[0]))
             for t in np.unique(tie[noise == n]):
                 rows = np.flatnonzero((noise == n) & (tie == t))
                 own = np.searchsorted(used, hyper[rows])
-                _, mean, precision = self.evidence(white, t, self.phi[t, n])
+                _, mean, precision = self.evidence(factor, t, self.phi[t, n])
                 root = np.linalg.cholesky(precision).transpose(0, 2, 1)[own]
                 phi[rows] = mean[own] + np.linalg.solve(root, rng.normal(size=(len(rows), len(self.mean), 1)))[..., 0]
         exact = self.rows.y - self.law_of(phi)[0]

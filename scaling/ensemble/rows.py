@@ -32,7 +32,7 @@ def rows_of(runs: Runs, families: Sequence[str], law: Law, centre: np.ndarray) -
 
 def place(law: Law, log_n: np.ndarray, log_d: np.ndarray, log_c: np.ndarray | None, centre: np.ndarray) -> np.ndarray:
     """(m, inputs) where runs lie, in decades of the law's inputs from the middle of the ladder."""
-    at, middle = {"N": log_n, "D": log_d, "C": log_c}, middles(centre)
+    at, middle = {"N": log_n, "D": log_d, "C": np.asarray(log_c)}, middles(centre)
     return np.stack([(at[name] - middle[name]) / LN10 for name in law.inputs], axis=-1)
 
 

@@ -22,7 +22,8 @@ COPIES = 1e-9  # of log loss: repeats that differ by less are no runs of their o
 class LackOfFit:
     """Analysis of variance of log loss about the least-squares fit (Draper & Smith 1998, section 2.1).
 
-    pure: standard deviation of a run; misfit: that of cells about the law beyond what their runs' noise explains; their degrees of freedom; ratio: F; p: its tail.
+    pure: standard deviation of a run; misfit: that of cells about the law beyond what their runs' noise explains; their
+    degrees of freedom; ratio: F; p: its tail.
     """
 
     pure: float

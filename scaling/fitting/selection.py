@@ -77,7 +77,8 @@ def selected(runs: Runs, how: str, seed: int = 0) -> Runs:
     several = (times > 0) & ((np.bincount(place, minlength=count) > 1) | (how == "envelope"))
     shift = (lowest_true - luck / np.maximum(times, 1))[place].clip(0) * several[place]
     corrected = replace(runs, columns=runs.columns | {"loss": runs["loss"] * np.exp(shift)})
-    note = f"{int(mask.sum())} of {len(runs)} rows chosen ({how}); losses raised by {100 * shift[mask].mean():.2g} % on average for the luck of the choice"
+    raised = f"losses raised by {100 * shift[mask].mean():.2g} % on average for the luck of the choice"
+    note = f"{int(mask.sum())} of {len(runs)} rows chosen ({how}); {raised}"
     return replace(corrected.select(mask), notes=(*runs.notes, note))
 
 

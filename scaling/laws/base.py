@@ -86,7 +86,7 @@ class Law(ABC):
 
     @property
     def logged(self) -> np.ndarray:
-        """(P,) which centred parameters are exponents; an ensemble draws their logarithms, which keeps them positive."""
+        """(P,) which centred parameters are exponents; an ensemble draws their logarithms, to keep them positive."""
         return np.isin(self.names, self.exponents)
 
     def ties(self) -> tuple[tuple[str, ...], ...]:

@@ -326,9 +326,17 @@ def tied(name: str, share: Sequence[str] | None) -> Sequence[str]:
 
 
 def bits_of(text: object) -> float:
-    """Bits of a weight from its precision's name; raises ScalingError."""
+    """Bits of a weight from its precision's name; raises ScalingError.
+
+    A format such as e4m3 has a sign beside its exponent and mantissa.
+    """
     word = str(text).strip().lower()
-    number = re.search(r"\d+(\.\d+)?", word)
-    if word in NAMED_BITS or number:
-        return NAMED_BITS[word] if word in NAMED_BITS else float(number.group()) if number else 0.0
-    raise ScalingError(f"precision {text!r} names no number of bits (bf16, int8, ternary, 4 ...)")
+    if word in NAMED_BITS:
+        return NAMED_BITS[word]
+    parts = re.search(r"e(\d)m(\d)", word)
+    if parts:
+        return 1.0 + int(parts[1]) + int(parts[2])
+    number = re.fullmatch(r"(?:[a-z_-]*?)(\d+(?:\.\d+)?)(?:[\s_-]?bits?)?", word)
+    if number and 1 <= float(number[1]) <= 64:
+        return float(number[1])
+    raise ScalingError(f"precision {text!r} names no number of bits (bf16, int8, ternary, e4m3, 4 ...)")

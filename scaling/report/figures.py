@@ -131,7 +131,10 @@ def cells_chart(e: Ensemble, name: str) -> Chart | None:
     if not len(one):
         return None
     gaps = e.runs["loss"][two] - e.runs["loss"][one]
-    text = [f"{short(n)} parameters, {short(d)} tokens\n{g:+.4f}" for n, d, g in zip(e.runs["N"][one], e.runs["D"][one], gaps, strict=True)]
+    text = [
+        f"{short(n)} parameters, {short(d)} tokens\n{g:+.4f}"
+        for n, d, g in zip(e.runs["N"][one], e.runs["D"][one], gaps, strict=True)
+    ]
     marks = (Rule(0.0), Points(e.runs["flops"][one], gaps, DIFFERENCE_COLOUR, "square", "", text))
     caption = f"Loss of {e.b} minus loss of {e.a}, run against run, where N agrees within 1 % and D is equal."
     return Chart(name, caption, AXIS_NAMES["flops"], f"{e.b} − {e.a} ({e.runs.loss_label})", marks, height=3.4)
@@ -139,14 +142,22 @@ def cells_chart(e: Ensemble, name: str) -> Chart | None:
 
 def difference_chart(e: Ensemble, name: str, axis: str = "flops") -> Chart:
     """The difference of the frontiers with its band, to one decade beyond the runs: the main figure."""
-    budgets, (first, last) = e.budgets(axis), sorted(e.measured(axis))
+    budgets, last = e.budgets(axis), max(e.measured(axis))
     low, middle, high = np.quantile(e.gaps(budgets, axis), [0.025, 0.5, 0.975], axis=0)
     measured = (budgets >= e.measured(axis)[0] * 0.999) & (budgets <= e.measured(axis)[1] * 1.001)
     marks: list[object] = [Rule(0.0), Band(budgets, low, high, DIFFERENCE_COLOUR, measured)]
     marks += [Line(budgets, middle, DIFFERENCE_COLOUR, "", measured), Rule(last, "x", EDGE_WORDS)]
     crossing = e.crossing(axis)
     if crossing.kind == "inside":
-        marks.append(Line(np.clip([crossing.low, crossing.high], budgets[0], budgets[-1]), np.zeros(2), "#333333", "crossing, 95 %", width=6))
+        marks.append(
+            Line(
+                np.clip([crossing.low, crossing.high], budgets[0], budgets[-1]),
+                np.zeros(2),
+                "#333333",
+                "crossing, 95 %",
+                width=6,
+            )
+        )
     if 0 < e.reach < 1:
         marks.append(Rule(last * 10**e.reach, "x", "not validated beyond"))
     caption = (
@@ -196,7 +207,10 @@ def allocation_chart(found: Analysis) -> Chart | None:
         if curves:
             minima = np.array([[c.flops, c.best_n] for c in curves])
             marks.append(Points(minima[:, 0], minima[:, 1], colour, "star", f"{family}: IsoFLOP minima"))
-    caption = f"Best number of parameters at each compute with its 95 % band. {UNSUPPORTED} Stars: minima of IsoFLOP parabolas, for comparison only."
+    caption = (
+        f"Best number of parameters at each compute with its 95 % band. {UNSUPPORTED} Stars: minima of IsoFLOP "
+        "parabolas, for comparison only."
+    )
     return Chart("allocation", caption, AXIS_NAMES["flops"], "best N", tuple(marks), y_log=True)
 
 
@@ -222,8 +236,19 @@ def backtest_chart(test: BackTest, name: str) -> Chart | None:
             y = np.array([2 * (p.observed - (p.low + p.high) / 2) / (p.high - p.low) for p in points])
             text = [f"{p.run_id}\nfitted below 1/{p.origin:g} of the largest compute" for p in points]
             marks.append(Points(x, y, colour, shape, kind, text))
-    caption = "Left-out runs and differences against what the cheaper runs forecast, in half-widths of the 95 % interval: between the lines they lay inside."
-    return Chart(name, caption, "decades of compute beyond the runs fitted", "error / half-width", tuple(marks), x_log=False, height=3.6)
+    caption = (
+        "Left-out runs and differences against what the cheaper runs forecast, in half-widths of the 95 % interval: "
+        "between the lines they lay inside."
+    )
+    return Chart(
+        name,
+        caption,
+        "decades of compute beyond the runs fitted",
+        "error / half-width",
+        tuple(marks),
+        x_log=False,
+        height=3.6,
+    )
 
 
 def isoflop_chart(found: Analysis) -> Chart | None:
@@ -237,4 +262,6 @@ def isoflop_chart(found: Analysis) -> Chart | None:
     if not marks:
         return None
     caption = "Runs of one budget and a parabola through them (approach 2); nothing is decided by it."
-    return Chart("isoflop", caption, AXIS_NAMES["N"], f"held-out loss ({found.runs.loss_label})", tuple(marks), height=3.8)
+    return Chart(
+        "isoflop", caption, AXIS_NAMES["N"], f"held-out loss ({found.runs.loss_label})", tuple(marks), height=3.8
+    )

@@ -14,7 +14,16 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from scaling.report.chart import Band, Chart, Line, Points, Rule, segments
 
-MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "x": "X", "star": "*", "pentagon": "p"}
+MARKERS = {
+    "circle": "o",
+    "square": "s",
+    "diamond": "D",
+    "triangle-up": "^",
+    "cross": "P",
+    "x": "X",
+    "star": "*",
+    "pentagon": "p",
+}
 SIZE = (7.6, 4.8)
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -94,6 +103,10 @@ def draw_points(mark: Points, axes: Axes) -> None:
 
 @draw.register
 def draw_rule(mark: Rule, axes: Axes) -> None:
-    (axes.axhline if mark.axis == "y" else axes.axvline)(mark.at, color="0.35", lw=0.9, ls="-" if mark.axis == "y" else ":")
+    (axes.axhline if mark.axis == "y" else axes.axvline)(
+        mark.at, color="0.35", lw=0.9, ls="-" if mark.axis == "y" else ":"
+    )
     if mark.words:
-        axes.text(mark.at, 1.005, mark.words, transform=axes.get_xaxis_transform(), fontsize=8, color="0.35", va="bottom")
+        axes.text(
+            mark.at, 1.005, mark.words, transform=axes.get_xaxis_transform(), fontsize=8, color="0.35", va="bottom"
+        )

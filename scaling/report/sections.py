@@ -51,7 +51,9 @@ class Section:
     parts: tuple[Any, ...] = field(default=())
 
 
-def sections(found: Analysis, curves: figures.Curves, ledger: Sequence[Forecast], provenance: dict[str, Any]) -> list[Section]:
+def sections(
+    found: Analysis, curves: figures.Curves, ledger: Sequence[Forecast], provenance: dict[str, Any]
+) -> list[Section]:
     """Loss against compute, matched cells, frontiers, then the rest."""
     out = [Section("Loss against compute", (figures.loss_chart(found, curves),))]
     for k, pair in enumerate(found.pairs):
@@ -85,7 +87,9 @@ def charts(parts: Sequence[Section]) -> list[Chart]:
 def matched_section(pair: Ensemble, tail: str) -> Section:
     """What needs no law."""
     title = f"Matched cells: {pair.b} − {pair.a}"
-    return Section(title, (*matched_sentences(pair), *kept([figures.cells_chart(pair, f"cells{tail}")]), *cells_table(pair)))
+    return Section(
+        title, (*matched_sentences(pair), *kept([figures.cells_chart(pair, f"cells{tail}")]), *cells_table(pair))
+    )
 
 
 def cells_table(pair: Ensemble) -> tuple[Table, ...]:
@@ -93,8 +97,14 @@ def cells_table(pair: Ensemble) -> tuple[Table, ...]:
     one, two = matched_rows(pair)
     runs = pair.runs
     rows = [
-        (short(runs["N"][i]), short(runs["D"][i]), f"{runs['flops'][i]:.1e}", f"{runs['loss'][i]:.4f}")
-        + (f"{runs['loss'][j]:.4f}", f"{runs['loss'][j] - runs['loss'][i]:+.4f}")
+        (
+            short(runs["N"][i]),
+            short(runs["D"][i]),
+            f"{runs['flops'][i]:.1e}",
+            f"{runs['loss'][i]:.4f}",
+            f"{runs['loss'][j]:.4f}",
+            f"{runs['loss'][j] - runs['loss'][i]:+.4f}",
+        )
         for i, j in zip(one, two, strict=True)
     ]
     header = ("N", "D", "FLOP", pair.a, pair.b, "difference")
@@ -109,7 +119,9 @@ def frontier_section(found: Analysis, pair: Ensemble, tail: str) -> Section:
     for axis in axes:
         name = f"difference{tail}" if axis == "flops" else f"difference-{axis}{tail}"
         parts += [figures.difference_chart(pair, name, axis), difference_table(pair, axis)]
-    missing = [f"{AXES[axis]} {reason}" for axis in AXES if (reason := lacking(pair.runs, axis, found.spec.prices, pair.law))]
+    missing = [
+        f"{AXES[axis]} {reason}" for axis in AXES if (reason := lacking(pair.runs, axis, found.spec.prices, pair.law))
+    ]
     parts += [f"Not shown: {'; '.join(missing)}."] * bool(missing)
     return Section(f"Frontiers: {pair.b} − {pair.a}", tuple(parts))
 
@@ -128,8 +140,11 @@ def other_paths(pair: Ensemble) -> list[tuple[str, str]]:
 def difference_table(pair: Ensemble, axis: str) -> Table:
     """The difference along budgets, P where it is validated."""
     rows = [
-        (f"{row['budget']:.2e}", rounded(row["difference"], row["low"], row["high"], "+"))
-        + (chance(row["p_b_better"]).removeprefix("= ") if row["p_b_better"] is not None else "not validated",)
+        (
+            f"{row['budget']:.2e}",
+            rounded(row["difference"], row["low"], row["high"], "+"),
+            chance(row["p_b_better"]).removeprefix("= ") if row["p_b_better"] is not None else "not validated",
+        )
         for row in pair.table(axis)
     ]
     header = (AXES[axis], f"{pair.b} − {pair.a}, 95 %", f"P({pair.b} better)")
@@ -163,7 +178,10 @@ def allocation_table(found: Analysis) -> Table:
         e = found.own[family]
         for times in (1.0, 10.0):
             x = e.allocate(float(e.runs["flops"].max()) * times, family)
-            ends = ["{} ({} to {})".format(*map(short, (v, *pair))) for v, pair in ((x.N, x.N_interval), (x.D, x.D_interval))]
+            ends = [
+                "{} ({} to {})".format(*map(short, (v, *pair)))
+                for v, pair in ((x.N, x.N_interval), (x.D, x.D_interval))
+            ]
             where = "within the runs" if x.decades <= 0 else "" if x.validated else reach_sentence(e)
             rows.append((family, f"{x.flops:.1e}", *ends, rounded(x.loss, *x.loss_interval), where))
     return Table(("family", "FLOP", "best N", "best D", "loss", ""), tuple(rows), wide=(5,))
@@ -175,7 +193,12 @@ def checks_section(found: Analysis) -> Section:
     certificates = []
     for family, fitted in found.fits.items():
         c = fitted.certificate
-        numbers = (f"{c.objective:.6g}", f"{c.gradient:.1e}", f"{c.agreeing} of {c.starts}", f"{c.second_solver_gap:+.1e}")
+        numbers = (
+            f"{c.objective:.6g}",
+            f"{c.gradient:.1e}",
+            f"{c.agreeing} of {c.starts}",
+            f"{c.second_solver_gap:+.1e}",
+        )
         certificates.append((family, *numbers, f"{c.condition:.1e}"))
     findings = [(f.name, f.message, f.listed()) for f in lint(found.runs) if f.severity != "error"]
     header = ("fit", "objective", "gradient", "starts agreeing", "second solver", "condition")
@@ -216,7 +239,13 @@ def runs_table(runs: Runs) -> Table:
     present = [c for c in RUN_COLUMNS if c in runs.columns]
     some = runs.select(np.arange(min(len(runs), MOST_ROWS)))
     rows = tuple(tuple(cell(name, row[name]) for name in present) for row in some.records())
-    title = "" if len(runs) <= 40 else f"{len(runs)} runs" if len(runs) <= MOST_ROWS else f"{MOST_ROWS} of {len(runs)} runs; runs.csv holds all"
+    title = (
+        ""
+        if len(runs) <= 40
+        else f"{len(runs)} runs"
+        if len(runs) <= MOST_ROWS
+        else f"{MOST_ROWS} of {len(runs)} runs; runs.csv holds all"
+    )
     return Table(tuple(present), rows, folded=title)
 
 
@@ -238,18 +267,26 @@ def forecast_tables(ledger: Sequence[Forecast]) -> tuple[Table, ...]:
     for scored in (True, False):
         rows = []
         for f in (f for f in ledger if f.scored is scored):
-            row = (f.family, short(f.N), short(f.D), rounded(f.loss, f.low, f.high))
+            row: tuple[str, ...] = (f.family, short(f.N), short(f.D), rounded(f.loss, f.low, f.high))
             if f.observed is not None:
                 row += (f.run_id, f"{f.observed:.4f}", f"{100 * f.error:+.2f} %", "yes" if f.covered else "no")
             rows.append(row)
-        header = ("family", "N", "D", "forecast of a run, 95 %", *(("run", "observed", "error", "inside") if scored else ()))
+        header = (
+            "family",
+            "N",
+            "D",
+            "forecast of a run, 95 %",
+            *(("run", "observed", "error", "inside") if scored else ()),
+        )
         if rows:
             out.append(Table(header, tuple(rows[:MOST_ROWS])))
     return tuple(out)
 
 
 def provenance_table(block: dict[str, Any]) -> Table:
-    return Table(("item", "value"), tuple((k, "missing" if v is None else figures_of(v)) for k, v in block.items()), wide=(1,))
+    return Table(
+        ("item", "value"), tuple((k, "missing" if v is None else figures_of(v)) for k, v in block.items()), wide=(1,)
+    )
 
 
 def figures_of(value: Any) -> str:

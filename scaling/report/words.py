@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scaling.ensemble.answers import Crossing, Difference
-from scaling.tables.cells import matched_cells
 from scaling.fitting.fit import Gate, ladder_gate
+from scaling.tables.cells import matched_cells
 
 if TYPE_CHECKING:
     from scaling.ensemble.ensemble import Ensemble
@@ -88,7 +88,7 @@ def carried(e: Ensemble) -> list[str]:
     out = matched_sentences(e)
     if low > high:
         out.append(
-            f"No compute was measured for both families: one family's runs end at {high:.1e} FLOP, the other's begin at "
+            f"No compute was measured for both families: those of one end at {high:.1e} FLOP, the other's start at "
             f"{low:.1e}. Every difference comes from the laws, not from runs."
         )
     at, ahead = e.difference(high), e.difference(high * 10)
@@ -197,7 +197,10 @@ def outside_ladder(e: Ensemble) -> list[str]:
                 asked.append(f"{family} {short(low)} to {short(high)} {unit}")
     if not asked:
         return []
-    return [f"Best allocations leave the sizes or tokens that were trained ({'; '.join(asked)}): there the frontier is the law's."]
+    return [
+        f"Best allocations leave the sizes or tokens that were trained ({'; '.join(asked)}): there the frontier is the "
+        "law's."
+    ]
 
 
 def backtest_sentence(e: Ensemble) -> str:

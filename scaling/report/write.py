@@ -60,7 +60,9 @@ class Report:
         """Plain text that is read in ten seconds: runs, parameters with intervals, verdict."""
         found, runs = self.found, self.found.runs
         out = [f"RUNS  held-out loss, {runs.loss_label}"]
-        out += run_lines(runs) if len(runs) <= LONG_TABLE else [f"{f}: {len(runs.family(f))} runs" for f in found.families]
+        out += (
+            run_lines(runs) if len(runs) <= LONG_TABLE else [f"{f}: {len(runs.family(f))} runs" for f in found.families]
+        )
         out += ["", f"LAW   {found.spec.law}; 95 % intervals of the ensemble"]
         for family in found.families:
             parts = [f"{p.name} {rounded(p.value, p.low, p.high)}" for p in found.own[family].parameters(family)]
@@ -135,14 +137,18 @@ def html_page(found: Analysis, title: str, said: Sequence[str], parts: Sequence[
     for figure in drawn.values():
         figure["layout"].pop("template", None)
     packed = base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
-    return templates(True).get_template("page.html.j2").render(
-        title=title,
-        counts=", ".join(f"{len(found.runs.family(f))} runs of {f}" for f in found.families),
-        verdict=said,
-        shown=SHOWN,
-        sections=parts,
-        charts=jinja2.utils.htmlsafe_json_dumps(plain(drawn)),
-        library=packed,
+    return (
+        templates(True)
+        .get_template("page.html.j2")
+        .render(
+            title=title,
+            counts=", ".join(f"{len(found.runs.family(f))} runs of {f}" for f in found.families),
+            verdict=said,
+            shown=SHOWN,
+            sections=parts,
+            charts=jinja2.utils.htmlsafe_json_dumps(plain(drawn)),
+            library=packed,
+        )
     )
 
 

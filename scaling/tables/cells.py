@@ -20,7 +20,9 @@ def cells(runs: Runs) -> np.ndarray:
     By distance in both at once: in order of N alone, rows of a neighbouring number of tokens would stand between two
     whose N differs in the last digits.
     """
-    kind = np.unique([f"{f}|{k}" for f, k in zip(runs["family"], kinds(runs, BESIDE), strict=True)], return_inverse=True)[1]
+    kind = np.unique(
+        [f"{f}|{k}" for f, k in zip(runs["family"], kinds(runs, BESIDE), strict=True)], return_inverse=True
+    )[1]
     apart = 10 * SAME_CELL + np.ptp(np.log(runs["N"]))
     points, place = np.unique(
         np.column_stack([np.log(runs["N"]) + apart * kind, np.log(runs["D"])]), axis=0, return_inverse=True

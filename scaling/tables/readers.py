@@ -4,15 +4,23 @@ Weights & Biases folders and TensorBoard logs. Nothing is ever unpickled."""
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import io
 import json
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import yaml
+
 RUN_NAMES = {"Name": "run_id", "State": "state"}  # the fixed headings of a Weights & Biases runs table
+
+
+DECIMAL_COMMA = re.compile(r"^(\s*-?\d+),(\d+\s*)$")
 
 
 class ScalingError(ValueError):
@@ -26,17 +34,24 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], str]:
     if not path.is_file():
         raise ScalingError(f"no such file or directory: {path}")
     data = path.read_bytes()
+    digest, name = hashlib.sha256(data).hexdigest(), path.name.lower()
+    if name.endswith(".gz"):
+        try:
+            data, name = gzip.decompress(data), name.removesuffix(".gz")
+        except (OSError, EOFError) as error:
+            raise ScalingError(f"{path.name} is not gzip: {error}") from error
     if not data.strip():
         raise ScalingError(f"{path} is empty")
-    if path.suffix == ".parquet":
-        return read_parquet(path), hashlib.sha256(data).hexdigest()
-    if path.suffix in {".pkl", ".pickle", ".pt"}:
+    if name.endswith(".parquet"):
+        return read_parquet(path), digest
+    if name.endswith((".pkl", ".pickle", ".pt")):
         raise ScalingError(f"{path.name} is a pickle, which can run any code when opened: export it as CSV")
-    return from_wandb_table(parse_text(decode(data, path), path)), hashlib.sha256(data).hexdigest()
+    return from_wandb_table(parse_text(decode(data, path), name)), digest
 
 
 def read_folder(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """A sweep directory, else local Weights & Biases runs, else TensorBoard logs."""
+    """A sweep directory, else local Weights & Biases runs, else TensorBoard logs, else one CSV history a run, of which
+    the last row counts."""
     if (path / "runs.csv").is_file():
         return read_rows(path / "runs.csv")
     results = sorted(path.glob("runs/*/result.json"))
@@ -49,8 +64,11 @@ def read_folder(path: Path) -> tuple[list[dict[str, Any]], str]:
     if events:
         folders = sorted({event.parent for event in events})
         return [tensorboard_row(folder, path) for folder in folders], digest_of(events)
+    histories = sorted(p for p in path.iterdir() if p.suffix.lower() in {".csv", ".tsv"})
+    if histories:
+        return [read_rows(p)[0][-1] | {"run_id": p.stem} for p in histories], digest_of(histories)
     raise ScalingError(
-        f"{path} holds none of runs.csv, runs/*/result.json, wandb-summary.json or TensorBoard event files"
+        f"{path} holds no runs.csv, runs/*/result.json, wandb-summary.json, TensorBoard files or CSV histories"
     )
 
 
@@ -93,25 +111,36 @@ def from_wandb_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def wandb_row(summary: Path) -> dict[str, Any]:
-    """One local run: its last summary values, and `config.yaml`'s settings as `config.NAME`."""
-    values = {
-        k: v for k, v in json_object(summary).items() if not k.startswith("_") and not isinstance(v, (dict, list))
-    }
+    """One local run: its last summary values, and `config.yaml`'s settings as `config.NAME`; what is nested is named
+    with dots."""
+    values = {k: v for k, v in flat(json_object(summary)).items() if not k.startswith("_")}
     config = summary.with_name("config.yaml")
-    settings = wandb_config(config.read_text()) if config.is_file() else {}
+    settings = wandb_config(config) if config.is_file() else {}
     folder = summary.parent.parent if summary.parent.name == "files" else summary.parent
     return {"run_id": folder.name} | {f"config.{k}": v for k, v in settings.items()} | values
 
 
-def wandb_config(text: str) -> dict[str, str]:
-    """Scalars of a config.yaml as Weights & Biases writes it: a name on one line, `value: x` indented below it."""
-    out, name = {}, ""
-    for line in text.splitlines():
-        if line and not line[0].isspace() and line.rstrip().endswith(":"):
-            name = line.rstrip()[:-1]
-        elif name and line.strip().startswith("value:"):
-            out[name] = line.split(":", 1)[1].strip().strip("'\"")
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, names joined by dots; lists are left out."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            out[f"{prefix}{name}"] = value
     return out
+
+
+def wandb_config(path: Path) -> dict[str, Any]:
+    """Settings of a config.yaml as Weights & Biases writes it: a mapping with `value` below each name."""
+    try:
+        data = yaml.safe_load(decode(path.read_bytes(), path)) or {}
+    except yaml.YAMLError as error:
+        raise ScalingError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    known = {
+        k: v["value"] for k, v in data.items() if isinstance(v, Mapping) and "value" in v and not k.startswith("_")
+    }
+    return flat(known)
 
 
 def tensorboard_row(folder: Path, root: Path) -> dict[str, Any]:
@@ -140,9 +169,23 @@ def tensorboard_scalars(file: Path) -> Iterator[tuple[int, str, float]]:
             return
         event = Event.FromString(record)
         for value in event.summary.value:
-            if value.WhichOneof("value") == "simple_value":
+            kind = value.WhichOneof("value")
+            if kind == "simple_value":
                 yield event.step, value.tag, float(value.simple_value)
+            elif kind == "tensor" and (number := tensor_scalar(value.tensor)) is not None:
+                yield event.step, value.tag, number
         place += length + 16
+
+
+def tensor_scalar(tensor: Any) -> float | None:
+    """The number of a tensor of one element (TensorFlow 2 writes scalars so); None for anything else."""
+    kind = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8"}.get(tensor.dtype)  # DT_FLOAT, DT_DOUBLE, DT_INT32, DT_INT64
+    if any(size.size != 1 for size in tensor.tensor_shape.dim) or kind is None:
+        return None
+    if tensor.tensor_content:
+        return float(np.frombuffer(tensor.tensor_content, kind)[0])
+    listed = [*tensor.float_val, *tensor.double_val, *tensor.int_val, *tensor.int64_val]
+    return float(listed[0]) if len(listed) == 1 else None
 
 
 def decode(data: bytes, path: Path) -> str:
@@ -154,19 +197,55 @@ def decode(data: bytes, path: Path) -> str:
         ) from error
 
 
-def parse_text(text: str, path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL (by its suffix) or CSV text."""
-    if path.suffix in {".jsonl", ".ndjson"}:
-        return [parse_json_line(line, i) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    header = reader.fieldnames or []
-    if len(set(header)) < len(header):
-        raise ScalingError(f"{path.name} names a column twice: {sorted({h for h in header if header.count(h) > 1})}")
+def parse_text(text: str, name: str) -> list[dict[str, Any]]:
+    """Rows of a text: JSON lines or one JSON array by suffix, else a table with a header."""
+    if name.endswith((".jsonl", ".ndjson")):  # only line feeds end a record: others may stand inside a string
+        return [parse_json_line(line, i) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if name.endswith(".json"):
+        return json_records(text, name)
+    return parse_table(text, name)
+
+
+def json_records(text: str, name: str) -> list[dict[str, Any]]:
+    """An array of objects, or the first such array inside an object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ScalingError(f"{name} is not JSON: {error}") from error
+    if isinstance(value, dict):
+        value = next((v for v in value.values() if isinstance(v, list)), value)
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise ScalingError(f"{name} is not a JSON array of objects")
+    return value
+
+
+def parse_table(text: str, name: str) -> list[dict[str, Any]]:
+    """Rows of separated values: commas, or semicolons or tabs where the header has them; with semicolons a comma is a
+    decimal mark. Columns without a name and without values are left out. Raises ScalingError on a quote that never
+    closes, which would swallow rows, and on rows with more fields than the header."""
+    header_line = text.lstrip("\ufeff").split("\n", 1)[0]
+    mark = max(",;\t", key=header_line.count)
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     rows = []
-    for row in reader:
-        if None in row:
-            raise ScalingError(f"{path.name} line {reader.line_num} has more fields than the header")
-        rows.append(row)
+    try:
+        header = [field.strip() for field in next(reader)]
+        named = [h for h in header if h]
+        if len(set(named)) < len(named):
+            raise ScalingError(f"{name} names a column twice: {sorted({h for h in named if named.count(h) > 1})}")
+        for fields in reader:
+            if not any(field.strip() for field in fields):
+                continue
+            extra = [f for h, f in zip([*header, *[""] * len(fields)], fields, strict=False) if not h and f.strip()]
+            if extra:
+                raise ScalingError(f"{name} line {reader.line_num} has more fields than the header")
+            row = dict(zip(header, fields, strict=False))
+            row.pop("", None)
+            rows.append({h: row.get(h) for h in named})
+    except csv.Error as error:
+        raise ScalingError(f"{name} line {reader.line_num}: {error} (a quote that never closes?)") from error
+    if mark == ";":
+        rows = [{k: DECIMAL_COMMA.sub(r"\1.\2", v) if v else v for k, v in row.items()} for row in rows]
     return rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import operator
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import narwhals
 import numpy as np
 
+from scaling.tables.arithmetic import evaluated, formula
 from scaling.tables.equal import Equal
 from scaling.tables.readers import ScalingError, read_rows
 
@@ -46,6 +48,7 @@ TEXT = (
     "optax",
 )
 BOOLEAN = ("ended", "excluded", "embedding_counted")  # the last: whether N holds the input embedding
+UNSTATED = "units of loss"
 IN_BITS = "nats per token do not compare, bits per byte would (--column loss=bpb)"
 BITS, NATS, NATS_PER_TOKEN = "bits per byte", "nats", "nats per token"
 CONVENTIONS = (
@@ -65,8 +68,12 @@ KNOWN = (*NUMERIC, *TEXT, *BOOLEAN, "seed", "data_seed", "activation_bits", "gra
 FLOPS_PER_PARAMETER_TOKEN = 6.0  # forward 2, backward 4 (Kaplan et al. 2020, section 2.1)
 LARGEST = 1e60  # beyond any run; keeps products of two columns finite
 MISSING_WORDS = frozenset({"", "na", "n/a", "nan", "none", "null"})
+NUMBER = re.compile(r"^([+-]?(?:\d{1,3}(?:[,_]\d{3})+|\d+)(?:\.\d+)?)\s?([kKmMbBgGtT]?)$")
+MULTIPLES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}  # as people write sizes and tokens
+UNITS = ("nats", "nats per token", "bits per byte", "bits per token", "accuracy", "error")
 TRUE_WORDS, FALSE_WORDS = frozenset({"true", "1", "1.0", "yes"}), frozenset({"false", "0", "0.0", "no"})
 COMPARISONS = {
+    "==": operator.eq,
     "!=": operator.ne,
     "<=": operator.le,
     ">=": operator.ge,
@@ -158,7 +165,9 @@ class Runs(Equal):
         try:
             frame = narwhals.from_native(source, eager_only=True)
         except TypeError as error:
-            raise ScalingError(f"a {type(source).__name__} is no table of runs: give a path, rows or a DataFrame") from error
+            raise ScalingError(
+                f"a {type(source).__name__} is no table of runs: give a path, rows or a DataFrame"
+            ) from error
         return cls.from_rows(frame.rows(named=True))
 
     @classmethod
@@ -204,9 +213,9 @@ class Runs(Equal):
 
     @property
     def loss_unit(self) -> str:
-        """What the losses are in, as the table states it: nats (also where it is silent) or bits per byte."""
+        """What the losses are in, as the table states it; UNSTATED where it does not."""
         kinds = self.kinds("loss_unit")
-        return kinds[0] if len(kinds) == 1 and kinds != [NATS_PER_TOKEN] else NATS
+        return kinds[0] if len(kinds) == 1 else UNSTATED
 
     @property
     def loss_label(self) -> str:
@@ -246,18 +255,31 @@ class Runs(Equal):
 
 
 def rename_columns(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Gives the table's columns our names; a column that already had one of those names is dropped."""
-    present = set().union(*(row.keys() for row in rows)) if rows else set()
+    """Rows with the columns that `columns` maps ours to, by name or by arithmetic ("params*1e6"); the table's own names
+    stay usable, and a column that already had one of ours is replaced."""
+    present = list(dict.fromkeys(name for row in rows for name in row))
+    made: dict[str, list[Any]] = {}
     for ours, theirs in columns.items():
-        if theirs not in present:
-            raise ScalingError(
-                f"--column {ours}={theirs}: the table has no column {theirs!r}{nearest(theirs, present)}"
-            )
-    taken = set(columns) | set(columns.values())
-    return [
-        {k: v for k, v in row.items() if k not in taken} | {ours: row.get(theirs) for ours, theirs in columns.items()}
-        for row in rows
-    ]
+        if theirs in present:
+            made[ours] = [row.get(theirs) for row in rows]
+            continue
+        tree, names = formula(theirs)
+        for name in names.values():
+            if name not in present:
+                raise ScalingError(
+                    f"--column {ours}={theirs}: the table has no column {name!r}{nearest(name, present)}"
+                )
+        made[ours] = [computed(tree, names, row, ours, k) for k, row in enumerate(rows)]
+    return [row | {ours: values[k] for ours, values in made.items()} for k, row in enumerate(rows)]
+
+
+def computed(tree: Any, names: Mapping[str, str], row: Mapping[str, Any], ours: str, place: int) -> float:
+    """One row's value of an expression; raises ScalingError on text where a number is wanted."""
+    values = {short: as_number(row.get(column)) for short, column in names.items()}
+    text = next((column for short, column in names.items() if values[short] is None), None)
+    if text is not None:
+        raise ScalingError(f"column {text!r} holds text in row {place + 1}: {str(row.get(text))[:40]!r} (for {ours})")
+    return evaluated(tree, {short: value for short, value in values.items() if value is not None})
 
 
 def parse_where(where: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -282,21 +304,28 @@ def holds(row: Mapping[str, Any], condition: tuple[str, str, str], present: Iter
         raise ScalingError(f"--where: the table has no column {name!r}{nearest(name, present)}")
     cell = row.get(name, "")
     have, want = as_number(cell), as_number(value)
+    if str(value).strip() == "" and sign in ("=", "==", "!="):  # COLUMN= keeps the rows that leave it blank
+        blank = have is not None and have != have
+        return blank == (sign != "!=")
     if have is not None and want is not None:
         return bool(COMPARISONS[sign](have, want))
-    if sign not in {"=", "!="}:
+    if sign not in {"=", "==", "!="}:
         return False
     return bool(COMPARISONS[sign](str(cell).lower(), value.lower()))
 
 
 def as_number(value: Any) -> float | None:
-    """The value as a float, NaN where it is blank, None where it is text."""
+    """The value as a float, NaN where it is blank, None where it is text; "2.8B" and "1,300,000" are numbers."""
     if value is None or (isinstance(value, str) and value.strip().lower() in MISSING_WORDS):
         return float("nan")
     try:
         return float(value)
     except (TypeError, ValueError):
+        pass
+    found = NUMBER.match(str(value).strip())
+    if found is None:
         return None
+    return float(found[1].replace(",", "").replace("_", "")) * MULTIPLES[found[2].upper()]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -313,6 +342,12 @@ def derive_columns(raw: dict[str, list[Any]]) -> list[str]:
     if "run_id" not in raw:
         raw["run_id"] = [f"row-{i + 1}" for i in range(count)]
         notes.append("run_id absent: rows are numbered")
+        if "cluster" not in raw:  # rows of one size may be checkpoints of one run: they are not taken for independent
+            known = [raw[name] for name in ("family", "N", "lr", "seed", "precision") if name in raw]
+            raw["cluster"] = (
+                ["|".join(map(str, values)) for values in zip(*known, strict=True)] if known else raw["run_id"]
+            )
+            notes[-1] += "; those of one family and size count as one trunk, as checkpoints of a run would"
     if "D" not in raw and "flops" in raw and "N" in raw:
         flops, n = parse_column("flops", raw["flops"]), parse_column("N", raw["N"])
         raw["D"] = (flops / (FLOPS_PER_PARAMETER_TOKEN * n)).tolist()
@@ -359,6 +394,9 @@ def check_values(runs: Runs) -> None:
     for name in REQUIRED[:2]:
         if (runs[name] == "").any():
             raise ScalingError(f"column {name!r} is blank in row {int(np.argmax(runs[name] == '')) + 1}")
+    unknown = [unit for unit in runs.kinds("loss_unit") if unit not in UNITS]
+    if unknown:
+        raise ScalingError(f"loss_unit {unknown[0]!r} is unknown; choose from {', '.join(UNITS)}")
     for name in POSITIVE:
         if name not in runs.columns:
             continue
@@ -378,10 +416,13 @@ def midrun_fault(runs: Runs) -> str:
     if "ended" in runs.columns and (runs["ended"] == 0).any():
         unfinished = runs["run_id"][runs["ended"] == 0]
         return f"{len(unfinished)} run(s) have ended=false, first {unfinished[0]!r}"
-    names, counts = np.unique(runs["run_id"].astype(str), return_counts=True)
+    own = np.array([f"{f}|{r}" for f, r in zip(runs["family"], runs["run_id"], strict=True)])
+    names, counts = np.unique(own, return_counts=True)
     if (counts > 1).any():
         worst = int(np.argmax(counts))
-        return f"run_id {str(names[worst])!r} appears {counts[worst]} times, as points inside one run do"
+        return (
+            f"run_id {str(names[worst]).split('|', 1)[1]!r} appears {counts[worst]} times, as points inside one run do"
+        )
     return ""
 
 
@@ -390,7 +431,9 @@ def check_comparable(runs: Runs) -> None:
     what is recorded for one family it must be known for the other too. Raises ScalingError."""
     advice = {} if runs.kinds("loss_unit") == [BITS] else dict.fromkeys(("tokenizer", "vocab"), IN_BITS)
     advice["val_set"] = "evaluate both on one text"
-    advice |= dict.fromkeys(("loss_unit", "flops_rule", "embedding_counted", "D_rule"), "count and measure both alike first")
+    advice |= dict.fromkeys(
+        ("loss_unit", "flops_rule", "embedding_counted", "D_rule"), "count and measure both alike first"
+    )
     for name, mend in advice.items():
         kinds = runs.kinds(name)
         if len(kinds) > 1:

@@ -77,6 +77,10 @@ class Browser:
             if self.run("document.readyState === 'complete' && location.href !== 'about:blank'"):
                 break
             time.sleep(0.1)
+        for _ in range(300):  # figures are drawn once plotly.js is unpacked
+            if self.run("!document.getElementById('charts') || document.documentElement.dataset.ready === 'yes'"):
+                break
+            time.sleep(0.1)
         self.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 300)))")
 
     def press(self, key: str) -> None:

@@ -16,7 +16,9 @@ def hyper(**values):
     return h
 
 
-@pytest.mark.parametrize("values", [{"tau": 0.01, "kappa": 0}, {"tau": 0, "kappa": 0.01}, {"tau": 0.004, "kappa": 0.003}])
+@pytest.mark.parametrize(
+    "values", [{"tau": 0.01, "kappa": 0}, {"tau": 0, "kappa": 0.01}, {"tau": 0.004, "kappa": 0.003}]
+)
 def test_features_have_the_covariance_that_is_written_down(values):
     """On average over frequencies; a draw of weights is then a draw of the process."""
     h = hyper(**values)

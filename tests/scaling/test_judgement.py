@@ -6,7 +6,6 @@ from conftest import DATA, ladder_rows
 
 from scaling import Runs, fit
 from scaling.fitting.approaches import envelope, isoflop
-from scaling.fitting.solve import objective_named
 from scaling.fitting.sensitivity import (
     CUSTOMARY_DELTA,
     delta_from_noise,
@@ -15,6 +14,7 @@ from scaling.fitting.sensitivity import (
     robust_delta,
     sensitivity,
 )
+from scaling.fitting.solve import objective_named
 
 SIX = tuple(np.geomspace(1e6, 1e8, 6))
 RATIOS = (5, 10, 20, 40, 80)

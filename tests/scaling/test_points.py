@@ -6,15 +6,11 @@ import numpy as np
 import pytest
 from conftest import ladder_rows, with_costs, write_csv
 
-from scaling import Runs, ScalingError, compare, fit
+from scaling import Runs, ScalingError, analyse, compare, fit
 from scaling.__main__ import main
-from scaling.uncertainty.backtest import backtest
-from scaling.uncertainty.bootstrap import bootstrap
-from scaling.fitting.sensitivity import influence
-from scaling.verdict.compare import contrast, family_frontier, joint_draws
 from scaling.costs import available_axes
 from scaling.ensemble.frontier import Cost
-from scaling.verdict.words import verdict
+from scaling.fitting.sensitivity import influence
 
 SIZES, RATIOS = tuple(np.geomspace(1e6, 2.5e8, 7)), (5, 10, 20, 80)
 HALF = 15.0  # R* of the data-constrained law
@@ -61,26 +57,17 @@ EVERYTHING = ("E", "A", "B", "alpha", "beta", "gamma")
 CASES = {"power-floor": of_compute, "data-constrained": repeating}
 
 
+def noisy(runs, size=3e-4, seed=0):
+    rng = np.random.default_rng(seed)
+    return Runs.from_rows([r | {"loss": r["loss"] * np.exp(size * rng.normal())} for r in runs.records()])
+
+
 @pytest.mark.parametrize("law", CASES)
-def test_a_backtest_of_an_exact_law_misses_nothing(law):
-    """At 6 N D, or with every token new, the held-out runs would be off by several per cent."""
-    found = backtest(CASES[law](), (30.0,), law=law, objective="log-ls", draws=20)
-    assert len(found.held) > 5
-    np.testing.assert_allclose([h.error for h in found.held], 0, atol=2e-3)
-
-
-def test_a_backtest_of_a_difference_keeps_each_rows_own_columns():
-    """Two families that differ in what they repeat, matched cell by cell."""
-    one = list(repeating("a").records())
-    two = [r | {"family": "b", "run_id": f"b{k}", "U": r["D"]} for k, r in enumerate(one)]
-    for row in two:
-        row["loss"] = 1.8 + 180 / row["N"] ** 0.34 + 420 / row["D"] ** 0.37
-    rows = [r | {"cluster": ""} for r in (*one, *two)]
-    found = backtest(
-        Runs.from_rows(rows), (4.0,), ("E", "A", "B", "alpha", "beta", "R_D"), "data-constrained", "log-ls", draws=20
-    )
-    assert found.of("difference")
-    np.testing.assert_allclose([h.error for h in found.of("difference")], 0, atol=5e-3)
+def test_a_backtest_of_an_exact_law_misses_little(law):
+    """At 6 N D, or with every token new, the left-out runs would be off by several per cent."""
+    found = analyse(noisy(CASES[law]()), law=law, draws=200).test
+    assert len(found.points) > 5
+    assert max(abs(p.observed / p.expected - 1) for p in found.points) < 0.02
 
 
 def test_what_a_law_depends_on_must_be_given():
@@ -94,8 +81,8 @@ def test_what_a_law_depends_on_must_be_given():
     for unique, tokens in ((2e8, worth), (np.inf, 2e9)):
         expected = 1.8 + 180 / 1e8**0.34 + 420 / tokens**0.37
         assert repeats.predict(1e8, 2e9, unique=unique)[0] == pytest.approx(expected, rel=1e-3)
-    drawn = bootstrap(repeats, 5).predict(1e8, 2e9, unique=[2e8, 2e9])
-    assert (drawn[:, 0] > drawn[:, 1]).all()
+    drawn = analyse(noisy(repeating()), law="data-constrained", draws=50)
+    assert drawn.predict(1e8, 2e9, unique=2e8).low > drawn.predict(1e8, 2e9, unique=2e9).high
 
 
 def test_a_family_that_repeats_nothing_needs_not_say_so():
@@ -127,44 +114,35 @@ def test_influence_enlarges_a_run_with_all_that_belongs_to_it():
 
 def test_frontiers_are_of_the_familys_own_precision():
     """A ternary weight is worth 1 - exp(-1.585/2.5) of one of unlimited precision, a 16-bit one 1 - exp(-16/2.5)."""
-    joint = joint_draws(rounded(), EVERYTHING, 5, law="precision", objective="log-ls")
+    e = compare(noisy(rounded(), 1e-4), "bf16", "ternary", law="precision", share=EVERYTHING, draws=100)
+    budget = np.array([1e19])
     for family, bits in (("bf16", 16.0), ("ternary", np.log2(3))):
-        found = family_frontier(
-            joint.fit, joint.fit.theta[None], family, Cost.of(rounded().family(family)), np.log([1e20])
-        )
-        n, d = np.exp(found.log_n[0, 0]), np.exp(found.log_d[0, 0])
+        path = e.path(family, budget)
+        n, d = np.exp(path.log_n[0, 0]), np.exp(path.log_d[0, 0])
         expected = 1.8 + 180 / (n * -np.expm1(-bits / 2.5)) ** 0.34 + 420 / d**0.37
-        assert found.loss[0, 0] == pytest.approx(expected, rel=1e-4)
-        assert joint.fit.predict(n, d, family)[0] == pytest.approx(expected, rel=1e-4)
-    assert contrast(joint, "bf16", "ternary").p_b_better.max() == 0.0
+        assert np.median(e.frontier(family, budget)) == pytest.approx(expected, rel=3e-3)
+        assert e.predict(n, d, family).loss == pytest.approx(expected, rel=3e-3)
+    assert e.difference(1e18).low > 0
 
 
 def test_a_frontier_of_several_precisions_is_refused():
     rows = [r | {"family": "a" if k % 2 else "b"} for k, r in enumerate(rounded().records())]
     with pytest.raises(ScalingError, match="--column family=precision"):
-        compare(Runs.from_rows(rows), "a", "b", EVERYTHING, 5, law="precision")
+        compare(Runs.from_rows(rows), "a", "b", share=EVERYTHING, draws=5, law="precision").difference(1e18)
 
 
-@pytest.fixture(scope="module")
-def by_compute():
-    """Two families under a law of compute, with joules that are not proportional to it."""
+def test_a_law_of_compute_is_compared_in_its_own_flop_alone():
+    """Also where joules are not proportional to it."""
     rows = with_costs(ladder_rows(SIZES, RATIOS, 1e-3, factors={"transformer++": dear}))
-    return joint_draws(Runs.from_rows([r | {"joules": r["flops"] ** 1.1} for r in rows]), law="power-floor", draws=20)
-
-
-def test_a_law_of_compute_is_compared_in_its_own_flop_alone(by_compute):
-    runs = by_compute.fit.runs
-    c = contrast(by_compute, "transformer++", "matmul-free")
-    for family in (c.a, c.b):
-        p = by_compute.fit.family_params(family)
-        np.testing.assert_allclose(c.frontiers[family].loss[0], p["E"] + p["A"] / c.budgets ** p["alpha"], rtol=1e-9)
-    assert not any("best allocation" in line for line in verdict(c))
-    assert available_axes(runs, law=by_compute.fit.law) == ["flops"]
+    runs = Runs.from_rows([r | {"joules": r["flops"] ** 1.1} for r in rows])
+    e = analyse(runs, law="power-floor", draws=50)
+    assert available_axes(e.runs, law=e.law) == ["flops"]
+    assert not any("est allocation" in line for line in e.verdict())
     for axis in ("joules", "flops-6nd", "energy"):
         with pytest.raises(ScalingError, match="knows the table's own FLOP only"):
-            contrast(by_compute, "transformer++", "matmul-free", axis)
+            e.difference(1e18, axis)
     with pytest.raises(ScalingError, match="depends on compute alone"):
-        contrast(by_compute, "transformer++", "matmul-free", along="ratio=20")
+        e.difference(1e18, along="ratio=20")
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +170,9 @@ def test_predict_takes_what_the_law_depends_on(stored, capsys, law, flags, expec
     asked = ["predict", str(stored[law]), "--N", "1e9", "--D", "1e10", "--json"]
     assert main([*asked, *flags]) == 0
     found = json.loads(capsys.readouterr().out)["all"]
-    assert found["loss"] == pytest.approx(expected, rel=2e-3)
+    assert found["loss"] == pytest.approx(expected, rel=4e-3)
     if law == "power-floor":
-        assert found["extrapolation"] == pytest.approx(1e19 / of_compute()["flops"].max(), rel=1e-9)
+        assert found["decades"] == pytest.approx(max(0.0, np.log10(1e19 / of_compute()["flops"].max())))
     assert main(asked) == 1
     assert f"({flags[0]})" in capsys.readouterr().err
     assert main([*asked, *flags, "--precision", "int8"]) == 1
@@ -214,6 +192,6 @@ def test_own_forecasts_of_a_law_of_compute_are_at_its_cost(stored):
     assert rows
     for row in rows:
         flops = Cost.of(of_compute()).rate(row["N"]) * row["N"] * row["D"]
-        assert row["loss"] == pytest.approx(1.8 + 800 / flops**0.16, rel=2e-3)
+        assert row["loss"] == pytest.approx(1.8 + 800 / flops**0.16, rel=3e-3)
     asked = (stored["data-constrained"] / "forecast.jsonl").read_text().splitlines()
     assert not [row for row in map(json.loads, asked) if row["N"] != 1e9]

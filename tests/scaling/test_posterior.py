@@ -88,7 +88,11 @@ def test_hubers_noise_is_a_density_and_takes_the_weight_where_there_are_outliers
     spoilt[[2, 9]] += 0.06
     weights = []
     for y in (clean.y, spoilt):
-        p = posterior(type(clean)(y, *[getattr(clean, f) for f in ("family", "trunk", "cell", "x", "features", "count")]), law, ((),))
+        p = posterior(
+            type(clean)(y, *[getattr(clean, f) for f in ("family", "trunk", "cell", "x", "features", "count")]),
+            law,
+            ((),),
+        )
         weights.append(np.exp(p.score - p.score.max()).sum(axis=(0, 1)))
     assert weights[1][1] / weights[1][0] > 10 * weights[0][1] / weights[0][0]
 

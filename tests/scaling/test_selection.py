@@ -50,7 +50,9 @@ def test_intervals_of_the_best_of_a_sweep_hold_their_estimate_also_where_the_law
     rng = np.random.default_rng(0)
     runs = sweep(0)
     bent = runs["loss"] * (1 + 0.05 * np.sin(3 * np.log10(runs["N"]))) * np.exp(0.02 * rng.normal(size=len(runs)))
-    e = analyse(Runs.from_rows([r | {"loss": x} for r, x in zip(runs.records(), bent, strict=True)]), select="best", draws=300)
+    e = analyse(
+        Runs.from_rows([r | {"loss": x} for r, x in zip(runs.records(), bent, strict=True)]), select="best", draws=300
+    )
     for p in e.parameters("all"):
         assert p.low <= p.value <= p.high
         assert p.low > 0

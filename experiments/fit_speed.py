@@ -1,4 +1,4 @@
-"""Speed of the fits beside SciPy's L-BFGS-B in the same process: `python -m scaling.benchmark [--out FILE.md]`.
+"""Speed of the fits beside SciPy's L-BFGS-B in the same process: `python -m experiments.fit_speed [--out FILE.md]`.
 
 The tables are synthetic: 240 rows of a Chinchilla law (Besiroglu et al. 2024's vector) with 0.5 % noise, and ladders of
 two families. CPU seconds are given beside wall-clock ones, since the machine may be shared.
@@ -20,12 +20,13 @@ import numpy as np
 import scipy
 from scipy.optimize import minimize
 
+from scaling import analyse
 from scaling.fitting.fit import Fit, bounds_of, fit, starts_of
 from scaling.fitting.solve import evaluate, gradient, multistart
 from scaling.report.write import write_report
+from scaling.simulate import Ladder, Noise, draw
 from scaling.tables.runs import Runs
-from scaling.uncertainty.bootstrap import bootstrap
-from scaling.uncertainty.simulate import SIXTY, TRUTHS, Noise, draw
+from scaling.verify import pair_bootstrap
 
 ROWS, STARTS, DRAWS, SCIPY_PROBLEMS = 240, 64, 4000, 40
 
@@ -72,33 +73,36 @@ def scipy_refit(fitted: Fit, seed: int) -> Took:
 
 def measured() -> list[tuple[str, Took, str]]:
     """What was timed, how long it took, and the goal."""
-    runs, ladder = sample_table(), two_families()
-    fitted, joint = fit(runs), fit(ladder, share=("E",))
+    runs, two, eight = sample_table(), families(2), families(8)
+    fitted = fit(runs)
     model, loss, every = fitted.model, runs["loss"], np.ones(ROWS)
     starts, box = starts_of(model, loss, STARTS, 0), bounds_of(model, loss)
     solving = timed(lambda: multistart(model, fitted.objective, loss, every, starts, box))
-    ours = timed(lambda: bootstrap(fitted, DRAWS), 3)
     singles = [scipy_refit(fitted, seed) for seed in range(SCIPY_PROBLEMS)]
     theirs = Took(*(DRAWS * float(np.mean(clock)) for clock in zip(*singles, strict=True)))
+    pair = timed(lambda: analyse(two, draws=DRAWS), 3)
+    answers = analyse(two, draws=DRAWS)
+    asked = timed(lambda: (answers.crossing(), answers.difference(1e20), answers.allocate(1e20, "F0")), 1)
     with tempfile.TemporaryDirectory() as folder:
-        report = timed(lambda: write_report(ladder, folder), 1)
+        reports = [timed(lambda runs=runs: write_report(runs, folder), 1) for runs in (two, eight)]
+        size = (Path(folder) / "report.html").stat().st_size / 1e6
     return [
         (f"{STARTS} starts carried to the optimum, {ROWS} rows", solving, ""),
         (f"fit of {STARTS} starts with polish, second solver and certificate", timed(lambda: fit(runs)), "0.05"),
-        (f"{DRAWS} bootstrap refits of {ROWS} rows", ours, "3"),
+        (f"{DRAWS} bootstrap refits of {ROWS} rows", timed(lambda: pair_bootstrap(fitted, DRAWS), 3), "3"),
         (f"the same by SciPy L-BFGS-B, one start each ({SCIPY_PROBLEMS} measured)", theirs, ""),
-        (
-            f"two families of {len(ladder) // 2} rows, shared E, {DRAWS} refits",
-            timed(lambda: bootstrap(joint, DRAWS), 1),
-            "10",
-        ),
-        ("report of those two families, 2000 draws", report, "30"),
+        (f"ensemble of {DRAWS} draws, two families of 28 rows", pair, "3"),
+        ("its crossing, a difference beyond the runs (back-test included) and an allocation", asked, ""),
+        ("report of two families", reports[0], "15"),
+        (f"report of eight families (page {size:.1f} MB, plotly.js included)", reports[1], "45"),
     ]
 
 
-def two_families() -> Runs:
-    """A ladder of 10 sizes x 6 budgets a family with 0.3 % noise."""
-    return draw(TRUTHS, SIXTY.cells, Noise(0.003), np.random.default_rng(0), clustered=False)
+def families(count: int) -> Runs:
+    """Families of 7 sizes x 4 budgets with 0.3 % noise, exponents 0.005 apart."""
+    truths = {f"F{k}": (1.8, 250.0, 420.0, 0.34 + 0.005 * k, 0.37) for k in range(count)}
+    ladder = Ladder(tuple(np.geomspace(1e6, 2.5e8, 7)), (5, 10, 20, 80))
+    return draw(truths, ladder.cells, Noise(0.003), np.random.default_rng(0))
 
 
 def table(rows: list[tuple[str, Took, str]]) -> str:
@@ -107,7 +111,7 @@ def table(rows: list[tuple[str, Took, str]]) -> str:
     where = f"{datetime.now(UTC):%Y-%m-%d}, {versions}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}"
     lines = ["| what | wall, s | CPU, s | goal, s |", "|---|---:|---:|---:|"]
     lines += [f"| {what} | {took.wall:.3g} | {took.cpu:.3g} | {goal} |" for what, took, goal in rows]
-    return f"# Speed of the fits\n\n`python -m scaling.benchmark`: {where}.\n\n" + "\n".join(lines) + "\n"
+    return f"# Speed of the fits\n\n`python -m experiments.fit_speed`: {where}.\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:
