@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ def measured() -> list[tuple[str, Took, str]]:
     answers = analyse(two, draws=DRAWS)
     asked = timed(lambda: (answers.crossing(), answers.difference(1e20), answers.allocate(1e20, "F0")), 1)
     with tempfile.TemporaryDirectory() as folder:
-        reports = [timed(lambda runs=runs: write_report(runs, folder), 1) for runs in (two, eight)]
+        reports = [timed(partial(write_report, runs, folder), 1) for runs in (two, eight)]
         size = (Path(folder) / "report.html").stat().st_size / 1e6
     return [
         (f"{STARTS} starts carried to the optimum, {ROWS} rows", solving, ""),

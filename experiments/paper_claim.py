@@ -10,7 +10,7 @@ intervals have no upper end, and a ladder that would settle the question.
 
 import argparse
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -19,15 +19,13 @@ from matplotlib.figure import Figure
 from scipy.optimize import brentq
 from scipy.stats import t as student
 
+from scaling import Ensemble, Runs, ScalingError, Spec, compare
+from scaling.ensemble.answers import interval
+from scaling.ensemble.frontier import SIX_N_D
+from scaling.plan import Plan, candidates, cheapest
+from scaling.report.chart import PALETTE
 from scaling.report.plot import SIZE, STYLE, save
-from scaling.report.views import PALETTE
-from scaling.tables.runs import Runs, ScalingError
-from scaling.uncertainty.simulate import Cells, Noise, draw
-from scaling.verdict.assumed import BASELINE, crossing_at, optimal_loss
-from scaling.verdict.compare import compare
-from scaling.verdict.plan import Plan, candidates, cheapest, question
-from scaling.verdict.power import designs_of
-from scaling.verdict.trials import COSTS, law_fit
+from scaling.simulate import BASELINE, Cells, Ladder, Noise, crossing_at, draw, optimal_loss
 
 # Zhu et al. 2024 (arXiv 2406.02528), figure 3, digitised: (FLOP, training loss in nats) where each
 # curve of 370M, 1.3B and 2.7B parameters ends, and the straight lines of loss in log10 FLOP drawn through their tails.
@@ -42,14 +40,13 @@ PAPER_RUNS = ((3.7e8, 15e9), (1.3e9, 100e9), (2.7e9, 100e9))
 READING_SD = 0.02  # nats; how well points can be read off a curve of this width
 RUN_NOISE = 0.003  # sd of log loss about a smooth law, the least that published ladders show
 CLAIM = 7.7e22  # FLOP at which the digitised lines cross; DRAWN, rounded to four digits, crosses at 8.0e22
-LATEST = 1e24  # FLOP before which a crossing is asked for
+ASKED = 1.75e22  # FLOP, one decade beyond the largest end points: as far as a difference is told
 GAP_AT = 1.75e21  # FLOP of the largest end points, where MatMul-free is GAP behind
 GAP = 2.20 - 2.076
 ORDINARY_GAP = 0.04  # of alpha: a moderate difference
-LADDER_NOISE = Noise(0.001, 0.0005, misfit=0.005)
+LADDER_NOISE = Noise(0.001, 0.0005, misfit=0.002)
 RATIOS = (5.0, 10.0, 20.0, 40.0, 80.0)
 LARGEST_RUN = 2e21  # FLOP; the paper's own go to 1.78e21
-SHARE = ("E",)
 HIGHEST = 60.0  # log10 FLOP up to which a crossing is looked for
 Row = tuple[str, str, str]
 
@@ -142,21 +139,47 @@ def parallel_laws() -> dict[str, tuple[float, ...]]:
     return {"A": BASELINE, "B": (e, float(a * np.exp(-alpha * brentq(excess, -5.0, 0.0))), b, alpha, beta)}
 
 
-def deciding_plan(budget: float = 1e23, target_sd: float = 0.3) -> Plan:
-    """The cheapest ladder without a run above LARGEST_RUN whose sd of log10 C* is `target_sd` if the claim holds, or
-    the one that comes nearest."""
-    options = candidates(np.geomspace(2e7, 4e9, 20).tolist(), RATIOS, COSTS, LARGEST_RUN, 1e14)
-    return cheapest(question(law_fit(claimed_laws()), LADDER_NOISE), options, budget, target_sd, keep_runs=False)
+def deciding_plan() -> Plan:
+    """The ladder for the price of the six runs, without a run above LARGEST_RUN, that knows the difference at ASKED
+    best, by the noise and misfit that a small pilot of the claimed laws shows."""
+    pilot = draw(
+        claimed_laws(), Ladder((2e7, 5e7, 1e8, 2e8, 5e8), RATIOS).cells, LADDER_NOISE, np.random.default_rng(0)
+    )
+    e = Ensemble.of(pilot, ("A", "B"), Spec(draws=400))
+    options = candidates(np.geomspace(2e7, 4e9, 12).tolist(), RATIOS, (SIX_N_D, SIX_N_D), LARGEST_RUN, 1e14)
+    return cheapest(e, options, spent(), ASKED, keep_runs=False)
 
 
-def decided(truths: dict[str, tuple[float, ...]], designs: Mapping[str, Cells], ladders: int) -> tuple[float, float]:
-    """Shares of simulated ladders which find P(B leads for good by LATEST) above 0.95, and below 0.05."""
-    chances = []
+def spent() -> float:
+    """FLOP of the paper's six runs."""
+    return sum(c for points in END_POINTS.values() for c, _ in points)
+
+
+def cells_of(plan: Plan) -> Cells:
+    """The runs of one family of a plan."""
+    counts = [len(t.ratios) for t in plan.trunks]
+    n = np.repeat([t.n for t in plan.trunks], counts)
+    d = n * np.concatenate([t.ratios for t in plan.trunks])
+    return Cells(n, d, np.repeat(np.arange(len(counts)), counts), np.full(len(n), 6.0))
+
+
+def gap_at(truths: dict[str, tuple[float, ...]]) -> float:
+    """Loss of B minus loss of A at ASKED, by the laws."""
+    first, second = truths.values()
+    return optimal_loss(second, ASKED) - optimal_loss(first, ASKED)
+
+
+def decided(truths: dict[str, tuple[float, ...]], rival: float, cells: Cells, ladders: int) -> tuple[float, float]:
+    """Shares of simulated ladders whose 95 % interval of the difference at ASKED holds the truth's own, and leaves out
+    the rival's."""
+    held, apart = [], []
     for k in range(ladders):
-        runs = draw(truths, designs, LADDER_NOISE, np.random.default_rng([7, k]))
-        c = compare(runs, "A", "B", SHARE, 400, k, starts=4, objective="log-ls", horizon=1e28)
-        chances.append(c.crossover.p_before(LATEST))
-    return float(np.mean(np.array(chances) > 0.95)), float(np.mean(np.array(chances) < 0.05))
+        runs = draw(truths, cells, LADDER_NOISE, np.random.default_rng([7, k]))
+        e = Ensemble.of(runs, ("A", "B"), Spec(draws=400, seed=k))
+        low, high = interval(e.gaps(np.array([ASKED]))[:, 0])
+        held.append(low <= gap_at(truths) <= high)
+        apart.append(not low <= rival <= high)
+    return float(np.mean(held)), float(np.mean(apart))
 
 
 def refusal() -> str:
@@ -179,7 +202,7 @@ def decade(x: float) -> str:
 
 
 def spread_row(name: str, found: np.ndarray, how: str) -> Row:
-    low, middle, high = np.quantile(found, [0.05, 0.5, 0.95], method="nearest")
+    low, middle, high = np.quantile(found, [0.025, 0.5, 0.975], method="nearest")
     share = np.isinf(found).mean()
     text = f"{decade(middle)} ({decade(low)} to {decade(high)}); never in {share:.0%}"
     return name, text, how
@@ -194,7 +217,7 @@ def point_rows() -> Iterator[Row]:
         low, high = fieller(line, covariance, freedom)
         text = f"{'the largest runs' if low == np.log10(GAP_AT) else decade(low)} to {decade(high)}"
         yield f"95 % interval, {name}", text, f"Fieller, residual variance with {freedom} degrees of freedom"
-        how = f"refits after reading errors of {READING_SD} nats; median (5 % to 95 %)"
+        how = f"refits after reading errors of {READING_SD} nats; median (95 %)"
         yield spread_row(f"{name} under reading errors", jittered(power), how)
     yield "a law of N and D", "refused", refusal()
 
@@ -212,18 +235,23 @@ def ladder_rows(ladders: int) -> Iterator[Row]:
     )
     for step, laws in ((gap, claimed_laws()), (ORDINARY_GAP, crossing_at(CLAIM, ORDINARY_GAP))):
         yield spread_row(f"three sizes a family, alpha {step:+.2f}", three_sizes(laws), how)
-    spent = sum(c for points in END_POINTS.values() for c, _ in points)
-    yield "cost of the six runs", f"{spent:.2e} FLOP", "sum of the end points' compute"
+    yield "cost of the six runs", f"{spent():.2e} FLOP", "sum of the end points' compute"
     plan = deciding_plan()
     shape = "; ".join(f"{t.n:.2g} x {len(t.ratios)}" for t in plan.trunks)
-    yield "a ladder that would settle it", shape, "parameters x number of token budgets, both families alike"
-    cost = f"{plan.flops:.2e} FLOP"
-    yield "its cost", cost, f"both families; largest run at most {LARGEST_RUN:.0e}; sd of log10 C* {plan.sd_then:.2f}"
-    designs = designs_of(plan.trunks, ("A", "B"))
-    asked = f"of {ladders} simulated ladders, with 0.5 % lack of fit"
-    for name, truths in (("if the claim holds", claimed_laws()), ("if the laws are parallel", parallel_laws())):
-        yes, no = decided(truths, designs, ladders)
-        text = f"P(crossed by 1e24) > 0.95 in {yes:.0%}, < 0.05 in {no:.0%}"
+    yield "a ladder for that price", shape, "parameters x number of token budgets, both families alike"
+    largest = f"both families; largest run at most {LARGEST_RUN:.0e}"
+    yield "its cost", f"{plan.flops:.2e} FLOP", largest
+    both = {"if the claim holds": claimed_laws(), "if the laws are parallel": parallel_laws()}
+    for name, truths in both.items():
+        yield (
+            f"difference at {ASKED:.2e} FLOP, {name}",
+            f"{gap_at(truths):+.3f} nats",
+            "one decade beyond the largest runs",
+        )
+    asked = f"of {ladders} simulated ladders, with 0.2 % lack of fit"
+    for (name, truths), other in zip(both.items(), list(both.values())[::-1], strict=True):
+        held, apart = decided(truths, gap_at(other), cells_of(plan), ladders)
+        text = f"interval holds the truth in {held:.0%}, leaves out the other claim in {apart:.0%}"
         yield f"it would say, {name}", text, asked
 
 

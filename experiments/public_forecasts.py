@@ -53,7 +53,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
-    rows, every = [], []
+    rows: list[dict[str, str]] = []
+    every: list[LeftOut] = []
     for name, runs in tables(a.data).items():
         found = Ensemble.of(runs, runs.families, Spec(draws=400)).test
         rows.append(row(name, "all", list(found.points)))

@@ -159,9 +159,7 @@ def designs(runs: Runs) -> Iterator[Finding]:
     for other in others:
         family = np.where(runs["family"] == first, 0, np.where(runs["family"] == other, 1, 2))
         if (matched_cells(runs, family)[family == 0] < 0).any():
-            text = (
-                f"{first} and {other}: not every (N, D) cell has its match (N within 1 %, equal D): fewer errors cancel"
-            )
+            text = f"{first} and {other}: not every cell has its match (N within 1 %, equal D): fewer errors cancel"
             yield Finding("warning", "unequal designs", text)
 
 

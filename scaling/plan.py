@@ -20,6 +20,7 @@ from scaling.ensemble.ensemble import Ensemble
 from scaling.ensemble.frontier import Cost
 from scaling.ensemble.posterior import shared_sd
 from scaling.ensemble.rows import place
+from scaling.fitting.fit import MIN_SIZES
 from scaling.tables.runs import ScalingError
 
 DECAY_SHARE = 0.2  # steps of a decay off a trunk, relative to its budget
@@ -242,10 +243,10 @@ def greedy(pool: Pool, options: Sequence[Trunk], budget: float, target_sd: float
             break
         chosen = moves[int(np.argmax(gains))]
         now = pool.spread(chosen)
-    good = max(target_sd, now + IDLE * (pool.spread([]) - now))
+    good = max(target_sd, now + IDLE * min(pool.spread([]) - now, now))
     for trunk in sorted(chosen, key=lambda t: -t.flops):
         rest = [t for t in chosen if t is not trunk]
-        if pool.spread(rest) <= good:
+        if pool.spread(rest) <= good and (len(pool.own) or len(rest) >= MIN_SIZES):  # a ladder must pass its gate
             chosen = rest
     return chosen
 

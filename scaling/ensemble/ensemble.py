@@ -33,7 +33,7 @@ from scaling.laws.base import Law, centre_of
 from scaling.laws.forms import law_named
 from scaling.spec import Spec
 from scaling.tables.equal import Equal
-from scaling.tables.runs import Runs, ScalingError, check_comparable
+from scaling.tables.runs import Runs, ScalingError, check_comparable, frame_of
 
 HORIZON = 2.0  # decades beyond the runs in which a crossing is looked for
 GIVEN = 1.0  # decades beyond the runs to which differences and forecasts are given, validated or not
@@ -297,7 +297,9 @@ class Ensemble(Equal):
         n, d, ratio = np.exp(best), np.exp(best_d), np.exp(best_d - best)
         decades = max(0.0, float(np.log10(flops / self.runs.family(family)["flops"].max())))
         validated = decades <= 0 or decades <= self.reach + 1e-6
-        best_of = [float(np.median(x)) for x in (n, d, ratio, np.exp(loss))]
+        size = float(np.median(n))
+        tokens = float(np.exp(cost.log_tokens(np.log(size), np.log(flops))))
+        best_of = size, tokens, tokens / size, float(np.median(np.exp(loss)))
         ends = [interval(x) for x in (n, d, ratio, np.exp(loss))]
         pairs = (best_of[0], ends[0], best_of[1], ends[1], best_of[2], ends[2], best_of[3], ends[3])
         return Allocation(family, flops, *pairs, decades, validated)
@@ -370,9 +372,8 @@ class Ensemble(Equal):
 
     def to_frame(self) -> Any:
         """The difference (of a lone family, the frontier) along budgets as a DataFrame, one row a budget."""
-        import pandas
-
-        return pandas.DataFrame(self.table())
+        rows = self.table()
+        return frame_of({name: [row[name] for row in rows] for name in rows[0]})
 
     def table(self, axis: str = "flops") -> list[dict[str, Any]]:
         """Budgets with both frontiers, their difference and P(B better), None where that is not validated."""

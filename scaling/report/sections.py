@@ -95,18 +95,11 @@ def matched_section(pair: Ensemble, tail: str) -> Section:
 def cells_table(pair: Ensemble) -> tuple[Table, ...]:
     """Both losses and their difference in every matched cell."""
     one, two = matched_rows(pair)
-    runs = pair.runs
-    rows = [
-        (
-            short(runs["N"][i]),
-            short(runs["D"][i]),
-            f"{runs['flops'][i]:.1e}",
-            f"{runs['loss'][i]:.4f}",
-            f"{runs['loss'][j]:.4f}",
-            f"{runs['loss'][j] - runs['loss'][i]:+.4f}",
-        )
-        for i, j in zip(one, two, strict=True)
-    ]
+    runs, rows = pair.runs, []
+    for i, j in zip(one, two, strict=True):
+        a, b = runs["loss"][i], runs["loss"][j]
+        place = short(runs["N"][i]), short(runs["D"][i]), f"{runs['flops'][i]:.1e}"
+        rows.append((*place, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"))
     header = ("N", "D", "FLOP", pair.a, pair.b, "difference")
     return (Table(header, tuple(rows[:MOST_ROWS]), folded="The numbers"),) if rows else ()
 
@@ -139,14 +132,10 @@ def other_paths(pair: Ensemble) -> list[tuple[str, str]]:
 
 def difference_table(pair: Ensemble, axis: str) -> Table:
     """The difference along budgets, P where it is validated."""
-    rows = [
-        (
-            f"{row['budget']:.2e}",
-            rounded(row["difference"], row["low"], row["high"], "+"),
-            chance(row["p_b_better"]).removeprefix("= ") if row["p_b_better"] is not None else "not validated",
-        )
-        for row in pair.table(axis)
-    ]
+    rows = []
+    for row in pair.table(axis):
+        p = "not validated" if row["p_b_better"] is None else chance(row["p_b_better"]).removeprefix("= ")
+        rows.append((f"{row['budget']:.2e}", rounded(row["difference"], row["low"], row["high"], "+"), p))
     header = (AXES[axis], f"{pair.b} − {pair.a}, 95 %", f"P({pair.b} better)")
     return Table(header, tuple(rows), folded="The numbers")
 

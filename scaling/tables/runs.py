@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import importlib.util
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -244,6 +245,10 @@ class Runs(Equal):
             row = {name: values[i] for name, values in self.columns.items()}
             yield {k: "" if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
 
+    def to_frame(self) -> Any:
+        """The table as a DataFrame of whichever library is installed: pandas, Polars or PyArrow."""
+        return frame_of({name: values.tolist() for name, values in self.columns.items()})
+
     def write_csv(self, path: Path) -> None:
         """Writes the table, defaults included, in full precision."""
         with path.open("w", newline="") as stream:
@@ -442,3 +447,11 @@ def check_comparable(runs: Runs) -> None:
         if blank:
             known = f"{name} is {kinds[0]} for some rows and blank for {blank[0]!r}"
             raise ScalingError(f"{known}: fill it in, or state it for all with --set {name}=VALUE")
+
+
+def frame_of(columns: Mapping[str, list[Any]]) -> Any:
+    """Columns as a DataFrame of the first of pandas, Polars and PyArrow that is installed; raises ScalingError."""
+    for backend in ("pandas", "polars", "pyarrow"):
+        if importlib.util.find_spec(backend):
+            return narwhals.from_dict(dict(columns), backend=backend).to_native()
+    raise ScalingError("a DataFrame needs pandas, Polars or PyArrow: pip install pandas")

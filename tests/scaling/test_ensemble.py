@@ -238,7 +238,7 @@ def test_a_spec_refuses_what_means_nothing():
 @pytest.mark.parametrize("other", ["differs", "blank"])
 def test_families_counted_or_measured_differently_are_refused(name, other):
     """Also where it is recorded for one of them only: a blank is no agreement."""
-    value = {"embedding_counted": ("true", "false")}.get(name, ("one", "two"))
+    value = {"embedding_counted": ("true", "false"), "loss_unit": ("nats", "bits per byte")}.get(name, ("one", "two"))
     stated = {A: value[0], B: value[1] if other == "differs" else ""}
     rows = [row | {name: stated[row["family"]]} for row in ladder_rows()]
     with pytest.raises(ScalingError, match=f"differ in {name}" if other == "differs" else f"{name} is .* blank for"):

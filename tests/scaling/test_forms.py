@@ -109,3 +109,26 @@ def test_bits_by_name():
     assert bits_of("bf16") == 16.0
     with pytest.raises(ScalingError, match="no number of bits"):
         bits_of("wide")
+
+
+@pytest.mark.parametrize(
+    ("word", "bits"),
+    [
+        ("e4m3", 8),
+        ("fp8_e5m2", 8),
+        ("bf16", 16),
+        ("int8", 8),
+        ("ternary", np.log2(3)),
+        ("4", 4),
+        ("6.5 bits", 6.5),
+        ("w2", 2),
+    ],
+)
+def test_a_precision_is_read_as_its_bits(word, bits):
+    assert bits_of(word) == pytest.approx(bits)
+
+
+@pytest.mark.parametrize("word", ["", "half", "v3.2-beta", "int8x16"])
+def test_a_precision_that_names_no_bits_is_refused(word):
+    with pytest.raises(ScalingError, match="names no number of bits"):
+        bits_of(word)

@@ -122,7 +122,7 @@ def test_unequal_designs_of_two_families():
 
 @pytest.mark.parametrize("column", ["tokenizer", "val_set", "loss_unit", "flops_rule", "embedding_counted"])
 def test_a_fit_refuses_a_family_with_mixed_conventions(column):
-    odd = "true" if column == "embedding_counted" else "other"
+    odd = {"embedding_counted": "true", "loss_unit": "bits per byte"}.get(column, "other")
     runs = Runs.from_rows(rows_with(nth(3, **{column: odd}))).family("transformer++")
     with pytest.raises(ScalingError, match=f"mixes {column}"):
         fit(runs)
@@ -151,3 +151,25 @@ def test_errors_of_lint_are_gates_of_fits_and_keep_their_rows():
     assert gate in Analysis.of(runs, Spec(draws=5)).gates
     midrun = Runs.from_rows(rows_with(nth(2, ended="false")), allow_midrun=True)
     assert lint_gates(midrun) == []
+
+
+def test_a_blank_is_no_agreement():
+    """Half of a family's rows counted exactly and half not said: they do not compare."""
+    found = findings(rows_with(lambda i, row: {"flops_rule": "" if i % 2 else "exact"}))["mixed flops_rule"]
+    assert found.severity == "error"
+    assert "(blank)" in found.message
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda i, r: {"flops": r["flops"] * 1e-9}, "units of flops"),
+        (lambda i, r: {"flops": r["flops"] * 1e3}, "units of flops"),
+        (lambda i, r: {"N": r["N"] * 1e-6, "flops": r["flops"] * 1e-6}, "units of N"),
+        (lambda i, r: {"D": r["D"] * 1e-9, "flops": r["flops"] * 1e-9}, "units of D"),
+    ],
+)
+def test_numbers_in_other_units_are_an_error_of_every_verb(change, name):
+    found = findings(rows_with(change))[name]
+    assert found.severity == "error"
+    assert "units" in found.message or "millions" in found.message

@@ -8,7 +8,7 @@ from conftest import ROOT
 from scipy.stats import t as student
 
 from experiments import paper_claim as claim
-from scaling.verdict.assumed import optimal_loss
+from scaling.simulate import optimal_loss
 
 DOCS = ROOT / "docs"
 
@@ -27,7 +27,7 @@ def test_the_points_still_say_what_is_committed(committed):
 def test_the_planned_ladder_is_the_committed_one(committed):
     plan = claim.deciding_plan()
     shape = "; ".join(f"{t.n:.2g} x {len(t.ratios)}" for t in plan.trunks)
-    assert committed["a ladder that would settle it"][0] == shape
+    assert committed["a ladder for that price"][0] == shape
     assert committed["its cost"][0] == f"{plan.flops:.2e} FLOP"
     assert max(t.largest_run for t in plan.trunks) <= claim.LARGEST_RUN
 

@@ -1,7 +1,10 @@
 """Runs from the places that other tools leave them in."""
 
+import gzip
 import json
+import struct
 
+import numpy as np
 import pytest
 from conftest import ladder_rows
 
@@ -67,5 +70,85 @@ def test_pickles_are_refused_unopened(tmp_path):
 
 
 def test_folder_without_runs_says_what_it_looked_for(tmp_path):
-    with pytest.raises(ScalingError, match=r"none of runs\.csv"):
+    with pytest.raises(ScalingError, match=r"no runs\.csv"):
         Runs.read(tmp_path)
+
+
+GOOD = [{"run_id": f"r{k}", "family": "f", "N": 1e6 * k, "D": 1e8, "loss": 3.5 - 0.1 * k} for k in range(1, 6)]
+
+
+def as_csv(rows, mark=",", end=""):
+    return (
+        "\n".join([mark.join(rows[0]) + end, *(mark.join(str(v) for v in row.values()) + end for row in rows)]) + "\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("runs.csv", as_csv(GOOD, end=",")),
+        ("RUNS.CSV", as_csv(GOOD)),
+        ("runs.tsv", as_csv(GOOD, "\t")),
+        ("runs.csv", as_csv(GOOD, ";").replace(".", ",")),
+        ("runs.json", json.dumps(GOOD)),
+        ("runs.json", json.dumps({"runs": GOOD})),
+        ("runs.jsonl", "\n".join(json.dumps(row | {"note": "a\u2028b"}, ensure_ascii=False) for row in GOOD)),
+        ("runs.csv", as_csv([row | {"note": "x" * 200_000} for row in GOOD])),
+        ("runs.csv", as_csv(GOOD).replace("run_id,family,N", " run_id, family ,N ")),
+    ],
+)
+def test_every_usual_way_to_write_a_table_is_read(tmp_path, name, text):
+    for path, data in ((tmp_path / name, text.encode()), (tmp_path / f"{name}.gz", gzip.compress(text.encode()))):
+        path.write_bytes(data)
+        runs = Runs.read(path)
+        assert runs["N"].tolist() == [row["N"] for row in GOOD]
+        np.testing.assert_allclose(runs["loss"], [row["loss"] for row in GOOD])
+
+
+def test_a_quote_that_never_closes_swallows_no_rows(tmp_path):
+    path = tmp_path / "runs.csv"
+    lines = as_csv([row | {"note": "ok"} for row in GOOD]).splitlines()
+    lines[3] = lines[3].replace("ok", '"rerun after crash')
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ScalingError, match="a quote that never closes"):
+        Runs.read(path)
+
+
+def test_a_folder_of_histories_is_one_run_a_file(tmp_path):
+    for row in GOOD:
+        history = [row | {"D": row["D"] / 2, "loss": row["loss"] + 1}, row]
+        (tmp_path / f"{row['run_id']}.csv").write_text(
+            as_csv([{k: v for k, v in r.items() if k != "run_id"} for r in history])
+        )
+    runs = Runs.read(tmp_path)
+    assert runs["run_id"].tolist() == [row["run_id"] for row in GOOD]
+    assert runs["loss"].tolist() == [row["loss"] for row in GOOD]
+
+
+def test_nested_summaries_and_settings_are_named_with_dots(tmp_path):
+    files = tmp_path / "run-1" / "files"
+    files.mkdir(parents=True)
+    (files / "wandb-summary.json").write_text('{"val/loss": {"min": 3.2}, "N": 1000000, "D": 20000000, "_step": 10}')
+    (files / "config.yaml").write_text(
+        'lr:\n    value: 0.001\nmodel:\n    value:\n        width: 128\nname:\n    desc: null\n    value: "a: b # c"\n'
+    )
+    runs = Runs.read(tmp_path, {"loss": "val/loss.min", "family": "config.name"})
+    assert runs["loss"].tolist() == [3.2]
+    assert runs["family"].tolist() == ["a: b # c"]
+    assert runs["config.model.width"].tolist() == [128]
+
+
+def test_scalars_written_as_tensors_are_read(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.proto.tensor_pb2 import TensorProto
+
+    tensor = TensorProto(dtype=1, tensor_content=np.float32(3.25).tobytes())
+    record = Event(step=7, summary=Summary(value=[Summary.Value(tag="loss", tensor=tensor)])).SerializeToString()
+    (tmp_path / "run1").mkdir()
+    data = struct.pack("<Q", len(record)) + b"0000" + record + b"0000"
+    (tmp_path / "run1" / "events.out.tfevents.1.host.1.0.v2").write_bytes(data)
+    runs = Runs.read(tmp_path, {"D": "step*1e6"}, constants={"family": "f", "N": "1e6"})
+    assert runs["loss"].tolist() == [3.25]
+    assert runs["D"].tolist() == [7e6]

@@ -1,6 +1,7 @@
 """Reading and refusing tables."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -133,3 +134,76 @@ def test_where_holds_no_blank_for_a_number(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert Runs.read(path, where="lr<1")["run_id"].tolist() == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"N": "params*1e6"}, {"N": 2.5e6}),
+        ({"loss": "1-acc"}, {"loss": 0.75}),
+        ({"D": "steps*batch"}, {"D": 1.28e8}),
+        ({"loss": "log(`ppl on c4`)"}, {"loss": np.log(20.0)}),
+        ({"N": "size"}, {"N": 2.8e9}),
+        ({"D": "tokens seen"}, {"D": 1_300_000_000.0}),
+    ],
+)
+def test_columns_may_be_arithmetic_in_other_names_and_units(tmp_path, columns, expected):
+    row = {"params": 2.5, "acc": 0.25, "steps": 1000, "batch": 128000, "ppl on c4": 20, "size": "2.8B"}
+    row |= {"run_id": "r", "family": "f", "N": 1e6, "D": 1e8, "loss": 3.0, "tokens seen": "1,300,000,000"}
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    runs = Runs.read(path, columns)
+    for name, value in expected.items():
+        assert runs[name][0] == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("params*", "neither a column nor arithmetic"),
+        ("parms*1e6", "no column 'parms'; did you mean 'params'"),
+        ("__import__('os')", "may hold numbers"),
+        ("params.real", "may hold numbers"),
+        ("note*2", "'note' holds text in row 1"),
+    ],
+)
+def test_arithmetic_that_means_nothing_is_refused(tmp_path, text, said):
+    path = tmp_path / "runs.jsonl"
+    row = {"run_id": "r", "family": "f", "N": 1e6, "D": 1e8, "loss": 3.0, "params": 1.0, "note": "good"}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ScalingError, match=re.escape(said)):
+        Runs.read(path, {"N": text})
+
+
+def test_a_mapped_column_may_be_named_by_either_name_and_blanks_be_asked_for(tmp_path):
+    rows = [{"run_id": str(k), "family": "f", "params": 1e6 * (k + 1), "D": 1e8, "loss": 3.0} for k in range(3)]
+    rows[1]["lr"] = 0.1
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = lambda where: Runs.read(path, {"N": "params"}, where)["run_id"].tolist()
+    assert read(["N>=2e6"]) == read(["params>=2e6"]) == ["1", "2"]
+    assert read(["run_id==1"]) == ["1"]
+    assert read(["lr="]) == ["0", "2"]
+    assert read(["lr!="]) == ["1"]
+
+
+def test_families_may_number_their_runs_alike_and_checkpoints_without_names_are_one_trunk():
+    rows = [{"run_id": k % 4, "family": "ab"[k // 4], "N": 1e6, "D": 1e7 * (1 + k % 4), "loss": 3.0} for k in range(8)]
+    assert len(Runs.from_rows(rows)) == 8
+    nameless = [{k: v for k, v in row.items() if k != "run_id"} for row in rows]
+    assert len(set(Runs.from_rows(nameless)["cluster"])) == 2
+    assert any("count as one trunk" in note for note in Runs.from_rows(nameless).notes)
+
+
+def test_units_are_checked_and_never_made_up(small_ladder):
+    assert small_ladder.loss_unit == "units of loss"
+    rows = [row | {"loss_unit": "banana"} for row in ladder_rows()]
+    with pytest.raises(ScalingError, match="loss_unit 'banana' is unknown"):
+        Runs.from_rows(rows)
+    nats = Runs.from_rows([row | {"loss_unit": "nats"} for row in ladder_rows()])
+    assert nats.loss_label == "nats per token"
+
+
+def test_a_table_is_a_frame_and_back(small_ladder):
+    frame = small_ladder.to_frame()
+    assert Runs.any(frame)["loss"].tolist() == small_ladder["loss"].tolist()
