@@ -18,7 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from experiments.learning_rate_transfer import GRID, PARAMETRISATIONS, read
-from mmfree_jax.cli import parse
+from mmfree_jax.command_line import parse
 from mmfree_jax.config import ConfigError, require
 from scaling.report.plot import STYLE, save
 

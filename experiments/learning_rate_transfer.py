@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.cli import parse
+from mmfree_jax.command_line import parse
 from mmfree_jax.config import FAMILIES, ConfigError, DataConfig, OptimConfig, Parametrisation, RunConfig, require
 from mmfree_jax.sweep.shapes import ladder_model
 
@@ -192,7 +192,7 @@ class Trainer:
         import jax
         import numpy as np
 
-        from mmfree_jax.evaluation import evaluate
+        from mmfree_jax.evaluation.loss import evaluate
         from mmfree_jax.training.optim import rates
         from mmfree_jax.training.step import make_program, program_key
 
@@ -211,7 +211,7 @@ class Trainer:
                 state, metrics = program.train_step(state, tokens_BT, jax.device_put(now))
                 recent = [*recent[-9:], metrics["loss"]]
             train_loss = float(np.mean(jax.device_get(recent)))
-            loss = evaluate(program, state.params, self.token_set, run.data.sequence)["loss"]
+            loss = evaluate(program.evaluate, program.mesh, state.params, self.token_set, run.data.sequence)["loss"]
         diverged = not loss < math.log(run.model.vocab)  # worse than knowing nothing, or not a number
         row = {
             "family": run.model.family,

@@ -12,6 +12,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -477,6 +478,34 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     require(type(value) is hint, f"{where}: expected {hint.__name__}, found {value!r}")
     return value
+
+
+def replaced(config: Any, changes: Mapping[str, Any], path: str = "") -> Any:
+    """Return `config` with fields changed; a name such as "optim.lr" is that of a field of a field.
+
+    All are changed at once: values that belong together need not be valid one by one. `path` is the name of `config`
+    itself, for messages. Raises ConfigError for a field that does not exist, a value of another type than the old one,
+    and values that are not valid.
+    """
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        field, _, rest = name.partition(".")
+        inner.setdefault(field, {})[rest] = value
+    fields, new = [f.name for f in dataclasses.fields(config)], {}
+    for field, values in inner.items():
+        whole = f"{path}{field}" + "".join(f".{rest}" for rest in list(values)[:1] if rest)
+        require(field in fields, f"{whole}: no such field{suggestion(field, fields)}")
+        old, nested = getattr(config, field), "" not in values
+        require(nested == dataclasses.is_dataclass(old), f"{whole}: names a group of fields, or goes past a field")
+        if nested:
+            new[field] = replaced(old, values, f"{path}{field}.")
+            continue
+        value = values[""]
+        kinds = (int, float) if isinstance(old, float) else type(old)
+        fits = old is None or (isinstance(value, kinds) and isinstance(value, bool) == isinstance(old, bool))
+        require(fits, f"{whole}={value!r}: must be of type {type(old).__name__}")
+        new[field] = value
+    return dataclasses.replace(config, **new)
 
 
 def suggestion(key: str, known: Any) -> str:

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mmfree_jax.config import RunConfig, require, suggestion
+from mmfree_jax.config import RunConfig, replaced, require
 from mmfree_jax.sweep.experiment import check_names
 
 Values = Mapping[str, Sequence[Any]]  # dotted field of RunConfig -> its values: {"optim.lr": (1e-3, 2e-3)}
@@ -51,34 +51,9 @@ def chain(*parts: Iterable[RunConfig]) -> list[RunConfig]:
 
 
 def _varied(base: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
-    run = _replaced(base, {tuple(name.split(".")): value for name, value in chosen.items()}, ())
+    run = replaced(base, chosen)
     parts = [base.name, *(f"{name.rpartition('.')[2]}{_shown(value)}" for name, value in chosen.items())]
     return dataclasses.replace(run, name="-".join(parts))
-
-
-def _replaced(config: Any, chosen: Mapping[tuple[str, ...], Any], at: tuple[str, ...]) -> Any:
-    """`config`, itself the field `at`, with the fields at these paths replaced, all at once: values that go together
-    need not be possible one by one. Dataclasses on the way are checked anew."""
-    groups: dict[str, dict[tuple[str, ...], Any]] = {}
-    for (name, *rest), value in chosen.items():
-        groups.setdefault(name, {})[tuple(rest)] = value
-    return dataclasses.replace(config, **{name: _field(config, name, inner, at) for name, inner in groups.items()})
-
-
-def _field(config: Any, name: str, chosen: Mapping[tuple[str, ...], Any], at: tuple[str, ...]) -> Any:
-    """The new value of one field: the only one of `chosen`, or the old one with the fields in it replaced."""
-    fields = [field.name for field in dataclasses.fields(config)]
-    whole = ".".join((*at, name, *next(iter(chosen))))
-    require(name in fields, f"{whole}: no such field{suggestion(name, fields)}")
-    old, inside = getattr(config, name), () not in chosen
-    require(inside == dataclasses.is_dataclass(old), f"{whole}: names a group of fields, or goes past a field")
-    if inside:
-        return _replaced(old, chosen, (*at, name))
-    value = chosen[()]
-    kinds = (int, float) if isinstance(old, float) else type(old)
-    fits = old is None or (isinstance(value, kinds) and isinstance(value, bool) == isinstance(old, bool))
-    require(fits, f"{whole}={value!r}: must be of type {type(old).__name__}")
-    return value
 
 
 def _shown(value: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Literal
 import yaml
 
 from mmfree_jax.config import RunConfig, require
-from mmfree_jax.data.distributions import TIERS
+from mmfree_jax.data.building.distributions import TIERS
 from mmfree_jax.files import write_atomically
 from mmfree_jax.sweep.executor import RUN_FAILED
 from mmfree_jax.sweep.experiment import Study, chains, machines

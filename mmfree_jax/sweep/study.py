@@ -12,13 +12,13 @@ from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.data.corpora import Known
 from mmfree_jax.files import locked, write_atomically, write_json
 from mmfree_jax.output import line_printer
+from mmfree_jax.run_folder import changes, check_data, claim, known_corpora, with_corpus, with_saved_choices
 from mmfree_jax.sweep.executor import Executor, open_chains
 from mmfree_jax.sweep.experiment import Study, run_flops
 from mmfree_jax.sweep.heartbeat import file_clock
 from mmfree_jax.sweep.slurm import queued
 from mmfree_jax.sweep.status import collect, run_folder, status
 from mmfree_jax.sweep.view import View, describe
-from mmfree_jax.training.folder import changes, check_data, claim, known_corpora, with_corpus, with_saved_choices
 
 
 def sweep(study: Study, out: Path, console: Console, executor: Executor, again: bool = False) -> int:

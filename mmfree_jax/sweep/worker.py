@@ -30,11 +30,11 @@ from mmfree_jax.data.corpora import cache_folder, resolve_data
 from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.files import LockedError
 from mmfree_jax.output import make_streams_tolerant
+from mmfree_jax.run_folder import known_corpora, read_run
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
 from mmfree_jax.sweep.status import can_begin, fail, has_failed
-from mmfree_jax.training.folder import known_corpora, read_run
 from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmfree_jax.config import RunConfig, to_json
 from mmfree_jax.data import TokenSet
-from mmfree_jax.training.folder import HOW, leaves
+from mmfree_jax.run_folder import HOW, leaves
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 # Fields of a config that have a column in `result_row` or `identity`, and fields that change no number.

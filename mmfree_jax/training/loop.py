@@ -12,17 +12,15 @@ import jax
 import numpy as np
 
 from mmfree_jax import distributed, flops
+from mmfree_jax.checkpoint import Checkpoints, restore
 from mmfree_jax.config import RunConfig, require, to_json
 from mmfree_jax.data import Batches, Counts, TokenSet, batches, count_examples
 from mmfree_jax.devices import GENERATOR, check_settings, peak_memory_bytes
 from mmfree_jax.errors import logged
-from mmfree_jax.evaluation import Scores, evaluate, shown
+from mmfree_jax.evaluation.loss import Scores, evaluate, score_lines
 from mmfree_jax.files import locked, read_json, write_json
 from mmfree_jax.ops.fast import choice
-from mmfree_jax.sharding import batch_sharding, left_idle
-from mmfree_jax.training.checkpoint import Checkpoints, restore
-from mmfree_jax.training.diagnostics import Diagnostics
-from mmfree_jax.training.folder import (
+from mmfree_jax.run_folder import (
     changes,
     check_data,
     claim,
@@ -31,6 +29,8 @@ from mmfree_jax.training.folder import (
     with_corpus,
     with_saved_choices,
 )
+from mmfree_jax.sharding import batch_sharding, left_idle
+from mmfree_jax.training.diagnostics import Diagnostics
 from mmfree_jax.training.identity import code_version, identity
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
 from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
@@ -38,6 +38,7 @@ from mmfree_jax.training.optim import rates
 from mmfree_jax.training.profiling import Profile, check_range
 from mmfree_jax.training.self_check import self_check
 from mmfree_jax.training.step import Program, TrainState, concrete, make_program, program_key
+from mmfree_jax.weights import load_params, model_config, trained_as
 
 
 def train(
@@ -88,6 +89,7 @@ def _train(
     key = program_key(config, token_set.end_of_document)
     program = make_program(key)
     milestones = (*config.milestones, config.steps)
+    held_out_loss = lambda params: evaluate(program.evaluate, program.mesh, params, token_set, config.data.sequence)
 
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         data = config.data
@@ -126,7 +128,7 @@ def _train(
                 looked, scores = diagnostics.after(step, state), None
                 if config.eval_every and (step + 1) % config.eval_every == 0:
                     interval.pause()
-                    scores = evaluate(program, state.params, token_set, data.sequence)
+                    scores = held_out_loss(state.params)
                     interval.note(held_out_loss=scores["loss"], held_out_bpb=scores["bpb"])
                 if looked or scores:
                     interval.flush()
@@ -143,8 +145,8 @@ def _train(
                     place = f"stopped after step {step + 1}, saved in {folder}"
                     raise Interrupted(exit_status(asked), f"{config.name}: {place}")
 
-            scores = (scores or evaluate(program, state.params, token_set, data.sequence)) if config.evaluate else {}
-            log.event(f"finished after {config.steps} steps" + "".join(f", {line}" for line in shown(scores)))
+            scores = (scores or held_out_loss(state.params)) if config.evaluate else {}
+            log.event(f"finished after {config.steps} steps" + "".join(f", {line}" for line in score_lines(scores)))
 
     result = result_row(config, token_set, progress, scores)
     distributed.first_does(lambda: write_json(folder / "result.json", result))
@@ -209,12 +211,8 @@ def _progress(config: RunConfig, meta: dict[str, Any], token_set: TokenSet) -> P
 
 def _with_weights(state: TrainState, config: RunConfig, program: Program) -> TrainState:
     """`state` with the parameters of the model that `config.init` names, in the places of those that it has."""
-    # Imported here: a model on disk may be a run, so that module needs this package.
-    from mmfree_jax.weights import load_params, model_config
-
     path = Path(config.init)
-    own = {name: getattr(config.model, name) for name in ("gradient_bits", "tokenizer_vocab")}
-    found = dataclasses.replace(model_config(path), **own)  # which are no matter of the weights
+    found = trained_as(model_config(path), config.model)
     require(
         found == config.model,
         f"init={config.init} holds another architecture ({differences(found, config.model)})",

@@ -28,7 +28,7 @@ from mmfree_jax.config import (
     Remat,
     RunConfig,
 )
-from mmfree_jax.data.packing import document_ids, is_target
+from mmfree_jax.data.reading.documents import document_ids, is_target
 from mmfree_jax.devices import backend
 from mmfree_jax.distributed import put, repeat
 from mmfree_jax.models.language_model import LanguageModel

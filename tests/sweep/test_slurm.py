@@ -14,9 +14,9 @@ import pytest
 
 from mmfree_jax.config import ConfigError, MeshConfig
 from mmfree_jax.files import read_json
+from mmfree_jax.run_folder import claim
 from mmfree_jax.sweep.slurm import Driver, Place, Slurm, SlurmExecutor, Ticket, Tracked
 from mmfree_jax.sweep.status import run_folder, status
-from mmfree_jax.training.folder import claim
 from tests.conftest import tiny_run
 from tests.sweep.one_host_slurm import missing, one_host_slurm
 
