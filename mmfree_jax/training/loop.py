@@ -32,7 +32,7 @@ from mmfree_jax.run_folder import (
 from mmfree_jax.sharding import batch_sharding, left_idle
 from mmfree_jax.training.diagnostics import Diagnostics
 from mmfree_jax.training.identity import code_version, identity
-from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
+from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status, stop_flag
 from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
 from mmfree_jax.training.optim import rates
 from mmfree_jax.training.profiling import Profile, check_range
@@ -70,7 +70,7 @@ def train(
             return read_json(folder / "result.json")
         if distributed.is_first():
             stack.enter_context(logged(folder / "log.txt", but=Interrupted))
-        with StopFlag() as stop:
+        with stop_flag() as stop:
             return _train(config, folder, token_set, stop, profiled, checked)
 
 
