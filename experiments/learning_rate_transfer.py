@@ -6,8 +6,9 @@
 
 Transformer++ and MatMul-free, width 256 to 2048, depth 4, 5M tokens a run, seven rates a factor of two apart at every
 width: 98 runs. Expect the optimum to stay within one step of this grid under muP, and to fall by a factor of about 5
-under the standard parametrisation. That is what results/learning_rate_transfer.csv shows, which a search over the same
-grid left after 66 runs, with three seeds at the narrow widths of Transformer++ (15 minutes on one H200); docs/parametrisation.md discusses it.
+under the standard parametrisation, as in results/learning_rate_transfer.csv (discussed in
+docs/parametrisation.md). That table is of 66 runs on this grid, with three seeds at the two narrow widths of
+Transformer++ (15 minutes on one H200).
 """
 
 import dataclasses

@@ -105,7 +105,7 @@ def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:
     neutral = OptimConfig()
     reset = {name: getattr(neutral, name) for name in ("lr", "warmup_steps", "decay_steps", "final_lr")}
     optim = dataclasses.replace(config.optim, schedule="constant", **reset)
-    same = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(ProgramKey)}
+    same: dict[str, Any] = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(ProgramKey)}
     return ProgramKey(
         **same | {"optim": optim, "separator": end_of_document if config.data.separate_documents else None}
     )
