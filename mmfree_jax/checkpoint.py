@@ -1,7 +1,7 @@
-"""Checkpoints of a run: Orbax, asynchronous, atomic; the latest few and every milestone are kept.
+"""Checkpoints of a run: written by Orbax, asynchronous and atomic; the latest few and every milestone are kept.
 
-Restoring always goes into an abstract tree built from the config, never into what was saved, so a checkpoint moves to
-any mesh. Beside the state lies a small JSON object with everything else that a resumed run needs.
+A checkpoint is always restored into an abstract tree that was built from the config, never into what was saved, so it
+moves to any mesh. A small JSON object with everything else that a resumed run needs is stored with the state.
 """
 
 import glob
@@ -15,19 +15,20 @@ from typing import Any
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-LONGEST_REASON = 300  # characters of what Orbax says
-# TensorStore's names for what is missing or garbled on disk, and Orbax's sentences for the same.
+LONGEST_REASON = 300  # characters of Orbax's message
+# What TensorStore and Orbax say about files that are missing or damaged.
 DAMAGE = re.compile(r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|Error decoding|were not found in the checkpoint")
 OTHER_TREE = re.compile(r"Requested shape|structures do not match")
 _keep = ocp.training.preservation_policies
 
-# Orbax reports every step of every save at INFO and warns about defaults; a run's own log says what matters.
+# Orbax logs every step of every save and warns about defaults. The run's own log has what matters.
 for _name in ("absl", "orbax"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-# etils' `glob` takes the whole path for a pattern: in a folder called `x[lr=3e-3]` Orbax finds none of the parts that
-# it merges at the end of a save, and the checkpoint cannot be read. This `glob` escapes the folder's own name.
+# A workaround. etils' `glob` (as of 1.15) takes the entire path as a pattern: in a folder called `x[lr=3e-3]` Orbax
+# then finds none of the parts that it merges at the end of a save, and the checkpoint cannot be read. This `glob`
+# escapes the name of the folder. `tests/test_checkpoint.py` shows whether it is still needed.
 _folder_type: Any = type(epath.Path("/"))
 _plain_glob = _folder_type.glob
 
@@ -46,7 +47,7 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoint folder of one run. Use as a context manager: leaving waits for a save in progress."""
+    """The checkpoint folder of one run. Use it as a context manager, which waits for a save in progress at the end."""
 
     def __init__(self, folder: Path, keep: int = 1, milestones: tuple[int, ...] = ()):
         policies = [_keep.LatestN(keep), _keep.CustomSteps(list(milestones))]
@@ -68,11 +69,11 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
     def save(self, state: Any, meta: dict[str, Any], step: int) -> None:
-        """Begin to save a tree of arrays; returns once they are copied. `meta` must be plain JSON."""
+        """Begin to save a tree of arrays, and return once they are copied. `meta` must be plain JSON."""
         self._orbax.save_checkpointables_async(step, {"state": state, "meta": meta}, force=True)
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """State and meta of the newest checkpoint. Raises CheckpointError when there is none."""
+        """Return state and meta of the newest checkpoint. Raises CheckpointError if there is none."""
         return _load(self._orbax, self.folder, abstract_state, None)
 
 
@@ -115,7 +116,7 @@ def _load(
 
 
 def _reason(error: Exception, steps: list[int], chosen: int) -> str:
-    """Why a checkpoint cannot be read, and what to do where that is known: only what is damaged is to be removed."""
+    """Why a checkpoint cannot be read, and what to do if that is known. Only damaged ones should be removed."""
     cause = error.__cause__ or error
     why = " ".join(str(cause).split())[:LONGEST_REASON]
     if OTHER_TREE.search(why):

@@ -1,4 +1,4 @@
-"""The folder of a run: which config it belongs to, and whether the corpus suits it. Nothing here imports JAX."""
+"""The folder of a run: which config and which corpus it belongs to. Nothing here imports JAX."""
 
 import dataclasses
 import json
@@ -12,26 +12,34 @@ from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import NAMED, Known, located, resolve_corpus, resolve_data
 from mmfree_jax.files import read_json, write_atomically, write_json
 
-CORPUS = "corpus.json"  # what the run reads and where that was last
-MOST_PADDING = 1024  # rows beyond the tokenizer's that are padding without being asked for
+CORPUS = "corpus.json"  # what the run reads, and where that was found last
+MOST_PADDING = 1024  # rows beyond the tokenizer's that are accepted as padding without tokenizer_vocab
 
 
 def check_data(config: RunConfig, token_set: TokenSet) -> None:
-    """Check that the run can be trained on this corpus, and evaluated on it if it will be, before anything is compiled.
+    """Raise ConfigError if a run cannot be trained on this corpus, or not evaluated although it should be.
 
-    Raises ConfigError.
+    Called before anything is compiled.
     """
     check_vocabulary(config.model, token_set)
     for one in token_set.sets:
-        _check_training_text(config.data, one)
+        data, have, packed = config.data, len(one.split("train")), one.packed_sequence
+        require(
+            have > data.sequence,
+            f"data.sequence={data.sequence} is longer than the train split of {one.path} ({have} tokens): shorten it",
+        )
+        require(
+            packed is None or (packed == data.sequence and data.separate_documents),
+            f"{one.path} is packed: it needs data.sequence={packed} and data.separate_documents=True",
+        )
     if config.evaluate or config.eval_every:
         check_held_out_text(token_set)
 
 
 def check_vocabulary(model: ModelConfig, token_set: TokenSet) -> None:
-    """Check that the model's vocabulary is the corpus's, with at most MOST_PADDING rows of padding unless asked for.
+    """Raise ConfigError unless the model's vocabulary is that of the corpus.
 
-    Raises ConfigError.
+    It may have up to MOST_PADDING rows of padding, or more if tokenizer_vocab says so.
     """
     have = token_set.vocab_size
     require(
@@ -51,32 +59,19 @@ def check_vocabulary(model: ModelConfig, token_set: TokenSet) -> None:
 
 
 def with_padding(model: ModelConfig, token_set: TokenSet) -> ModelConfig:
-    """The model, told how much of its vocabulary is padding. Raises ConfigError as `check_vocabulary` does."""
+    """Set `tokenizer_vocab` of a model whose vocabulary is padded. Raises ConfigError as `check_vocabulary` does."""
     check_vocabulary(model, token_set)
     have = token_set.vocab_size
     return dataclasses.replace(model, tokenizer_vocab=have) if model.vocab > have else model
 
 
 def check_held_out_text(token_set: TokenSet) -> None:
-    """Check that a corpus, or the first of a mixture, has held-out text. Raises ConfigError."""
+    """Raise ConfigError if a corpus, or the first of a mixture, has no held-out text."""
     have = len(token_set.split("valid")) if "valid" in token_set.splits else 0
     require(have > 1, f"{token_set.path} has no held-out text: build it with some, or train with evaluate=False")
 
 
-def _check_training_text(data: DataConfig, token_set: TokenSet) -> None:
-    have = len(token_set.split("train"))
-    require(
-        have > data.sequence,
-        f"data.sequence={data.sequence} is longer than the train split of {token_set.path} ({have} tokens): shorten it",
-    )
-    packed = token_set.packed_sequence
-    require(
-        packed is None or (packed == data.sequence and data.separate_documents),
-        f"{token_set.path} is packed: it needs data.sequence={packed} and data.separate_documents=True",
-    )
-
-
-# Fields that change where and how a run is computed, and what is reported on the way, but no result except by rounding.
+# Fields that change where and how a run is computed and what it logs, but not its result, except by rounding.
 HOW = (
     *("mesh", "remat", "kernels", "gather", "reduction", "unroll", "optim.accumulate"),
     *("eval_every", "diagnose_every"),
@@ -84,16 +79,16 @@ HOW = (
 
 
 def with_corpus(config: RunConfig, token_set: TokenSet) -> RunConfig:
-    """The run's config for this corpus: with the corpus's fingerprints and vocabulary, and absolute paths."""
+    """Fill in what depends on the corpus: its fingerprints and vocabulary, and absolute paths."""
     model, data = with_padding(config.model, token_set), located(config.data, token_set)
     init = str(Path(config.init).absolute()) if config.init else ""
     return dataclasses.replace(config, model=model, data=data, init=init)
 
 
 def with_saved_choices(config: RunConfig, folder: Path) -> RunConfig:
-    """The run's config with what was chosen when it began, from the config.json in its folder or its trunk's.
+    """Fill in what was chosen when the run began, from the config.json in its folder or its trunk's.
 
-    These are the precision that "auto" stood for and, once there is a checkpoint, the weights to start from.
+    That is the precision that "auto" stood for and, once there is a checkpoint, the weights that the run started from.
     """
     saved = saved_run(folder)
     if saved is not None and saved.init and not config.init:
@@ -106,14 +101,14 @@ def with_saved_choices(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def saved_run(folder: Path) -> RunConfig | None:
-    """The config of the run in a folder, if it has made a checkpoint; else None."""
+    """Return the config of the run in a folder if it has made a checkpoint; else None."""
     saved = folder / "checkpoints"
     has_any = saved.is_dir() and any(entry.name.isdigit() for entry in saved.iterdir())
     return read_run(folder / "config.json") if has_any and (folder / "config.json").exists() else None
 
 
 def note_corpus(config: RunConfig, token_set: TokenSet, folder: Path) -> None:
-    """Write corpus.json: what the run reads and where, so that later commands work from any working directory."""
+    """Write corpus.json: what the run reads, and where, so that later commands work from any working directory."""
     names = (config.data.corpus, *config.data.mixture)
     sets = [
         Known(name, os.path.abspath(one.path), one.fingerprint) for name, one in zip(names, token_set.sets, strict=True)
@@ -123,19 +118,19 @@ def note_corpus(config: RunConfig, token_set: TokenSet, folder: Path) -> None:
 
 
 def corpus_facts(folder: Path) -> dict[str, Any]:
-    """What `note_corpus` wrote; empty for a folder without it, as older runs have."""
+    """Return what `note_corpus` wrote; empty for a folder without it, such as that of an older run."""
     return read_json(folder / CORPUS) if (folder / CORPUS).exists() else {}
 
 
 def known_corpora(folder: Path) -> tuple[Known, ...]:
-    """Where the run of a folder found its corpora."""
+    """Return where a run found its corpora."""
     return tuple(Known(**one) for one in corpus_facts(folder).get("sets", ()))
 
 
 def held_out_corpus(folder: Path, data: DataConfig, asked: str) -> TokenSet:
-    """The corpus to evaluate the run of a folder on: the one `asked` for, or the run's own, wherever it lies now.
+    """Return the corpus to evaluate a run on: the one named `asked`, or the run's own, wherever it lies now.
 
-    Raises ConfigError where the run's own has changed, and for a corpus of another tokenizer.
+    Raises ConfigError if the run's own has changed, and for a corpus of another tokenizer.
     """
     facts = corpus_facts(folder)
     if asked:
@@ -157,10 +152,10 @@ def held_out_corpus(folder: Path, data: DataConfig, asked: str) -> TokenSet:
 
 
 def claim(config: RunConfig, folder: Path) -> None:
-    """Write config.json into a new folder. In a folder that holds a run, check that it is this run, else ConfigError.
+    """Write config.json into the folder. Raises ConfigError if the folder holds another run.
 
-    A resumed run may change where and how it is computed (`HOW`), and its config.json with it. That of a finished run
-    stays as it is.
+    A resumed run may change where and how it is computed (`HOW`), and its config.json with it. The file of a finished
+    run stays as it is.
     """
     if why := changes(config, folder):
         raise ConfigError(f"{folder} holds another run ({why}): choose another folder")
@@ -172,14 +167,14 @@ def claim(config: RunConfig, folder: Path) -> None:
 
 
 def read_run(path: Path) -> RunConfig:
-    """A run's config.json. Raises ConfigError that names the file."""
+    """Read a run's config.json. Raises ConfigError that names the file."""
     return from_json(RunConfig, path.read_text(encoding="utf-8"), str(path))
 
 
 def changes(config: RunConfig, folder: Path) -> str:
-    """How `config` differs from the run in `folder`, in words; empty if there is none, or if only `HOW` differs.
+    """Describe how `config` differs from the run in `folder`; empty if there is no run, or if only `HOW` differs.
 
-    A field that only one of the two has filled in is no difference: the other has not begun, or is of an older version.
+    A field that only one of the two has filled in does not count: the other has not begun, or is of an older version.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -189,20 +184,19 @@ def changes(config: RunConfig, folder: Path) -> str:
     free |= {"model.tokenizer_vocab"} if 0 in (held.model.tokenizer_vocab, config.model.tokenizer_vocab) else set()
     old, new = held.data, config.data
     if old.contents and new.contents and old.contents != new.contents:
-        return f"its data are {_content(old)}, not {_content(new)}"
+        names = lambda data: ", ".join(
+            f"{name} ({content[:16]})"
+            for name, content in zip((data.corpus, *data.mixture), data.contents, strict=True)
+        )
+        return f"its data are {names(old)}, not {names(new)}"
     free |= set() if old.contents and new.contents else {"data.contents"}
     if old.contents == new.contents != () or (saved_run(folder) and not (folder / "result.json").exists()):
         free |= {f"data.{name}" for name in PLACES}  # its checkpoints hold the fingerprint, too
     return differences(held, config, free)
 
 
-def _content(data: DataConfig) -> str:
-    """Names and fingerprints, for a message."""
-    return ", ".join(f"{n} ({c[:16]})" for n, c in zip((data.corpus, *data.mixture), data.contents, strict=True))
-
-
 def _anywhere(config: RunConfig) -> RunConfig:
-    """The config with absolute paths."""
+    """The config with absolute paths, so that equal places compare equal."""
     data = config.data
     corpus, *mixture = (name if name in NAMED else os.path.abspath(name) for name in (data.corpus, *data.mixture))
     init = str(Path(config.init).absolute()) if config.init else ""
@@ -210,7 +204,7 @@ def _anywhere(config: RunConfig) -> RunConfig:
 
 
 def differences(held: Any, wanted: Any, free: Collection[str] = ()) -> str:
-    """The first four fields in which two configs differ, and how. Fields in `free` may differ."""
+    """Describe the first four fields in which two configs differ. Fields in `free` may differ."""
     old, new = (dict(leaves(json.loads(to_json(c)))) for c in (held, wanted))
     bound = [key for key in old.keys() | new.keys() if key not in free and key.partition(".")[0] not in free]
     changed = [key for key in bound if old.get(key) != new.get(key)]
