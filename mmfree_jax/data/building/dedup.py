@@ -1,4 +1,4 @@
-"""Exact and near duplicates, vectorised in NumPy and the same on every machine.
+"""Finds exact and near duplicates, vectorised in NumPy, with the same result on every machine.
 
 Near duplicates follow Broder 1997 (MinHash) with locality-sensitive banding (Leskovec et al., Mining of Massive
 Datasets, chapter 3); held-out text is protected by exact n-gram overlap, as in Brown et al. 2020, appendix C.
@@ -14,7 +14,7 @@ SHINGLE_WORDS = 5  # words in a shingle for similarity
 OVERLAP_WORDS = 8  # words in an n-gram for leakage: longer than stock phrases, shorter than a sentence
 BANDS, ROWS = 32, 4  # a pair of similarity 0.7 meets in a band with probability 0.9998, one of 0.3 with 0.23
 CHUNK_BYTES = 4_000_000  # text hashed at once: bounds the temporary arrays to about 200 MB
-_WORD_POSITIONS = 64  # characters of a word that get a weight of their own; the weights repeat after that
+_WORD_POSITIONS = 64  # characters of a word with weights of their own; after that the weights repeat
 
 _NOT_LETTERS = re.compile(r"[^a-z]+")
 

@@ -1,4 +1,4 @@
-"""Paragraphs of running English out of the files in packages: HTML, manuals, comments, dictionaries, descriptions."""
+"""Finds paragraphs of running English in the files of packages: HTML, manuals, comments, dictionaries, descriptions."""
 
 import gzip
 import html

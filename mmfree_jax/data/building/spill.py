@@ -1,4 +1,4 @@
-"""Documents that were prepared in memory, written out as units that `build` tokenises in parallel."""
+"""Writes documents that were prepared in memory to disk, as units that `build` tokenises in parallel."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -8,14 +8,16 @@ from mmfree_jax.data.building.inputs import Documents, Reading, Unit
 from mmfree_jax.data.building.prepare import Document, Prepared
 from mmfree_jax.data.building.text import looks_english, normalise, paragraphs
 
-SPILLED_BYTES = 16_000_000  # of text in a unit: what fits in memory should keep many cores busy
+SPILLED_BYTES = 16_000_000  # bytes of text in a unit: small, so that many cores have work
 
 
 def documents_of(
     units: Sequence[Unit], reading: Reading, *, english: bool, shortest: int
 ) -> tuple[list[Document], list[Documents]]:
-    """All documents of the units in memory, cleaned, with their paragraphs as passages, for `prepare`; and what was
-    read, which knows what it could not read."""
+    """Read and clean all documents of the units, with their paragraphs as passages, for `prepare`.
+
+    Also returns the readers, which know what they could not read.
+    """
     result, every = [], [Documents(unit, reading) for unit in units]
     for unit, documents in zip(units, every, strict=True):
         source = Path(unit.files[0]).name

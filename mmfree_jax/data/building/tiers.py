@@ -1,4 +1,4 @@
-"""Tiers S, M and L: large corpora of English from distribution packages, package by package and resumable."""
+"""Tiers S, M and L: large corpora of English text from distribution packages. Building them is resumable."""
 
 import json
 import re
@@ -40,7 +40,7 @@ _SCRATCH = ".fetching-"  # prefix of the folders that packages are fetched into
 
 @dataclass(frozen=True)
 class Task:
-    """One package to be turned into documents; run in a worker."""
+    """One package to turn into documents, in a worker."""
 
     source: Source
     folder: str  # where the result goes
@@ -78,7 +78,7 @@ def read_archive(source: Source, archive: Path) -> Iterator[tuple[str, list[str]
 
 
 def collect(task: Task) -> dict[str, Any]:
-    """Download one package and write its documents; the file appears only when it is complete."""
+    """Download one package and write its documents. The file appears only when it is complete."""
     began = time.monotonic()
     path = Path(task.folder) / f"{_file_name(task.source)}.jsonl"
     with naming(path.parent), tempfile.TemporaryDirectory(dir=task.folder, prefix=_SCRATCH) as scratch:
@@ -92,7 +92,7 @@ def collect(task: Task) -> dict[str, Any]:
 
 
 def _need_programs(sources: Sequence[Source]) -> None:
-    """Said before the first download, not an hour later. Raises RuntimeError naming what to install."""
+    """Raise RuntimeError naming the programs to install, before the first download instead of an hour later."""
     clients = {"apt": "apt-get", "pip": sys.executable, "npm": "npm"}
     needed = {clients[source.client] for source in sources} | {"dpkg-deb" for s in sources if s.client == "apt"}
     needed |= {"pdftotext" for source in sources if source.pdf}
@@ -139,7 +139,7 @@ def _card(tier: str, heads: Iterable[dict[str, Any]], prepared: Prepared) -> dic
 
 
 def _prepared(tier: str, work: Path, processes: int, progress: Progress) -> tuple[list[Unit], dict[str, Any]]:
-    """Units and card of a tier, from the work of an earlier call as far as there is any."""
+    """Units and card of a tier. What an earlier call has done is not done again."""
     record = work / "prepared.json"
     if not record.exists():
         _collect_all(TIERS[tier], work, processes, progress)
@@ -168,7 +168,7 @@ def build_tier(
     processes: int | None = None,
     progress: Progress = print,
 ) -> TokenSet:
-    """Build tier "s", "m" or "l" at `path`; what was fetched is kept beside it, so that a second call goes on.
+    """Build tier "s", "m" or "l" at `path`. Downloads are stored beside it, so that a second call can continue.
 
     tokenizer: instead of one of `vocab_size` tokens trained on the text.
     Raises RuntimeError naming the package that cannot be fetched or read, or a program that is not installed;

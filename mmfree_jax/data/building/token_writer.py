@@ -1,4 +1,5 @@
-"""Token sets on disk, for writing: into a hidden folder, renamed when complete, so that no half set is ever seen."""
+"""Writes token sets: into a hidden folder, which is renamed when it is complete, so that no partial set is ever
+seen."""
 
 import hashlib
 import json
