@@ -1,10 +1,10 @@
 """A check before a run: does its step compute what the definitions say, on this device and mesh, at these shapes?
 
 A copy of the model with two layers and all other sizes unchanged takes a micro-batch (two where the step accumulates)
-through the step's own program and through the reference: XLA in float32 on one device (with several processes on the
-run's mesh), a row at a time. Kernels, compilers, meshes and orders of summation may round differently. How much of the
-deviation rounding explains is measured too: XLA in the step's own precision is compared with the reference in the same
-way. A larger deviation stops the run.
+through the step's own program and through the reference: XLA in float32 without integer gradients on one device (with
+several processes on the run's mesh), a row at a time. Kernels, compilers, meshes and orders of summation may round
+differently. How much of the deviation rounding explains is measured too: XLA in the step's own precision, with integer
+gradients where the step has them, is compared with the reference in the same way. A larger deviation stops the run.
 
 This costs two or three compilations of a two-layer step (docs/kernels.md has measurements), and only the first time:
 the outcome is kept beside the compiled programs.
@@ -34,7 +34,11 @@ from mmfree_jax.training.step import ProgramKey, concrete, make_program
 
 DEPTH = 2
 LOSS = "the loss"
-QUICKLY = {"cpu": {"xla_backend_optimization_level": 0}, "gpu": {"xla_gpu_autotune_level": 0}}  # compiler options
+# Compiler options of programs that run once. XLA's Triton compiles some float32 products in minutes, cuBLAS in none.
+QUICKLY: dict[str, dict[str, bool | int]] = {
+    "cpu": {"xla_backend_optimization_level": 0},
+    "gpu": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
+}
 FLOORS = {"float32": 0.02, "bfloat16": 0.1}  # relative errors of gradients that always pass, because codes flip
 LOSS_FLOORS = {"float32": 1e-3, "bfloat16": 0.01}  # relative errors of the loss that always pass
 MARGIN, MOST = 4.0, 0.5  # rounding explains MARGIN times the error of XLA in the step's precision, and MOST at most
@@ -79,7 +83,8 @@ def compare(key: ProgramKey, rows: int, parts: int, time: int, vocab: int) -> di
     precision = concrete(key.precision)
     in_parts = lambda parts: dataclasses.replace(key.optim, accumulate=parts)
     small = dataclasses.replace(key.model, depth=DEPTH)
-    own = dataclasses.replace(key, model=small, optim=in_parts(parts), unroll=min(key.unroll, DEPTH))
+    unroll = min(key.unroll, DEPTH)
+    own = dataclasses.replace(key, model=small, optim=in_parts(parts), unroll=unroll, precision=precision)
     # One process cannot compute on a device alone while the others wait, so the reference is on the whole mesh then.
     mesh = MeshConfig() if jax.process_count() == 1 else key.mesh
     slow = dataclasses.replace(own, mesh=mesh, kernels="off", remat="none", gather="int8")
@@ -89,8 +94,8 @@ def compare(key: ProgramKey, rows: int, parts: int, time: int, vocab: int) -> di
     if key.separator is not None:
         tokens = np.where(rng.uniform(size=tokens.shape) < 1 / 64, np.int32(key.separator), tokens)
 
-    exactly = dataclasses.replace(slow, precision="float32")
-    keys = (own, exactly) if precision == "float32" else (own, exactly, slow)
+    exactly = dataclasses.replace(slow, precision="float32", model=dataclasses.replace(small, gradient_bits=0))
+    keys = (own, exactly) if slow == exactly else (own, exactly, slow)
     found, exact, *rounded = _results(keys, tokens)
     floors = {name: LOSS_FLOORS if name == LOSS else FLOORS for name in exact}
     errors = [_norms(one, exact) for one in (found, *rounded)]
