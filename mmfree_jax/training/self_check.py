@@ -34,11 +34,7 @@ from mmfree_jax.training.step import ProgramKey, concrete, make_program
 
 DEPTH = 2
 LOSS = "the loss"
-# Compiler options of programs that run once. XLA's Triton compiles some float32 products in minutes, cuBLAS in none.
-QUICKLY: dict[str, dict[str, bool | int]] = {
-    "cpu": {"xla_backend_optimization_level": 0},
-    "gpu": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
-}
+QUICKLY = {"cpu": {"xla_backend_optimization_level": 0}, "gpu": {"xla_gpu_autotune_level": 0}}  # compiler options
 FLOORS = {"float32": 0.02, "bfloat16": 0.1}  # relative errors of gradients that always pass, because codes flip
 LOSS_FLOORS = {"float32": 1e-3, "bfloat16": 0.01}  # relative errors of the loss that always pass
 MARGIN, MOST = 4.0, 0.5  # rounding explains MARGIN times the error of XLA in the step's precision, and MOST at most
@@ -74,11 +70,14 @@ def self_check(key: ProgramKey, batch: int, time: int, vocab: int) -> None:
     choice.keep(_path(name), {"deviations": deviations})
 
 
-def compare(key: ProgramKey, rows: int, parts: int, time: int, vocab: int) -> dict[str, tuple[float, float]]:
+def compare(
+    key: ProgramKey, rows: int, parts: int, time: int, vocab: int, *, tuned: bool = True
+) -> dict[str, tuple[float, float]]:
     """Compare the loss, and the gradient to each parameter of the two-layer copy, with the reference.
 
     Returns for each the relative error of the step's own program, and how much of it rounding explains.
-    rows: of all `parts` micro-batches together.
+    rows: of all `parts` micro-batches together. tuned: compile the step's own program as the step is compiled; XLA's
+    search for the fastest products can take minutes on a GPU.
     """
     precision = concrete(key.precision)
     in_parts = lambda parts: dataclasses.replace(key.optim, accumulate=parts)
@@ -96,7 +95,7 @@ def compare(key: ProgramKey, rows: int, parts: int, time: int, vocab: int) -> di
 
     exactly = dataclasses.replace(slow, precision="float32", model=dataclasses.replace(small, gradient_bits=0))
     keys = (own, exactly) if slow == exactly else (own, exactly, slow)
-    found, exact, *rounded = _results(keys, tokens)
+    found, exact, *rounded = _results(keys, tokens, tuned)
     floors = {name: LOSS_FLOORS if name == LOSS else FLOORS for name in exact}
     errors = [_norms(one, exact) for one in (found, *rounded)]
     sizes = {name: size for name, (_, size) in errors[0].items()}
@@ -110,17 +109,18 @@ def compare(key: ProgramKey, rows: int, parts: int, time: int, vocab: int) -> di
     return {name: judged(name) for name in exact}
 
 
-def _results(keys: Sequence[ProgramKey], tokens: np.ndarray) -> list[dict[str, jax.Array]]:
+def _results(keys: Sequence[ProgramKey], tokens: np.ndarray, tuned: bool) -> list[dict[str, jax.Array]]:
     """The loss of a two-layer model and its gradients by each program, all with the same weights.
 
-    The first program is the step's; the others run once, so they are compiled with less optimisation. All are compiled
-    in parallel.
+    The first program is the step's, compiled like the step if `tuned`; the others run once, so they are compiled with
+    less optimisation. All are compiled in parallel.
     """
     programs = [make_program(key) for key in keys]
     with jax.set_mesh(programs[0].mesh):
         params = programs[0].init(jax.random.key(0)).params
     lowered = [_lowered(key, tokens.shape) for key in keys]
-    options = [{}, *[QUICKLY.get(backend(), {})] * (len(keys) - 1)]
+    quickly: dict[str, int] = QUICKLY.get(backend(), {})
+    options = [{} if tuned else quickly, *[quickly] * (len(keys) - 1)]
     with ThreadPoolExecutor(len(keys)) as pool:
         compiled = list(pool.map(lambda one, how: one.compile(how), lowered, options))
     results = []
