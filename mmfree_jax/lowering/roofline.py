@@ -1,8 +1,8 @@
-"""Seconds that a training step takes on one device: an analytic roofline.
+"""Seconds that a training step takes on one device, from a roofline model.
 
-Rates are shares of the data sheet's that were measured on an H200 (experiments/results/h200_bench.md) and are assumed
-elsewhere; every operation is bound by arithmetic or by memory, none overlaps with another, and communication overlaps
-with nothing: good to 25 % of measured steps (tests/lowering/test_memory.py).
+Rates are shares of the data sheet's, measured on an H200 (experiments/results/h200_bench.md) and assumed elsewhere. An
+operation is bound by arithmetic or by memory, and neither operations nor communication overlap. The result is within
+25 % of measured steps (tests/lowering/test_memory.py).
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from mmfree_jax.devices import Device
 from mmfree_jax.lowering.memory import tokens_per_device, whole_scores
 from mmfree_jax.lowering.program import Report, Traffic
 
-PRODUCTS, COPY = 0.70, 0.69  # of the data sheet: 691 of 989 TFLOP/s, 3.31 of 4.8 TB/s
-ATTENTION = 0.55  # of the rate of products
-LINKS = 0.80  # of a link's data sheet; assumed
-ADAM = 28  # bytes a parameter: four reads and three writes of float32
+PRODUCTS, COPY = 0.70, 0.69  # shares of the data sheet: 691 of 989 TFLOP/s, 3.31 of 4.8 TB/s
+ATTENTION = 0.55  # share of the rate of products
+LINKS = 0.80  # share of a link's data sheet; assumed
+ADAM = 28  # bytes for each parameter: four reads and three writes of float32
 
-# Bytes a token and unit of width that element-wise work of a layer reads and writes, forward and backward, in bfloat16:
-# from the profiled steps of the two main families; a quarter of it in the forward pass.
+# Bytes for each token and unit of width that element-wise work of a layer reads and writes, forward and backward, in
+# bfloat16, from profiles of the two main families. A quarter of it belongs to the forward pass.
 ELEMENTWISE = {
     ("attention", "dense"): 148,
     ("mlgru", "ternary"): 222,
@@ -29,12 +29,12 @@ ELEMENTWISE = {
     ("rwkv4", "ternary"): 500,
     ("mlgru", "dense"): 240,
 }
-WITHOUT_KERNELS = 1.6  # times as much where XLA alone does the ternary layers and the recurrence
+WITHOUT_KERNELS = 1.6  # factor on these bytes if XLA computes the ternary layers and the recurrence
 FORWARD = 0.25
-# More where gradients are quantised: codes of 5 widths of them in a pass of their own, 10.5 widths of codes and 7.75 of
-# inputs' turned; less what is written as codes in place of values.
+# Further bytes if gradients are quantised: codes of 5 widths of them in a pass of their own, and 10.5 widths of codes
+# and 7.75 of inputs' codes transposed, minus what is written as codes instead of values.
 GRADIENT_CODES = 38
-SCORES = 24  # bytes a score, where attention makes them whole: in float32 out and in, softmax, and all of it backwards
+SCORES = 24  # bytes for each score that is stored: float32 out and in, softmax, and all of it backward
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """All of it, one after the other."""
+        """Sum of all parts, which do not overlap."""
         return sum(dataclasses.astuple(self))
 
 
 def step_time(run: RunConfig, report: Report, device: Device) -> StepTime:
-    """The time of one optimizer step of a run on a mesh of such devices."""
+    """Return the time of one optimizer step of a run on a mesh of such devices."""
     memory_rate = COPY * device.bandwidth
     return StepTime(
         _products(run, device),
@@ -66,12 +66,12 @@ def step_time(run: RunConfig, report: Report, device: Device) -> StepTime:
 
 
 def _share(run: RunConfig) -> float:
-    """Tokens of a step whose work falls on one device."""
+    """Tokens of a step whose work one device does."""
     return tokens_per_device(run) * run.optim.accumulate / run.mesh.tensor
 
 
 def _fast(run: RunConfig, device: Device) -> bool:
-    """Whether kernels serve everywhere: the tensor axis cuts rows that some of them need whole."""
+    """Whether our kernels compute everything. With a tensor axis some of them lack the entire rows that they need."""
     return device.kernels and run.kernels == "auto" and run.mesh.tensor == 1
 
 
@@ -81,7 +81,8 @@ def _products(run: RunConfig, device: Device) -> float:
     integers = _fast(run, device) and run.model.linear == "ternary"
     forward_rate = PRODUCTS * device.int8 if integers else rate
     blocks = per_token.dense + per_token.ternary
-    # The backward pass makes the products again under `full` and, from their codes, `codes`; gate and up under `mixer`.
+    # The backward pass recomputes the products under `full` and `codes` (from their codes), and gate and up under
+    # `mixer`.
     gate_up = 4 * run.model.depth * run.model.width * run.model.glu_width / blocks
     forwards = 1 + {"codes": 1.0, "full": 1.0, "mixer": gate_up}.get(run.remat, 0.0)
     backward_rate = forward_rate if run.model.gradient_bits else rate
@@ -90,7 +91,7 @@ def _products(run: RunConfig, device: Device) -> float:
 
 
 def _attention(run: RunConfig, device: Device) -> float:
-    """A fused kernel leaves out the masked half."""
+    """Attention's share. A fused kernel does not compute the masked half."""
     passes = 4 if run.remat in ("products", "mixer", "full") else 3
     masked = 2 if whole_scores(run, device) else 1
     per_token = flops.flops_per_token(run.model, run.data.sequence).attention
@@ -98,7 +99,7 @@ def _attention(run: RunConfig, device: Device) -> float:
 
 
 def _bytes_moved(run: RunConfig, device: Device) -> float:
-    """By element-wise work, recomputed parts included."""
+    """Bytes of element-wise work, including what is recomputed."""
     model = run.model
     per_token = float(ELEMENTWISE[model.mixer, model.linear] * model.width)
     per_token *= 1 if _fast(run, device) or model.family == "transformer++" else WITHOUT_KERNELS
@@ -109,6 +110,6 @@ def _bytes_moved(run: RunConfig, device: Device) -> float:
 
 
 def communication(traffic: Iterable[Traffic], device: Device) -> float:
-    """Seconds that the collectives take one after the other, those within an island on its links."""
+    """Return the seconds of all collectives, without overlap. Those within an island use its links."""
     rate = lambda one: device.link if one.span <= device.island else device.network
     return sum(one.sent / (LINKS * rate(one)) for one in traffic)
