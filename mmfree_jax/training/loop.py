@@ -69,7 +69,7 @@ def train(
         if (folder / "result.json").exists():
             return read_json(folder / "result.json")
         if distributed.is_first():
-            stack.enter_context(logged(folder / "log.txt", but=Interrupted))
+            stack.enter_context(logged(folder / "log.txt", ignored=Interrupted))
         with stop_flag() as stop:
             return _train(config, folder, token_set, stop, profiled, checked)
 
