@@ -128,32 +128,47 @@ def memory(run: RunConfig, report: Report, device: Device) -> Memory:
     With unrolled layers the backward pass frees residuals while it makes gradients, and the peak is at its start or at
     its end. A loop over layers holds the stacks of both all the time. Accumulation adds a sum of gradients.
     """
-    residuals, gradients = stored(run, device), _gradients(run)
+    model, mesh, size = run.model, run.mesh, flops.parameters(run.model)
+    shards, item = mesh.fsdp * mesh.tensor, _item(run)
+    residuals, gradients = stored(run, device), 4 * size.total / shards
     summed = gradients if run.optim.accumulate > 1 else 0.0
-    working = _working(run, device)
+
+    # The working set: of one layer's backward pass or of a chunk of the loss (logits, exponentials and their gradient).
+    backward = item * (4 * model.width + 12 * model.glu_width / mesh.tensor)  # gradients and inputs of one GLU
+    scores = 2 * _scores(run, device)
+    logits = 10 * min(LOGITS, tokens_per_device(run) * model.vocab / mesh.tensor)
+    # With fsdp: all-gathered weights of one layer and of the head in bfloat16, and their gradients before the
+    # reduce-scatter, the head's in float32.
+    weights = (4 * size.N_nonemb / model.depth + 6 * model.vocab * model.width) / mesh.tensor
+    gathered = weights if mesh.fsdp > 1 else 0.0
+    again = 0.0  # under `full` a ternary layer recomputes all its residuals in its backward pass
+    if model.linear == "ternary" and run.remat == "full":
+        again = _layer(run, kept(dataclasses.replace(run, remat="none"), device))
+    working = max(backward + scores, logits) + gathered + again
+
     if looped(run, device):
         return Memory(report.parameters, report.optimizer, residuals, gradients + summed, working)
-    # The loss computes the head's gradient already in its forward pass.
-    head = 4 * run.model.vocab * run.model.width / (run.mesh.fsdp * run.mesh.tensor)
-    streams = run.model.depth * _item(run) * 2 * run.model.width
-    at_start = residuals, head + summed, _starting(run, device)
-    at_end = streams, gradients - head + summed, working
-    peak = max(at_start, at_end, key=sum)
-    return Memory(report.parameters, report.optimizer, *peak)
+    # Ternary layers turn codes into inputs again; dense layers recompute gate and up under `mixer`.
+    half = 0.5 if model.linear == "dense" and run.remat != "mixer" else 1.0
+    starting = max(half * backward + scores, logits) + gathered
+    head = 4 * model.vocab * model.width / shards  # the loss computes the head's gradient already in its forward pass
+    streams = model.depth * item * 2 * model.width
+    at_start, at_end = (residuals, head + summed, starting), (streams, gradients - head + summed, working)
+    return Memory(report.parameters, report.optimizer, *max(at_start, at_end, key=sum))
 
 
 def stored(run: RunConfig, device: Device) -> float:
     """Return the residuals of all layers."""
-    per_layer = kept(run, device)
-    weights = per_layer.weights * flops.parameters(run.model).N_nonemb / (run.mesh.fsdp * run.mesh.tensor)
+    residuals, shards = kept(run, device), run.mesh.fsdp * run.mesh.tensor
+    weights = residuals.weights * flops.parameters(run.model).N_nonemb / shards
     scores = _scores(run, device) if run.remat == "none" else 0.0
-    return run.model.depth * (_layer(run, per_layer) + scores) + weights
+    return run.model.depth * (_layer(run, residuals) + scores) + weights
 
 
-def _layer(run: RunConfig, per_layer: Kept) -> float:
-    """Residuals of one layer."""
+def _layer(run: RunConfig, residuals: Kept) -> float:
+    """Bytes of the residuals of one layer."""
     width, tensor = run.model.width, run.mesh.tensor
-    per_token = (per_layer.whole + per_layer.cut / tensor) * width + per_layer.glu * run.model.glu_width / tensor
+    per_token = (residuals.whole + residuals.cut / tensor) * width + residuals.glu * run.model.glu_width / tensor
     return _item(run) * per_token
 
 
@@ -170,46 +185,8 @@ def _scores(run: RunConfig, device: Device) -> float:
 
 
 def _item(run: RunConfig) -> float:
-    """Tokens of a micro-batch on a device; twice as many for a run in float32, as widths are given in bfloat16."""
+    """Tokens of a micro-batch on a device; twice as many in float32, because widths are given in bfloat16."""
     return tokens_per_device(run) * (2 if run.precision == "float32" else 1)
-
-
-def _gradients(run: RunConfig) -> float:
-    return 4 * flops.parameters(run.model).total / (run.mesh.fsdp * run.mesh.tensor)
-
-
-def _logits(run: RunConfig) -> float:
-    """Of a chunk of the loss: logits, exponentials and their gradient."""
-    return 10 * min(LOGITS, tokens_per_device(run) * run.model.vocab / run.mesh.tensor)
-
-
-def _backward(run: RunConfig) -> float:
-    """Gradients and inputs of one GLU."""
-    return _item(run) * (4 * run.model.width + 12 * run.model.glu_width / run.mesh.tensor)
-
-
-def _starting(run: RunConfig, device: Device) -> float:
-    """Working set when the backward pass begins. Ternary layers turn codes into inputs again; dense layers recompute
-    gate and up under `mixer`."""
-    half = run.model.linear == "dense" and run.remat != "mixer"
-    backward = _backward(run) * (0.5 if half else 1.0) + 2 * _scores(run, device)
-    return max(backward, _logits(run)) + _gathered(run)
-
-
-def _working(run: RunConfig, device: Device) -> float:
-    """Working set of a layer's backward pass. Under `full` a ternary layer recomputes all its residuals in it."""
-    again = 0.0
-    if run.model.linear == "ternary" and run.remat == "full":
-        again = _layer(run, kept(dataclasses.replace(run, remat="none"), device))
-    return max(_backward(run) + 2 * _scores(run, device), _logits(run)) + _gathered(run) + again
-
-
-def _gathered(run: RunConfig) -> float:
-    """With fsdp: all-gathered weights of one layer and of the head in bfloat16, and their gradients before the
-    reduce-scatter, the head's in float32."""
-    layer = flops.parameters(run.model).N_nonemb / run.model.depth
-    whole = 4 * layer + 6 * run.model.vocab * run.model.width
-    return whole / run.mesh.tensor if run.mesh.fsdp > 1 else 0.0
 
 
 def policies(run: RunConfig) -> list[Remat]:

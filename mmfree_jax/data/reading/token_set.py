@@ -11,7 +11,7 @@ data_card.json/.md    where the text is from
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +198,3 @@ class Mixture(TokenSet):
         self.sets, self.weights = tuple(sets), tuple(weights)
         parts = [[one.fingerprint, weight] for one, weight in zip(sets, weights, strict=True)]
         self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def shard_record(shard: Shard) -> dict[str, Any]:
-    """A shard as it stands in the index."""
-    return asdict(shard)
