@@ -62,7 +62,7 @@ PEAK_FLOPS = {
 _absent: ContextVar[Platform | None] = ContextVar("absent", default=None)
 
 
-def meant_for(platform: Platform) -> AbstractContextManager[None]:
+def traced_for(platform: Platform) -> AbstractContextManager[None]:
     """Trace what is inside the context for a platform that need not be here."""
     return during(_absent, platform)
 

@@ -26,7 +26,7 @@ from mmfree_jax.config import require
 HEARTBEAT_SECONDS = 30  # after so long without a heartbeat a process counts as dead, and all others end
 SHUTDOWN_SECONDS = 10  # how long a process waits at its end for the others to end too
 RETRY_SECONDS = 0.2
-DIGITS = (0, 16, 32, 48)  # first bits of the digits in `added`
+DIGITS = (0, 16, 32, 48)  # first bits of the digits in `sum_integers`
 GREETING_SECONDS = 5  # a process that connects must report its number within this time
 
 
@@ -47,7 +47,9 @@ class Group:
     local_devices: list[int] | None = None  # None: all that are visible
 
 
-def meant(coordinator: str, processes: int, process: int, environment: Mapping[str, str] = os.environ) -> Group | None:
+def find_group(
+    coordinator: str, processes: int, process: int, environment: Mapping[str, str] = os.environ
+) -> Group | None:
     """Return the group that the flags or the environment describe; None for a single process.
 
     Flags come first: HOST:PORT, a count and an index; then JAX's variables for the same. Then SLURM, if `srun` started
@@ -226,7 +228,7 @@ def first_does(action: Callable[[], object]) -> None:
         raise failure
 
 
-def total(value: float | None) -> float | None:
+def sum_or_none(value: float | None) -> float | None:
     """Return the sum over all processes; None if one of them has None."""
     if jax.process_count() == 1:
         return value
@@ -235,7 +237,7 @@ def total(value: float | None) -> float | None:
     return None if np.isnan(found).any() else float(found.sum())
 
 
-def added(numbers: Sequence[int]) -> list[int]:
+def sum_integers(numbers: Sequence[int]) -> list[int]:
     """Return the exact sums over processes of integers from 0 to 2^64 - 1."""
     if jax.process_count() == 1:
         return list(numbers)

@@ -83,7 +83,7 @@ def _corpus_of_run(name: str, vocab_size: int, progress: Progress, known: Known 
         raise FileNotFoundError(f"{error}; the run read it from {known.path}, which is gone") from None
 
 
-def located(data: DataConfig, token_set: TokenSet) -> DataConfig:
+def with_contents(data: DataConfig, token_set: TokenSet) -> DataConfig:
     """Fill in the fingerprints of the corpora (`contents`) and absolute paths to them.
 
     Raises ConfigError if the token set has another number of corpora.

@@ -21,58 +21,58 @@ LOGITS = 2**26  # of a chunk of tokens in the loss (ops/cross_entropy.py)
 
 
 @dataclass(frozen=True)
-class Kept:
+class Residuals:
     """Residuals of a layer in bfloat16: bytes for each token and unit of a width."""
 
-    whole: float  # arrays as wide as the model, replicated over the tensor axis
-    cut: float  # arrays as wide as the model, sharded over the tensor axis
+    replicated: float  # arrays as wide as the model, replicated over the tensor axis
+    sharded: float  # arrays as wide as the model, sharded over the tensor axis
     glu: float  # arrays as wide as the GLU, sharded too
     weights: float = 0.0  # bytes for each weight: its code, or its copy in bfloat16
 
 
-FULL = Kept(2, 0, 0)  # the residual stream at the layer's start
+FULL = Residuals(2, 0, 0)  # the residual stream at the layer's start
 ATTENTION = {
-    "none": Kept(8, 8, 6, 2),  # two residuals and their norms; q, k, v, y; gate, up, their product
-    "looped": Kept(12, 12, 4, 2),
-    "products": Kept(4, 6, 4, 2),
-    "mixer": Kept(4, 6, 0, 2),
+    "none": Residuals(8, 8, 6, 2),  # two residuals and their norms; q, k, v, y; gate, up, their product
+    "looped": Residuals(12, 12, 4, 2),
+    "products": Residuals(4, 6, 4, 2),
+    "mixer": Residuals(4, 6, 0, 2),
     "full": FULL,
 }
-BITNET: dict[str, Kept] = {
-    "none": Kept(6, 8, 5, 1),  # as attention without the norms, and the codes of every input
-    "looped": Kept(6, 9, 8, 1),
-    "products": Kept(6, 8, 5, 1),
-    "mixer": Kept(6, 8, 1, 1),
-    "codes": Kept(6, 1, 1, 1),
+BITNET: dict[str, Residuals] = {
+    "none": Residuals(6, 8, 5, 1),  # as attention without the norms, and the codes of every input
+    "looped": Residuals(6, 9, 8, 1),
+    "products": Residuals(6, 8, 5, 1),
+    "mixer": Residuals(6, 8, 1, 1),
+    "codes": Residuals(6, 1, 1, 1),
     "full": FULL,
 }
 MLGRU_KERNELS = {
-    "none": Kept(4, 8, 4, 1),  # two residuals; i, f, g, h; gate and up; kernels recompute everything else
-    "products": Kept(4, 8, 4, 1),
-    "mixer": Kept(5, 8, 0, 1),
-    "codes": Kept(8, 2, 0, 1),
+    "none": Residuals(4, 8, 4, 1),  # two residuals; i, f, g, h; gate and up; kernels recompute everything else
+    "products": Residuals(4, 8, 4, 1),
+    "mixer": Residuals(5, 8, 0, 1),
+    "codes": Residuals(8, 2, 0, 1),
     "full": FULL,
 }
 MLGRU_XLA = {
-    "none": Kept(7, 14, 5, 1),  # states in float32 and the codes as well
-    "looped": Kept(9, 39, 5, 1),
-    "products": Kept(7, 12, 5, 1),
-    "mixer": Kept(7, 12, 1, 1),
-    "codes": Kept(7, 6, 1, 1),
+    "none": Residuals(7, 14, 5, 1),  # states in float32 and the codes as well
+    "looped": Residuals(9, 39, 5, 1),
+    "products": Residuals(7, 12, 5, 1),
+    "mixer": Residuals(7, 12, 1, 1),
+    "codes": Residuals(7, 6, 1, 1),
     "full": FULL,
 }
 RWKV4 = {
-    "none": Kept(13, 53, 5, 1),
-    "products": Kept(8, 15, 5, 1),
-    "mixer": Kept(8, 15, 1, 1),
-    "codes": Kept(8, 9, 1, 1),
+    "none": Residuals(13, 53, 5, 1),
+    "products": Residuals(8, 15, 5, 1),
+    "mixer": Residuals(8, 15, 1, 1),
+    "codes": Residuals(8, 9, 1, 1),
     "full": FULL,
 }
 HGRN = {
-    "none": Kept(8, 10, 6, 2),
-    "looped": Kept(12, 14, 5, 2),
-    "products": Kept(4, 8, 4, 2),
-    "mixer": Kept(4, 8, 0, 2),
+    "none": Residuals(8, 10, 6, 2),
+    "looped": Residuals(12, 14, 5, 2),
+    "products": Residuals(4, 8, 4, 2),
+    "mixer": Residuals(4, 8, 0, 2),
     "full": FULL,
 }
 
@@ -93,7 +93,7 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def kept(run: RunConfig, device: Device) -> Kept:
+def layer_residuals(run: RunConfig, device: Device) -> Residuals:
     """Return the residuals of each layer under the run's remat policy, attention scores excepted."""
     model = run.model
     tables = {"attention": BITNET, "mlgru": MLGRU_XLA, "rwkv4": RWKV4}
@@ -105,10 +105,12 @@ def kept(run: RunConfig, device: Device) -> Kept:
     found = table.get("looped", table["none"]) if looped(run, device) and run.remat == "none" else table[run.remat]
     # Kernels that recompute codes need entire rows. If tensor shards the rows of both output projections, their codes
     # are stored instead.
-    cut_codes = 1 if table is MLGRU_KERNELS and run.mesh.tensor > 1 and run.remat != "full" else 0
+    stored_codes = 1 if table is MLGRU_KERNELS and run.mesh.tensor > 1 and run.remat != "full" else 0
     # Micro-batches share the codes of the weights, which are computed once before them, under every policy.
     weights = max(found.weights, 1.0 if model.linear == "ternary" and run.optim.accumulate > 1 else 0.0)
-    return dataclasses.replace(found, cut=found.cut + cut_codes, glu=found.glu + cut_codes, weights=weights)
+    return dataclasses.replace(
+        found, sharded=found.sharded + stored_codes, glu=found.glu + stored_codes, weights=weights
+    )
 
 
 def looped(run: RunConfig, device: Device) -> bool:
@@ -143,7 +145,7 @@ def memory(run: RunConfig, report: Report, device: Device) -> Memory:
     gathered = weights if mesh.fsdp > 1 else 0.0
     again = 0.0  # under `full` a ternary layer recomputes all its residuals in its backward pass
     if model.linear == "ternary" and run.remat == "full":
-        again = _layer(run, kept(dataclasses.replace(run, remat="none"), device))
+        again = _layer(run, layer_residuals(dataclasses.replace(run, remat="none"), device))
     working = max(backward + scores, logits) + gathered + again
 
     if looped(run, device):
@@ -159,16 +161,18 @@ def memory(run: RunConfig, report: Report, device: Device) -> Memory:
 
 def stored(run: RunConfig, device: Device) -> float:
     """Return the residuals of all layers."""
-    residuals, shards = kept(run, device), run.mesh.fsdp * run.mesh.tensor
+    residuals, shards = layer_residuals(run, device), run.mesh.fsdp * run.mesh.tensor
     weights = residuals.weights * flops.parameters(run.model).N_nonemb / shards
     scores = _scores(run, device) if run.remat == "none" else 0.0
     return run.model.depth * (_layer(run, residuals) + scores) + weights
 
 
-def _layer(run: RunConfig, residuals: Kept) -> float:
+def _layer(run: RunConfig, residuals: Residuals) -> float:
     """Bytes of the residuals of one layer."""
     width, tensor = run.model.width, run.mesh.tensor
-    per_token = (residuals.whole + residuals.cut / tensor) * width + residuals.glu * run.model.glu_width / tensor
+    per_token = (
+        residuals.replicated + residuals.sharded / tensor
+    ) * width + residuals.glu * run.model.glu_width / tensor
     return _item(run) * per_token
 
 

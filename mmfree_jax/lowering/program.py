@@ -80,12 +80,12 @@ def lower_for(run: RunConfig, platform: Platform) -> Any:
     import jax
     from jax.sharding import AbstractMesh, AxisType
 
-    from mmfree_jax.devices import meant_for
+    from mmfree_jax.devices import traced_for
     from mmfree_jax.sharding import MESH_AXES
 
     sizes = tuple(dataclasses.asdict(run.mesh)[axis] for axis in MESH_AXES)
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    with meant_for(platform):
+    with traced_for(platform):
         _, traced = _traced(run, mesh, jax.sharding.use_abstract_mesh)
         return traced.lower(lowering_platforms=(platform,))
 
@@ -94,11 +94,11 @@ def partition(run: RunConfig, platform: Platform) -> Report:
     """Return the report on a run's step, in a process with as many devices as its mesh, without `rematerialised`."""
     import jax
 
-    from mmfree_jax.devices import meant_for
+    from mmfree_jax.devices import traced_for
     from mmfree_jax.sharding import make_mesh, uncut
 
     mesh = make_mesh(run.mesh)
-    with meant_for(platform):
+    with traced_for(platform):
         state, traced = _traced(run, mesh, jax.set_mesh)
         text = traced.lower().compile().as_text()
     return Report(

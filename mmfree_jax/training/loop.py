@@ -52,7 +52,7 @@ def train(
     or Interrupted, after a signal, once the state has been saved, or the result if the signal came after the last step.
     """
     check_settings()
-    config = resolved(config, folder, token_set)
+    config = completed_config(config, folder, token_set)
     if (folder / "result.json").exists() and not changes(config, folder):
         return read_json(folder / "result.json")  # nothing is written, because the disk may be read-only by now
     check_data(config, token_set)
@@ -74,7 +74,7 @@ def train(
             return _train(config, folder, token_set, stop, profiled, checked)
 
 
-def resolved(config: RunConfig, folder: Path, token_set: TokenSet) -> RunConfig:
+def completed_config(config: RunConfig, folder: Path, token_set: TokenSet) -> RunConfig:
     """Fill in what a config leaves open: what its corpus holds, what was chosen when the run began, the precision.
 
     Raises ConfigError if the model's vocabulary is not that of the corpus.

@@ -25,7 +25,7 @@ from mmfree_jax import flops, nvidia
 from mmfree_jax.config import RunConfig
 from mmfree_jax.data import Counts
 from mmfree_jax.devices import EnergyMeter, peak_flops
-from mmfree_jax.distributed import added, total
+from mmfree_jax.distributed import sum_integers, sum_or_none
 
 
 class Diverged(RuntimeError):
@@ -94,7 +94,7 @@ class Pending:
 
 def totals(pending: Sequence[Pending]) -> list[Counts]:
     """Return the counts of all steps up to each of these, over all processes. All processes must call it."""
-    numbers = iter(added([number for one in pending for number in dataclasses.astuple(one.own)]))
+    numbers = iter(sum_integers([number for one in pending for number in dataclasses.astuple(one.own)]))
     return [one.before + Counts(*itertools.islice(numbers, 3)) for one in pending]
 
 
@@ -257,7 +257,7 @@ class Interval:
         Returns whether there were such steps. If not, the clocks go on.
         """
         jax.block_until_ready([one.metrics for one in self.pending])
-        drawn = total(self.meter.joules())
+        drawn = sum_or_none(self.meter.joules())
         if self.began is None or self.running == 0:
             return False
         elapsed, share = time.perf_counter() - self.began, 1 + self.progress.uncounted / self.running

@@ -18,15 +18,15 @@ from mmfree_jax.data.building.lines import (
     COMPRESSED,
     InputError,
     blocks,
+    byte_order_encoding,
     line_number,
     line_start,
     lines,
-    marked,
     need,
     range_blocks,
     records,
 )
-from mmfree_jax.data.building.text import mended
+from mmfree_jax.data.building.text import repair
 
 UNIT_BYTES = 64_000_000  # bytes of input in a unit: about ten seconds of work, a shard of about 40 MB
 LARGE_TEXT = 1_000_000  # a larger text file becomes several documents, so that some of it can be held out
@@ -87,7 +87,7 @@ def _units_of_file(path: Path, kind: str) -> list[Unit]:
     large = kind == "jsonl" or (kind == "text" and size > LARGE_TEXT)
     if large and path.suffix.lower() not in COMPRESSED:
         with path.open("rb") as file:  # in UTF-16 and UTF-32 a single byte does not show the end of a line
-            if marked(file.read(4)) is None:
+            if byte_order_encoding(file.read(4)) is None:
                 return _slices(kind, str(path), size, UNIT_BYTES)
     if kind == "parquet":
         groups = _parquet_file(str(path)).metadata.num_row_groups
@@ -224,7 +224,7 @@ class Documents:
             if found != file:
                 self._check_encoding(file, replaced, characters)
                 file, replaced, characters = found, 0, 0
-            text, lost = mended(raw)
+            text, lost = repair(raw)
             if self.reading.skip_bad and _is_spoilt(lost, len(text)):
                 self.bad.append(f"{found}{place}: {lost} of {len(text)} characters are not UTF-8")
                 continue

@@ -63,7 +63,7 @@ def _decompressed(path: str, file: BinaryIO) -> Iterator[bytes]:
     return iter(lambda: plain.read(BLOCK), b"")
 
 
-def marked(head: bytes) -> str | None:
+def byte_order_encoding(head: bytes) -> str | None:
     """Return utf-16 or utf-32 if a file starts with the byte-order mark of one of them, else None."""
     return next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
 
@@ -73,7 +73,7 @@ def _as_utf8(stream: Iterator[bytes]) -> Iterator[bytes]:
     head = b""
     while len(head) < 4 and (block := next(stream, None)) is not None:
         head += block
-    name = marked(head)
+    name = byte_order_encoding(head)
     if name is None:
         yield head
         yield from stream

@@ -22,7 +22,7 @@ def decode(data: bytes) -> str:
     return data.decode("utf-8-sig", "replace")
 
 
-def mended(data: bytes | str) -> tuple[str, int]:
+def repair(data: bytes | str) -> tuple[str, int]:
     """Return the text, with U+FFFD for what is not UTF-8, and the number of wrong characters.
 
     data: bytes, or text that was read with `surrogateescape`. NUL bytes stay, but count as wrong: no text file has any,

@@ -39,7 +39,7 @@ class Counts:
         return Counts(self.targets + other.targets, self.unique + other.unique, self.pairs + other.pairs)
 
 
-def counted(windows: np.ndarray, first: np.ndarray, end_of_document: int | None) -> Counts:
+def count_windows(windows: np.ndarray, first: np.ndarray, end_of_document: int | None) -> Counts:
     """Counts of windows, int32 [n, T + 1]; `first`, bool [n], is true where one was not read before.
 
     end_of_document: where documents are separate the token that ends one, None where they are joined.

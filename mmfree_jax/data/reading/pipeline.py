@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmfree_jax.data.reading.documents import Counts, counted
+from mmfree_jax.data.reading.documents import Counts, count_windows
 from mmfree_jax.data.reading.prefetch import Prefetched
 from mmfree_jax.data.reading.token_set import Split, TokenSet
 
@@ -91,7 +91,7 @@ class Batches:
     def _generate(self, start: int) -> Iterator[tuple[Any, Counts]]:
         while True:
             windows, first = map(np.stack, zip(*(self.dataset[start + row] for row in self._rows), strict=True))
-            counts = counted(windows[self._counting], first[self._counting], self._end_of_document)
+            counts = count_windows(windows[self._counting], first[self._counting], self._end_of_document)
             yield self.put(windows), counts
             start += self.batch
 
@@ -154,7 +154,7 @@ def count_examples(token_set: TokenSet, *, sequence: int, seed: int, examples: i
     dataset, total = _examples(token_set, sequence, seed, "train"), Counts()
     for number in range(examples):
         window, first = dataset[number]
-        total += counted(window[None], np.array([first]), token_set.end_of_document if separate else None)
+        total += count_windows(window[None], np.array([first]), token_set.end_of_document if separate else None)
     return total
 
 
