@@ -113,40 +113,34 @@ def _build(options: argparse.Namespace) -> None:
     print(result.path)
 
 
-def _info(options: argparse.Namespace) -> None:
-    print((TokenSet.open(options.set).path / READABLE_CARD).read_text(encoding="utf-8"))
-
-
-def _verify(options: argparse.Namespace) -> None:
-    began = time.monotonic()
-    TokenSet.open(options.set).verify()
-    print(f"{options.set} is complete and undamaged ({time.monotonic() - began:.1f} s)")
-
-
-def _pack(options: argparse.Namespace) -> None:
-    loose = TokenSet.open(options.set)
-    rows = len(pack(loose, options.out, options.sequence).split("train")) // options.sequence
-    padding = 1 - len(loose.split("train")) / (rows * options.sequence)
-    print(f"{rows:,} rows of {options.sequence} tokens, {padding:.2%} of them padding, at {options.out}")
-    print(f"train on it with --data.corpus {options.out} --data.sequence {options.sequence} --data.separate-documents")
-
-
-def _convert(options: argparse.Namespace) -> None:
-    files = {"train": options.train} | ({"valid": options.valid} if options.valid else {})
-    result = convert(files, tokenization.named(options.tokenizer), options.out, options.dtype)
-    for name, split in result.splits.items():
-        print(f"{name}: {len(split):,} tokens, {split.documents:,} documents")
-
-
-def _bench(options: argparse.Namespace) -> None:
-    sets = [TokenSet.open(path) for path in options.sets]
-    for sequence, batch in ((128, 32), (512, 32), (2048, 8), (2048, 64)):
-        print(measure(sets, sequence, batch, options.seconds))
+def _run(options: argparse.Namespace) -> None:
+    if options.verb == "build":
+        _build(options)
+    elif options.verb == "info":
+        print((TokenSet.open(options.set).path / READABLE_CARD).read_text(encoding="utf-8"))
+    elif options.verb == "verify":
+        began = time.monotonic()
+        TokenSet.open(options.set).verify()
+        print(f"{options.set} is complete and undamaged ({time.monotonic() - began:.1f} s)")
+    elif options.verb == "pack":
+        loose, sequence, out = TokenSet.open(options.set), options.sequence, options.out
+        rows = len(pack(loose, out, sequence).split("train")) // sequence
+        padding = 1 - len(loose.split("train")) / (rows * sequence)
+        print(f"{rows:,} rows of {sequence} tokens, {padding:.2%} of them padding, at {out}")
+        print(f"train on it with --data.corpus {out} --data.sequence {sequence} --data.separate-documents")
+    elif options.verb == "convert":
+        files = {"train": options.train} | ({"valid": options.valid} if options.valid else {})
+        result = convert(files, tokenization.named(options.tokenizer), options.out, options.dtype)
+        for name, split in result.splits.items():
+            print(f"{name}: {len(split):,} tokens, {split.documents:,} documents")
+    else:
+        sets = [TokenSet.open(path) for path in options.sets]
+        for sequence, batch in ((128, 32), (512, 32), (2048, 8), (2048, 64)):
+            print(measure(sets, sequence, batch, options.seconds))
 
 
 def _add_convert(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("convert", help="make a token set from .bin files of nanoGPT, llm.c or Megatron")
-    parser.set_defaults(run=_convert)
     parser.add_argument(
         "train", type=Path, help="the .bin file to train on (Megatron: with its .idx in the same folder)"
     )
@@ -165,7 +159,7 @@ def _add_convert(verbs: argparse._SubParsersAction) -> None:
 
 def _add_build(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("build", help="make a token set from a named corpus or from files")
-    parser.set_defaults(run=_build, default=parser.get_default)
+    parser.set_defaults(default=parser.get_default)
     parser.add_argument("what", nargs="+", help=f"{', '.join(NAMED)}, or files, folders and hf:NAME[:CONFIG]")
     parser.add_argument(
         "--out",
@@ -192,25 +186,18 @@ def _add_build(verbs: argparse._SubParsersAction) -> None:
 
 def _parser() -> _Parser:
     parser = _Parser(prog=f"{program()} corpus", description=__doc__)
-    verbs = parser.add_subparsers(required=True, metavar="bench|build|convert|info|verify|pack")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="bench|build|convert|info|verify|pack")
     _add_build(verbs)
     _add_convert(verbs)
-    for name, run, words in [
-        ("info", _info, "show the data card"),
-        ("verify", _verify, "read all of it and compare checksums"),
-    ]:
-        verb = verbs.add_parser(name, help=words)
-        verb.set_defaults(run=run)
-        verb.add_argument("set", type=Path, help="folder of a token set")
+    for name, text in (("info", "show the data card"), ("verify", "read all of it and compare checksums")):
+        verbs.add_parser(name, help=text).add_argument("set", type=Path, help="folder of a token set")
     verb = verbs.add_parser("pack", help="arrange training documents so that windows do not cut them")
-    verb.set_defaults(run=_pack)
     verb.add_argument("set", type=Path, help="folder of a token set")
     verb.add_argument("--sequence", type=int, required=True, help="tokens in a window")
     verb.add_argument("--out", type=Path, required=True, help="new folder for the packed set")
     verb = verbs.add_parser(
         "bench", help="measure how fast batches are read from token sets, shuffled and mixed equally"
     )
-    verb.set_defaults(run=_bench)
     verb.add_argument("sets", type=Path, nargs="+", help="folders of token sets")
     verb.add_argument("--seconds", type=float, default=3.0, help="duration of each measurement [3]")
     return parser
@@ -219,5 +206,5 @@ def _parser() -> _Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `corpus` with the given arguments. Raises ValueError for wrong usage, and what the verbs raise."""
     options = _parser().parse_args(argv)
-    options.run(options)
+    _run(options)
     return 0

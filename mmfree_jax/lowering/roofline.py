@@ -55,58 +55,39 @@ class StepTime:
 
 def step_time(run: RunConfig, report: Report, device: Device) -> StepTime:
     """Return the time of one optimizer step of a run on a mesh of such devices."""
-    memory_rate = COPY * device.bandwidth
+    model = run.model
+    per_token = flops.flops_per_token(model, run.data.sequence)
+    tokens = tokens_per_device(run) * run.optim.accumulate / run.mesh.tensor  # whose work one device does
+    memory_rate, product_rate = COPY * device.bandwidth, PRODUCTS * device.bf16
+    # With a tensor axis some of our kernels lack the entire rows that they need, and XLA computes the same.
+    kernels = device.kernels and run.kernels == "auto" and run.mesh.tensor == 1
+
+    # The backward pass recomputes the products under `full` and `codes` (from their codes), and gate and up under
+    # `mixer`.
+    blocks = per_token.dense + per_token.ternary
+    gate_up = 4 * model.depth * model.width * model.glu_width / blocks
+    forwards = 1 + {"codes": 1.0, "full": 1.0, "mixer": gate_up}.get(run.remat, 0.0)
+    forward_rate = PRODUCTS * device.int8 if kernels and model.linear == "ternary" else product_rate
+    backward_rate = forward_rate if model.gradient_bits else product_rate
+    products = blocks * (forwards / forward_rate + 2 / backward_rate) + 3 * per_token.head / product_rate
+
+    passes = 4 if run.remat in ("products", "mixer", "full") else 3
+    masked = 2 if whole_scores(run, device) else 1  # a fused kernel does not compute the masked half
+    attention = passes * masked * per_token.attention / (ATTENTION * product_rate)
+
+    moved = float(ELEMENTWISE[model.mixer, model.linear] * model.width)
+    moved *= 1 if kernels or model.family == "transformer++" else WITHOUT_KERNELS
+    moved *= 1 if run.remat == "none" else 1 + FORWARD
+    moved += GRADIENT_CODES * model.width if model.gradient_bits and kernels else 0
+    moved += SCORES * model.heads * run.data.sequence if whole_scores(run, device) else 0
+    moved *= (2 if run.precision == "float32" else 1) * model.depth
     return StepTime(
-        _products(run, device),
-        _attention(run, device),
-        _bytes_moved(run, device) / memory_rate,
+        tokens * products,
+        tokens * attention,
+        tokens * moved / memory_rate,
         ADAM * report.parameters / 4 / memory_rate,
         communication(report.traffic, device),
     )
-
-
-def _share(run: RunConfig) -> float:
-    """Tokens of a step whose work one device does."""
-    return tokens_per_device(run) * run.optim.accumulate / run.mesh.tensor
-
-
-def _fast(run: RunConfig, device: Device) -> bool:
-    """Whether our kernels compute everything. With a tensor axis some of them lack the entire rows that they need."""
-    return device.kernels and run.kernels == "auto" and run.mesh.tensor == 1
-
-
-def _products(run: RunConfig, device: Device) -> float:
-    per_token = flops.flops_per_token(run.model, run.data.sequence)
-    rate = PRODUCTS * device.bf16
-    integers = _fast(run, device) and run.model.linear == "ternary"
-    forward_rate = PRODUCTS * device.int8 if integers else rate
-    blocks = per_token.dense + per_token.ternary
-    # The backward pass recomputes the products under `full` and `codes` (from their codes), and gate and up under
-    # `mixer`.
-    gate_up = 4 * run.model.depth * run.model.width * run.model.glu_width / blocks
-    forwards = 1 + {"codes": 1.0, "full": 1.0, "mixer": gate_up}.get(run.remat, 0.0)
-    backward_rate = forward_rate if run.model.gradient_bits else rate
-    seconds = blocks * (forwards / forward_rate + 2 / backward_rate) + 3 * per_token.head / rate
-    return _share(run) * seconds
-
-
-def _attention(run: RunConfig, device: Device) -> float:
-    """Attention's share. A fused kernel does not compute the masked half."""
-    passes = 4 if run.remat in ("products", "mixer", "full") else 3
-    masked = 2 if whole_scores(run, device) else 1
-    per_token = flops.flops_per_token(run.model, run.data.sequence).attention
-    return passes * masked * _share(run) * per_token / (ATTENTION * PRODUCTS * device.bf16)
-
-
-def _bytes_moved(run: RunConfig, device: Device) -> float:
-    """Bytes of element-wise work, including what is recomputed."""
-    model = run.model
-    per_token = float(ELEMENTWISE[model.mixer, model.linear] * model.width)
-    per_token *= 1 if _fast(run, device) or model.family == "transformer++" else WITHOUT_KERNELS
-    per_token *= 1 if run.remat == "none" else 1 + FORWARD
-    per_token += GRADIENT_CODES * model.width if model.gradient_bits and _fast(run, device) else 0
-    per_token += SCORES * model.heads * run.data.sequence if whole_scores(run, device) else 0
-    return (2 if run.precision == "float32" else 1) * per_token * model.depth * _share(run)
 
 
 def communication(traffic: Iterable[Traffic], device: Device) -> float:

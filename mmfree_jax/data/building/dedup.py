@@ -31,14 +31,9 @@ def _odd_constants(count: int, salt: int) -> np.ndarray:
     return _mix(np.arange(salt, salt + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
 
 
-def _byte_table() -> np.ndarray:
-    """Byte -> byte: letters in lower case, digits and non-ASCII bytes as they are, all that separates words -> 0."""
-    kept = [byte >= 128 or chr(byte).isalnum() for byte in range(256)]
-    lower = [ord(chr(byte).lower()) if byte < 128 else byte for byte in range(256)]
-    return np.where(kept, lower, 0).astype(np.uint8)
-
-
-_BYTES = _byte_table()
+# Byte -> byte: letters in lower case, digits and non-ASCII bytes unchanged, everything that separates words -> 0.
+_LOWER = [ord(chr(byte).lower()) if byte < 128 else byte for byte in range(256)]
+_BYTES = np.array([low if low >= 128 or chr(low).isalnum() else 0 for low in _LOWER], np.uint8)
 _WEIGHTS = _odd_constants(_WORD_POSITIONS, 1_000)
 
 

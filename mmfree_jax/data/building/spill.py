@@ -1,7 +1,7 @@
 """Writes documents that were prepared in memory to disk, as units that `build` tokenises in parallel."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmfree_jax.data.building.inputs import Documents, Reading, Unit
@@ -28,13 +28,6 @@ def documents_of(
     return result, every
 
 
-def _write_unit(path: Path, texts: Iterable[str], split: str) -> Unit:
-    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    if not path.is_file() or path.read_bytes() != data:  # a build that goes on knows its input by the time of writing
-        path.write_bytes(data)
-    return Unit("jsonl", (str(path),), 0, len(data), split)
-
-
 def spill(prepared: Prepared, folder: Path) -> list[Unit]:
     """Write the documents as JSON lines into `folder`; returns units that name their split.
 
@@ -49,7 +42,12 @@ def spill(prepared: Prepared, folder: Path) -> list[Unit]:
             texts.append(document.text)
             size += len(texts[-1])
             if size >= SPILLED_BYTES or i == len(documents):
-                units.append(_write_unit(folder / f"{split}-{len(units):05d}.jsonl", texts, split))
+                path = folder / f"{split}-{len(units):05d}.jsonl"
+                data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+                # An unchanged file keeps its time of writing, by which an interrupted build recognises its input.
+                if not path.is_file() or path.read_bytes() != data:
+                    path.write_bytes(data)
+                units.append(Unit("jsonl", (str(path),), 0, len(data), split))
                 texts, size = [], 0
     for file in set(folder.iterdir()) - {Path(unit.files[0]) for unit in units}:
         file.unlink()

@@ -63,18 +63,17 @@ def _parts(name: str, paragraphs: Sequence[str]) -> Iterator[tuple[str, list[str
             part, size, number = [], 0, number + 1
 
 
-def _files(source: Source, archive: Path) -> Iterator[tuple[str, list[str]]]:
+def read_archive(source: Source, archive: Path) -> Iterator[tuple[str, list[str]]]:
+    """(name, paragraphs) of the documents in a package."""
+    if source.sword:
+        for name, paragraphs in from_sword(dict(members(archive))):
+            yield from _parts(name, paragraphs)
+        return
     wanted = re.compile(source.only)
     for name, data in members(archive):
         if wanted.search(f"/{name}") and not _SKIPPED.search(f"/{name}"):
-            yield name, paragraphs_of(f"/{name}", data, comments=source.comments, pdf=source.pdf)
-
-
-def read_archive(source: Source, archive: Path) -> Iterator[tuple[str, list[str]]]:
-    """(name, paragraphs) of the documents in a package."""
-    files = from_sword(dict(members(archive))) if source.sword else _files(source, archive)
-    for name, paragraphs in files:
-        yield from _parts(name, paragraphs)
+            paragraphs = paragraphs_of(f"/{name}", data, comments=source.comments, pdf=source.pdf)
+            yield from _parts(name, paragraphs)
 
 
 def collect(task: Task) -> dict[str, Any]:
@@ -153,12 +152,6 @@ def _prepared(tier: str, work: Path, processes: int, progress: Progress) -> tupl
     return [Unit(**{**unit, "files": tuple(unit["files"])}) for unit in known["units"]], known["card"]
 
 
-def _tokenizer(units: Sequence[Unit], card: dict[str, Any], vocab_size: int, progress: Progress) -> Tokenizer:
-    size = cards.totals(card["sources"])["protected"] / 1e6
-    progress(f"training a tokenizer of {vocab_size} tokens on {size:.0f} MB of text")
-    return train_tokenizer(units, Recipe(clean=False), vocab_size)
-
-
 def build_tier(
     tier: str,
     path: Path,
@@ -180,8 +173,11 @@ def build_tier(
     processes = processes or available_cores()
     with locked(work), naming(work):
         units, card = _prepared(tier, work, processes, progress)
-        tokenizer = tokenizer or _tokenizer(units, card, vocab_size, progress)
         recipe = Recipe(clean=False)
+        if tokenizer is None:
+            size = cards.totals(card["sources"])["protected"] / 1e6
+            progress(f"training a tokenizer of {vocab_size} tokens on {size:.0f} MB of text")
+            tokenizer = train_tokenizer(units, recipe, vocab_size)
         result = build(path, units, tokenizer, recipe, card, processes=processes, progress=progress)
         shutil.rmtree(work)
     return result

@@ -39,7 +39,12 @@ class Tokenizer:
         self.backend = backend
         self.description = description
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.end_of_document: int = _end_of_document(backend)
+        ends = [number for name in _END_NAMES if (number := backend.token_to_id(name)) is not None]
+        if not ends:
+            raise ValueError(
+                f"the tokenizer has no token to put between documents (looked for {', '.join(_END_NAMES)})"
+            )
+        self.end_of_document: int = ends[0]
         self._json = backend.to_str(pretty=True)
         self.vocab_hash: str = vocabulary_hash(self._json)
         # SentencePiece puts a blank before every text; it must not come again before the pieces of a long one.
@@ -103,13 +108,6 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json` that the `tokenizers` library, `transformers` and `load` read."""
         path.write_text(self._json, encoding="utf-8")
-
-
-def _end_of_document(backend: tokenizers.Tokenizer) -> int:
-    for name in _END_NAMES:
-        if (number := backend.token_to_id(name)) is not None:
-            return number
-    raise ValueError(f"the tokenizer has no token to put between documents (looked for {', '.join(_END_NAMES)})")
 
 
 def vocabulary_hash(tokenizer_json: str) -> str:
