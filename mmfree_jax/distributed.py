@@ -242,6 +242,7 @@ def sum_integers(numbers: Sequence[int]) -> list[int]:
     if jax.process_count() == 1:
         return list(numbers)
     # In digits of 16 bits, because JAX exchanges numbers of 32 bits.
+    # A sum of digits may exceed 16 bits; adding the shifted sums carries it over.
     digits = [[number >> shift & 0xFFFF for shift in DIGITS] for number in numbers]
     found = np.asarray(multihost_utils.process_allgather(np.array(digits, np.int32)), np.int64).sum(axis=0)
     return [sum(int(digit) << shift for digit, shift in zip(row, DIGITS, strict=True)) for row in found]

@@ -13,6 +13,12 @@ import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
+# What the expressions match, by an example of each line:
+#   _COMPUTATION  %body.3 (p: (f32[8])) -> (f32[8]) {              a named list of instructions; ENTRY is the main one
+#   _COLLECTIVE   %ag = s8[256,512]{1,0} all-gather-start(…)       kind, result type, and whether it is asynchronous
+#   _CALL         while(…), condition=%c, body=%b                  an instruction runs one computation, …
+#   _CALLS        conditional(…), branch_computations={%t, %f}     … or any of several
+#   _TRIPS        backend_config={"known_trip_count":{"n":"24"}}   iterations of a while loop
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CALL = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
@@ -20,6 +26,8 @@ _CALLS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{([^}
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _ORIGIN = re.compile(r'op_name="([^"]*)"')
+# Device groups have four notations: pairs of a permute; lists; a reshaped range ([2,4]<=[8]: two rows of four), perhaps
+# transposed; and axes of a named mesh.
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
 _LISTED = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")

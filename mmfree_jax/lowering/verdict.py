@@ -81,6 +81,7 @@ def _micro_batches(run: RunConfig, report: Report, device: Device) -> Proposal |
     """
     if _fitting(run, report, device) is not None:
         return None
+    # Policies are ordered by speed, and the faster ones store more: try the run's own first, then those after it.
     rows, order = run.data.batch // run.mesh.batch_shards, policies(run)
     for remat in order[order.index(run.remat) :]:
         for accumulate in (n for n in range(run.optim.accumulate, rows + 1) if rows % n == 0):

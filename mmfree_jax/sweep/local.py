@@ -216,6 +216,7 @@ class Local:
         queue = [Job(chain, name=chain[0].name, reached=steps_done(out, chain)) for chain in work]
         for job in queue:
             job.share = Fraction(1, self.crowd(job.runs, len(work)))
+        # Shares are fractions, so that three workers with a third of a GPU each fill it exactly.
         free, active = [Fraction(1) for _ in self.slots], list[Job]()
         stopped: list[int] = []
         # Handlers instead of KeyboardInterrupt, which would be swallowed if it were raised inside a destructor.

@@ -98,7 +98,7 @@ def _train(
         if checked:
             self_check(key, data.batch, data.sequence, token_set.vocab_size)
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
-        rows = _batches(config, program, token_set, progress.data)
+        rows = _batches(config, program, token_set, progress.data)  # continues at the example where the state stands
         agreed = distributed.AgreedStop(program.mesh)
         trace = Profile(folder / "profile", profiled)
         log_of_process = RunLog(folder, marks) if distributed.is_first() else SilentLog()
@@ -114,6 +114,8 @@ def _train(
             diagnostics = Diagnostics(config, program, log, interval)
             scores: Scores | None = None  # of the last step taken, if that was evaluated
 
+            # JAX only queues work: the host runs ahead of the device. Whatever needs a result (logs, evaluation,
+            # saving) waits for it, and stops the clocks meanwhile.
             for step in range(progress.step, config.steps):
                 tokens_BT = interval.timed_next(rows)
                 now = jax.tree.map(np.float32, rates(config.optim, config.steps, step))
@@ -139,6 +141,7 @@ def _train(
                 progress.step, progress.data = step + 1, rows.state
                 every = config.checkpoint_every
                 due = step + 1 in milestones or (every > 0 and (step + 1) % every == 0)
+                # All processes must save after the same step, so a signal to one of them is shared first.
                 if (stopping := agreed(stop.signal)) or due:
                     interval.flush() if due else interval.hold()
                     checkpoints.save(state, _meta(config, token_set, progress, log), step + 1)

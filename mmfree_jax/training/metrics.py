@@ -211,6 +211,9 @@ class Interval:
 
     def __init__(self, config: RunConfig, progress: Progress, counts: Counts, log: Log):
         """`counts` are those of the steps up to `progress.step`."""
+        # Two clocks: `timed` and `elapsed` give the speed of the next row, `progress.seconds` the time of the entire
+        # run. Both stop for what is not training, and wait for the device first, because steps are only queued by the
+        # host.
         self.config, self.progress, self.log = config, progress, log
         progress.shared = progress.shared or nvidia.is_shared()
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -260,6 +263,7 @@ class Interval:
         drawn = sum_or_none(self.meter.joules())
         if self.began is None or self.running == 0:
             return False
+        # Steps that could not be timed (the first one compiles) count as much as the mean of those that were.
         elapsed, share = time.perf_counter() - self.began, 1 + self.progress.uncounted / self.running
         known = self.progress.joules is not None or self.progress.seconds == 0  # else a part was not measured
         self.progress.joules = (self.progress.joules or 0.0) + drawn * share if known and drawn is not None else None

@@ -69,6 +69,8 @@ def shingles(texts: Sequence[str], width: int = SHINGLE_WORDS) -> tuple[np.ndarr
     Returns hashes uint64 [shingles] in text order and offsets int64 [len(texts) + 1]: text i owns
     `hashes[offsets[i]:offsets[i + 1]]`. A text with fewer words than `width` owns none.
     """
+    # A run's hash is a weighted sum of its words' hashes, computed for all runs at once by `width` shifted additions.
+    # Runs that begin in one text and end in another are dropped.
     weights = _odd_constants(width, 2_000)
     hashes, counts = [np.zeros(0, np.uint64)], [np.zeros(1, np.int64)]
     for start, stop in _chunks(texts):
@@ -85,6 +87,8 @@ def shingles(texts: Sequence[str], width: int = SHINGLE_WORDS) -> tuple[np.ndarr
 
 def signatures(hashes: np.ndarray, offsets: np.ndarray, size: int = BANDS * ROWS) -> np.ndarray:
     """MinHash signatures, uint32 [texts, size]: the share of equal places estimates the Jaccard similarity."""
+    # Multiplying by an odd constant permutes the hashes. The smallest one after a random permutation is equally likely
+    # to be any shingle, so two texts share it with a probability equal to their Jaccard similarity.
     texts = len(offsets) - 1
     filled = np.flatnonzero(np.diff(offsets))
     result = np.full((size, texts), np.iinfo(np.uint32).max, np.uint32)
@@ -104,6 +108,8 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> np.ndarray:
     signature = signatures(hashes, offsets)
     empty = np.diff(offsets) == 0
     drop = np.zeros(len(texts), bool)
+    # Texts that agree in all ROWS places of a band are candidates. Sorting by the band's key puts them next to each
+    # other; each is compared with the first text of its group, by all places of the signature.
     for band in range(BANDS):
         rows = signature[:, band * ROWS : (band + 1) * ROWS]
         key = _mix((rows.astype(np.uint64) * _odd_constants(ROWS, 4_000)).sum(axis=1, dtype=np.uint64))

@@ -27,6 +27,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
     The longest item comes first; each goes to the fullest row with room for it. Equal lengths keep their order.
     """
+    # The set of free spaces is one big integer. Shifting it by the length leaves the spaces that are large enough, and
+    # its lowest set bit is the smallest of them: the fullest row, in constant time however many rows there are.
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     spaces = 0  # bit s is set when a row has exactly s tokens free
@@ -53,6 +55,7 @@ def pieces_of(split: Split, sequence: int) -> tuple[np.ndarray, np.ndarray]:
     starts = split.document_starts()
     lengths = np.diff(np.append(starts, len(split)))
     counts = -(-lengths // sequence)
+    # Piece k of a document starts k * sequence tokens after it: k counts up from 0 within each document.
     first = np.repeat(starts, counts)
     offset = (np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)) * sequence
     return first + offset, np.minimum(sequence, np.repeat(lengths, counts) - offset)

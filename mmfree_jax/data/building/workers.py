@@ -86,6 +86,7 @@ def run_parts(
     Returns the results in the order of the parts; `done(number, result)` is told of each as it comes. A single part is
     done in this process. Raises WorkerError for the first that fails, after ending the others.
     """
+    # Threads only wait: each starts a process for a part and reads its result, so at most `processes` run at once.
     if len(parts) == 1:
         result = getattr(importlib.import_module(module), name)(parts[0])
         done(0, result)

@@ -55,6 +55,7 @@ def count_windows(windows: np.ndarray, first: np.ndarray, end_of_document: int |
 def visible_pairs(inputs: np.ndarray, end_of_document: int) -> int:
     """Pairs (query, key) of causal attention within the documents of rows, int32 [n, T]: a position sees itself and
     what came before it in its document, which begins with the end of the document before (`document_ids`)."""
+    # A running maximum carries the place of the last end of document along the row: where the current document begins.
     place = np.arange(inputs.shape[1])
     begins = np.maximum.accumulate(np.where(inputs == end_of_document, place, 0), axis=1)
     return int((place - begins + 1).sum())

@@ -50,6 +50,7 @@ def examples(sources: Sequence[Windows], weights: Sequence[float], seed: int) ->
     if any(weight <= 0 for weight in weights):
         raise ValueError(f"mixture weights must be positive, not {list(weights)}")
 
+    # Each source gets a seed of its own, so that adding a source does not change the order of the others.
     def endless_windows(windows: Windows, seed: int) -> "grain.MapDataset":
         shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat(None)
         return shuffled.map_with_index(lambda number, window: (window, number < len(windows)))

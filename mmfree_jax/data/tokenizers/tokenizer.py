@@ -65,6 +65,8 @@ class Tokenizer:
 
     def encode_stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Tokens of each text, `dtype` [tokens]; texts of any length, memory bounded by a few batches of 4 MB."""
+        # Long texts are cut into pieces and short ones collected, so that every batch has about the same size. `last`
+        # says where texts end in a batch, and `held` has the tokens of a text that continues in the next one.
         pieces: list[str] = []
         last: list[bool] = []
         held: list[np.ndarray] = []
