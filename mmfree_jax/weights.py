@@ -1,5 +1,6 @@
-"""A model on disk, of whichever kind: a run directory, an imported folder, or a Hugging Face folder."""
+"""Models on disk: run directories, imported folders and Hugging Face folders."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,22 +9,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, from_json, to_json
+from mmfree_jax.checkpoint import Checkpoints, restore, restore_params
+from mmfree_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, from_json, require, to_json
 from mmfree_jax.distributed import put
 from mmfree_jax.files import read_json, write_atomically, write_json
-from mmfree_jax.interop import UNKNOWN, Origin, load_huggingface, read_config, read_origin, read_parameters
+from mmfree_jax.interop.huggingface import UNKNOWN, Origin, load_huggingface, read_config, read_origin, read_parameters
 from mmfree_jax.models.language_model import LanguageModel
-from mmfree_jax.training.checkpoint import Checkpoints, restore, restore_params
-from mmfree_jax.training.folder import corpus_facts
-from mmfree_jax.training.optim import make_optimizer
-from mmfree_jax.training.step import TrainState
+from mmfree_jax.presets import run_preset
+from mmfree_jax.run_folder import corpus_facts, saved_run
 
-ORIGIN = "origin.json"  # in an imported folder: what its source says about the text that it was trained on
+ORIGIN = "origin.json"  # in an imported folder: what its source says about the training text
 MODEL = "model.json"  # in an imported folder, instead of a run's config.json
+CHOICES_OF_RUN = ("gradient_bits", "tokenizer_vocab")  # fields of ModelConfig that do not change the weights
 
 
 def model_config(path: Path) -> ModelConfig:
-    """The architecture of a model on disk. Raises ConfigError for a folder that is none of the known kinds."""
+    """Return the architecture of a model on disk. Raises ConfigError for a folder of another kind."""
     if (path / MODEL).exists():
         return from_json(ModelConfig, (path / MODEL).read_text(encoding="utf-8"), str(path / MODEL))
     if not (path / "config.json").exists():
@@ -34,7 +35,8 @@ def model_config(path: Path) -> ModelConfig:
 
 
 def run_config(path: Path) -> RunConfig:
-    """The config of the run that made a model, on one device; for others a default one with their architecture."""
+    """Return the config of the run that made a model, on one device; for other models a default with their
+    architecture."""
     if is_run(path):
         here = {"mesh": {}, "gather": "int8", "reduction": "compute"}  # the last two need a mesh
         return from_json(RunConfig, json.dumps(read_json(path / "config.json") | here), str(path / "config.json"))
@@ -43,7 +45,7 @@ def run_config(path: Path) -> RunConfig:
 
 
 def load_model(path: Path, dtype: str = "float32") -> LanguageModel:
-    """Read a model with float32 parameters and activations of `dtype`; of a run, its newest checkpoint.
+    """Load a model with float32 parameters and activations of `dtype`; of a run, its newest checkpoint.
 
     Raises ConfigError (not a model), CheckpointError (a run without a checkpoint, a damaged folder).
     """
@@ -57,27 +59,59 @@ def load_model(path: Path, dtype: str = "float32") -> LanguageModel:
 
 
 def load_params(path: Path, abstract: Any) -> nnx.State:
-    """Read the parameters of a model onto the devices of any mesh.
+    """Load the parameters of a model onto the devices of any mesh.
 
-    abstract: a tree of ShapeDtypeStructs with shardings, which says where each goes. Only parameters are read; of a run
-    or an imported folder each process reads the shards that its devices hold. A Hugging Face folder passes whole
-    through the host memory of each process, but not through its devices' memory.
+    abstract: a tree of ShapeDtypeStructs with the target shardings. Only parameters are read. Of a run or an imported
+    folder each process reads the shards that its devices hold; a Hugging Face folder is read completely into the host
+    memory of each process, but not into the memory of each device.
     Raises ConfigError (not a model, another architecture), CheckpointError, InteropError.
     """
-    config = model_config(path)
     if is_run(path):
-        opt = jax.eval_shape(make_optimizer(run_config(path).optim, config).init, abstract)
-        step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-        return restore_params(path / "checkpoints", TrainState(step, abstract, opt))
+        return restore_params(path / "checkpoints", abstract)
     if not _is_huggingface(path):
         return restore(path / "checkpoints", abstract)[0]
     return jax.tree.map(lambda host, a: put(host, a.sharding), read_parameters(path, abstract), abstract)
 
 
-def origin(path: Path) -> Origin:
-    """What is known of the text that a model on disk was trained on, from its run here or from its source.
+def with_initial_weights(run: RunConfig, preset: str, out: Path) -> RunConfig:
+    """Return the run with the architecture of the weights that it starts from (`run.init`), if there are any.
 
-    Documents of a corpus here are separated by one token, which is both their first and their last.
+    preset: the name of the preset that the run was made from, which shows what the user has overridden. out: the run's
+    folder; once it holds a checkpoint, it holds the architecture too, and the weights need not exist any more.
+    Raises ConfigError if the weights are of another family than the preset, whose rate and schedule would not fit, or
+    if the user has asked for another architecture than theirs.
+    """
+    held, init = saved_run(out), run.init and str(Path(run.init).resolve())
+    if held is not None and held.init and init in ("", held.init):
+        run, found = dataclasses.replace(run, init=held.init), held.model
+    elif run.init:
+        found = model_config(Path(run.init))
+    else:
+        return run
+    usual = run_preset(preset).model
+    require(
+        found.family == usual.family,
+        f"init={run.init} holds a model of family {found.family}, and {preset} is of {usual.family}: take a preset of "
+        f"{found.family}",
+    )
+    for name in (field.name for field in dataclasses.fields(found) if field.name not in CHOICES_OF_RUN):
+        asked = getattr(run.model, name)
+        require(
+            asked in (getattr(usual, name), getattr(found, name)),
+            f"model.{name}={asked!r}, but init={run.init} has {getattr(found, name)!r}: leave it out",
+        )
+    return dataclasses.replace(run, init=str(Path(run.init).resolve()), model=trained_as(found, run.model))
+
+
+def trained_as(found: ModelConfig, model: ModelConfig) -> ModelConfig:
+    """The architecture `found` of some weights, with what a run of `model` may choose for itself."""
+    return dataclasses.replace(found, **{name: getattr(model, name) for name in CHOICES_OF_RUN})
+
+
+def origin(path: Path) -> Origin:
+    """Return what is known about the training text of a model on disk, from its run or its source.
+
+    Documents of our corpora are separated by one token, which is both the first and the last of a document.
     """
     if is_run(path):
         end = corpus_facts(path).get("end_of_document")
@@ -88,7 +122,7 @@ def origin(path: Path) -> Origin:
 
 
 def save_model(model: LanguageModel, path: Path, known: Origin = UNKNOWN) -> None:
-    """Write parameters, architecture and what is known of the text into a new folder.
+    """Write parameters, architecture and what is known about the training text into a new folder.
 
     Raises ConfigError if the folder is not empty.
     """
@@ -101,7 +135,7 @@ def save_model(model: LanguageModel, path: Path, known: Origin = UNKNOWN) -> Non
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is that of a run here, and not an imported or a Hugging Face folder."""
+    """Return whether a folder is a run directory, and not an imported or a Hugging Face folder."""
     return (path / "config.json").exists() and "model_type" not in read_json(path / "config.json")
 
 
