@@ -90,7 +90,7 @@ def test_the_study_leaves_what_it_promises(whole, capsys):
     assert set(fit["families"]) == {"transformer++", "matmul-free"}
     assert set(fit["families"]["matmul-free"]["parameters"]) == {"E", "A", "B", "alpha", "beta"}
     assert list((out / "report").glob("*.png"))
-    assert "not determined" in text
+    assert "Not decided" in text
     for row in table(out):
         assert row["run_id"] in (out / "runs.csv").read_text()
     scaling(["fit", str(out), "--draws", "20", "--json"])
