@@ -22,12 +22,14 @@ def add(verbs: Any) -> None:
     table_arguments(verb)
     spec_arguments(verb)
     verb.add_argument("--C", type=positive, action="append", required=True, metavar="FLOP", help="may be repeated")
+    text = "tokens that the model will be asked for, out of the same budget at 2 N FLOP each"
+    verb.add_argument("--serve-tokens", type=positive, default=0.0, help=text)
 
 
 def run(a: argparse.Namespace) -> int:
     """Every family by itself: what a family should be trained with does not depend on the others."""
     found = Analysis.of(read_table(a), spec_of(a))
-    out = {f: [found.own[f].allocate(flops, f) for flops in a.C] for f in found.families}
+    out = {f: [found.own[f].allocate(flops, f, a.serve_tokens) for flops in a.C] for f in found.families}
     if a.json:
         print_json(out)
         return exit_code(found.gates)

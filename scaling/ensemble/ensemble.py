@@ -42,6 +42,7 @@ UNINFORMATIVE = 0.05  # an interval wider than this share of the loss says nothi
 FLOORS = 0.25  # posterior weight (half before any run) of equal floors below which they are not supported
 IDENTIFIED = 0.7  # posterior over prior spread above which the runs have told nothing of a parameter
 SPLINE_KNOTS = 14
+SERVING = 2.0  # FLOP a parameter and token of a forward pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,29 +281,37 @@ class Ensemble(Equal):
             raise ScalingError(f"{what} is of one family: name {' or '.join(self.families)}")
         return self.a
 
-    def allocate(self, flops: float, family: str | None = None) -> Allocation:
-        """The best model size and token budget for an amount of compute, misfit included."""
+    def allocate(self, flops: float, family: str | None = None, serve_tokens: float = 0.0) -> Allocation:
+        """The best model size and token budget for an amount of compute, misfit included.
+
+        serve_tokens: tokens that the model will be asked for, at 2 FLOP a parameter and token, out of the same budget
+        (Sardana et al. 2024, arXiv 2401.00448); the budget then is not the cost of a training run.
+        """
         family = family or self.lone("an allocation")
         if not self.law.has_allocation:
             raise ScalingError(f"law {self.law.name!r} is not a function of N and D: it has no best allocation")
         cost, law = self.cost(family), self.law_along(family)
+
+        def tokens(log_n: np.ndarray) -> np.ndarray:
+            left = np.maximum(flops - SERVING * np.exp(log_n) * serve_tokens, 1e-30 * flops)
+            return cost.log_tokens(log_n, np.log(left))
+
         centre = self.path(family, np.array([flops])).log_n[0, 0]
-        log_n = centre + np.linspace(-2.5, 2.5, 81)
-        log_d = cost.log_tokens(log_n, np.log(flops))
-        features = law.features_at(log_n, log_d, self.centre, np.full_like(log_n, np.log(flops)))
+        most = np.log(flops / (SERVING * serve_tokens)) - 0.01 if serve_tokens else np.inf
+        log_n = min(centre, most - 2.5) + np.linspace(-2.5, 2.5, 81)
+        features = law.features_at(log_n, tokens(log_n), self.centre, np.full_like(log_n, np.log(flops)))
         curves = law.value(self.draws.theta[:, self.families.index(family)], features)
-        curves = curves + self.misfit_at(family, log_n, log_d, None)
+        curves = curves + self.misfit_at(family, log_n, tokens(log_n), None)
         best, loss = lowest(log_n, curves)
-        best_d = cost.log_tokens(best, np.log(flops))
-        n, d, ratio = np.exp(best), np.exp(best_d), np.exp(best_d - best)
-        decades = max(0.0, float(np.log10(flops / self.runs.family(family)["flops"].max())))
-        validated = decades <= 0 or decades <= self.reach + 1e-6
+        n, d = np.exp(best), np.exp(tokens(best))
         size = float(np.median(n))
-        tokens = float(np.exp(cost.log_tokens(np.log(size), np.log(flops))))
-        best_of = size, tokens, tokens / size, float(np.median(np.exp(loss)))
-        ends = [interval(x) for x in (n, d, ratio, np.exp(loss))]
+        many = float(np.exp(tokens(np.log(size))))
+        best_of = size, many, many / size, float(np.median(np.exp(loss)))
+        ends = [interval(x) for x in (n, d, d / n, np.exp(loss))]
         pairs = (best_of[0], ends[0], best_of[1], ends[1], best_of[2], ends[2], best_of[3], ends[3])
-        return Allocation(family, flops, *pairs, decades, validated)
+        trained = float(cost.rate(size)) * size * many
+        decades = max(0.0, float(np.log10(trained / self.runs.family(family)["flops"].max())))
+        return Allocation(family, flops, *pairs, decades, decades <= 0 or decades <= self.reach + 1e-6)
 
     def exponent(self, family: str) -> tuple[float, float, float]:
         """Exponent of N* in compute over the ladder, by the law alone: median and 95 % interval."""

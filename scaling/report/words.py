@@ -210,7 +210,8 @@ def backtest_sentence(e: Ensemble) -> str:
         return f"No back-test is possible: {'; '.join(e.test.skipped)}."
     inside, far = sum(p.inside for p in points), max(p.decades for p in points)
     text = f"Back-test: {inside} of {len(points)} left-out losses and differences lay in their 95 % intervals"
-    return f"{text}, up to {far:.1f} decades beyond the runs fitted; intervals are validated to {e.reach:.1f} decades."
+    earned = f"that validates {e.reach:.1f} decades" if e.reach else "that validates nothing beyond the runs"
+    return f"{text}, up to {far:.1f} decades beyond the runs fitted; {earned}."
 
 
 def shortfalls(failed: Sequence[Gate]) -> list[str]:

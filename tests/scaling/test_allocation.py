@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scaling import Runs, fit
+from scaling import Runs, analyse, fit
 from scaling.ensemble.frontier import Cost, frontier
 
 
@@ -39,3 +39,19 @@ def test_smooth_extra_work_of_small_models_is_followed_exactly():
     cost = Cost.of(runs)
     expected = np.log(runs["flops"] / (runs["N"] * runs["D"]))
     np.testing.assert_allclose(np.interp(np.log(runs["N"]), cost.log_n, cost.log_cost), expected, atol=0.01)
+
+
+def test_an_allocation_is_the_laws_and_pays_for_the_tokens_it_will_serve():
+    """Against a search over N by the true law; with serving, 6 N D + 2 N T is the budget, and smaller models are best."""
+    e = analyse(runs_with_cost(lambda n: 6.0), draws=300)
+    n = np.geomspace(1e7, 1e11, 200_001)
+    sizes = []
+    for serve in (0.0, 1e11, 1e12):
+        found = e.allocate(1e21, serve_tokens=serve)
+        d = (1e21 - 2 * n * serve) / (6 * n)
+        loss = np.where(d > 0, 1.8 + 180 / n**0.34 + 420 / np.maximum(d, 1) ** 0.37, np.inf)
+        assert found.N_interval[0] < n[loss.argmin()] < found.N_interval[1]
+        assert found.loss_interval[0] < loss.min() < found.loss_interval[1]
+        assert 6 * found.N * found.D + 2 * found.N * serve == pytest.approx(1e21, rel=1e-6)
+        sizes.append(found.N)
+    assert sizes[0] > sizes[1] > sizes[2]

@@ -175,7 +175,7 @@ def test_backtest_prints_what_each_distance_earned(tables, capsys):
     out = capsys.readouterr().out
     assert "left-out losses and differences lay in their 95 % intervals" in out
     assert "difference, 0.25 to 0.5 decades beyond: " in out
-    assert "intervals are validated to" in out
+    assert "that validates" in out
 
 
 def test_allocation_spends_the_budget_and_names_the_extrapolation(tables, capsys):

@@ -302,3 +302,24 @@ def test_intervals_hold_the_truth_also_where_the_law_misses(misfit):
         low, high = interval(e.gaps(np.array([c]))[:, 0])
         held += low <= best[B] - best[A] <= high
     assert held >= 10
+
+
+def test_the_curve_at_a_tables_rows_is_that_of_predictions():
+    """Far from the diagonal, where sizes and tokens exchanged would be off."""
+    bend = lambda r: 1 + 0.01 * np.sin(3 * np.log10(r["N"])) * np.cos(2 * np.log10(r["D"]))
+    rows = [r | {"loss": r["loss"] * bend(r)} for r in ladder_rows(sizes=SIZES[:6], ratios=(5, 20, 80), noise=0.001)]
+    e = analyse(Runs.from_rows(rows), draws=200)
+    some = e.runs.family(B).select(np.array([0, 5, 10, 16]))
+    levels = np.exp(np.median(e.rows_curve(B, some), axis=0))
+    expected = [e.predict(n, d, B).loss for n, d in zip(some["N"], some["D"], strict=True)]
+    np.testing.assert_allclose(levels, expected, rtol=1e-9)
+    np.testing.assert_allclose(levels, some["loss"], rtol=0.004)
+
+
+def test_a_new_runs_interval_holds_the_mean_curves_also_without_noise():
+    rows = ladder_rows(sizes=SIZES[:6], ratios=(5, 20, 80), noise=1e-6)
+    e = analyse(Runs.from_rows(rows).family(A), draws=300)
+    for n in (1e6, 3e9, 1e11):
+        p = e.predict(n, 20 * n)
+        assert p.run_low <= p.low
+        assert p.high <= p.run_high
