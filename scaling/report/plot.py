@@ -34,9 +34,13 @@ STYLE: Any = {
     "grid.alpha": 0.25,
     "hatch.linewidth": 0.6,
     "svg.hashsalt": "scaling",
-    "text.parse_math": False,  # names of families and runs are data
 }
 LEGEND_ROWS = 14  # more families than this go into several columns
+
+
+def words(text: str) -> str:
+    """Names are data: Matplotlib would read mathematics between dollar signs."""
+    return text.replace("$", r"\$")
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -62,8 +66,8 @@ def drawn(chart: Chart) -> Figure:
             axes.yaxis.set_major_locator(FixedLocator(list(chart.y_ticks)))
             axes.yaxis.set_major_formatter(FixedFormatter([f"{t:g}" for t in chart.y_ticks]))
             axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel(chart.x_label)
-        axes.set_ylabel(chart.y_label)
+        axes.set_xlabel(words(chart.x_label))
+        axes.set_ylabel(words(chart.y_label))
         names = axes.get_legend_handles_labels()[1]
         if names:  # outside the axes, where it can neither cover data nor be cut off
             columns = 2 if len(names) <= LEGEND_ROWS else 3
@@ -81,7 +85,7 @@ def draw(mark: Any, axes: Axes) -> None:
 def draw_line(mark: Line, axes: Axes) -> None:
     measured = np.ones(len(mark.x), bool) if mark.measured is None else mark.measured
     for k, (part, inside) in enumerate(segments(measured)):
-        name = mark.name if k == 0 and mark.name else None
+        name = words(mark.name) if k == 0 and mark.name else None
         style = "-" if inside else (0, (4, 2))
         axes.plot(mark.x[part], mark.y[part], color=mark.colour, lw=mark.width, ls=style, alpha=mark.faint, label=name)
 
@@ -98,7 +102,7 @@ def draw_band(mark: Band, axes: Axes) -> None:
 @draw.register
 def draw_points(mark: Points, axes: Axes) -> None:
     edge: Any = {"mec": "white", "mew": 0.5, "ls": "none", "zorder": 4}
-    axes.plot(mark.x, mark.y, MARKERS[mark.shape], color=mark.colour, ms=5.5, label=mark.name or None, **edge)
+    axes.plot(mark.x, mark.y, MARKERS[mark.shape], color=mark.colour, ms=5.5, label=words(mark.name) or None, **edge)
 
 
 @draw.register

@@ -23,6 +23,9 @@ def rounded(value: float, low: float, high: float, sign: str = "") -> str:
     width = high - low
     if not np.isfinite(width) or width <= 0:
         return f"{value:{sign}.3g} ({low:{sign}.3g} to {high:{sign}.3g})"
+    if low > 0 and high > SKEWED * low:  # each to two digits of its own
+        value, low, high = (float(f"{x:.2g}") for x in (value, low, high))
+        return f"{value:{sign}.6g} ({low:{sign}.6g} to {high:{sign}.6g})"
     decimals, largest = int(1 - np.floor(np.log10(width))), max(abs(low), abs(high))
     if largest >= 1e5:
         form = f"{sign}.3g"
@@ -44,6 +47,7 @@ def verdict(e: Ensemble, failed: Sequence[Gate] = ()) -> list[str]:
     return [*out, *shortfalls(failed), CONDITIONAL]
 
 
+SKEWED = 5.0  # an interval whose ends are so many times apart is told on a logarithmic scale
 CONDITIONAL = (
     "Every interval and probability is conditional on the laws considered, each with a smooth misfit that the runs "
     "themselves measure."

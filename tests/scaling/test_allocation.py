@@ -42,7 +42,7 @@ def test_smooth_extra_work_of_small_models_is_followed_exactly():
 
 
 def test_an_allocation_is_the_laws_and_pays_for_the_tokens_it_will_serve():
-    """Against a search over N by the true law; with serving, 6 N D + 2 N T is the budget, and smaller models are best."""
+    """Against a search over N by the true law: 6 N D + 2 N T is the budget, and serving makes smaller models best."""
     e = analyse(runs_with_cost(lambda n: 6.0), draws=300)
     n = np.geomspace(1e7, 1e11, 200_001)
     sizes = []

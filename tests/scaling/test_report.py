@@ -8,6 +8,8 @@ import pytest
 from conftest import ladder_rows
 
 from scaling import Runs
+from scaling.report.chart import Chart, Points
+from scaling.report.plot import drawn
 from scaling.report.sections import parameter_table
 from scaling.report.write import write_report
 from scaling.tables.curves import sweep_curves
@@ -149,6 +151,17 @@ def test_names_are_data_in_every_language_that_they_are_put_into(hostile):
     assert "$x^2$" not in texts
     assert "<script>" not in page
     assert "\\[b\\](c)" in page
+
+
+def test_pictures_show_names_as_they_are_and_powers_of_ten_as_such():
+    points = Points(np.array([1e18, 1e20]), np.array([3.0, 2.5]), "#000000", name="$x^2$")
+    figure = drawn(Chart("c", "A caption.", "compute", "$y$", (points,)))
+    axes = figure.axes[0]
+    assert figure.legends[0].get_texts()[0].get_text() == r"\$x^2\$"
+    assert axes.get_ylabel() == r"\$y\$"
+    figure.draw_without_rendering()
+    tick = next(t for t in axes.get_xticklabels() if "10^{18}" in t.get_text())
+    assert tick.get_parse_math()
 
 
 def test_findings_keep_their_rows(tmp_path, brief_reports):

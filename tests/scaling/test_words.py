@@ -1,0 +1,73 @@
+"""Numbers and sentences: no more digits than the interval carries, no more claim than the ensemble."""
+
+import numpy as np
+import pytest
+from conftest import ladder_rows
+
+from scaling import Runs, analyse
+from scaling.fitting.fit import Gate
+from scaling.report.words import chance, headline, rounded, short, verdict
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((3.2614, 2.093, 3.512), "3.3 (2.1 to 3.5)"),
+        ((0.02344, 0.0139, 0.0402), "0.023 (0.014 to 0.040)"),
+        ((1.78813, 1.75601, 1.81842), "1.788 (1.756 to 1.818)"),
+        ((477.2, 380.1, 590.7), "480 (380 to 590)"),
+        ((402.0, 0.31, 19023.0), "400 (0.31 to 19000)"),
+        ((1.1e6, 9.7e5, 1.3e6), "1.1e+06 (9.7e+05 to 1.3e+06)"),
+        ((2.0, 2.0, 2.0), "2 (2 to 2)"),
+    ],
+)
+def test_numbers_have_the_digits_of_their_interval(numbers, said):
+    assert rounded(*numbers) == said
+
+
+def test_signs_are_kept_where_asked_for():
+    assert rounded(-0.0131, -0.0204, 0.0012, "+") == "-0.013 (-0.020 to +0.001)"
+
+
+def test_a_chance_is_never_certain():
+    assert [chance(p) for p in (0.0, 0.031, 0.5, 1.0)] == ["< 0.01", "= 0.03", "= 0.50", "> 0.99"]
+
+
+def test_counts_read_as_people_say_them():
+    assert [short(x) for x in (999, 4.1e5, 1.3e9, 2e12)] == ["999", "410k", "1.3B", "2T"]
+
+
+@pytest.fixture(scope="module")
+def wide():
+    rows = ladder_rows(sizes=tuple(np.geomspace(1e6, 2.5e8, 7)), ratios=(5, 10, 20, 80), noise=0.002)
+    return analyse(Runs.from_rows(rows), draws=200)
+
+
+def test_failed_checks_soften_the_headline_and_are_listed_once(wide):
+    failed = [
+        Gate("duplicates [a]", False, "x"),
+        Gate("duplicates [a]", False, "y"),
+        Gate("units of N [a]", False, "z"),
+    ]
+    said = verdict(wide, failed)
+    assert "provisional" in said[0]
+    assert "provisional" not in headline(wide)
+    assert "2 checks fail: duplicates [a], units of N [a]." in said
+
+
+def test_matched_cells_and_frontiers_are_told_apart_and_everything_is_conditional(wide):
+    said = wide.verdict()
+    assert any("28 of 28 matched cells (N within 1 %, equal D)" in line for line in said)
+    assert sum("the frontier of matmul-free minus that of transformer++" in line for line in said) == 2
+    assert "conditional on the laws considered" in said[-1]
+
+
+def test_a_family_of_other_sizes_has_no_matched_cells():
+    rows = [r | {"N": r["N"] * (1.05 if r["family"] == "matmul-free" else 1)} for r in ladder_rows(noise=0.003)]
+    said = analyse(Runs.from_rows(rows), draws=50).verdict()
+    assert any("No two runs of the families have equal N" in line for line in said)
+
+
+def test_a_small_ladder_decides_nothing(wide):
+    e = analyse(Runs.from_rows(ladder_rows(noise=0.003)), draws=50)
+    assert e.verdict()[0].startswith("Not decided, as the ladder is too small (4 sizes over")
