@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from mmfree_jax.data import TokenSet, evaluation_windows
-from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast import verification
 from mmfree_jax.training.step import Program
 
 EVALUATION_BATCH = 16  # sequences a device: enough to keep it busy, few enough for a laptop's memory
@@ -39,7 +39,7 @@ def evaluate(program: Program, params: Any, token_set: TokenSet, sequence: int) 
     batch = EVALUATION_BATCH * shards
     tokens_BT, mask_BT = (jax.ShapeDtypeStruct((batch, sequence + n), t) for n, t in ((1, np.int32), (0, bool)))
     with jax.set_mesh(program.mesh):
-        choice.prepare(lambda: jax.eval_shape(program.evaluate, params, tokens_BT, mask_BT))
+        verification.prepare(lambda: jax.eval_shape(program.evaluate, params, tokens_BT, mask_BT))
     sums = [
         program.evaluate(params, program.place(tokens_BT), program.place(mask_BT))
         for tokens_BT, mask_BT in evaluation_windows(token_set, sequence, batch)
