@@ -1,4 +1,4 @@
-"""The gated linear unit as one op against the two layers that it is made of, and the fusion of what stands before it."""
+"""The gated linear unit as one op against the two layers that it is made of, and what is fused with a layer."""
 
 import jax
 import jax.numpy as jnp
