@@ -76,7 +76,7 @@ def linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Array, .
 def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Array, ...]:
     """`ops.bit_linear.bit_linear`, fused with the norm or gate that x comes from (`origin`)."""
     kind, sources, source_gain, _ = source(recipe, x)
-    fusion = Fusion(recipe, kind, residual=kind == "norm" and can_hand_on(sources[0]))
+    fusion = Fusion(recipe, kind, residual=kind == "norm")
     ys, copy = _bit_linear(fusion, sources, source_gain, weights)
     if fusion.residual:
         hand_on(sources[0], copy)
@@ -84,9 +84,15 @@ def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Arra
 
 
 def source(recipe: Recipe, x: jax.Array) -> Origin:
-    """Return what x was made of, if a BitLinear can make it: the norms of one BitLinear share their epsilon."""
+    """Return what x was made of, if this BitLinear is to make it itself; else x, plain.
+
+    Its norms share their epsilon. A norm of anything but the residual stream, as before an output projection, stays
+    apart: what it reads is wanted for nothing else.
+    """
     found = origin(x)
-    return found if found.gain is None or found.eps == recipe.eps else Origin("plain", (x,))
+    apart = found.gain is not None and found.eps != recipe.eps
+    apart = apart or (found.kind == "norm" and not can_hand_on(found.sources[0]))
+    return Origin("plain", (x,)) if apart else found
 
 
 def quantise_input(

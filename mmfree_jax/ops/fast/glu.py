@@ -23,7 +23,7 @@ from mmfree_jax.ops.fast.bit_linear import (
     primal_values,
     source,
 )
-from mmfree_jax.ops.fast.origin import Origin, can_hand_on, hand_on, note
+from mmfree_jax.ops.fast.origin import Origin, hand_on, note
 from mmfree_jax.ops.fast.stream import rms_norm
 
 
@@ -50,7 +50,7 @@ def glu(
         y = swiglu(*(checkpoint_name(y, "gate_up") for y in linear(into, x, gate_up)))
         return linear(out, y if gain_F is None else rms_norm(y, gain_F, out.eps), down)[0]
     kind, sources, source_gain, _ = source(into, x)
-    fusions = Fusion(into, kind, residual=kind == "norm" and can_hand_on(sources[0])), Fusion(out, "swiglu")
+    fusions = Fusion(into, kind, residual=kind == "norm"), Fusion(out, "swiglu")
     y, copy = _glu(fusions, sources, source_gain, gate_up, down)
     if fusions[0].residual:
         hand_on(sources[0], copy)
