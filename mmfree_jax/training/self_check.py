@@ -1,10 +1,10 @@
 """A check before a run: does its step compute what the definitions say, on this device and mesh, at these shapes?
 
 A copy of the model with two layers and all other sizes unchanged takes a micro-batch (two where the step accumulates)
-through the step's own program and through the reference: XLA in float32 on one device (with several processes on the
-run's mesh), a row at a time. Kernels, compilers, meshes and orders of summation may round differently. How much of the
-deviation rounding explains is measured too: XLA in the step's own precision is compared with the reference in the same
-way. A larger deviation stops the run.
+through the step's own program and through the reference: XLA in float32 without integer gradients on one device (with
+several processes on the run's mesh), a row at a time. Kernels, compilers, meshes and orders of summation may round
+differently. How much of the deviation rounding explains is measured too: XLA in the step's own precision, with integer
+gradients where the step has them, is compared with the reference in the same way. A larger deviation stops the run.
 
 This costs two or three compilations of a two-layer step (docs/kernels.md has measurements), and only the first time:
 the outcome is kept beside the compiled programs.
@@ -70,16 +70,20 @@ def self_check(key: ProgramKey, batch: int, time: int, vocab: int) -> None:
     verification.keep(_path(name), {"deviations": deviations})
 
 
-def compare(key: ProgramKey, rows: int, parts: int, time: int, vocab: int) -> dict[str, tuple[float, float]]:
+def compare(
+    key: ProgramKey, rows: int, parts: int, time: int, vocab: int, *, tuned: bool = True
+) -> dict[str, tuple[float, float]]:
     """Compare the loss, and the gradient to each parameter of the two-layer copy, with the reference.
 
     Returns for each the relative error of the step's own program, and how much of it rounding explains.
-    rows: of all `parts` micro-batches together.
+    rows: of all `parts` micro-batches together. tuned: compile the step's own program as the step is compiled; XLA's
+    search for the fastest products can take minutes on a GPU.
     """
     precision = concrete(key.precision)
     in_parts = lambda parts: dataclasses.replace(key.optim, accumulate=parts)
     small = dataclasses.replace(key.model, depth=DEPTH)
-    own = dataclasses.replace(key, model=small, optim=in_parts(parts), unroll=min(key.unroll, DEPTH))
+    unroll = min(key.unroll, DEPTH)
+    own = dataclasses.replace(key, model=small, optim=in_parts(parts), unroll=unroll, precision=precision)
     # One process cannot compute on a device alone while the others wait, so the reference is on the whole mesh then.
     mesh = MeshConfig() if jax.process_count() == 1 else key.mesh
     slow = dataclasses.replace(own, mesh=mesh, kernels="off", remat="none", gather="int8")
@@ -89,9 +93,9 @@ def compare(key: ProgramKey, rows: int, parts: int, time: int, vocab: int) -> di
     if key.separator is not None:
         tokens = np.where(rng.uniform(size=tokens.shape) < 1 / 64, np.int32(key.separator), tokens)
 
-    exactly = dataclasses.replace(slow, precision="float32")
-    keys = (own, exactly) if precision == "float32" else (own, exactly, slow)
-    found, exact, *rounded = _results(keys, tokens)
+    exactly = dataclasses.replace(slow, precision="float32", model=dataclasses.replace(small, gradient_bits=0))
+    keys = (own, exactly) if slow == exactly else (own, exactly, slow)
+    found, exact, *rounded = _results(keys, tokens, tuned)
     floors = {name: LOSS_FLOORS if name == LOSS else FLOORS for name in exact}
     errors = [_norms(one, exact) for one in (found, *rounded)]
     sizes = {name: size for name, (_, size) in errors[0].items()}
@@ -105,17 +109,18 @@ def compare(key: ProgramKey, rows: int, parts: int, time: int, vocab: int) -> di
     return {name: judged(name) for name in exact}
 
 
-def _results(keys: Sequence[ProgramKey], tokens: np.ndarray) -> list[dict[str, jax.Array]]:
+def _results(keys: Sequence[ProgramKey], tokens: np.ndarray, tuned: bool) -> list[dict[str, jax.Array]]:
     """The loss of a two-layer model and its gradients by each program, all with the same weights.
 
-    The first program is the step's; the others run once, so they are compiled with less optimisation. All are compiled
-    in parallel.
+    The first program is the step's, compiled like the step if `tuned`; the others run once, so they are compiled with
+    less optimisation. All are compiled in parallel.
     """
     programs = [make_program(key) for key in keys]
     with jax.set_mesh(programs[0].mesh):
         params = programs[0].init(jax.random.key(0)).params
     lowered = [_lowered(key, tokens.shape) for key in keys]
-    options = [{}, *[QUICKLY.get(backend(), {})] * (len(keys) - 1)]
+    quickly: dict[str, int] = QUICKLY.get(backend(), {})
+    options = [{} if tuned else quickly, *[quickly] * (len(keys) - 1)]
     with ThreadPoolExecutor(len(keys)) as pool:
         compiled = list(pool.map(lambda one, how: one.compile(how), lowered, options))
     results = []
@@ -179,5 +184,12 @@ def _name(key: ProgramKey, rows: int, time: int) -> str:
 def _sources() -> str:
     """A digest of the code that computes a step."""
     root = Path(__file__).parents[1]
-    patterns = ("models/*.py", "ops/**/*.py", "training/*.py", "data/packing.py", "parametrisation.py", "sharding.py")
+    patterns = (
+        "models/*.py",
+        "ops/**/*.py",
+        "training/*.py",
+        "data/reading/documents.py",
+        "parametrisation.py",
+        "sharding.py",
+    )
     return sha256(file for pattern in patterns for file in sorted(root.glob(pattern)))

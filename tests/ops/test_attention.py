@@ -52,18 +52,21 @@ def test_attention_is_the_written_out_formula():
 
 
 @pytest.mark.parametrize("width", [36, 44, 64, 5])
-def test_heads_of_any_width_are_filled_up_for_cudnn(monkeypatch, width):
-    """Stands in for NVIDIA's kernel, which takes multiples of 8 only and would scale by the width that it is given."""
+@pytest.mark.parametrize("time", [1, 18, 19])
+def test_heads_of_any_width_and_any_length_are_filled_up_for_cudnn(monkeypatch, width, time):
+    """A stand-in for NVIDIA's kernel. That takes widths of a multiple of 8 and even lengths, and scales by the width
+    that it is given."""
 
     def fused(q, k, v, *, is_causal, scale, implementation):
         assert is_causal
         assert implementation == "cudnn"
         assert {a.shape[-1] % 8 for a in (q, k, v)} == {0}
+        assert {a.shape[1] % 2 for a in (q, k, v)} == {0}
         return right(q, k, v, is_causal=True, scale=scale, implementation="xla")
 
     right = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
-    shapes = ((2, 19, 4, width), (2, 19, 2, width), (2, 19, 2, width))
+    shapes = ((2, time, 4, width), (2, time, 2, width), (2, time, 2, width))
     q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
 
     def run(form):

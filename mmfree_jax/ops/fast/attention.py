@@ -49,13 +49,16 @@ def _whole(form: str, q_BTHK, k_BTJK, v_BTJK, segments_BT) -> jax.Array:
 
 
 def _cudnn(q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJK: jax.Array) -> jax.Array:
-    """NVIDIA's fused kernel. It takes heads of a multiple of 8: others are filled up with zeros, which add nothing to
-    scores and make columns of the result that are cut off again."""
-    width = q_BTHK.shape[-1]
-    fill = lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, -width % 8)])
+    """Attention by NVIDIA's fused kernel, which takes head widths of a multiple of 8 and an even number of steps.
+
+    Zeros fill up the rest, and their part of the result is cut off. They change nothing else: a zero adds nothing to a
+    score, and no earlier query sees a key that is added at the end.
+    """
+    time, width = q_BTHK.shape[1], q_BTHK.shape[-1]
+    fill = lambda a: jnp.pad(a, [(0, 0), (0, time % 2), (0, 0), (0, -width % 8)])
     q, k, v = map(fill, (q_BTHK, k_BTJK, v_BTJK))
     y = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=width**-0.5, implementation="cudnn")
-    return y[..., :width]
+    return y[:, :time, :, :width]
 
 
 def _chunk(q_BTHK, k_BTJK, v_BTJK, segments_BT, axis: str) -> jax.Array:
