@@ -217,12 +217,7 @@ class LanguageModel(nnx.Module):
         return DecodeState(mixers, jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32))
 
     def extend(
-        self,
-        tokens_BT: jax.Array,
-        state: DecodeState,
-        *,
-        segments_BT: jax.Array | None = None,
-        last_only: bool = False,
+        self, tokens_BT: jax.Array, state: DecodeState, *, segments_BT: jax.Array | None = None, last_only: bool = False
     ) -> tuple[jax.Array, DecodeState]:
         """Read on from a state: a whole prompt, a piece of one, or one token.
 

@@ -14,11 +14,7 @@ CHANNELS, WEIGHTS = ("channels",), ("batch", "time")  # logical names of floor a
 
 
 def fused_recurrence(
-    c_BTD: jax.Array,
-    f_BTD: jax.Array,
-    floor_D: jax.Array | None,
-    h_BD: jax.Array | None,
-    resets_BT: jax.Array | None,
+    c_BTD: jax.Array, f_BTD: jax.Array, floor_D: jax.Array | None, h_BD: jax.Array | None, resets_BT: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """All states in c's type, bfloat16 or float32, and the last one in float32.
 

@@ -10,15 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mmfree_jax.ops.bit_linear import Recipe, Weights
 from mmfree_jax.ops.fast import combine
 from mmfree_jax.ops.fast.autodiff import own_backward_of_used
-from mmfree_jax.ops.fast.bit_linear import (
-    Fusion,
-    Residuals,
-    backward,
-    codes_onward,
-    forward,
-    linear,
-    source,
-)
+from mmfree_jax.ops.fast.bit_linear import Fusion, Residuals, backward, codes_onward, forward, linear, source
 from mmfree_jax.ops.fast.origin import Origin, hand_on, note
 from mmfree_jax.ops.fast.stream import rms_norm
 
@@ -34,12 +26,7 @@ def gated_norm(g: jax.Array, h: jax.Array, gain_D: jax.Array, eps: float) -> jax
 
 
 def glu(
-    into: Recipe,
-    gate_up: Weights,
-    out: Recipe,
-    down: Weights,
-    x: jax.Array,
-    gain_F: jax.Array | None = None,
+    into: Recipe, gate_up: Weights, out: Recipe, down: Weights, x: jax.Array, gain_F: jax.Array | None = None
 ) -> jax.Array:
     """`ops.glu.glu`; ternary and without a norm inside, one op."""
     if not (into.ternary and out.ternary and gain_F is None):
