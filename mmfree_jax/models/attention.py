@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.architecture import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
 from mmfree_jax.ops.attention import attend, causal_attention
 from mmfree_jax.ops.ternary import wide

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.config import ModelConfig, Remat
+from mmfree_jax.architecture import ModelConfig, Remat
 from mmfree_jax.models.attention import Attention, rotary
 from mmfree_jax.models.layers import GLU, Context, Initializer, Projection, RMSNorm, gain_param, param, recipe_of
 from mmfree_jax.models.mlgru import MLGRU, floors

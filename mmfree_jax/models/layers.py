@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.architecture import ModelConfig
 from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, quantise_kernel
 from mmfree_jax.ops.glu import glu
 from mmfree_jax.ops.stream import rms_norm

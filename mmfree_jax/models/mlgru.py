@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.architecture import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
 from mmfree_jax.ops.glu import gated_norm
 from mmfree_jax.ops.recurrence import gated_recurrence

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.architecture import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits, param
 from mmfree_jax.ops.wkv import WKVState, empty, token_shift, wkv
 
