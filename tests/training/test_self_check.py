@@ -85,7 +85,7 @@ def test_the_outcome_is_kept_beside_compiled_programs(token_set, tmp_path, monke
 
 def test_a_run_tells_which_kernels_served_and_which_were_refused(token_set, tmp_path, monkeypatch):
     served, refused = ["int8_matmul 256x128x128 False"], ["row_codes 4x128 bfloat16 False: codes deviates by 85 times"]
-    monkeypatch.setattr(loop.choice, "record", lambda: {"served": served, "refused": refused})
+    monkeypatch.setattr(loop.verification, "record", lambda: {"served": served, "refused": refused})
     row = loop.train(run_of("transformer++", token_set, steps=6), tmp_path, token_set)
     assert (row["kernels"], row["kernels_refused"]) == (served[0], refused[0])
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
