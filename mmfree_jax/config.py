@@ -354,7 +354,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def replaced(config: Any, changes: Mapping[str, Any], path: str = "") -> Any:
+def with_changes(config: Any, changes: Mapping[str, Any], path: str = "") -> Any:
     """Return `config` with fields changed; a name such as "optim.lr" is that of a field of a field.
 
     All are changed at once: values that belong together need not be valid one by one. `path` is the name of `config`
@@ -372,7 +372,7 @@ def replaced(config: Any, changes: Mapping[str, Any], path: str = "") -> Any:
         old, nested = getattr(config, field), "" not in values
         require(nested == dataclasses.is_dataclass(old), f"{whole}: names a group of fields, or goes past a field")
         if nested:
-            new[field] = replaced(old, values, f"{path}{field}.")
+            new[field] = with_changes(old, values, f"{path}{field}.")
             continue
         value = values[""]
         kinds = (int, float) if isinstance(old, float) else type(old)
