@@ -110,6 +110,7 @@ def quantise_input(
     x = combine(fusion.kind, sources, source_gain, recipe.eps)
     if gain is None:
         return Input(sources, source_gain, None, None, (_named(quantise_activations(x, recipe.bits)),))
+    # One statistic for all products; one set of codes for each gain.
     rstd = checkpoint_name(reciprocal_rms(x, recipe.eps), "per_token")
     codes = tuple(_named(quantise_normed(x, recipe.bits, rstd, g.astype(rstd.dtype))) for g in gains)
     return Input(sources, source_gain, gain, rstd, codes)
@@ -203,6 +204,7 @@ def _norm_backward(x: jax.Array, saved: Input, dys: list[jax.Array]) -> tuple[ja
     if count == 1:
         dys = [sum(dys[1:], dys[0])]
     gains = gain.reshape(count, -1).astype(rstd.dtype)
+    # y_g = x_hat * gain_g with x_hat = x * rstd: gradients to x of all products are added before they pass the norm.
     x_hat = x.astype(rstd.dtype) * rstd
     rows = tuple(range(x.ndim - 1))
     dgain = jnp.stack([jnp.sum(dy * x_hat, axis=rows) for dy in dys]).reshape(gain.shape)
@@ -239,6 +241,10 @@ def backward(
     dcopy: the gradient to the copy of the first source. row_factors: `codes_onward` of a BitLinear whose products the
     sources are: where a kernel makes the gradients to sources, they come as `GradientCodes`.
     """
+    # Three things are needed: the gradient to the quantised input, dY W^T; that to the sources, through quantiser, norm
+    # and gate; and that to the weights, X^T dY, with X the quantised input. A kernel makes X again while it computes
+    # the second, so the order is first, second, third.
+    #
     # Behind barriers, or the compiler makes the dequantised inputs in the forward pass and keeps them until here; and
     # keeps gathered codes, which are gathered again. These have one of their own: they need not wait for dys.
     recipe, (saved, shards, like) = fusion.recipe, residuals
