@@ -58,7 +58,7 @@ def document_starts(segments_BT: jax.Array, before_B: jax.Array | None = None) -
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """All that is kept of the tokens read so far.
+    """All that decoding remembers of the tokens read so far.
 
     `mixers`: each layer's state, stacked with layers in front. `position`: how many tokens, an int32 scalar.
     `segment_B`: the document that each row's last token belongs to.

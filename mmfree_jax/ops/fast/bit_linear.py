@@ -65,7 +65,7 @@ class Residuals(NamedTuple):
 
     input: Input
     shards: tuple[Quantised, ...]  # the quantised weights, where they live
-    like: jax.Array  # a scalar of the weights' type: residuals are arrays
+    typed: jax.Array  # a scalar of the weights' type: residuals are arrays
 
 
 def linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Array, ...]:
@@ -180,9 +180,9 @@ def _kernel_input_backward(
     arguments = sources, source_gain, gain, saved.scales, dys, factors, row_factors, dcopy
     names: list[Names] = [rows, (None,), gains, rows, rows, (None,), rows, rows]
     dsources, dsource_gain, dgains, inputs = per_shard(local, names, results, *arguments)
-    like = lambda d, a: None if a is None else d.reshape(a.shape).astype(a.dtype)
+    as_gain = lambda d, a: None if a is None else d.reshape(a.shape).astype(a.dtype)
     made = map(Quantised, inputs, saved.scales if recipe.gradient_bits else (None,) * len(inputs))
-    return (dsources, like(dsource_gain, source_gain), like(dgains, gain)), tuple(made)
+    return (dsources, as_gain(dsource_gain, source_gain), as_gain(dgains, gain)), tuple(made)
 
 
 def input_backward(fusion: Fusion, saved: Input, dys: list[jax.Array], dcopy: jax.Array | None = None) -> tuple:
@@ -247,7 +247,7 @@ def backward(
     #
     # Behind barriers, or the compiler makes the dequantised inputs in the forward pass and keeps them until here; and
     # keeps gathered codes, which are gathered again. These have one of their own: they need not wait for dys.
-    recipe, (saved, shards, like) = fusion.recipe, residuals
+    recipe, (saved, shards, typed) = fusion.recipe, residuals
     shards, (saved, dys) = jax.lax.optimization_barrier(shards), jax.lax.optimization_barrier((saved, dys))
     kernel, axes = gather_kernel(recipe, shards), whole(recipe.axes)
     dtype, scales = saved.sources[0].dtype, _scales(saved)
@@ -271,7 +271,7 @@ def backward(
     # Gains are whole on every device: gathered here once, or the optimizer would do it for each of its moments.
     whole_gain = lambda d: None if d is None else constrain(d, *(None,) * d.ndim)
     dsources, dsource_gain, dgain = gradients
-    return dsources, whole_gain(dsource_gain), Weights(dw_GDF.astype(like.dtype), whole_gain(dgain))
+    return dsources, whole_gain(dsource_gain), Weights(dw_GDF.astype(typed.dtype), whole_gain(dgain))
 
 
 def codes_onward(recipe: Recipe, residuals: Residuals) -> jax.Array | None:

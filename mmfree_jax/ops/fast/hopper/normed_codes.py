@@ -128,7 +128,9 @@ def codes(x: jax.Array, row_factors: jax.Array | None = None) -> RowCodes:
     blocks, rows = _cut(M, D, "forward")
 
     def row_codes(x_gmem, *refs):
-        factor_gmem, (code_gmem, scale_gmem), largest_gmem, (code_smem,) = _split(refs, len(given), 2, len(given))
+        factor_gmem, (code_gmem, scale_gmem), largest_gmem, (code_smem,) = _split(
+            refs, len(factor_arrays), 2, len(factor_arrays)
+        )
         block = lax.axis_index("block")
 
         def stage(index, x_smem, tops):
@@ -143,20 +145,20 @@ def codes(x: jax.Array, row_factors: jax.Array | None = None) -> RowCodes:
             plgpu.copy_smem_to_gmem(code_smem.at[slot], code_gmem.at[pl.ds(first, rows)])
             return tops
 
-        for ref, top in zip(largest_gmem, _walk(stage, M, D, blocks, rows, [x_gmem], len(given)), strict=True):
+        for ref, top in zip(largest_gmem, _walk(stage, M, D, blocks, rows, [x_gmem], len(factor_arrays)), strict=True):
             _store(top, ref.at[block])
         plgpu.wait_smem_to_gmem(0)
 
-    shape, given = (D // LANES, LANES), [] if row_factors is None else [row_factors]
+    shape, factor_arrays = (D // LANES, LANES), [] if row_factors is None else [row_factors]
     found, scales, *largest = plgpu.kernel(
         row_codes,
         out_type=[jax.ShapeDtypeStruct((M, *shape), jnp.int8), jax.ShapeDtypeStruct((M,), jnp.float32)]
-        + [jax.ShapeDtypeStruct((blocks, *shape), jnp.float32)] * len(given),
+        + [jax.ShapeDtypeStruct((blocks, *shape), jnp.float32)] * len(factor_arrays),
         grid=(blocks,),
         grid_names=("block",),
         scratch_types=[plgpu.SMEM((2, rows, *shape), jnp.int8)],
         compiler_params=STREAMING(),
-    )(x.reshape(M, *shape), *given)
+    )(x.reshape(M, *shape), *factor_arrays)
     return RowCodes(found.reshape(M, D), scales, jnp.max(largest[0], axis=0).reshape(D) if largest else None)
 
 
@@ -302,7 +304,7 @@ def backward(
 
 
 def _absmax_codes(x: Row, largest: Any, code_smem: Any, factors: list, tops: list[Row]) -> Any:
-    """Store the codes of a row whose largest magnitude is given, and return its scale.
+    """Store the codes of a row whose largest magnitude is known, and return its scale.
 
     For each factor of the row, raise `tops` to the magnitude of codes * scale * factor.
     """
@@ -422,16 +424,16 @@ def _store(row: Row, ref: Any, parts: Iterable[int] | None = None) -> None:
 
 
 def _walk(
-    stage: Any, M: int, D: int, blocks: int, rows: int, gmem: Sequence, carried: int | None = None, like: Any = None
+    stage: Any, M: int, D: int, blocks: int, rows: int, gmem: Sequence, carried: int | None = None, row_ref: Any = None
 ) -> list[Row]:
     """Walk a block through its rows of the arrays `gmem`, a stage at a time, and return the rows that it carries.
 
-    They start at zero, in the registers of a row (of `like`): what a loop carries has its layout from the start.
+    They start at zero, in the registers of a row (of `row_ref`): what a loop carries has its layout from the start.
     """
     spec = plgpu.BlockSpec((rows, D // LANES, LANES), lambda i: (i, 0, 0), memory_space=plgpu.SMEM)
     mine = pl.ds(lax.axis_index("block") * (M // blocks), M // blocks)
-    like = gmem[0].at[0] if like is None else like
-    start = None if carried is None else [[part * 0 for part in _row(like)] for _ in range(carried)]
+    row_ref = gmem[0].at[0] if row_ref is None else row_ref
+    start = None if carried is None else [[part * 0 for part in _row(row_ref)] for _ in range(carried)]
     return plgpu.emit_pipeline(
         stage,
         grid=(M // blocks // rows,),

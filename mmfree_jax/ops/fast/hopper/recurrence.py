@@ -239,10 +239,10 @@ def backward(
         plgpu.wait_smem_to_gmem(0)
 
     operands = [*streams, *([] if floor_D is None else [floor_D]), h_BD, keep_BT, dlast_BD]
-    like, sums = jax.ShapeDtypeStruct((B, T, D), f_BTD.dtype), jax.ShapeDtypeStruct((B, D), jnp.float32)
+    steps, sums = jax.ShapeDtypeStruct((B, T, D), f_BTD.dtype), jax.ShapeDtypeStruct((B, D), jnp.float32)
     tile = plgpu.SMEM((2, ROWS, LANES), f_BTD.dtype)
     scratch = [tile, tile, plgpu.SMEM((2, LANES), jnp.float32)]
-    return _kernel(recurrence_backward, [like, like, sums, sums], (B, D), scratch)(*operands)
+    return _kernel(recurrence_backward, [steps, steps, sums, sums], (B, D), scratch)(*operands)
 
 
 def _factor(f: jax.Array, floor: jax.Array | None) -> jax.Array:
@@ -256,12 +256,12 @@ def _step(c: jax.Array, f: jax.Array, floor: jax.Array | None) -> tuple[jax.Arra
     return factor, c if floor is None else (1 - factor) * c * sigmoid(c)
 
 
-def _step_backward(c: list, f: jax.Array, floor: jax.Array | None, kept: jax.Array, g: jax.Array) -> tuple:
-    """Gradients to c, f and floor of a step from state `kept`, given that to the state after it; and the factor."""
+def _step_backward(c: list, f: jax.Array, floor: jax.Array | None, h_before: jax.Array, g: jax.Array) -> tuple:
+    """Gradients to c, f and floor of a step from state `h_before`, from that to the state after it; and the factor."""
     if floor is None:
-        return g, g * kept, 0.0, f
+        return g, g * h_before, 0.0, f
     gate, open_c = sigmoid(f), sigmoid(c[0])
-    factor, dfactor = floor + (1 - floor) * gate, g * (kept - c[0] * open_c)
+    factor, dfactor = floor + (1 - floor) * gate, g * (h_before - c[0] * open_c)
     dc = g * (1 - factor) * open_c * (1 + c[0] * (1 - open_c))
     return dc, dfactor * (1 - floor) * gate * (1 - gate), dfactor * (1 - gate), factor
 
