@@ -367,17 +367,17 @@ def with_changes(config: Any, changes: Mapping[str, Any], path: str = "") -> Any
         inner.setdefault(field, {})[rest] = value
     fields, new = [f.name for f in dataclasses.fields(config)], {}
     for field, values in inner.items():
-        whole = f"{path}{field}" + "".join(f".{rest}" for rest in list(values)[:1] if rest)
-        require(field in fields, f"{whole}: no such field{suggestion(field, fields)}")
+        dotted = f"{path}{field}" + "".join(f".{rest}" for rest in list(values)[:1] if rest)
+        require(field in fields, f"{dotted}: no such field{suggestion(field, fields)}")
         old, nested = getattr(config, field), "" not in values
-        require(nested == dataclasses.is_dataclass(old), f"{whole}: names a group of fields, or goes past a field")
+        require(nested == dataclasses.is_dataclass(old), f"{dotted}: names a group of fields, or goes past a field")
         if nested:
             new[field] = with_changes(old, values, f"{path}{field}.")
             continue
         value = values[""]
         kinds = (int, float) if isinstance(old, float) else type(old)
         fits = old is None or (isinstance(value, kinds) and isinstance(value, bool) == isinstance(old, bool))
-        require(fits, f"{whole}={value!r}: must be of type {type(old).__name__}")
+        require(fits, f"{dotted}={value!r}: must be of type {type(old).__name__}")
         new[field] = value
     return dataclasses.replace(config, **new)
 

@@ -1,4 +1,4 @@
-"""Held-out loss: the mean over the whole held-out text, from a compiled function that scores a batch."""
+"""Held-out loss: the mean over the entire held-out text, from a compiled function that scores a batch."""
 
 import math
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def score_lines(scores: Scores) -> list[str]:
 
 
 def evaluate(score: Score, mesh: jax.sharding.Mesh, params: Any, token_set: TokenSet, sequence: int) -> Scores:
-    """Mean loss over the whole held-out split, every token except the first predicted once.
+    """Mean loss over the entire held-out split, every token except the first predicted once.
 
     score: compiled for `mesh`; (params, tokens_BT int32 [B, T+1], mask_BT bool [B, T]) -> nats and targets of each row.
 

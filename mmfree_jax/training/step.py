@@ -84,12 +84,12 @@ class Program:
         """Put a [B, ...] host array, which every process has in full, where the step expects it."""
         return put(array, batch_sharding(self.mesh))
 
-    def prepare(self, shape: tuple[int, int], looked_at: bool = False) -> None:
-        """Check the kernels of a step on tokens [B, T+1], and of `inspect` if `looked_at`, before they are traced."""
+    def prepare(self, shape: tuple[int, int], diagnosed: bool = False) -> None:
+        """Check the kernels of a step on tokens [B, T+1], and of `inspect` if `diagnosed`, before they are traced."""
         tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
         rate = self.repeat(Rates(np.float32(0), np.float32(0)))
         with jax.set_mesh(self.mesh):
-            for program in (self.train_step, self.inspect) if looked_at else (self.train_step,):
+            for program in (self.train_step, self.inspect) if diagnosed else (self.train_step,):
                 verification.prepare(functools.partial(jax.eval_shape, program, self.abstract_state, tokens_BT, rate))
 
     def repeat(self, numbers: Any) -> Any:

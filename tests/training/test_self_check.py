@@ -100,4 +100,4 @@ def test_a_run_that_fails_trains_nothing(token_set, tmp_path, monkeypatch):
     with pytest.raises(self_check.SelfCheckError):
         loop.train(run, tmp_path / "run", token_set)
     assert not (tmp_path / "run" / "result.json").exists()
-    loop.train(dataclasses.replace(run, steps=6), tmp_path / "trusted", token_set, checked=False)
+    loop.train(dataclasses.replace(run, steps=6), tmp_path / "trusted", token_set, check_first=False)
