@@ -1,9 +1,9 @@
 """Ternary codes in 2 or 1.6 bits: the layouts in which models are stored and served.
 
 Two bits ("planes"): byte i of a row of K codes holds the codes i + p * ceil(K / 4) for p = 0..3 in the bits 2p and
-2p + 1, as code + 1. A shift and a mask of consecutive bytes give consecutive codes, so every target reads the same bytes
-(CPU vectors, GPU words, XLA's slices). The 2-bit kernels of BitNet (Wang et al. 2025, arXiv 2502.11880) use the same idea
-in blocks.
+2p + 1, as code + 1. A shift and a mask of consecutive bytes give consecutive codes, so every target reads the same
+bytes (CPU vectors, GPU words, XLA's slices). The 2-bit kernels of BitNet (Wang et al. 2025, arXiv 2502.11880) use the
+same idea in blocks.
 
 Base 3 ("trits"): byte i holds the codes i + p * ceil(K / 5) for p = 0..4 as digits of a fraction v / 243, rounded up to
 ceil(256 v / 243): multiplied by 3, its integer part is the next digit (as llama.cpp's TQ1_0 does in blocks of 256).

@@ -78,7 +78,8 @@ def test_without_a_compiler_xla_multiplies(tmp_path):
         "import numpy as np, sys; sys.path.insert(0, '.')\n"
         "from mmfree_jax.ops.fast.cpu import ternary_product as cpu\n"
         "assert cpu.library() is None and list(cpu.variants()) == []\n"
-        "print(np.asarray(cpu.ternary_product(np.array([[2 | 1 << 2 | 1 << 4]], np.uint8), np.array([[3, 5, 7]], np.int8))))"
+        "weights, q = np.array([[2 | 1 << 2 | 1 << 4]], np.uint8), np.array([[3, 5, 7]], np.int8)\n"
+        "print(np.asarray(cpu.ternary_product(weights, q)))"
     )
     environment = {"PATH": "", "MMFREE_JAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -89,7 +90,7 @@ def test_without_a_compiler_xla_multiplies(tmp_path):
 def test_what_the_compiler_says_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "SOURCE", tmp_path / "wrong.cc")
     cpu.SOURCE.write_text("not C++")
-    with pytest.raises(RuntimeError, match="not.*C"):
+    with pytest.raises(RuntimeError, match=r"not.*C"):
         cpu.compile_library(cpu.find_compiler(), tmp_path / "wrong.so")
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.cc"]
 

@@ -1,8 +1,7 @@
 """Products of 2-bit ternary weights with int8 activations on a CPU: JAX's side of `ternary_product.cc`.
 
-The C++ source is compiled against the headers of the jaxlib that is installed: when the package is built, if a compiler
-and jaxlib are there, otherwise at the first use, into a folder. Without a compiler XLA multiplies (`product_by_xla`), with
-the same integers as a result.
+The C++ source is compiled at its first use, against the headers of the jaxlib that is installed, and kept in the cache
+folder. Without a compiler XLA multiplies (`product_by_xla`), with the same integers as a result.
 """
 
 import ctypes
@@ -107,8 +106,9 @@ def variants() -> Iterator[str]:
 
 
 def product_by_variant(variant: str, bytes_NI: np.ndarray, q_MK: np.ndarray) -> np.ndarray:
-    """`ternary_product` by one variant, in one thread and without XLA: for tests. Raises ValueError if it is unknown."""
-    found, names = library(), []
+    """`ternary_product` by one variant, in one thread and without XLA, for tests. Raises ValueError for unknown ones."""
+    found = library()
+    names: list[str] = []
     while found is not None and (name := found.variant_name(len(names))) is not None:
         names.append(name.decode())
     if found is None or variant not in names:
