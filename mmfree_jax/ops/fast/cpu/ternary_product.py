@@ -106,7 +106,7 @@ def variants() -> Iterator[str]:
 
 
 def product_by_variant(variant: str, bytes_NI: np.ndarray, q_MK: np.ndarray) -> np.ndarray:
-    """`ternary_product` by one variant, in one thread and without XLA, for tests. Raises ValueError for unknown ones."""
+    """Multiply by one variant in one thread, without XLA: for tests. Raises ValueError if it is unknown."""
     found = library()
     names: list[str] = []
     while found is not None and (name := found.variant_name(len(names))) is not None:
