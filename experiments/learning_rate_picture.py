@@ -1,11 +1,12 @@
 """The picture and the verdict of learning_rate_transfer.py: loss against rate, a line for each width.
 
-    python -m experiments.learning_rate_picture runs/transfer.csv --out runs/transfer.png
+    python -m experiments.learning_rate_picture runs/transfer/runs.csv --out runs/transfer.png
 
 Prints the optimum at each width, by a parabola through the best three rates, and how far it moves from that of the
 narrowest. A mark shows each optimum, a cross at the top a run that diverged.
 """
 
+import csv
 import dataclasses
 import math
 import sys
@@ -17,8 +18,8 @@ import matplotlib
 import tyro
 from matplotlib.figure import Figure
 
-from experiments.learning_rate_transfer import GRID, PARAMETRISATIONS, read
-from mmfree_jax.cli import parse
+from experiments.learning_rate_transfer import DATA, PARAMETRISATIONS, STEP
+from mmfree_jax.command_line import parse
 from mmfree_jax.config import ConfigError, require
 from scaling.report.plot import STYLE, save
 
@@ -30,9 +31,26 @@ class Draw:
     """Draw loss against rate and print the optima."""
 
     table: tyro.conf.Positional[Path]
-    """What learning_rate_transfer wrote."""
+    """Runs table of learning_rate_transfer (CSV)."""
     out: Path
     """The picture (PNG, SVG or PDF)."""
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Read the columns that matter. A run that ended worse than knowing nothing has diverged.
+
+    Raises ConfigError for a table without these columns.
+    """
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    wanted: dict[str, Any] = {"family": str, "parametrisation": str, "width": int, "lr": float, "loss": float}
+    missing = sorted(set(wanted) - set(rows[0] if rows else wanted))
+    require(not missing, f"{path}: not a table of this experiment: it has no {', '.join(missing)}")
+    return [
+        {name: kind(row[name]) for name, kind in wanted.items()}
+        | {"diverged": row.get("diverged") == "True" or not float(row["loss"]) < math.log(DATA.vocab)}
+        for row in rows
+    ]
 
 
 def optimum(losses: dict[float, float]) -> float:
@@ -47,7 +65,7 @@ def optimum(losses: dict[float, float]) -> float:
         return tried[at]
     below, least, above = around
     curvature = below - 2 * least + above
-    return tried[at] * GRID ** (0.5 * (below - above) / curvature) if curvature > 0 else tried[at]
+    return tried[at] * STEP ** (0.5 * (below - above) / curvature) if curvature > 0 else tried[at]
 
 
 def curves(rows: list[dict[str, Any]]) -> Curves:
@@ -69,11 +87,11 @@ def verdict_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The optimum at each width, and how many grid steps it moves away from that of the base."""
     for (family, parametrisation), widths in curves(rows).items():
         best = {width: optimum(losses) for width, losses in widths.items()}
-        moved = [math.log(lr / best[min(best)], GRID) for lr in best.values()]
+        moved = [math.log(lr / best[min(best)], STEP) for lr in best.values()]
         farthest = max(moved, key=abs)
         shown = ", ".join(f"{width}: {lr:.3g}" for width, lr in best.items())
         held = "within one grid step" if abs(farthest) <= 1 else "moves by more than one grid step"
-        yield f"{family}, {parametrisation}: {shown} · {farthest:+.2f} steps of x{GRID:g} · {held}"
+        yield f"{family}, {parametrisation}: {shown} · {farthest:+.2f} steps of x{STEP:g} · {held}"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

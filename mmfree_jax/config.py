@@ -1,6 +1,6 @@
-"""What a run is: frozen dataclasses, validated on construction, with a JSON round trip and a fingerprint.
+"""The config of a run: frozen dataclasses, validated on construction, with a JSON round trip and a fingerprint.
 
-Nothing here imports JAX, so that reading, checking and printing configs is instant.
+Nothing here imports JAX, so that configs are read, checked and printed at once.
 Shape letters used throughout the project: B batch, T time, D model width, F GLU width, V vocabulary, L layers,
 H heads, K head width.
 """
@@ -12,6 +12,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,14 +58,14 @@ def check_choices(config: Any) -> None:
 class ModelConfig:
     """The architecture. A family is `mixer` x `linear`; the other switches are ablations of it.
 
-    Sizes are element counts. `heads` and `kv_heads` matter to attention only: the MLGRU is element-wise, so heads
-    would change nothing there. Switches that a family does not have must keep their defaults.
+    Sizes are element counts. `heads` and `kv_heads` belong to attention: the MLGRU is element-wise, where heads would
+    change nothing. Switches that a family does not have must keep their defaults.
     """
 
     mixer: Mixer = "mlgru"
     linear: Linear = "ternary"
     vocab: int = 32000  # rows of the embedding and outputs of the head
-    tokenizer_vocab: int = 0  # tokens of the tokenizer; rows beyond are padding, never predicted; 0: no padding
+    tokenizer_vocab: int = 0  # tokens of the tokenizer; further rows are padding and never predicted; 0: no padding
     width: int = 1024
     depth: int = 24
     glu_width: int = 2816
@@ -72,7 +73,7 @@ class ModelConfig:
     kv_heads: int = 0  # 0: as many as heads; fewer is grouped-query attention (Ainslie et al. 2023)
     tie_embeddings: bool = False
     dense_head: bool = False  # keep the head of a ternary model dense (BitNet b1.58); MatMul-free's own is ternary
-    linear_norm: bool = True  # "double norm": a ternary layer owns an RMSNorm besides the block's
+    linear_norm: bool = True  # "double norm": each ternary layer has an RMSNorm of its own, after that of the block
     sublayer_norm: bool = False  # BitNet b1.58: RMSNorm before the output and down projections
     output_gate: Literal["official", "paper"] = "official"  # which branch is normed (MLGRU only)
     lower_bounds: bool = True  # learned floors of the forget gate, cumulative over depth (MLGRU only)
@@ -82,7 +83,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     init_std: float = 0.02
-    parametrisation: Parametrisation = "standard"  # mup: hyper-parameters of the base serve at every size
+    parametrisation: Parametrisation = "standard"  # mup: hyper-parameters of the base are right at every size
     base_width: int = 0  # mup: the size at which the hyper-parameters were found
     base_depth: int = 0
     base_head: int = 0  # mup with attention: head width of the base; 0: as wide as here
@@ -97,16 +98,14 @@ class ModelConfig:
         )
         require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps}: must be positive")
         require(self.init_std > 0, f"model.init_std={self.init_std}: must be positive")
-        self._check_attention() if self.mixer == "attention" else self._check_recurrent()
+        if self.mixer == "attention":
+            self._check_attention()
+        else:
+            self._keeps_default("heads", "kv_heads", why=f"mixer={self.mixer} is element-wise and has no heads")
+            self._keeps_default("rope_theta", why=f"mixer={self.mixer} has no rotary embeddings")
         if self.linear == "dense":
-            self._keeps_default(
-                "activation_bits",
-                "gradient_bits",
-                "weight_scale",
-                "linear_norm",
-                "dense_head",
-                why="linear=dense has no quantiser",
-            )
+            only_ternary = ("activation_bits", "gradient_bits", "weight_scale", "linear_norm", "dense_head")
+            self._keeps_default(*only_ternary, why="linear=dense has no quantiser")
         if self.mixer != "mlgru":
             self._keeps_default("output_gate", "lower_bounds", why=f"mixer={self.mixer} has no such gate")
         self._check_parametrisation()
@@ -114,20 +113,17 @@ class ModelConfig:
     def _check_attention(self) -> None:
         require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta}: must be positive")
         heads, kv = self.heads, self.kv_heads
-        near = [h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0]
+        possible = [h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0]
+        nearest = ", ".join(map(str, sorted(sorted(possible, key=lambda h: abs(h - heads))[:4])))
         require(
             self.width % heads == 0 and (self.width // heads) % 2 == 0,
             f"model.heads={heads} does not divide model.width={self.width} into even heads (rotary embeddings "
-            f"turn pairs of channels): use one of {_closest(heads, near)}",
+            f"turn pairs of channels): use one of {nearest}",
         )
         require(
             kv == 0 or (0 < kv <= heads and heads % kv == 0),
             f"model.kv_heads={kv} must divide model.heads={heads} (0: as many)",
         )
-
-    def _check_recurrent(self) -> None:
-        self._keeps_default("heads", "kv_heads", why=f"mixer={self.mixer} is element-wise and has no heads")
-        self._keeps_default("rope_theta", why=f"mixer={self.mixer} has no rotary embeddings")
 
     def _check_parametrisation(self) -> None:
         if self.parametrisation == "standard":
@@ -157,15 +153,15 @@ PLACES = ("corpus", "vocab", "mixture")  # fields of DataConfig that say where t
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read: a corpus ("embedded", "s", "m", "l", or the folder of a token set) cut into windows.
+    """The data: a corpus ("embedded", "s", "m", "l", or the folder of a token set), cut into windows.
 
     `mixture` names further corpora to train on; the held-out loss is always that of `corpus`. `weights` are the shares
-    of the windows, that of `corpus` first; equal when not given.
-    `sequence` is in tokens; `batch` is the number of sequences in one optimizer step over all devices and all
-    accumulation steps. Windows are shuffled by `seed`, so two runs with equal DataConfig see equal data in equal order;
-    the initial weights have a seed of their own, that of the run.
-    `contents` are the fingerprints of corpus and mixture. A run fills them in when it begins. From then on they
-    identify the data; corpus, mixture and vocab only say where the data were found (`PLACES`).
+    of the windows, that of `corpus` first; equal by default.
+    `sequence` is in tokens; `batch` is the number of sequences in one optimizer step, over all devices and all
+    accumulation steps. `seed` shuffles the windows, so two runs with equal DataConfig see equal data in equal order.
+    The initial weights have a seed of their own, that of the run. `contents` are the fingerprints of corpus and
+    mixture. A run fills them in when it begins. From then on they identify the data; corpus, mixture and vocab only say
+    where the data were found (`PLACES`).
     """
 
     corpus: str = "embedded"
@@ -173,7 +169,7 @@ class DataConfig:
     sequence: int = 256
     batch: int = 16
     seed: int = 0
-    separate_documents: bool = False  # neither state nor attention crosses from one document to the next
+    separate_documents: bool = False  # state and attention do not cross from one document to the next
     mixture: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     contents: tuple[str, ...] = ()
@@ -203,7 +199,7 @@ class OptimConfig:
     """Optimizer and schedule. Durations are in optimizer steps.
 
     adamw: Loshchilov & Hutter 2019. muon: orthogonalised momentum for the blocks' matrices (Jordan 2024; updates of
-    AdamW's size, Moonlight, arXiv 2502.16982, equation 4), AdamW for all else.
+    AdamW's size, Moonlight, arXiv 2502.16982, equation 4), AdamW for everything else.
     wsd: warm-up, constant, linear decay to `final_lr` x peak over the last `decay_steps` (Hu et al. 2024; Hägele et
     al. 2024). cosine: to `final_lr` x peak. cosine-halving: the same, halved from mid-run on (Zhu et al. 2024).
     two-stage: linear to `final_lr` x peak, from mid-run on times 2/3 and without weight decay (BitNet b1.58).
@@ -212,7 +208,7 @@ class OptimConfig:
 
     optimizer: Optimizer = "adamw"
     lr: float = 3e-3
-    embedding_lr: float = 1.0  # times lr, here and in the next three
+    embedding_lr: float = 1.0  # this and the next three are factors on lr
     head_lr: float = 1.0
     gain_lr: float = 1.0
     bounds_lr: float = 1.0  # of the forget gate's lower bounds
@@ -226,7 +222,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices, embeddings and head; never on gains, lower bounds or other vectors
     clip: float = 1.0  # of the global gradient norm; 0: none
-    z_loss: float = 0.0  # times logsumexp^2 per token, added to the training loss (PaLM: 1e-4); never to a held-out one
+    z_loss: float = 0.0  # factor on logsumexp^2 per token in the training loss (PaLM: 1e-4); never in a held-out loss
     accumulate: int = 1  # micro-batches an optimizer step
 
     def __post_init__(self) -> None:
@@ -272,18 +268,18 @@ class MeshConfig:
 
     @property
     def devices(self) -> int:
-        """How many devices the mesh needs."""
+        """Number of devices that the mesh needs."""
         return self.data * self.fsdp * self.tensor * self.sequence
 
     @property
     def batch_shards(self) -> int:
-        """Over how many devices the batch is split."""
+        """Number of shards of the batch."""
         return self.data * self.fsdp
 
 
 @dataclass(frozen=True)
 class Branch:
-    """Start from another run's checkpoint: its run id (a sibling folder) and the step to leave it at."""
+    """Start from a checkpoint of another run: its run id (a sibling folder) and the step."""
 
     run: str
     step: int
@@ -295,17 +291,17 @@ class Branch:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines one training run: two runs that have begun with equal fingerprints compute the same.
+    """Everything that defines one training run. Two runs that have begun with equal fingerprints compute the same.
 
     When a run begins, it fills in what depends on its environment: the `precision` that "auto" stands for, and what its
     corpus holds (`data.contents`, `model.tokenizer_vocab`). A resumed run keeps these choices.
     `seed` draws the initial weights, `data.seed` the order of the data. Repeated runs should differ in both
     (`sweep.grids.repeats`), so that their spread includes the effect of the order.
-    `steps` counts from the very start, also for a run that branches off another: a decay branch is the WSD run of the
-    same length whose first `branch.step` steps were computed by its trunk. `milestones` are steps whose checkpoints
-    are kept for good. `checkpoint_every`, `log_every`, `eval_every` (held-out loss) and `diagnose_every` (norms and
-    activations layer by layer, `training.diagnostics`) are in steps; 0 means at the end only (never, for
-    diagnose_every). Neither of the last two changes what is trained.
+    `steps` counts from the beginning, also for a run that branches off another: a decay branch is the WSD run of the
+    same length whose first `branch.step` steps were computed by its trunk. Checkpoints of the steps in `milestones` are
+    never deleted. `checkpoint_every`, `log_every`, `eval_every` (held-out loss) and `diagnose_every` (norms and
+    activations of each layer, `training.diagnostics`) are in steps; 0 means only at the end (for diagnose_every:
+    never). The last two do not change what is trained.
     """
 
     name: str
@@ -316,17 +312,15 @@ class RunConfig:
     steps: int = 1000
     seed: int = 0
     branch: Branch | None = None
-    init: str = (
-        ""  # folder of a model to start from (its weights; the optimizer starts afresh) instead of random weights
-    )
+    init: str = ""  # folder of a model whose weights to start from, with a new optimizer state, instead of random ones
     milestones: tuple[int, ...] = ()
     precision: Precision = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU; weights are float32
     remat: Remat = "none"  # what the backward pass recomputes (`models.language_model.remat_policy`)
-    kernels: Kernels = "auto"  # hand-written kernels where they serve; off: the compiler alone
-    gather: Gather = "int8"  # how ternary codes travel between fsdp shards; packed: four in a byte
+    kernels: Kernels = "auto"  # use our own kernels if they pass their checks; off: only the compiler's
+    gather: Gather = "int8"  # form in which ternary codes are all-gathered over fsdp shards; packed: four in a byte
     reduction: Reduction = "compute"  # type in which gradients of matrices are summed over devices (`sharding`)
-    unroll: int = 0  # layers per iteration of the scan over layers; 0: all on GPUs, where a loop costs a sixth, else 1
-    evaluate: bool = True  # on the whole held-out split at the end
+    unroll: int = 0  # layers in an iteration of the scan over layers; 0: all on GPUs, where a loop costs 1/6, else 1
+    evaluate: bool = True  # at the end, on the entire held-out split
     log_every: int = 10
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
@@ -335,7 +329,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        plain = bool(self.name) and "/" not in self.name and self.name[0] not in ".-"  # also as a command's argument
+        plain = bool(self.name) and "/" not in self.name and self.name[0] not in ".-"  # it is a command's argument too
         require(plain, f"name={self.name!r}: must be a plain file name")
         require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
         require(self.unroll >= 0, f"unroll={self.unroll}: must not be negative")
@@ -410,20 +404,20 @@ class RunConfig:
 
     @property
     def positions(self) -> int:
-        """Tokens in the windows of all steps, a branch's trunk and padding included: what is computed.
+        """Tokens in the windows of all steps, those of a branch's trunk and padding included.
 
-        The D of a scaling law are the targets that carried a loss: as many with joined documents, fewer where they are
-        separate. A run counts them (`data.counts`).
+        The D of a scaling law are the targets that carried a loss: the same number if documents are joined, fewer if
+        they are separate. A run counts them (`data.reading.documents`).
         """
         return self.steps * self.data.tokens_per_step
 
     @property
     def first_step(self) -> int:
-        """Steps already done when the run begins: those of its trunk."""
+        """Steps that are done when the run begins: those of its trunk."""
         return self.branch.step if self.branch else 0
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change whenever anything that the run computes or writes changes.
+        """Return 16 hexadecimal digits that change if anything that the run computes or writes changes.
 
         The place of the data does not count once their contents are filled in.
         """
@@ -437,13 +431,16 @@ class RunConfig:
 
 
 def to_json(config: Any) -> str:
-    """The canonical JSON text of a config: sorted keys, tuples as lists."""
+    """Return the canonical JSON text of a config: sorted keys, tuples as lists."""
     return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=1)
 
 
 def from_json(cls: type, text: str, source: str = "") -> Any:
-    """Inverse of to_json. Raises ConfigError for unknown keys (naming the nearest), wrong types, bad values; it names
-    `source`, where the text is from."""
+    """Inverse of `to_json`.
+
+    Raises ConfigError, naming the `source` of the text, for unknown keys (with the nearest one), wrong types and wrong
+    values.
+    """
     try:
         return from_dict(cls, json.loads(text))
     except json.JSONDecodeError as error:
@@ -453,7 +450,7 @@ def from_json(cls: type, text: str, source: str = "") -> Any:
 
 
 def from_dict(cls: type, values: Any, where: str = "") -> Any:
-    """Build dataclass `cls` from plain values, recursively, checking names and types."""
+    """Build the dataclass `cls` from plain values, recursively, checking names and types."""
     require(isinstance(values, dict), f"{where or cls.__name__}: expected an object, found {values!r}")
     hints = typing.get_type_hints(cls)
     for key in values:
@@ -479,10 +476,35 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def replaced(config: Any, changes: Mapping[str, Any], path: str = "") -> Any:
+    """Return `config` with fields changed; a name such as "optim.lr" is that of a field of a field.
+
+    All are changed at once: values that belong together need not be valid one by one. `path` is the name of `config`
+    itself, for messages. Raises ConfigError for a field that does not exist, a value of another type than the old one,
+    and values that are not valid.
+    """
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        field, _, rest = name.partition(".")
+        inner.setdefault(field, {})[rest] = value
+    fields, new = [f.name for f in dataclasses.fields(config)], {}
+    for field, values in inner.items():
+        whole = f"{path}{field}" + "".join(f".{rest}" for rest in list(values)[:1] if rest)
+        require(field in fields, f"{whole}: no such field{suggestion(field, fields)}")
+        old, nested = getattr(config, field), "" not in values
+        require(nested == dataclasses.is_dataclass(old), f"{whole}: names a group of fields, or goes past a field")
+        if nested:
+            new[field] = replaced(old, values, f"{path}{field}.")
+            continue
+        value = values[""]
+        kinds = (int, float) if isinstance(old, float) else type(old)
+        fits = old is None or (isinstance(value, kinds) and isinstance(value, bool) == isinstance(old, bool))
+        require(fits, f"{whole}={value!r}: must be of type {type(old).__name__}")
+        new[field] = value
+    return dataclasses.replace(config, **new)
+
+
 def suggestion(key: str, known: Any) -> str:
+    """Return a hint for a message about an unknown key: the nearest known one, or all."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})"
-
-
-def _closest(value: int, options: list[int]) -> str:
-    return ", ".join(str(option) for option in sorted(sorted(options, key=lambda o: abs(o - value))[:4]))

@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from mmfree_jax.cli import parse
+from mmfree_jax.command_line import parse
 from mmfree_jax.config import (
     FAMILIES,
     DataConfig,
@@ -28,6 +28,7 @@ from mmfree_jax.config import (
     require,
 )
 from mmfree_jax.devices import check_platform
+from mmfree_jax.output import program
 from mmfree_jax.sweep.shapes import ladder_model
 from mmfree_jax.training.step import make_program, program_key
 
@@ -106,7 +107,7 @@ def exponents(widths: Sequence[int], moved: np.ndarray) -> np.ndarray:
 
 def main(arguments: list[str]) -> int:
     """The command `coordinates`."""
-    chosen = parse(Arguments, arguments, "launch.py coordinates")
+    chosen = parse(Arguments, arguments, f"{program()} coordinates")
     check_platform()
     optim = OptimConfig(optimizer=chosen.optimizer, lr=chosen.lr or RATES[FAMILIES[chosen.family][1]])
     found = {}

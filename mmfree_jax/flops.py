@@ -1,10 +1,10 @@
 """Exact counts from a ModelConfig: parameters, operations by class, bytes of decoding state. Needs no JAX.
 
-Conventions. A product or an accumulation of n weights counts 2n, also where the weights are ternary: "each operation
+Conventions. A product or an accumulation of n weights counts 2n, also if the weights are ternary: "each operation
 is treated identically between MatMul-free LM and Transformer++" (Zhu et al. 2024, arXiv 2406.02528, section 4.2).
 `N` counts the matrices, head included, input-embedding lookup excluded, so that families of equal shape have equal N.
-All of `model.vocab` counts, also the padding beyond `model.tokenizer_vocab`: its logits are computed, then left out.
-The backward pass of every product is two products of its size; that of element-wise work is taken as twice its forward.
+All of `model.vocab` counts, also the padding beyond `model.tokenizer_vocab`: its logits are computed, then ignored.
+The backward pass of a product is two products of its size; that of element-wise work counts as twice its forward pass.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ WKV = 22  # exponents and their maxima, two recurrences, the weighted average
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters of each kind a model has."""
+    """Numbers of parameters of each kind."""
 
     embedding: int
     head: int  # 0 when tied: the embedding is the head
@@ -36,7 +36,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """Every trained number."""
+        """All parameters."""
         return self.embedding + self.head + self.mixer + self.glu + self.gains + self.other
 
     @property
@@ -63,7 +63,7 @@ class OpCounts:
 
     @property
     def products(self) -> float:
-        """All that a matrix unit would do."""
+        """Operations of all matrix products."""
         return self.dense + self.ternary + self.attention + self.head
 
     @property
@@ -77,12 +77,6 @@ def _kv_width(config: ModelConfig) -> int:
     return config.width // config.heads * (config.kv_heads or config.heads)
 
 
-def _mixer_matrices(config: ModelConfig) -> int:
-    """Weights of one layer's token mixer."""
-    D = config.width
-    return 2 * D * D + 2 * D * _kv_width(config) if config.mixer == "attention" else 4 * D * D
-
-
 def _layer_gains(config: ModelConfig) -> int:
     """Norm gains of one layer."""
     D, F = config.width, config.glu_width
@@ -92,38 +86,34 @@ def _layer_gains(config: ModelConfig) -> int:
     return gains + (D + F if config.sublayer_norm else 0)
 
 
-def _other(config: ModelConfig) -> int:
-    """Parameters of one layer that are neither matrices nor gains."""
-    if config.mixer == "mlgru":
-        return config.width if config.lower_bounds else 0
-    return 5 * config.width if config.mixer == "rwkv4" else 0
-
-
 def _ternary_head(config: ModelConfig) -> bool:
     return config.linear == "ternary" and not config.dense_head
 
 
 def parameters(config: ModelConfig) -> Parameters:
-    """Exact parameter counts; their total equals the leaves of the initialised model."""
+    """Return exact parameter counts. Their total is the size of the initialised model."""
     D, L, V = config.width, config.depth, config.vocab
+    mixer = {"attention": 2 * D * D + 2 * D * _kv_width(config)}.get(config.mixer, 4 * D * D)
+    # Lower bounds of the MLGRU's forget gate; mixes, decays and bonuses of RWKV-4.
+    other = {"mlgru": D if config.lower_bounds else 0, "rwkv4": 5 * D}.get(config.mixer, 0)
     head_gain = D if _ternary_head(config) and config.linear_norm else 0
     return Parameters(
         embedding=V * D,
         head=0 if config.tie_embeddings else V * D,
-        mixer=L * _mixer_matrices(config),
+        mixer=L * mixer,
         glu=L * 3 * D * config.glu_width,
         gains=L * _layer_gains(config) + D + head_gain,
-        other=L * _other(config),
+        other=L * other,
         tied=config.tie_embeddings,
     )
 
 
 def forward_flops(config: ModelConfig, positions: float, pairs: float) -> OpCounts:
-    """Operations of a forward pass over `positions` tokens, padding included: all that has to be computed.
+    """Return the operations of a forward pass over `positions` tokens, padding included.
 
-    pairs: of a position and one that it sees, itself included, over all windows (`data.counts`). Attention counts
-    these, not what a kernel computes that makes masked scores as well: the count is of the model and its data, the same
-    on every device and for every form of attention.
+    pairs: of a position and one that it sees, itself included, over all windows (`data.reading.documents`). Attention
+    counts these and no masked scores, although some kernels compute them: the count belongs to the model and its data,
+    and is the same on every device.
     """
     count = parameters(config)
     attention, softmax = 0.0, 0.0
@@ -131,6 +121,10 @@ def forward_flops(config: ModelConfig, positions: float, pairs: float) -> OpCoun
         attention = 4 * config.depth * config.width * pairs
         softmax = SOFTMAX * config.depth * config.heads * pairs
     blocks = 2 * count.N_nonemb * positions
+    head_norm_quant = float(RMS * config.width)  # the final norm, and norm and quantiser of a ternary head
+    if _ternary_head(config):
+        head_norm_quant += RMS * config.width if config.linear_norm else 0
+        head_norm_quant += QUANTISE * config.width if config.activation_bits else 0
     each = config.depth * _layer_elementwise(config) + SOFTMAX * config.vocab
     return OpCounts(
         dense=blocks if config.linear == "dense" else 0.0,
@@ -138,41 +132,41 @@ def forward_flops(config: ModelConfig, positions: float, pairs: float) -> OpCoun
         attention=attention,
         head=2 * config.vocab * config.width * positions,
         elementwise=softmax + each * positions,
-        norm_quant=(config.depth * _layer_norm_quant(config) + _head_norm_quant(config)) * positions,
+        norm_quant=(config.depth * _layer_norm_quant(config) + head_norm_quant) * positions,
     )
 
 
 def train_flops(config: ModelConfig, positions: float, pairs: float) -> OpCounts:
-    """Operations of training on `positions` tokens, forward and backward: three times the forward.
+    """Return the operations of training on `positions` tokens: three times those of the forward pass.
 
-    Of whole numbers the classes are exact, up to the rounding of a float. Recomputed activations (remat) and the
-    optimizer are not counted: they are not the model's work.
+    They are exact up to the rounding of a float. Recomputed activations (remat) and the optimizer do not count, because
+    they are not the model's work.
     """
     counts = dataclasses.asdict(forward_flops(config, positions, pairs))
     return OpCounts(**{name: float(3 * count) for name, count in counts.items()})
 
 
 def flops_per_token(config: ModelConfig, sequence: int, *, causal: bool = True) -> OpCounts:
-    """Forward operations per token, averaged over a window of `sequence` tokens that is one document.
+    """Return forward operations per token, averaged over a window of `sequence` tokens that is one document.
 
-    Attention counts the visible pairs, (sequence + 1) / 2 a token; with `causal=False` all `sequence`, which is what a
-    kernel that does not skip the masked half computes.
+    Attention counts the visible pairs, (sequence + 1) / 2 a token; with `causal=False` all `sequence`, as computed by a
+    kernel that does not skip the masked half.
     """
     return forward_flops(config, 1, (sequence + 1) / 2 if causal else sequence)
 
 
 def train_flops_per_token(config: ModelConfig, sequence: int, *, causal: bool = True) -> OpCounts:
-    """Operations per token of a training step (`train_flops`), over windows that are one document each.
+    """Return operations per token of a training step (`train_flops`), if each window is one document.
 
-    What is planned counts with this: where documents are separate a run spends less.
+    Plans use this. If documents are separate, a run needs less.
     """
     return train_flops(config, 1, (sequence + 1) / 2 if causal else sequence)
 
 
 def decode_state_bytes(config: ModelConfig, tokens: int, element_bytes: int = 2) -> int:
-    """Bytes that decoding keeps for one sequence of `tokens` tokens.
+    """Return the bytes that decoding stores for one sequence of `tokens` tokens.
 
-    Attention keeps keys, values and an int32 document id per token; the recurrences a state whose size does not
+    Attention stores keys, values and an int32 document id per token; the recurrences a state whose size does not
     depend on the tokens, in float32. `element_bytes` is the width of activations (2: bfloat16).
     """
     D, L = config.width, config.depth
@@ -200,11 +194,3 @@ def _layer_norm_quant(config: ModelConfig) -> float:
         return total
     own_inputs = 3 if config.linear_norm or config.mixer == "rwkv4" else 1  # codes shared where the norm is
     return total + QUANTISE * (own_inputs * D + D + D + F)
-
-
-def _head_norm_quant(config: ModelConfig) -> float:
-    """Operations of the final norm and of the head's own."""
-    D = config.width
-    if not _ternary_head(config):
-        return RMS * D
-    return RMS * D * (2 if config.linear_norm else 1) + (QUANTISE * D if config.activation_bits else 0)

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ def make_streams_tolerant() -> None:
         buffer = io.BufferedWriter(Stream(old.fileno(), "w", closefd=False))
         own = io.TextIOWrapper(buffer, old.encoding, "backslashreplace", line_buffering=old.line_buffering)
         setattr(sys, name, own)
+
+
+def program() -> str:
+    """The name of the running command, for messages: `mmfree` if it is the installed one, else `launch.py`."""
+    return "mmfree" if Path(sys.argv[0]).stem == "mmfree" else "launch.py"
 
 
 def line_printer(console: Console) -> Callable[[str | Text], None]:

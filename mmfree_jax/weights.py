@@ -1,5 +1,6 @@
 """A model on disk, of whichever kind: a run directory, an imported folder, or a Hugging Face folder."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, from_json, to_json
+from mmfree_jax.checkpoint import Checkpoints, restore, restore_params
+from mmfree_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, from_json, require, to_json
 from mmfree_jax.distributed import put
 from mmfree_jax.files import read_json, write_atomically, write_json
-from mmfree_jax.interop import UNKNOWN, Origin, load_huggingface, read_config, read_origin, read_parameters
+from mmfree_jax.interop.huggingface import UNKNOWN, Origin, load_huggingface, read_config, read_origin, read_parameters
 from mmfree_jax.models.language_model import LanguageModel
-from mmfree_jax.training.checkpoint import Checkpoints, restore, restore_params
-from mmfree_jax.training.folder import corpus_facts
-from mmfree_jax.training.optim import make_optimizer
-from mmfree_jax.training.step import TrainState
+from mmfree_jax.presets import run_preset
+from mmfree_jax.run_folder import corpus_facts, saved_run
 
 ORIGIN = "origin.json"  # in an imported folder: what its source says about the text that it was trained on
 MODEL = "model.json"  # in an imported folder, instead of a run's config.json
+CHOICES_OF_RUN = ("gradient_bits", "tokenizer_vocab")  # fields of ModelConfig that do not change the weights
 
 
 def model_config(path: Path) -> ModelConfig:
@@ -64,14 +65,46 @@ def load_params(path: Path, abstract: Any) -> nnx.State:
     through the host memory of each process, but not through its devices' memory.
     Raises ConfigError (not a model, another architecture), CheckpointError, InteropError.
     """
-    config = model_config(path)
     if is_run(path):
-        opt = jax.eval_shape(make_optimizer(run_config(path).optim, config).init, abstract)
-        step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-        return restore_params(path / "checkpoints", TrainState(step, abstract, opt))
+        return restore_params(path / "checkpoints", abstract)
     if not _is_huggingface(path):
         return restore(path / "checkpoints", abstract)[0]
     return jax.tree.map(lambda host, a: put(host, a.sharding), read_parameters(path, abstract), abstract)
+
+
+def with_initial_weights(run: RunConfig, preset: str, out: Path) -> RunConfig:
+    """Return the run with the architecture of the weights that it starts from (`run.init`), if there are any.
+
+    preset: the name of the preset that the run was made from, which shows what the user has overridden. out: the run's
+    folder; once it holds a checkpoint, it holds the architecture too, and the weights need not exist any more.
+    Raises ConfigError if the weights are of another family than the preset, whose rate and schedule would not fit, or
+    if the user has asked for another architecture than theirs.
+    """
+    held, init = saved_run(out), run.init and str(Path(run.init).resolve())
+    if held is not None and held.init and init in ("", held.init):
+        run, found = dataclasses.replace(run, init=held.init), held.model
+    elif run.init:
+        found = model_config(Path(run.init))
+    else:
+        return run
+    usual = run_preset(preset).model
+    require(
+        found.family == usual.family,
+        f"init={run.init} holds a model of family {found.family}, and {preset} is of {usual.family}: take a preset of "
+        f"{found.family}",
+    )
+    for name in (field.name for field in dataclasses.fields(found) if field.name not in CHOICES_OF_RUN):
+        asked = getattr(run.model, name)
+        require(
+            asked in (getattr(usual, name), getattr(found, name)),
+            f"model.{name}={asked!r}, but init={run.init} has {getattr(found, name)!r}: leave it out",
+        )
+    return dataclasses.replace(run, init=str(Path(run.init).resolve()), model=trained_as(found, run.model))
+
+
+def trained_as(found: ModelConfig, model: ModelConfig) -> ModelConfig:
+    """The architecture `found` of some weights, with what a run of `model` may choose for itself."""
+    return dataclasses.replace(found, **{name: getattr(model, name) for name in CHOICES_OF_RUN})
 
 
 def origin(path: Path) -> Origin:

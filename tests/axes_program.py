@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from mmfree_jax.config import FAMILIES, Branch, DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
-from mmfree_jax.data import TokenSet, token_writer
-from mmfree_jax.data.packing import pack
-from mmfree_jax.data.token_writer import write_token_set
-from mmfree_jax.data.tokenization import byte_tokenizer
-from mmfree_jax.evaluation import evaluate
+from mmfree_jax.data import TokenSet
+from mmfree_jax.data.building import token_writer
+from mmfree_jax.data.building.packing import pack
+from mmfree_jax.data.building.token_writer import write_token_set
+from mmfree_jax.data.tokenizers.tokenizer import byte_tokenizer
+from mmfree_jax.evaluation.loss import evaluate
 from mmfree_jax.training import loop, metrics
 from mmfree_jax.training.interrupt import Interrupted
 from mmfree_jax.training.step import make_program, program_key
@@ -137,7 +138,7 @@ def held_out(folder: Path) -> dict[str, Any]:
         program = make_program(program_key(run, None))
         with jax.set_mesh(program.mesh):
             params = program.init(jax.random.key(0)).params
-        found[f"{shape[0] * shape[1]}"] = evaluate(program, params, token_set, 32)
+        found[f"{shape[0] * shape[1]}"] = evaluate(program.evaluate, program.mesh, params, token_set, 32)
     return found
 
 

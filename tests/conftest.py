@@ -17,8 +17,8 @@ import pytest
 
 from mmfree_jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from mmfree_jax.data import TokenSet
-from mmfree_jax.data.token_writer import write_token_set
-from mmfree_jax.data.tokenization import byte_tokenizer
+from mmfree_jax.data.building.token_writer import write_token_set
+from mmfree_jax.data.tokenizers.tokenizer import byte_tokenizer
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments import integer_gradients, integer_gradients_105m, ladder, quickstart, quickstart_rates
-from experiments.learning_rate_picture import curves, optimum
-from experiments.learning_rate_transfer import GRID, read
+from experiments.learning_rate_picture import curves, optimum, read
+from experiments.learning_rate_transfer import STEP
 from mmfree_jax import flops
 from mmfree_jax.sweep.experiment import run_flops
 
@@ -86,7 +86,7 @@ def optima(family, parametrisation):
 
 @pytest.mark.parametrize("family", quickstart.FAMILIES)
 def test_the_best_rate_stays_put_under_mup_and_falls_under_the_standard_parametrisation(family):
-    steps = lambda best: [math.log(rate / best[256], GRID) for rate in best.values()]
+    steps = lambda best: [math.log(rate / best[256], STEP) for rate in best.values()]
     kept, standard = optima(family, "mup"), optima(family, "standard")
     assert set(kept) == set(standard) == {256, 512, 1024, 2048}
     assert max(map(abs, steps(kept))) < 1

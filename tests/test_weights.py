@@ -10,18 +10,20 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
 
 from launch import main
-from mmfree_jax import cli
+from mmfree_jax.checkpoint import restore_params
+from mmfree_jax.commands import models
+from mmfree_jax.commands.train import train as train_command
 from mmfree_jax.config import ConfigError, MeshConfig, OptimConfig
 from mmfree_jax.data import resolve_data
-from mmfree_jax.data.token_writer import write_token_set
-from mmfree_jax.data.tokenization import byte_tokenizer, train_bpe
+from mmfree_jax.data.building.token_writer import write_token_set
+from mmfree_jax.data.tokenizers.tokenizer import byte_tokenizer, train_bpe
 from mmfree_jax.files import read_json
-from mmfree_jax.interop import load_huggingface, save_huggingface
+from mmfree_jax.interop.huggingface import load_huggingface, save_huggingface
 from mmfree_jax.models.language_model import LanguageModel
-from mmfree_jax.training.checkpoint import restore_params
-from mmfree_jax.training.folder import claim
+from mmfree_jax.run_folder import claim
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.step import make_program, program_key
 from mmfree_jax.weights import load_model, model_config, run_config, save_model
@@ -82,7 +84,7 @@ def test_imported_weights_are_trained_on_and_exported(family, token_set, tmp_pat
 
 def exported(source: Path, out: Path) -> dict:
     """config.json of a model after the command."""
-    assert cli.export_model([str(source), "--out", str(out)]) == 0
+    assert models.export_model([str(source), "--out", str(out)]) == 0
     return read_json(out / "config.json")
 
 
@@ -97,7 +99,7 @@ def test_what_an_export_says_of_the_text_is_the_corpuss_or_what_was_imported(tok
 
     facts = {"bos_token_id": 100, "eos_token_id": [101, 102], "pad_token_id": 103, "max_position_embeddings": 8192}
     (tmp_path / "a" / "config.json").write_text(json.dumps(values | facts))
-    assert cli.import_model([str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 0
+    assert models.import_model([str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 0
     for source, out in ((tmp_path / "b", tmp_path / "c"), (tmp_path / "a", tmp_path / "d")):  # imported, and directly
         values = exported(source, out)
         assert {name: values[name] for name in facts} == facts
@@ -115,26 +117,26 @@ def test_a_run_is_evaluated_from_anywhere_on_its_own_corpus_or_not_at_all(token_
     loss = train(run, tmp_path / "run", resolve_data(run.data))["loss"]
 
     def evaluated(*more: str) -> bool:
-        assert cli.evaluate([str(tmp_path / "run"), *more]) == 0
+        assert models.evaluate([str(tmp_path / "run"), *more]) == 0
         return f"loss {loss:.6g}\n" in capsys.readouterr().out
 
     monkeypatch.chdir(tmp_path / "here" / "there")
     assert evaluated()
     shutil.move(tmp_path / "here" / "c", tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match=r"no corpus '.*/here/c'"):
-        cli.evaluate([str(tmp_path / "run")])
+        models.evaluate([str(tmp_path / "run")])
     assert evaluated("--corpus", "../../moved")
     texts = {"train": sentences(9, 2), "valid": sentences(9, 3)}
     card = {"name": "other", "description": "made up", "sources": []}
     write_token_set(tmp_path / "here" / "c", texts, byte_tokenizer(), card)
     with pytest.raises(ConfigError, match=r"was trained on \w{16}: give the corpus to evaluate on with --corpus"):
-        cli.evaluate([str(tmp_path / "run")])
+        models.evaluate([str(tmp_path / "run")])
     assert not evaluated("--corpus", str(tmp_path / "here" / "c"))
     other = train_bpe(texts["train"], 257)
     other.vocab_hash = "0" * 64  # as many tokens, but others
     write_token_set(tmp_path / "d", texts, other, card)
     with pytest.raises(ConfigError, match="another tokenizer"):
-        cli.evaluate([str(tmp_path / "run"), "--corpus", str(tmp_path / "d")])
+        models.evaluate([str(tmp_path / "run"), "--corpus", str(tmp_path / "d")])
 
 
 def test_a_run_that_goes_on_needs_the_weights_it_began_with_no_more(token_set, tmp_path):
@@ -142,25 +144,25 @@ def test_a_run_that_goes_on_needs_the_weights_it_began_with_no_more(token_set, t
     settings = ["matmul-free-tiny", "--out", tmp_path / "run", "--data.corpus", token_set.path, "--data.sequence", 32]
     settings += ["--data.batch", 4, "--steps", 4, "--checkpoint-every", 2, "--optim.warmup-steps", 0]
     command = [*map(str, settings), "--optim.decay-steps", "0", "--diagnose-every", "0"]
-    assert cli.train([*command, "--init", str(tmp_path / "m")]) == 0
+    assert train_command([*command, "--init", str(tmp_path / "m")]) == 0
     row = read_json(tmp_path / "run" / "result.json")
     assert row["init"] == str(tmp_path / "m")
     (tmp_path / "run" / "result.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     with pytest.raises(ConfigError, match=r"is not a model"):
-        cli.train([*command, "--init", str(tmp_path / "another")])
+        train_command([*command, "--init", str(tmp_path / "another")])
     for again in ([], ["--init", str(tmp_path / "m")]):
         (tmp_path / "m").rename(tmp_path / "gone") if (tmp_path / "m").exists() else None
         (tmp_path / "run" / "result.json").unlink(missing_ok=True)
-        assert cli.train([*command, *again]) == 0
+        assert train_command([*command, *again]) == 0
         assert read_json(tmp_path / "run" / "result.json")["loss"] == row["loss"]
     (tmp_path / "gone").rename(tmp_path / "another")
     with pytest.raises(ConfigError, match=r"holds another run \(init is .*/m, not .*/another"):
-        cli.train([*command, "--init", str(tmp_path / "another")])
+        train_command([*command, "--init", str(tmp_path / "another")])
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # nothing to go on from: the weights are needed again
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(ConfigError, match=r"model\.vocab=2048, but the corpus has 257"):  # what they are is not known
-        cli.train(command)
+        train_command(command)
 
 
 @pytest.mark.parametrize("family", MAIN_FAMILIES)
@@ -188,14 +190,19 @@ def test_models_of_every_kind_are_loaded_in_shards_of_any_mesh(family, token_set
 def test_the_moments_of_a_run_are_not_read_for_its_parameters(token_set, tmp_path):
     config = tiny_run("matmul-free", token_set.path, evaluate=False)
     train(config, tmp_path, token_set)
-    abstract = make_program(program_key(config, None)).abstract_state
+    program = make_program(program_key(config, None))
     asked = []
+    load = ocp.training.Checkpointer.load_checkpointables
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmfree_jax.training.checkpoint.restore", lambda _, state: asked.append(state) or [state])
-        restore_params(tmp_path / "checkpoints", abstract)
-    assert all(leaf is ... for leaf in jax.tree.leaves((asked[0].opt, asked[0].step)))
-    params = restore_params(tmp_path / "checkpoints", abstract)
-    assert_equal(nnx.merge(make_program(program_key(config, None)).graphdef, params), load_model(tmp_path))
+
+        def recorded(self, step, *, abstract_checkpointables):
+            asked.append(abstract_checkpointables["state"])
+            return load(self, step, abstract_checkpointables=abstract_checkpointables)
+
+        patch.setattr(ocp.training.Checkpointer, "load_checkpointables", recorded)
+        params = restore_params(tmp_path / "checkpoints", program.abstract_state.params)
+    assert [set(one) for one in asked] == [{"params"}]
+    assert_equal(nnx.merge(program.graphdef, params), load_model(tmp_path))
 
 
 def test_evaluating_a_run_gives_the_loss_of_its_result(token_set, tmp_path):
@@ -246,7 +253,7 @@ def test_weights_of_another_architecture_are_refused(token_set, tmp_path):
 def test_what_the_weights_are_not_is_refused_and_not_replaced_by_what_they_are(preset, flags, says, tmp_path):
     save_model(LanguageModel(tiny_model("matmul-free"), rngs=nnx.Rngs(3)), tmp_path / "m")
     with pytest.raises(ConfigError, match=re.escape(says)):
-        cli.train([preset, "--out", str(tmp_path / "run"), "--init", str(tmp_path / "m"), *flags])
+        train_command([preset, "--out", str(tmp_path / "run"), "--init", str(tmp_path / "m"), *flags])
 
 
 def test_gradients_are_computed_as_the_command_says_whatever_computed_the_weights(token_set, tmp_path):
@@ -254,5 +261,5 @@ def test_gradients_are_computed_as_the_command_says_whatever_computed_the_weight
     settings = ["--data.corpus", token_set.path, "--data.sequence", 32, "--data.batch", 4, "--steps", 2]
     settings += ["--optim.warmup-steps", 0, "--optim.decay-steps", 0, "--diagnose-every", 0, "--no-evaluate"]
     settings += ["--model.gradient-bits", 8, "--init", tmp_path / "m"]
-    assert cli.train(["matmul-free-tiny", "--out", str(tmp_path / "run"), *map(str, settings)]) == 0
+    assert train_command(["matmul-free-tiny", "--out", str(tmp_path / "run"), *map(str, settings)]) == 0
     assert run_config(tmp_path / "run").model == tiny_model("matmul-free", gradient_bits=8)

@@ -16,10 +16,11 @@ from rich.table import Column, Table
 
 from mmfree_jax.bench import check, first_step, operations, steps
 from mmfree_jax.bench.timing import ceilings
-from mmfree_jax.cli import parse
+from mmfree_jax.command_line import parse
 from mmfree_jax.config import ConfigError
 from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.files import read_json, write_json
+from mmfree_jax.output import program
 from mmfree_jax.training.identity import code_version
 
 
@@ -52,7 +53,7 @@ Rows = Callable[[BenchArguments, dict[str, float]], Iterator[dict[str, Any]]]
 
 def main(arguments: list[str]) -> int:
     """Run the suites asked for and print a table of each. Raises ValueError where a variant computes something else."""
-    chosen = parse(BenchArguments, arguments, "launch.py bench")
+    chosen = parse(BenchArguments, arguments, f"{program()} bench")
     if chosen.suite == "check":
         # Checks run in several processes, which share the device's memory: none may take most of it when JAX starts.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"

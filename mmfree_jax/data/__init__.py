@@ -24,9 +24,9 @@ Importing this package imports neither JAX nor Grain.
 """
 
 from mmfree_jax.data.corpora import resolve_corpus, resolve_data
-from mmfree_jax.data.counts import Counts
-from mmfree_jax.data.pipeline import Batches, batches, count_examples, evaluation_batches, evaluation_windows
-from mmfree_jax.data.token_set import Mixture, TokenSet, TokenSetError
+from mmfree_jax.data.reading.documents import Counts
+from mmfree_jax.data.reading.pipeline import Batches, batches, count_examples, evaluation_batches, evaluation_windows
+from mmfree_jax.data.reading.token_set import Mixture, TokenSet, TokenSetError
 
 __all__ = [
     "Batches",

@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mmfree_jax.data import card as cards
-from mmfree_jax.data import tokenization
-from mmfree_jax.data.bench import measure
-from mmfree_jax.data.build import Recipe, build, train_tokenizer, unreadable
-from mmfree_jax.data.corpora import EMBEDDED, NAMED, build_embedded, resolve_corpus, tier_folder
-from mmfree_jax.data.foreign import convert
-from mmfree_jax.data.inputs import Reading, Unit, plan
-from mmfree_jax.data.packing import pack
-from mmfree_jax.data.prepare import STEPS, bytes_by_source, prepare
-from mmfree_jax.data.spill import documents_of, spill
-from mmfree_jax.data.tiers import build_tier
-from mmfree_jax.data.token_set import READABLE_CARD, TokenSet
-from mmfree_jax.data.tokenization import Tokenizer
+from mmfree_jax.data.building import card as cards
+from mmfree_jax.data.building.build import Recipe, build, train_tokenizer, unreadable
+from mmfree_jax.data.building.embedded import EMBEDDED, build_embedded
+from mmfree_jax.data.building.foreign import convert
+from mmfree_jax.data.building.inputs import Reading, Unit, plan
+from mmfree_jax.data.building.packing import pack
+from mmfree_jax.data.building.prepare import STEPS, bytes_by_source, prepare
+from mmfree_jax.data.building.spill import documents_of, spill
+from mmfree_jax.data.building.tiers import build_tier
+from mmfree_jax.data.corpora import NAMED, resolve_corpus, tier_folder
+from mmfree_jax.data.reading.bench import measure
+from mmfree_jax.data.reading.token_set import READABLE_CARD, TokenSet
+from mmfree_jax.data.tokenizers import tokenizer as tokenization
+from mmfree_jax.data.tokenizers.tokenizer import Tokenizer
 
 _OWN_INPUT = ("key", "skip_bad", "raw", "english", "shortest", "dedup", "held_out")  # options of `build`
 

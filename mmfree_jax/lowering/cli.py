@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmfree_jax import flops
-from mmfree_jax.cli import parse
+from mmfree_jax.command_line import parse
 from mmfree_jax.config import MeshConfig, RunConfig, require, suggestion
 from mmfree_jax.devices import DEVICES
 from mmfree_jax.lowering.verdict import Verdict, judge

@@ -1,4 +1,4 @@
-"""What an experiment file declares, and the building blocks for declaring it."""
+"""Experiments: what an experiment file declares, and the functions that help to declare it."""
 
 import dataclasses
 import importlib.util
@@ -10,15 +10,15 @@ from mmfree_jax import flops
 from mmfree_jax.config import Branch, ConfigError, RunConfig, require
 
 STEADY = ("wsd", "constant")  # schedules that branches can leave
-OWN = {"schedule", "decay_steps", "final_lr", "accumulate"}  # what of the optimizer may be a branch's own
+OWN = {"schedule", "decay_steps", "final_lr", "accumulate"}  # fields of OptimConfig in which a branch may differ
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A set of runs and the comparison that they are for.
+    """A set of runs and the comparison that they serve.
 
-    `baseline` is the family that the others are compared with; `notes` goes into the report's provenance as it stands
-    (how the learning rates were chosen, say). Runs must be named uniquely and listed after the trunks they branch from.
+    `baseline` is the family that the others are compared with; `notes` are copied into the report's provenance (how the
+    learning rates were chosen, for instance). Run names must be unique, and a branch must be listed after its trunk.
     """
 
     name: str
@@ -42,41 +42,37 @@ class Study:
 
 
 def check_names(runs: Sequence[RunConfig], where: str) -> None:
-    """Raises ConfigError, with `where` in front, for run names that are used twice."""
+    """Raise ConfigError, whose message begins with `where`, for run names that are used twice."""
     twice = sorted(name for name, count in Counter(run.name for run in runs).items() if count > 1)
     require(not twice, f"{where}: run names are used twice: {', '.join(twice)}")
 
 
 def _check_branch(run: RunConfig, branch: Branch, trunk: RunConfig) -> None:
+    """Up to the branch point a run must equal its trunk, because its result is reported as that of one entire run."""
     require(
         branch.step == trunk.steps or branch.step in trunk.milestones,
         f"{run.name}: branches at step {branch.step}, which is not among the milestones of {trunk.name}",
     )
-    shared = ("model", "data", "seed", "precision")
-    for name in shared:
+    for name in ("model", "data", "seed", "precision"):
         require(getattr(run, name) == getattr(trunk, name), f"{run.name}: its {name} differs from its trunk's")
-    _check_optim(run, branch, trunk)
-
-
-def _check_optim(run: RunConfig, branch: Branch, trunk: RunConfig) -> None:
-    """Up to the branch point a run must be what its trunk is: its result is called that of one whole run."""
     for config in (run, trunk):
         schedule = config.optim.schedule
         require(schedule in STEADY, f"{config.name}: schedule={schedule} has no constant rate to branch off: use wsd")
     last = trunk.steps - trunk.optim.decay_steps
     require(branch.step <= last, f"{run.name}: branches inside the decay of {trunk.name}, which begins at step {last}")
-    of = {c.name: dataclasses.asdict(c.optim) for c in (run, trunk)}
-    for name in dataclasses.asdict(run.optim).keys() - OWN:
-        own, its = of[run.name][name], of[trunk.name][name]
-        require(own == its, f"{run.name}: its optim.{name}={own} differs from its trunk's, {its}")
+    for name, value in dataclasses.asdict(run.optim).items():
+        trunk_value = getattr(trunk.optim, name)
+        same = name in OWN or value == trunk_value
+        require(same, f"{run.name}: its optim.{name}={value} differs from its trunk's, {trunk_value}")
 
 
 def trunk_and_decays(base: RunConfig, budgets: Sequence[int], decay: float = 0.2) -> list[RunConfig]:
-    """One constant-rate trunk and, for each budget (steps), a branch that decays over its last `decay` fraction.
+    """Return a trunk at constant rate and, for each budget (steps), a branch that decays over its last `decay`
+    fraction.
 
-    Every branch is the WSD run of that budget, for the price of its decay alone (Hägele et al. 2024, arXiv
-    2405.18392; Hu et al. 2024, arXiv 2404.06395), so its end point is comparable with any other, which a point inside
-    a cosine run is not. The trunk is named NAME-trunk, the branches NAME-<tokens>, after their positions.
+    Every branch is the WSD run of that budget, but costs only its decay (Hägele et al. 2024, arXiv 2405.18392; Hu et
+    al. 2024, arXiv 2404.06395). So its end point is comparable with any other; a point inside a cosine run is not. The
+    trunk is named NAME-trunk, the branches NAME-TOKENS, after their positions.
     """
     require(0 < decay < 1, f"decay={decay}: must be a fraction in (0, 1)")
     lengths = {steps: max(1, round(steps * decay)) for steps in sorted(budgets)}
@@ -85,35 +81,27 @@ def trunk_and_decays(base: RunConfig, budgets: Sequence[int], decay: float = 0.2
     trunk = dataclasses.replace(
         base, name=f"{base.name}-trunk", steps=max(stems), milestones=tuple(stems), optim=steady, evaluate=False
     )
-    return [trunk] + [
-        dataclasses.replace(
-            base,
-            name=f"{base.name}-{_short(steps * base.data.tokens_per_step)}",
-            steps=steps,
-            optim=dataclasses.replace(steady, decay_steps=tail, final_lr=base.optim.final_lr),
-            branch=Branch(trunk.name, steps - tail),
-        )
-        for steps, tail in lengths.items()
-    ]
-
-
-def _short(tokens: int) -> str:
-    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if tokens >= scale:
-            return f"{tokens / scale:.3g}{unit}"
-    return str(tokens)
+    runs = [trunk]
+    for steps, tail in lengths.items():
+        tokens = steps * base.data.tokens_per_step
+        units = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
+        short = next((f"{tokens / scale:.3g}{unit}" for unit, scale in units if tokens >= scale), str(tokens))
+        optim = dataclasses.replace(steady, decay_steps=tail, final_lr=base.optim.final_lr)
+        branch = Branch(trunk.name, steps - tail)
+        runs.append(dataclasses.replace(base, name=f"{base.name}-{short}", steps=steps, optim=optim, branch=branch))
+    return runs
 
 
 def run_flops(run: RunConfig) -> float:
-    """FLOPs that this run itself will spend: its own steps, without its trunk's. Less where documents are separate."""
+    """Return the FLOPs of a run's own steps, without those of its trunk: an upper bound if documents are separate."""
     steps = run.steps - run.first_step
     return flops.train_flops_per_token(run.model, run.data.sequence).products * run.data.tokens_per_step * steps
 
 
 def chains(runs: Iterable[RunConfig]) -> list[list[RunConfig]]:
-    """Runs grouped by trunk, each trunk first: the unit of work of one worker, which compiles once for all of them.
+    """Group runs by trunk, each trunk first: a group is the work of one worker, which compiles once for all of it.
 
-    A branch of a branch goes with the trunk of both.
+    A branch of a branch belongs to the trunk of both.
     """
     groups: dict[str, list[RunConfig]] = {}
     group_of: dict[str, list[RunConfig]] = {}
@@ -126,9 +114,10 @@ def chains(runs: Iterable[RunConfig]) -> list[list[RunConfig]]:
 
 
 def machines(chain: Sequence[RunConfig], per_machine: int, name: str) -> tuple[int, int]:
-    """How many machines the mesh of a chain fills, and devices on each; per_machine 0: all on one, `name`: for errors.
+    """Return how many machines the mesh of a chain fills, and the devices on each.
 
-    Raises ConfigError for runs on meshes of different sizes, and for one that fills no whole machines.
+    per_machine: devices in a machine; 0: all are in one. name: what a machine is called in messages.
+    Raises ConfigError for meshes of different sizes, and for one that uses part of a machine.
     """
     sizes = {run.mesh.devices for run in chain}
     require(len(sizes) == 1, f"{chain[0].name}: the runs of one chain need one mesh size, not {sorted(sizes)}")
@@ -140,9 +129,10 @@ def machines(chain: Sequence[RunConfig], per_machine: int, name: str) -> tuple[i
 
 
 def load_study(path: Path) -> Study:
-    """Run an experiment file and return what its `study()` declares: a Study, or just a list of runs.
+    """Run an experiment file and return what its `study()` declares: a Study, or a list of runs.
 
-    Raises ConfigError if there is no such thing, or if it compares families of which it has no run.
+    A list becomes a Study that is named after the file and whose baseline is the family of the first run.
+    Raises ConfigError if there is no such function, or no run of the baseline.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such experiment file")
@@ -155,15 +145,12 @@ def load_study(path: Path) -> Study:
     if not callable(declare):
         raise ConfigError(f"{path}: defines no function study() that returns a Study")
     found = declare()
-    study = _study_of_list(path.stem, found) if isinstance(found, list) else found
-    require(isinstance(study, Study), f"{path}: study() returned {type(found).__name__}, not a Study or a list of runs")
-    families = sorted({run.model.family for run in study.runs})
-    of = ", ".join(families)
-    require(study.baseline in families, f"{path}: its baseline is {study.baseline!r}, but its runs are of {of}")
-    return study
-
-
-def _study_of_list(name: str, runs: list) -> Study:
-    """Runs without more to say: named after their file; the first run's family is the baseline."""
-    require(bool(runs) and all(isinstance(run, RunConfig) for run in runs), f"study {name}: not a list of run configs")
-    return Study(name, name, tuple(runs), baseline=runs[0].model.family)
+    if isinstance(found, list):
+        only_runs = bool(found) and all(isinstance(run, RunConfig) for run in found)
+        require(only_runs, f"study {path.stem}: not a list of run configs")
+        found = Study(path.stem, path.stem, tuple(found), baseline=found[0].model.family)
+    require(isinstance(found, Study), f"{path}: study() returned {type(found).__name__}, not a Study or a list of runs")
+    families = sorted({run.model.family for run in found.runs})
+    names = ", ".join(families)
+    require(found.baseline in families, f"{path}: its baseline is {found.baseline!r}, but its runs are of {names}")
+    return found

@@ -1,7 +1,7 @@
-"""Signs of life: a file that a worker touches while it trains, for machines that its lock cannot be seen from.
+"""Heartbeats: a file that a worker touches while it trains, for other machines, which may not see its lock.
 
-File locks may not travel over a shared file system, and clocks differ. So nothing here compares two machines' clocks:
-the age of a file is the difference of two time stamps that the file system itself gave.
+A shared file system may not share locks, and clocks differ. So nothing here compares the clocks of two machines: the
+age of a file is the difference of two time stamps that the file system itself gave.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from mmfree_jax.files import LockedError, read_json, write_json
 
 FILE = "heartbeat.json"
 BEAT_SECONDS = 5.0
-THIS_MACHINE = "this machine"  # of a process that holds the lock and left no name
+THIS_MACHINE = "this machine"  # stands for a process that holds the lock and left no name
 STALE_SECONDS = 120.0  # NFS may show a time stamp a minute late
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Beat:
-    """Who trains a run, and when they last said so (the file system's clock)."""
+    """The process that trains a run, and the time of its last heartbeat by the file system's clock."""
 
     host: str
     pid: int
@@ -39,7 +39,7 @@ class Beat:
 
 
 class Heartbeat:
-    """Beats in `folder` while the context is open, from a thread. `also` is called at every beat."""
+    """Touches the file in `folder` from a thread while the context is open, and calls `also` each time."""
 
     def __init__(self, folder: Path, also: Callable[[], None] = lambda: None):
         self._path, self._also, self._ended = folder / FILE, also, threading.Event()
@@ -58,20 +58,20 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a shared file system's bad moment; a lasting one shows as silence
-                os.utime(self._path)  # no time given: the server of a shared file system takes its own
+            with contextlib.suppress(OSError):  # the shared file system may fail for a moment
+                os.utime(self._path)  # without a time, so that the server of a shared file system takes its own
             self._also()
 
 
 def own_job() -> str:
-    """SLURM's number of the job that this process runs in, as ARRAY_TASK or JOB; empty outside SLURM."""
+    """Return SLURM's number of the job that this process runs in, as ARRAY_TASK or JOB; empty outside SLURM."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID", "")
 
 
 def last_beat(folder: Path) -> Beat | None:
-    """The sign of life in a run's folder; None where nobody trains, or somebody just stopped."""
+    """Return the heartbeat in a run's folder; None if no process trains it, or one has just stopped."""
     path = folder / FILE
     try:
         return Beat(**read_json(path), at=path.stat().st_mtime)
@@ -80,7 +80,7 @@ def last_beat(folder: Path) -> Beat | None:
 
 
 def file_clock(folder: Path) -> float:
-    """The time of the file system that holds `folder`; this machine's where nothing can be written there."""
+    """Return the time of the file system that holds `folder`, or of this machine if nothing can be written there."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock.") as file:
             return os.fstat(file.fileno()).st_mtime
@@ -92,10 +92,10 @@ def file_clock(folder: Path) -> float:
 
 
 def holder(folder: Path, now: float | None = None) -> Beat | None:
-    """Who trains in `folder`, or None. `now` is its `file_clock`, for those who ask about many folders.
+    """Return the process that trains in `folder`, or None. `now`: its `file_clock`, for callers with many folders.
 
-    On one machine the lock alone says it, and at once: the system lets go of it however a process ends. About another
-    machine the file does, up to STALE_SECONDS late.
+    For this machine the lock decides, without delay: the system releases it however a process ends. For another machine
+    the heartbeat decides, up to STALE_SECONDS late.
     """
     beat = last_beat(folder)
     if is_locked(folder):
@@ -106,7 +106,7 @@ def holder(folder: Path, now: float | None = None) -> Beat | None:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process of this machine holds the folder now."""
+    """Return whether a process of this machine holds the folder's lock now."""
     try:
         file = (folder / ".lock").open()
     except FileNotFoundError:
@@ -120,16 +120,16 @@ def is_locked(folder: Path) -> bool:
 
 
 def wait_until_free(folder: Path, patience_s: float = 120.0) -> None:
-    """Return when nobody else trains in `folder`, a dead machine's last sign of life grown old included.
+    """Wait until no other process trains in `folder`. The heartbeat of a dead machine expires.
 
-    Raises LockedError for one that goes on: after `patience_s` here (one that was told to stop may have to finish
-    compiling, a step or an evaluation first), at its next beat elsewhere.
+    Raises LockedError if the other process goes on: on this machine after `patience_s` (one that was told to stop may
+    first have to finish compiling, a step or an evaluation), on another machine at its next heartbeat.
     """
     deadline, seen = time.monotonic() + patience_s, None
     while (beat := holder(folder)) is not None:
         here = beat.host in (socket.gethostname(), THIS_MACHINE)
         if not here and beat.job and beat.job == own_job():
-            return  # this very job, begun again on another node
+            return  # it is this same job, which SLURM has restarted on another node
         if time.monotonic() > deadline if here else seen is not None and beat.at > seen.at:
             raise LockedError(f"{folder}: {beat} is working here")
         seen = beat

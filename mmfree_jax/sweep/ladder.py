@@ -1,9 +1,10 @@
-"""A ladder with one dial: a model size gives width, depth, heads, batch, learning rate, weight decay and horizon.
+"""A ladder with one dial: the model size determines width, depth, heads, batch, learning rate, weight decay and
+horizon.
 
 Shape: `mmfree_jax.sweep.shapes`. Batch, rate and weight decay: the functions below. Horizon: `ratios` of `rungs`.
 
-Every formula is somebody's measurement, at other sizes and on other data than yours: the place to begin, not to end.
-Widths and depths transfer by muP (`mmfree_jax.parametrisation`), so one rate is measured, at the base.
+Every formula was measured by somebody, at other sizes and on other data than yours: use them to begin with. The rate
+transfers between widths and depths by muP (`mmfree_jax.parametrisation`), so it is measured once, at the base.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from mmfree_jax.sweep.shapes import nearest_model
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """Where a family's learning rate was found: width, depth and tokens a step."""
+    """The size at which a family's learning rate was measured: width, depth and tokens a step."""
 
     lr: float
     width: int
@@ -29,7 +30,7 @@ class Base:
 def rungs(
     family: str, base: Base, sizes: Sequence[float], ratios: Sequence[float], data: DataConfig
 ) -> list[RunConfig]:
-    """For each size a trunk and, for each tokens-per-parameter ratio, a decay that branches off it.
+    """Return, for each size, a trunk and a decay that branches off it for each tokens-per-parameter ratio.
 
     Args:
         family: of `config.FAMILIES`.
@@ -61,17 +62,18 @@ def _rung(family: str, base: Base, size: float, ratios: Sequence[float], data: D
 
 
 def batch_sequences(flop: float, sequence: int) -> int:
-    """Sequences a step: 0.292 C^0.327 tokens, to a power of two (DeepSeek LLM 2024, arXiv 2401.02954, equation 1).
+    """Return sequences a step: 0.292 C^0.327 tokens, to a power of two (DeepSeek LLM 2024, arXiv 2401.02954, eq. 1).
 
-    `flop` is a whole run's. That it must grow with the run, and with its tokens rather than the model, is what critical
-    batch sizes show too (Zhang et al. 2024, arXiv 2410.21676).
+    `flop` is C, the compute of an entire run. Critical batch sizes also grow with the run, and with its tokens more
+    than with the model (Zhang et al. 2024, arXiv 2410.21676).
     """
     tokens = 0.2920 * flop**0.3271
     return 2 ** max(0, round(math.log2(tokens / sequence)))
 
 
 def rate_of_batch(tokens: float, base_tokens: float) -> float:
-    """Factor on the learning rate for another batch: its square root (Malladi et al. 2022, arXiv 2205.10287).
+    """Return the factor on the learning rate for another batch: its square root (Malladi et al. 2022, arXiv
+    2205.10287).
 
     Good for small factors, below the critical batch size: measure the rate at a batch near that of the ladder.
     """
@@ -79,9 +81,9 @@ def rate_of_batch(tokens: float, base_tokens: float) -> float:
 
 
 def weight_decay(lr: float, steps: int, ratio: float) -> float:
-    """The decay whose time scale 1 / (lr x decay) is tau of the run: 1 / (lr steps tau).
+    """Return the weight decay whose time scale 1 / (lr x decay) is the share tau of the run: 1 / (lr steps tau).
 
-    AdamW averages its updates over that time (Wang & Aitchison 2024, arXiv 2405.13698); the best share of the run is
+    AdamW averages its updates over that time (Wang & Aitchison 2024, arXiv 2405.13698). The best share of the run is
     tau = 1.084 (D / N)^-0.527 (Bergsma et al. 2025, arXiv 2505.13738, figure 1).
     """
     return 1 / (lr * steps * 1.084 * ratio**-0.527)

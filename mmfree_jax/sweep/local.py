@@ -1,6 +1,6 @@
 """The local executor: a pool of workers over this machine's accelerators, or over its CPU cores.
 
-A run whose mesh has several devices takes as many GPUs; on CPUs its devices are simulated, on a core each. Workers with
+A run whose mesh has several devices takes as many GPUs; on CPUs its devices are simulated, one core each. Workers with
 small runs share a GPU (`sharing`).
 """
 
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,9 +27,9 @@ from mmfree_jax.files import last_line
 from mmfree_jax.sweep import sharing
 from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, steps_done, worker_command
 from mmfree_jax.sweep.experiment import chains, machines
-from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED
+from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED, STOP_SIGNALS, handled
 
-STOP_SECONDS = 60.0  # for workers to save themselves after a signal
+STOP_SECONDS = 60.0  # time for workers to save themselves after a signal
 POLL_SECONDS = 0.25
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
@@ -55,12 +55,12 @@ class Slot:
     name: str
     env: dict[str, str]
     cores: frozenset[int]
-    memory: float | None = None  # bytes of a GPU; None where that is not known
+    memory: float | None = None  # bytes of a GPU; None if not known
 
 
 @dataclasses.dataclass
 class Job(Pending):
-    """A chain, its worker, and the slots that the worker takes: whole ones, or a share of one."""
+    """A chain, its worker, and the slots that the worker takes: entire ones, or a share of one."""
 
     name: str = ""
     slots: list[int] = dataclasses.field(default_factory=list)
@@ -69,10 +69,10 @@ class Job(Pending):
 
 
 def this_machine(workers: int = 0, limit_hours: float = 0.0) -> "Local":
-    """The executor for this machine: with `workers` on each GPU, or that many in all where there are only CPU cores.
+    """Return the executor for this machine, with `workers` on each GPU, or in total if there are only CPU cores.
 
     0 means as many as `sharing` allows on each GPU, or one on each core. Raises ConfigError for more workers than there
-    is room for, and on other systems than Linux, whose ways of starting, pinning and ending processes are used.
+    is room for, and on systems other than Linux, whose ways of starting, pinning and ending processes are used.
     """
     require(
         sys.platform == "linux",
@@ -91,33 +91,27 @@ def this_machine(workers: int = 0, limit_hours: float = 0.0) -> "Local":
 
 
 def find_slots() -> list[Slot]:
-    """One slot for each visible GPU or TPU chip, else for each CPU core: a small model gains nothing from two cores."""
+    """Return one slot for each visible GPU or TPU chip, else for each CPU core.
+
+    A small model gains nothing from two cores.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    gpus = _visible_gpus()
-    if gpus:
+    if gpus := _visible_gpus():
         return [Slot(f"gpu{g}", {GPU: g}, frozenset(cores), nvidia.memory_bytes(g)) for g in gpus]
-    if chips := _tpu_chips():
-        return [Slot(f"tpu{c}", {TPU: str(c)}, frozenset(cores)) for c in range(chips)]
+    if os.environ.get("JAX_PLATFORMS", "tpu") == "tpu" and importlib.util.find_spec("libtpu") is not None:
+        # Counted from the system's files: libtpu would take all chips in order to count them.
+        chips = max(len(glob.glob(pattern)) for pattern in TPU_FILES)
+        if chips:
+            return [Slot(f"tpu{c}", {TPU: str(c)}, frozenset(cores)) for c in range(chips)]
     return [Slot(f"cpu{c}", {"JAX_PLATFORMS": "cpu", **KEEP_MEMORY}, frozenset([c])) for c in cores]
 
 
 def _visible_gpus() -> list[str]:
-    """The GPUs that JAX would use, by CUDA's names."""
-    if os.environ.get("JAX_PLATFORMS") == "cpu" or not any("cuda" in plugin.name for plugin in _plugins()):
+    """The GPUs that JAX would use, by CUDA's names. A plain `pip install jax` has no CUDA plugin and uses none."""
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not any("cuda" in plugin.name for plugin in plugins):
         return []
     return nvidia.visible()
-
-
-def _tpu_chips() -> int:
-    """Number of this host's TPU chips that JAX can use, from the system: libtpu would take all chips to count them."""
-    if os.environ.get("JAX_PLATFORMS", "tpu") != "tpu" or importlib.util.find_spec("libtpu") is None:
-        return 0
-    return max(len(glob.glob(pattern)) for pattern in TPU_FILES)
-
-
-def _plugins() -> Iterable[importlib.metadata.EntryPoint]:
-    """JAX's plugins for accelerators. A plain `pip install jax` has none, and then JAX cannot use a GPU."""
-    return importlib.metadata.entry_points(group="jax_plugins")
 
 
 def joined(slots: Sequence[Slot], devices: int, sharers: int = 1) -> Slot:
@@ -140,7 +134,7 @@ def joined(slots: Sequence[Slot], devices: int, sharers: int = 1) -> Slot:
 
 
 def one_chip(number: int) -> dict[str, str]:
-    """Environment of a process that uses one of a host's chips, while other processes use the others."""
+    """Return the environment of a process that uses one of a host's TPU chips while other processes use the others."""
     port = str(TPU_PORT + number)
     return {
         TPU: str(number),
@@ -155,7 +149,7 @@ def one_chip(number: int) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """A pool of workers on this machine; each run may take `limit_hours` (0: no limit).
+    """A pool of workers on this machine. Each run may take `limit_hours` (0: no limit).
 
     `sharers` is the number of workers on each GPU; 0: as many as `sharing` allows for their runs. A worker whose runs
     need several slots does not share them.
@@ -181,7 +175,7 @@ class Local:
         """Describe in a line how many workers would run. Raises ConfigError as `room` does."""
         work = chains(runs)
         most = max(map(self.room, work))
-        joint = f", {most} of them as one where a mesh needs it" if most > 1 else ""
+        joint = f", {most} of them as one if a mesh needs it" if most > 1 else ""
         crowd = max(self.crowd(chain, len(work)) for chain in work)
         each = "one" if crowd == 1 else f"up to {crowd}"
         return [
@@ -189,10 +183,10 @@ class Local:
         ]
 
     def room(self, chain: Sequence[RunConfig]) -> int:
-        """Number of slots that a chain takes.
+        """Return the number of slots that a chain takes.
 
         Raises ConfigError for more GPUs or TPU chips than there are, for some but not all of several chips, and for
-        runs of different meshes.
+        runs on different meshes.
         """
         _, devices = machines(chain, 0, "machine")
         have, kind = len(self.slots), self.kind
@@ -205,7 +199,7 @@ class Local:
         return min(devices, len(self.slots))
 
     def crowd(self, chain: Sequence[RunConfig], waiting: int) -> int:
-        """Number of workers that share the slot of a chain; no more than `waiting` chains in all can fill."""
+        """Return the number of workers that share the slot of a chain, if `waiting` chains are there in total."""
         if self.kind != "GPU" or self.room(chain) > 1:
             return 1
         have = len(self.slots)
@@ -215,7 +209,7 @@ class Local:
         return min(right, math.ceil(waiting / have))
 
     def execute(self, out: Path, work: list[list[RunConfig]], watch: Callable[[], None]) -> int:
-        """Run the chains in the order of `work`: a chain that needs several slots is not overtaken by smaller ones.
+        """Run the chains in the order of `work`. Smaller chains do not overtake one that needs several slots.
 
         SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the workers, which save themselves; then 130 or 75 is returned.
         """
@@ -224,34 +218,29 @@ class Local:
             job.share = Fraction(1, self.crowd(job.runs, len(work)))
         free, active = [Fraction(1) for _ in self.slots], list[Job]()
         stopped: list[int] = []
-        # Handlers for both: a KeyboardInterrupt raised inside a destructor would be swallowed.
-        answers: dict[int, int] = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
-            answers[signal.SIGHUP] = PREEMPTED
-        previous = {n: signal.signal(n, lambda number, _: stopped.append(answers[number])) for n in answers}
-        try:
-            while (queue or active) and not stopped:
-                while queue and (place := self._place(queue[0], free)):
-                    job = queue.pop(0)
-                    job.slots = place
-                    for slot in place:
-                        free[slot] -= job.share
-                    self._start(out, job)
-                    active.append(job)
-                _wait_for_one([job.process for job in active if job.process], POLL_SECONDS)
-                for job in [job for job in active if job.process and job.process.poll() is not None]:
-                    active.remove(job)
-                    for slot in job.slots:
-                        free[slot] += job.share
-                    if _goes_on(out, job):
-                        queue.insert(0, job)
-                watch()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            _stop([job.process for job in active if job.process])
+        # Handlers instead of KeyboardInterrupt, which would be swallowed if it were raised inside a destructor.
+        with handled(STOP_SIGNALS, stopped.append):
+            try:
+                while (queue or active) and not stopped:
+                    while queue and (place := self._place(queue[0], free)):
+                        job = queue.pop(0)
+                        job.slots = place
+                        for slot in place:
+                            free[slot] -= job.share
+                        self._start(out, job)
+                        active.append(job)
+                    _wait_for_one([job.process for job in active if job.process], POLL_SECONDS)
+                    for job in [job for job in active if job.process and job.process.poll() is not None]:
+                        active.remove(job)
+                        for slot in job.slots:
+                            free[slot] += job.share
+                        if _needs_another_worker(out, job):
+                            queue.insert(0, job)
+                    watch()
+            finally:
+                _stop([job.process for job in active if job.process])
         watch()
-        return stopped[0] if stopped else 0
+        return 0 if not stopped else INTERRUPTED if stopped[0] == signal.SIGINT else PREEMPTED
 
     def _place(self, job: Job, free: Sequence[Fraction]) -> list[int]:
         """Indices of the slots with most room for a job; none while it does not fit."""
@@ -260,8 +249,8 @@ class Local:
         return sorted(fitting, key=lambda slot: -free[slot])[:room] if len(fitting) >= room else []
 
     def _start(self, out: Path, job: Job) -> None:
-        own = [self.slots[slot] for slot in job.slots]
-        slot, path = joined(own, job.runs[0].mesh.devices, job.share.denominator), _worker_log(out, job)
+        slots = [self.slots[slot] for slot in job.slots]
+        slot, path = joined(slots, job.runs[0].mesh.devices, job.share.denominator), _worker_log(out, job)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as log:
             job.process = subprocess.Popen(
@@ -270,7 +259,7 @@ class Local:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Its own session: Ctrl-C reaches the driver only, which then stops the workers in good order.
+                # Its own session: Ctrl-C reaches only the driver, which then stops the workers in good order.
                 start_new_session=True,
                 preexec_fn=functools.partial(_prepare_child, slot, os.getpid()),
             )
@@ -288,7 +277,7 @@ def _wait_for_one(processes: Sequence[subprocess.Popen], seconds: float) -> None
 
 
 def _prepare_child(slot: Slot, driver: int) -> None:
-    """In the child, before it starts: bind it to the slot's cores, and have it save and end if the driver dies.
+    """In the child, before it starts: pin it to the slot's cores, and have it save and end if the driver dies.
 
     Nothing here may take a lock that another thread of the driver could hold: it would never be released in the child.
     """
@@ -298,8 +287,8 @@ def _prepare_child(slot: Slot, driver: int) -> None:
         os._exit(PREEMPTED)
 
 
-def _goes_on(out: Path, job: Job) -> bool:
-    """Whether an ended worker's chain needs another worker. Gives up on a run after two without progress."""
+def _needs_another_worker(out: Path, job: Job) -> bool:
+    """Whether runs are left in the chain of a worker that has ended. Gives up a run after two without progress."""
     job.look(out)
     if job.runs and job.vain == ATTEMPTS and job.process is not None:
         code = job.process.returncode

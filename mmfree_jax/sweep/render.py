@@ -1,8 +1,8 @@
 """A sweep as files for a cluster that is not here: SkyPilot tasks, or Kubernetes JobSets. Nothing is launched.
 
-Each chain of runs is one task, on as many devices as its mesh has. Tasks do not depend on each other, do the same
-command as every other executor (`mmfree_jax.sweep.worker`), share one folder of runs and may be stopped and started at
-any point: exit status 75 asks for another start, 1 for none.
+Each chain of runs is one task, on as many devices as its mesh has. Tasks do not depend on each other. They run the
+command of every executor (`mmfree_jax.sweep.worker`), share one folder of runs, and may be stopped and started at any
+point: exit status 75 asks for another start, 1 for none.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Literal
 import yaml
 
 from mmfree_jax.config import RunConfig, require
-from mmfree_jax.data.distributions import TIERS
+from mmfree_jax.data.building.distributions import TIERS
 from mmfree_jax.files import write_atomically
 from mmfree_jax.sweep.executor import RUN_FAILED
 from mmfree_jax.sweep.experiment import Study, chains, machines
@@ -24,12 +24,12 @@ from mmfree_jax.training.interrupt import PREEMPTED
 
 Target = Literal["skypilot", "jobset"]
 RUNS = "/runs"  # where the shared folder is mounted
-CACHE = f"{RUNS}/cache"  # corpora that have to be built first: copied there once, for all tasks
+CACHE = f"{RUNS}/cache"  # for corpora that have to be built first: they are copied there once, for all tasks
 SENT = "/experiment"  # where a container finds the experiment file
 PORT = 61440  # of process 0 of a run that several processes share
 RESTARTS = 100  # of a task whose machines are taken away
-GRACE_SECONDS = 300  # to save before a pod is killed; machines that are taken away give less
-LONGEST_NAME = 44  # JobSet refuses names whose pods', NAME-worker-0-HOST-xxxxx, would exceed 63 characters
+GRACE_SECONDS = 300  # time to save before a pod is killed; spot machines give less
+LONGEST_NAME = 44  # the pods' names, NAME-worker-0-HOST-xxxxx, may have 63 characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,35 +59,35 @@ TOPOLOGIES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128
 
 @dataclasses.dataclass(frozen=True)
 class Cloud:
-    """What rendered tasks run on. How many devices a task gets is the size of its runs' mesh."""
+    """Machines for rendered tasks. A task gets as many devices as the mesh of its runs has."""
 
     device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v6e"] = "h200"
     """Accelerator."""
     storage: str = ""
-    """Folder for the runs that all machines see: a bucket for SkyPilot (s3://…; gs://… if runs span hosts), a volume
-    claim for JobSet."""
+    """Storage for the runs that all machines can see: a bucket for SkyPilot (s3://…; gs://… if a run spans hosts), a
+    volume claim for JobSet."""
     spot: bool = True
-    """Machines that may be taken away: cheaper, and a run goes on where it was."""
+    """Use spot machines: cheaper, and a run that loses its machine continues where it was."""
     image: str = ""
-    """Container image with this package and JAX for the device (JobSet); SkyPilot sends the working folder."""
+    """Container image with this package and JAX for the device (JobSet only; SkyPilot sends the working folder)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The machines of one task: hosts, devices on each, and all of them together."""
+    """The machines of one task: hosts, and devices on each."""
 
     hosts: int
     per_host: int
 
     @property
     def devices(self) -> int:
-        """Of all hosts."""
+        """Devices of all hosts together."""
         return self.hosts * self.per_host
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One chain of a study, on the machines of its mesh; a run may take `limit_hours` (0: any number)."""
+    """One chain of a study, on the machines of its mesh. A run may take `limit_hours` (0: no limit)."""
 
     study: Study
     name: str
@@ -100,19 +100,19 @@ class Task:
 def render(
     study: Study, experiment: Path, out: Path, target: Target, cloud: Cloud, limit_hours: float = 0.0
 ) -> list[Path]:
-    """Write the files of a sweep into out/TARGET and return their paths; a run may take `limit_hours` (0: any number).
+    """Write the files of a sweep into out/TARGET and return their paths. A run may take `limit_hours` (0: no limit).
 
     Raises ConfigError for a mesh that no such machines have, runs of one chain on different meshes, storage or an
-    experiment file that the machines would not see, or two chains of one name.
+    experiment file that the machines could not see, or two chains of one name.
     """
     _check_storage(target, cloud)
-    names = [(task_name(study, chain), chain) for chain in chains(study.runs)]
+    names = [(_plain(f"{study.name}-{chain[0].name}"), chain) for chain in chains(study.runs)]
     tasks = [Task(study, name, chain, shape(chain, cloud), cloud, limit_hours) for name, chain in names]
     require(len(dict(names)) == len(names), f"study {study.name}: some names differ only in signs")
     folder = out / target
     folder.mkdir(parents=True, exist_ok=True)
     if target == "skypilot":
-        return _skypilot(tasks, _inside_working_folder(experiment), folder)
+        return _skypilot(tasks, experiment, folder)
     documents = [experiment_map(study, experiment), *(jobset(task, experiment) for task in tasks)]
     path = folder / "jobsets.yaml"
     write_atomically(path, _to_do(study, cloud) + "---\n".join(map(_yaml, documents)))
@@ -130,41 +130,28 @@ def _check_storage(target: Target, cloud: Cloud) -> None:
     require(target != "skypilot" or not cloud.image, "--cloud.image is for JobSets: SkyPilot sends the working folder")
 
 
-def _inside_working_folder(experiment: Path) -> Path:
-    """The path under which machines find the experiment in the working folder that SkyPilot sends them."""
-    here = Path.cwd()
-    inside = experiment.resolve().is_relative_to(here)
-    require(inside, f"{experiment}: SkyPilot sends the working folder, {here}: put the experiment file into it")
-    return experiment.resolve().relative_to(here)
-
-
 def _to_do(study: Study, cloud: Cloud) -> str:
-    """A comment: what the user has to bring there before; empty for nothing."""
-    built = [name for name in _corpora(study) if name in TIERS]
+    """A comment that tells the user which corpora to copy to the storage first; empty for none."""
     vocab = study.runs[0].data.vocab
     return "".join(
-        f"# First, once: launch.py corpus build {name} --vocab {vocab}, and copy the folder tier-{name}-{vocab} of "
+        f"# First, once: mmfree corpus build {name} --vocab {vocab}, and copy the folder tier-{name}-{vocab} of "
         f"~/.cache/mmfree_jax into cache/ on {cloud.storage}.\n"
-        for name in built
+        for name in _tiers(study)
     )
 
 
-def _corpora(study: Study) -> list[str]:
-    return list(dict.fromkeys(name for run in study.runs for name in (run.data.corpus, *run.data.mixture)))
+def _tiers(study: Study) -> list[str]:
+    """The corpora of a study that its tasks cannot build themselves."""
+    names = dict.fromkeys(name for run in study.runs for name in (run.data.corpus, *run.data.mixture))
+    return [name for name in names if name in TIERS]
 
 
 def _environment(study: Study) -> dict[str, str]:
-    """Where tasks find corpora that they cannot build themselves."""
-    return {"MMFREE_JAX_CACHE": CACHE} if any(name in TIERS for name in _corpora(study)) else {}
-
-
-def task_name(study: Study, chain: Sequence[RunConfig]) -> str:
-    """A name that Kubernetes and SkyPilot take, after the chain's first run."""
-    return _plain(f"{study.name}-{chain[0].name}")
+    return {"MMFREE_JAX_CACHE": CACHE} if _tiers(study) else {}
 
 
 def _plain(name: str) -> str:
-    """Letters, digits and dashes, a letter first; of a name that is cut, the end is a digest of all of it."""
+    """A name that Kubernetes and SkyPilot accept: letters, digits and dashes. A long one is cut and gets a digest."""
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     plain = plain if plain[:1].isalpha() else f"s-{plain}"
     if len(plain) <= LONGEST_NAME:
@@ -173,7 +160,7 @@ def _plain(name: str) -> str:
 
 
 def shape(chain: Sequence[RunConfig], cloud: Cloud) -> Shape:
-    """The machines for a chain's mesh."""
+    """Return the machines for a chain's mesh. Raises ConfigError if there are none of that size."""
     device, count = DEVICES[cloud.device], chain[0].mesh.devices
     if device.is_tpu:
         near = ", ".join(map(str, TOPOLOGIES))
@@ -182,14 +169,14 @@ def shape(chain: Sequence[RunConfig], cloud: Cloud) -> Shape:
 
 
 def worker_command(task: Task, experiment: str | Path) -> str:
-    """The one command of every executor, for a machine that has the experiment file and the folder of runs."""
+    """Return the worker's command for a machine that has the experiment file and the folder of runs."""
     limit = ["--limit-hours", f"{task.limit_hours:g}"] if task.limit_hours else []
     words = [*limit, "--experiment", str(experiment), f"{RUNS}/{task.study.name}", *(run.name for run in task.chain)]
     return f"-m mmfree_jax.sweep.worker {shlex.join(words)}"
 
 
 def skypilot(task: Task, experiment: Path) -> dict:
-    """A managed job (docs.skypilot.co, "SkyPilot YAML"); on a slice SkyPilot counts each host as a node."""
+    """Return a managed job (docs.skypilot.co, "SkyPilot YAML"). Of a TPU slice SkyPilot counts each host as a node."""
     cut, cloud, device = task.shape, task.cloud, DEVICES[task.cloud.device]
     accelerators = device.sky.format(n=cut.devices) if device.is_tpu else f"{device.sky}:{cut.per_host}"
     return {
@@ -214,10 +201,10 @@ def skypilot(task: Task, experiment: Path) -> dict:
 
 
 def _mount(task: Task) -> str:
-    """How a bucket becomes a folder. Raises ConfigError for one that the hosts of a run could not share.
+    """How SkyPilot mounts the bucket. Raises ConfigError for a bucket that the hosts of a run could not share.
 
-    MOUNT_CACHED behaves as a disk does, but shows a host the others' files late. Hosts that write one checkpoint
-    together need MOUNT, and that only Google's buckets can rename folders and append to files in.
+    MOUNT_CACHED behaves like a disk, but a host sees the files of others late. Hosts that write one checkpoint together
+    need MOUNT; and there only Google's buckets can rename folders and append to files.
     """
     if task.shape.hosts == 1:
         return "MOUNT_CACHED"
@@ -227,6 +214,11 @@ def _mount(task: Task) -> str:
 
 
 def _skypilot(tasks: Sequence[Task], experiment: Path, folder: Path) -> list[Path]:
+    """Write a file for each task and a script that launches them all from the working folder, which SkyPilot sends."""
+    here = Path.cwd()
+    inside = experiment.resolve().is_relative_to(here)
+    require(inside, f"{experiment}: SkyPilot sends the working folder, {here}: put the experiment file into it")
+    experiment = experiment.resolve().relative_to(here)
     made = {folder / f"{task.name}.yaml": skypilot(task, experiment) for task in tasks}
     for path, task in made.items():
         write_atomically(path, _yaml(task))
@@ -234,14 +226,14 @@ def _skypilot(tasks: Sequence[Task], experiment: Path, folder: Path) -> list[Pat
         f"sky jobs launch --yes --async --name {path.stem} {shlex.quote(str(path.resolve()))}\n" for path in made
     )
     script = folder / "launch.sh"
-    go = f"cd {shlex.quote(str(Path.cwd()))}  # it is sent to the machines"
+    go = f"cd {shlex.quote(str(here))}  # SkyPilot sends this folder to the machines"
     write_atomically(script, f"#!/bin/sh\n{_to_do(tasks[0].study, tasks[0].cloud)}set -e\n{go}\n{launch}")
     script.chmod(0o755)
     return [script, *made]
 
 
 def experiment_map(study: Study, experiment: Path) -> dict:
-    """The experiment file as a ConfigMap, for containers that do not hold it."""
+    """Return the experiment file as a ConfigMap, for containers that do not hold it."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -251,10 +243,10 @@ def experiment_map(study: Study, experiment: Path) -> dict:
 
 
 def jobset(task: Task, experiment: Path) -> dict:
-    """A JobSet (jobset.sigs.k8s.io, v1alpha2) on GKE's node labels: an indexed job with a pod a host.
+    """Return a JobSet (jobset.sigs.k8s.io, v1alpha2) on GKE's node labels: an indexed job with one pod for each host.
 
-    A pod that leaves with 75 or that its machine is taken away from starts again without counting. One that leaves with
-    1 ends the set: its runs would fail again. After anything else the whole set starts again.
+    A pod that exits with 75, or loses its machine, starts again, and this does not count as a failure. One that exits
+    with 1 ends the set, because its runs would fail again. After any other exit the entire set starts again.
     """
     cut, labels = task.shape, {"study": _plain(task.study.name)}
     job = {
@@ -271,9 +263,9 @@ def jobset(task: Task, experiment: Path) -> dict:
         },
         "template": {"spec": _pod(task, worker_command(task, f"{SENT}/{experiment.name}"))},
     }
-    # Without it the hosts of a run may be given to several slices, and no slice to any run.
-    whole = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    one_slice = {"annotations": whole} if DEVICES[task.cloud.device].is_tpu and cut.hosts > 1 else {}
+    # Otherwise the hosts of two runs may be spread over two slices, and neither run gets a complete one.
+    exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    one_slice = {"annotations": exclusive} if DEVICES[task.cloud.device].is_tpu and cut.hosts > 1 else {}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -327,16 +319,15 @@ def _pod(task: Task, command: str) -> dict:
     }
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as a block."""
+
+    def represent_text(self, text: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
 def _yaml(document: dict) -> str:
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=120)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Scripts as blocks of lines."""
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)

@@ -1,7 +1,7 @@
-"""The shape rule of small ladders: one model per width, so that sizes differ in nothing else.
+"""The shape rule of small ladders: one model for each width, so that sizes differ in nothing else.
 
 At one N the loss hardly depends on depth to width, on the width of a head or on that of the feed-forward layer (Kaplan
-et al. 2020, arXiv 2001.08361, figure 5), so any rule will do that all families share.
+et al. 2020, arXiv 2001.08361, figure 5), so any rule that all families share is good enough.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ WIDTHS = range(32, 8193, 32)
 
 
 def ladder_model(family: str, width: int, vocab: int, depth: int) -> ModelConfig:
-    """A family at a width: GLU width 8/3 of it, rounded up to a multiple of 16; heads of about 32 channels.
+    """Return a family at a width: GLU width 8/3 of it, rounded up to a multiple of 16; heads of about 32 channels.
 
     8/3: three matrices of a GLU have the parameters of two of width 4 (Shazeer 2020, arXiv 2002.05202, section 2).
     """
@@ -32,9 +32,9 @@ def ladder_model(family: str, width: int, vocab: int, depth: int) -> ModelConfig
 
 
 def nearest_model(family: str, size: float, vocab: int) -> ModelConfig:
-    """The family's model whose N is nearest to `size`, with one layer per 64 of width and two at least.
+    """Return the family's model whose N is nearest to `size`, with one layer per 64 of width and at least two.
 
-    64 channels a layer are well within what GPT-3's sizes have, 43 to 128 (Brown et al. 2020, arXiv 2005.14165, table
+    The sizes of GPT-3 have 43 to 128 channels a layer (Brown et al. 2020, arXiv 2005.14165, table
     2.1).
     """
     models = [ladder_model(family, width, vocab, depth=max(2, width // 64)) for width in WIDTHS]

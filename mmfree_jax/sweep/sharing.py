@@ -1,8 +1,8 @@
-"""How many workers share a GPU, and what each gets of it.
+"""How many workers share a GPU, and how much of it each one gets.
 
-A small model leaves a GPU idle nearly all the time: while its worker starts, while it compiles on the CPU, and between
-the few short kernels of a step. Several workers fill these gaps. A model that fills the device by itself would only be
-slowed down, and time, energy and memory of a single run cannot be measured on a shared device.
+A small model leaves a GPU idle most of the time: while its worker starts, while it compiles on the CPU, and between the
+few short kernels of a step. Several workers fill these gaps. Large models would only slow each other down; and on a
+shared device time, energy and memory of a single run cannot be measured.
 
 The rule: at most one worker for each chain, and at most
 
@@ -28,11 +28,11 @@ SPARE = 2.0  # evaluation, workspaces and autotuning come on top of a step
 LEAST = 1e9  # bytes of GPU memory that any worker gets
 CONTEXT = 1e9  # bytes that CUDA and its libraries hold of a GPU for each process, outside XLA's pool
 USABLE = 0.92  # of a GPU's memory
-HOST = 3e9  # bytes of the host's memory that a worker takes: jaxlib, CUDA, a compilation
+HOST = 3e9  # bytes of the host's memory for each worker: jaxlib, CUDA, a compilation
 
 
 def workers(chain: Sequence[RunConfig], memory: float | None, cores: float, host: float) -> int:
-    """How many workers with chains like this one may share a GPU of `memory` bytes; 1 if its memory is not known.
+    """Return how many workers with chains like this one may share a GPU of `memory` bytes; 1 if that is not known.
 
     `cores` and `host` (bytes) are what the machine has for each of its GPUs.
     """
@@ -46,16 +46,16 @@ def workers(chain: Sequence[RunConfig], memory: float | None, cores: float, host
 
 
 def step_bytes(run: RunConfig) -> float:
-    """Bytes at the peak of a training step on one GPU without hand-written kernels: state, activations, gradients."""
+    """Return the peak bytes of a training step on one GPU without kernels of our own: state, activations, gradients."""
     weights = 4.0 * flops.parameters(run.model).total
     report = Report(weights, 2 * weights, sharded=1.0, traffic=(), rematerialised=0)
     return peak_memory(run, report, DEVICES["a100"]).total
 
 
 def fraction(memory: float | None, sharers: int) -> float:
-    """The share of a GPU's memory for each of several workers (XLA_PYTHON_CLIENT_MEM_FRACTION).
+    """Return the share of a GPU's memory for each of several workers (XLA_PYTHON_CLIENT_MEM_FRACTION).
 
-    Raises ConfigError where the contexts of so many processes leave nothing.
+    Raises ConfigError if the CUDA contexts of so many processes leave nothing.
     """
     contexts = sharers * CONTEXT / memory if memory else 0.1
     each = (USABLE - contexts) / sharers
@@ -65,5 +65,5 @@ def fraction(memory: float | None, sharers: int) -> float:
 
 
 def host_memory() -> float:
-    """Bytes of main memory of this machine."""
+    """Return the bytes of main memory of this machine."""
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

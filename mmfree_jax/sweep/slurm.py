@@ -1,15 +1,17 @@
 """The SLURM executor: arrays of chains through submitit, watched with `squeue` and heartbeats; no accounting is needed.
 
-What was submitted stands in OUT/slurm before `sbatch` is called, under a label that becomes the name of the jobs. So a
-driver may be stopped or killed at any point: the next one finds the jobs by that name, and submits none twice.
+What is to be submitted is recorded in OUT/slurm before `sbatch` is called, under a label that becomes the name of the
+jobs. So a driver may be stopped or killed at any point: the next one finds the jobs by that name and submits none
+twice.
 
-A job replaces itself by the worker. On the notice of preemption or of its time limit (SIGUSR2) the worker saves itself
-and leaves with 75, and the job puts itself back into the queue.
+A job replaces itself by the worker. When SLURM announces preemption or the end of the job's time (SIGUSR2), the worker
+saves its run and exits with 75, and the job puts itself back into the queue.
 """
 
 import contextlib
 import dataclasses
 import getpass
+import importlib.util
 import os
 import re
 import shutil
@@ -20,7 +22,6 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from mmfree_jax.config import ConfigError, RunConfig, require
@@ -30,11 +31,11 @@ from mmfree_jax.sweep.experiment import chains, machines
 from mmfree_jax.sweep.heartbeat import last_beat
 from mmfree_jax.sweep.local import KEEP_MEMORY
 from mmfree_jax.sweep.status import run_folder
-from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED
+from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED, STOP_SIGNALS, handled
 
-NOTICE_SECONDS = 300  # before its time limit a job is told to save itself
-# Of a job of several processes, once one has left: the others may end too. To kill them at once, as some clusters do,
-# would take from those that leave with 75 the exit status by which the job knows that it is to go on.
+NOTICE_SECONDS = 300  # this long before its time limit a job is told to save itself
+# When one process of a job has exited, the others get time to end as well. If SLURM killed them at once, as some
+# clusters do, the exit status 75, by which the job knows that it must be queued again, would be lost.
 LAST_PROCESSES = ["--kill-on-bad-exit=0", "--wait=60"]
 LONGEST_ARRAY = 1000  # SLURM's own default for MaxArraySize
 LONGEST_PAUSE = 300.0  # between two attempts to submit to a full queue
@@ -45,7 +46,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Slurm:
-    """What jobs ask SLURM for, and how they are watched."""
+    """Options of SLURM jobs, and how they are watched."""
 
     partition: str = ""
     """Partition (the cluster's default where empty)."""
@@ -54,23 +55,23 @@ class Slurm:
     qos: str = ""
     """Quality of service."""
     hours: float = 24.0
-    """Time limit of a job; what is not done by then is saved and queued again."""
+    """Time limit of a job. What is not done by then is saved and queued again."""
     gpus_per_node: int = 8
-    """GPUs a node has, one process each; 0: no GPUs, a process for every device of a run's mesh."""
+    """GPUs in a node, with one process for each; 0: no GPUs, one process for each device of a run's mesh."""
     cpus: int = 8
-    """CPU cores a process."""
+    """CPU cores for each process."""
     memory_gb: int = 0
-    """Memory a node (0: the partition's default)."""
+    """Memory of each node (0: the partition's default)."""
     parallel: int = 64
-    """Jobs of an array at once."""
+    """Jobs of an array that may run at the same time."""
     setup: tuple[str, ...] = ()
-    """Shell lines before the worker: "module load cuda"."""
+    """Shell commands before the worker, such as "module load cuda"."""
     extra: tuple[str, ...] = ()
-    """More sbatch options: constraint=h100 exclusive."""
+    """More options of sbatch, such as constraint=h100 exclusive."""
     poll_seconds: float = 10.0
-    """How often squeue is asked."""
+    """Seconds between calls of squeue."""
     silent_minutes: float = 10.0
-    """A running job without a sign of life for so long is cancelled and submitted again."""
+    """A running job without a heartbeat for this long is cancelled and submitted again."""
 
     def __post_init__(self) -> None:
         for name in ("hours", "cpus", "parallel", "poll_seconds", "silent_minutes"):
@@ -79,16 +80,16 @@ class Slurm:
             require(getattr(self, name) >= 0, f"slurm.{name}={getattr(self, name)}: must not be negative")
 
     def shape(self, chain: Sequence[RunConfig]) -> tuple[int, int]:
-        """Nodes, and processes on each, for the mesh of a chain. Raises ConfigError if it fills no whole nodes."""
+        """Return nodes, and processes on each, for the mesh of a chain. Raises ConfigError for part of a node."""
         return machines(chain, self.gpus_per_node, "node")
 
     def parameters(self, chain: Sequence[RunConfig]) -> dict[str, Any]:
-        """submitit's names for what the job of a chain asks for."""
+        """Return what the job of a chain asks for, under submitit's names."""
         nodes, tasks = self.shape(chain)
         extra = {name: value if equals else True for name, equals, value in (o.partition("=") for o in self.extra)}
         minutes = max(1, round(self.hours * 60))
         # --gpus-per-node: with --gpus-per-task the processes of a node do not see each other's devices, and NCCL fails.
-        asked = {
+        options = {
             "time": minutes,
             "nodes": nodes,
             "ntasks_per_node": tasks,
@@ -104,12 +105,12 @@ class Slurm:
             "srun_args": LAST_PROCESSES if nodes * tasks > 1 else None,
             "additional_parameters": {"requeue": True, **extra},
         }
-        return {name: value for name, value in asked.items() if value is not None}
+        return {name: value for name, value in options.items() if value is not None}
 
 
-# After the worker: 75 is its wish to go on, 140 is SIGUSR2 before it could listen. Then the job queues itself again,
-# unless somebody has cancelled it: the worker leaves with 75 then too, and a requeue would undo what they asked for.
-# $SLURM_JOB_ID will not do: in one task of an array it is the number of the whole array.
+# After the worker: 75 says that it is not done, 140 is a SIGUSR2 that came before it listened. In both cases the job
+# queues itself again, unless somebody has cancelled it: the worker exits with 75 then too, and a requeue would undo
+# what they asked for. $SLURM_JOB_ID is not enough: in one task of an array it is the number of the entire array.
 TEARDOWN = (
     "status=$?",
     'job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
@@ -124,7 +125,8 @@ TEARDOWN = (
 
 @dataclasses.dataclass(frozen=True)
 class Become:
-    """What submitit calls in the job: the process becomes the worker, signals and exit status included."""
+    """The function that submitit calls in the job: it replaces the process by the worker, so that signals and exit
+    status are the worker's."""
 
     command: tuple[str, ...]
     environment: dict[str, str]
@@ -136,7 +138,7 @@ class Become:
 
 @dataclasses.dataclass(frozen=True)
 class Ticket:
-    """A place in an array that was submitted."""
+    """One task of an array that was submitted."""
 
     label: str
     index: int
@@ -144,7 +146,7 @@ class Ticket:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What squeue says of a ticket."""
+    """What squeue says about a ticket."""
 
     job: str
     state: str
@@ -156,12 +158,12 @@ class Tracked(Pending):
 
     ticket: Ticket | None = None
     job: str = ""
-    beat: float = 0.0  # the last sign of life, and when it was new by this process's own clock
+    beat: float = 0.0  # the last heartbeat, and when this process first saw it, by its own clock
     heard: float = 0.0
 
 
 def live_tickets() -> dict[Ticket, Place]:
-    """This user's jobs that wait or run. Raises OSError or CalledProcessError where SLURM does not answer."""
+    """Return this user's waiting and running jobs. Raises OSError or CalledProcessError if SLURM does not answer."""
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%j"]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     found = {}
@@ -173,13 +175,13 @@ def live_tickets() -> dict[Ticket, Place]:
 
 
 def submitted(out: Path) -> dict[Ticket, list[str]]:
-    """Every ticket of a sweep, and the names of its runs."""
+    """Return every ticket of a sweep with the names of its runs."""
     records = [(path.stem, read_json(path)) for path in sorted((out / "slurm").glob("*.json"))]
     return {Ticket(label, i): names for label, record in records for i, names in enumerate(record["chains"])}
 
 
 def queued(out: Path) -> dict[str, Place]:
-    """Where the runs of a sweep stand in SLURM, by name; empty where there is no SLURM, or none that answers."""
+    """Return the job of each run that has one, by the run's name; empty if there is no SLURM, or none that answers."""
     if not (out / "slurm").is_dir() or shutil.which("squeue") is None:
         return {}
     try:
@@ -191,7 +193,8 @@ def queued(out: Path) -> dict[str, Place]:
 
 @dataclasses.dataclass(frozen=True)
 class SlurmExecutor:
-    """Jobs as `options` ask; each run may take `limit_hours` (0: any number). Raises ConfigError without SLURM."""
+    """Submits jobs as `options` say. Each run may take `limit_hours` (0: no limit). Raises ConfigError without
+    SLURM."""
 
     options: Slurm
     limit_hours: float = 0.0
@@ -201,32 +204,30 @@ class SlurmExecutor:
         check_limit(self.limit_hours)
 
     def plan(self, runs: Sequence[RunConfig]) -> list[str]:
-        """The arrays that would be submitted, and what each of their jobs asks for."""
+        """Describe the arrays that would be submitted, and what each of their jobs asks for."""
         lines = []
         for chosen in _alike(self.options, chains(runs)):
-            asked = self.options.parameters(chosen[0])
-            shown = ", ".join(f"{name} {value}" for name, value in asked.items() if value)
+            options = self.options.parameters(chosen[0])
+            shown = ", ".join(f"{name} {value}" for name, value in options.items() if value)
             lines.append(f"SLURM: an array of {len(chosen)} jobs, {shown}")
         return lines
 
     def execute(self, out: Path, work: list[list[RunConfig]], watch: Callable[[], None]) -> int:
-        """Ctrl-C and SIGTERM end the watching alone: jobs go on, and the same command finds them again."""
-        _check_commands()
+        """Submit and watch. Ctrl-C and SIGTERM only end the watching: jobs go on, and the same command finds them
+        again.
+
+        Raises ConfigError if SLURM's commands or submitit are missing.
+        """
+        if shutil.which("sbatch") is None or shutil.which("squeue") is None:
+            raise ConfigError("--executor slurm: no sbatch and squeue here; run it where SLURM's commands are")
+        if importlib.util.find_spec("submitit") is None:
+            raise ConfigError("--executor slurm needs submitit: pip install 'mmfree-jax[slurm]'")
         tracked = [Tracked(chain, reached=steps_done(out, chain)) for chain in work]
         return Driver(self, out.resolve(), tracked, watch).run()
 
 
-def _check_commands() -> None:
-    if shutil.which("sbatch") is None or shutil.which("squeue") is None:
-        raise ConfigError("--executor slurm: no sbatch and squeue here; run it where SLURM's commands are")
-    try:
-        import submitit  # noqa: F401
-    except ImportError:
-        raise ConfigError("--executor slurm needs submitit: pip install 'mmfree-jax[slurm]'") from None
-
-
 def _alike(options: Slurm, work: Sequence[list[RunConfig]]) -> list[list[list[RunConfig]]]:
-    """Chains that ask for the same machines, so that they can be one array."""
+    """Group chains that ask for the same machines: each group can be one array."""
     groups = defaultdict(list)
     for chain in work:
         groups[options.shape(chain)].append(chain)
@@ -235,7 +236,7 @@ def _alike(options: Slurm, work: Sequence[list[RunConfig]]) -> list[list[list[Ru
 
 @contextlib.contextmanager
 def _outside_any_job() -> Iterator[None]:
-    """Without the variables of the job that the driver may itself be in; they would be taken for the new one's."""
+    """Remove the variables of the job that the driver itself may run in: sbatch would apply them to the new job."""
     from submitit.helpers import clean_env
 
     kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
@@ -245,7 +246,7 @@ def _outside_any_job() -> Iterator[None]:
 
 
 class Driver:
-    """One pass over a sweep: submits what has no job, notices what lost it, ends when nothing is left."""
+    """Submits the chains that have no job, notices those that lost theirs, and ends when nothing is left."""
 
     def __init__(self, executor: SlurmExecutor, out: Path, tracked: list[Tracked], watch: Callable[[], None]):
         self.options, self.limit_hours, self.say = executor.options, executor.limit_hours, executor.say
@@ -255,27 +256,26 @@ class Driver:
         self.stopped: list[int] = []
 
     def run(self) -> int:
-        """The loop. Returns 0, or 75 or 130 when this process was told to stop."""
+        """Loop until nothing is left. Returns 0, or 75 or 130 if this process was told to stop."""
         (self.out / "slurm").mkdir(exist_ok=True)
-        # A flag: KeyboardInterrupt in the middle of sbatch would leave open whether it has submitted.
-        previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        # Only a flag: after a KeyboardInterrupt in the middle of sbatch nobody would know whether it has submitted.
+        with handled(STOP_SIGNALS, self._stop):
             while self.tracked and not self.stopped:
                 live = self._look()
                 if live is not None:
-                    self._settle(live)
+                    self._update(live)
                     self._submit()
-                self._wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+                until = time.monotonic() + self.options.poll_seconds
+                while time.monotonic() < until and self.tracked and not self.stopped:
+                    self.watch()
+                    time.sleep(WATCH_SECONDS)
         self.watch()
         if self.stopped:
             names = ",".join(sorted({one.ticket.label for one in self.tracked if one.ticket}))
             self.say(f"jobs go on, and the same command finds them again; to end them: scancel --name={names}")
         return self.stopped[0] if self.stopped else 0
 
-    def _stop(self, number: int, _: FrameType | None) -> None:
+    def _stop(self, number: int) -> None:
         self.stopped.append(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
         if number == signal.SIGINT:  # a second Ctrl-C is not caught
             signal.signal(number, signal.default_int_handler)
@@ -290,30 +290,24 @@ class Driver:
             self.say(f"squeue does not answer, so nothing is submitted: {said}")
             return None
 
-    def _wait(self) -> None:
-        until = time.monotonic() + self.options.poll_seconds
-        while time.monotonic() < until and self.tracked and not self.stopped:
-            self.watch()
-            time.sleep(WATCH_SECONDS)
-
-    def _settle(self, live: dict[Ticket, Place]) -> None:
-        """Bring every chain up to date with what squeue says; those that are done leave."""
+    def _update(self, live: dict[Ticket, Place]) -> None:
+        """Bring every chain up to date with what squeue says. Chains that are done are dropped."""
         jobs = {name: ticket for ticket, names in submitted(self.out).items() if ticket in live for name in names}
         for one in self.tracked:
             names = [run.name for run in one.runs]
             ticket = next((jobs[name] for name in names if name in jobs), None)
             if ticket is not None:
                 one.ticket, one.job = ticket, live[ticket].job
-                self._listen(one, live[ticket])
+                self._check_heartbeat(one, live[ticket])
             else:
-                self._after(one)
+                self._job_ended(one)
         self.tracked = [one for one in self.tracked if one.runs]
         if self.first_look and (found := [one for one in self.tracked if one.ticket]):
             self.say(f"{len(found)} jobs are there already: {_ends(found)}")
         self.first_look = False
 
-    def _after(self, one: Tracked) -> None:
-        """A chain without a job: what is left of it, and whether its last job was in vain."""
+    def _job_ended(self, one: Tracked) -> None:
+        """Read what is left of a chain without a job. Gives up a run after two jobs without progress."""
         had_job, one.ticket, one.heard = one.ticket is not None, None, 0.0
         one.look(self.out, worked=had_job)
         if one.runs and had_job:
@@ -323,23 +317,23 @@ class Driver:
             else:
                 one.abandon(self.out, f"its job {one.job} is gone, like the one before; its last words: {said}")
 
-    def _listen(self, one: Tracked, place: Place) -> None:
-        """Cancel a job that SLURM believes to run and that has been silent for too long: its node may be lost.
+    def _check_heartbeat(self, one: Tracked, place: Place) -> None:
+        """Cancel a job that runs according to SLURM and has had no heartbeat for too long: its node may be lost.
 
-        Also one that never gave a sign: its worker may hang before it begins.
+        Also one that never had a heartbeat: its worker may hang before it begins.
         """
         beats = [beat.at for run in one.runs if (beat := last_beat(run_folder(self.out, run)))]
         newest, now = max(beats, default=0.0), time.monotonic()
         if place.state != "RUNNING" or newest != one.beat or not one.heard:
             one.beat, one.heard = newest, now
         elif now - one.heard > self.options.silent_minutes * 60:
-            self.say(f"{one.runs[0].name}: job {one.job} gave no sign of life for {self.options.silent_minutes:g} min")
-            with contextlib.suppress(subprocess.TimeoutExpired):  # tried again after as long a silence
+            self.say(f"{one.runs[0].name}: job {one.job} had no heartbeat for {self.options.silent_minutes:g} min")
+            with contextlib.suppress(subprocess.TimeoutExpired):  # tried again after the same time
                 subprocess.run(["scancel", one.job], check=False, capture_output=True, timeout=60)
             one.heard = now
 
     def _submit(self) -> None:
-        """Submit every chain that has no job, as few arrays as there are kinds; a full queue is tried again later."""
+        """Submit every chain that has no job, in as few arrays as possible. A full queue is tried again later."""
         idle = [one for one in self.tracked if one.ticket is None]
         if not idle or time.monotonic() < self.not_before:
             return
@@ -371,8 +365,8 @@ class Driver:
         record = self.out / "slurm" / f"{label}.json"
         write_json(record, {"chains": names})
         executor = submitit.SlurmExecutor(folder=self.out / "slurm")
-        asked = self.options.parameters(chosen[0].runs)
-        executor.update_parameters(job_name=label, stderr_to_stdout=True, teardown=list(TEARDOWN), **asked)
+        options = self.options.parameters(chosen[0].runs)
+        executor.update_parameters(job_name=label, stderr_to_stdout=True, teardown=list(TEARDOWN), **options)
         environment = {} if self.options.gpus_per_node else {"JAX_PLATFORMS": "cpu", **KEEP_MEMORY}
         try:
             with _outside_any_job(), executor.batch():

@@ -1,5 +1,6 @@
 """The state of a sweep, read from its folders alone: safe while it runs, and from another machine."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -13,18 +14,18 @@ from mmfree_jax.config import RunConfig, require
 from mmfree_jax.files import last_lines, read_json, write_atomically
 from mmfree_jax.sweep.heartbeat import Beat, holder
 
-COLUMNS = ("run_id", "family", "N", "D", "loss")  # without which no table is one of runs
+COLUMNS = ("run_id", "family", "N", "D", "loss")  # that every runs table has
 
 State = Literal["waiting", "running", "stopped", "done", "failed"]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunStatus:
-    """Where one run stands. `loss` is the held-out loss of a finished run, else the latest training loss.
+    """The state of one run. `loss` is the held-out loss of a finished run, else the latest training loss.
 
-    `step` is the last one logged or saved, 0 before the first, also in a run that branches off another. `holder` is who
-    trains it now. `steady`: the last two rows of metrics have a speed. The first speed alone may be that of a device
-    that is warming up, and is not used to estimate when the run will end.
+    `step` is the last one logged or saved; 0 before the first, also in a run that branches off another. `holder` is the
+    process that trains it now. `steady`: the last two rows of metrics have a speed. The first speed may be that of a
+    device that is warming up, and is not used to estimate when the run will end.
     """
 
     config: RunConfig
@@ -39,24 +40,24 @@ class RunStatus:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Until the last step of a running run, at its latest speed; None where that is not known."""
+        """Seconds until the last step of a running run, at its latest speed; None if that is not known."""
         if self.state != "running" or not self.tokens_per_s or not self.steady:
             return None
         return (self.config.steps - self.step) * self.config.data.tokens_per_step / self.tokens_per_s
 
     @property
     def diverged(self) -> bool:
-        """Whether it would fail again: it computes the same every time."""
+        """Whether it has diverged. It would diverge again, because it computes the same every time."""
         return self.state == "failed" and self.error.startswith("Diverged")
 
 
 def run_folder(out: Path, run: RunConfig) -> Path:
-    """The folder of a run inside a sweep's folder."""
+    """Return the folder of a run in a sweep's folder."""
     return out / "runs" / run.name
 
 
 def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
-    """Where `run` stands, read from its folder. `now` is its `file_clock`, for those who ask about many folders."""
+    """Read the state of `run` from its folder. `now`: its `file_clock`, for callers with many folders."""
     if (folder / "result.json").exists():
         result = read_json(folder / "result.json")
         shown = result["loss"] if result["loss"] is not None else result["train_loss"]
@@ -72,13 +73,14 @@ def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
     }
     if beat := holder(folder, now):
         return RunStatus(run, "running", **known, holder=beat)
-    if error := _error(folder):
-        return RunStatus(run, "failed", **known, error=error)
+    with contextlib.suppress(FileNotFoundError):  # a driver that tries it again may be deleting the error now
+        if lines := (folder / "error.txt").read_text(encoding="utf-8").strip().splitlines():
+            return RunStatus(run, "failed", **known, error=lines[-1])
     return RunStatus(run, "stopped" if row or saved else "waiting", **known)
 
 
 def _saved_step(folder: Path) -> int:
-    """Of the newest checkpoint, which may be further than the newest row of metrics; 0 if there is none."""
+    """Step of the newest checkpoint, which may be later than the newest row of metrics; 0 if there is none."""
     try:
         names = os.listdir(folder / "checkpoints")
     except FileNotFoundError:
@@ -86,24 +88,16 @@ def _saved_step(folder: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)  # unfinished ones have other names
 
 
-def _error(folder: Path) -> str:
-    """Why a run failed, in a line; empty if it did not, or if a driver that begins it again forgets the reason now."""
-    try:
-        return (folder / "error.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
-    except FileNotFoundError:
-        return ""
-
-
 def has_failed(out: Path, name: str) -> bool:
-    """Whether a run has left a reason why it is not done."""
+    """Return whether a run has recorded an error and has not ended."""
     folder = out / "runs" / name
     return (folder / "error.txt").exists() and not (folder / "result.json").exists()
 
 
 def can_begin(out: Path, run: RunConfig) -> bool:
-    """Whether the checkpoint that a run branches off exists; always true of a run without a trunk.
+    """Return whether the checkpoint that a run branches off exists; always true for a run without a trunk.
 
-    A trunk that failed later may have left it.
+    A trunk that failed later may still have left it.
     """
     if run.branch is None:
         return True
@@ -111,16 +105,15 @@ def can_begin(out: Path, run: RunConfig) -> bool:
 
 
 def fail(folder: Path, message: str) -> None:
-    """Leave a one-line reason where `--status` finds it."""
+    """Record why a run failed, in one line, for `--status`."""
     write_atomically(folder / "error.txt", " ".join(message.split()) + "\n")
 
 
 def collect(out: Path, runs: Sequence[RunConfig]) -> Path:
     """Write runs.csv: one row for every finished run that was evaluated, in the order of the experiment.
 
-    Without a finished run it is a header alone. Rows of other versions of this program may have other columns: the
-    table has all of them, empty where a row has none.
-    Raises ConfigError where there is no such folder.
+    Without a finished run it is only a header. Rows of other versions of this program may have other columns: the table
+    has all of them, empty where a row has no value. Raises ConfigError if there is no such folder.
     """
     require(out.is_dir(), f"{out}: no such sweep folder")
     rows = [

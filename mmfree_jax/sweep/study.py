@@ -1,4 +1,4 @@
-"""The main job: corpus -> sweep -> runs table -> fit -> report, resumable at any point."""
+"""A study: corpus -> sweep -> runs table -> fit -> report, resumable at any point."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,22 +12,22 @@ from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.data.corpora import Known
 from mmfree_jax.files import locked, write_atomically, write_json
 from mmfree_jax.output import line_printer
+from mmfree_jax.run_folder import changes, check_data, claim, known_corpora, with_corpus, with_saved_choices
 from mmfree_jax.sweep.executor import Executor, open_chains
 from mmfree_jax.sweep.experiment import Study, run_flops
 from mmfree_jax.sweep.heartbeat import file_clock
 from mmfree_jax.sweep.slurm import queued
 from mmfree_jax.sweep.status import collect, run_folder, status
 from mmfree_jax.sweep.view import View, describe
-from mmfree_jax.training.folder import changes, check_data, claim, known_corpora, with_corpus, with_saved_choices
 
 
 def sweep(study: Study, out: Path, console: Console, executor: Executor, again: bool = False) -> int:
-    """Run what is not done yet and write runs.csv; returns the exit status (0 done, 1 a run failed, 75, 130).
+    """Train the runs that are not done and write runs.csv. Returns the exit status: 0 done, 1 a run failed, 75, 130.
 
-    Runs that diverged are left alone unless `again`.
+    Runs that have diverged are not tried again unless `again`.
     """
     with locked(out):
-        plan = executor.plan(study.runs)  # first: it refuses runs that this executor has no machines for
+        plan = executor.plan(study.runs)  # first, because it refuses runs for which there are no machines
         token_set = prepare(study, out, console)
         say = line_printer(console)
         say("\n".join(plan))
@@ -36,7 +36,7 @@ def sweep(study: Study, out: Path, console: Console, executor: Executor, again: 
         table = collect(out, study.runs)
         found = [status(run_folder(out, run), run) for run in study.runs]
         for failed in (s for s in found if s.state == "failed"):
-            log = run_folder(out, failed.config) / "log.txt"  # not of a run that was never begun
+            log = run_folder(out, failed.config) / "log.txt"  # missing if the run has not begun
             hints = [f"see {log}"] * log.exists() + ["--again runs it again"] * failed.diverged
             hint = f"\n        {'; '.join(hints)}" if hints else ""
             say(Text.assemble(("failed", "red"), f"  {describe(failed)}{hint}"))
@@ -48,12 +48,16 @@ def sweep(study: Study, out: Path, console: Console, executor: Executor, again: 
 
 
 def prepare(study: Study, out: Path, console: Console) -> TokenSet:
-    """Resolve the corpus, check every run against it and against what `out` holds, and give each its config.json.
+    """Find the corpus, check every run against it and against the runs in `out`, and write each config.json.
 
     Raises ConfigError before anything is run or written, naming every run that the experiment file has changed.
     """
     say = line_printer(console)
-    parts = [_parts(run.data) for run in study.runs]  # one corpus, but perhaps several mixtures with it
+    # What is read, without how it is cut into batches: one corpus, but perhaps several mixtures with it.
+    parts = [
+        DataConfig(data.corpus, data.vocab, mixture=data.mixture, weights=data.weights)
+        for data in (run.data for run in study.runs)
+    ]
     known: dict[DataConfig, tuple[Known, ...]] = {}
     for run, one in zip(study.runs, parts, strict=True):
         known[one] = known.get(one) or known_corpora(run_folder(out, run))  # of the first run that has begun
@@ -80,13 +84,8 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
     return found[parts[0]]
 
 
-def _parts(data: DataConfig) -> DataConfig:
-    """The fields that say which corpora are read, without those that cut them into batches."""
-    return DataConfig(data.corpus, data.vocab, mixture=data.mixture, weights=data.weights)
-
-
 def run_study(study: Study, out: Path, console: Console, executor: Executor, again: bool = False) -> int:
-    """The sweep, then the report on it. Returns the exit status of the sweep, or 0."""
+    """Run the sweep and write the report on it. Returns the exit status of the sweep."""
     if code := sweep(study, out, console, executor, again):
         return code
     # Imported here, because plotting libraries take longer to load than a finished sweep takes to check.
@@ -109,7 +108,7 @@ def run_study(study: Study, out: Path, console: Console, executor: Executor, aga
 
 
 def provenance(study: Study) -> dict[str, Any]:
-    """What the report says about where its numbers come from."""
+    """Return what the report says about the origin of its numbers."""
     data = study.runs[0].data
     mixtures = dict.fromkeys(" + ".join([run.data.corpus, *run.data.mixture]) for run in study.runs)
     return {
@@ -122,13 +121,13 @@ def provenance(study: Study) -> dict[str, Any]:
 
 
 def _span(numbers: Iterable[int]) -> str:
-    """The only number, or the smallest and the largest."""
+    """One number, or the smallest and the largest of several."""
     ordered = sorted(set(numbers))
     return " to ".join(map(str, ordered[:: max(1, len(ordered) - 1)]))
 
 
 def plan_lines(study: Study, executor: Executor) -> list[str]:
-    """What a sweep would do, without doing it (--dry-run)."""
+    """Describe what a sweep would do, without doing it (--dry-run)."""
     total = sum(run_flops(run) for run in study.runs)
     lines = [
         f"{run.name}: steps {run.first_step}..{run.steps}, {run.positions:,} tokens, lr {run.optim.lr:g}, "
@@ -139,7 +138,7 @@ def plan_lines(study: Study, executor: Executor) -> list[str]:
 
 
 def status_lines(study: Study, out: Path) -> list[str]:
-    """One line a run: its state, step and loss, speed and time left, where it runs or waits (--status)."""
+    """Describe each run in a line: state, step and loss, speed and time left, where it runs or waits (--status)."""
     require(out.is_dir(), f"{out}: no such sweep folder")
     now, jobs = file_clock(out), queued(out)
     lines = []

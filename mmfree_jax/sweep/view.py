@@ -24,7 +24,8 @@ STYLE = {"done": "green", "running": "bold cyan", "failed": "bold red", "stopped
 
 @dataclasses.dataclass
 class View:
-    """Watches a sweep and shows it: a table on a terminal, a line now and then elsewhere. Use as a context manager."""
+    """Shows the progress of a sweep: a table on a terminal, a line now and then elsewhere. Use it as a context
+    manager."""
 
     runs: Sequence[tuple[RunConfig, Path]]  # with their folders
     console: Console
@@ -35,7 +36,7 @@ class View:
         self.statuses = self._read({})
         self.flops_total = sum(run_flops(run) for run, _ in self.runs)
         self.flops_before = self._flops_done()
-        # When progress was seen, and how many FLOPs were done then: the first two observations and the last.
+        # Time and FLOPs done of the first two observations of progress and of the last.
         self.progress: list[tuple[float, float]] = []
         self.live: Live | None = None
 
@@ -51,7 +52,7 @@ class View:
             self.live.stop()
 
     def update(self) -> None:
-        """Read the folders again and show what changed, at most once in a while."""
+        """Read the folders again and show what has changed. Does nothing within REFRESH_SECONDS of the last call."""
         now = time.monotonic()
         if now - self.read_at < REFRESH_SECONDS:
             return
@@ -74,16 +75,20 @@ class View:
         return {run.name: done.get(run.name) or status(folder, run) for run, folder in self.runs}
 
     def _flops_done(self) -> float:
-        return sum(run_flops(s.config) * _fraction(s) for s in self.statuses.values())
+        done = 0.0
+        for s in self.statuses.values():
+            first = s.config.first_step
+            done += run_flops(s.config) * max(0.0, s.step - first) / (s.config.steps - first)
+        return done
 
     def measure(self, now: float) -> None:
-        """Note the time and the FLOPs done, if they have grown."""
+        """Record the time and the FLOPs done, if these have grown."""
         done = self._flops_done()
         if done > (self.progress[-1][1] if self.progress else self.flops_before):
             self.progress = [*self.progress[:2], (now, done)]
 
     def eta_seconds(self) -> float | None:
-        """Seconds until the last run ends, at the rate since the first observed progress.
+        """Return the seconds until the last run ends, at the rate since the first observed progress.
 
         None before the third observation: the time before the first is mostly compilation.
         """
@@ -93,7 +98,7 @@ class View:
         return max(0.0, (self.flops_total - done) * (now - began) / (done - before) - (self.read_at - now))
 
     def summary(self) -> str:
-        """One line: how many runs are in which state, the share of the work done, the time left."""
+        """Describe in a line how many runs are in which state, the share of the work done, and the time left."""
         states = [s.state for s in self.statuses.values()]
         counts = ", ".join(f"{states.count(state)} {state}" for state in STYLE if state in states)
         share = self._flops_done() / self.flops_total
@@ -102,18 +107,14 @@ class View:
         return f"{counts} · {share:.0%} of the FLOPs · {clock(time.monotonic() - self.began)} gone{left}"
 
     def render(self) -> Table:
-        """The table, cut to the terminal: finished runs give way first, then waiting ones."""
-        room = max(6, self.console.height - 6)
-        shown = _fit(list(self.statuses.values()), room)
+        """Return the table. If it is higher than the terminal, finished runs are left out first, then waiting ones."""
+        room, everything = max(6, self.console.height - 6), list(self.statuses.values())
+        order = ("done", "waiting", "stopped", "running", "failed")
+        by_importance = sorted(range(len(everything)), key=lambda i: (-order.index(everything[i].state), -i))
+        shown = [everything[i] for i in sorted(by_importance[:room])]
         table = Table(title=self.summary(), title_justify="left", expand=False, pad_edge=False)
-        for name, justify in (
-            ("run", "left"),
-            ("state", "left"),
-            ("step", "right"),
-            ("loss", "right"),
-            ("tok/s", "right"),
-        ):
-            table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
+        for name in ("run", "state", "step", "loss", "tok/s"):
+            table.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=True)
         for s in shown:
             loss = "" if s.loss is None else f"{s.loss:.4f}"
             rate = f"{s.tokens_per_s:,.0f}" if s.tokens_per_s and s.state == "running" else ""
@@ -125,7 +126,7 @@ class View:
 
 @contextlib.contextmanager
 def follow(config: RunConfig, folder: Path, console: Console) -> Iterator[None]:
-    """Show the progress of a run that this very process trains, from a thread."""
+    """Show the progress of a run that this process trains, from a thread."""
     ended = threading.Event()
     with View([(config, folder)], console) as view:
 
@@ -142,21 +143,8 @@ def follow(config: RunConfig, folder: Path, console: Console) -> Iterator[None]:
             watcher.join()
 
 
-def _fraction(s: RunStatus) -> float:
-    own = s.config.steps - s.config.first_step
-    return max(0.0, s.step - s.config.first_step) / own
-
-
-def _fit(statuses: list[RunStatus], room: int) -> list[RunStatus]:
-    keep = set(range(len(statuses)))
-    for state in ("done", "waiting", "stopped", "running", "failed"):
-        for i in [i for i in sorted(keep) if statuses[i].state == state][: max(0, len(keep) - room)]:
-            keep.discard(i)
-    return [statuses[i] for i in sorted(keep)]
-
-
 def describe(s: RunStatus) -> str:
-    """One line about a run."""
+    """Describe a run in a line."""
     parts = [f"{s.config.name}  step {s.step}/{s.config.steps}"]
     parts += [] if s.loss is None else [f" loss {s.loss:.4f}"]
     parts += [f"  {s.tokens_per_s:,.0f} tokens/s"] if s.state == "running" and s.tokens_per_s else []
@@ -166,7 +154,7 @@ def describe(s: RunStatus) -> str:
 
 
 def clock(seconds: float) -> str:
-    """m:ss, or h:mm:ss from an hour on."""
+    """Return a duration as m:ss, or h:mm:ss from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

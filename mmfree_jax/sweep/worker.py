@@ -1,12 +1,12 @@
 """One process that trains runs of a sweep one after another: `python -m mmfree_jax.sweep.worker OUT RUN [RUN …]`.
 
-The runs of one chain share a compiled step, so a chain given to one worker compiles once. The command is idempotent:
-finished runs are passed over, half-done ones taken up. It reads each run's config from its folder in OUT; with
-`--experiment FILE` it takes them from there and makes the folders itself. Started as several processes, by `srun` or
-with JAX's variables (`mmfree_jax.distributed.meant`), they are one worker.
+The runs of one chain share a compiled step, so a worker compiles once for a chain. The command is idempotent: it passes
+over finished runs and resumes interrupted ones. It reads each run's config from its folder in OUT; with
+`--experiment FILE` it takes the configs from there and makes the folders itself. Several processes, started by `srun`
+or with JAX's variables (`mmfree_jax.distributed.meant`), are one worker.
 
-Exit status: 0 all done, 1 a run failed, 70 this process failed alone or others of the worker did not come, 75 or 130
-stopped, 124 a run would not stop when its time was over.
+Exit status: 0 all done; 1 a run failed; 70 this process failed alone, or others of the worker did not start; 75 or 130
+stopped; 124 a run did not stop when its time was over.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -28,40 +28,41 @@ from mmfree_jax.config import ConfigError, RunConfig
 from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import cache_folder, resolve_data
 from mmfree_jax.devices import check_platform, use_compile_cache
+from mmfree_jax.errors import is_explained
 from mmfree_jax.files import LockedError
 from mmfree_jax.output import make_streams_tolerant
+from mmfree_jax.run_folder import known_corpora, read_run
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
 from mmfree_jax.sweep.status import can_begin, fail, has_failed
-from mmfree_jax.training.folder import known_corpora, read_run
 from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
 
-PATIENCE_SECONDS = 300.0  # for the other processes of this worker to start
+PATIENCE_SECONDS = 300.0  # time for the other processes of this worker to start
 GRACE_SECONDS = 900.0  # grace period, for a last step, save or evaluation, before a run counts as hung
 
 
 class TrunkFailed(RuntimeError):
-    """There is nothing to branch from."""
+    """There is no checkpoint to branch from, and there will be none."""
 
 
 class TimedOut(RuntimeError):
-    """A run took longer than it may."""
+    """A run has reached its time limit."""
 
 
 # GPUs and TPUs, XLA on CPU, NumPy: each says it in its own words.
 MEMORY_IS_FULL = re.compile("RESOURCE_EXHAUSTED|out of memory|^MemoryError", re.IGNORECASE)
 DISK_IS_FULL = re.compile("No space left on device|Disk quota exceeded")  # TensorStore calls it RESOURCE_EXHAUSTED too
-EVERYWHERE = (Diverged, ConfigError, TrunkFailed, TimedOut)  # what happens in every process of a run at once
+EVERYWHERE = (Diverged, ConfigError, TrunkFailed, TimedOut)  # errors that all processes of a run have at once
 
 
 def main(out: Path, names: list[str], experiment: Path | None = None, limit_hours: float = 0.0) -> int:
-    """Train the named runs of the sweep in `out`, in order; each may take so many hours (0: any number)."""
+    """Train the named runs of the sweep in `out`, in order; each may take `limit_hours` (0: no limit)."""
     check_platform()
     use_compile_cache(cache_folder() / "compiled")
-    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # but while a run listens for it
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # except while a run listens for it
     resolve = functools.cache(resolve_data)  # the runs of a chain read one corpus: it is opened once
     failed: set[str] = set()
     for config in find_runs(out, names, experiment):
@@ -75,14 +76,14 @@ def main(out: Path, names: list[str], experiment: Path | None = None, limit_hour
             return stop.status
         except Exception as error:  # one bad run must not take the rest of its chain with it
             failed.add(config.name)
-            _explain(folder, error)
+            _record(folder, error)
             if jax.process_count() > 1 and not isinstance(error, EVERYWHERE):
                 return LEFT_ALONE  # the other processes may be waiting for this one: only its end ends them
     return RUN_FAILED if failed else 0
 
 
 def find_runs(out: Path, names: list[str], experiment: Path | None) -> list[RunConfig]:
-    """The named runs: from their folders, or from an experiment file. Raises ConfigError for unknown names."""
+    """Return the named runs: from their folders, or from an experiment file. Raises ConfigError for unknown names."""
     if experiment is None:
         return [read_run(out / "runs" / name / "config.json") for name in names]
     known = {run.name: run for run in load_study(experiment).runs}
@@ -92,75 +93,64 @@ def find_runs(out: Path, names: list[str], experiment: Path | None) -> list[RunC
 
 
 def _train(config: RunConfig, folder: Path, resolve: Callable[..., TokenSet], limit_hours: float) -> None:
+    """Train one run, with a heartbeat and a time limit.
+
+    At the limit the run gets SIGALRM and saves itself as after any other signal. The signal comes again every second,
+    because a run that is still opening its data does not listen yet.
+    """
     first = distributed.is_first()
     if first:
         wait_until_free(folder)
         (folder / "error.txt").unlink(missing_ok=True)
-    late = _late(folder, limit_hours)
-    with Heartbeat(folder, late) if first else contextlib.nullcontext(), _alarm(limit_hours):
-        try:
-            train(config, folder, resolve(config.data, known=known_corpora(folder)))
-        except Interrupted as stop:
-            if stop.status == TIMED_OUT:
-                raise TimedOut(f"{stop}; its limit of {limit_hours:g} hours is over: raise --limit-hours") from None
-            raise
-
-
-@contextlib.contextmanager
-def _alarm(hours: float) -> Iterator[None]:
-    """The run gets SIGALRM when its time is over, and ends as for any other signal: the state is saved.
-
-    Again every second: a run that is still opening its data does not listen yet.
-    """
-    signal.setitimer(signal.ITIMER_REAL, hours * 3600, 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _late(folder: Path, limit_hours: float) -> Callable[[], None]:
-    """A function to call now and then. It ends this process if the run has not answered its alarm for GRACE_SECONDS."""
     deadline = time.monotonic() + limit_hours * 3600 + GRACE_SECONDS
 
-    def check() -> None:
+    def end_if_hung() -> None:
         if limit_hours and time.monotonic() > deadline:
             fail(folder, f"TimedOut: did not stop when its limit of {limit_hours:g} hours was over; ended")
             os._exit(TIMED_OUT)
 
-    return check
+    signal.setitimer(signal.ITIMER_REAL, limit_hours * 3600, 1.0)
+    try:
+        with Heartbeat(folder, end_if_hung) if first else contextlib.nullcontext():
+            train(config, folder, resolve(config.data, known=known_corpora(folder)))
+    except Interrupted as stop:
+        if stop.status == TIMED_OUT:
+            raise TimedOut(f"{stop}; its limit of {limit_hours:g} hours is over: raise --limit-hours") from None
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _explain(folder: Path, error: Exception) -> None:
+def _record(folder: Path, error: Exception) -> None:
     """Print the error for the worker's log, and leave one line of it in the run's folder for `--status`."""
-    if not isinstance(error, TrunkFailed | TimedOut | LockedError):
-        traceback.print_exception(error)
     message = f"{type(error).__name__}: {error}"
-    if isinstance(error, LockedError):
+    if is_explained(error):
         print(message, file=sys.stderr)
-    elif isinstance(error, TrunkFailed):
+    else:
+        traceback.print_exception(error)
+    if isinstance(error, TrunkFailed):
         message = f"not started: {error}"
     elif DISK_IS_FULL.search(message):
         message = f"disk full: make room there and run the same command again ({message})"
     elif MEMORY_IS_FULL.search(message):
         message = f"out of memory: lower data.batch, raise optim.accumulate, or set remat ({message})"
-    if distributed.is_first() and not isinstance(error, LockedError):  # the folder is another process's
+    if distributed.is_first() and not isinstance(error, LockedError):  # a locked folder belongs to another process
         folder.mkdir(parents=True, exist_ok=True)
         fail(folder, message)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """OUT RUN …, and what may stand before them."""
+    """Parse OUT RUN … and the options before them."""
     parser = argparse.ArgumentParser(prog="python -m mmfree_jax.sweep.worker")
     parser.add_argument("--experiment", type=Path, help="take the runs from this file, not from their folders")
-    parser.add_argument("--limit-hours", type=float, default=0.0, help="that one run may take (0: any number)")
+    parser.add_argument("--limit-hours", type=float, default=0.0, help="time limit of a run (0: no limit)")
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="+", metavar="run")
     return parser.parse_args(arguments)
 
 
 def start(arguments: list[str]) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     chosen = parse(arguments)
     group = distributed.meant("", 0, -1)
     if group is not None:

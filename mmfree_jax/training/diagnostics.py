@@ -1,8 +1,8 @@
 """Diagnostics of a run every `diagnose_every` steps: norms, activations and logits, histograms, flips of ternary codes.
 
 They go into the row of metrics.jsonl under `diagnostics` (`training.step` describes the entries) and into TensorBoard.
-A diagnosed step costs about one step more: `inspect` computes its gradient again and a forward pass, and there is a
-pass over the weights and their codes. There is also one more program to compile.
+A diagnosed step costs about one step more: `inspect` recomputes its gradient and a forward pass, and there is a pass
+over the weights and their codes. One more program has to be compiled.
 
 A run is the same to the last bit with and without diagnostics, so a loss spike can be diagnosed afterwards: copy the
 folder, remove result.json and every checkpoint after the spike, and run the same command on the copy with
@@ -28,18 +28,22 @@ HISTOGRAM_SAMPLES = 20_000  # of a parameter's values: enough for a picture, sma
 
 
 class Diagnostics:
-    """Every `diagnose_every` steps: what the step does (`step.Program.inspect`), weight histograms, and for ternary
-    layers the share of zeros, the mean scale and the share of codes that this one optimizer step flipped."""
+    """Diagnoses a step every `diagnose_every` steps.
+
+    Logs what `step.Program.inspect` returns, weight histograms, and for ternary layers the share of zeros, the mean
+    scale and the share of codes that this optimizer step has flipped.
+    """
 
     def __init__(self, config: RunConfig, program: Program, log: Log, interval: Interval):
         self.every, self.log, self.interval, self.inspect = config.diagnose_every, log, interval, program.inspect
         self.read = jax.jit(lambda params: ternary_codes(nnx.merge(program.graphdef, params)))
-        self.sample = jax.jit(samples, out_shardings=NamedSharding(program.mesh, P()))
+        some = lambda a: a.reshape(-1)[:: max(1, a.size // HISTOGRAM_SAMPLES)]  # always the same subset of the values
+        self.sample = jax.jit(lambda params: jax.tree.map(some, params), out_shardings=NamedSharding(program.mesh, P()))
         self.codes: dict[str, jax.Array] = {}
         self.seen: dict[str, Any] = {}
 
     def before(self, step: int, state: TrainState, tokens_BT: jax.Array, rates: Rates) -> None:
-        """Inspect the step about to be taken, before its state is donated. The clocks are stopped meanwhile."""
+        """Inspect the next step, if it is due, before its state is donated. The clocks stand still meanwhile."""
         if self._due(step):
             self.interval.pause()
             self.codes = {name: codes for name, (codes, _) in self.read(state.params).items()}
@@ -47,9 +51,9 @@ class Diagnostics:
             self.interval.resume()
 
     def after(self, step: int, state: TrainState) -> bool:
-        """Compare with the codes before, and note everything for the row of this step.
+        """Compare the codes with those before the step, and add everything to the row of this step.
 
-        Returns whether the step was due; the clocks are stopped then.
+        Returns whether the step was due; if it was, the clocks stand still.
         """
         if not self._due(step):
             return False
@@ -61,7 +65,9 @@ class Diagnostics:
             scalars[f"scale/{name}"] = float(jnp.mean(scale))
         self.interval.note(diagnostics=self.seen)
         self.codes = {}
-        self.log.diagnostics(step + 1, scalars, histograms(self.sample(state.params)))
+        values, _ = jax.tree_util.tree_flatten_with_path(self.sample(state.params))
+        name = lambda path: "weights" + jax.tree_util.keystr(path, simple=True, separator="/")
+        self.log.diagnostics(step + 1, scalars, {name(path): np.asarray(leaf) for path, leaf in values})
         return True
 
     def _due(self, step: int) -> bool:
@@ -69,21 +75,10 @@ class Diagnostics:
 
 
 def ternary_codes(model: nnx.Module) -> dict[str, Quantised]:
-    """Codes (int8, in the kernel's shape) and scales of every ternary layer, by the layer's path."""
+    """Return codes (int8, in the kernel's shape) and scales of every ternary layer, by the layer's path."""
     found = {}
     for path, module in nnx.iter_modules(model):
         recipe, kernel = getattr(module, "recipe", None), getattr(module, "kernel", None)
         if recipe is not None and kernel is not None:
             found["/".join(map(str, path))] = quantise_weights(kernel[...], recipe.scale_axes)
     return found
-
-
-def samples(params: Any) -> Any:
-    """A fixed subset of each parameter's values."""
-    return jax.tree.map(lambda a: a.reshape(-1)[:: max(1, a.size // HISTOGRAM_SAMPLES)], params)
-
-
-def histograms(values: Any) -> dict[str, np.ndarray]:
-    """The leaves of a tree by their path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(values)
-    return {"weights" + jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(a) for path, a in leaves}

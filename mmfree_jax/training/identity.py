@@ -1,20 +1,19 @@
-"""Columns of the runs table that say how a run was trained. Rows that differ in one of them are not repeats."""
+"""Columns of the runs table that say how a run was trained. Rows that differ in one of them are not repetitions."""
 
 import functools
 import importlib.metadata
 import json
 import subprocess
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mmfree_jax.config import RunConfig, to_json
 from mmfree_jax.data import TokenSet
-from mmfree_jax.training.folder import HOW, leaves
+from mmfree_jax.run_folder import HOW, leaves
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
-# Fields of a config that have a column in `result_row` or `identity`, and fields that change no number.
+# Fields of a config that have a column of their own, and fields that change no number.
 TOLD = frozenset(
     "name steps seed init precision model.mixer model.linear model.vocab model.tokenizer_vocab model.width model.depth "
     "model.glu_width model.heads model.kv_heads model.parametrisation model.activation_bits model.gradient_bits "
@@ -26,6 +25,13 @@ SILENT = frozenset("branch milestones evaluate log_every checkpoint_every keep_c
 def identity(config: RunConfig, token_set: TokenSet) -> dict[str, Any]:
     """Return the columns by name. `settings` lists every other field that changes numbers and is not at its default."""
     model, data = config.model, config.data
+    values, usual = (dict(leaves(json.loads(to_json(one)))) for one in (config, RunConfig("usual")))
+    elsewhere = TOLD | SILENT | set(HOW)
+    settings = [
+        f"{key}={value}"
+        for key, value in values.items()
+        if key not in elsewhere and not key.startswith(("data.", "mesh.", "branch.")) and value != usual[key]
+    ]
     ternary = model.linear == "ternary"
     return {
         "optimizer": config.optim.optimizer,
@@ -41,14 +47,14 @@ def identity(config: RunConfig, token_set: TokenSet) -> dict[str, Any]:
         "heads": model.heads,
         "kv_heads": model.kv_heads or model.heads,
         "model_vocab": model.vocab,
-        "settings": " ".join(sorted(_unusual(config))) or "usual",
+        "settings": " ".join(sorted(settings)) or "usual",
         "code": code_version(),
         **{name: version(name) for name in LIBRARIES},
     }
 
 
 def _mixture(config: RunConfig) -> str:
-    """Names of the corpora trained on, with their shares if there are several."""
+    """Names of the corpora, with their shares if there are several."""
     names = [Path(name).name for name in (config.data.corpus, *config.data.mixture)]
     if len(names) == 1:
         return names[0]
@@ -56,18 +62,9 @@ def _mixture(config: RunConfig) -> str:
     return " + ".join(f"{weight / sum(weights):.4g} {name}" for name, weight in zip(names, weights, strict=True))
 
 
-def _unusual(config: RunConfig) -> Iterator[str]:
-    """KEY=VALUE for each other field of run, model and optimizer that differs from its default."""
-    values, usual = (dict(leaves(json.loads(to_json(one)))) for one in (config, RunConfig("usual")))
-    for key, value in values.items():
-        told = key in TOLD | SILENT | set(HOW) or key.startswith(("data.", "mesh.", "branch."))
-        if not told and value != usual[key]:
-            yield f"{key}={value}"
-
-
 @functools.cache
 def code_version() -> str:
-    """The commit of this package's checkout, with `-dirty` if files differ from it; its version if there is none."""
+    """Return the commit of this package's checkout, with `-dirty` if files have changed; without one, its version."""
     root = Path(__file__).parents[2]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

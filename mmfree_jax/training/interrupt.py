@@ -1,7 +1,9 @@
 """Asking a run to stop: a signal sets a flag, the loop finishes its step, saves and leaves."""
 
+import contextlib
+import dataclasses
 import signal
-from types import FrameType
+from collections.abc import Callable, Iterable, Iterator
 
 PREEMPTED = 75  # exit status: run the same command again
 INTERRUPTED = 130  # exit status: stopped by Ctrl-C
@@ -16,34 +18,49 @@ class Interrupted(Exception):
         self.status = status
 
 
-class StopFlag:
-    """Set by SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone), SIGUSR2 (SLURM's notice before preemption) and
-    SIGALRM (time is up).
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a polite kill, a terminal that was closed
 
-    Only while the context is open. An ignored SIGHUP, as under `nohup`, stays ignored. A second Ctrl-C is not caught,
-    so an impatient user gets out at once.
+
+@contextlib.contextmanager
+def handled(signals: Iterable[int], handler: Callable[[int], None]) -> Iterator[None]:
+    """Call `handler` with the number of each of these signals that comes while the context is open.
+
+    A SIGHUP that is ignored, as under `nohup`, stays ignored.
     """
+    heard = [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, lambda number, _: handler(number)) for number in heard}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGALRM)
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+@dataclasses.dataclass
+class StopFlag:
+    """Which signal has asked this run to stop; None so far."""
 
-    def __enter__(self) -> "StopFlag":
-        heard = [n for n in self.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._set) for number in heard}
-        return self
+    signal: int | None = None
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
-    def _set(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
+@contextlib.contextmanager
+def stop_flag() -> Iterator[StopFlag]:
+    """Set the flag on SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone), SIGUSR2 (SLURM's notice before
+    preemption) and SIGALRM (time is up), as long as the context is open.
+
+    A second Ctrl-C is not caught, so that an impatient user gets out at once.
+    """
+    flag = StopFlag()
+
+    def stop(number: int) -> None:
+        flag.signal = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    with handled((*STOP_SIGNALS, signal.SIGUSR2, signal.SIGALRM), stop):
+        yield flag
+
 
 def exit_status(number: int) -> int:
-    """The exit status that a signal asks for."""
+    """Return the exit status that a signal asks for."""
     return {signal.SIGINT: INTERRUPTED, signal.SIGALRM: TIMED_OUT}.get(signal.Signals(number), PREEMPTED)

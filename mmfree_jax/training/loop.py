@@ -12,17 +12,15 @@ import jax
 import numpy as np
 
 from mmfree_jax import distributed, flops
+from mmfree_jax.checkpoint import Checkpoints, restore
 from mmfree_jax.config import RunConfig, require, to_json
 from mmfree_jax.data import Batches, Counts, TokenSet, batches, count_examples
 from mmfree_jax.devices import GENERATOR, check_settings, peak_memory_bytes
 from mmfree_jax.errors import logged
-from mmfree_jax.evaluation import Scores, evaluate, shown
+from mmfree_jax.evaluation.loss import Scores, evaluate, score_lines
 from mmfree_jax.files import locked, read_json, write_json
 from mmfree_jax.ops.fast import choice
-from mmfree_jax.sharding import batch_sharding, left_idle
-from mmfree_jax.training.checkpoint import Checkpoints, restore
-from mmfree_jax.training.diagnostics import Diagnostics
-from mmfree_jax.training.folder import (
+from mmfree_jax.run_folder import (
     changes,
     check_data,
     claim,
@@ -31,29 +29,32 @@ from mmfree_jax.training.folder import (
     with_corpus,
     with_saved_choices,
 )
+from mmfree_jax.sharding import batch_sharding, left_idle
+from mmfree_jax.training.diagnostics import Diagnostics
 from mmfree_jax.training.identity import code_version, identity
-from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status
-from mmfree_jax.training.metrics import Interval, Log, Progress, run_log
+from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status, stop_flag
+from mmfree_jax.training.metrics import Interval, Log, Progress, RunLog, SilentLog
 from mmfree_jax.training.optim import rates
 from mmfree_jax.training.profiling import Profile, check_range
 from mmfree_jax.training.self_check import self_check
 from mmfree_jax.training.step import Program, TrainState, concrete, make_program, program_key
+from mmfree_jax.weights import load_params, model_config, trained_as
 
 
 def train(
     config: RunConfig, folder: Path, token_set: TokenSet, profiled: range = range(0), checked: bool = True
 ) -> dict[str, Any]:
-    """Train `config` in `folder`, or take up what is there, and return the row of result.json.
+    """Train `config` in `folder`, or resume what is there, and return the row of result.json.
 
-    A finished run is returned as it stands. A trace of the steps `profiled` is written to `folder`/profile. Before its
-    first step here a run that is `checked` compares that step with the reference (`training.self_check`). Raises
-    SelfCheckError where they differ; ConfigError (the folder holds another run, the corpus does not fit); Diverged; or
-    Interrupted once the state has been saved after a signal, or with the result where it came after the last step.
+    A finished run returns its row at once. `profiled`: steps whose trace is written to `folder`/profile. `checked`:
+    compare a step with the reference (`training.self_check`) before the first one.
+    Raises SelfCheckError if they differ; ConfigError (the folder holds another run, the corpus does not fit); Diverged;
+    or Interrupted, after a signal, once the state has been saved, or the result if the signal came after the last step.
     """
     check_settings()
     config = resolved(config, folder, token_set)
     if (folder / "result.json").exists() and not changes(config, folder):
-        return read_json(folder / "result.json")  # nothing is written, as the disk may be read-only by now
+        return read_json(folder / "result.json")  # nothing is written, because the disk may be read-only by now
     check_data(config, token_set)
     check_range(profiled, config.steps)
     with contextlib.ExitStack() as stack:
@@ -69,14 +70,14 @@ def train(
             return read_json(folder / "result.json")
         if distributed.is_first():
             stack.enter_context(logged(folder / "log.txt", but=Interrupted))
-        with StopFlag() as stop:
+        with stop_flag() as stop:
             return _train(config, folder, token_set, stop, profiled, checked)
 
 
 def resolved(config: RunConfig, folder: Path, token_set: TokenSet) -> RunConfig:
-    """The run with what its config leaves open: what its corpus holds, what it began with, the precision of "auto".
+    """Fill in what a config leaves open: what its corpus holds, what was chosen when the run began, the precision.
 
-    Raises ConfigError where the model's vocabulary is not that of the corpus.
+    Raises ConfigError if the model's vocabulary is not that of the corpus.
     """
     config = with_saved_choices(with_corpus(config, token_set), folder)
     return dataclasses.replace(config, precision=concrete(config.precision))
@@ -88,10 +89,11 @@ def _train(
     key = program_key(config, token_set.end_of_document)
     program = make_program(key)
     milestones = (*config.milestones, config.steps)
+    held_out_loss = lambda params: evaluate(program.evaluate, program.mesh, params, token_set, config.data.sequence)
 
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         data = config.data
-        # Both checks come before the state is made: they need the device's memory, too.
+        # Both checks come before the state is made, because they need the device's memory too.
         program.prepare((data.batch, data.sequence + 1), looked_at=config.diagnose_every > 0)
         if checked:
             self_check(key, data.batch, data.sequence, token_set.vocab_size)
@@ -99,7 +101,8 @@ def _train(
         rows = _batches(config, program, token_set, progress.data)
         agreed = distributed.AgreedStop(program.mesh)
         trace = Profile(folder / "profile", profiled)
-        with run_log(folder, marks) as log, rows, jax.set_mesh(program.mesh), trace:
+        log_of_process = RunLog(folder, marks) if distributed.is_first() else SilentLog()
+        with log_of_process as log, rows, jax.set_mesh(program.mesh), trace:
             _describe(config, program, log, progress)
             kernels = choice.record()
             for use in kernels["served"]:
@@ -109,7 +112,7 @@ def _train(
             assert progress.counts is not None
             interval = Interval(config, progress, progress.counts, log)
             diagnostics = Diagnostics(config, program, log, interval)
-            scores: Scores | None = None  # of the last step taken, where that was evaluated
+            scores: Scores | None = None  # of the last step taken, if that was evaluated
 
             for step in range(progress.step, config.steps):
                 tokens_BT = interval.timed_next(rows)
@@ -119,44 +122,46 @@ def _train(
                 diagnostics.before(step, state, tokens_BT, everywhere)
                 state, metrics = program.train_step(state, tokens_BT, everywhere)
                 trace.after(step, metrics)
-                # Only now, with this step already queued, are the metrics of the steps before it fetched.
-                interval.flush_if_due()
+                # Metrics are fetched only now, when this step is already queued: the device never waits for the host.
+                if config.log_every and step % config.log_every == 0:
+                    interval.flush()
                 interval.add(step, metrics, float(now.learning), rows.counts)
 
-                looked, scores = diagnostics.after(step, state), None
+                diagnosed, scores = diagnostics.after(step, state), None
                 if config.eval_every and (step + 1) % config.eval_every == 0:
                     interval.pause()
-                    scores = evaluate(program, state.params, token_set, data.sequence)
+                    scores = held_out_loss(state.params)
                     interval.note(held_out_loss=scores["loss"], held_out_bpb=scores["bpb"])
-                if looked or scores:
+                if diagnosed or scores:
                     interval.flush()
                     interval.resume()
 
                 progress.step, progress.data = step + 1, rows.state
-                asked, due = agreed(stop.signal), _save_due(config, step + 1)
-                if asked or due:
+                every = config.checkpoint_every
+                due = step + 1 in milestones or (every > 0 and (step + 1) % every == 0)
+                if (stopping := agreed(stop.signal)) or due:
                     interval.flush() if due else interval.hold()
                     checkpoints.save(state, _meta(config, token_set, progress, log), step + 1)
                     interval.resume()
-                if asked:
-                    log.event(f"stopped by signal {asked} after step {step + 1}; saved")
+                if stopping:
+                    log.event(f"stopped by signal {stopping} after step {step + 1}; saved")
                     place = f"stopped after step {step + 1}, saved in {folder}"
-                    raise Interrupted(exit_status(asked), f"{config.name}: {place}")
+                    raise Interrupted(exit_status(stopping), f"{config.name}: {place}")
 
-            scores = (scores or evaluate(program, state.params, token_set, data.sequence)) if config.evaluate else {}
-            log.event(f"finished after {config.steps} steps" + "".join(f", {line}" for line in shown(scores)))
+            scores = (scores or held_out_loss(state.params)) if config.evaluate else {}
+            log.event(f"finished after {config.steps} steps" + "".join(f", {line}" for line in score_lines(scores)))
 
     result = result_row(config, token_set, progress, scores)
     distributed.first_does(lambda: write_json(folder / "result.json", result))
-    # A signal during the evaluation is not lost: a worker would begin its next run. A run that has ended is not late.
-    asked = agreed(stop.signal) or agreed(None)
-    if asked and asked != signal.SIGALRM:
-        raise Interrupted(exit_status(asked), f"{config.name}: finished, in {folder}; stopped after that")
+    # A signal during the evaluation must not be lost, or a worker would begin its next run. SIGALRM comes too late.
+    stopping = agreed(stop.signal) or agreed(None)
+    if stopping and stopping != signal.SIGALRM:
+        raise Interrupted(exit_status(stopping), f"{config.name}: finished, in {folder}; stopped after that")
     return result
 
 
 def _batches(config: RunConfig, program: Program, token_set: TokenSet, start: int) -> Batches:
-    """The batches of the run from example `start` on; each process reads the rows that its devices hold."""
+    """The batches of a run from example `start` on. Each process reads the rows that its devices hold."""
     data, place = config.data, batch_sharding(program.mesh)
     rows = distributed.own_rows(place, data.batch)
     return batches(
@@ -175,7 +180,7 @@ def _batches(config: RunConfig, program: Program, token_set: TokenSet, start: in
 def _begin(
     config: RunConfig, folder: Path, program: Program, checkpoints: Checkpoints, token_set: TokenSet
 ) -> tuple[TrainState, Progress, dict[str, int]]:
-    """Where to start, in this order: the folder's own newest checkpoint, the branch point, `init`, random weights."""
+    """Where to start. In this order: the folder's newest checkpoint, the branch point, `init`, random weights."""
     if checkpoints.steps:
         state, meta = checkpoints.restore(program.abstract_state)
         _check_corpus(meta, token_set, folder)
@@ -194,7 +199,7 @@ def _begin(
 
 
 def _progress(config: RunConfig, meta: dict[str, Any], token_set: TokenSet) -> Progress:
-    """Where a checkpoint stands. What one of an older version did not count is read again."""
+    """The progress in a checkpoint. If an older version did not count the targets, the data are read again."""
     progress, data = Progress(**meta["progress"]), config.data
     if progress.counts is None:
         progress.counts = count_examples(
@@ -208,19 +213,15 @@ def _progress(config: RunConfig, meta: dict[str, Any], token_set: TokenSet) -> P
 
 
 def _with_weights(state: TrainState, config: RunConfig, program: Program) -> TrainState:
-    """`state` with the parameters of the model that `config.init` names, in the places of those that it has."""
-    # Imported here: a model on disk may be a run, so that module needs this package.
-    from mmfree_jax.weights import load_params, model_config
-
+    """Replace the parameters of `state` by those of the model `config.init`."""
     path = Path(config.init)
-    own = {name: getattr(config.model, name) for name in ("gradient_bits", "tokenizer_vocab")}
-    found = dataclasses.replace(model_config(path), **own)  # which are no matter of the weights
+    found = trained_as(model_config(path), config.model)
     require(
         found == config.model,
         f"init={config.init} holds another architecture ({differences(found, config.model)})",
     )
     for random in jax.tree.leaves(state.params):
-        random.delete()  # first, or the devices would hold both
+        random.delete()  # before loading, or the devices would hold both
     return dataclasses.replace(state, params=load_params(path, program.abstract_state.params))
 
 
@@ -242,11 +243,6 @@ def _meta(config: RunConfig, token_set: TokenSet, progress: Progress, log: Log) 
     }
 
 
-def _save_due(config: RunConfig, step: int) -> bool:
-    every = config.checkpoint_every
-    return step == config.steps or step in config.milestones or (every > 0 and step % every == 0)
-
-
 def _describe(config: RunConfig, program: Program, log: Log, progress: Progress) -> None:
     devices = jax.devices()
     log.event(
@@ -260,10 +256,9 @@ def _describe(config: RunConfig, program: Program, log: Log, progress: Progress)
 
 
 def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, scores: Scores) -> dict[str, Any]:
-    """Everything that a row of the runs table needs. `loss` is null for a run that was not evaluated (a trunk).
+    """Return the row of the runs table. `loss` is null for a run that was not evaluated (a trunk).
 
-    D, U and FLOPs are of what was counted, a trunk's part included; `batch_tokens`, `warmup_tokens` and `decay_tokens`
-    are positions.
+    D, U and FLOPs are counted, the trunk's included; `batch_tokens`, `warmup_tokens` and `decay_tokens` are positions.
     """
     size, counts = flops.parameters(config.model), progress.counts
     data, optim = config.data, config.optim

@@ -1,10 +1,11 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard, log.txt.
+"""The logs of a run: metrics.jsonl, TensorBoard, log.txt.
 
-In metrics.jsonl `tokens` are the targets that carried a loss so far, the row's D in the end, and `flops` what had to be
-computed for them; `tokens_per_s` are positions, padding included, and `mfu` is `flops` by time: what the device does.
+In metrics.jsonl, `tokens` are the targets that carried a loss so far (at the end: D) and `flops` what had to be
+computed for them; `tokens_per_s` counts positions, padding included; `mfu` is `flops` per second over the devices'
+peak.
 
-Every file is append-only and its length is part of each checkpoint, so a resumed run first cuts its logs back to the
-checkpoint: no step is ever logged twice, however the run died.
+Every file is append-only and its length is part of each checkpoint. A resumed run first cuts its logs back to the
+checkpoint, so no step is ever logged twice, however the run died.
 """
 
 import dataclasses
@@ -24,41 +25,41 @@ from mmfree_jax import flops, nvidia
 from mmfree_jax.config import RunConfig
 from mmfree_jax.data import Counts
 from mmfree_jax.devices import EnergyMeter, peak_flops
-from mmfree_jax.distributed import added, is_first, total
+from mmfree_jax.distributed import added, total
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number. The message says at which step and what to try; steps before it are logged."""
+    """The loss is no longer a number. The message says at which step, and what to try. Steps before it are logged."""
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands: the part of a checkpoint that is not arrays.
+    """The state of a run apart from its arrays: the other part of a checkpoint.
 
-    `seconds` and `joules` are of training steps alone, trunk included: without compilation, evaluation and saving. The
-    first step of each process, which compiles, counts as much as those that it took next; what a process did that was
-    killed after its last checkpoint counts nothing, like its steps.
+    `seconds` and `joules` are those of training steps, the trunk's included, without compilation, evaluation and
+    saving. The first step of each process, which compiles, counts as much as the mean of the next ones. What a killed
+    process did after its last checkpoint does not count, like its steps.
     """
 
     step: int = 0
-    data: int = 0  # examples that the data pipeline has given out, over all hosts
+    data: int = 0  # examples read so far, over all hosts
     counts: Counts | None = None  # of these examples; None in checkpoints of before they were counted
     seconds: float = 0.0
     joules: float | None = None
-    uncounted: int = 0  # steps whose seconds and joules are still to be made out from later ones
-    shared: bool = False  # a part of it was computed beside other runs on one GPU: times and energy are not its own
+    uncounted: int = 0  # steps whose seconds and joules will be estimated from later ones
+    shared: bool = False  # some of it was computed on a GPU with other runs: times and energy are not its own
     train_loss: float | None = None
     attempts: int = 0
-    held: list[Any] = dataclasses.field(default_factory=list)  # steps not logged yet, as `Pending.held`
+    held: list[Any] = dataclasses.field(default_factory=list)  # steps not logged yet (`Pending.to_json`)
 
     def __post_init__(self) -> None:
         if isinstance(self.counts, dict):  # out of a checkpoint
             self.counts = Counts(**self.counts)
 
     def of_all_steps(self, measured: float | None) -> float | None:
-        """`seconds` or `joules` with those steps that were last and alone in their process, at the mean of all others.
+        """Return `seconds` or `joules` of all steps, those of `uncounted` ones being the mean of the others.
 
-        None where the run shared its device, and where no step was measured.
+        None if the run shared its device, or if no step was measured.
         """
         if measured is None or self.shared or self.step <= self.uncounted:
             return None
@@ -67,7 +68,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A step taken and not logged: its 1-based number, metrics, rate, and counts of all steps up to it."""
+    """A step that is not logged yet: its 1-based number, metrics, rate, and the counts of all steps up to it."""
 
     step: int
     metrics: Mapping[str, Any]
@@ -75,34 +76,39 @@ class Pending:
     before: Counts  # when this process began, over all processes
     own: Counts  # what this process has counted since
 
-    def held(self, counts: Counts) -> dict[str, Any]:
-        """As it stands in a checkpoint."""
+    def to_json(self, counts: Counts) -> dict[str, Any]:
+        """Return the entry in a checkpoint."""
         metrics = {name: float(value) for name, value in self.metrics.items()}
         return {"step": self.step, "rate": self.rate, "metrics": metrics, "counts": dataclasses.asdict(counts)}
 
     @staticmethod
-    def taken_up(held: Any, counts: Counts) -> "Pending":
-        """Inverse of `held`; also of lists of step, loss, norm, rate and z-loss, as older checkpoints have them, whose
-        counts are taken to be those of the checkpoint."""
-        if isinstance(held, dict):
-            return Pending(held["step"], held["metrics"], held["rate"], Counts(**held["counts"]), Counts())
-        step, loss, norm, rate, *z = held
+    def from_json(entry: Any, counts: Counts) -> "Pending":
+        """Inverse of `to_json`. Older checkpoints have lists of step, loss, norm, rate and z-loss, without counts:
+        these get the counts of the checkpoint."""
+        if isinstance(entry, dict):
+            return Pending(entry["step"], entry["metrics"], entry["rate"], Counts(**entry["counts"]), Counts())
+        step, loss, norm, rate, *z = entry
         metrics = dict(zip(("loss", "grad_norm", "z_loss"), (loss, norm, *z), strict=False))
         return Pending(int(step), metrics, rate, counts, Counts())
 
 
 def totals(pending: Sequence[Pending]) -> list[Counts]:
-    """Counts of all steps up to each of these, over all processes: every one of them takes part."""
+    """Return the counts of all steps up to each of these, over all processes. All processes must call it."""
     numbers = iter(added([number for one in pending for number in dataclasses.astuple(one.own)]))
     return [one.before + Counts(*itertools.islice(numbers, 3)) for one in pending]
 
 
 class RunLog:
-    """The logs of one run folder. `marks` (from the checkpoint being resumed) says how much of them to keep."""
+    """Writes the logs of one run. `marks`, from the checkpoint being resumed, are the lengths to cut them back to."""
 
     def __init__(self, folder: Path, marks: dict[str, int]):
         self.folder = folder
-        _rewind(folder, marks)
+        for path in _log_files(folder):
+            keep = marks.get(str(path.relative_to(folder)), 0)
+            if keep == 0:  # begun after the checkpoint
+                path.unlink()
+            else:
+                os.truncate(path, min(keep, path.stat().st_size))
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
@@ -118,28 +124,28 @@ class RunLog:
         self._text.close()
 
     def event(self, text: str) -> None:
-        """One line of log.txt, with the time."""
+        """Write a line to log.txt, with the time."""
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     def describe(self, title: str, text: str) -> None:
-        """A text page of TensorBoard (the config)."""
+        """Write a text page of TensorBoard."""
         self._board.add_text(title, f"```\n{text}\n```", 0)
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """One object of metrics.jsonl and one point of every TensorBoard curve; row["step"] is its step."""
+        """Write an object to metrics.jsonl and a point to every TensorBoard curve; row["step"] is the step."""
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         for name, value in _curves(row):
             self._board.add_scalar(name, value, row["step"])
 
     def diagnostics(self, step: int, scalars: dict[str, float], histograms: dict[str, np.ndarray]) -> None:
-        """TensorBoard curves and histograms that are too wide for metrics.jsonl."""
+        """Write TensorBoard curves and histograms that are too large for metrics.jsonl."""
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
         for name, values in histograms.items():
             self._board.add_histogram(name, values, step)
 
     def mark(self) -> dict[str, int]:
-        """Flush everything to disk and return the length of each file in bytes."""
+        """Write everything to disk and return the length of each file in bytes."""
         for file in (self._metrics, self._text):
             file.flush()
             os.fsync(file.fileno())
@@ -148,41 +154,23 @@ class RunLog:
 
 
 class SilentLog:
-    """Stands for the RunLog in all processes but the first, which alone writes."""
+    """The log of all processes except the first, which alone writes."""
+
+    def ignore(self, *_: Any) -> dict[str, int]:
+        """Write nothing. Checkpoints take the lengths from the first process."""
+        return {}
+
+    event = describe = metrics = diagnostics = mark = __exit__ = ignore
 
     def __enter__(self) -> "SilentLog":
         return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def event(self, text: str) -> None:
-        """Nothing."""
-
-    def describe(self, title: str, text: str) -> None:
-        """Nothing."""
-
-    def metrics(self, row: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def diagnostics(self, step: int, scalars: dict[str, float], histograms: dict[str, np.ndarray]) -> None:
-        """Nothing."""
-
-    def mark(self) -> dict[str, int]:
-        """No file has a length here; checkpoints take the first process's word."""
-        return {}
 
 
 Log = RunLog | SilentLog
 
 
-def run_log(folder: Path, marks: dict[str, int]) -> Log:
-    """The log of this process: on disk in the first, nowhere in the others."""
-    return RunLog(folder, marks) if is_first() else SilentLog()
-
-
 def as_numbers(tree: Any) -> Any:
-    """Arrays as plain numbers and lists of them, None where not finite: what JSON can hold."""
+    """Convert arrays to numbers and lists that JSON can hold; None replaces what is not finite."""
     if isinstance(tree, dict):
         return {name: as_numbers(value) for name, value in tree.items()}
     if np.ndim(tree):
@@ -191,7 +179,7 @@ def as_numbers(tree: Any) -> Any:
 
 
 def _curves(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """TensorBoard's names for what a row holds: train/loss, held_out/loss, grad_norm/blocks.glu.down.kernel/03."""
+    """The curves of a row in TensorBoard: train/loss, held_out/loss, grad_norm/blocks.glu.down.kernel/03."""
     for name, value in row.items():
         if value is None or name in ("step", "diagnostics"):
             continue
@@ -218,47 +206,39 @@ def _log_files(folder: Path) -> list[Path]:
     return [path for path in named if path.exists()]
 
 
-def _rewind(folder: Path, marks: dict[str, int]) -> None:
-    """Cut every log back to its mark; one without a mark was begun after the checkpoint and goes."""
-    for path in _log_files(folder):
-        keep = marks.get(str(path.relative_to(folder)), 0)
-        if keep == 0:
-            path.unlink()
-        else:
-            os.truncate(path, min(keep, path.stat().st_size))
-
-
 class Interval:
-    """The steps since the last logged one: keeps their metrics on the device and logs their mean when asked."""
+    """The steps since the last logged one. Keeps their metrics on the device, and logs their means when asked."""
 
     def __init__(self, config: RunConfig, progress: Progress, counts: Counts, log: Log):
-        """counts: of the steps up to `progress.step`."""
+        """`counts` are those of the steps up to `progress.step`."""
         self.config, self.progress, self.log = config, progress, log
         progress.shared = progress.shared or nvidia.is_shared()
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak = None if peak is None or progress.shared else peak * config.mesh.devices
         self.meter = EnergyMeter()
-        self.pending = [Pending.taken_up(held, counts) for held in progress.held]
+        self.pending = [Pending.from_json(entry, counts) for entry in progress.held]
         progress.held = []
         self.before = counts
-        self.reached = progress.step, counts  # the last step that needs no more counting here, and counts up to it
-        self.notes: dict[str, Any] = {}  # for the next row besides
+        self.reached = progress.step, counts  # the step up to which FLOPs are in earlier rows, and counts up to it
+        self.notes: dict[str, Any] = {}  # further entries of the next row
         self.waited = 0.0
         self.compiled = False  # a first step of this process has been compiled and run
-        self.began: float | None = None  # when the clocks did; None while they stand still
+        self.began: float | None = None  # when the clocks were started; None while they stand still
         self.running = 0  # steps taken since then
         self.timed, self.elapsed = 0, 0.0  # steps of this row that were timed, and their seconds
 
     def timed_next(self, rows: Iterator[jax.Array]) -> jax.Array:
-        """The next batch; the time that the device may have had to wait for it is logged."""
+        """Return the next batch, and log how long it took: the device may have waited for it."""
         start = time.perf_counter()
         tokens_BT = next(rows)
         self.waited += time.perf_counter() - start
         return tokens_BT
 
     def add(self, step: int, metrics: dict[str, jax.Array], rate: float, counts: Counts) -> None:
-        """Take the metrics of 0-based step `step`, without waiting for them (but for the first: it compiles), and what
-        this process has counted of the batches up to it."""
+        """Add the metrics of 0-based step `step`, and what this process has counted in the batches up to it.
+
+        Does not wait for them, except for those of the first step, which compiles.
+        """
         self.pending.append(Pending(step + 1, metrics, rate, self.before, counts))
         self.running += 1
         if not self.compiled:
@@ -268,12 +248,14 @@ class Interval:
             self.resume()
 
     def note(self, **values: Any) -> None:
-        """More to say in the next row: numbers, or trees of them."""
+        """Add numbers, or trees of numbers, to the next row."""
         self.notes |= as_numbers(values)
 
     def pause(self) -> bool:
-        """Stop the clocks once the device is done with the steps taken so far, and add their time and energy to the
-        progress. Whether there were any: otherwise the clocks go on."""
+        """Wait for the steps taken so far, stop the clocks, and add time and energy to the progress.
+
+        Returns whether there were such steps. If not, the clocks go on.
+        """
         jax.block_until_ready([one.metrics for one in self.pending])
         drawn = total(self.meter.joules())
         if self.began is None or self.running == 0:
@@ -288,16 +270,16 @@ class Interval:
         return True
 
     def resume(self) -> None:
-        """Start the clocks anew, after something that is not training."""
+        """Start the clocks again, after something that is not training."""
         if self.compiled:
             self.meter.restart()
             self.began, self.running = time.perf_counter(), 0
 
     def hold(self) -> None:
-        """Put what is not logged yet into the progress: a run that is stopped here logs the same rows in the end."""
+        """Put what is not logged yet into the progress, so that a run stopped here logs the same rows in the end."""
         self.pause()
         counts = totals(self.pending)
-        self.progress.held = [one.held(c) for one, c in zip(self._fetched(), counts, strict=True)]
+        self.progress.held = [one.to_json(c) for one, c in zip(self._fetched(), counts, strict=True)]
         self.progress.counts = counts[-1] if counts else self.progress.counts
         self.pending.clear()
 
@@ -306,15 +288,11 @@ class Interval:
         metrics = jax.device_get([one.metrics for one in self.pending])
         return [dataclasses.replace(one, metrics=values) for one, values in zip(self.pending, metrics, strict=True)]
 
-    def flush_if_due(self) -> None:
-        """Log when the newest step taken is a multiple of log_every."""
-        every = self.config.log_every
-        if self.pending and every and self.pending[-1].step % every == 0:
-            self.flush()
-
     def flush(self) -> None:
-        """Wait for the steps taken so far and log their means. Raises Diverged if a loss is not finite, once the steps
-        before it are logged."""
+        """Wait for the steps taken so far and log their means.
+
+        Raises Diverged if a loss is not finite, after logging the steps before it.
+        """
         if not self.pending:
             return
         stopped = self.pause()
@@ -345,8 +323,11 @@ class Interval:
         own, steps_per_s = not self.progress.shared, self.timed / self.elapsed if self.elapsed else None
         counts, since = self.progress.counts, step - self.reached[0]
         assert counts is not None
-        done, before = (self._flops(*at) for at in ((step, counts), self.reached))
-        each = (done - before) / since if since > 0 else None  # FLOPs of a step, the mean over those of this row
+        done, before = (
+            flops.train_flops(self.config.model, steps * self.config.data.tokens_per_step, so_far.pairs).products
+            for steps, so_far in ((step, counts), self.reached)
+        )
+        each = (done - before) / since if since > 0 else None  # FLOPs of a step: the mean over those of this row
         self.reached = (step, counts) if since > 0 else self.reached
         self.progress.train_loss = means["loss"]
         self.log.metrics(
@@ -365,8 +346,3 @@ class Interval:
                 **notes,
             }
         )
-
-    def _flops(self, step: int, counts: Counts) -> float:
-        """Of all steps up to this one."""
-        positions = step * self.config.data.tokens_per_step
-        return flops.train_flops(self.config.model, positions, counts.pairs).products

@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalised matrix by matrix (Jordan 2024, kellerjordan.github.io/posts/muon).
 
-Parameters of the blocks are stacks [layers, ..., D, F]. Where they are split over devices, whole matrices are moved to
-the devices, a share of the layers each, and orthogonalised there without further communication.
+Parameters of the blocks are stacks [layers, ..., D, F]. If they are sharded, complete matrices are moved to the
+devices, some of the layers to each, and orthogonalised there without further communication.
 """
 
 import math
@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 from mmfree_jax.devices import backend
 from mmfree_jax.sharding import RULES, fitted
 
-# The quintic a x + b x^3 + c x^5, iterated five times, brings singular values in (0, 1] near 1: to about 0.7 .. 1.2.
+# Five iterations of the quintic a x + b x^3 + c x^5 bring singular values in (0, 1] near 1: to about 0.7 .. 1.2.
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
-ADAM_RMS = 0.2  # root mean square of AdamW's updates, which Muon's are made to have (arXiv 2502.16982, equation 4)
+ADAM_RMS = 0.2  # root mean square of AdamW's updates; Muon's are scaled to it (arXiv 2502.16982, equation 4)
 
 
 class MuonState(NamedTuple):
@@ -28,7 +28,7 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:
-    """Nesterov momentum -> nearest orthogonal matrix -> times 0.2 sqrt(max(D, F)), the size of an AdamW update."""
+    """Nesterov momentum, then the nearest orthogonal matrix, times 0.2 sqrt(max(D, F)): the size of AdamW's update."""
 
     def init(params: Any) -> MuonState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
@@ -38,21 +38,20 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
         ahead = jax.tree.map(lambda m, g: momentum * m + g, buffers, updates)
         with nnx.logical_axis_rules(tuple(RULES.items())):
             places = nnx.get_partition_spec(updates)
-        return jax.tree.map(_orthogonal_update, ahead, places), MuonState(buffers)
+
+        def orthogonal(stack: jax.Array, place: P | None) -> jax.Array:
+            *_, D, F = stack.shape
+            ends = (None, None) if place is None else tuple(place)[-2:]
+            m_NDF = layer_sharded(stack.reshape(-1, D, F), ends)
+            return ADAM_RMS * math.sqrt(max(D, F)) * m_NDF.reshape(stack.shape)
+
+        return jax.tree.map(orthogonal, ahead, places), MuonState(buffers)
 
     return optax.GradientTransformation(init, update)
 
 
-def _orthogonal_update(stack: jax.Array, place: P | None) -> jax.Array:
-    """[..., D, F] -> the same, every matrix orthogonalised and scaled."""
-    *_, D, F = stack.shape
-    m_NDF = stack.reshape(-1, D, F)
-    ends = (None, None) if place is None else tuple(place)[-2:]
-    return ADAM_RMS * math.sqrt(max(D, F)) * layer_sharded(m_NDF, ends).reshape(stack.shape)
-
-
 def newton_schulz(m_NDF: jax.Array) -> jax.Array:
-    """The matrices' orthogonal factors, roughly: U S V' -> U S' V' with all of S' near 1; in m's type.
+    """Return the matrices' orthogonal factors, approximately: U S V' -> U S' V' with all of S' near 1; in m's type.
 
     Products are in bfloat16 on accelerators (Jordan 2024 finds the iteration insensitive), float32 on CPU.
     """
@@ -68,17 +67,17 @@ def newton_schulz(m_NDF: jax.Array) -> jax.Array:
 
 
 def layer_sharded(m_NDF: jax.Array, ends: tuple) -> jax.Array:
-    """`newton_schulz` with the matrices divided among the devices that held pieces of each.
+    """`newton_schulz`, with the matrices distributed over the devices that hold shards of each.
 
-    `ends`: mesh axes that D and F are split over. One axis moves at a time: each move is then an all-to-all, while both
-    at once would gather the whole stack on every device. An axis that would leave devices without a matrix stays.
+    `ends`: mesh axes that shard D and F. One axis moves at a time: each move is then an all-to-all, while both at once
+    would gather the entire stack on every device. An axis that would leave devices without a matrix does not move.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return newton_schulz(m_NDF)
     home = fitted(m_NDF.shape, P(None, *ends), mesh)
     moves, devices = _moves(len(m_NDF), home, dict(mesh.shape))
-    padded = jnp.pad(m_NDF, ((0, -len(m_NDF) % devices), (0, 0), (0, 0)))  # the split axis must divide evenly
+    padded = jnp.pad(m_NDF, ((0, -len(m_NDF) % devices), (0, 0), (0, 0)))  # a sharded axis must divide evenly
     for move in moves[1:]:
         padded = jax.lax.with_sharding_constraint(padded, move)
     done = newton_schulz(padded)
@@ -88,8 +87,8 @@ def layer_sharded(m_NDF: jax.Array, ends: tuple) -> jax.Array:
 
 
 def _moves(matrices: int, home: P, mesh_shape: dict[str, int]) -> tuple[list[P], int]:
-    """Placements from `home` to whole matrices on each device, one axis more on the first dimension each; and over how
-    many devices the last of them divides the matrices."""
+    """Placements from `home` to complete matrices on each device, each with one more axis on the first dimension; and
+    the number of devices that the last one distributes the matrices over."""
     moves, devices = [home], 1
     taken: tuple[str, ...] = ()
     for dimension in (2, 1):

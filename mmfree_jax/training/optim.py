@@ -1,7 +1,7 @@
-"""Learning-rate schedules as plain functions of the step, and optimizers without a learning rate inside.
+"""Learning-rate schedules as plain functions of the step, and optimizers that contain no learning rate.
 
-Rate and share of the weight decay are arguments of the compiled step, so that every run of one shape, decays and
-sweeps included, shares one program.
+Rate and weight decay are arguments of the compiled step, so that all runs of one shape share one program: trunks,
+decays and sweeps of the rate.
 """
 
 import math
@@ -15,26 +15,26 @@ from mmfree_jax.config import ModelConfig, OptimConfig
 from mmfree_jax.parametrisation import Role, gradient_factor, rate_factor
 from mmfree_jax.training.muon import scale_by_muon
 
-# What a pull to zero regularises. Gains, lower bounds, decays and mixes are scales or gates: zero is nothing special.
+# Weight decay pulls to zero. Gains, lower bounds, decays and mixes are scales or gates, for which zero is not special.
 DECAYED: tuple[Role, ...] = ("matrix", "embedding", "head")
-SECOND_STAGE = 2 / 3  # of the rate: 1.2e-3 to 8e-4 in BitNet b1.58's recipe
+SECOND_STAGE = 2 / 3  # factor on the rate: from 1.2e-3 to 8e-4 in the recipe of BitNet b1.58
 
 
 class Rates(NamedTuple):
-    """What the schedule tells a step: the learning rate, and the share of the weight decay that is on."""
+    """What the schedule gives a step: the learning rate, and the share of the weight decay that is applied."""
 
     learning: Any
     decay: Any = 1.0
 
 
 def rates(config: OptimConfig, steps: int, step: int) -> Rates:
-    """Learning rate and share of the weight decay of update number `step` (0-based) in a run of `steps` updates."""
+    """Return learning rate and share of the weight decay of update `step` (0-based) in a run of `steps` updates."""
     second = config.schedule == "two-stage" and step >= steps / 2
     return Rates(learning_rate(config, steps, step), 0.0 if second else 1.0)
 
 
 def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
-    """The rate of optimizer update number `step` (0-based) in a run of `steps` updates.
+    """Return the learning rate of update `step` (0-based) in a run of `steps` updates.
 
     wsd falls linearly over its last `decay_steps` updates and reaches `final_lr` x peak at step == steps (Hägele et
     al. 2024, arXiv 2405.18392); cosine-halving multiplies the cosine by 1/2 from mid-run on (Zhu et al. 2024,
@@ -43,26 +43,19 @@ def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    return config.lr * _decay_factor(config, steps, step)
-
-
-def _decay_factor(config: OptimConfig, steps: int, step: int) -> float:
-    floor = config.final_lr
+    floor, second_half = config.final_lr, step >= steps / 2
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    second_half = step >= steps / 2
     if config.schedule in ("cosine", "cosine-halving"):
         cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-        return cosine * (0.5 if config.schedule == "cosine-halving" and second_half else 1.0)
+        return config.lr * (cosine * (0.5 if config.schedule == "cosine-halving" and second_half else 1.0))
     if config.schedule == "two-stage":
-        return (floor + (1 - floor) * (1 - progress)) * (SECOND_STAGE if second_half else 1.0)
+        return config.lr * ((floor + (1 - floor) * (1 - progress)) * (SECOND_STAGE if second_half else 1.0))
     left = steps - step
-    if left >= config.decay_steps:
-        return 1.0
-    return floor + (1 - floor) * left / config.decay_steps
+    return config.lr if left >= config.decay_steps else config.lr * (floor + (1 - floor) * left / config.decay_steps)
 
 
 def roles(params: Any) -> Any:
-    """A tree of `Role`s, from the parameters' names."""
+    """Return a tree of `Role`s, from the parameters' names."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _role(_names(path)), params)
 
 
@@ -79,15 +72,16 @@ def _role(names: list[str]) -> Role:
 
 
 def make_optimizer(config: OptimConfig, model: ModelConfig) -> optax.GradientTransformationExtraArgs:
-    """Clip by global norm, AdamW or Muon, each role's factor of the rate, decoupled weight decay.
+    """Return the optimizer: clipping by global norm, AdamW or Muon, factors of the rate by role, weight decay.
 
-    The caller multiplies by -rate, and may pass `decay`, the share of the weight decay that is on. The factors act on
-    the update alone, so the time scale 1 / (rate x weight_decay) is the same for all that decays (Wang & Aitchison
-    2024, arXiv 2405.13698); under mup this is CompleteP's weight decay x width.
+    The caller multiplies the updates by -rate, and may pass `decay`, the share of the weight decay to apply. The
+    factors do not act on the decay, so its time scale 1 / (rate x weight_decay) is the same for all parameters (Wang &
+    Aitchison 2024, arXiv 2405.13698); under mup this is CompleteP's weight decay x width.
     """
     chain = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     if model.parametrisation == "mup":
-        chain.append(_scaled(lambda path, _: gradient_factor(model, _in_block(path))))
+        in_block = lambda path: bool({"blocks", "lower_bounds"} & set(_names(path)))
+        chain.append(_scaled(lambda path, _: gradient_factor(model, in_block(path))))
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     chain.append(_by_role(scale_by_muon(config.momentum), adam) if config.optimizer == "muon" else adam)
     factors = role_factors(config, model)
@@ -99,7 +93,7 @@ def make_optimizer(config: OptimConfig, model: ModelConfig) -> optax.GradientTra
 
 
 def role_factors(config: OptimConfig, model: ModelConfig) -> dict[Role, float]:
-    """Each role's share of the learning rate: the user's choice times the parametrisation's."""
+    """Return each role's factor on the learning rate: that of the config times that of the parametrisation."""
     chosen: dict[Role, float] = {
         "matrix": 1.0,
         "embedding": config.embedding_lr,
@@ -110,16 +104,12 @@ def role_factors(config: OptimConfig, model: ModelConfig) -> dict[Role, float]:
     return {role: own * rate_factor(model, role, config.optimizer) for role, own in chosen.items()}
 
 
-def _in_block(path: tuple) -> bool:
-    return bool({"blocks", "lower_bounds"} & set(_names(path)))
-
-
 def _by_role(
     matrices: optax.GradientTransformation, others: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """One transformation for the blocks' matrices, another for all else; updates and parameters are nnx.States.
+    """One transformation for the blocks' matrices, another for the rest. Updates and parameters are nnx.States.
 
-    States are divided rather than masked (`optax.partition`): their sharding and checkpoints then need no exceptions.
+    States are split instead of masked (`optax.partition`), so that their sharding and checkpoints need no exceptions.
     """
 
     def divide(tree: nnx.State) -> tuple[nnx.State, ...]:

@@ -1,4 +1,4 @@
-"""A profiler's trace of some steps of a run: `train --profile FROM:TO`."""
+"""Profiler traces of some steps of a run: `train --profile FROM:TO`."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from mmfree_jax.config import require
 
 
 def step_range(text: str) -> range:
-    """`FROM:TO` as the steps FROM to TO - 1; an empty text is none. Raises ConfigError for anything else."""
+    """Parse `FROM:TO`, the steps FROM to TO - 1, or an empty text: no steps. Raises ConfigError for anything else."""
     found = re.fullmatch(r"(\d+):(\d+)", text)
     require(not text or found is not None, f"profile={text!r}: must be FROM:TO, two step numbers")
     steps = range(int(found[1]), int(found[2])) if found else range(0)
@@ -20,18 +20,18 @@ def step_range(text: str) -> range:
 
 
 def check_range(steps: range, end: int) -> None:
-    """Raises ConfigError for steps to trace that all come after the `end` of the run."""
+    """Raise ConfigError for steps that all come after the `end` of the run."""
     require(not steps or steps.start < end, f"profile={steps.start}:{steps.stop}: the run has {end} steps")
 
 
 class Profile:
-    """Traces `steps` into `folder` (for TensorBoard's profiler or Perfetto); a trace cut short is still written."""
+    """Writes a trace of `steps` to `folder`, for TensorBoard's profiler or Perfetto, also if the run ends before."""
 
     def __init__(self, folder: Path, steps: range):
         self.folder, self.steps, self._running = folder, steps, False
 
     def before(self, step: int) -> None:
-        """Start with the first of the steps, or with the step at which a resumed run enters them."""
+        """Start at the first of the steps, or at the first one that a resumed run takes."""
         if step in self.steps and not self._running:
             jax.profiler.start_trace(str(self.folder))
             self._running = True

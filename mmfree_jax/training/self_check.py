@@ -184,5 +184,12 @@ def _name(key: ProgramKey, rows: int, time: int) -> str:
 def _sources() -> str:
     """A digest of the code that computes a step."""
     root = Path(__file__).parents[1]
-    patterns = ("models/*.py", "ops/**/*.py", "training/*.py", "data/packing.py", "parametrisation.py", "sharding.py")
+    patterns = (
+        "models/*.py",
+        "ops/**/*.py",
+        "training/*.py",
+        "data/reading/documents.py",
+        "parametrisation.py",
+        "sharding.py",
+    )
     return sha256(file for pattern in patterns for file in sorted(root.glob(pattern)))

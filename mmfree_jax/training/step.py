@@ -28,7 +28,7 @@ from mmfree_jax.config import (
     Remat,
     RunConfig,
 )
-from mmfree_jax.data.packing import document_ids, is_target
+from mmfree_jax.data.reading.documents import document_ids, is_target
 from mmfree_jax.devices import backend
 from mmfree_jax.distributed import put, repeat
 from mmfree_jax.models.language_model import LanguageModel
@@ -98,31 +98,16 @@ class Program:
 
 
 def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:
-    """The part of a run that its compiled program depends on: rate, schedule and durations are reset.
+    """Return the part of a run that its compiled program depends on. Rate, schedule and durations are reset.
 
     end_of_document: of the corpus; None where nothing is computed from tokens.
     """
     neutral = OptimConfig()
-    optim = dataclasses.replace(
-        config.optim,
-        lr=neutral.lr,
-        schedule="constant",
-        warmup_steps=neutral.warmup_steps,
-        decay_steps=0,
-        final_lr=neutral.final_lr,
-    )
-    separator = end_of_document if config.data.separate_documents else None
+    reset = {name: getattr(neutral, name) for name in ("lr", "warmup_steps", "decay_steps", "final_lr")}
+    optim = dataclasses.replace(config.optim, schedule="constant", **reset)
+    same: dict[str, Any] = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(ProgramKey)}
     return ProgramKey(
-        config.model,
-        optim,
-        config.mesh,
-        config.precision,
-        config.remat,
-        config.kernels,
-        config.gather,
-        config.reduction,
-        config.unroll,
-        separator,
+        **same | {"optim": optim, "separator": end_of_document if config.data.separate_documents else None}
     )
 
 

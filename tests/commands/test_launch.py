@@ -65,7 +65,7 @@ def test_help_explains_itself(arguments):
         (("train", "matmul-free-tiny", "--out", "x", "--batch-size=1"), "did you mean --data.batch?"),
         (
             ("train", "matmul-free-tiny", "--out", "x", "--model.zzz", "1"),
-            "zzz, 1 (see launch.py train matmul-free-tiny",
+            "zzz 1 (see launch.py train matmul-free-tiny",
         ),
         (
             ("train", "matmul-free-tiny", "--out", "x", "--optim.lr", "fast"),
@@ -128,14 +128,14 @@ def test_an_interrupted_verb_says_so(monkeypatch, capsys):
     def stopped(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mmfree_jax.cli.study", stopped)
+    monkeypatch.setattr("mmfree_jax.commands.sweep.study", stopped)
     assert main(["study"]) == 130
     assert capsys.readouterr().err == "launch.py study: interrupted\n"
 
 
 def test_an_error_that_nobody_foresaw_says_its_type_and_where_its_traceback_is(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("mmfree_jax.cli.study", lambda _: {}["optimizer"])
+    monkeypatch.setattr("mmfree_jax.commands.sweep.study", lambda _: {}["optimizer"])
     assert main(["study"]) == 1
     said = capsys.readouterr().err
     (trace,) = tmp_path.iterdir()
@@ -153,7 +153,7 @@ def test_errors_that_are_written_for_users_are_one_sentence(monkeypatch, capsys,
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for name, says in (("no.json", "No such file or directory"), ("bad.json", "bad.json is not JSON")):
         (tmp_path / "bad.json").write_text("{")
-        monkeypatch.setattr("mmfree_jax.cli.study", lambda _, name=name: read_json(tmp_path / name))
+        monkeypatch.setattr("mmfree_jax.commands.sweep.study", lambda _, name=name: read_json(tmp_path / name))
         assert main(["study"]) == 1
         said = capsys.readouterr().err
         assert says in said
@@ -167,7 +167,7 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys, tmp_path)
     def lost(_):
         raise BrokenPipeError("the coordinator is gone")
 
-    monkeypatch.setattr("mmfree_jax.cli.study", lost)
+    monkeypatch.setattr("mmfree_jax.commands.sweep.study", lost)
     assert main(["study"]) == 1
     assert capsys.readouterr().err.startswith("launch.py study: BrokenPipeError: the coordinator is gone (traceback: ")
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mmfree_jax.data.embedded import Package
+from mmfree_jax.data.building.embedded import Package
 
 ROOT = Path(__file__).parents[2]
 WORDS = (

@@ -8,20 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import ROOT, made_up_packages, run_python
-from test_dedup import jaccard, word_runs
 
-from mmfree_jax.data import corpora, embedded
-from mmfree_jax.data.token_set import TokenSet
+from mmfree_jax.data import corpora
+from mmfree_jax.data.building import embedded
+from mmfree_jax.data.reading.token_set import TokenSet
+from tests.data.building.test_dedup import jaccard, word_runs
+from tests.data.made_up import ROOT, made_up_packages, run_python
 
 BUILD = """if True:
     import sys
     from pathlib import Path
-    from made_up import made_up_packages
-    from mmfree_jax.data import corpora, embedded
+    from tests.data.made_up import made_up_packages
+    from mmfree_jax.data import corpora
+    from mmfree_jax.data.building import embedded
     packages = made_up_packages(Path(sys.argv[1]))
-    corpora.installed_packages = lambda: packages
-    corpora.installed_versions = lambda: {p.name: p.version for p in packages}
+    embedded.installed_packages = lambda: packages
+    embedded.installed_versions = lambda: {p.name: p.version for p in packages}
     built = corpora.resolve_corpus("embedded", 500, Path(sys.argv[2]), lambda line: print(line, flush=True))
     print(built.fingerprint, built.path)
 """
@@ -34,7 +36,7 @@ def digest(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> TokenSet:
     folder = tmp_path_factory.mktemp("corpus")
-    return corpora.build_embedded(folder / "set", 500, packages=made_up_packages(folder), processes=1)
+    return embedded.build_embedded(folder / "set", 500, packages=made_up_packages(folder), processes=1)
 
 
 def test_two_processes_build_the_same_bytes(built: TokenSet, tmp_path: Path) -> None:
@@ -73,8 +75,8 @@ def test_the_card_accounts_for_every_byte(built: TokenSet) -> None:
 
 def test_a_second_call_opens_what_the_first_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packages = made_up_packages(tmp_path)
-    monkeypatch.setattr(corpora, "installed_packages", lambda: packages)
-    monkeypatch.setattr(corpora, "installed_versions", lambda: {"alpha": "1.0"})
+    monkeypatch.setattr(embedded, "installed_packages", lambda: packages)
+    monkeypatch.setattr(embedded, "installed_versions", lambda: {"alpha": "1.0"})
     monkeypatch.setenv("MMFREE_JAX_CACHE", str(tmp_path / "cache"))
     said: list[str] = []
     first = corpora.resolve_corpus("embedded", 500, progress=said.append)
@@ -83,7 +85,7 @@ def test_a_second_call_opens_what_the_first_built(tmp_path: Path, monkeypatch: p
     assert corpora.resolve_corpus("embedded", 500, progress=said.append).path == first.path
     assert said == []
     assert corpora.resolve_corpus(first.path).fingerprint == first.fingerprint
-    monkeypatch.setattr(corpora, "installed_versions", lambda: {"alpha": "1.1"})
+    monkeypatch.setattr(embedded, "installed_versions", lambda: {"alpha": "1.1"})
     assert corpora.resolve_corpus("embedded", 500).path != first.path
 
 
@@ -137,7 +139,7 @@ def test_a_tier_is_found_by_name_once_it_is_built(built: TokenSet, tmp_path: Pat
 
 
 def test_importing_the_package_is_cheap_and_brings_no_jax() -> None:
-    modules = "mmfree_jax.data.corpora, mmfree_jax.data.pipeline"
+    modules = "mmfree_jax.data.corpora, mmfree_jax.data.reading.pipeline"
     code = f"import sys, {modules}; print('jax' in sys.modules, 'grain' in sys.modules)"
     assert run_python(code).stdout == "False False\n"
 
@@ -145,7 +147,7 @@ def test_importing_the_package_is_cheap_and_brings_no_jax() -> None:
 @pytest.mark.slow
 def test_the_installed_packages_give_a_corpus_to_train_on(tmp_path: Path) -> None:
     began = time.monotonic()
-    real = corpora.build_embedded(tmp_path / "set", 2048)
+    real = embedded.build_embedded(tmp_path / "set", 2048)
     assert time.monotonic() - began < 300  # 20 s on two idle cores; CI machines are neither
     real.verify()
     train, valid = real.split("train"), real.split("valid")

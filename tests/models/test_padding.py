@@ -10,7 +10,7 @@ from flax import nnx
 from models.families import CONFIGS, extend, logits, model, replace, tokens
 
 from mmfree_jax.config import FAMILIES, ConfigError
-from mmfree_jax.interop import load_huggingface, save_huggingface
+from mmfree_jax.interop.huggingface import load_huggingface, save_huggingface
 
 PADDED = 80
 

@@ -17,16 +17,16 @@ import pytest
 from rich.console import Console
 
 from mmfree_jax.config import Branch, ConfigError
-from mmfree_jax.data.token_writer import write_token_set
-from mmfree_jax.data.tokenization import byte_tokenizer
+from mmfree_jax.data.building.token_writer import write_token_set
+from mmfree_jax.data.tokenizers.tokenizer import byte_tokenizer
 from mmfree_jax.files import LockedError
+from mmfree_jax.run_folder import claim
 from mmfree_jax.sweep import worker
 from mmfree_jax.sweep.executor import give_up, open_chains, remaining
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
 from mmfree_jax.sweep.heartbeat import STALE_SECONDS, Heartbeat, file_clock, holder, last_beat, wait_until_free
 from mmfree_jax.sweep.status import fail, run_folder, status
 from mmfree_jax.sweep.study import prepare, provenance
-from mmfree_jax.training.folder import claim
 from mmfree_jax.training.metrics import Diverged
 from tests.conftest import sentences, tiny_model, tiny_run
 

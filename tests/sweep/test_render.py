@@ -113,8 +113,8 @@ def test_a_time_limit_and_a_corpus_that_has_to_be_brought_are_passed_on(tmp_path
     study = ladder.study()
     script, *paths = render(study, EXPERIMENT, tmp_path, "skypilot", Cloud(**BUCKET), limit_hours=1.5)
     (jobs,) = render(study, EXPERIMENT, tmp_path, "jobset", Cloud(**CLAIM), limit_hours=1.5)
-    assert "# First, once: launch.py corpus build m --vocab 4096" in script.read_text()
-    assert jobs.read_text().startswith("# First, once: launch.py corpus build m --vocab 4096")
+    assert "# First, once: mmfree corpus build m --vocab 4096" in script.read_text()
+    assert jobs.read_text().startswith("# First, once: mmfree corpus build m --vocab 4096")
     task = yaml.safe_load(paths[0].read_text())
     container = list(yaml.safe_load_all(jobs.read_text()))[1]["spec"]["replicatedJobs"][0]["template"]["spec"]
     container = container["template"]["spec"]["containers"][0]

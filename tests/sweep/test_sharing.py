@@ -11,11 +11,11 @@ import pytest
 from mmfree_jax import nvidia
 from mmfree_jax.config import ConfigError, MeshConfig
 from mmfree_jax.presets import run_preset
+from mmfree_jax.run_folder import claim
 from mmfree_jax.sweep import sharing
 from mmfree_jax.sweep.experiment import chains, load_study
 from mmfree_jax.sweep.local import Local, Slot, joined, this_machine
 from mmfree_jax.sweep.status import run_folder
-from mmfree_jax.training.folder import claim
 from mmfree_jax.training.loop import train
 from tests.conftest import read_metrics, tiny_run
 

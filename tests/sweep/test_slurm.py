@@ -14,9 +14,9 @@ import pytest
 
 from mmfree_jax.config import ConfigError, MeshConfig
 from mmfree_jax.files import read_json
+from mmfree_jax.run_folder import claim
 from mmfree_jax.sweep.slurm import Driver, Place, Slurm, SlurmExecutor, Ticket, Tracked
 from mmfree_jax.sweep.status import run_folder, status
-from mmfree_jax.training.folder import claim
 from tests.conftest import tiny_run
 from tests.sweep.one_host_slurm import missing, one_host_slurm
 
@@ -215,7 +215,7 @@ def test_a_job_that_falls_silent_is_cancelled_and_submitted_again(slurm, token_s
     sweep.wait_for(driver, "submitted 1 jobs")
     text = sweep.stop(driver)
     assert "r0: job" in text
-    assert "gave no sign of life for 0.05 min" in text
+    assert "had no heartbeat for 0.05 min" in text
     assert "is gone; submitted again" in text
 
 
@@ -240,10 +240,10 @@ def test_a_running_job_that_never_gives_a_sign_of_life_is_cancelled_and_a_waitin
     one = Tracked([tiny_run("transformer++", Path("c"))], job="7_0")
     driver = Driver(executor, tmp_path, [one], lambda: None)
     for clock.now in (1.0, 300.0, 600.0):
-        driver._listen(one, Place("7_0", state))
+        driver._check_heartbeat(one, Place("7_0", state))
     assert commands == []
     clock.now = 602.0
-    driver._listen(one, Place("7_0", state))
+    driver._check_heartbeat(one, Place("7_0", state))
     assert commands == ([["scancel", "7_0"]] if state == "RUNNING" else [])
 
 
@@ -255,7 +255,7 @@ def test_a_run_whose_job_is_lost_twice_without_a_step_is_given_up(tmp_path):
     for job in ("7_0", "8_0"):
         assert driver.tracked == [one]
         one.ticket, one.job = Ticket("sweep", 0), job
-        driver._settle({})  # squeue knows of no job
+        driver._update({})  # squeue knows of no job
     assert said == [f"{run.name}: job 7_0 is gone; submitted again (its last words: nothing)"]
     assert driver.tracked == []
     assert status(run_folder(tmp_path, run), run).error.startswith("its job 8_0 is gone, like the one before")

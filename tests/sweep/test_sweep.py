@@ -13,13 +13,13 @@ from rich.console import Console
 from mmfree_jax.config import ConfigError, MeshConfig, RunConfig
 from mmfree_jax.data import resolve_data
 from mmfree_jax.files import locked, write_json
+from mmfree_jax.run_folder import claim, read_run
 from mmfree_jax.sweep.executor import open_chains
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
 from mmfree_jax.sweep.local import Local, Slot, find_slots, joined, this_machine
 from mmfree_jax.sweep.status import collect, run_folder, status
 from mmfree_jax.sweep.study import prepare, sweep
 from mmfree_jax.sweep.view import View
-from mmfree_jax.training.folder import claim, read_run
 from mmfree_jax.training.loop import train
 from tests.conftest import tiny_run
 

@@ -10,9 +10,9 @@ import pytest
 
 from mmfree_jax.config import ConfigError, RunConfig, from_json
 from mmfree_jax.files import locked, read_json
+from mmfree_jax.run_folder import claim
 from mmfree_jax.sweep import worker
 from mmfree_jax.sweep.heartbeat import wait_until_free
-from mmfree_jax.training.folder import claim
 from mmfree_jax.training.metrics import Diverged
 from tests.conftest import tiny_run
 from tests.sweep.ports import free_port

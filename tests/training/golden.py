@@ -31,8 +31,8 @@ import numpy as np
 
 from mmfree_jax.config import FAMILIES, DataConfig, ModelConfig, OptimConfig, RunConfig
 from mmfree_jax.data import TokenSet
-from mmfree_jax.data.token_writer import write_token_set
-from mmfree_jax.data.tokenization import byte_tokenizer
+from mmfree_jax.data.building.token_writer import write_token_set
+from mmfree_jax.data.tokenizers.tokenizer import byte_tokenizer
 from mmfree_jax.training import loop
 
 FILE = Path(__file__).with_name("golden.json")

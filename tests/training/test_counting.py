@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from mmfree_jax.data import TokenSet
-from mmfree_jax.data.packing import pack
+from mmfree_jax.data.building.packing import pack
 from mmfree_jax.files import read_json
 from mmfree_jax.training import loop
 from mmfree_jax.training.interrupt import Interrupted

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from mmfree_jax import cli
+from mmfree_jax.commands import models
 from mmfree_jax.config import FAMILIES, ConfigError, RunConfig
 from mmfree_jax.data import Mixture, TokenSet, resolve_data
-from mmfree_jax.data.packing import pack
-from mmfree_jax.data.token_writer import write_token_set
-from mmfree_jax.data.tokenization import byte_tokenizer
+from mmfree_jax.data.building.packing import pack
+from mmfree_jax.data.building.token_writer import write_token_set
+from mmfree_jax.data.tokenizers.tokenizer import byte_tokenizer
 from mmfree_jax.files import read_json
-from mmfree_jax.training.folder import check_data
+from mmfree_jax.run_folder import check_data
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.step import make_program, program_key
 from tests.conftest import MAIN_FAMILIES, sentences, tiny_model, tiny_run
@@ -110,7 +110,7 @@ def test_a_packed_set_is_evaluated_on_as_any_other(token_set: TokenSet, tmp_path
     """Its held-out text is not packed."""
     packed = pack(token_set, tmp_path / "packed", 64)
     result = train(tiny_run("matmul-free", token_set.path), tmp_path / "run", token_set)
-    assert cli.evaluate([str(tmp_path / "run"), "--corpus", str(packed.path)]) == 0
+    assert models.evaluate([str(tmp_path / "run"), "--corpus", str(packed.path)]) == 0
     assert f"loss {result['loss']:.6g}" in capsys.readouterr().out
 
 

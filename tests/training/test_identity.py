@@ -13,12 +13,12 @@ import pytest
 from mmfree_jax import devices
 from mmfree_jax.config import Branch, ConfigError, RunConfig, from_dict, to_json
 from mmfree_jax.data import Counts, resolve_data
-from mmfree_jax.data.token_writer import write_token_set
-from mmfree_jax.data.tokenization import byte_tokenizer
+from mmfree_jax.data.building.token_writer import write_token_set
+from mmfree_jax.data.tokenizers.tokenizer import byte_tokenizer
 from mmfree_jax.files import read_json
+from mmfree_jax.run_folder import HOW, changes, claim, known_corpora, read_run, with_corpus, with_saved_choices
 from mmfree_jax.sweep.status import collect
 from mmfree_jax.training import identity as identities
-from mmfree_jax.training.folder import HOW, changes, claim, known_corpora, read_run, with_corpus, with_saved_choices
 from mmfree_jax.training.identity import SILENT, identity
 from mmfree_jax.training.loop import result_row, train
 from mmfree_jax.training.metrics import Progress

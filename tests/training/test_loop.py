@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmfree_jax.checkpoint import CheckpointError, Checkpoints
 from mmfree_jax.config import Branch, ConfigError, OptimConfig
-from mmfree_jax.data.token_writer import write_token_set
-from mmfree_jax.data.tokenization import byte_tokenizer
+from mmfree_jax.data.building.token_writer import write_token_set
+from mmfree_jax.data.tokenizers.tokenizer import byte_tokenizer
 from mmfree_jax.errors import reported
 from mmfree_jax.files import read_json
+from mmfree_jax.run_folder import read_run, with_corpus
 from mmfree_jax.training import loop
-from mmfree_jax.training.checkpoint import CheckpointError, Checkpoints
-from mmfree_jax.training.folder import read_run, with_corpus
 from mmfree_jax.training.interrupt import Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
@@ -205,7 +205,7 @@ def test_a_folder_with_another_run_is_refused(token_set, tmp_path):
 
 
 def test_a_single_block_of_held_out_text_has_no_standard_error(token_set, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmfree_jax.evaluation.BLOCK", 1000)
+    monkeypatch.setattr("mmfree_jax.evaluation.loss.BLOCK", 1000)
     result = train(tiny_run("matmul-free", token_set.path), tmp_path, token_set)
     assert result["loss"] > 0
     assert result["loss_se"] is None

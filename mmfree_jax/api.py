@@ -1,0 +1,112 @@
+"""The Python interface: `import mmfree_jax`, then `preset`, `train`, `load`, `evaluate`, `export` (docs/python.md).
+
+Each function does what the verb of that name does. Nothing here prints; `say` is called with the lines of progress.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmfree_jax.config import MeshConfig, RunConfig, replaced, require
+from mmfree_jax.data import TokenSet, resolve_data
+from mmfree_jax.devices import check_platform, check_settings
+from mmfree_jax.evaluation.loss import Scores
+from mmfree_jax.evaluation.loss import evaluate as held_out_loss
+from mmfree_jax.interop.huggingface import save_huggingface
+from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.presets import run_preset
+from mmfree_jax.run_folder import check_held_out_text, held_out_corpus, known_corpora, with_padding
+from mmfree_jax.sharding import left_idle, make_mesh
+from mmfree_jax.training import loop
+from mmfree_jax.training.step import make_program, program_key
+from mmfree_jax.weights import is_run, load_model, load_params, origin, run_config
+
+Say = Callable[[str], None]
+
+
+def quiet(line: str) -> None:
+    """Print nothing."""
+
+
+def preset(name: str, changes: Mapping[str, Any] | None = None) -> RunConfig:
+    """Return the config of a preset, FAMILY-SIZE, with some of its fields changed.
+
+    changes: dotted field -> value, such as {"steps": 100, "optim.lr": 4e-3}.
+    Raises ConfigError for a name or field that does not exist, and for a run that cannot be.
+    """
+    return replaced(run_preset(name), changes or {})
+
+
+def prepare(run: RunConfig, out: Path, say: Say = quiet) -> tuple[RunConfig, TokenSet]:
+    """Find the devices and the corpus of a run, and fill in what its config leaves open.
+
+    Building the embedded corpus for the first time takes half a minute. Raises ConfigError if devices are missing, the
+    corpus does not fit the model, or an axis of the mesh divides no parameter.
+    """
+    check_platform()
+    make_mesh(run.mesh)  # before a corpus is prepared
+    if idle := left_idle(run.mesh):
+        say(idle)
+    token_set = resolve_data(run.data, say, known_corpora(out))
+    run = loop.resolved(run, out, token_set)
+    for line in make_program(program_key(run, token_set.end_of_document)).uncut:
+        say(line)
+    return run, token_set
+
+
+def train(run: RunConfig, out: str | Path, say: Say = quiet) -> dict[str, Any]:
+    """Train a run in the folder `out`, or resume it there, and return its row of the runs table.
+
+    A finished run is returned at once. Raises ConfigError (another run is in the folder, the corpus does not fit),
+    SelfCheckError, Diverged, or Interrupted once the state has been saved after a signal.
+    """
+    run, token_set = prepare(run, Path(out), say)
+    return loop.train(run, Path(out), token_set)
+
+
+def load(path: str | Path, dtype: str = "float32") -> LanguageModel:
+    """Load a model from a run directory (its newest checkpoint), an imported folder or a Hugging Face folder.
+
+    The parameters are float32 and on one device; `dtype` is that of the activations. Calling the model with tokens,
+    int32 [B, T], gives logits [B, T, V]. Raises ConfigError for another folder, CheckpointError for a damaged one.
+    """
+    return load_model(Path(path), dtype)
+
+
+def evaluate(
+    path: str | Path, corpus: str = "", *, sequence: int = 0, mesh: MeshConfig | None = None, say: Say = quiet
+) -> Scores:
+    """Compute the loss of a model on held-out text.
+
+    corpus: name, or folder of a token set; by default that of the run. sequence: tokens in a window; 0: that of the
+    run, else 2048. mesh: by default one device.
+    Returns `loss` (nats a token), `loss_se` (its standard error), `bpb` (bits per byte) and `tokens`. Raises
+    ConfigError for a model that was not trained here if no corpus is given, and for a corpus of another tokenizer.
+    """
+    path, mesh = Path(path), mesh or MeshConfig()
+    check_settings()
+    check_platform()
+    run = run_config(path)
+    known = bool(corpus) or is_run(path)
+    require(known, f"{path} was not trained here: give the corpus to evaluate on with --corpus")
+    devices = make_mesh(mesh)
+    if idle := left_idle(mesh):
+        say(idle)
+    sequence = sequence or run.data.sequence
+    divisible = sequence % mesh.sequence == 0
+    require(divisible, f"a sequence of {sequence} is not divisible by mesh.sequence={mesh.sequence}: choose others")
+    token_set = held_out_corpus(path, run.data, corpus)
+    check_held_out_text(token_set)
+    run = dataclasses.replace(run, model=with_padding(run.model, token_set))
+    program = make_program(dataclasses.replace(program_key(run, token_set.end_of_document), mesh=mesh))
+    params = load_params(path, program.abstract_state.params)
+    return held_out_loss(program.evaluate, devices, params, token_set, sequence)
+
+
+def export(path: str | Path, out: str | Path, dtype: str = "float32") -> None:
+    """Write a model into a new Hugging Face folder; `dtype` is the type on disk.
+
+    Raises ConfigError for an architecture that the format cannot express, FileExistsError if the folder has files.
+    """
+    save_huggingface(load_model(Path(path)), Path(out), dtype, origin=origin(Path(path)))

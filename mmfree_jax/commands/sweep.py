@@ -1,0 +1,95 @@
+"""The verbs `study` and `sweep`: run an experiment, or say where it stands."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+
+from mmfree_jax.command_line import parse
+from mmfree_jax.config import require
+from mmfree_jax.output import line_printer, program
+from mmfree_jax.sweep import study as flow
+from mmfree_jax.sweep.executor import Executor
+from mmfree_jax.sweep.experiment import load_study
+from mmfree_jax.sweep.local import this_machine
+from mmfree_jax.sweep.render import Cloud, render
+from mmfree_jax.sweep.slurm import Slurm, SlurmExecutor
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepArguments:
+    """Run an experiment: start the runs that have not begun, resume those that were interrupted."""
+
+    experiment: tyro.conf.Positional[Path]
+    """Python file that defines study()."""
+    out: Path
+    """Folder for the runs. A sweep that is already there is continued."""
+    slots: int = 0
+    """Workers on each GPU (0: one, or several if the models are small). Without GPUs, workers in total (0: one for each
+    CPU core). Runs that shared a GPU have no seconds, joules, mfu or peak memory in their rows."""
+    executor: Literal["local", "slurm"] = "local"
+    """Workers on this machine (Linux only), or SLURM jobs."""
+    slurm: Slurm = dataclasses.field(default_factory=Slurm)
+    """Options of SLURM jobs."""
+    limit_hours: float = 0.0
+    """Time limit of a run in hours. When it is over, the run is saved and counts as failed (0: no limit)."""
+    again: bool = False
+    """Run diverged runs again too."""
+    dry_run: bool = False
+    """Print what would be run, then exit."""
+    status: bool = False
+    """Print the state of each run, then exit."""
+    collect: bool = False
+    """Write runs.csv from the runs that are done so far, then exit."""
+    render: Literal["", "skypilot", "jobset"] = ""
+    """Write the sweep as SkyPilot tasks or Kubernetes JobSets into OUT, then exit."""
+    cloud: Cloud = dataclasses.field(default_factory=Cloud)
+    """Machines for rendered tasks."""
+
+
+def study(arguments: list[str]) -> int:
+    """Train a sweep, fit it and write the report."""
+    return _run("study", arguments)
+
+
+def sweep(arguments: list[str]) -> int:
+    """Train the runs of a sweep and write runs.csv."""
+    return _run("sweep", arguments)
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    chosen = parse(SweepArguments, arguments, f"{program()} {verb}")
+    modes = [name for name in ("dry_run", "status", "collect", "render") if getattr(chosen, name)]
+    flags = " and ".join(f"--{name.replace('_', '-')}" for name in modes)
+    require(len(modes) < 2, f"{flags} are asked for together: choose one")
+    # A sweep meant for a cluster must not begin on this machine because a flag is missing.
+    only_looks = chosen.status or chosen.collect
+    unused = "would do nothing: it needs"
+    require(only_looks or chosen.executor == "slurm" or chosen.slurm == Slurm(), f"--slurm.… {unused} --executor slurm")
+    require(only_looks or bool(chosen.render) or chosen.cloud == Cloud(), f"--cloud.… {unused} --render")
+
+    declared = load_study(chosen.experiment)
+    if chosen.status:
+        print("\n".join(flow.status_lines(declared, chosen.out)))
+        return 0
+    if chosen.collect:
+        print(f"runs table: {flow.collect(chosen.out, declared.runs)}")
+        return 0
+    if chosen.render:
+        target = declared, chosen.experiment, chosen.out, chosen.render
+        print(*render(*target, chosen.cloud, chosen.limit_hours), sep="\n")
+        return 0
+    console = Console()
+    executor: Executor
+    if chosen.executor == "slurm":
+        require(chosen.slots == 0, "--slots is for workers of this machine: with SLURM use --slurm.parallel")
+        executor = SlurmExecutor(chosen.slurm, chosen.limit_hours, line_printer(console))
+    else:
+        executor = this_machine(chosen.slots, chosen.limit_hours)
+    if chosen.dry_run:
+        print("\n".join(flow.plan_lines(declared, executor)))
+        return 0
+    run = flow.run_study if verb == "study" else flow.sweep
+    return run(declared, chosen.out, console, executor, chosen.again)

@@ -1,0 +1,1 @@
+"""What builds token sets: sources of text, cleaning, deduplication, parallel tokenisation, packing, the writer."""

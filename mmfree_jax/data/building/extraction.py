@@ -1,0 +1,240 @@
+"""Paragraphs of running English out of the files in packages: HTML, manuals, comments, dictionaries, descriptions."""
+
+import gzip
+import html
+import json
+import re
+import struct
+import subprocess
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from mmfree_jax.data.building.text import decode, letters_share, normalise, stop_word_share
+
+SHORTEST, LONGEST = 60, 6_000  # characters of a paragraph; longer ones are cut at ends of sentences
+_CUT = 1_500  # characters of the parts of a paragraph that is too long
+_WORD = re.compile(r"[A-Za-z']+")
+_BLANK_LINE = re.compile(r"\n\s*\n")
+_SPACES = re.compile(r"\s+")
+_SENTENCE_END = re.compile(r"(?<=[.!?]) ")
+
+_HTML_COMMENT = re.compile(r"<!--.*?-->", re.S)
+_HTML_HIDDEN = re.compile(r"<(script|style|head|nav|footer|svg|template|select|button|pre)\b.*?</\1\s*>", re.S | re.I)
+_HTML_BLOCK = re.compile(
+    r"</?(?:address|article|aside|blockquote|body|br|caption|center|dd|div|dl|dt|fieldset|figcaption|figure|h[1-6]|header|hr"
+    r"|item|li|listitem|main|note|ol|p|para|section|table|tbody|td|th|tip|title|tr|ul|verse|chapter|lg)\b[^>]*>",
+    re.I,
+)
+_HTML_TAG = re.compile(r"<[^<>]{0,2000}>")
+_RST_LINE = re.compile(r"^\s*(?:\.\. |:[\w -]+:|\|)|^\s*[=\-~^\"`*+#]{3,}\s*$")
+_RST_ROLE = re.compile(r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
+_COMMENT = re.compile(r"/\*(.*?)\*/|((?:^[ \t]*//[^\n]*\n)+)", re.S | re.M)
+_COMMENT_EDGE = re.compile(r"^[ \t]*(?:\*+|//[/!]?)[ \t]?", re.M)
+_ADA_COMMENT = re.compile(r"(?:^[ \t]*--[^\n]*\n)+", re.M)
+_LICENCE_NOTE = re.compile(r"SPDX|[Cc]opyright|WARRANT|[Ll]icen[cs]ed? under|Redistribution and use")
+_KCONFIG_HELP = re.compile(r"^\s+(?:---)?help(?:---)?\n((?:[ \t]+[^\n]*\n|\n)+)", re.M)
+_POD_CODE = re.compile(r"[BCFILSX]<(?:[^<>|]*\|)?([^<>]*)>")
+_MAN_INLINE = re.compile(r"\\f(?:\(..|\[[^\]]*\]|.)|\\s[-+]?\d|\\[&/,|^]|\\\[[^\]]*\]|\\\(..")
+_TEXINFO_BRACES = re.compile(r"@\w+\{([^{}]*)\}")
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph is running English: long enough, mostly letters, a fifth function words, few identifiers."""
+    words = _WORD.findall(paragraph)
+    return (
+        len(paragraph) >= SHORTEST
+        and len(words) >= 9
+        and letters_share(paragraph, words) >= 0.8
+        and stop_word_share(paragraph, words) >= 0.2
+        and len("".join(words)) <= 9 * len(words)
+        and paragraph.count("_") + 2 * paragraph.count("::") <= 0.1 * len(words)
+    )
+
+
+def _cut_long(paragraph: str) -> Iterator[str]:
+    if len(paragraph) <= LONGEST:
+        yield paragraph
+        return
+    part: list[str] = []
+    size = 0
+    for sentence in _SENTENCE_END.split(paragraph):
+        part.append(sentence)
+        size += len(sentence)
+        if size >= _CUT:
+            yield " ".join(part)
+            part, size = [], 0
+    yield " ".join(part)
+
+
+def prose(blocks: Iterator[str]) -> list[str]:
+    """The blocks that are prose, each on one line, those that are too long cut."""
+    lines = (_SPACES.sub(" ", normalise(block)).strip() for block in blocks)
+    return [part for line in lines if len(line) >= SHORTEST for part in _cut_long(line) if is_prose(part)]
+
+
+def from_plain(text: str) -> Iterator[str]:
+    """Blocks between blank lines."""
+    yield from _BLANK_LINE.split(text)
+
+
+def from_html(text: str) -> Iterator[str]:
+    """Blocks of HTML, XHTML, DocBook or OSIS; scripts, navigation and listings are left out."""
+    text = _HTML_HIDDEN.sub("\n\n", _HTML_COMMENT.sub(" ", text)).replace("\n", " ")
+    text = _HTML_TAG.sub("", _HTML_BLOCK.sub("\n\n", text))
+    yield from html.unescape(text).split("\n\n")
+
+
+def from_rst(text: str) -> Iterator[str]:
+    """Paragraphs of reStructuredText, without directives, fields and literal blocks."""
+    for block in _BLANK_LINE.split(text):
+        if not re.match(r"(?: {4}|\t)(?!\s*[A-Z])", block):
+            lines = [line for line in block.split("\n") if not _RST_LINE.match(line)]
+            yield _RST_ROLE.sub(r"\1", " ".join(lines)).replace("``", "").replace("`", "")
+
+
+def from_pod(text: str) -> Iterator[str]:
+    """Paragraphs of Perl documentation."""
+    inside = True
+    for block in _BLANK_LINE.split(text):
+        if block.startswith("="):
+            inside = not block.startswith("=cut")
+        elif inside and not block.startswith((" ", "\t")):
+            yield _POD_CODE.sub(r"\1", _POD_CODE.sub(r"\1", block))
+
+
+def from_man(text: str) -> Iterator[str]:
+    """Paragraphs of a manual page in troff."""
+    held: list[str] = []
+    verbatim = False
+    for line in text.split("\n"):
+        macro = re.match(r"[.']\s*(\S*)\s*(.*)", line)
+        name, rest = macro.groups() if macro else ("", line)
+        verbatim = (verbatim or name in ("nf", "EX")) and name not in ("fi", "EE")
+        if verbatim or name.startswith('\\"'):
+            continue
+        if macro and name not in ("B", "I", "BR", "IR", "RB", "RI", "BI", "IB", "Xr", "Ar", "Fl", "Em", "Pa", "Nm"):
+            yield " ".join(held)
+            held = []
+        else:
+            held.append(rest.replace('"', ""))
+    yield " ".join(held)
+
+
+def from_texinfo(text: str) -> Iterator[str]:
+    """Paragraphs of Texinfo."""
+    text = re.sub(r"^@(?!itemx?\b).*$", "", text, flags=re.M)
+    for _ in range(3):  # braces inside braces
+        text = _TEXINFO_BRACES.sub(r"\1", text)
+    yield from _BLANK_LINE.split(re.sub(r"@itemx? ?", "", text).replace("@@", "@"))
+
+
+def from_comments(text: str) -> Iterator[str]:
+    """Paragraphs of the comments of C and its relatives, without licence headers."""
+    for match in _COMMENT.finditer(text):
+        comment = _COMMENT_EDGE.sub("", match.group(1) or match.group(2) or "")
+        if not _LICENCE_NOTE.search(comment, 0, 2_000):
+            yield from _BLANK_LINE.split(comment)
+
+
+def from_ada(text: str) -> Iterator[str]:
+    """Paragraphs of the comments of Ada."""
+    for match in _ADA_COMMENT.finditer(text):
+        comment = re.sub(r"^[ \t]*-+ ?|-+[ \t]*$", "", match.group(), flags=re.M)
+        if not _LICENCE_NOTE.search(comment, 0, 2_000):
+            yield from _BLANK_LINE.split(comment)
+
+
+def from_kconfig(text: str) -> Iterator[str]:
+    """The help texts of kernel options."""
+    for match in _KCONFIG_HELP.finditer(text):
+        yield from _BLANK_LINE.split(match.group(1))
+
+
+def from_changelog(text: str) -> Iterator[str]:
+    """The entries of a GNU ChangeLog."""
+    for block in _BLANK_LINE.split(text.replace("\n\t", "\n")):
+        yield re.sub(r"^\s*\* ", "", block)
+
+
+def _strings(value: Any, keys: tuple[str, ...]) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if isinstance(inner, str) and key in keys:
+                yield inner
+            else:
+                yield from _strings(inner, keys)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner, keys)
+
+
+def from_api_description(text: str) -> Iterator[str]:
+    """The descriptions in a machine-readable API description (JSON), which may hold HTML."""
+    for description in _strings(json.loads(text), ("documentation", "description")):
+        yield from from_html(description)
+
+
+def from_pdf(data: bytes) -> Iterator[str]:
+    """Paragraphs of a PDF, by `pdftotext`. Raises FileNotFoundError when that program is missing."""
+    with tempfile.NamedTemporaryFile(suffix=".pdf") as file:
+        file.write(data)
+        file.flush()
+        command = ["pdftotext", "-q", "-enc", "UTF-8", file.name, "-"]
+        done = subprocess.run(command, capture_output=True, timeout=300, check=False)  # it fails on damaged PDFs
+    text = re.sub(r"(\w)-\n(\w)", r"\1\2", decode(done.stdout).replace("\f", "\n\n"))
+    yield from _BLANK_LINE.split(text)
+
+
+def from_sword(files: Mapping[str, bytes]) -> Iterator[tuple[str, list[str]]]:
+    """(name, paragraphs) of each block of a SWORD module: an index of (offset, size, full size) into zlib streams."""
+    for name in sorted(files):
+        if name.endswith((".bzs", ".czs", ".vzs")):
+            for number, (offset, size, _) in enumerate(struct.iter_unpack("<III", files[name])):
+                packed = files[name[:-1] + "z"][offset : offset + size]
+                if packed:
+                    block = decode(zlib.decompress(packed)).replace("</verse>", "\n\n<p>")
+                    yield f"{name}#{number}", prose(from_html(block))
+
+
+_BY_ENDING: dict[str, Callable[[str], Iterator[str]]] = {
+    **dict.fromkeys((".html", ".htm", ".xhtml", ".page", ".xhp", ".docbook"), from_html),
+    **dict.fromkeys((".rst", ".rst.txt"), from_rst),
+    **dict.fromkeys((".txt", ".md", ".org", ".info", ".dict"), from_plain),
+    **dict.fromkeys((".texi", ".texinfo"), from_texinfo),
+    ".pod": from_pod,
+}
+_COMMENTED: dict[str, Callable[[str], Iterator[str]]] = {
+    **dict.fromkeys(
+        (".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".go", ".rs", ".js", ".ts", ".s", ".dts"), from_comments
+    ),
+    **dict.fromkeys((".adb", ".ads"), from_ada),
+}
+
+
+def _reader(name: str, comments: bool) -> Callable[[str], Iterator[str]] | None:
+    base = name.rsplit("/", 1)[-1].lower()
+    if re.search(r"/man/man\d/", name):
+        return from_man
+    if comments and base.startswith("kconfig"):
+        return from_kconfig
+    if comments and base.startswith("changelog"):
+        return from_changelog
+    if ("/botocore/data/" in name and base == "service-2.json") or "/discovery_cache/documents/" in name:
+        return from_api_description
+    readers = _BY_ENDING | (_COMMENTED if comments else {})
+    return next((reader for ending, reader in readers.items() if base.endswith(ending)), None)
+
+
+def paragraphs_of(name: str, data: bytes, *, comments: bool = False, pdf: bool = False) -> list[str]:
+    """The prose of one file, chosen by its name; [] for kinds of files that hold none.
+
+    comments: read the comments of source code too; pdf: read PDFs. Compressed files (.gz, .dz) are opened.
+    """
+    if name.endswith((".gz", ".dz")):
+        name, data = name[:-3], gzip.decompress(data)
+    if pdf and name.endswith(".pdf"):
+        return prose(from_pdf(data))
+    reader = _reader(name, comments)
+    return prose(reader(decode(data))) if reader else []

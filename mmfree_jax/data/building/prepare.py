@@ -1,0 +1,155 @@
+"""From documents with repetitions to a training and a held-out set that share nothing: steps every corpus goes through.
+
+A document is a list of passages (documentation strings, paragraphs, pages). Repetition is judged passage by passage,
+training and held-out text are divided document by document.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mmfree_jax.data.building import boilerplate
+from mmfree_jax.data.building.dedup import drop_repeated, near_duplicates, overlap
+from mmfree_jax.data.building.text import paragraphs
+
+STEPS = {
+    "read": "what was read",
+    "lines": f"without lines of {boilerplate.SHORTEST} characters or more that stand in very many documents",
+    "exact": "without exact copies",
+    "near": "without paragraphs of Jaccard similarity 0.7 or more to an earlier one",
+    "protected": "without training paragraphs that share a quarter of their 8-word runs with held-out text",
+}
+REPEATED_PARAGRAPH = 100  # characters; shorter repeated paragraphs (headings, "Examples") hold a text together
+LARGEST_HELD_OUT = 0.1  # of the held-out text: one long document must not decide what the held-out loss measures
+
+
+@dataclass(frozen=True)
+class Document:
+    """One source file: which package or input it is from, its name there, and its passages in order."""
+
+    source: str
+    name: str
+    passages: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The passages with a blank line between them."""
+        return "\n\n".join(self.passages)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Documents of each split, and UTF-8 bytes of passages left after each step: step -> source -> bytes."""
+
+    train: tuple[Document, ...]
+    valid: tuple[Document, ...]
+    left: dict[str, dict[str, int]]
+
+
+def utf8_bytes(texts: Iterable[str]) -> int:
+    """Total length of `texts` in UTF-8 bytes."""
+    return sum(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+
+def bytes_by_source(documents: Iterable[Document]) -> dict[str, int]:
+    """UTF-8 bytes of the passages of each source."""
+    sizes: dict[str, int] = {}
+    for document in documents:
+        sizes[document.source] = sizes.get(document.source, 0) + utf8_bytes(document.passages)
+    return sizes
+
+
+def drop_boilerplate(documents: Sequence[Document]) -> list[Document]:
+    """Without the lines and sentences that stand in very many documents (`boilerplate.recurring`)."""
+    keys = boilerplate.recurring([document.passages for document in documents])
+    thinned = [replace(d, passages=boilerplate.without(d.passages, keys)) for d in documents]
+    return [document for document in thinned if document.passages]
+
+
+def _keep(documents: Sequence[Document], keep: np.ndarray) -> list[Document]:
+    """The documents with only those passages whose flag is set (bool [passages of all documents, in order])."""
+    flags = iter(keep.tolist())
+    thinned = [replace(d, passages=tuple(p for p in d.passages if next(flags))) for d in documents]
+    return [document for document in thinned if document.passages]
+
+
+def _passages(documents: Iterable[Document]) -> list[str]:
+    return [passage for document in documents for passage in document.passages]
+
+
+def drop_exact(documents: Iterable[Document], *, shortest: int = 0) -> list[Document]:
+    """Without passages, and long paragraphs of passages, that an earlier document already has.
+
+    A passage that loses paragraphs and is then shorter than `shortest` characters goes altogether.
+    """
+    seen_passages: set[bytes] = set()
+    seen_paragraphs: set[bytes] = set()
+    result = []
+    for document in documents:
+        kept = []
+        for passage in drop_repeated(document.passages, seen_passages):
+            blocks = paragraphs(passage)
+            new = drop_repeated(blocks, seen_paragraphs, shortest=REPEATED_PARAGRAPH)
+            text = passage if len(new) == len(blocks) else "\n\n".join(new)
+            if text and (len(text) > shortest or text is passage):
+                kept.append(text)
+        if kept:
+            result.append(replace(document, passages=tuple(kept)))
+    return result
+
+
+def drop_near(documents: Sequence[Document], threshold: float = 0.7) -> list[Document]:
+    """Without passages that nearly repeat an earlier one (`dedup.near_duplicates`)."""
+    return _keep(documents, ~near_duplicates(_passages(documents), threshold))
+
+
+def _lot(document: Document) -> bytes:
+    return hashlib.blake2b(f"{document.source}\0{document.name}".encode("utf-8", "replace"), digest_size=8).digest()
+
+
+def hold_out(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+    """Divide documents into (train, valid): about `fraction` of the bytes are held out, by a lot drawn from the names.
+
+    The lot depends on a document's name only, so a document mostly stays on its side when others come or go. Large
+    documents are held out only when the others are not enough.
+    Raises ValueError for fewer than two documents.
+    """
+    if len(documents) < 2:
+        raise ValueError(f"a held-out split needs at least 2 documents, not {len(documents)}")
+    sizes = [utf8_bytes(document.passages) for document in documents]
+    target = fraction * sum(sizes)
+    large = [size > LARGEST_HELD_OUT * target for size in sizes]
+    chosen: set[int] = set()
+    held = 0
+    for i in sorted(range(len(documents)), key=lambda i: (large[i], _lot(documents[i]), i)):
+        if held < target and len(chosen) < len(documents) - 1:
+            chosen.add(i)
+            held += sizes[i]
+    train = [d for i, d in enumerate(documents) if i not in chosen]
+    return train, [documents[i] for i in sorted(chosen)]
+
+
+def protect(train: Sequence[Document], valid: Sequence[Document], most: float = 0.25) -> list[Document]:
+    """Training documents without passages that share more than `most` of their 8-word runs with held-out text."""
+    return _keep(train, overlap(_passages(train), _passages(valid)) <= most)
+
+
+def prepare(
+    documents: Sequence[Document], *, held_out: float, shortest: int = 0, keep_boilerplate: bool = False
+) -> Prepared:
+    """Drop boiler plate, exact and near duplicates, divide by document, then clear training text of what is held out.
+
+    documents: in a fixed order (the earlier of two copies is kept); held_out: share of the bytes in (0, 1);
+    shortest: characters a shortened passage needs to stay; keep_boilerplate: for text that repeats lines by convention.
+    The result is a function of the arguments alone.
+    """
+    cleaned = documents if keep_boilerplate else drop_boilerplate(documents)
+    exact = drop_exact(cleaned, shortest=shortest)
+    unique = drop_near(exact)
+    candidates, valid = hold_out(unique, held_out)
+    train = protect(candidates, valid)
+    steps = {"read": documents, "lines": cleaned, "exact": exact, "near": unique, "protected": train + valid}
+    left = {step: bytes_by_source(some) for step, some in steps.items()}
+    return Prepared(tuple(train), tuple(valid), left)

@@ -1,0 +1,106 @@
+"""Work spread over processes that do not depend on the caller's `__main__`, threads or start method."""
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+# The pipe stays open while the parent lives: a worker whose parent was killed must not go on writing.
+_PROGRAM = """
+import importlib, os, pickle, sys, threading
+module, name, argument = pickle.load(sys.stdin.buffer)
+watch = lambda: (os.read(0, 1), os._exit(1))
+threading.Thread(target=watch, daemon=True).start()
+result = getattr(importlib.import_module(module), name)(argument)
+with open(sys.argv[1], "wb") as file:
+    pickle.dump(result, file, protocol=5)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+class WorkerError(RuntimeError):
+    """A worker process failed; the message is the last line that it wrote."""
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Pool:
+    """Worker processes, each for one call; `close` ends those that still run."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.running: set[subprocess.Popen] = set()
+        self.closed = False
+
+    def call(self, number: int, module: str, name: str, argument: Any) -> Any:
+        output, errors = self.folder / f"{number}", self.folder / f"{number}.err"
+        root = str(Path(__file__).parents[3])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        with errors.open("wb") as sink:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, str(output)],
+                stdin=subprocess.PIPE,
+                stderr=sink,
+                env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+            )
+        self.running.add(process)
+        try:
+            assert process.stdin is not None
+            with process.stdin as pipe:
+                pickle.dump((module, name, argument), pipe, protocol=5)
+                pipe.flush()
+                status = process.wait()
+        except BrokenPipeError:  # it died before it had read everything: its own message says why
+            status = process.wait()
+        finally:
+            self.running.discard(process)
+        if status != 0:
+            lines = errors.read_text("utf-8", "replace").strip().splitlines()
+            raise WorkerError(lines[-1] if lines else f"a data worker ended with exit status {status}")
+        return pickle.loads(output.read_bytes())
+
+    def close(self) -> None:
+        for process in list(self.running):
+            process.kill()
+
+
+def run_parts(
+    module: str,
+    name: str,
+    parts: Sequence[Any],
+    processes: int | None = None,
+    done: Callable[[int, Any], None] = lambda number, result: None,
+) -> list[Any]:
+    """Call `module.name(part)` for every part, each in a process of its own, at most `processes` at a time.
+
+    Returns the results in the order of the parts; `done(number, result)` is told of each as it comes. A single part is
+    done in this process. Raises WorkerError for the first that fails, after ending the others.
+    """
+    if len(parts) == 1:
+        result = getattr(importlib.import_module(module), name)(parts[0])
+        done(0, result)
+        return [result]
+    results: list[Any] = [None] * len(parts)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes or available_cores()) as threads:
+        pool = _Pool(Path(folder))
+        waiting = {threads.submit(pool.call, i, module, name, part): i for i, part in enumerate(parts)}
+        try:
+            for future in as_completed(waiting):
+                number = waiting[future]
+                results[number] = future.result()
+                done(number, results[number])
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            pool.close()
+            raise
+    return results

@@ -1,0 +1,209 @@
+"""Token sets on disk, for reading: memory-mapped, checked, with random access across shards.
+
+index.json            format version, dtype, vocabulary, splits -> shards with counts and SHA-256, fingerprint
+train-00000.bin       tokens, little-endian uint16 or uint32; every document ends with the end-of-document token
+train-00000.docs      where documents start inside the shard, little-endian uint64
+valid-00000.bin …     the held-out split
+tokenizer.json        the tokenizer that made the tokens
+data_card.json/.md    where the text is from
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmfree_jax.data.tokenizers import tokenizer as tokenization
+
+FORMAT = "mmfree-token-set"
+VERSION = 1
+PACKED = "packed_sequence"  # key of the index: the window length that a set is packed for
+INDEX, TOKENIZER, CARD, READABLE_CARD = "index.json", "tokenizer.json", "data_card.json", "data_card.md"
+_BLOCK = 1 << 22  # bytes read at once for checksums
+
+
+class TokenSetError(ValueError):
+    """A token set is incomplete, damaged or of another kind; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One pair of files: tokens and the document starts inside them."""
+
+    file: str
+    tokens: int
+    documents: int
+    sha256: str
+    starts_sha256: str
+
+    @property
+    def starts_file(self) -> str:
+        """Name of the file with the document starts."""
+        return self.file.removesuffix(".bin") + ".docs"
+
+
+def fingerprint(vocab_hash: str, dtype: str, splits: dict[str, Any]) -> str:
+    """SHA-256 of the content: vocabulary, dtype and the checksums of all shards in order."""
+    sums = {name: [[s["sha256"], s["starts_sha256"]] for s in split["shards"]] for name, split in splits.items()}
+    return hashlib.sha256(json.dumps([vocab_hash, dtype, sums], sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    if not path.is_file():
+        raise TokenSetError(f"{path} is missing: build the token set again")
+    expected = count * dtype.itemsize
+    if path.stat().st_size != expected:
+        raise TokenSetError(f"{path} has {path.stat().st_size} bytes instead of {expected}: build the token set again")
+    return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
+
+
+class Split:
+    """The tokens of one split as one long array over all shards; only what is asked for is read."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, shards: list[Shard]):
+        self.name = name
+        self.dtype = dtype
+        self.shards = shards
+        self.parts = [_map(folder / shard.file, dtype, shard.tokens) for shard in shards]
+        starts = np.dtype("<u8")
+        self._starts = [_map(folder / shard.starts_file, starts, shard.documents) for shard in shards]
+        self.bounds = np.cumsum([0] + [shard.tokens for shard in shards])
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are."""
+        return sum(shard.documents for shard in self.shards)
+
+    def document_starts(self) -> np.ndarray:
+        """Index of the first token of every document, int64 [documents], increasing."""
+        pieces = [s.astype(np.int64) + b for s, b in zip(self._starts, self.bounds, strict=False)]
+        return np.concatenate([np.zeros(0, np.int64), *pieces])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        """Tokens [start:stop], of the set's dtype; steps other than 1 are refused with ValueError."""
+        start, stop, step = where.indices(len(self))
+        if step != 1:
+            raise ValueError("a split is read in runs: the step must be 1")
+        first = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        pieces = []
+        for part, low in zip(self.parts[first:], self.bounds[first:], strict=False):
+            if low >= stop:
+                break
+            pieces.append(part[max(start - int(low), 0) : stop - int(low)])
+        return np.asarray(pieces[0]) if len(pieces) == 1 else np.concatenate([np.zeros(0, self.dtype), *pieces])
+
+
+class TokenSet:
+    """An opened token set. `open` checks sizes and versions at once; `verify` reads everything."""
+
+    def __init__(self, path: Path, index: dict[str, Any]):
+        self.path = path
+        self.index = index
+        self.vocab_size: int = index["vocab_size"]
+        self.vocab_hash: str = index["vocab_hash"]
+        self.fingerprint: str = index["fingerprint"]
+        self.end_of_document: int = index["end_of_document"]
+        self.packed_sequence: int | None = index.get(PACKED)
+        self.sets: tuple[TokenSet, ...] = (self,)  # what is trained on; more than one in a Mixture
+        self.weights: tuple[float, ...] = (1.0,)
+        dtype = np.dtype(index["dtype"]).newbyteorder("<")
+        shards = {name: [Shard(**shard) for shard in split["shards"]] for name, split in index["splits"].items()}
+        self.splits = {name: Split(path, name, dtype, some) for name, some in shards.items()}
+
+    @staticmethod
+    def open(path: str | Path) -> "TokenSet":
+        """Open the folder `path`. Raises FileNotFoundError or TokenSetError, naming the file that is wrong."""
+        path = Path(path)
+        if not (path / INDEX).is_file():
+            raise FileNotFoundError(f"{path} is not a token set: it has no {INDEX}")
+        try:
+            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TokenSetError(f"{path / INDEX} is not JSON ({error}): build the token set again") from None
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            raise TokenSetError(f"{path / INDEX} does not describe a token set")
+        if index.get("version") != VERSION:
+            raise TokenSetError(
+                f"{path / INDEX} has format version {index.get('version')}, this program reads {VERSION}"
+            )
+        try:
+            return TokenSet(path, index)
+        except KeyError as error:
+            raise TokenSetError(f"{path / INDEX} has no {error}: build the token set again") from None
+
+    def split(self, name: str) -> Split:
+        """The split `name`; KeyError names the splits there are."""
+        if name not in self.splits:
+            raise KeyError(f"{self.path} has no split {name!r}, only {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def text_bytes(self, split: str) -> int:
+        """UTF-8 bytes of the text of a split, end-of-document tokens not counted."""
+        return int(self.index["splits"][self.split(split).name]["text_bytes"])
+
+    def bytes_per_token(self, split: str) -> float:
+        """Bytes of text a token stands for: bits per byte = nats per token / ln 2 / bytes_per_token."""
+        return self.text_bytes(split) / max(len(self.split(split)), 1)
+
+    def tokenizer(self) -> tokenization.Tokenizer:
+        """The tokenizer of this set. Raises TokenSetError when the file is not the one the tokens were made with."""
+        found = tokenization.load(self.path / TOKENIZER)
+        if found.vocab_hash != self.vocab_hash:
+            raise TokenSetError(f"{self.path / TOKENIZER} is not the tokenizer that made these tokens")
+        return found
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """The data card."""
+        return json.loads((self.path / CARD).read_text(encoding="utf-8"))
+
+    def verify(self) -> None:
+        """Read every file and compare checksums and token range. Raises TokenSetError naming the first wrong file."""
+        self.tokenizer()
+        for split in self.splits.values():
+            for shard, part in zip(split.shards, split.parts, strict=True):
+                self._check(shard.file, shard.sha256)
+                self._check(shard.starts_file, shard.starts_sha256)
+                if len(part) and int(part.max()) >= self.vocab_size:
+                    raise TokenSetError(f"{self.path / shard.file} has a token outside the vocabulary")
+        splits = self.index["splits"]
+        if fingerprint(self.vocab_hash, self.index["dtype"], splits) != self.fingerprint:
+            raise TokenSetError(f"{self.path / INDEX} does not match its own fingerprint")
+
+    def _check(self, file: str, expected: str) -> None:
+        if file_sha256(self.path / file) != expected:
+            raise TokenSetError(f"{self.path / file} is damaged (wrong SHA-256): build the token set again")
+
+
+class Mixture(TokenSet):
+    """Token sets of one vocabulary to train on together; held-out text and all that is said of it are the first's.
+
+    weights: shares of the training windows, in proportion. Raises TokenSetError for sets of different vocabularies.
+    """
+
+    def __init__(self, sets: Sequence[TokenSet], weights: Sequence[float]):
+        super().__init__(sets[0].path, sets[0].index)
+        for other in sets[1:]:
+            if other.vocab_hash != self.vocab_hash:
+                raise TokenSetError(f"{self.path} and {other.path} have different vocabularies and cannot be mixed")
+        self.sets, self.weights = tuple(sets), tuple(weights)
+        parts = [[one.fingerprint, weight] for one, weight in zip(sets, weights, strict=True)]
+        self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def shard_record(shard: Shard) -> dict[str, Any]:
+    """A shard as it stands in the index."""
+    return asdict(shard)
