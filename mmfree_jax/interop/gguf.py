@@ -204,9 +204,9 @@ def model_tensors(model: LanguageModel, kind: str) -> Iterator[Tensor]:
 
 def _block_tensors(model: LanguageModel, arrays: dict[str, np.ndarray], layer: int, kind: str) -> Iterator[Tensor]:
     config = model.config
-    for name, (path, *group) in block_vectors(config).items():
+    for name, (path, *groups) in block_vectors(config).items():
         vector = arrays[f"blocks.{path}"][layer]
-        vector = vector[group[0]] if group else vector
+        vector = vector[groups[0]] if groups else vector
         yield Tensor(f"blk.{layer}.{name}.weight", vector.shape, "f32", functools.partial(np.asarray, vector))
     if config.family == "matmul-free":
         floor = np.asarray(model._floors())[layer] if config.lower_bounds else np.zeros(config.width, np.float32)

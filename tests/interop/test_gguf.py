@@ -48,7 +48,8 @@ def model(family: str, **changes) -> LanguageModel:
         if "gain" in path:
             leaf[...] = jnp.asarray(1 + rng.standard_normal(leaf.shape) / 8, jnp.float32)
         elif "embedding" in path or "lower_bounds" in path:
-            leaf[...] = jnp.asarray(rng.standard_normal(leaf.shape) / 8, jnp.float32)
+            # Files hold the embedding in float16: values that it holds exactly.
+            leaf[...] = jnp.asarray((rng.standard_normal(leaf.shape) / 8).astype(np.float16), jnp.float32)
     return made
 
 
@@ -145,7 +146,8 @@ def test_the_file_of_a_matmul_free_model_is_enough_to_compute_its_logits(tmp_pat
         x = x + linear(gate * sigmoid(gate) * up, b + "ffn_down_norm", b + "ffn_down")
     logits = linear(rms(x, t["output_norm.weight"]), "output_sub_norm", "output")
     expected = np.asarray(made(tokens[None]))[0, :, : TOKENIZER.vocab_size]
-    np.testing.assert_allclose(logits, expected, rtol=0.02, atol=0.02 * np.abs(expected).max())  # f16 embedding
+    # float32 rounds a code now and then to another side than float64.
+    assert np.linalg.norm(logits - expected) < 0.01 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(
