@@ -19,7 +19,7 @@ from mmfree_jax.devices import GENERATOR, check_settings, peak_memory_bytes
 from mmfree_jax.errors import logged
 from mmfree_jax.evaluation.loss import Scores, evaluate, score_lines
 from mmfree_jax.files import locked, read_json, write_json
-from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast import verification
 from mmfree_jax.run_folder import (
     changes,
     check_data,
@@ -104,7 +104,7 @@ def _train(
         log_of_process = RunLog(folder, marks) if distributed.is_first() else SilentLog()
         with log_of_process as log, rows, jax.set_mesh(program.mesh), trace:
             _describe(config, program, log, progress)
-            kernels = choice.record()
+            kernels = verification.record()
             for use in kernels["served"]:
                 log.event(f"kernel serves: {use}")
             for use in kernels["refused"]:
@@ -305,8 +305,8 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "attempts": progress.attempts,
         "device": jax.devices()[0].device_kind,
         "devices": config.mesh.devices,
-        "kernels": "; ".join(choice.record()["served"]) or "none",
-        "kernels_refused": "; ".join(choice.record()["refused"]) or None,
+        "kernels": "; ".join(verification.record()["served"]) or "none",
+        "kernels_refused": "; ".join(verification.record()["refused"]) or None,
         **identity(config, token_set),
         "fingerprint": config.fingerprint(),
     }

@@ -4,27 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.ops.chunks import STATE, STEPS, carried
-from mmfree_jax.ops.fast import choice
-from mmfree_jax.ops.fast.choice import Use
-from mmfree_jax.sharding import Names, Summed, axis_if_cut, per_shard, ways
+from mmfree_jax.ops.fast.choice import STEPS
+from mmfree_jax.ops.fast.chunks import STATE, carried
+from mmfree_jax.sharding import Names, Summed, axis_if_cut, per_shard
 
 OPEN = 40.0  # of a forget gate: its sigmoid is 1 in float32
 CHANNELS, WEIGHTS = ("channels",), ("batch", "time")  # logical names of floor and keep
-
-
-def serves(x_BTD: jax.Array | jax.ShapeDtypeStruct, gated: bool) -> bool:
-    """Whether the kernels compute the recurrence of inputs like these here, with the MLGRU's gates or without."""
-    if not choice.available() or x_BTD.dtype not in (jnp.bfloat16, jnp.float32):
-        return False
-    from mmfree_jax.ops.kernels.recurrence import LANES, ROWS
-
-    # What is filled up to whole tiles is cut evenly only if it was whole tiles on every device before.
-    cut = [ways(name, size) for name, size in zip(STEPS, x_BTD.shape, strict=True)]
-    B, T, D = (size // n for size, n in zip(x_BTD.shape, cut, strict=True))
-    if (cut[1] > 1 and T % ROWS) or (cut[2] > 1 and D % LANES):
-        return False
-    return choice.serves(Use("recurrence", (B, T, D), (str(x_BTD.dtype), gated, cut[1] > 1)))
 
 
 def fused_recurrence(
@@ -39,7 +24,7 @@ def fused_recurrence(
     With a floor, c_BTD and f_BTD are projections that the MLGRU's gates are made of; without, inputs and factors. T and
     D are filled up to whole tiles with steps that keep the state and channels that hold nothing.
     """
-    from mmfree_jax.ops.kernels.recurrence import LANES, ROWS
+    from mmfree_jax.ops.fast.hopper.recurrence import LANES, ROWS
 
     B, T, D = c_BTD.shape
     h_BD = jnp.zeros((B, D), jnp.float32) if h_BD is None else h_BD.astype(jnp.float32)
@@ -61,7 +46,7 @@ def _fused(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
 
 def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
     # Imported here: only machines with such a GPU need to have what the kernel language needs.
-    from mmfree_jax.ops.kernels import recurrence as kernel
+    from mmfree_jax.ops.fast.hopper import recurrence as kernel
 
     axis = axis_if_cut("time", c_BTD.shape[1])
 
@@ -84,7 +69,7 @@ def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
 
 
 def _backward(saved, dresults):
-    from mmfree_jax.ops.kernels import recurrence as kernel
+    from mmfree_jax.ops.fast.hopper import recurrence as kernel
 
     axis, gated = axis_if_cut("time", saved[1].shape[1]), saved[2] is not None
 

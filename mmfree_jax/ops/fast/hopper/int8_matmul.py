@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mmfree_jax.ops.kernels.mosaic import spread
+from mmfree_jax.ops.fast.hopper.mosaic import spread
 
 TILE_M, TILE_N, TILE_K = 128, 128, 128  # of one warpgroup; two of them share a block's columns
 COMPUTE_GROUPS = 2

@@ -1,4 +1,4 @@
-"""The linear layer of the Transformer++: weights gathered in the type of the activations, gradients scattered."""
+"""The dense linear layer on a mesh: weights gathered in the type of the activations, gradients scattered."""
 
 import functools
 
@@ -11,7 +11,7 @@ from mmfree_jax.sharding import Names, Summed, constrain, gathered, per_shard, r
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dense(axes: Names, x: jax.Array, w_GDF: jax.Array) -> tuple[jax.Array, ...]:
-    """G products [..., F] of one input [..., D], in its type; `axes` are the logical names of D and F.
+    """Multiply one input [..., D] by G matrices, in its type: G arrays [..., F]. `axes`: logical names of D and F.
 
     The weights are kept for the backward pass in that type, and where they live: what was gathered of fsdp shards is
     gathered again, as early as it likes. Kept, it would be a whole model on every device.
@@ -20,7 +20,7 @@ def dense(axes: Names, x: jax.Array, w_GDF: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _forward(axes: Names, x: jax.Array, w_GDF: jax.Array):
-    # Each matrix by itself: a stack would be turned before it travels, and turned back after.
+    # Each matrix by itself: a stack would be transposed before it travels, and transposed back after.
     shards = [w_DF.astype(x.dtype) for w_DF in w_GDF]
     rows = rows_of(x.ndim, whole(axes)[1])
     ys = tuple(constrain(jnp.matmul(x, gathered(w_DF, axes)), *rows) for w_DF in shards)
@@ -34,11 +34,9 @@ def _backward(axes: Names, saved, dys: tuple[jax.Array, ...]):
     ws = [gathered(w_DF, axes) for w_DF in shards]
     parts = [jnp.matmul(dy, w_DF.T) for dy, w_DF in zip(dys, ws, strict=True)]
     dx = constrain(sum(parts[1:], parts[0]), *rows_of(x.ndim, whole(axes)[0]))
-
-    local = lambda x, dys: tuple(outer(x, dy) for dy in dys)
-
     into, out = (name if ways(name, size) > 1 else None for name, size in zip(axes, ws[0].shape, strict=True))
     names = [rows_of(x.ndim, name) for name in whole((into, out))]
+    local = lambda x, dys: tuple(outer(x, dy) for dy in dys)
     dws = per_shard(local, names, [Summed((into, out))] * len(dys), x, dys)
     return dx, jnp.stack([constrain(dw_DF, *axes) for dw_DF in dws]).astype(like.dtype)
 
@@ -47,6 +45,6 @@ dense.defvjp(_forward, _backward)
 
 
 def outer(x: jax.Array, dy: jax.Array, out: DTypeLike | None = None) -> jax.Array:
-    """The gradient to w of x @ w, summed over all rows: [..., D], [..., F] -> [D, F] as `out` (default: dy's type)."""
+    """Compute the gradient to w of x @ w, summed over rows: [..., D], [..., F] -> [D, F] as `out` (None: dy's type)."""
     rows = tuple(range(dy.ndim - 1))
     return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=out or dy.dtype)

@@ -1,5 +1,5 @@
 """Kernels serve only where they have been checked. Here stand-ins made of XLA operations play the kernels, so that a
-process without a GPU goes through every step of the choice."""
+process without a GPU goes through every step of the verification."""
 
 import json
 import warnings
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mmfree_jax.devices import use_compile_cache
-from mmfree_jax.ops.bit_linear import Recipe, bit_linear
-from mmfree_jax.ops.fast import checks, choice
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
+from mmfree_jax.ops.fast import checks, verification
 from mmfree_jax.ops.fast.checks import Use
-from mmfree_jax.ops.kernels import int8_matmul, transposed_codes
-from mmfree_jax.ops.ternary import column_scale, dither_phases, dithered
+from mmfree_jax.ops.fast.hopper import int8_matmul, transposed_codes
+from mmfree_jax.ops.fast.ternary import column_scale, dither_phases, dithered
 
 X = np.random.default_rng(0).standard_normal((256, 128)).astype(jnp.bfloat16)
 W = np.random.default_rng(1).standard_normal((1, 128, 128)).astype(np.float32)
@@ -36,9 +36,9 @@ def turned(codes, by=None, scale=None):
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """A process that believes in a Hopper GPU, with stand-ins for two kernels, and a folder that keeps outcomes."""
-    monkeypatch.setattr(choice, "_is_hopper", lambda: True)
-    monkeypatch.setattr(choice, "_outcomes", {})
-    monkeypatch.setattr(choice, "_refused_elsewhere", set())
+    monkeypatch.setattr(verification, "is_hopper", lambda: True)
+    monkeypatch.setattr(verification, "_outcomes", {})
+    monkeypatch.setattr(verification, "_refused_elsewhere", set())
     monkeypatch.setattr(int8_matmul, "int8_matmul", product)
     monkeypatch.setattr(transposed_codes, "transposed", turned)
     before = jax.config.jax_compilation_cache_dir
@@ -50,7 +50,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 def layer():
-    (y,) = jax.jit(lambda x, w: bit_linear(Recipe(), x, w, None))(X, W)
+    (y,) = jax.jit(lambda x, w: bit_linear(Recipe(), x, Weights(w)))(X, W)
     return np.asarray(y, np.float32)
 
 
@@ -60,11 +60,11 @@ def wrong_in_a_column(*arguments):
 
 def test_a_kernel_that_is_right_serves_and_is_checked_once(gpu, monkeypatch):
     expected = layer()
-    assert choice.record() == {"served": sorted(map(str, (PRODUCT, TURN))), "refused": []}
+    assert verification.record() == {"served": sorted(map(str, (PRODUCT, TURN))), "refused": []}
     kept = [json.loads(path.read_text()) for path in (gpu / "kernels").iterdir()]
     assert sorted(row["use"] for row in kept) == sorted(map(str, (PRODUCT, TURN)))
     # Another process finds the outcomes there and checks nothing.
-    monkeypatch.setattr(choice, "_outcomes", {})
+    monkeypatch.setattr(verification, "_outcomes", {})
     monkeypatch.setattr(checks, "check", lambda use: pytest.fail("checked again"))
     jax.clear_caches()
     np.testing.assert_array_equal(layer(), expected)
@@ -73,13 +73,13 @@ def test_a_kernel_that_is_right_serves_and_is_checked_once(gpu, monkeypatch):
 def test_a_kernel_with_one_wrong_column_is_refused_and_xla_serves(gpu, monkeypatch):
     expected = layer()
     monkeypatch.setattr(int8_matmul, "int8_matmul", wrong_in_a_column)
-    monkeypatch.setattr(choice, "_outcomes", {})
-    monkeypatch.setattr(choice, "_sources", lambda: "changed")  # or the outcome of before would stand
+    monkeypatch.setattr(verification, "_outcomes", {})
+    monkeypatch.setattr(verification, "_sources", lambda: "changed")  # or the outcome of before would stand
     jax.clear_caches()
     with pytest.warns(UserWarning, match=r"int8_matmul 256x128x128 False: product deviates by \d+"):
         found = layer()
     np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
-    (refused,) = choice.record()["refused"]
+    (refused,) = verification.record()["refused"]
     assert refused.startswith(str(PRODUCT))
 
 
@@ -100,12 +100,12 @@ def test_a_kernel_without_a_number_or_that_fails_is_refused_and_only_failures_ar
 ):
     monkeypatch.setattr(int8_matmul, "int8_matmul", fault)
     for _ in range(2):  # the second process reads what the first one kept
-        monkeypatch.setattr(choice, "_outcomes", {})
+        monkeypatch.setattr(verification, "_outcomes", {})
         jax.clear_caches()
         with pytest.warns(UserWarning, match=reason):
             assert np.isfinite(layer()).all()
         assert len(list((gpu / "kernels").iterdir())) == kept
-    assert reason in choice.record()["refused"][0]
+    assert reason in verification.record()["refused"][0]
 
 
 def test_a_check_that_fails_beside_others_is_made_again_alone(gpu, monkeypatch):
@@ -121,14 +121,14 @@ def test_a_check_that_fails_beside_others_is_made_again_alone(gpu, monkeypatch):
     monkeypatch.setattr(checks, "check", scarce)
     layer()
     assert sorted(calls) == sorted([TURN, PRODUCT, PRODUCT])
-    assert choice.record()["refused"] == []
+    assert verification.record()["refused"] == []
 
 
 def test_a_folder_that_cannot_be_written_costs_the_next_process_a_check(gpu, monkeypatch):
     (gpu / "kernels").touch()  # a file where the folder should be: an OSError, as on a read-only disk
     layer()
-    assert choice.record()["refused"] == []
-    assert len(choice.record()["served"]) == 2
+    assert verification.record()["refused"] == []
+    assert len(verification.record()["served"]) == 2
 
 
 def test_uses_of_a_program_are_checked_before_it_is_traced_for_good(gpu, monkeypatch):
@@ -137,20 +137,20 @@ def test_uses_of_a_program_are_checked_before_it_is_traced_for_good(gpu, monkeyp
     @jax.jit
     def program(x, w):
         traced.append(x)
-        return bit_linear(Recipe(), x, w, None)[0]
+        return bit_linear(Recipe(), x, Weights(w))[0]
 
-    choice.prepare(lambda: jax.eval_shape(program, X, W))
+    verification.prepare(lambda: jax.eval_shape(program, X, W))
     assert len(traced) == 1
-    assert set(choice._outcomes) == {PRODUCT, TURN}
+    assert set(verification._outcomes) == {PRODUCT, TURN}
     program(X, W)
     assert len(traced) == 1, "the second trace is not free"
 
     monkeypatch.setattr(int8_matmul, "int8_matmul", wrong_in_a_column)
-    monkeypatch.setattr(choice, "_outcomes", {})
-    monkeypatch.setattr(choice, "_sources", lambda: "changed")
+    monkeypatch.setattr(verification, "_outcomes", {})
+    monkeypatch.setattr(verification, "_sources", lambda: "changed")
     jax.clear_caches()
     with pytest.warns(UserWarning, match="refused"):
-        choice.prepare(lambda: jax.eval_shape(program, X, W))
+        verification.prepare(lambda: jax.eval_shape(program, X, W))
     monkeypatch.setattr(int8_matmul, "int8_matmul", lambda *a: pytest.fail("a refused kernel was traced"))
     program(X, W)
 
@@ -158,23 +158,23 @@ def test_uses_of_a_program_are_checked_before_it_is_traced_for_good(gpu, monkeyp
 def test_what_another_process_refuses_is_refused_here(gpu, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     gathered = lambda mine: np.stack([mine, np.ones_like(mine)])
-    monkeypatch.setattr(choice.multihost_utils, "process_allgather", gathered)
-    program = jax.jit(lambda x, w: bit_linear(Recipe(), x, w, None)[0])
-    choice.prepare(lambda: jax.eval_shape(program, X, W))
-    assert choice.record()["served"] == []
-    assert all("another process" in line for line in choice.record()["refused"])
+    monkeypatch.setattr(verification.multihost_utils, "process_allgather", gathered)
+    program = jax.jit(lambda x, w: bit_linear(Recipe(), x, Weights(w))[0])
+    verification.prepare(lambda: jax.eval_shape(program, X, W))
+    assert verification.record()["served"] == []
+    assert all("another process" in line for line in verification.record()["refused"])
     # A use that was not prepared cannot be agreed on.
     with pytest.warns(UserWarning, match="not checked before"):
-        assert not choice.serves(Use("int8_matmul", (512, 128, 128), (False,)))
+        assert not verification.serves(Use("int8_matmul", (512, 128, 128), (False,)))
 
 
 def test_the_outcome_depends_on_compiler_device_and_sources(gpu, monkeypatch):
-    path = choice._path(PRODUCT)
+    path = verification._path(PRODUCT)
     for name, value in (("environment", ["jax 1", "jaxlib 1", "H200", "cuda 13"]), ("_sources", "other")):
         with monkeypatch.context() as changed:
-            changed.setattr(choice, name, lambda value=value: value)
-            assert choice._path(PRODUCT) != path
-    assert choice._path(TURN) != path
+            changed.setattr(verification, name, lambda value=value: value)
+            assert verification._path(PRODUCT) != path
+    assert verification._path(TURN) != path
 
 
 def test_a_result_that_is_no_number_does_not_pass():

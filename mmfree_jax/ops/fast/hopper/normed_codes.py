@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mmfree_jax.ops.kernels.mosaic import SHARED_BYTES, STREAMING, sigmoid
-from mmfree_jax.ops.ternary import SMALLEST, TINY, TOP, nearest_integer
+from mmfree_jax.ops.fast.hopper.mosaic import SHARED_BYTES, STREAMING, sigmoid
+from mmfree_jax.ops.fast.ternary import TINY, TOP, nearest_integer
+from mmfree_jax.ops.ternary import SMALLEST
 
 THREADS = 128  # of a warpgroup
 LANES = 128  # a row is seen as [D / LANES, LANES]: the copy engine moves at most 256 elements along an axis
@@ -46,7 +47,7 @@ def forward(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Codes of the normed combination of `sources`, once for each of `gains`.
 
-    kind: how the sources [M, D] are combined (`prologue.combine`); norm_gain [D]: of a norm inside that combination;
+    kind: how the sources [M, D] are combined (`combine.combine`); norm_gain [D]: of a norm inside that combination;
     gains [D]: of the norm before the quantiser. Returns int8 codes [M, D] and float32 scales [M], one pair a gain.
     """
     (M, D), G, dtype = sources[0].shape, len(gains), sources[0].dtype
@@ -297,7 +298,7 @@ def _opened(kind: str, sources: list[Row]) -> Row | None:
 
 
 def _combine(kind: str, sources: list[Row], opened: Row | None, rstd: Any, gain: Row | None, dtype: Any) -> Row:
-    """`prologue.combine` of one row, rounded where that rounds and kept in float32; rstd: of the norm inside it."""
+    """`combine.combine` of one row, rounded where that rounds and kept in float32; rstd: of the norm inside it."""
     rounded = lambda a: a.astype(dtype).astype(jnp.float32)
     if kind == "swiglu":
         assert opened is not None

@@ -1,5 +1,6 @@
 """The GPU kernels, interpreted on a CPU, against float64. Interpretation needs jax 0.11 or later."""
 
+import collections
 import contextlib
 import re
 
@@ -7,18 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mmfree_jax.ops import gated_recurrence as op
-from mmfree_jax.ops.bit_glu import bit_glu
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.models.language_model import Block
+from mmfree_jax.models.layers import Context
 from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
-from mmfree_jax.ops.fast.choice import kernels_assumed
-from mmfree_jax.ops.kernels import normed_codes, transposed_codes
-from mmfree_jax.ops.kernels import recurrence as kernel
-from mmfree_jax.ops.kernels.int8_matmul import int8_matmul, supports
-from mmfree_jax.ops.prologue import Prologue, combine
-from mmfree_jax.ops.recurrence import recurrence
-from mmfree_jax.ops.ternary import Quantised, column_codes
+from mmfree_jax.ops.fast.combine import combine
+from mmfree_jax.ops.fast.hopper import normed_codes, transposed_codes
+from mmfree_jax.ops.fast.hopper import recurrence as kernel
+from mmfree_jax.ops.fast.hopper.int8_matmul import int8_matmul, supports
+from mmfree_jax.ops.fast.recurrence import gated_recurrence, recurrence
+from mmfree_jax.ops.fast.ternary import column_codes
+from mmfree_jax.ops.fast.verification import kernels_assumed
+from mmfree_jax.ops.glu import glu, swiglu
+from mmfree_jax.ops.stream import rms_norm
+from mmfree_jax.ops.ternary import Quantised
 
 KERNELS = {f"{kind}_codes{way}" for kind in ("norm", "gated", "swiglu") for way in ("", "_backward")}
 KERNELS |= {"recurrence", "recurrence_backward", "int8_product", "transpose_codes", "row_codes"}
@@ -66,7 +72,7 @@ def states64(c, f, floor, h, resets):
 def test_gated_recurrence_forward(time, width, dtype, tolerance):
     arrays, resets = inputs(time, width, dtype)
     with pretended_gpu():
-        out, last = jax.jit(lambda *a: op.gated_recurrence(*a, resets_BT=resets, impl="kernel"))(*arrays)
+        out, last = jax.jit(lambda *a: gated_recurrence(*a, resets_BT=resets, form="kernel"))(*arrays)
     expected = states64(*arrays, resets)
     assert out.dtype == dtype
     assert last.dtype == jnp.float32
@@ -80,14 +86,14 @@ def test_gated_recurrence_gradients_equal_those_of_the_reference(time):
     arrays, resets = inputs(time, 128, jnp.float32)
     weigh = jax.random.normal(jax.random.key(1), arrays[0].shape)
 
-    def loss(impl):
+    def loss(form):
         def value(*a):
-            out, last = op.gated_recurrence(*a, resets_BT=resets, impl=impl)
+            out, last = gated_recurrence(*a, resets_BT=resets, form=form)
             return jnp.sum(out * weigh) + jnp.sum(jnp.sin(last))
 
         return jax.jit(jax.grad(value, (0, 1, 2, 3)))
 
-    expected = loss("reference")(*arrays)
+    expected = loss("walk")(*arrays)
     with pretended_gpu():
         found = loss("kernel")(*arrays)
     for a, b in zip(found, expected, strict=True):
@@ -132,14 +138,14 @@ def test_gated_recurrence_in_segments_and_at_any_size(monkeypatch, time, width, 
     arrays, resets = inputs(time, width, jnp.float32)
     weigh = jax.random.normal(jax.random.key(1), arrays[0].shape)
 
-    def gradients(impl):
+    def gradients(form):
         def value(*a):
-            out, last = op.gated_recurrence(*a, resets_BT=resets, impl=impl)
+            out, last = gated_recurrence(*a, resets_BT=resets, form=form)
             return jnp.sum(out * weigh) + jnp.sum(jnp.sin(last)), (out, last)
 
         return jax.jit(jax.grad(value, (0, 1, 2, 3), has_aux=True))(*arrays)
 
-    expected = gradients("reference")
+    expected = gradients("walk")
     with pretended_gpu():
         found = gradients("kernel")
     assert kernel.segments(2, time + -time % 32, 128) == {64: 2, 128: 4, 50: 1, 1: 1}[time]
@@ -155,17 +161,17 @@ def test_recurrence_without_gates(monkeypatch, time, width, blocks):
     (x, f, _, h), resets = inputs(time, width, jnp.float32)
     f, weigh = jax.nn.sigmoid(f), jax.random.normal(jax.random.key(1), x.shape)
 
-    def gradients(impl):
+    def gradients(form):
         def value(f, x, h):
-            out = recurrence(f, x, h, resets_BT=resets, impl=impl)
+            out = recurrence(f, x, h, resets_BT=resets, form=form)
             return jnp.sum(out * weigh), out
 
         return jax.jit(jax.grad(value, (0, 1, 2), has_aux=True))(f, x, h)
 
-    expected = gradients("scan")
+    expected = gradients("walk")
     with pretended_gpu():
         found = gradients("kernel")
-        half = recurrence(f.astype(jnp.bfloat16), x.astype(jnp.bfloat16), dtype=jnp.bfloat16, impl="kernel")
+        half = recurrence(f.astype(jnp.bfloat16), x.astype(jnp.bfloat16), dtype=jnp.bfloat16, form="kernel")
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
     state, exact = np.asarray(h, np.float64), np.empty(x.shape)
@@ -209,8 +215,8 @@ def test_integer_gradients_equal_those_of_the_reference(monkeypatch):
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
     x, w, dys = draw(1, 256, 256), draw(2, 256, 128).astype(jnp.float32), (draw(1, 256, 128), draw(1, 256, 128))
     gains = jnp.asarray(rng.uniform(0.5, 2, 256), jnp.float32)
-    prologue = lambda x: Prologue("norm", (x,), jnp.ones(256), 1e-6)
-    layer = lambda x, w, gain: bit_linear(Recipe(gradient_bits=8), prologue(x), w, gain)
+    normed = lambda x: rms_norm(x, jnp.ones(256), 1e-6)
+    layer = lambda x, w, gain: bit_linear(Recipe(gradient_bits=8), normed(x), Weights(w, gain))
     pull = jax.jit(lambda dys: jax.vjp(layer, x, w, gains)[1](dys))
     expected = pull(dys)
     jax.clear_caches()
@@ -249,14 +255,14 @@ def test_gradients_between_the_products_of_a_gated_unit(monkeypatch, scale_axes,
     x, dy, gains = draw(1, 8, 128), draw(1, 8, 128), jnp.asarray(rng.uniform(0.5, 2, (2, 128)), jnp.float32)
     weights = draw(2, 128, 128).astype(jnp.float32), draw(1, 128, 128).astype(jnp.float32)
     into, out = (Recipe(scale_axes=axes, gradient_bits=8) for axes in (scale_axes, scale_axes[1:]))
-    prologue = lambda x: Prologue("norm", (x,), jnp.ones(128), 1e-6)
+    normed = lambda x: rms_norm(x, jnp.ones(128), 1e-6)
 
     def one_op(x, gate_up, down, gains):
-        return bit_glu(into, prologue(x), Weights(gate_up, gains[0]), out, Weights(down, gains[1]))[0]
+        return glu(into, Weights(gate_up, gains[0]), out, Weights(down, gains[1]), normed(x))
 
     def two_ops(x, gate_up, down, gains):
-        gate_and_up = bit_linear(into, prologue(x), gate_up, gains[0])
-        return bit_linear(out, Prologue("swiglu", gate_and_up), down, gains[1])[0]
+        gate, up = bit_linear(into, normed(x), Weights(gate_up, gains[0]))
+        return bit_linear(out, swiglu(gate, up), Weights(down, gains[1]))[0]
 
     made, codes = [], normed_codes.codes
     monkeypatch.setattr(normed_codes, "codes", lambda *a: made.append(a) or codes(*a))
@@ -341,25 +347,33 @@ def test_normed_codes_and_their_gradients(monkeypatch, kind, gains, products, wi
 
 @interpreted
 @pytest.mark.parametrize("gradient_bits", [0, 8])
-def test_kernels_of_a_block_lower_for_a_gpu(monkeypatch, gradient_bits):
-    """At the widths of 1.3b: layouts and registers are checked here, which an interpreter does without."""
-    half = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    single = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    into, out = (Recipe(scale_axes=axes, gradient_bits=gradient_bits) for axes in ((-3, -2, -1), (-2, -1)))
+def test_a_block_lowers_to_its_kernels_and_to_nothing_beside_them(gradient_bits):
+    """At the widths of 1.3b: layouts and registers are checked here, which an interpreter does without.
 
-    def block(x, gates, w_out, gate_up, down, gain, wide_gain, floor):
-        i, f, g = bit_linear(out, Prologue("norm", (x,), gain), gates, jnp.stack([gain] * 3))
-        h = op.gated_recurrence(i, f, floor, None, impl="kernel")[0]
-        x += bit_linear(out, Prologue("gated", (g, h), gain), w_out, gain)[0]
-        y, u = bit_glu(into, Prologue("norm", (x,), gain), Weights(gate_up, gain), out, Weights(down, wide_gain))
-        return jnp.sum((u.sources[0] + y).astype(jnp.float32))
+    Norms, gates and both gradients to the residual stream are parts of the kernels: if one stood alone, its pass over
+    the activations would be here as an operation of XLA.
+    """
+    config = ModelConfig(width=2048, depth=1, glu_width=5632, gradient_bits=gradient_bits)
+    build = lambda: Block(config, jnp.zeros(()), rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    graph, params = nnx.split(nnx.eval_shape(build))
 
-    weights = single(3, 2048, 2048), single(1, 2048, 2048), single(2, 2048, 5632), single(1, 5632, 2048)
-    arguments = half(2, 1024, 2048), *weights, single(2048), single(5632), single(2048)
+    def loss(params, x, floor):
+        y, _ = nnx.merge(graph, params)(x, Context(), floor, None)
+        return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+    x, floor = jax.ShapeDtypeStruct((2, 1024, 2048), jnp.bfloat16), jax.ShapeDtypeStruct((2048,), jnp.float32)
     jax.clear_caches()
     with pretended_gpu(interpret=False):
-        text = jax.jit(jax.grad(block, range(8))).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    forward = {"norm_codes", "gated_codes", "swiglu_codes", "recurrence", "int8_product", "transpose_codes"}
-    backward = {"norm_codes_backward", "gated_codes_backward", "swiglu_codes_backward", "recurrence_backward"}
-    found = {name.removeprefix("00") for name in re.findall(r"(\w+)_mosaic_gpu\b", text)}
-    assert forward | backward | ({"row_codes"} if gradient_bits else set()) == found & KERNELS
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(params, x, floor)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = ["norm_codes", "gated_codes", "swiglu_codes", "recurrence"]
+    calls = collections.Counter(name.removeprefix("00") for name in re.findall(r"(\w+)_mosaic_gpu\b", text))
+    expected = {"norm_codes", "gated_codes", "swiglu_codes", "recurrence", "int8_product", "transpose_codes"}
+    expected |= {f"{name}_backward" for name in kernels}
+    assert expected | ({"row_codes"} if gradient_bits else set()) == set(calls) & KERNELS
+    whole = "tensor<2x1024x2048xbf16>"
+    passes = [line for line in text.splitlines() if "stablehlo." in line and line.rstrip().endswith(whole)]
+    passes = collections.Counter(re.search(r"stablehlo\.(\w+)", line)[1] for line in passes)
+    assert passes["multiply"] == 0, "a norm or a gate stands alone"
+    # The two residual sums forward; backward none, as kernels add both gradients.
+    assert passes["add"] == 2

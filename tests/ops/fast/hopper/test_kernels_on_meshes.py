@@ -16,11 +16,12 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, NamedSharding, PartitionSpec as P
 from mmfree_jax.config import MeshConfig
-from mmfree_jax.ops.bit_glu import bit_glu
 from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
-from mmfree_jax.ops.gated_recurrence import gated_recurrence
-from mmfree_jax.ops.fast import choice
-from mmfree_jax.ops.prologue import Prologue
+from mmfree_jax.ops.fast.choice import kernels_allowed
+from mmfree_jax.ops.fast.verification import kernels_assumed
+from mmfree_jax.ops.glu import glu
+from mmfree_jax.ops.recurrence import gated_recurrence
+from mmfree_jax.ops.stream import residual, rms_norm
 from mmfree_jax.sharding import make_mesh
 
 # The interpreter's check at the end of a kernel sees the barriers of all devices, some of which are still at work.
@@ -35,7 +36,7 @@ def recurrence(c, f, floor, h):
 
 def outputs(x, w, gains, gain, bits=0):
     recipe = Recipe(axes=("embed", "heads"), gradient_bits=bits)
-    return [y.astype(jnp.float32) for y in bit_linear(recipe, Prologue("norm", (x,), gain, 1e-6), w, gains)]
+    return [y.astype(jnp.float32) for y in bit_linear(recipe, rms_norm(x, gain, 1e-6), Weights(w, gains))]
 
 layer = lambda *args: sum(jnp.sum(jnp.sin(y)) for y in outputs(*args))
 integers = lambda *args: sum(jnp.sum(y * weigh) for y in outputs(*args, bits=8))
@@ -44,9 +45,9 @@ weigh = draw(2, 256, 128)
 def unit(x, gate_up, down, gains):
     into = Recipe(axes=("embed", "mlp"), scale_axes=(-3, -2, -1), gradient_bits=8)
     out = Recipe(axes=("mlp", "embed"), gradient_bits=8)
-    u = Prologue("norm", (x,), gains[0], 1e-6)
-    y, u = bit_glu(into, u, Weights(gate_up, gains[1]), out, Weights(down, gains[1]))
-    return jnp.sum((u.sources[0] + y).astype(jnp.float32) * weigh_unit)
+    u = rms_norm(x, gains[0], 1e-6)
+    y = residual(x, glu(into, Weights(gate_up, gains[1]), out, Weights(down, gains[1]), u))
+    return jnp.sum(y.astype(jnp.float32) * weigh_unit)
 
 weigh_unit = draw(4, 8, 128)
 resets = jnp.asarray(rng.uniform(size=(4, 64)) < 0.1)
@@ -59,12 +60,12 @@ cases = {
 found = {}
 for name, (f, args) in cases.items():
     gradient = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))
-    with choice.kernels_allowed(False):
+    with kernels_allowed(False):
         expected = gradient(*args)
     mesh = make_mesh(MeshConfig(1, 2, 1, 2))
     placed = [jax.device_put(a, NamedSharding(mesh, P())) for a in args]
     pretended = mesh.abstract_mesh.update(abstract_device=device)
-    assumed = choice.kernels_assumed()
+    assumed = kernels_assumed()
     with jax.sharding.use_abstract_mesh(pretended), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()), assumed:
         traced = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3))).trace(*placed)
         made = traced.lower().compile()(*placed)
@@ -83,7 +84,7 @@ print(json.dumps(found))
 )
 def test_kernels_compute_each_devices_part():
     """Rows over two devices, time over two: the recurrence carries its state from one to the next."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[4]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     command = [sys.executable, "-c", PROGRAM]

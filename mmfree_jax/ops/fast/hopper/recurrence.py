@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mmfree_jax.ops.kernels.mosaic import SHARED_BYTES, STREAMING, sigmoid
+from mmfree_jax.ops.fast.hopper.mosaic import SHARED_BYTES, STREAMING, sigmoid
 
 LANES = 128  # channels of a block: one warpgroup, one channel a thread
 ROWS = 32  # time steps of a stage

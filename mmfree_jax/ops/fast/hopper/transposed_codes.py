@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mmfree_jax.ops.kernels.mosaic import STREAMING, spread
-from mmfree_jax.ops.ternary import dither_phases, dithered
+from mmfree_jax.ops.fast.hopper.mosaic import STREAMING, spread
+from mmfree_jax.ops.fast.ternary import dither_phases, dithered
 
 TILE = 128  # rows and columns turned at a time, by one warpgroup
 HALF = 64  # columns in registers at a time: three or four blocks then share a multiprocessor's

@@ -5,28 +5,9 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.sharding import Names, axis_if_cut, per_shard
+from mmfree_jax.sharding import Names
 
-STEPS: Names = ("batch", "time", "channels")  # logical names of [B, T, D]
-STATE: Names = ("batch", "channels")
-
-
-def previous(x_BTD: jax.Array, first_BD: jax.Array, channels: str | None = "channels") -> jax.Array:
-    """Each step's predecessor, [B, T, D]; first_BD stands before the first. One step of each chunk travels.
-
-    `channels` is the logical name of the last axis.
-    """
-    axis = axis_if_cut("time", x_BTD.shape[1])
-
-    def local(x_BTD, first_BD):
-        if axis is not None:
-            size = jax.lax.axis_size(axis)
-            before_BD = jax.lax.ppermute(x_BTD[:, -1], axis, [(i, i + 1) for i in range(size - 1)])
-            first_BD = jnp.where(jax.lax.axis_index(axis) == 0, first_BD, before_BD)
-        return (jnp.concatenate([first_BD[:, None], x_BTD[:, :-1]], axis=1),)
-
-    steps, state = (*STEPS[:2], channels), (STATE[0], channels)
-    return per_shard(local, [steps, state], [steps], x_BTD, first_BD)[0]
+STATE: Names = ("batch", "channels")  # logical names of a state [B, D]
 
 
 def carried(
