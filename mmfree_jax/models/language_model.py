@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.config import ModelConfig, Remat
 from mmfree_jax.models.attention import Attention, rotary
-from mmfree_jax.models.layers import GLU, Context, Initializer, Projection, RMSNorm, gain_param, recipe_of
+from mmfree_jax.models.layers import GLU, Context, Initializer, Projection, RMSNorm, gain_param, param, recipe_of
 from mmfree_jax.models.mlgru import MLGRU, floors
 from mmfree_jax.models.rwkv4 import RWKV4
 from mmfree_jax.ops.bit_linear import quantise_kernel
@@ -19,7 +19,6 @@ from mmfree_jax.ops.cross_entropy import Head, Losses, head_logits, head_loss, h
 from mmfree_jax.ops.stream import embed, residual
 from mmfree_jax.ops.ternary import Quantised, wide
 from mmfree_jax.parametrisation import scales
-from mmfree_jax.sharding import partitioned
 
 MIXERS: dict[str, Any] = {"mlgru": MLGRU, "attention": Attention, "rwkv4": RWKV4}
 KEPT: dict[str, tuple[str, ...]] = {  # names that ops and modules give to what they compute
@@ -113,10 +112,10 @@ class LanguageModel(nnx.Module):
         self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
         V, D, L = config.vocab, config.width, config.depth
         init = nnx.initializers.normal(config.init_std)
-        self.embedding = nnx.Param(partitioned(init, "vocab", "embed")(rngs.params(), (V, D), param_dtype))
-        zeros = partitioned(nnx.initializers.zeros, "layers", "norm")
+        self.embedding = param(init, rngs.params(), (V, D), param_dtype, "vocab", "embed")
         has_floors = config.mixer == "mlgru" and config.lower_bounds
-        self.lower_bounds = nnx.Param(zeros(rngs.params(), (L, D), param_dtype)) if has_floors else None
+        floor = lambda: param(nnx.initializers.zeros, rngs.params(), (L, D), param_dtype, "layers", "norm")
+        self.lower_bounds = floor() if has_floors else None
 
         def block(rngs: nnx.Rngs, layer: jax.Array) -> Block:
             return Block(config, layer, rngs=rngs, param_dtype=param_dtype)
@@ -218,12 +217,7 @@ class LanguageModel(nnx.Module):
         return DecodeState(mixers, jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32))
 
     def extend(
-        self,
-        tokens_BT: jax.Array,
-        state: DecodeState,
-        *,
-        segments_BT: jax.Array | None = None,
-        last_only: bool = False,
+        self, tokens_BT: jax.Array, state: DecodeState, *, segments_BT: jax.Array | None = None, last_only: bool = False
     ) -> tuple[jax.Array, DecodeState]:
         """Read on from a state: a whole prompt, a piece of one, or one token.
 
@@ -270,14 +264,12 @@ class LMHead(nnx.Module):
     """The language-model head: a projection of its own, or with `tie_embeddings` the transposed embedding."""
 
     def __init__(self, config: ModelConfig, *, init: Initializer, rngs: nnx.Rngs, param_dtype: Any):
-        axes = ("embed", "vocab")
-        shape = (config.width, config.vocab)
-        make = lambda: nnx.Param(partitioned(init, *axes)(rngs.params(), shape, param_dtype))
+        shape, axes = (config.width, config.vocab), ("embed", "vocab")
         ternary = config.linear == "ternary" and not config.dense_head
         self.vocab, self.scale = config.tokenizer_vocab, scales(config).logits
         # Gradients to logits are small differences of probabilities: they are never quantised.
         self.recipe = recipe_of(config, axes)._replace(ternary=ternary, gradient_bits=0, columns=self.vocab)
-        self.kernel = None if config.tie_embeddings else make()
+        self.kernel = None if config.tie_embeddings else param(init, rngs.params(), shape, param_dtype, *axes)
         self.gain = gain_param((config.width,), param_dtype) if ternary and config.linear_norm else None
         self.codes: Quantised | None = nnx.data(None)  # of the kernel, where quantised ahead of its use
 

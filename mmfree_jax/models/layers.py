@@ -15,9 +15,11 @@ from mmfree_jax.ops.glu import glu
 from mmfree_jax.ops.stream import rms_norm
 from mmfree_jax.ops.ternary import Quantised
 from mmfree_jax.parametrisation import output_depth, scales
-from mmfree_jax.sharding import partitioned
 
 Initializer = Any  # (key, shape, dtype) -> array
+
+# Modules are built without a mesh; shardings are applied once, where the state is made by a jitted initialiser.
+nnx.use_eager_sharding(False)
 
 
 class Context(NamedTuple):
@@ -75,10 +77,14 @@ def recipe_of(config: ModelConfig, axes: tuple[str, str], joint: bool = False) -
     return Recipe(True, config.activation_bits, scale_axes, config.norm_eps, axes, config.gradient_bits)
 
 
-def gain_param(shape: tuple[int, ...], param_dtype: Any) -> nnx.Param:
-    """Return the gains of one norm, or of one a group; they start at one."""
-    names = (None,) * (len(shape) - 1) + ("norm",)
-    return nnx.Param(partitioned(nnx.initializers.ones, *names)(jax.random.key(0), shape, param_dtype))
+def param(init: Initializer, key: jax.Array | None, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> nnx.Param:
+    """Return a parameter whose axes carry logical names, by which `sharding.Rules` places it. Constants need no key."""
+    return nnx.Param(nnx.with_partitioning(init, axes)(jax.random.key(0) if key is None else key, shape, dtype))
+
+
+def gain_param(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
+    """Return the gains of one norm, [D], or of one norm a group, [G, D]; they start at one."""
+    return param(nnx.initializers.ones, None, shape, dtype, *(None,) * (len(shape) - 1), "norm")
 
 
 class RMSNorm(nnx.Module):
@@ -116,7 +122,7 @@ class Projection(nnx.Module):
         shape = (groups, inputs, outputs) if groups else (inputs, outputs)
         names = (None, *axes) if groups else axes
         self.groups, self.recipe = groups, recipe_of(config, axes, joint)
-        self.kernel = nnx.Param(partitioned(init, *names)(rngs.params(), shape, param_dtype))
+        self.kernel = param(init, rngs.params(), shape, param_dtype, *names)
         own = (groups, inputs) if groups and not joint else (inputs,)
         self.gain = gain_param(own, param_dtype) if self.recipe.ternary and config.linear_norm else None
         self.codes: tuple[Quantised, ...] | None = nnx.data(None)  # of the kernel, where quantised ahead of its use

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmfree_jax.config import ModelConfig
-from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
+from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits, param
 from mmfree_jax.ops.wkv import WKVState, empty, token_shift, wkv
-from mmfree_jax.sharding import partitioned
 
 
 class TimeMixState(NamedTuple):
@@ -56,7 +55,9 @@ class RWKV4(nnx.Module):
         D, L = config.width, config.depth
         into, out = mixer_inits(config)
         project = lambda init, axes: Projection(config, D, D, init=init, axes=axes, rngs=rngs, param_dtype=param_dtype)
-        vector = lambda value, *axes: nnx.Param(partitioned(lambda: value.astype(param_dtype), *axes)())
+        vector = lambda value, *axes: param(
+            lambda key, shape, dtype: value.astype(dtype), None, value.shape, param_dtype, *axes
+        )
         self.mix = vector(initial_mix(D, L, layer), None, "norm")
         self.decay = vector(initial_decay(D, L, layer), "norm")
         self.bonus = vector(initial_bonus(D), "norm")

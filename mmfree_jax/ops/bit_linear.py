@@ -12,14 +12,7 @@ import jax.numpy as jnp
 
 from mmfree_jax.ops.fast.choice import op
 from mmfree_jax.ops.stream import rms_norm
-from mmfree_jax.ops.ternary import (
-    Quantised,
-    quantise_activations,
-    straight_through,
-    ternary_codes,
-    weight_scale,
-    wide,
-)
+from mmfree_jax.ops.ternary import Quantised, quantise_activations, straight_through, ternary_codes, weight_scale, wide
 
 
 class Recipe(NamedTuple):

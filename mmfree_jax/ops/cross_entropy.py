@@ -33,7 +33,6 @@ class Losses(NamedTuple):
     z_loss: jax.Array  # the part of the total that it is; it has no gradient
 
 
-@op
 def head_logits(head: Head, x_BTD: jax.Array) -> jax.Array:
     """Compute logits [B, T, V] in at least float32; those of padding are the lowest finite number."""
     recipe, w_DV, gain_D, codes, vocab = head

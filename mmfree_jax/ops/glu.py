@@ -24,12 +24,7 @@ def gated_norm(g: jax.Array, h: jax.Array, gain_D: jax.Array, eps: float) -> jax
 
 @op
 def glu(
-    into: Recipe,
-    gate_up: Weights,
-    out: Recipe,
-    down: Weights,
-    x: jax.Array,
-    gain_F: jax.Array | None = None,
+    into: Recipe, gate_up: Weights, out: Recipe, down: Weights, x: jax.Array, gain_F: jax.Array | None = None
 ) -> jax.Array:
     """Mix channels: down(silu(gate(x)) * up(x)), [..., D] -> [..., D] (Zhu et al. 2024, section 3.3).
 

@@ -77,8 +77,8 @@ def wkv(
         return WKVState(decay_BD * state.a_BD + weight_BD * v_BD, decay_BD * state.b_BD + weight_BD, m_BD), y_BD
 
     by_time = tuple(a.swapaxes(0, 1) for a in (k_BTD, v_BTD, resets_BT))
-    state, y_TBD = jax.lax.scan(step, start if state is None else state, by_time)
-    return y_TBD.swapaxes(0, 1), state
+    last, y_TBD = jax.lax.scan(step, state or start, by_time)
+    return y_TBD.swapaxes(0, 1), last
 
 
 def average(a: jax.Array, b: jax.Array, m: jax.Array, bonus: jax.Array, v: jax.Array) -> jax.Array:

@@ -15,12 +15,7 @@ HEADS = ("batch", "time", "heads", None)  # logical names of [B, T, H, K]
 
 
 def causal_attention(
-    q_BTHK: jax.Array,
-    k_BTJK: jax.Array,
-    v_BTJK: jax.Array,
-    *,
-    segments_BT: jax.Array | None = None,
-    form: str = "",
+    q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJK: jax.Array, *, segments_BT: jax.Array | None = None, form: str = ""
 ) -> jax.Array:
     """`ops.attention.causal_attention`. form: that of `choice.attention_form`, which is asked where it is empty.
 

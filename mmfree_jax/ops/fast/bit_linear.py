@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
 
 from mmfree_jax.ops.bit_linear import Recipe, Weights
 from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.combine import combine
 from mmfree_jax.ops.fast.dense import dense
 from mmfree_jax.ops.fast.origin import Kind, Origin, can_hand_on, hand_on, origin
@@ -281,38 +281,14 @@ def _scales(saved: Input) -> tuple[jax.Array, ...]:
     return saved.scales or tuple(q.scale for q in saved.codes if q.scale is not None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _bit_linear(fusion: Fusion, sources, source_gain, weights: Weights):
-    ys, _ = forward(fusion, sources, source_gain, weights)
-    return ys, sources[0] if fusion.residual else None
-
-
-def _forward(fusion: Fusion, *primals):
-    sources, source_gain, weights = primal_values(primals)
+def _forward(fusion: Fusion, sources, source_gain, weights: Weights):
     ys, residuals = forward(fusion, sources, source_gain, weights)
     return (ys, sources[0] if fusion.residual else None), residuals
 
 
 def _backward(fusion: Fusion, residuals: Residuals, gradients):
     dys, dcopy = gradients
-    return backward(fusion, residuals, instantiated(dys), dcopy=nonzero(dcopy))
+    return backward(fusion, residuals, dys, dcopy=dcopy)
 
 
-# With symbolic zeros the backward pass learns whether anybody used the copy: if not, there is nothing to add.
-_bit_linear.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-def primal_values(primals: Any) -> Any:
-    """Return the arrays of what a forward pass gets under `symbolic_zeros`."""
-    return jax.tree.map(lambda primal: primal.value, primals)
-
-
-def instantiated(gradients: Any) -> Any:
-    """Return gradients with arrays of zeros in place of symbolic ones."""
-    is_zero = lambda d: isinstance(d, SymbolicZero)
-    return jax.tree.map(lambda d: jnp.zeros(d.shape, d.dtype) if is_zero(d) else d, gradients, is_leaf=is_zero)
-
-
-def nonzero(gradient: Any) -> jax.Array | None:
-    """Return a gradient, or None for a symbolic zero."""
-    return None if isinstance(gradient, SymbolicZero) else gradient
+_bit_linear = own_backward_of_used(_forward, _backward)

@@ -2,6 +2,7 @@
 
 import jax
 
+from mmfree_jax.ops.fast.autodiff import own_backward
 from mmfree_jax.ops.fast.origin import Kind
 from mmfree_jax.ops.fast.stream import rms_norm
 from mmfree_jax.ops.ternary import wide
@@ -18,13 +19,11 @@ def combine(kind: Kind, sources: tuple[jax.Array, ...], gain: jax.Array | None, 
     return normed if kind == "norm" else normed * jax.nn.silu(sources[1])
 
 
-@jax.custom_vjp
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Gate one array by another: silu(gate) * up. The backward pass computes in at least float32."""
-    return jax.nn.silu(gate) * up
+def _swiglu_forward(gate: jax.Array, up: jax.Array):
+    return jax.nn.silu(gate) * up, (gate, up)
 
 
-def _backward(saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _swiglu_backward(saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Behind a barrier, or XLA's GPU compiler makes two passes of the two gradients.
     gate, up, d = (a.astype(wide(a.dtype)) for a in jax.lax.optimization_barrier((*saved, d)))
     share = jax.nn.sigmoid(gate)
@@ -32,4 +31,5 @@ def _backward(saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Arr
     return dgate.astype(saved[0].dtype), dup.astype(saved[1].dtype)
 
 
-swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _backward)
+# silu(gate) * up; the backward pass computes in at least float32.
+swiglu = own_backward(_swiglu_forward, _swiglu_backward)

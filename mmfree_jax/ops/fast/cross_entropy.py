@@ -8,14 +8,15 @@ On a mesh every device computes the logits of its rows and its part of the vocab
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.ops.bit_linear import Weights
 from mmfree_jax.ops.cross_entropy import Head, Losses, mask_padding
 from mmfree_jax.ops.fast import choice
-from mmfree_jax.ops.fast.bit_linear import Fusion, Input, bit_linear, input_backward, quantise_input, quantise_kernel
+from mmfree_jax.ops.fast.bit_linear import Fusion, Input, input_backward, quantise_input, quantise_kernel
 from mmfree_jax.ops.fast.dense import outer
 from mmfree_jax.ops.fast.products import gather_kernel, input_gradient, product
 from mmfree_jax.ops.ternary import Quantised, dequantise, wide
@@ -26,45 +27,34 @@ ROWS: Names = (*TOKENS, None)
 KERNEL: Names = (None, "vocab")
 
 
-def head_logits(head: Head, x_BTD: jax.Array) -> jax.Array:
-    """`ops.cross_entropy.head_logits`."""
-    recipe, w_DV, gain_D, codes, vocab = head
-    if recipe.ternary:
-        (logits_BTV,) = bit_linear(recipe, x_BTD, Weights(w_DV[None], gain_D, None if codes is None else (codes,)))
-    else:
-        w_DV = gathered(w_DV.astype(x_BTD.dtype), ("embed", "vocab"))
-        logits_BTV = jnp.matmul(x_BTD, w_DV, preferred_element_type=wide(x_BTD.dtype))
-    return constrain(mask_padding(logits_BTV.astype(wide(x_BTD.dtype)), vocab), *TOKENS, "vocab")
-
-
 def head_nats(head: Head, x_BTD: jax.Array, targets_BT: jax.Array, chunks: int = 0) -> jax.Array:
     """`ops.cross_entropy.head_nats`. chunks: pieces of the time axis; 0 chooses by device and size."""
-    saved, kernel = _operands(head, x_BTD)
-    axis = axis_if_cut("vocab", head.w_DV.shape[1])
-
-    def local(x, kernel, targets_BT):
-        one = lambda piece: _nats(piece[0], kernel, piece[1], x_BTD.dtype, axis, head.vocab)[0]
-        pieces = _cut((x, targets_BT), chunks or _chunk_count(targets_BT, kernel))
-        return (_join(jax.lax.map(one, pieces), targets_BT.shape[1]),)
-
-    return per_shard(local, [ROWS, KERNEL, TOKENS], [TOKENS], saved.codes[0], kernel, targets_BT)[0]
+    return _by_pieces(head, x_BTD, _nats, targets_BT, chunks)[0]
 
 
 def largest_logits(head: Head, x_BTD: jax.Array) -> jax.Array:
     """`ops.cross_entropy.largest_logits`."""
+
+    def largest(x: Quantised, kernel: Quantised, _, dtype, axis: str | None, vocab: int) -> jax.Array:
+        sizes_BTV = jnp.abs(product(x, kernel, dtype))
+        top_BT = jnp.max(mask_padding(sizes_BTV, vocab, _first(sizes_BTV, axis)), axis=-1)
+        return top_BT if axis is None else jax.lax.pmax(top_BT, axis)
+
+    no_targets_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
+    return _by_pieces(head, x_BTD, largest, no_targets_BT)
+
+
+def _by_pieces(head: Head, x_BTD: jax.Array, of_piece: Callable, targets_BT: jax.Array, chunks: int = 0) -> Any:
+    """What `of_piece` finds of each token, as arrays [B, T], with the logits of one piece at a time."""
     saved, kernel = _operands(head, x_BTD)
     axis = axis_if_cut("vocab", head.w_DV.shape[1])
-    like_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
 
-    def local(x, kernel, like_BT):
-        def one(piece):
-            sizes_BTV = jnp.abs(product(piece, kernel, x_BTD.dtype))
-            top_BT = jnp.max(mask_padding(sizes_BTV, head.vocab, _first(sizes_BTV, axis)), axis=-1)
-            return top_BT if axis is None else jax.lax.pmax(top_BT, axis)
+    def local(x, kernel, targets_BT):
+        one = lambda piece: of_piece(piece[0], kernel, piece[1], x_BTD.dtype, axis, head.vocab)
+        found = jax.lax.map(one, _cut((x, targets_BT), chunks or _chunk_count(targets_BT, kernel)))
+        return (jax.tree.map(lambda a: _join(a, targets_BT.shape[1]), found),)
 
-        return (_join(jax.lax.map(one, _cut(x, _chunk_count(like_BT, kernel))), like_BT.shape[1]),)
-
-    return per_shard(local, [ROWS, KERNEL, TOKENS], [TOKENS], saved.codes[0], kernel, like_BT)[0]
+    return per_shard(local, [ROWS, KERNEL, TOKENS], [TOKENS], saved.codes[0], kernel, targets_BT)[0]
 
 
 def head_loss(
@@ -100,14 +90,19 @@ def _operands(head: Head, x_BTD: jax.Array) -> tuple[Input, Quantised]:
 
 
 def _nats(x: Quantised, kernel: Quantised, targets_BT, dtype, axis: str | None, vocab: int):
-    """Nats of each token of one piece, its logits and their log-sum-exp; `axis` of the mesh cuts the vocabulary."""
+    """Nats of each token of one piece and the log-sum-exp of its logits; `axis` of the mesh cuts the vocabulary."""
+    return _nats_and_logits(x, kernel, targets_BT, dtype, axis, vocab)[:2]
+
+
+def _nats_and_logits(x: Quantised, kernel: Quantised, targets_BT, dtype, axis: str | None, vocab: int):
+    """What `_nats` returns, and the logits."""
     logits_BTV = product(x, kernel, dtype)
     logits_BTV = mask_padding(logits_BTV, vocab, _first(logits_BTV, axis))
     top_BT = jnp.max(logits_BTV, axis=-1)
     top_BT = top_BT if axis is None else jax.lax.pmax(top_BT, axis)
     total_BT = top_BT + jnp.log(_summed(jnp.sum(jnp.exp(logits_BTV - top_BT[..., None]), axis=-1), axis))
     hit_BT = jnp.sum(jnp.where(_chosen(logits_BTV, targets_BT, axis), logits_BTV, 0), axis=-1)
-    return total_BT - _summed(hit_BT, axis), logits_BTV, total_BT
+    return total_BT - _summed(hit_BT, axis), total_BT, logits_BTV
 
 
 def _first(logits_BTV: jax.Array, axis: str | None) -> jax.Array | int:
@@ -142,7 +137,7 @@ def _parts(sums: jax.Array, z_loss: float) -> tuple[jax.Array, jax.Array]:
 def _loss_and_gradients(kernel: Quantised, piece: tuple, vocab: int, z_loss: float, dtype, axis: str | None):
     """Loss of one piece and its gradients to the dequantised operands; that to x sums this device's vocabulary only."""
     x, targets_BT, weights_BT = piece
-    nats_BT, logits_BTV, total_BT = _nats(x, kernel, targets_BT, dtype, axis, vocab)
+    nats_BT, total_BT, logits_BTV = _nats_and_logits(x, kernel, targets_BT, dtype, axis, vocab)
     loss = _sums(nats_BT, total_BT, weights_BT, z_loss)
     pull_BT = weights_BT * (1 + 2 * z_loss * total_BT)
     softmax_BTV = jnp.exp(logits_BTV - total_BT[..., None])
@@ -171,19 +166,8 @@ def _join(a: jax.Array, time: int) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _head_loss(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, codes) -> tuple[jax.Array, jax.Array]:
     recipe, vocab, z_loss, chunks = static
-    saved, kernel = _operands(Head(recipe, w_DV, gain_D, codes), x_BTD)
-    axis = axis_if_cut("vocab", w_DV.shape[1])
-
-    def local(x, kernel, targets_BT, weights_BT):
-        def one(total, piece):
-            nats_BT, _, total_BT = _nats(piece[0], kernel, piece[1], x_BTD.dtype, axis, vocab)
-            return total + _sums(nats_BT, total_BT, piece[2], z_loss), None
-
-        pieces = _cut((x, targets_BT, weights_BT), chunks or _chunk_count(targets_BT, kernel))
-        return (jax.lax.scan(one, _no_sums(z_loss, weights_BT.dtype), pieces)[0],)
-
-    arguments = saved.codes[0], kernel, targets_BT, weights_BT
-    return _parts(per_shard(local, [ROWS, KERNEL, TOKENS, TOKENS], [Summed(())], *arguments)[0], z_loss)
+    nats_BT, total_BT = _by_pieces(Head(recipe, w_DV, gain_D, codes, vocab), x_BTD, _nats, targets_BT, chunks)
+    return _parts(_sums(nats_BT, total_BT, weights_BT, z_loss), z_loss)
 
 
 def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, codes):

@@ -1,22 +1,17 @@
-"""The dense linear layer on a mesh: weights gathered in the type of the activations, gradients scattered."""
+"""The dense linear layer on a mesh: weights are gathered in the type of the activations, gradients scattered.
 
-import functools
+dense(axes, x, w_GDF) multiplies one input [..., D] by G matrices, in its type: G arrays [..., F]. `axes` are the
+logical names of D and F. The weights are kept for the backward pass in that type, and where they live: what
+was gathered of fsdp shards is gathered again, as early as the compiler likes. Kept, it would be a whole model on every
+device.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mmfree_jax.ops.fast.autodiff import own_backward
 from mmfree_jax.sharding import Names, Summed, constrain, gathered, per_shard, rows_of, ways, whole
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def dense(axes: Names, x: jax.Array, w_GDF: jax.Array) -> tuple[jax.Array, ...]:
-    """Multiply one input [..., D] by G matrices, in its type: G arrays [..., F]. `axes`: logical names of D and F.
-
-    The weights are kept for the backward pass in that type, and where they live: what was gathered of fsdp shards is
-    gathered again, as early as it likes. Kept, it would be a whole model on every device.
-    """
-    return _forward(axes, x, w_GDF)[0]
 
 
 def _forward(axes: Names, x: jax.Array, w_GDF: jax.Array):
@@ -41,7 +36,7 @@ def _backward(axes: Names, saved, dys: tuple[jax.Array, ...]):
     return dx, jnp.stack([constrain(dw_DF, *axes) for dw_DF in dws]).astype(like.dtype)
 
 
-dense.defvjp(_forward, _backward)
+dense = own_backward(_forward, _backward, static=(0,))
 
 
 def outer(x: jax.Array, dy: jax.Array, out: DTypeLike | None = None) -> jax.Array:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mmfree_jax.ops.fast.autodiff import own_backward
 from mmfree_jax.ops.fast.choice import STEPS
 from mmfree_jax.ops.fast.chunks import STATE, carried
 from mmfree_jax.sharding import Names, Summed, axis_if_cut, per_shard
@@ -13,11 +14,7 @@ CHANNELS, WEIGHTS = ("channels",), ("batch", "time")  # logical names of floor a
 
 
 def fused_recurrence(
-    c_BTD: jax.Array,
-    f_BTD: jax.Array,
-    floor_D: jax.Array | None,
-    h_BD: jax.Array | None,
-    resets_BT: jax.Array | None,
+    c_BTD: jax.Array, f_BTD: jax.Array, floor_D: jax.Array | None, h_BD: jax.Array | None, resets_BT: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """All states in c's type, bfloat16 or float32, and the last one in float32.
 
@@ -37,11 +34,6 @@ def fused_recurrence(
     keep_BT = jnp.pad(keep_BT, ((0, 0), more_T), constant_values=1)
     out_BTD, last_BD = _fused(c_BTD, f_BTD, floor_D, h_BD, keep_BT)
     return out_BTD[:, :T, :D], last_BD[:, :D]
-
-
-@jax.custom_vjp
-def _fused(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
-    return _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT)[0]
 
 
 def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
@@ -92,7 +84,7 @@ def _backward(saved, dresults):
     return dc_BTD, df_BTD, dfloor_D, dh_BSD[:, 0], None
 
 
-_fused.defvjp(_forward, _backward)
+_fused = own_backward(_forward, _backward)
 
 
 def _cut(a: jax.Array, count: int) -> jax.Array:

@@ -4,25 +4,13 @@ A ternary GLU keeps what its two BitLinears keep. As one op it gains with `Recip
 and up leave the kernel that computes them as integer codes, and are never written as values.
 """
 
-import functools
-
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.ops.bit_linear import Recipe, Weights
 from mmfree_jax.ops.fast import combine
-from mmfree_jax.ops.fast.bit_linear import (
-    Fusion,
-    Residuals,
-    backward,
-    codes_onward,
-    forward,
-    instantiated,
-    linear,
-    nonzero,
-    primal_values,
-    source,
-)
+from mmfree_jax.ops.fast.autodiff import own_backward_of_used
+from mmfree_jax.ops.fast.bit_linear import Fusion, Residuals, backward, codes_onward, forward, linear, source
 from mmfree_jax.ops.fast.origin import Origin, hand_on, note
 from mmfree_jax.ops.fast.stream import rms_norm
 
@@ -38,12 +26,7 @@ def gated_norm(g: jax.Array, h: jax.Array, gain_D: jax.Array, eps: float) -> jax
 
 
 def glu(
-    into: Recipe,
-    gate_up: Weights,
-    out: Recipe,
-    down: Weights,
-    x: jax.Array,
-    gain_F: jax.Array | None = None,
+    into: Recipe, gate_up: Weights, out: Recipe, down: Weights, x: jax.Array, gain_F: jax.Array | None = None
 ) -> jax.Array:
     """`ops.glu.glu`; ternary and without a norm inside, one op."""
     if not (into.ternary and out.ternary and gain_F is None):
@@ -57,12 +40,7 @@ def glu(
     return y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _glu(fusions: tuple[Fusion, Fusion], sources, source_gain, gate_up: Weights, down: Weights):
-    return _both(fusions, sources, source_gain, gate_up, down)[0]
-
-
-def _both(fusions: tuple[Fusion, Fusion], sources, source_gain, gate_up: Weights, down: Weights):
+def _forward(fusions: tuple[Fusion, Fusion], sources, source_gain, gate_up: Weights, down: Weights):
     into, out = fusions
     ys, of_into = forward(into, sources, source_gain, gate_up)
     out = out._replace(onward=codes_onward(into.recipe, of_into) is not None)
@@ -70,15 +48,13 @@ def _both(fusions: tuple[Fusion, Fusion], sources, source_gain, gate_up: Weights
     return (y, sources[0] if into.residual else None), (of_into, of_out)
 
 
-def _forward(fusions: tuple[Fusion, Fusion], *primals):
-    return _both(fusions, *primal_values(primals))
-
-
 def _backward(fusions: tuple[Fusion, Fusion], residuals: tuple[Residuals, Residuals], gradients):
     (into, out), (of_into, of_out), (dy, dcopy) = fusions, residuals, gradients
+    # Gradients to gate and up are quantised where down's backward kernel has them in registers: with the scales of the
+    # tokens' inputs, which the products with those gradients need in their codes.
     row_factors = codes_onward(into.recipe, of_into)
-    dgate_and_up, _, ddown = backward(out, of_out, instantiated((dy,)), row_factors=row_factors)
-    return *backward(into, of_into, dgate_and_up, dcopy=nonzero(dcopy)), ddown
+    dgate_and_up, _, ddown = backward(out, of_out, (dy,), row_factors=row_factors)
+    return *backward(into, of_into, dgate_and_up, dcopy=dcopy), ddown
 
 
-_glu.defvjp(_forward, _backward, symbolic_zeros=True)
+_glu = own_backward_of_used(_forward, _backward)

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast.autodiff import own_backward
 from mmfree_jax.ops.fast.choice import STEPS
 from mmfree_jax.ops.fast.chunks import STATE, carried
 from mmfree_jax.ops.fast.fused_recurrence import fused_recurrence
@@ -94,11 +95,6 @@ def _prefix(f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reverse: bool) 
     return jax.lax.associative_scan(combine, (f_BTD, x_BTD), axis=1, reverse=reverse)[1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recurrence(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array) -> jax.Array:
-    return _forward(form, f_BTD, x_BTD, h_BD)[0]
-
-
 def _forward(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array):
     axis = axis_if_cut("time", f_BTD.shape[1])
 
@@ -135,4 +131,4 @@ def _backward(form: str, saved, dh_BTD: jax.Array):
     return df_BTD, dx_BTD, dstart_BSD[:, 0]
 
 
-_recurrence.defvjp(_forward, _backward)
+_recurrence = own_backward(_forward, _backward, static=(0,))

@@ -1,12 +1,11 @@
 """`ops.stream` with backward passes of its own, and placed on a mesh."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from mmfree_jax.ops.fast.autodiff import own_backward
 from mmfree_jax.ops.fast.origin import Origin, latest, note
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import Summed, axis_if_cut, constrain, gathered, per_shard, ways
@@ -37,11 +36,6 @@ def rms_norm_backward(x: jax.Array, rstd: jax.Array, dy_gain: jax.Array) -> jax.
     return (dy_gain - x_hat * jnp.mean(x_hat * dy_gain, axis=-1, keepdims=True)) * rstd
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
-    return _rms_norm_forward(x, gain_D, eps)[0]
-
-
 def _rms_norm_forward(x: jax.Array, gain_D: jax.Array, eps: float):
     rstd = checkpoint_name(reciprocal_rms(x, eps), "per_token")
     y = x.astype(rstd.dtype) * rstd * gain_D.astype(rstd.dtype)
@@ -56,16 +50,20 @@ def _rms_norm_backward(eps: float, saved, dy: jax.Array):
     return dx.astype(x.dtype), dgain_D.astype(gain_D.dtype)
 
 
-_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+_rms_norm = own_backward(_rms_norm_forward, _rms_norm_backward, static=(2,))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`ops.stream.embed`; gradients are summed in the table's type.
 
     A table cut over fsdp is gathered in `dtype`. A vocabulary cut over tensor stays where it is: each device looks up
     what it has, and the rows are summed.
     """
+    return _embed(table_VD, tokens_BT, dtype)
+
+
+def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: DTypeLike):
+    like_V0 = table_VD[:, :0]  # all that the backward pass needs of the table: its length and type
     axis = axis_if_cut("vocab", table_VD.shape[0])
     if ways("embed", table_VD.shape[1]) > 1:
         table_VD = gathered(table_VD.astype(dtype), ("vocab", "embed"))
@@ -78,15 +76,12 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: DTypeLike) -> jax.Ar
         x_BTD = table_VD[jnp.where(found_BT, here_BT, 0)].astype(dtype)
         return (jax.lax.psum(jnp.where(found_BT[..., None], x_BTD, 0), axis),)
 
-    return per_shard(local, [("vocab", None), TOKENS], [ROWS], table_VD, tokens_BT)[0]
-
-
-def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: DTypeLike):
-    return embed(table_VD, tokens_BT, dtype), (tokens_BT, jnp.zeros_like(table_VD[:, :0]))
+    x_BTD = per_shard(local, [("vocab", None), TOKENS], [ROWS], table_VD, tokens_BT)[0]
+    return x_BTD, (tokens_BT, like_V0)
 
 
 def _embed_backward(dtype: DTypeLike, saved, dx_BTD: jax.Array):
-    tokens_BT, like_V0 = saved  # the table's length and type
+    tokens_BT, like_V0 = saved
     axis = axis_if_cut("vocab", like_V0.shape[0])
 
     def local(like_V0, tokens_BT, dx_BTD):
@@ -101,4 +96,4 @@ def _embed_backward(dtype: DTypeLike, saved, dx_BTD: jax.Array):
     return constrain(dtable_VD, "vocab", "embed"), None
 
 
-embed.defvjp(_embed_forward, _embed_backward)
+_embed = own_backward(_embed_forward, _embed_backward, static=(2,))
