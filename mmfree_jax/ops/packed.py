@@ -11,11 +11,51 @@ ceil(256 v / 243): multiplied by 3, its integer part is the next digit (as llama
 Rows that do not fill their last bytes are filled up with zeros.
 """
 
+import dataclasses
+from typing import Literal, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmfree_jax.ops.ternary import Quantised
+
+Layout = Literal["planes", "trits"]
 PLANES, TRITS = 4, 5  # codes in a byte
+CODES_IN_A_BYTE: dict[Layout, int] = {"planes": PLANES, "trits": TRITS}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A ternary matrix [D, F], stored by columns: `bytes_FI` holds the D codes of each output.
+
+    scale: float32, [1, 1] or one an output, [1, F].
+    """
+
+    bytes_FI: jax.Array
+    scale: jax.Array
+    layout: Layout = dataclasses.field(default="planes", metadata={"static": True})
+
+    def unpacked(self, width: int) -> Quantised:
+        """Return the matrix as codes [D, F] and their scale; `width` is D."""
+        unpack = unpack_planes if self.layout == "planes" else unpack_trits
+        return Quantised(unpack(self.bytes_FI, width).swapaxes(-1, -2), self.scale)
+
+
+class PackedWeights(NamedTuple):
+    """The arrays of G BitLinears with one input in a model that only has their codes: for inference.
+
+    gain: of the RMSNorm before the quantiser, [D] shared by the products, [G, D] one each, None for no norm.
+    """
+
+    codes: tuple[Packed, ...]
+    gain: jax.Array | None = None
+
+
+def pack(codes_NK: np.ndarray, layout: Layout) -> np.ndarray:
+    """Pack codes by rows, [..., N, K], in a layout: uint8 [..., N, I]."""
+    return pack_planes(codes_NK) if layout == "planes" else pack_trits(codes_NK)
 
 
 def pack_planes(codes_NK: np.ndarray) -> np.ndarray:
