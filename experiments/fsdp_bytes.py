@@ -16,7 +16,7 @@ import jax
 
 from experiments.absent_h200 import compiled_step
 from mmfree_jax.config import MeshConfig
-from mmfree_jax.devices import meant_for
+from mmfree_jax.devices import traced_for
 from mmfree_jax.hlo import collectives
 from mmfree_jax.presets import run_preset
 
@@ -34,7 +34,7 @@ def sent(family: str, size: str, changes: dict[str, Any]) -> list[float]:
     data = dataclasses.replace(run.data, batch=MESH.devices, sequence=1024)  # bytes of weights do not depend on these
     run = dataclasses.replace(run, data=data, mesh=MESH, precision="bfloat16", kernels="off", **changes)
     table = run.model.vocab, run.model.width
-    with meant_for("cuda"):
+    with traced_for("cuda"):
         found = collectives(compiled_step(run).as_text() or "")
     gathers = [one for one in found if one.kind == "all-gather"]
     tables = [one for one in gathers if one.arrays[0][1] == table]

@@ -1,6 +1,6 @@
 """What integer products in the backward pass cost in loss: MatMul-free with and without, twelve seeds each.
 
-    python launch.py sweep experiments/integer_gradients.py --out runs/integer-gradients
+    mmfree sweep experiments/integer_gradients.py --out runs/integer-gradients
 
 About half an hour on 2 CPU cores. Runs differ in the initial weights and in whether the gradient that reaches a ternary
 layer is quantised to 8 bits for both of its products (`model.gradient_bits`); pairs of one seed see the same data. Its

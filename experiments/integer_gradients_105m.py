@@ -1,7 +1,7 @@
 """What integer products in the backward pass cost in loss at 105M parameters: with and without, three seeds each.
 
-    python launch.py corpus build m --vocab 8192
-    python launch.py sweep experiments/integer_gradients_105m.py --out runs/integer-gradients-105m
+    mmfree corpus build m --vocab 8192
+    mmfree sweep experiments/integer_gradients_105m.py --out runs/integer-gradients-105m
 
 Seven minutes on two H100s, compiling included. As experiments/integer_gradients.py, but in bfloat16 and on the kernels:
 49M tokens of tier M, each seen once. Expect a difference within two standard errors of zero

@@ -1,7 +1,7 @@
 """A ladder for one GPU, from one dial: two families, five sizes, three horizons; learning rates transferred by muP.
 
-    python launch.py corpus build m --vocab 4096
-    python launch.py study experiments/ladder.py --out runs/ladder
+    mmfree corpus build m --vocab 4096
+    mmfree study experiments/ladder.py --out runs/ladder
 
 0.6M to 2.8M parameters, 5 to 20 tokens a parameter, as many as tier M holds without repetition. Add sizes and a larger
 corpus as the budget allows: everything else follows (mmfree_jax/sweep/ladder.py).

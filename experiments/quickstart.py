@@ -1,6 +1,6 @@
 """A first scaling-law comparison on a laptop: two families, five sizes, three token budgets, real text.
 
-    python launch.py study experiments/quickstart.py --out runs/quickstart
+    mmfree study experiments/quickstart.py --out runs/quickstart
 
 About ten minutes on 2 CPU cores; its runs take 139 s on one H200. Expect held-out losses between about 3.9 and 5.6 nats
 a token, Transformer++ ahead at every size, and a report which says that a ladder this small does not determine whether

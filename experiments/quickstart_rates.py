@@ -1,6 +1,6 @@
 """Which learning rate suits each family of the quickstart: seven rates at the smallest and the largest width.
 
-    python launch.py sweep experiments/quickstart_rates.py --out runs/quickstart-rates
+    mmfree sweep experiments/quickstart_rates.py --out runs/quickstart-rates
 
 About ten minutes on 2 CPU cores. Its runs table, cut to the columns that matter, is results/quickstart_rates.csv. The
 quickstart takes, at either width, each family's smallest rate within 0.01 nats of the best (a trunk at constant rate is

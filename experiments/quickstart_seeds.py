@@ -1,7 +1,7 @@
 """How far do repeats of the quickstart scatter, and does a GPU end where a CPU does?
 
-    JAX_PLATFORMS=cpu python launch.py sweep experiments/quickstart_seeds.py --out runs/seeds-cpu
-    python launch.py sweep experiments/quickstart.py --out runs/quickstart-gpu        # on a machine with a GPU
+    JAX_PLATFORMS=cpu mmfree sweep experiments/quickstart_seeds.py --out runs/seeds-cpu
+    mmfree sweep experiments/quickstart.py --out runs/quickstart-gpu        # on a machine with a GPU
     python -m experiments.quickstart_seeds runs/seeds-cpu runs/quickstart-gpu
 
 The first trains the quickstart with three seeds (weights and order of the data). The last prints

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.config import MeshConfig, RunConfig, replaced, require
+from mmfree_jax.config import MeshConfig, RunConfig, require, with_changes
 from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.devices import check_platform, check_settings
 from mmfree_jax.evaluation.loss import Scores
@@ -35,7 +35,7 @@ def preset(name: str, changes: Mapping[str, Any] | None = None) -> RunConfig:
     changes: dotted field -> value, such as {"steps": 100, "optim.lr": 4e-3}.
     Raises ConfigError for a name or field that does not exist, and for a run that cannot be.
     """
-    return replaced(run_preset(name), changes or {})
+    return with_changes(run_preset(name), changes or {})
 
 
 def prepare(run: RunConfig, out: Path, say: Say = quiet) -> tuple[RunConfig, TokenSet]:
@@ -49,7 +49,7 @@ def prepare(run: RunConfig, out: Path, say: Say = quiet) -> tuple[RunConfig, Tok
     if idle := left_idle(run.mesh):
         say(idle)
     token_set = resolve_data(run.data, say, known_corpora(out))
-    run = loop.resolved(run, out, token_set)
+    run = loop.completed_config(run, out, token_set)
     for line in make_program(program_key(run, token_set.end_of_document)).uncut:
         say(line)
     return run, token_set

@@ -73,6 +73,7 @@ def nearest_flags(unknown: str, known: Sequence[str]) -> list[str]:
     optim.lr) or is one of its parts (batch-size: data.batch).
     """
     group, _, word = unknown.removeprefix("--").replace("_", "-").split("=")[0].rpartition(".")
+    # `group` and `word` of --optim.learning-rate are optim and learning-rate; its initials are lr.
     initials = "".join(part[:1] for part in word.split("-"))
 
     def score(flag: str) -> float:

@@ -1,6 +1,6 @@
-"""Facts about hardware, the one that a run is on and others: peak rates, memory, links, energy.
+"""Facts about hardware, the current one and others: peak rates, memory, links, energy.
 
-The tables need no JAX, and it is not loaded for them: the driver of a sweep, which forks, reads them too.
+The tables are read without importing JAX, because the driver of a sweep, which forks, needs them too.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from mmfree_jax import nvidia
 from mmfree_jax.config import ConfigError, require
 from mmfree_jax.tracing import during
 
-GENERATOR = "threefry2x32"  # of the numbers that initial weights are drawn from, whatever the environment names
-# Settings of JAX that would change what a run computes: a value of its own would have to be part of the run.
+GENERATOR = "threefry2x32"  # random number generator of initial weights, whatever the environment says
+# Settings of JAX that would change what a run computes. Another value would have to be part of the config.
 SETTINGS = {"jax_enable_x64": False, "jax_threefry_partitionable": True, "jax_default_matmul_precision": None}
 
 Platform = Literal["cuda", "tpu"]
@@ -24,17 +24,17 @@ Platform = Literal["cuda", "tpu"]
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator by its makers' data sheet: dense rates, bytes and bytes per second of one device, one way."""
+    """An accelerator by its data sheet: dense rates, bytes, and bytes per second in one direction, of one device."""
 
     platform: Platform
     memory: float
-    bandwidth: float  # of its memory
+    bandwidth: float  # of the memory
     bf16: float  # FLOP/s
     int8: float  # operations per second
-    link: float  # to devices of the same island, as a ring along one mesh axis uses it
+    link: float  # to devices of the same island, as used by a ring along one mesh axis
     network: float  # beyond the island
-    island: int  # devices that the fast links join
-    kernels: bool = False  # whether ours run on it
+    island: int  # devices that the fast links connect
+    kernels: bool = False  # whether our kernels run on it
 
 
 # NVIDIA H200, H100 SXM and A100 80GB SXM data sheets: NVLink 900, 900 and 600 GB/s both ways; in DGX systems of eight a
@@ -62,13 +62,13 @@ PEAK_FLOPS = {
 _absent: ContextVar[Platform | None] = ContextVar("absent", default=None)
 
 
-def meant_for(platform: Platform) -> AbstractContextManager[None]:
-    """What is traced inside takes the forms of a platform that need not be here."""
+def traced_for(platform: Platform) -> AbstractContextManager[None]:
+    """Trace what is inside the context for a platform that need not be here."""
     return during(_absent, platform)
 
 
 def backend() -> str:
-    """The platform that is computed on, or that is traced for: "cpu", "gpu" or "tpu"."""
+    """Return the platform that is used, or traced for: "cpu", "gpu" or "tpu"."""
     import jax
 
     absent = _absent.get()
@@ -76,9 +76,9 @@ def backend() -> str:
 
 
 def check_platform() -> None:
-    """Raises ConfigError where JAX has no device, as for JAX_PLATFORMS=cuda on a machine without GPU or plugin.
+    """Raise ConfigError if JAX has no device, as for JAX_PLATFORMS=cuda on a machine without GPU or plugin.
 
-    After `distributed.join`: it is the first to ask for devices.
+    Call it after `distributed.join`, because it asks JAX for devices.
     """
     import jax
 
@@ -94,12 +94,12 @@ def check_platform() -> None:
 
 
 def peak_flops(kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a device kind; None where the data sheet does not name one (a CPU)."""
+    """Return the peak bfloat16 FLOP/s of a device kind; None if it is not in the table (a CPU)."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
 
 
 def peak_memory_bytes() -> int:
-    """The most memory held so far: of the first accelerator, or of this process on a CPU."""
+    """Return the peak memory so far: of the first accelerator, or of this process on a CPU."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -107,7 +107,7 @@ def peak_memory_bytes() -> int:
 
 
 def use_compile_cache(folder: Path) -> None:
-    """Keep compiled programs in `folder`, so that a resumed run or the next run of a sweep does not compile again."""
+    """Store compiled programs in `folder`, so that a resumed run or the next run of a sweep does not compile again."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -116,7 +116,7 @@ def use_compile_cache(folder: Path) -> None:
 
 
 def check_settings() -> None:
-    """Raises ConfigError where the environment would have runs compute something else than their configs say."""
+    """Raise ConfigError if settings in the environment would change what a run computes."""
     import jax
 
     for name, usual in SETTINGS.items():
@@ -128,8 +128,11 @@ def check_settings() -> None:
 
 
 class EnergyMeter:
-    """Joules drawn by this process's NVIDIA GPUs since the last restart; None on other hardware, and for good once one
-    of them does not tell: a sum of some of them, or of some of the time, is not the energy of a run."""
+    """Measures the energy of this process's NVIDIA GPUs since the last restart, in joules.
+
+    None on other hardware, and forever once one of the GPUs does not report, because the sum would not be the energy of
+    the run.
+    """
 
     def __init__(self) -> None:
         import jax
@@ -142,7 +145,7 @@ class EnergyMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Count from here."""
+        """Start to count."""
         self._start = self._total()
 
     def _total(self) -> float | None:
@@ -150,7 +153,7 @@ class EnergyMeter:
         return sum(drawn) if self._names and len(drawn) == len(self._names) else None
 
     def joules(self) -> float | None:
-        """Energy since the last restart, or None where it cannot be measured."""
+        """Return the energy since the last restart; None if it cannot be measured."""
         now = None if self._start is None else self._total()
         if now is None or self._start is None:
             self._names = []

@@ -1,7 +1,7 @@
-"""Several processes as one run: when they are meant, how they find each other, what they agree on.
+"""Several processes as one run: when that is intended, how they find each other, and how they agree.
 
-`jax.distributed.initialize` ends the process when another does not come, without saying which. So before it there is a
-roll call: process 0 listens at the coordinator's address until every other one has given its number.
+`jax.distributed.initialize` ends the process if another one does not start, without saying which. So there is a roll
+call before it: process 0 listens at the coordinator's address until every other process has reported its number.
 """
 
 import collections
@@ -23,22 +23,22 @@ from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import require
 
-HEARTBEAT_SECONDS = 30  # a process silent for so long is taken for dead, and all others end
-FAREWELL_SECONDS = 10  # how long one that ends waits for the others to end too
+HEARTBEAT_SECONDS = 30  # after so long without a heartbeat a process counts as dead, and all others end
+SHUTDOWN_SECONDS = 10  # how long a process waits at its end for the others to end too
 RETRY_SECONDS = 0.2
-DIGITS = (0, 16, 32, 48)  # where the digits of `added` begin, in bits
-GREETING_SECONDS = 5  # within which one that connects has said its number, or is not of this run
+DIGITS = (0, 16, 32, 48)  # first bits of the digits in `sum_integers`
+GREETING_SECONDS = 5  # a process that connects must report its number within this time
 
 
 class MissingProcess(RuntimeError):
-    """Processes did not come. The message names them and the coordinator, and says what to check."""
+    """Processes did not start. The message names them and the coordinator, and says what to check."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The processes of a run and this one's place among them.
+    """The number of processes of a run, and the index of this one.
 
-    `coordinator` (HOST:PORT of process 0) is empty where JAX knows all of it from the machine (Cloud TPU).
+    `coordinator` (HOST:PORT of process 0) is empty if JAX knows everything from the machine (Cloud TPU).
     """
 
     coordinator: str
@@ -47,13 +47,14 @@ class Group:
     local_devices: list[int] | None = None  # None: all that are visible
 
 
-def meant(coordinator: str, processes: int, process: int, environment: Mapping[str, str] = os.environ) -> Group | None:
-    """The group that flags or the environment ask for; None for a single process.
+def find_group(
+    coordinator: str, processes: int, process: int, environment: Mapping[str, str] = os.environ
+) -> Group | None:
+    """Return the group that the flags or the environment describe; None for a single process.
 
-    Flags come first: HOST:PORT, a count and an index; then JAX's own variables for the same. Then SLURM, where `srun`
-    started more than one task (variables of the job alone, as in the shell of an allocation, mean nothing), then a
-    Cloud TPU slice of more than one host.
-    Raises ConfigError for flags that do not go together.
+    Flags come first: HOST:PORT, a count and an index; then JAX's variables for the same. Then SLURM, if `srun` started
+    more than one task (the variables of a job, which the shell of an allocation has too, are not enough), then a Cloud
+    TPU slice of more than one host. Raises ConfigError for flags that do not fit together.
     """
     if coordinator or processes or process >= 0:
         return _from_flags(coordinator, processes, process)
@@ -67,7 +68,7 @@ def meant(coordinator: str, processes: int, process: int, environment: Mapping[s
 
 
 def _number(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int:
-    """A number in the environment; `otherwise` where it is not set, or set to nothing. Raises ConfigError."""
+    """A number from the environment; `otherwise` if the variable is not set or empty. Raises ConfigError."""
     text = environment.get(name, "").strip()
     if not text and otherwise is not None:
         return otherwise
@@ -85,7 +86,7 @@ def _from_flags(coordinator: str, processes: int, process: int) -> Group:
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Group:
-    """Process 0 runs on the step's first node; the port is made of the job's number."""
+    """Process 0 runs on the first node of the step; the port is derived from the job's number."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
     number = functools.partial(_number, environment)
     require(
@@ -95,7 +96,9 @@ def _from_slurm(environment: Mapping[str, str]) -> Group:
     )
     port = 61440 + number("SLURM_JOB_ID") % 4096
     tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # such as 10(x4)
-    own_device = tasks is not None and int(tasks[0]) > 1 and _devices_are_shared(environment)
+    # If the tasks of a node see the same GPUs, each has to take its own.
+    all_visible = "," in environment.get("CUDA_VISIBLE_DEVICES", "")
+    own_device = tasks is not None and int(tasks[0]) > 1 and all_visible
     return Group(
         f"{first_host(nodes)}:{port}",
         number("SLURM_STEP_NUM_TASKS"),
@@ -105,9 +108,9 @@ def _from_slurm(environment: Mapping[str, str]) -> Group:
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list of hosts in SLURM's notation: of `rack[1-2]node[03-04,7]-ib,login` it is rack1node03-ib.
+    """Return the first host of a list in SLURM's notation: of `rack[1-2]node[03-04,7]-ib,login` rack1node03-ib.
 
-    Raises ConfigError for what is no such list.
+    Raises ConfigError for text that is not such a list.
     """
     found = re.match(r"(?:[^,\[\]]|\[\d[\d,-]*\])+(?=,|$)", nodes.strip())
     require(found is not None, f"{nodes!r} is no list of hosts as SLURM writes them: give --coordinator HOST:PORT")
@@ -115,17 +118,12 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\d+)[\d,-]*\]", r"\1", found[0])
 
 
-def _devices_are_shared(environment: Mapping[str, str]) -> bool:
-    """Whether the tasks of a node see the same GPUs, so that each has to take its own."""
-    return "," in environment.get("CUDA_VISIBLE_DEVICES", "")
-
-
 def join(group: Group, patience_s: float) -> None:
-    """Make this process one of `group`; before anything asks JAX for its devices.
+    """Make this process a member of `group`. Call it before anything asks JAX for its devices.
 
-    Raises MissingProcess when the others do not come within `patience_s` seconds.
+    Raises MissingProcess if the others do not start within `patience_s` seconds.
     """
-    # The loop answers signals itself and agrees on the step to stop at; JAX's service would take SIGTERM away from it.
+    # The loop handles signals itself and agrees on the step to stop at. JAX's service would take SIGTERM away from it.
     jax.config.update("jax_enable_preemption_service", False)
     if not group.coordinator:
         jax.distributed.initialize(initialization_timeout=int(patience_s))
@@ -139,12 +137,12 @@ def join(group: Group, patience_s: float) -> None:
         cluster_detection_method="deactivate",
         initialization_timeout=max(1, int(patience_s)),
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=FAREWELL_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
 
 
 def call_roll(group: Group, patience_s: float) -> None:
-    """Return once every process of `group` is here. Raises MissingProcess, naming those that are not."""
+    """Return when every process of `group` has reported. Raises MissingProcess, naming those that have not."""
     host, _, port = group.coordinator.rpartition(":")
     deadline = time.monotonic() + patience_s
     missing: set[int] | None
@@ -166,7 +164,7 @@ def _numbers(indices: set[int] | None) -> str:
 
 
 def _wait_for_others(port: int, count: int, deadline: float) -> set[int]:
-    """Process 0: collect the others' numbers, tell each who is missing in the end, and return that."""
+    """In process 0: collect the numbers of the others, tell each of them at the end which are missing, return these."""
     missing, waiting = set(range(1, count)), []
     with contextlib.ExitStack() as stack, socket.create_server(("", port), backlog=count) as server:
         while missing and (left := deadline - time.monotonic()) > 0:
@@ -175,7 +173,7 @@ def _wait_for_others(port: int, count: int, deadline: float) -> set[int]:
                 connection = stack.enter_context(server.accept()[0])
                 connection.settimeout(GREETING_SECONDS)
                 number = connection.recv(16)
-                if number.isdigit():  # a stranger says something else
+                if number.isdigit():  # it is a process of this run
                     missing.discard(int(number))
                     waiting.append(connection)
         for connection in waiting:
@@ -184,9 +182,9 @@ def _wait_for_others(port: int, count: int, deadline: float) -> set[int]:
 
 
 def _report(host: str, port: int, index: int, deadline: float, patience_s: float) -> set[int] | None:
-    """Another process: give process 0 this number; returns who is missing, None where process 0 cannot be reached.
+    """In the others: report to process 0. Returns which are missing; None if process 0 cannot be reached.
 
-    Process 0 may have come at the last moment: who has reached it waits for as long as it does.
+    Process 0 may have started at the last moment, so a process that has reached it waits as long as it does.
     """
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=left) as connection:
@@ -200,7 +198,7 @@ def _report(host: str, port: int, index: int, deadline: float, patience_s: float
 
 
 def process_table() -> str:
-    """Which devices each process brings, one line a process."""
+    """Return a table of the devices of each process."""
     devices = collections.defaultdict(list)
     for device in jax.devices():
         devices[device.process_index].append(device)
@@ -212,12 +210,12 @@ def process_table() -> str:
 
 
 def is_first() -> bool:
-    """Whether this process writes what a run leaves behind."""
+    """Return whether this process is the one that writes files."""
     return jax.process_index() == 0
 
 
 def first_does(action: Callable[[], object]) -> None:
-    """`action` in process 0 while the others wait for it; where it fails there, it fails everywhere."""
+    """Call `action` in process 0 while the others wait. If it fails there, an error is raised in all of them."""
     failure = None
     if is_first():
         try:
@@ -230,30 +228,31 @@ def first_does(action: Callable[[], object]) -> None:
         raise failure
 
 
-def total(value: float | None) -> float | None:
-    """The sum of what every process measured; None where one of them measured nothing."""
+def sum_or_none(value: float | None) -> float | None:
+    """Return the sum over all processes; None if one of them has None."""
     if jax.process_count() == 1:
         return value
-    # All take part, whatever they have: one that stayed away would leave the others waiting for it.
+    # All processes must take part, also those with None, or the others would wait for them.
     found = multihost_utils.process_allgather(np.float64(np.nan if value is None else value))
     return None if np.isnan(found).any() else float(found.sum())
 
 
-def added(numbers: Sequence[int]) -> list[int]:
-    """The sums over processes of whole numbers, each from 0 to 2^64 - 1 in every process; exact."""
+def sum_integers(numbers: Sequence[int]) -> list[int]:
+    """Return the exact sums over processes of integers from 0 to 2^64 - 1."""
     if jax.process_count() == 1:
         return list(numbers)
-    # In digits of 16 bits: JAX exchanges numbers of 32.
+    # In digits of 16 bits, because JAX exchanges numbers of 32 bits.
+    # A sum of digits may exceed 16 bits; adding the shifted sums carries it over.
     digits = [[number >> shift & 0xFFFF for shift in DIGITS] for number in numbers]
     found = np.asarray(multihost_utils.process_allgather(np.array(digits, np.int32)), np.int64).sum(axis=0)
     return [sum(int(digit) << shift for digit, shift in zip(row, DIGITS, strict=True)) for row in found]
 
 
 class AgreedStop:
-    """Turns signals that single processes got into one that all know of at the same step.
+    """Turns signals to single processes into one signal that all of them act on after the same step.
 
-    Each call starts the exchange of one step and returns the result of the one before, so no step waits for it. A
-    single process answers for itself at once.
+    Each call starts the exchange for one step and returns the result of the previous one, so no step waits for it. If
+    there is a single process, its own signal is returned at once.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
@@ -262,7 +261,7 @@ class AgreedStop:
         self._shape, self._pending = (mesh.size,), None
 
     def __call__(self, signal: int | None) -> int | None:
-        """The signal that this process got -> the one that all act on now; None for none."""
+        """Takes the signal to this process, and returns the one that all act on now; None for none."""
         if jax.process_count() == 1:
             return signal
         own = np.array([signal or 0], np.int32)
@@ -272,27 +271,28 @@ class AgreedStop:
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A global array out of one that every process holds whole."""
+    """Make a global array from one that every process has in full."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def repeat(number: np.generic, sharding: NamedSharding) -> jax.Array:
-    """A scalar, of which every process has the same, on each device of a sharding that cuts nothing.
+    """Put a scalar that is equal in all processes on each device of a replicated sharding.
 
-    Device by device: told to do it at once, JAX asks all processes whether the number is the same.
+    Device by device, because `jax.device_put` to all of them would compare the numbers of all processes.
     """
     pieces = [jax.device_put(number, device) for device in sharding.addressable_devices]
     return jax.make_array_from_single_device_arrays((), sharding, pieces)
 
 
 def own_rows(sharding: NamedSharding, batch: int) -> list[int]:
-    """Which rows of a global batch the devices of this process hold, ascending: wherever the mesh puts them."""
+    """Return the rows of a global batch that the devices of this process hold, ascending."""
     held = sharding.addressable_devices_indices_map((batch, 1)).values()
     return sorted({row for index in held if index is not None for row in range(batch)[index[0]]})
 
 
 def counted_rows(sharding: NamedSharding, batch: int) -> list[int]:
-    """The rows of `own_rows` that no process before this one holds: over all processes, each row of a batch once."""
+    """Return the rows of `own_rows` that no earlier process holds, so that all processes together count each row
+    once."""
     holder: dict[int, int] = {}
     device: Any
     for device, index in sharding.devices_indices_map((batch, 1)).items():
@@ -302,7 +302,7 @@ def counted_rows(sharding: NamedSharding, batch: int) -> list[int]:
 
 
 def put_rows(array: np.ndarray, sharding: NamedSharding, batch: int, rows: list[int]) -> jax.Array:
-    """A global batch [batch, ...] out of the rows [len(rows), ...] that each process has of it (`own_rows`)."""
+    """Make a global batch [batch, ...] from the rows [len(rows), ...] that each process has of it (`own_rows`)."""
 
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None

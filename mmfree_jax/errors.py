@@ -1,4 +1,4 @@
-"""How a command reports an exception: by its message if we wrote that for users, else with a traceback in a file."""
+"""How a command reports an exception: its message, if it is written for users; else also a traceback, in a file."""
 
 import contextlib
 import linecache
@@ -13,9 +13,9 @@ PACKAGES = ("mmfree_jax", "scaling", "launch")
 
 
 def is_explained(error: BaseException) -> bool:
-    """Whether an exception's message is written for users.
+    """Return whether an exception's message is written for users.
 
-    It is for our own types, for whatever our code raises on purpose, and for the system's errors about a file.
+    True for our own types, for what our code raises on purpose, and for the system's errors about a file.
     """
     if type(error).__module__.partition(".")[0] in PACKAGES:
         return True
@@ -34,7 +34,7 @@ def _raised_by_us(trace: TracebackType | None) -> bool:
 
 
 def sentence(error: BaseException) -> str:
-    """An exception in one line; the type comes first unless the message is written for users."""
+    """Return an exception in one line. The type comes first unless the message is written for users."""
     text = " ".join(str(error).split())
     if is_explained(error):
         return text or type(error).__name__
@@ -42,22 +42,26 @@ def sentence(error: BaseException) -> str:
 
 
 def reported(error: Exception) -> str:
-    """An exception in one line, and the file with its traceback unless the message is written for users."""
+    """Return an exception in one line, with the file of its traceback unless the message is written for users."""
     if is_explained(error):
         return sentence(error)
-    place = getattr(error, "written_to", None) or _to_temporary_file(error)
+    place = getattr(error, "written_to", None)
+    if place is None:
+        with tempfile.NamedTemporaryFile("w", prefix="mmfree-", suffix=".log", delete=False, encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)))
+        place = file.name
     return f"{sentence(error)} (traceback: {place}; --debug shows it)"
 
 
 @contextlib.contextmanager
-def logged(log: Path, but: type[Exception]) -> Iterator[None]:
-    """Append a line to `log` for an exception that passes, and its traceback if the message is not for users.
+def logged(log: Path, ignored: type[Exception]) -> Iterator[None]:
+    """Append a line to `log` for an exception inside the context, and its traceback if the message is not for users.
 
-    Exceptions of the type `but` leave no line. No other process may write to the log.
+    Exceptions of the type `ignored` leave no line. No other process may write to the log.
     """
     try:
         yield
-    except but:
+    except ignored:
         raise
     except Exception as error:
         with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:  # a full disk has its own error
@@ -66,9 +70,3 @@ def logged(log: Path, but: type[Exception]) -> Iterator[None]:
                 file.write("".join(traceback.format_exception(error)))
                 error.written_to = log  # type: ignore[attr-defined]
         raise
-
-
-def _to_temporary_file(error: Exception) -> Path:
-    with tempfile.NamedTemporaryFile("w", prefix="mmfree-", suffix=".log", delete=False, encoding="utf-8") as file:
-        file.write("".join(traceback.format_exception(error)))
-    return Path(file.name)

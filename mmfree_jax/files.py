@@ -1,4 +1,4 @@
-"""Files that are never half written, and folders that only one process writes."""
+"""Atomic writes, and folders that only one process writes."""
 
 import contextlib
 import fcntl
@@ -33,7 +33,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def naming(folder: Path) -> Iterator[None]:
-    """An OSError that names no file, as a full disk gives one, names `folder`."""
+    """Name `folder` in an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -48,7 +48,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; the error names the file."""
+    """Read a JSON file. Raises ValueError that names the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -56,7 +56,7 @@ def read_json(path: Path) -> Any:
 
 
 def sha256(files: Iterable[Path]) -> str:
-    """Return one SHA-256, in hexadecimal, of the content of several files in this order."""
+    """Return one SHA-256, in hexadecimal, of the content of several files in order."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
@@ -64,12 +64,12 @@ def sha256(files: Iterable[Path]) -> str:
 
 
 def last_line(path: Path, window: int = 65536) -> str:
-    """The last complete line of a text file that may be being written ("" if there is none), read from its end."""
+    """Return the last complete line of a text file that another process may be writing; empty if there is none."""
     return "".join(last_lines(path, 1, window))
 
 
 def last_lines(path: Path, count: int, window: int = 65536) -> list[str]:
-    """The last complete lines of such a file, `count` at most, as far as they are in the last `window` bytes of it."""
+    """Return the last complete lines of such a file: at most `count`, from its last `window` bytes."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -82,7 +82,7 @@ def last_lines(path: Path, count: int, window: int = 65536) -> list[str]:
 
 @contextlib.contextmanager
 def locked(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the folder for this process; the system lets go of it however the process ends.
+    """Lock the folder for this process. The system releases the lock however the process ends.
 
     Raises LockedError if another process still holds it after `wait_s` seconds.
     """

@@ -118,6 +118,7 @@ def forward_flops(config: ModelConfig, positions: float, pairs: float) -> OpCoun
     count = parameters(config)
     attention, softmax = 0.0, 0.0
     if config.mixer == "attention":
+        # Two products (scores, weighted values), each a multiplication and an addition for each of the D channels.
         attention = 4 * config.depth * config.width * pairs
         softmax = SOFTMAX * config.depth * config.heads * pairs
     blocks = 2 * count.N_nonemb * positions

@@ -1,6 +1,6 @@
-"""What a compiled program sends between devices, read from its HLO text (`compiled.as_text()`).
+"""Collectives of a compiled program, read from its HLO text (`compiled.as_text()`).
 
-An instruction inside a loop is counted as often as the loop runs; XLA writes the trip count of every `lax.scan`.
+An instruction in a loop counts once for every iteration; XLA writes the trip count of every `lax.scan`.
 """
 
 import math
@@ -13,6 +13,12 @@ import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
+# What the expressions match, by an example of each line:
+#   _COMPUTATION  %body.3 (p: (f32[8])) -> (f32[8]) {              a named list of instructions; ENTRY is the main one
+#   _COLLECTIVE   %ag = s8[256,512]{1,0} all-gather-start(…)       kind, result type, and whether it is asynchronous
+#   _CALL         while(…), condition=%c, body=%b                  an instruction runs one computation, …
+#   _CALLS        conditional(…), branch_computations={%t, %f}     … or any of several
+#   _TRIPS        backend_config={"known_trip_count":{"n":"24"}}   iterations of a while loop
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CALL = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
@@ -20,6 +26,8 @@ _CALLS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{([^}
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _ORIGIN = re.compile(r'op_name="([^"]*)"')
+# Device groups have four notations: pairs of a permute; lists; a reshaped range ([2,4]<=[8]: two rows of four), perhaps
+# transposed; and axes of a named mesh.
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
 _LISTED = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -30,30 +38,32 @@ _MESH = re.compile(
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective instruction. Arrays are whole: the gathered one, or the one before it is scattered."""
+    """One collective instruction. Arrays are complete: after an all-gather, or before a reduce-scatter."""
 
     kind: str  # of KINDS
     arrays: tuple[tuple[str, tuple[int, ...]], ...]  # HLO dtype ("s8", "bf16") and shape on one device
-    groups: tuple[tuple[int, ...], ...]  # devices, by number, that talk to each other; for a permute: its pairs
+    groups: tuple[tuple[int, ...], ...]  # numbers of the devices that communicate; for a permute: its pairs
     executions: int  # per run of the program
-    origin: str  # the operation of the traced program that it comes from
+    origin: str  # the operation of the traced program that caused it
 
     @property
     def payload(self) -> float:
-        """Bytes of `arrays`, of one execution."""
+        """Bytes of `arrays` in one execution."""
         return sum((math.prod(shape) * item_bytes(dtype) for dtype, shape in self.arrays), 0.0)
 
     @property
     def sent(self) -> float:
-        """Bytes that one device sends in all executions, by a ring: (n - 1) / n of the payload among n devices, twice
-        that for an all-reduce, all of it for a permute."""
+        """Bytes that one device sends in all executions, by a ring.
+
+        (n - 1) / n of the payload among n devices, twice that for an all-reduce, all of it for a permute.
+        """
         n = max((len(group) for group in self.groups), default=1)
         times = {"all-reduce": 2.0}.get(self.kind, 1.0)
         share = 1.0 if self.kind == "collective-permute" else (n - 1) / n
         return times * share * self.payload * self.executions
 
     def axes(self, sizes: dict[str, int]) -> tuple[str, ...]:
-        """The axes of a mesh of these sizes, devices in order, along which it communicates."""
+        """Return the axes along which it communicates, of a mesh of these sizes with devices in order."""
         shape = tuple(sizes.values())
         members = [np.stack(np.unravel_index(list(group), shape)) for group in self.groups]
         crossed = np.any([m.max(axis=1) > m.min(axis=1) for m in members], axis=0)
@@ -61,17 +71,17 @@ class Collective:
 
 
 def item_bytes(dtype: str) -> float:
-    """Bytes of one element of an HLO type such as s8, bf16, f8e4m3fn, pred."""
+    """Return the bytes of one element of an HLO type such as s8, bf16, f8e4m3fn, pred."""
     if dtype == "pred":
         return 1
     return int(re.match(r"[a-z]+(\d+)", dtype)[1]) / 8  # type: ignore[index]
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives of a compiled module, on one device's side.
+    """Return all collectives of a compiled module, from the view of one device.
 
-    Raises ValueError for a collective in a loop whose number of iterations XLA does not know, and for device groups
-    in a notation that is not understood.
+    Raises ValueError for a collective in a loop whose trip count XLA does not know, and for device groups in an unknown
+    notation.
     """
     bodies = _computations(text)
     runs = _executions(bodies)
@@ -84,16 +94,16 @@ def collectives(text: str) -> list[Collective]:
             if math.isnan(runs[name]):
                 raise ValueError(f"{match[1]} is in a loop of unknown length")
             groups = _groups(line)
-            arrays = _whole(match[3], match[2], bool(match[4]), len(groups[0]))
+            arrays = _complete(match[3], match[2], bool(match[4]), len(groups[0]))
             origin = _ORIGIN.search(line)
             found.append(Collective(match[3], arrays, groups, int(runs[name]), origin[1] if origin else ""))
     return found
 
 
 def total(found: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, float]]:
-    """By kind and dtype: (arrays that travel, bytes sent by one device), over all executions.
+    """Return, by kind and dtype, the number of arrays and the bytes sent by one device, over all executions.
 
-    Arrays, not instructions: compilers join as many arrays in one instruction as they like.
+    Arrays instead of instructions, because compilers combine any number of arrays in one instruction.
     """
     count: Counter[tuple[str, str]] = Counter()
     sent: defaultdict[tuple[str, str], float] = defaultdict(float)
@@ -105,7 +115,7 @@ def total(found: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, float
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-    """Lines of each computation; the entry's name is ''."""
+    """Lines of each computation by name; that of the entry is empty."""
     bodies: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -118,7 +128,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _executions(bodies: dict[str, list[str]]) -> dict[str, float]:
-    """How often each computation runs; NaN inside a loop of unknown length."""
+    """Number of executions of each computation; NaN in a loop of unknown length."""
     callers: dict[str, list[tuple[str, float]]] = {name: [] for name in bodies}
     for name, lines in bodies.items():
         for line in lines:
@@ -147,13 +157,9 @@ def _calls(line: str) -> Iterator[tuple[str, float]]:
             yield name.strip().lstrip("%"), times
 
 
-def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
-    return [(dtype, _integers(sizes)) for dtype, sizes in _ARRAY.findall(text)]
-
-
-def _whole(kind: str, result: str, started: bool, members: int) -> tuple:
-    """The arrays that travel, from a result type: an asynchronous start returns its operands before its results."""
-    arrays = _arrays(result)
+def _complete(kind: str, result: str, started: bool, members: int) -> tuple:
+    """The arrays of a collective, from its result type. An asynchronous start returns its operands first."""
+    arrays = [(dtype, _integers(sizes)) for dtype, sizes in _ARRAY.findall(result)]
     if kind == "collective-permute" and started:
         return tuple(arrays[:1])
     both = started and (kind == "all-gather" or result.startswith("(("))

@@ -1,4 +1,4 @@
-"""Printing that cannot fail: any characters in names, any encoding of the terminal, with or without a reader."""
+"""Printing that does not fail: any characters in names, any encoding of the terminal, with or without a reader."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-NOBODY = (errno.EPIPE, errno.EIO)  # a pipe without a reader, as after `… | head`; a terminal that was closed
+NO_READER = (errno.EPIPE, errno.EIO)  # a pipe without a reader, as after `… | head`; a terminal that was closed
 
 
 class Stream(io.FileIO):
-    """A file descriptor to write to. Once nobody can read it, what is written is discarded."""
+    """Writes to a file descriptor. When it has no reader any more, what is written is discarded."""
 
     def write(self, data: Any) -> int:
-        """Number of bytes taken."""
+        """Return the number of bytes written."""
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in NOBODY:
+            if error.errno not in NO_READER:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return memoryview(data).nbytes
@@ -53,5 +53,5 @@ def program() -> str:
 
 
 def line_printer(console: Console) -> Callable[[str | Text], None]:
-    """Return a function that prints lines as they are: neither wrapped nor read as markup."""
+    """Return a function that prints lines without wrapping them or interpreting them as markup."""
     return lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -1,8 +1,8 @@
-"""What of a model changes with its width and depth: factors on initial values, outputs, rates and Adam's epsilon.
+"""What changes with the width and depth of a model: factors on initial values, outputs, rates and Adam's epsilon.
 
 standard: nothing; the rate has to be found again at every size. mup: maximal update parametrisation (Yang et al. 2022,
 arXiv 2203.03466, table 8) with depth as in CompleteP (Dey et al. 2025, arXiv 2505.01618, table 1, alpha = 1): rate,
-weight decay and initial values found at `base_width` and `base_depth` serve at every size. At the base both are the
+weight decay and initial values found at `base_width` and `base_depth` are right at every size. At the base both are the
 same model and the same training. docs/parametrisation.md derives what this means for ternary layers. Needs no JAX.
 """
 
@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mmfree_jax.config import ModelConfig, Optimizer
+from mmfree_jax.architecture import ModelConfig
 
 # matrix: between hidden layers, latent ternary ones included; gain: norms' gains and every other vector of a block.
 Role = Literal["matrix", "embedding", "head", "gain", "lower_bounds"]
@@ -20,14 +20,14 @@ Role = Literal["matrix", "embedding", "head", "gain", "lower_bounds"]
 class Scales:
     """Factors of the forward pass and of initial values relative to the base model."""
 
-    std: float = 1.0  # of a block's matrices at the start; recurrent mixers' small Xavier has it already
-    residual: float = 1.0  # on what a mixer or GLU adds to the residual stream
+    std: float = 1.0  # of the initial matrices of a block; the small Xavier of recurrent mixers includes it
+    residual: float = 1.0  # on the output of a mixer or GLU, before it is added to the residual stream
     logits: float = 1.0
-    scores: float = 1.0  # on attention scores, besides 1 / sqrt(K)
+    scores: float = 1.0  # on attention scores, in addition to 1 / sqrt(K)
 
 
 def scales(config: ModelConfig) -> Scales:
-    """The factors of a model; all 1 under the standard parametrisation."""
+    """Return the factors of a model; all 1 under the standard parametrisation."""
     if config.parametrisation == "standard":
         return Scales()
     wider, deeper = ratios(config)
@@ -37,26 +37,26 @@ def scales(config: ModelConfig) -> Scales:
 
 
 def ratios(config: ModelConfig) -> tuple[float, float]:
-    """Width and depth over those of the base; (1, 1) under the standard parametrisation."""
+    """Return width and depth relative to the base; (1, 1) under the standard parametrisation."""
     if config.parametrisation == "standard":
         return 1.0, 1.0
     return config.width / config.base_width, config.depth / config.base_depth
 
 
 def output_depth(config: ModelConfig) -> int:
-    """The depth L in the 1 / sqrt(2 L) of output projections' initial values.
+    """Return the depth L in the factor 1 / sqrt(2 L) on initial values of output projections.
 
-    That of the base under mup, where the factor 1 / L on the residual branch takes its place.
+    Under mup it is that of the base, because there is a factor 1 / L on the residual branch instead.
     """
     return config.depth if config.parametrisation == "standard" else config.base_depth
 
 
-def rate_factor(config: ModelConfig, role: Role, optimizer: Optimizer = "adamw") -> float:
-    """The share of the learning rate that a parameter of this role gets.
+def rate_factor(config: ModelConfig, role: Role, optimizer: Literal["adamw", "muon"] = "adamw") -> float:
+    """Return the factor on the learning rate of parameters with this role.
 
-    Only matrices between hidden layers differ. Adam's updates have entries of size 1 and the rank of a batch, so their
-    effect grows with the width: 1 / width undoes it. Muon's are orthogonal; with root-mean-square 1 their spectral
-    norm is the root of the width, and the root undoes it (Yang et al. 2023, arXiv 2310.17813, condition 1).
+    It is not 1 only for matrices between hidden layers. Adam's updates have entries of size 1 and the rank of a batch,
+    so their effect grows with the width, which 1 / width compensates. Muon's are orthogonal; with root mean square 1
+    their spectral norm is the root of the width (Yang et al. 2023, arXiv 2310.17813, condition 1).
     """
     wider, _ = ratios(config)
     if role != "matrix":
@@ -65,10 +65,11 @@ def rate_factor(config: ModelConfig, role: Role, optimizer: Optimizer = "adamw")
 
 
 def gradient_factor(config: ModelConfig, in_block: bool) -> float:
-    """What brings a gradient to its size at the base, so that Adam's epsilon means the same at every size.
+    """Return the factor that gives a gradient its size at the base, so that Adam's epsilon means the same at every
+    size.
 
-    Gradients fall as 1 / width, inside blocks also as 1 / depth. Scaling them by the inverse is scaling epsilon by
-    1 / width / depth as CompleteP does: m / (sqrt(v) + c eps) = (m / c) / (sqrt(v) / c + eps).
+    Gradients fall as 1 / width, inside blocks also as 1 / depth. Multiplying them by the inverse is the same as scaling
+    epsilon by 1 / width / depth, as CompleteP does: m / (sqrt(v) + c eps) = (m / c) / (sqrt(v) / c + eps).
     """
     wider, deeper = ratios(config)
     return wider * deeper if in_block else wider

@@ -1,4 +1,4 @@
-"""Named starting points: `FAMILY-SIZE` -> a complete config, every field of which can be overridden."""
+"""Presets: `FAMILY-SIZE` names a complete config, of which every field can be overridden."""
 
 import difflib
 
@@ -25,7 +25,7 @@ TINY_RATES = {"dense": 2e-3, "ternary": 8e-3}  # experiments/results/quickstart_
 
 
 def split_name(preset: str) -> tuple[str, str]:
-    """Family and size of a preset's name. Raises ConfigError that names the nearest preset."""
+    """Split the name of a preset into family and size. Raises ConfigError that names the nearest preset."""
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1)
         raise ConfigError(
@@ -36,10 +36,10 @@ def split_name(preset: str) -> tuple[str, str]:
 
 
 def model_preset(family: str, size: str) -> ModelConfig:
-    """The architecture of a size.
+    """Return the architecture of a family and size.
 
-    The shape rule: GLU width 8/3 of the model width, rounded up to a multiple of 256 (64 for tiny), which gives every
-    family 4 D^2 + 3 D F weights a layer; attention heads of 128 channels (32 for tiny); vocabulary 32,000 (2,048).
+    Shape: GLU width 8/3 of the model width, rounded up to a multiple of 256 (64 for tiny), so that every family has
+    4 D^2 + 3 D F weights a layer; attention heads of 128 channels (32 for tiny); vocabulary 32,000 (2,048).
     """
     depth, width = SIZES[size]
     mixer, linear = FAMILIES[family]
@@ -60,9 +60,10 @@ def model_preset(family: str, size: str) -> ModelConfig:
 
 
 def run_preset(preset: str) -> RunConfig:
-    """The run of a preset: tiny takes about a minute on 2 CPU cores, the others follow the paper's recipe.
+    """Return the run of a preset: tiny takes about a minute on 2 CPU cores, the others follow the paper's recipe.
 
-    Cosine to a tenth of the peak for dense families; for ternary ones the same with the paper's halving from mid-run.
+    Dense families have a cosine schedule to a tenth of the peak, ternary ones the same with the paper's halving at half
+    the run.
     Raises ConfigError for an unknown name.
     """
     family, size = split_name(preset)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmfree_jax.config import PLACES, ConfigError, DataConfig, ModelConfig, RunConfig, from_json, require, to_json
 from mmfree_jax.data import TokenSet
-from mmfree_jax.data.corpora import NAMED, Known, located, resolve_corpus, resolve_data
+from mmfree_jax.data.corpora import NAMED, Known, resolve_corpus, resolve_data, with_contents
 from mmfree_jax.files import read_json, write_atomically, write_json
 
 CORPUS = "corpus.json"  # what the run reads, and where that was found last
@@ -80,7 +80,7 @@ HOW = (
 
 def with_corpus(config: RunConfig, token_set: TokenSet) -> RunConfig:
     """Fill in what depends on the corpus: its fingerprints and vocabulary, and absolute paths."""
-    model, data = with_padding(config.model, token_set), located(config.data, token_set)
+    model, data = with_padding(config.model, token_set), with_contents(config.data, token_set)
     init = str(Path(config.init).absolute()) if config.init else ""
     return dataclasses.replace(config, model=model, data=data, init=init)
 

@@ -1,8 +1,8 @@
 """The only place where a logical axis name becomes a mesh axis.
 
-Modules name what each axis of an array *is* ("embed", "mlp", "batch"); `Rules` says where that lives. Axis types are
-Auto, spelled out: the compiler places what is not constrained here, and the tests read what it made of it. What the
-compiler cannot cut, or would cut badly, runs on each device's part of its arguments in `per_shard`.
+Modules say what each axis of an array *is* ("embed", "mlp", "batch"); `Rules` says which mesh axes shard it. Axis types
+are Auto, explicitly: the compiler places what is not constrained here, and tests read the result. What the compiler
+cannot shard, or would shard badly, runs on the shards of each device in `per_shard`.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from mmfree_jax.tracing import during
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 Axes = str | tuple[str, ...] | None
-Names = tuple[Axes, ...]  # logical names of an array's axes, None where it is not cut; several share one axis in order
+Names = tuple[Axes, ...]  # logical names of an array's axes; None: not sharded; several names share an axis, in order
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The mesh axes that cut each logical axis; None: never cut."""
+    """The mesh axes that shard each logical axis; None: never sharded."""
 
-    # of parameters: one axis of every matrix is cut over fsdp, the other over tensor
+    # of parameters: fsdp shards one axis of every matrix, tensor the other
     embed: Axes = "fsdp"
     mlp: Axes = "tensor"
     heads: Axes = "tensor"
@@ -45,11 +45,11 @@ class Rules:
     channels: Axes = "tensor"
 
     def items(self) -> ItemsView[str, Axes]:
-        """Pairs of a logical name and its mesh axes."""
+        """Return pairs of a logical name and its mesh axes."""
         return dataclasses.asdict(self).items()
 
     def axes(self, name: Axes) -> tuple[str, ...]:
-        """Mesh axes of a logical name, or of several one after another."""
+        """Return the mesh axes of a logical name, or of several, in order."""
         if name is None:
             return ()
         if isinstance(name, tuple):
@@ -62,10 +62,10 @@ RULES = Rules()
 
 
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """A (data, fsdp, tensor, sequence) mesh over the first `config.devices` devices.
+    """Return a (data, fsdp, tensor, sequence) mesh over the first `config.devices` devices.
 
-    Raises ConfigError when there are fewer devices than the mesh needs. Also when several processes have more: one
-    without a device in the mesh would have nothing to compute, and would end the others.
+    Raises ConfigError if there are fewer devices than the mesh needs; and if several processes have more, because a
+    process without a device in the mesh would have nothing to compute, and would end the others.
     """
     shape = (config.data, config.fsdp, config.tensor, config.sequence)
     devices = jax.devices()
@@ -84,7 +84,7 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
 
 
 def left_idle(config: MeshConfig) -> str:
-    """A sentence about devices that a mesh leaves idle; empty if it uses all."""
+    """Return a sentence about devices that a mesh leaves idle; empty if it uses all."""
     have = len(jax.devices())
     if config.devices >= have:
         return ""
@@ -92,22 +92,22 @@ def left_idle(config: MeshConfig) -> str:
 
 
 def spec(*axes: Axes) -> P:
-    """The PartitionSpec of an array whose axes carry these logical names (None: not split)."""
+    """Return the PartitionSpec of an array whose axes have these logical names (None: not sharded)."""
     return P(*(RULES.axes(axis) or None for axis in axes))
 
 
 def whole(axes: Names) -> Names:
-    """Logical names of a weight's axes once its fsdp shards are together, and of the activations on either side."""
+    """Return the logical names of a weight's axes after the all-gather over fsdp, and of activations on either side."""
     return tuple(None if name == "embed" else name for name in axes)
 
 
 def rows_of(ndim: int, last: Axes = None) -> Names:
-    """Logical names of activations [B, T, ..., D]."""
+    """Return the logical names of activations [B, T, ..., D]."""
     return (*("batch", "time", *(None,) * ndim)[: ndim - 1], last)
 
 
 def fitted(shape: tuple[int, ...], wanted: P, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> P:
-    """`wanted` without the mesh axes that do not divide their dimension: a vocabulary of 257 cannot be halved."""
+    """Remove the mesh axes that do not divide their dimension from `wanted`: a vocabulary of 257 cannot be halved."""
 
     def fit(size: int, axes: Axes) -> Axes:
         names = (axes,) if isinstance(axes, str) else axes or ()
@@ -117,15 +117,17 @@ def fitted(shape: tuple[int, ...], wanted: P, mesh: jax.sharding.Mesh | jax.shar
 
 
 def ways(name: Axes, size: int) -> int:
-    """Into how many parts the surrounding mesh cuts an axis of this size and logical name; 1 outside a mesh, inside
-    `per_shard`, and where they would not be equal."""
+    """Return the number of shards of an axis of this size and logical name.
+
+    1 outside a mesh, inside `per_shard`, and if the mesh does not divide the size.
+    """
     mesh = _surrounding()
     parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES.axes(name))
     return parts if size % parts == 0 else 1
 
 
 def constrain(x: jax.Array, *axes: Axes) -> jax.Array:
-    """Fix the placement of an array inside jit; outside a mesh context this returns x unchanged."""
+    """Constrain the sharding of an array inside jit. Outside a mesh this returns x unchanged."""
     mesh = _surrounding()
     if mesh is None:
         return x
@@ -133,7 +135,7 @@ def constrain(x: jax.Array, *axes: Axes) -> jax.Array:
 
 
 def unfilled(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """An array whose values are yet to be written. On a mesh zeros, as the compiler cannot cut what is nothing."""
+    """Return an array whose values will be written later. On a mesh zeros, because XLA cannot shard an empty array."""
     return jax.lax.empty(shape, dtype) if _surrounding() is None else jnp.zeros(shape, dtype)
 
 
@@ -141,12 +143,12 @@ _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 
 def packing(packed: bool) -> Any:
-    """Whether ternary codes are packed before they are gathered by what is traced inside. Also a decorator."""
+    """Pack ternary codes before they are all-gathered, in what is traced inside. Also a decorator."""
     return during(_packed, packed)
 
 
 def packed_gathers() -> bool:
-    """Whether ternary codes are gathered four in a byte."""
+    """Return whether ternary codes are all-gathered four in a byte."""
     return _packed.get()
 
 
@@ -154,21 +156,20 @@ _wide_sums: ContextVar[bool] = ContextVar("wide_sums", default=False)
 
 
 def summing_wide(wide: bool) -> Any:
-    """Whether what is traced inside sums gradients over devices in float32, also those of a narrower type. Also a
-    decorator.
+    """Sum gradients over devices in float32, whatever their type, in what is traced inside. Also a decorator.
 
-    This doubles the bytes that devices exchange for gradients of the blocks' matrices (gradients of the embedding, of
-    the head and of all vectors are float32 anyway), and the optimizer gets their sums without rounding.
+    This doubles the bytes that devices exchange for gradients of the blocks' matrices (those of the embedding, the head
+    and all vectors are float32 anyway), and the optimizer gets their sums without rounding.
     """
     return during(_wide_sums, wide)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(w: jax.Array, axes: Names) -> jax.Array:
-    """A weight with its fsdp shards put together, in the type that it has here; its gradient goes back to shards.
+    """All-gather a weight over fsdp, in its own type; the gradient is sharded again.
 
-    Other axes stay cut. The gradient of a sharding constraint is that constraint, which would put whole gradients on
-    every device: hence a rule of its own.
+    Other axes stay sharded. This needs a rule of its own, because the gradient of a sharding constraint has the same
+    constraint: it would be replicated on every device.
     """
     return constrain(constrain(w, *axes), *whole(axes))
 
@@ -177,8 +178,8 @@ gathered.defvjp(lambda w, axes: (gathered(w, axes), None), lambda axes, _, dw: (
 
 
 class Summed(NamedTuple):
-    """Names of a result of `per_shard` that each device has its own rows' part of: they are added over batch and time.
-    Of an axis named embed every fsdp shard receives its own piece only."""
+    """Names of a result of `per_shard` that has to be summed over batch and time, because each device has computed the
+    part of its own rows. An axis named embed is reduce-scattered: every fsdp shard receives only its piece."""
 
     names: Names
 
@@ -186,12 +187,12 @@ class Summed(NamedTuple):
 def per_shard(
     f: Callable[..., tuple], inputs: Sequence[Names], outputs: Sequence[Names | Summed], *args: Any
 ) -> tuple[Any, ...]:
-    """f(*args) with every device working on its own part: args[i] is cut along the logical axes inputs[i], and what f
-    returns, a tuple, is put together along `outputs`.
+    """Compute f(*args) with every device working on its own shards.
 
-    An argument or result may be a tree of arrays that share their names, or None. An axis that cannot be cut evenly in
-    every argument is cut in none; one of size 1 is not cut, but broadcast. What f needs of other devices it fetches
-    itself, along `axis_if_cut`.
+    args[i] is sharded along the logical axes inputs[i]; the results of f, a tuple, are assembled along `outputs`. An
+    argument or result may be a tree of arrays that share their names, or None. An axis that cannot be sharded evenly in
+    every argument is sharded in none; one of size 1 is broadcast. f itself fetches what it needs from other devices,
+    along `axis_if_cut`.
     """
     if _surrounding() is None:
         return f(*args)
@@ -216,25 +217,25 @@ def per_shard(
 
 
 def _added(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: tuple[str, ...]) -> jax.Array:
-    """The sum of parts over the mesh axes `rows`; over `pieces` of them, only this device's piece along embed."""
+    """Sum parts over the mesh axes `rows`; over those in `pieces`, keep only this device's piece along embed."""
     if _wide_sums.get() and rows and part.dtype.itemsize < 4:
         part = part.astype(jnp.float32)
     if pieces and "embed" in names:
         part = jax.lax.psum_scatter(part, pieces, scatter_dimension=names.index("embed"), tiled=True)
-        # Left to itself, XLA's GPU compiler hands on the layout that it scatters in, and the optimizer then copies the
-        # weights and both moments out of it and back.
+        # Otherwise XLA's GPU compiler keeps the layout of the reduce-scatter, and the optimizer copies the weights and
+        # both moments into it and back.
         part = with_layout_constraint(part, Layout(major_to_minor=tuple(range(part.ndim))))
         rows = tuple(axis for axis in rows if axis not in pieces)
     return jax.lax.psum(part, rows) if rows else part
 
 
 def _several(name: Axes) -> tuple[str, ...]:
-    """The mesh axes of a logical name that are more than one device long."""
+    """The mesh axes of a logical name that have more than one device."""
     return tuple(axis for axis in RULES.axes(name) if jax.sharding.get_abstract_mesh().shape[axis] > 1)
 
 
 def _cut(inputs: Sequence[Names], args: Sequence[Any]) -> set[Axes]:
-    """The logical names along which `per_shard` cuts these arguments."""
+    """The logical names along which `per_shard` shards these arguments."""
     sized = [
         (name, size)
         for names, arg in zip(inputs, args, strict=True)
@@ -246,32 +247,32 @@ def _cut(inputs: Sequence[Names], args: Sequence[Any]) -> set[Axes]:
 
 
 def axis_if_cut(name: str, size: int) -> str | None:
-    """The mesh axis along which `per_shard` cuts an axis of this size; None where it is whole on every device."""
+    """Return the mesh axis along which `per_shard` shards an axis of this size; None if it is replicated."""
     return RULES.axes(name)[0] if ways(name, size) > 1 else None
 
 
 def _surrounding() -> jax.sharding.AbstractMesh | None:
-    """The mesh to place arrays on; None on one device, and inside `per_shard`, where every array is local."""
+    """The mesh of the context; None on one device, and inside `per_shard`, where every array is local."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def shardings(mesh: jax.sharding.Mesh, shapes: Any) -> Any:
-    """NamedShardings for abstract arrays with logical names; what has none, or cannot be cut, is replicated."""
+    """Return NamedShardings for abstract arrays with logical names. Without names, or if not divisible: replicated."""
     with nnx.logical_axis_rules(tuple(RULES.items())):
         specs = nnx.get_partition_spec(shapes)
     return jax.tree.map(lambda a, s: NamedSharding(mesh, fitted(a.shape, s or P(), mesh)), shapes, specs)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """`blocks.mixer.out.kernel` for a path into the parameters of a model."""
+    """Return `blocks.mixer.out.kernel` for a path into the parameters of a model."""
     return ".".join(str(step.key) for step in path if isinstance(step, jax.tree_util.DictKey))
 
 
 def uncut(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shapes: Any) -> tuple[str, ...]:
-    """A sentence for each parameter that an axis of the mesh should cut but does not divide: devices hold it whole.
+    """Return a sentence for each parameter that the mesh should shard but does not divide: it is replicated.
 
-    Raises ConfigError where an axis that should cut parameters cuts none: every device would hold all of them.
+    Raises ConfigError if an axis that should shard parameters shards none: every device would hold all of them.
     """
     with nnx.logical_axis_rules(tuple(RULES.items())):
         specs = nnx.get_partition_spec(shapes)
@@ -291,19 +292,15 @@ def uncut(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shapes: Any) -> t
                     left.setdefault(name, set()).add(size)
     for axis in ("fsdp", "tensor"):
         if mesh.shape[axis] > 1 and axis not in cut:
-            raise ConfigError(_useless(axis, mesh.shape[axis], sorted(left.get(axis, set()))))
+            parts, sizes = mesh.shape[axis], sorted(left.get(axis, set()))
+            fits = max((n for n in range(1, parts) if all(size % n == 0 for size in sizes)), default=1)
+            raise ConfigError(
+                f"mesh.{axis}={parts} would shard no parameter, so each device would hold all of them: it divides none "
+                f"of the sizes {', '.join(map(str, sizes))}; use {axis}={fits}, or other sizes"
+            )
     return tuple(said)
 
 
-def _useless(axis: str, parts: int, sizes: list[int]) -> str:
-    """A sentence about an axis of a mesh that divides none of these sizes, with the largest that divides all."""
-    fits = max((n for n in range(1, parts) if all(size % n == 0 for size in sizes)), default=1)
-    return (
-        f"mesh.{axis}={parts} would cut no parameter, so each device would hold all of them: it divides none of the "
-        f"sizes {', '.join(map(str, sizes))}; use {axis}={fits}, or other sizes"
-    )
-
-
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Where a [B, T] batch of tokens lives."""
+    """Return the sharding of a [B, T] batch of tokens."""
     return NamedSharding(mesh, spec("batch", None))

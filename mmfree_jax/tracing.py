@@ -1,4 +1,4 @@
-"""Settings that hold while a program is traced, for what is decided deep inside it."""
+"""Settings that apply while a program is traced, for decisions deep inside it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def during(setting: ContextVar[T], value: T) -> Iterator[None]:
-    """`setting` has this value for what is traced inside. Also a decorator."""
+    """Give `setting` a value for what is traced inside the context. Also a decorator."""
     token = setting.set(value)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A model on disk, of whichever kind: a run directory, an imported folder, or a Hugging Face folder."""
+"""Models on disk: run directories, imported folders and Hugging Face folders."""
 
 import dataclasses
 import json
@@ -18,13 +18,13 @@ from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.presets import run_preset
 from mmfree_jax.run_folder import corpus_facts, saved_run
 
-ORIGIN = "origin.json"  # in an imported folder: what its source says about the text that it was trained on
+ORIGIN = "origin.json"  # in an imported folder: what its source says about the training text
 MODEL = "model.json"  # in an imported folder, instead of a run's config.json
 CHOICES_OF_RUN = ("gradient_bits", "tokenizer_vocab")  # fields of ModelConfig that do not change the weights
 
 
 def model_config(path: Path) -> ModelConfig:
-    """The architecture of a model on disk. Raises ConfigError for a folder that is none of the known kinds."""
+    """Return the architecture of a model on disk. Raises ConfigError for a folder of another kind."""
     if (path / MODEL).exists():
         return from_json(ModelConfig, (path / MODEL).read_text(encoding="utf-8"), str(path / MODEL))
     if not (path / "config.json").exists():
@@ -35,7 +35,8 @@ def model_config(path: Path) -> ModelConfig:
 
 
 def run_config(path: Path) -> RunConfig:
-    """The config of the run that made a model, on one device; for others a default one with their architecture."""
+    """Return the config of the run that made a model, on one device; for other models a default with their
+    architecture."""
     if is_run(path):
         here = {"mesh": {}, "gather": "int8", "reduction": "compute"}  # the last two need a mesh
         return from_json(RunConfig, json.dumps(read_json(path / "config.json") | here), str(path / "config.json"))
@@ -44,7 +45,7 @@ def run_config(path: Path) -> RunConfig:
 
 
 def load_model(path: Path, dtype: str = "float32") -> LanguageModel:
-    """Read a model with float32 parameters and activations of `dtype`; of a run, its newest checkpoint.
+    """Load a model with float32 parameters and activations of `dtype`; of a run, its newest checkpoint.
 
     Raises ConfigError (not a model), CheckpointError (a run without a checkpoint, a damaged folder).
     """
@@ -58,11 +59,11 @@ def load_model(path: Path, dtype: str = "float32") -> LanguageModel:
 
 
 def load_params(path: Path, abstract: Any) -> nnx.State:
-    """Read the parameters of a model onto the devices of any mesh.
+    """Load the parameters of a model onto the devices of any mesh.
 
-    abstract: a tree of ShapeDtypeStructs with shardings, which says where each goes. Only parameters are read; of a run
-    or an imported folder each process reads the shards that its devices hold. A Hugging Face folder passes whole
-    through the host memory of each process, but not through its devices' memory.
+    abstract: a tree of ShapeDtypeStructs with the target shardings. Only parameters are read. Of a run or an imported
+    folder each process reads the shards that its devices hold; a Hugging Face folder is read completely into the host
+    memory of each process, but not into the memory of each device.
     Raises ConfigError (not a model, another architecture), CheckpointError, InteropError.
     """
     if is_run(path):
@@ -108,9 +109,9 @@ def trained_as(found: ModelConfig, model: ModelConfig) -> ModelConfig:
 
 
 def origin(path: Path) -> Origin:
-    """What is known of the text that a model on disk was trained on, from its run here or from its source.
+    """Return what is known about the training text of a model on disk, from its run or its source.
 
-    Documents of a corpus here are separated by one token, which is both their first and their last.
+    Documents of our corpora are separated by one token, which is both the first and the last of a document.
     """
     if is_run(path):
         end = corpus_facts(path).get("end_of_document")
@@ -121,7 +122,7 @@ def origin(path: Path) -> Origin:
 
 
 def save_model(model: LanguageModel, path: Path, known: Origin = UNKNOWN) -> None:
-    """Write parameters, architecture and what is known of the text into a new folder.
+    """Write parameters, architecture and what is known about the training text into a new folder.
 
     Raises ConfigError if the folder is not empty.
     """
@@ -134,7 +135,7 @@ def save_model(model: LanguageModel, path: Path, known: Origin = UNKNOWN) -> Non
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is that of a run here, and not an imported or a Hugging Face folder."""
+    """Return whether a folder is a run directory, and not an imported or a Hugging Face folder."""
     return (path / "config.json").exists() and "model_type" not in read_json(path / "config.json")
 
 

@@ -21,7 +21,7 @@ import pytest
 from flax import nnx
 
 from mmfree_jax.config import ConfigError
-from mmfree_jax.distributed import Group, added, call_roll, counted_rows, first_host, meant
+from mmfree_jax.distributed import Group, call_roll, counted_rows, find_group, first_host, sum_integers
 from mmfree_jax.files import read_json
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.weights import save_model
@@ -245,7 +245,7 @@ SLURM = {
 
 
 def test_several_processes_only_where_they_are_meant():
-    alone = lambda **environment: meant("", 0, -1, environment)
+    alone = lambda **environment: find_group("", 0, -1, environment)
     assert alone() is None
     assert alone(SLURM_JOB_ID="1", SLURM_NTASKS="4", SLURM_JOB_NODELIST="a[1-4]") is None  # the shell of salloc
     assert alone(SLURM_JOB_ID="1", SLURM_NTASKS="4", SLURM_PROCID="0") is None  # the script of sbatch
@@ -259,13 +259,13 @@ def test_several_processes_only_where_they_are_meant():
     assert alone(JAX_NUM_PROCESSES="", SLURM_STEP_NUM_TASKS="", TPU_WORKER_HOSTNAMES="", TPU_WORKER_ID="") is None
     assert alone(TPU_WORKER_HOSTNAMES="t0", TPU_WORKER_ID="0") is None
     assert alone(TPU_WORKER_HOSTNAMES="t0,t1", TPU_WORKER_ID="1") == Group("", 2, 1)
-    assert meant("h:1", 2, 0, SLURM) == Group("h:1", 2, 0)  # flags win
+    assert find_group("h:1", 2, 0, SLURM) == Group("h:1", 2, 0)  # flags win
     variables = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_PROCESS_ID": "1"}
     assert alone(**variables, JAX_NUM_PROCESSES="1") is None
     assert alone(**variables, JAX_NUM_PROCESSES="2") == Group("h:1", 2, 1)
     for flags in (("h:1", 2, -1), ("h:1", 2, 2), ("h", 2, 0), ("", 2, 0), ("", 0, 0)):
         with pytest.raises(ConfigError, match="give all three"):
-            meant(*flags, {})
+            find_group(*flags, {})
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_the_first_host_of_any_list_that_slurm_writes(nodes, first):
 @pytest.mark.parametrize("nodes", ["gpu[01-", "[", "gpu[a-b]", ""])
 def test_what_is_no_list_of_hosts_is_refused(nodes):
     with pytest.raises(ConfigError, match=r"no list of hosts|not on which nodes"):
-        meant("", 0, -1, {**SLURM, "SLURM_STEP_NODELIST": nodes})
+        find_group("", 0, -1, {**SLURM, "SLURM_STEP_NODELIST": nodes})
 
 
 @pytest.mark.parametrize("owners", [[0, 0, 1, 1], [0, 1, 0, 1], [1, 0, 2, 0]])
@@ -319,4 +319,4 @@ def test_large_numbers_are_added_exactly_over_processes(monkeypatch):
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr("mmfree_jax.distributed.multihost_utils.process_allgather", gathered)
-    assert added([2**62 + 3, 0, 70_000]) == [2**63 - 1 + 2**62 + 3, 5, 70_000]
+    assert sum_integers([2**62 + 3, 0, 70_000]) == [2**63 - 1 + 2**62 + 3, 5, 70_000]

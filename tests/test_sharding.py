@@ -185,9 +185,9 @@ def test_parameters_that_a_mesh_does_not_divide_are_named():
 
 
 def test_a_mesh_axis_that_would_cut_no_parameter_is_refused():
-    with pytest.raises(ConfigError, match=r"mesh.fsdp=8 would cut no parameter.* sizes 36; use fsdp=6"):
+    with pytest.raises(ConfigError, match=r"mesh.fsdp=8 would shard no parameter.* sizes 36; use fsdp=6"):
         said_of(36, fsdp=8)
-    with pytest.raises(ConfigError, match=r"mesh.tensor=5 would cut no parameter"):
+    with pytest.raises(ConfigError, match=r"mesh.tensor=5 would shard no parameter"):
         said_of(36, tensor=5)
 
 

@@ -42,7 +42,7 @@ class Processes:
         Call it before anything asks JAX for devices. Raises ConfigError for flags that do not fit together, and
         MissingProcess if other processes do not start.
         """
-        group = distributed.meant(self.coordinator, self.processes, self.process)
+        group = distributed.find_group(self.coordinator, self.processes, self.process)
         if group is not None:
             distributed.join(group, self.patience)
         return group is not None

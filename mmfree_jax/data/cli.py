@@ -1,4 +1,4 @@
-"""`corpus`: build, look at, check, pack and measure token sets."""
+"""`mmfree corpus`: build, show, check, pack and measure token sets."""
 
 import argparse
 import shutil
@@ -21,13 +21,13 @@ from mmfree_jax.data.corpora import NAMED, resolve_corpus, tier_folder
 from mmfree_jax.data.reading.bench import measure
 from mmfree_jax.data.reading.token_set import READABLE_CARD, TokenSet
 from mmfree_jax.data.tokenizers import tokenizer as tokenization
-from mmfree_jax.data.tokenizers.tokenizer import Tokenizer
+from mmfree_jax.output import program
 
 _OWN_INPUT = ("key", "skip_bad", "raw", "english", "shortest", "dedup", "held_out")  # options of `build`
 
 
 class _Parser(argparse.ArgumentParser):
-    """Wrong usage is an error like any other: one line."""
+    """Reports wrong usage in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -37,26 +37,14 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _tokenizer(options: argparse.Namespace, units: Sequence[Unit], recipe: Recipe) -> Tokenizer:
-    if options.tokenizer:
-        return tokenization.named(options.tokenizer)
-    _say(f"training a tokenizer of {options.vocab} tokens")
-    return train_tokenizer(units, recipe, options.vocab)
-
-
-def _spilled(out: Path) -> Path:
-    """Where documents without repetitions lie until they are tokenised."""
-    return out.with_name(f".{out.name}.documents")
-
-
 def _without_repetitions(
-    options: argparse.Namespace, units: Sequence[Unit], reading: Reading
+    options: argparse.Namespace, units: Sequence[Unit], reading: Reading, folder: Path
 ) -> tuple[list[Unit], dict]:
-    """Units and card of the input after `prepare`, which needs all of its text in memory."""
+    """Units and card of the input after `prepare`, which needs all of the text in memory. Documents go to `folder`."""
     _say("reading everything to remove repetitions")
     documents, read = documents_of(units, reading, english=options.english, shortest=options.shortest)
     prepared = prepare(documents, held_out=options.held_out)
-    spilled = spill(prepared, _spilled(options.out))
+    spilled = spill(prepared, folder)
     names = list(bytes_by_source(documents))
     steps = {name: {step: left.get(name, 0) for step, left in prepared.left.items()} for name in names}
     counts = {name: sum(d.source == name for d in prepared.train + prepared.valid) for name in names}
@@ -75,16 +63,21 @@ def _build_input(options: argparse.Namespace) -> TokenSet:
         _say(line)
     card = {"name": options.out.name, "description": f"Built from {', '.join(options.what)}.", "sources": []}
     card["left_out"] = left_out
+    documents = options.out.with_name(f".{options.out.name}.documents")  # without repetitions, until tokenised
     if options.dedup:
-        units, more = _without_repetitions(options, units, reading)
+        units, more = _without_repetitions(options, units, reading, documents)
         recipe, card = Recipe(clean=False), card | more
-    tokenizer = _tokenizer(options, units, recipe)
+    if options.tokenizer:
+        tokenizer = tokenization.named(options.tokenizer)
+    else:
+        _say(f"training a tokenizer of {options.vocab} tokens")
+        tokenizer = train_tokenizer(units, recipe, options.vocab)
     result = build(options.out, units, tokenizer, recipe, card, processes=options.processes, progress=_say)
     for name in ("bad_records", "replaced_characters"):
         if result.card[name]:
             _say(f"{result.card[name]:,} {name.replace('_', ' ')} (see {options.out / READABLE_CARD})")
     if options.dedup:
-        shutil.rmtree(_spilled(options.out))
+        shutil.rmtree(documents)
     return result
 
 
@@ -105,17 +98,12 @@ def _build_named(options: argparse.Namespace) -> TokenSet:
     return build_embedded(out, options.vocab, **settings) if out else resolve_corpus(name, options.vocab, progress=_say)
 
 
-def _build_any(options: argparse.Namespace) -> TokenSet:
-    if len(options.what) == 1 and options.what[0] in NAMED:
-        return _build_named(options)
-    if options.out is None:
-        raise ValueError("--out is required: the folder of the new token set")
-    return _build_input(options)
-
-
 def _build(options: argparse.Namespace) -> None:
+    named = len(options.what) == 1 and options.what[0] in NAMED
+    if options.out is None and not named:
+        raise ValueError("--out is required: the folder of the new token set")
     try:
-        result = _build_any(options)
+        result = _build_named(options) if named else _build_input(options)
     except KeyboardInterrupt:
         _say("interrupted: the same command goes on from here")
         raise
@@ -125,103 +113,98 @@ def _build(options: argparse.Namespace) -> None:
     print(result.path)
 
 
-def _info(options: argparse.Namespace) -> None:
-    print((TokenSet.open(options.set).path / READABLE_CARD).read_text(encoding="utf-8"))
-
-
-def _verify(options: argparse.Namespace) -> None:
-    began = time.monotonic()
-    TokenSet.open(options.set).verify()
-    print(f"{options.set} is complete and undamaged ({time.monotonic() - began:.1f} s)")
-
-
-def _pack(options: argparse.Namespace) -> None:
-    loose = TokenSet.open(options.set)
-    rows = len(pack(loose, options.out, options.sequence).split("train")) // options.sequence
-    padding = 1 - len(loose.split("train")) / (rows * options.sequence)
-    print(f"{rows:,} rows of {options.sequence} tokens, {padding:.2%} of them padding, at {options.out}")
-    print(f"train on it with --data.corpus {options.out} --data.sequence {options.sequence} --data.separate-documents")
-
-
-def _convert(options: argparse.Namespace) -> None:
-    files = {"train": options.train} | ({"valid": options.valid} if options.valid else {})
-    result = convert(files, tokenization.named(options.tokenizer), options.out, options.dtype)
-    for name, split in result.splits.items():
-        print(f"{name}: {len(split):,} tokens, {split.documents:,} documents")
-
-
-def _bench(options: argparse.Namespace) -> None:
-    sets = [TokenSet.open(path) for path in options.sets]
-    for sequence, batch in ((128, 32), (512, 32), (2048, 8), (2048, 64)):
-        print(measure(sets, sequence, batch, options.seconds))
+def _run(options: argparse.Namespace) -> None:
+    if options.verb == "build":
+        _build(options)
+    elif options.verb == "info":
+        print((TokenSet.open(options.set).path / READABLE_CARD).read_text(encoding="utf-8"))
+    elif options.verb == "verify":
+        began = time.monotonic()
+        TokenSet.open(options.set).verify()
+        print(f"{options.set} is complete and undamaged ({time.monotonic() - began:.1f} s)")
+    elif options.verb == "pack":
+        loose, sequence, out = TokenSet.open(options.set), options.sequence, options.out
+        rows = len(pack(loose, out, sequence).split("train")) // sequence
+        padding = 1 - len(loose.split("train")) / (rows * sequence)
+        print(f"{rows:,} rows of {sequence} tokens, {padding:.2%} of them padding, at {out}")
+        print(f"train on it with --data.corpus {out} --data.sequence {sequence} --data.separate-documents")
+    elif options.verb == "convert":
+        files = {"train": options.train} | ({"valid": options.valid} if options.valid else {})
+        result = convert(files, tokenization.named(options.tokenizer), options.out, options.dtype)
+        for name, split in result.splits.items():
+            print(f"{name}: {len(split):,} tokens, {split.documents:,} documents")
+    else:
+        sets = [TokenSet.open(path) for path in options.sets]
+        for sequence, batch in ((128, 32), (512, 32), (2048, 8), (2048, 64)):
+            print(measure(sets, sequence, batch, options.seconds))
 
 
 def _add_convert(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("convert", help="a token set from .bin files of nanoGPT, llm.c or Megatron")
-    parser.set_defaults(run=_convert)
-    parser.add_argument("train", type=Path, help="the .bin file to train on; Megatron's .idx lies beside it")
+    parser = verbs.add_parser("convert", help="make a token set from .bin files of nanoGPT, llm.c or Megatron")
+    parser.add_argument(
+        "train", type=Path, help="the .bin file to train on (Megatron: with its .idx in the same folder)"
+    )
     parser.add_argument("--valid", type=Path, help="the .bin file to evaluate on")
     parser.add_argument(
-        "--tokenizer", required=True, help="what the tokens were made with: mistral, or a tokenizer.json or .model"
+        "--tokenizer", required=True, help="the tokenizer that made the tokens: mistral, a tokenizer.json or a .model"
     )
     parser.add_argument(
-        "--dtype", default="uint16", choices=["uint16", "uint32", "int32"], help="of plain files [uint16]"
+        "--dtype",
+        default="uint16",
+        choices=["uint16", "uint32", "int32"],
+        help="type of the numbers in plain files [uint16]",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the token set, which must not exist")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the token set")
 
 
 def _add_build(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("build", help="a token set from a named corpus or from files")
-    parser.set_defaults(run=_build, default=parser.get_default)
+    parser = verbs.add_parser("build", help="make a token set from a named corpus or from files")
+    parser.set_defaults(default=parser.get_default)
     parser.add_argument("what", nargs="+", help=f"{', '.join(NAMED)}, or files, folders and hf:NAME[:CONFIG]")
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the token set, which must not exist; a named corpus goes without it where runs find it by name",
+        help="new folder for the token set; without it a named corpus goes to the cache, where runs find it by name",
     )
     words = parser.add_mutually_exclusive_group()
     words.add_argument("--vocab", type=int, default=2048, help="size of the BPE vocabulary to train [2048]")
     words.add_argument(
-        "--tokenizer", help="bytes, mistral, or a tokenizer.json or SentencePiece .model, instead of training one"
+        "--tokenizer",
+        help="use this tokenizer instead of training one: bytes, mistral, a tokenizer.json or a SentencePiece .model",
     )
-    parser.add_argument("--key", default="text", help="field that holds the text of JSON lines and Parquet [text]")
+    parser.add_argument("--key", default="text", help="field with the text in JSON lines and Parquet [text]")
     parser.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be read and count them")
-    parser.add_argument("--raw", action="store_true", help="take text as it is, without cleaning line ends and spaces")
-    parser.add_argument("--english", action="store_true", help="leave out documents that do not read as English")
-    parser.add_argument("--shortest", type=int, default=1, help="characters a document must have [1]")
+    parser.add_argument("--raw", action="store_true", help="do not clean line ends and spaces")
+    parser.add_argument("--english", action="store_true", help="leave out documents that are not English")
+    parser.add_argument("--shortest", type=int, default=1, help="leave out documents with fewer characters [1]")
     parser.add_argument(
-        "--dedup", action="store_true", help="remove boiler plate, exact and near repetitions (text held in memory)"
+        "--dedup", action="store_true", help="remove boilerplate, exact and near duplicates (needs all text in memory)"
     )
     parser.add_argument("--held-out", type=float, default=0.01, help="share of the documents to evaluate on [0.01]")
-    parser.add_argument("--processes", type=int, help="worker processes [all cores]")
+    parser.add_argument("--processes", type=int, help="number of worker processes [all cores]")
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="launch.py corpus", description=__doc__)
-    verbs = parser.add_subparsers(required=True, metavar="bench|build|convert|info|verify|pack")
+    parser = _Parser(prog=f"{program()} corpus", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="bench|build|convert|info|verify|pack")
     _add_build(verbs)
     _add_convert(verbs)
-    for name, run, words in [
-        ("info", _info, "show the data card"),
-        ("verify", _verify, "read it all, compare checksums"),
-    ]:
-        verb = verbs.add_parser(name, help=words)
-        verb.set_defaults(run=run)
-        verb.add_argument("set", type=Path, help="folder of a token set")
+    for name, text in (("info", "show the data card"), ("verify", "read all of it and compare checksums")):
+        verbs.add_parser(name, help=text).add_argument("set", type=Path, help="folder of a token set")
     verb = verbs.add_parser("pack", help="arrange training documents so that windows do not cut them")
-    verb.set_defaults(run=_pack)
     verb.add_argument("set", type=Path, help="folder of a token set")
     verb.add_argument("--sequence", type=int, required=True, help="tokens in a window")
-    verb.add_argument("--out", type=Path, required=True, help="folder of the packed set, which must not exist")
-    verb = verbs.add_parser("bench", help="how fast batches come out of token sets, shuffled and mixed equally")
-    verb.set_defaults(run=_bench)
+    verb.add_argument("--out", type=Path, required=True, help="new folder for the packed set")
+    verb = verbs.add_parser(
+        "bench", help="measure how fast batches are read from token sets, shuffled and mixed equally"
+    )
     verb.add_argument("sets", type=Path, nargs="+", help="folders of token sets")
-    verb.add_argument("--seconds", type=float, default=3.0, help="how long each setting is measured [3]")
+    verb.add_argument("--seconds", type=float, default=3.0, help="duration of each measurement [3]")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `corpus` with the given arguments. Raises ValueError for wrong usage, and what the verbs raise."""
     options = _parser().parse_args(argv)
-    options.run(options)
+    _run(options)
     return 0

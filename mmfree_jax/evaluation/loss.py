@@ -68,5 +68,6 @@ def _ratio_standard_error(nats: np.ndarray, counts: np.ndarray) -> float | None:
     blocks = len(nats)
     if blocks < 2:
         return None
+    # The loss is a ratio of two sums that both vary between blocks: its variance is that of nats - loss x count.
     residual = nats - nats.sum() / counts.sum() * counts
     return float(math.sqrt(blocks / (blocks - 1) * (residual**2).sum()) / counts.sum())

@@ -232,6 +232,7 @@ def _fill(table: dict[str, Slot], headers: dict[str, Header], shapes: Any) -> An
             for name in (name for name in table if headers[name].file == file):
                 slot, tensor = table[name], reader.get_tensor(name)
                 place = arrays[slot.path][slot.at]
+                # A matrix may pack several of ours, such as gate and up: [G * out, in] becomes [G, in, out].
                 if slot.matrix:
                     *groups, rows, columns = place.shape
                     tensor = tensor.reshape(*groups, columns, rows).swapaxes(-1, -2)

@@ -1,8 +1,8 @@
-"""Judging a run for machines that are not here.
+"""Predicts memory, traffic and time of a run on machines that are not here.
 
-program.py   the step lowered for the platform, and partitioned for the mesh on simulated devices
-memory.py    bytes a device needs, by an analytic model
-roofline.py  seconds a step takes, by an analytic model
-verdict.py   all of it about one run, and the batch and remat policy that would fit
+program.py   the step, lowered for the platform and partitioned for the mesh on simulated devices
+memory.py    bytes that a device needs, from a model
+roofline.py  seconds that a step takes, from a model
+verdict.py   the verdict on a run, and the batch and remat policy that would fit
 cli.py       the `lower` command
 """

@@ -1,4 +1,4 @@
-"""`launch.py lower`: a table for people, JSON for programs, exit status 0 (fits) or 2 (does not)."""
+"""`mmfree lower`: a table for people, JSON for programs, exit status 0 (fits) or 2 (does not)."""
 
 import dataclasses
 import json
@@ -14,49 +14,44 @@ from mmfree_jax.command_line import parse
 from mmfree_jax.config import MeshConfig, RunConfig, require, suggestion
 from mmfree_jax.devices import DEVICES
 from mmfree_jax.lowering.verdict import Verdict, judge
+from mmfree_jax.output import program
 from mmfree_jax.presets import PRESETS, run_preset
 
-USAGE = f"""usage: launch.py lower PRESET --mesh fsdp=64,tensor=8 [--device h200] [--json] [overrides as in train]
-
-presets: {", ".join(PRESETS)}
-
-launch.py lower PRESET --help lists what can be overridden"""
 DOES_NOT_FIT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class LowerArguments:
-    """Judge a run for a machine that is not here: does it fit, how long is a step, what travels between devices."""
+    """Predict for a run on a machine that is not here: does it fit, how long is a step, what do devices exchange."""
 
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
     device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v6e"] = "h200"
-    """What the machine is made of. --mesh fsdp=64,tensor=8 says how many and how they are used."""
+    """Type of the devices. Their number and use follow from the mesh, such as --mesh fsdp=64,tensor=8."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print everything as one JSON object."""
 
 
 def main(arguments: list[str]) -> int:
-    """Print the verdict on one run."""
+    """Print the verdict on one run. Returns 0 if it fits, else 2."""
+    name = f"{program()} lower"
     if not arguments or arguments[0].startswith("-"):
-        print(USAGE)
+        print(f"usage: {name} PRESET --mesh fsdp=64,tensor=8 [--device h200] [--json] [overrides as in train]\n")
+        print(f"presets: {', '.join(PRESETS)}\n\n{name} PRESET --help lists what can be overridden")
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 1
     preset, *rest = arguments
     default = LowerArguments(run=run_preset(preset))
-    chosen = parse(LowerArguments, with_mesh(rest), f"launch.py lower {preset}", default)
+    chosen = parse(LowerArguments, with_mesh(rest), f"{name} {preset}", default)
     verdict = judge(chosen.run, chosen.device)
     if chosen.json:
         print(json.dumps(as_json(chosen.run, verdict), allow_nan=False))
     else:
-        show(
-            chosen.run,
-            verdict,
-            Console(highlight=False, markup=False, emoji=False, width=None if Console().is_terminal else 160),
-        )
+        width = None if Console().is_terminal else 160
+        show(chosen.run, verdict, Console(highlight=False, markup=False, emoji=False, width=width))
     return 0 if verdict.fits else DOES_NOT_FIT
 
 
 def with_mesh(arguments: list[str]) -> list[str]:
-    """`--mesh fsdp=64,tensor=8` as `--mesh.fsdp 64 --mesh.tensor 8`. Raises ConfigError for anything else."""
+    """Turn `--mesh fsdp=64,tensor=8` into `--mesh.fsdp 64 --mesh.tensor 8`. Raises ConfigError for anything else."""
     split = lambda argument: argument.split("=", 1) if argument.startswith("--mesh=") else [argument]
     arguments = [part for argument in arguments for part in split(argument)]
     if "--mesh" not in arguments:
@@ -76,7 +71,7 @@ def with_mesh(arguments: list[str]) -> list[str]:
 
 
 def as_json(run: RunConfig, verdict: Verdict) -> dict[str, Any]:
-    """Everything in bytes and seconds; memory and traffic are of one device."""
+    """Return everything in bytes and seconds; memory and traffic are those of one device."""
     found = dataclasses.asdict(verdict)
     found["memory"]["total"], found["time"]["total"] = verdict.memory.total, verdict.time.total
     return {
@@ -90,7 +85,7 @@ def as_json(run: RunConfig, verdict: Verdict) -> dict[str, Any]:
 
 
 def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
-    """The tables; the verdict is the last line."""
+    """Print the tables, and the verdict as the last line."""
     mesh = " x ".join(f"{name} {size}" for name, size in dataclasses.asdict(run.mesh).items() if size > 1) or "1 device"
     size = flops.parameters(run.model).total
     console.print(
@@ -103,17 +98,19 @@ def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
     for line in verdict.report.uncut:
         console.print(line)
     if verdict.report.rematerialised:
-        console.print(f"the partitioner put {verdict.report.rematerialised} arrays whole on every device")
+        console.print(f"the partitioner replicates {verdict.report.rematerialised} arrays on every device")
     console.print(
-        "State and collectives are read from the step without hand-written kernels, lowered for this platform and "
-        "partitioned for this mesh on simulated devices. Gathers and reduce-scatters are those of a GPU's compiler "
-        "too, which adds up some of what is all-reduced along tensor first: up to 1.6 times fewer bytes. "
-        "Activations, gradients and working set are a model of it, as are times: data-sheet rates "
-        "(mmfree_jax/devices.py) times the shares measured on an H200, nothing overlapping.",
+        "State and collectives are read from the step without our own kernels, lowered for this platform and "
+        "partitioned for this mesh on simulated devices. A GPU's compiler makes the same all-gathers and "
+        "reduce-scatters, but sums some gradients before it all-reduces them along tensor: up to 1.6 times fewer "
+        "bytes. Activations, gradients and working set come from a model, as do times: rates of the data sheet "
+        "(mmfree_jax/devices.py) times the shares measured on an H200, without overlap.",
         style="dim",
     )
     if DEVICES[verdict.device].kernels and run.kernels == "auto":
-        console.print("kernels: unverified. On that machine `train` checks each of them before it serves.", style="dim")
+        console.print(
+            "kernels: unverified. On that machine `train` checks each of them before it is used.", style="dim"
+        )
     for line in _proposals(run, verdict):
         console.print(line)
     sign = "<=" if verdict.fits else ">"

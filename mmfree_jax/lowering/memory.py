@@ -1,8 +1,12 @@
-"""Bytes that one device holds at the peak of a training step: an analytic model.
+"""Bytes that one device needs at the peak of a training step, from a model.
 
-State is exact (from the shardings). What the backward pass keeps of each layer is counted array by array, as compiled
-for an H200 (jax 0.11.2); the working set around it is a fit to those compilations, good to 10 % of the total (see
-tests/lowering/test_memory.py).
+State is exact (from the shardings). The residuals of each layer, which the forward pass stores for the backward pass,
+are counted array by array, as compiled for an H200 (jax 0.11.2). The working set is a fit to those compilations. The
+total is right within 10 % (tests/lowering/test_memory.py).
+
+Why tables, and not the residuals of the traced step, `jax.eval_shape` of its vjp? That was measured on the same 45
+compilations. Without remat it counts 20.5 GB for four layers of transformer++-1.3b, where the compiler stores 4.8: most
+of what JAX hands over is recomputed in fusions, or shared. And our kernels cannot be traced without their GPU's stack.
 """
 
 import dataclasses
@@ -17,58 +21,58 @@ LOGITS = 2**26  # of a chunk of tokens in the loss (ops/cross_entropy.py)
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a layer's forward pass leaves for its backward pass: bytes a token for each unit of a width, in bfloat16."""
+class Residuals:
+    """Residuals of a layer in bfloat16: bytes for each token and unit of a width."""
 
-    whole: float  # arrays as wide as the model that every device of a tensor axis holds
-    cut: float  # those that the tensor axis cuts
-    glu: float  # as wide as the GLU, cut as well
-    weights: float = 0.0  # bytes a weight: its code, or its bfloat16 copy
+    replicated: float  # arrays as wide as the model, replicated over the tensor axis
+    sharded: float  # arrays as wide as the model, sharded over the tensor axis
+    glu: float  # arrays as wide as the GLU, sharded too
+    weights: float = 0.0  # bytes for each weight: its code, or its copy in bfloat16
 
 
-FULL = Kept(2, 0, 0)  # the residual stream at the layer's start
+FULL = Residuals(2, 0, 0)  # the residual stream at the layer's start
 ATTENTION = {
-    "none": Kept(8, 8, 6, 2),  # two residuals and their norms; q, k, v, y; gate, up, their product
-    "looped": Kept(12, 12, 4, 2),
-    "products": Kept(4, 6, 4, 2),
-    "mixer": Kept(4, 6, 0, 2),
+    "none": Residuals(8, 8, 6, 2),  # two residuals and their norms; q, k, v, y; gate, up, their product
+    "looped": Residuals(12, 12, 4, 2),
+    "products": Residuals(4, 6, 4, 2),
+    "mixer": Residuals(4, 6, 0, 2),
     "full": FULL,
 }
-BITNET: dict[str, Kept] = {
-    "none": Kept(6, 8, 5, 1),  # as attention without the norms, and the codes of every input
-    "looped": Kept(6, 9, 8, 1),
-    "products": Kept(6, 8, 5, 1),
-    "mixer": Kept(6, 8, 1, 1),
-    "codes": Kept(6, 1, 1, 1),
+BITNET: dict[str, Residuals] = {
+    "none": Residuals(6, 8, 5, 1),  # as attention without the norms, and the codes of every input
+    "looped": Residuals(6, 9, 8, 1),
+    "products": Residuals(6, 8, 5, 1),
+    "mixer": Residuals(6, 8, 1, 1),
+    "codes": Residuals(6, 1, 1, 1),
     "full": FULL,
 }
 MLGRU_KERNELS = {
-    "none": Kept(4, 8, 4, 1),  # two residuals; i, f, g, h; gate and up: kernels make all else again
-    "products": Kept(4, 8, 4, 1),
-    "mixer": Kept(5, 8, 0, 1),
-    "codes": Kept(8, 2, 0, 1),
+    "none": Residuals(4, 8, 4, 1),  # two residuals; i, f, g, h; gate and up; kernels recompute everything else
+    "products": Residuals(4, 8, 4, 1),
+    "mixer": Residuals(5, 8, 0, 1),
+    "codes": Residuals(8, 2, 0, 1),
     "full": FULL,
 }
 MLGRU_XLA = {
-    "none": Kept(7, 14, 5, 1),  # states in float32 and the codes as well
-    "looped": Kept(9, 39, 5, 1),
-    "products": Kept(7, 12, 5, 1),
-    "mixer": Kept(7, 12, 1, 1),
-    "codes": Kept(7, 6, 1, 1),
+    "none": Residuals(7, 14, 5, 1),  # states in float32 and the codes as well
+    "looped": Residuals(9, 39, 5, 1),
+    "products": Residuals(7, 12, 5, 1),
+    "mixer": Residuals(7, 12, 1, 1),
+    "codes": Residuals(7, 6, 1, 1),
     "full": FULL,
 }
 RWKV4 = {
-    "none": Kept(13, 53, 5, 1),
-    "products": Kept(8, 15, 5, 1),
-    "mixer": Kept(8, 15, 1, 1),
-    "codes": Kept(8, 9, 1, 1),
+    "none": Residuals(13, 53, 5, 1),
+    "products": Residuals(8, 15, 5, 1),
+    "mixer": Residuals(8, 15, 1, 1),
+    "codes": Residuals(8, 9, 1, 1),
     "full": FULL,
 }
 HGRN = {
-    "none": Kept(8, 10, 6, 2),
-    "looped": Kept(12, 14, 5, 2),
-    "products": Kept(4, 8, 4, 2),
-    "mixer": Kept(4, 8, 0, 2),
+    "none": Residuals(8, 10, 6, 2),
+    "looped": Residuals(12, 14, 5, 2),
+    "products": Residuals(4, 8, 4, 2),
+    "mixer": Residuals(4, 8, 0, 2),
     "full": FULL,
 }
 
@@ -89,8 +93,8 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def kept(run: RunConfig, device: Device) -> Kept:
-    """What each layer keeps under the run's remat policy, score matrices aside."""
+def layer_residuals(run: RunConfig, device: Device) -> Residuals:
+    """Return the residuals of each layer under the run's remat policy, attention scores excepted."""
     model = run.model
     tables = {"attention": BITNET, "mlgru": MLGRU_XLA, "rwkv4": RWKV4}
     if model.mixer == "mlgru" and device.kernels and run.kernels == "auto":
@@ -99,119 +103,97 @@ def kept(run: RunConfig, device: Device) -> Kept:
         tables = {"attention": ATTENTION, "mlgru": HGRN, "rwkv4": RWKV4}
     table = tables[model.mixer]
     found = table.get("looped", table["none"]) if looped(run, device) and run.remat == "none" else table[run.remat]
-    # Kernels that make codes again need whole rows: those of both output projections are kept where tensor cuts them.
-    cut_codes = 1 if table is MLGRU_KERNELS and run.mesh.tensor > 1 and run.remat != "full" else 0
-    # Several micro-batches share codes that are made ahead of them all, whatever the policy.
+    # Kernels that recompute codes need entire rows. If tensor shards the rows of both output projections, their codes
+    # are stored instead.
+    stored_codes = 1 if table is MLGRU_KERNELS and run.mesh.tensor > 1 and run.remat != "full" else 0
+    # Micro-batches share the codes of the weights, which are computed once before them, under every policy.
     weights = max(found.weights, 1.0 if model.linear == "ternary" and run.optim.accumulate > 1 else 0.0)
-    return dataclasses.replace(found, cut=found.cut + cut_codes, glu=found.glu + cut_codes, weights=weights)
+    return dataclasses.replace(
+        found, sharded=found.sharded + stored_codes, glu=found.glu + stored_codes, weights=weights
+    )
 
 
 def looped(run: RunConfig, device: Device) -> bool:
-    """Whether a loop goes over the layers: what they keep is then stacked, intermediates included that unrolled layers
-    make again."""
+    """Return whether a loop runs over the layers. It stacks more residuals than unrolled layers store."""
     unroll = run.unroll or (run.model.depth if device.platform == "cuda" else 1)
     return unroll < run.model.depth
 
 
 def tokens_per_device(run: RunConfig) -> float:
-    """Tokens of one micro-batch that one device computes."""
+    """Return the tokens of one micro-batch on one device."""
     return run.data.tokens_per_step / (run.mesh.batch_shards * run.mesh.sequence * run.optim.accumulate)
 
 
 def memory(run: RunConfig, report: Report, device: Device) -> Memory:
-    """The peak of a step.
+    """Return the peak of a step.
 
-    Unrolled, the backward pass frees residuals while gradients come up, and the peak lies at its start or at its end;
-    a loop over layers holds the stacks of both all the time. Accumulation keeps a sum of gradients besides.
+    With unrolled layers the backward pass frees residuals while it makes gradients, and the peak is at its start or at
+    its end. A loop over layers holds the stacks of both all the time. Accumulation adds a sum of gradients.
     """
-    residuals, gradients = stored(run, device), _gradients(run)
+    model, mesh, size = run.model, run.mesh, flops.parameters(run.model)
+    shards, item = mesh.fsdp * mesh.tensor, _item(run)
+    residuals, gradients = stored(run, device), 4 * size.total / shards
     summed = gradients if run.optim.accumulate > 1 else 0.0
-    working = _working(run, device)
+
+    # The working set: of one layer's backward pass or of a chunk of the loss (logits, exponentials and their gradient).
+    backward = item * (4 * model.width + 12 * model.glu_width / mesh.tensor)  # gradients and inputs of one GLU
+    scores = 2 * _scores(run, device)
+    logits = 10 * min(LOGITS, tokens_per_device(run) * model.vocab / mesh.tensor)
+    # With fsdp: all-gathered weights of one layer and of the head in bfloat16, and their gradients before the
+    # reduce-scatter, the head's in float32.
+    weights = (4 * size.N_nonemb / model.depth + 6 * model.vocab * model.width) / mesh.tensor
+    gathered = weights if mesh.fsdp > 1 else 0.0
+    again = 0.0  # under `full` a ternary layer recomputes all its residuals in its backward pass
+    if model.linear == "ternary" and run.remat == "full":
+        again = _layer(run, layer_residuals(dataclasses.replace(run, remat="none"), device))
+    working = max(backward + scores, logits) + gathered + again
+
     if looped(run, device):
         return Memory(report.parameters, report.optimizer, residuals, gradients + summed, working)
-    head, streams = _head_gradient(run), run.model.depth * _item(run) * 2 * run.model.width
-    at_start = residuals, head + summed, _starting(run, device)
-    at_end = streams, gradients - head + summed, working
-    peak = max(at_start, at_end, key=sum)
-    return Memory(report.parameters, report.optimizer, *peak)
+    # Ternary layers turn codes into inputs again; dense layers recompute gate and up under `mixer`.
+    half = 0.5 if model.linear == "dense" and run.remat != "mixer" else 1.0
+    starting = max(half * backward + scores, logits) + gathered
+    head = 4 * model.vocab * model.width / shards  # the loss computes the head's gradient already in its forward pass
+    streams = model.depth * item * 2 * model.width
+    at_start, at_end = (residuals, head + summed, starting), (streams, gradients - head + summed, working)
+    return Memory(report.parameters, report.optimizer, *max(at_start, at_end, key=sum))
 
 
 def stored(run: RunConfig, device: Device) -> float:
-    """What the forward pass leaves for the backward pass, all layers."""
-    per_layer = kept(run, device)
-    weights = per_layer.weights * flops.parameters(run.model).N_nonemb / (run.mesh.fsdp * run.mesh.tensor)
+    """Return the residuals of all layers."""
+    residuals, shards = layer_residuals(run, device), run.mesh.fsdp * run.mesh.tensor
+    weights = residuals.weights * flops.parameters(run.model).N_nonemb / shards
     scores = _scores(run, device) if run.remat == "none" else 0.0
-    return run.model.depth * (_layer(run, per_layer) + scores) + weights
+    return run.model.depth * (_layer(run, residuals) + scores) + weights
 
 
-def _layer(run: RunConfig, per_layer: Kept) -> float:
-    """Activations that one layer keeps."""
+def _layer(run: RunConfig, residuals: Residuals) -> float:
+    """Bytes of the residuals of one layer."""
     width, tensor = run.model.width, run.mesh.tensor
-    per_token = (per_layer.whole + per_layer.cut / tensor) * width + per_layer.glu * run.model.glu_width / tensor
+    per_token = (
+        residuals.replicated + residuals.sharded / tensor
+    ) * width + residuals.glu * run.model.glu_width / tensor
     return _item(run) * per_token
 
 
 def whole_scores(run: RunConfig, device: Device) -> bool:
-    """Whether attention makes all scores at once, as it does where no fused kernel serves (ops/attention.py)."""
+    """Return whether attention computes all scores at once, because no fused kernel is available."""
     fused = device.platform == "cuda" and run.mesh.sequence == 1 and not run.data.separate_documents
     return run.model.mixer == "attention" and not (fused and run.precision != "float32")
 
 
 def _scores(run: RunConfig, device: Device) -> float:
-    """One layer's scores in float32 and their softmax, where attention makes them whole."""
+    """One layer's scores in float32 and their softmax, if attention computes them at once."""
     heads = run.model.heads / run.mesh.tensor
     return _item(run) * heads * run.data.sequence * 6 if whole_scores(run, device) else 0.0
 
 
 def _item(run: RunConfig) -> float:
-    """Tokens of a micro-batch on a device; twice as many for a run in float32, as widths are given in bfloat16."""
+    """Tokens of a micro-batch on a device; twice as many in float32, because widths are given in bfloat16."""
     return tokens_per_device(run) * (2 if run.precision == "float32" else 1)
 
 
-def _gradients(run: RunConfig) -> float:
-    return 4 * flops.parameters(run.model).total / (run.mesh.fsdp * run.mesh.tensor)
-
-
-def _head_gradient(run: RunConfig) -> float:
-    """It is there when the backward pass begins: the loss makes it in its forward pass."""
-    return 4 * run.model.vocab * run.model.width / (run.mesh.fsdp * run.mesh.tensor)
-
-
-def _logits(run: RunConfig) -> float:
-    """Of a chunk of the loss: logits, exponentials and their gradient."""
-    return 10 * min(LOGITS, tokens_per_device(run) * run.model.vocab / run.mesh.tensor)
-
-
-def _backward(run: RunConfig) -> float:
-    """Gradients and inputs of one GLU."""
-    return _item(run) * (4 * run.model.width + 12 * run.model.glu_width / run.mesh.tensor)
-
-
-def _starting(run: RunConfig, device: Device) -> float:
-    """Working set when the backward pass begins; dense layers have no codes to be made into inputs again, but make gate
-    and up again under `mixer`."""
-    half = run.model.linear == "dense" and run.remat != "mixer"
-    backward = _backward(run) * (0.5 if half else 1.0) + 2 * _scores(run, device)
-    return max(backward, _logits(run)) + _gathered(run)
-
-
-def _working(run: RunConfig, device: Device) -> float:
-    """Working set of a layer's backward pass; under `full`, what a ternary layer would have kept comes up in it."""
-    again = 0.0
-    if run.model.linear == "ternary" and run.remat == "full":
-        again = _layer(run, kept(dataclasses.replace(run, remat="none"), device))
-    return max(_backward(run) + 2 * _scores(run, device), _logits(run)) + _gathered(run) + again
-
-
-def _gathered(run: RunConfig) -> float:
-    """Where the fsdp axis cuts weights: those of one layer and of the head whole in bfloat16, and their gradients
-    before they are scattered, the head's in float32."""
-    layer = flops.parameters(run.model).N_nonemb / run.model.depth
-    whole = 4 * layer + 6 * run.model.vocab * run.model.width
-    return whole / run.mesh.tensor if run.mesh.fsdp > 1 else 0.0
-
-
 def policies(run: RunConfig) -> list[Remat]:
-    """The remat policies that a run can have, the fastest first."""
+    """Return the remat policies that a run can have, the fastest first."""
     codes: list[Remat] = ["codes"] if run.model.linear == "ternary" else []
     return ["none", "products", "mixer", *codes, "full"]

@@ -1,13 +1,13 @@
-"""The training step of a run for a mesh that is not here: lowered for its platform, partitioned on simulated devices.
+"""The training step of a run on a mesh that is not here: lowered for its platform, partitioned on simulated devices.
 
-XLA's partitioner is the same for all platforms, so what the step says between devices can be read from a program
-compiled for as many simulated CPU devices; nothing is allocated and nothing runs. This needs a process of its own: the
+XLA's partitioner is the same for all platforms, so the collectives of a step can be read from a program compiled for
+as many simulated CPU devices; nothing is allocated and nothing runs. This needs a process of its own, because the
 number of simulated devices is fixed when JAX starts.
 
-Compiled for eight H200s (jax 0.11.2, three layers of the 370m models of both main families, in the manner of
-experiments/fsdp_bytes.py), the step has the same gathers and reduce-scatters, array for array. All-reduces differ: on
-GPUs XLA adds up gradients to an input that several layers share before it sends them, so that 1.45 (matmul-free) to
-1.64 times (transformer++) the bytes that travel along `tensor` are counted here.
+Compiled for eight H200s (jax 0.11.2, three layers of the 370m models of both main families, as in
+experiments/fsdp_bytes.py), the step has the same all-gathers and reduce-scatters, array for array. All-reduces differ:
+on GPUs XLA sums gradients to an input that several layers share before it sends them. So this counts 1.45 times
+(matmul-free) to 1.64 times (transformer++) as many bytes along `tensor`.
 
     python -m mmfree_jax.lowering.program PLATFORM < config.json     # prints a Report as JSON
 """
@@ -24,8 +24,8 @@ from typing import Any
 from mmfree_jax.config import MeshConfig, RunConfig, from_json, to_json
 from mmfree_jax.devices import Platform
 
-# Gathers of weights [G, D, F] and of keys or values [B, T, H, K]; states [B, S, D] of S chunks and scales are float32
-# everywhere.
+# All-gathers of weights [G, D, F] and of keys or values [B, T, H, K], which are bfloat16 elsewhere. States [B, S, D] of
+# S chunks, and scales, are float32 everywhere.
 WIDENED_GATHER = re.compile(r"= f32\[((\d+,)*\d{3,},\d{3,}|\d+(,\d+){3,})\]\S* all-gather\(")
 REMATERIALISED = "Involuntary full rematerialization"
 
@@ -39,23 +39,24 @@ class Traffic:
     count: int  # of arrays in a step
     sent: float  # bytes a step, by one device
     axes: tuple[str, ...]  # of the mesh, that the group lies along
-    span: int  # device numbers from the first to the last of a group: whether it stays on an island
+    span: int  # device numbers from the first to the last of a group; shows whether it stays on an island
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What lowering and partitioning a step tell. Bytes are of one device."""
+    """What lowering and partitioning a step show. Bytes are those of one device."""
 
     parameters: float
     optimizer: float
-    sharded: float  # share of the parameters' bytes that no two devices hold twice along fsdp or tensor
+    sharded: float  # share of the parameters' bytes that fsdp and tensor shard completely
     traffic: tuple[Traffic, ...]
-    rematerialised: int  # arrays that the partitioner put whole on every device, having found no better way
-    uncut: tuple[str, ...] = ()  # parameters that the mesh does not divide, a sentence each
+    rematerialised: int  # arrays that the partitioner replicates because it found no better way
+    uncut: tuple[str, ...] = ()  # one sentence for each parameter that the mesh does not divide
 
 
 def inspect(run: RunConfig, platform: Platform) -> Report:
-    """The report of a run's step. Raises RuntimeError with the compiler's words where it cannot be partitioned."""
+    """Return the report on a run's step. Raises RuntimeError with the compiler's message if it cannot be
+    partitioned."""
     flags = f"--xla_force_host_platform_device_count={run.mesh.devices} --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, "-m", "mmfree_jax.lowering.program", platform],
@@ -75,29 +76,29 @@ def inspect(run: RunConfig, platform: Platform) -> Report:
 
 
 def lower_for(run: RunConfig, platform: Platform) -> Any:
-    """The step lowered for a platform and a mesh that need not be here."""
+    """Return the step lowered for a platform and a mesh that need not be here."""
     import jax
     from jax.sharding import AbstractMesh, AxisType
 
-    from mmfree_jax.devices import meant_for
+    from mmfree_jax.devices import traced_for
     from mmfree_jax.sharding import MESH_AXES
 
     sizes = tuple(dataclasses.asdict(run.mesh)[axis] for axis in MESH_AXES)
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    with meant_for(platform):
+    with traced_for(platform):
         _, traced = _traced(run, mesh, jax.sharding.use_abstract_mesh)
         return traced.lower(lowering_platforms=(platform,))
 
 
 def partition(run: RunConfig, platform: Platform) -> Report:
-    """The report of a run's step, in a process that has as many devices as its mesh; its warnings go uncounted."""
+    """Return the report on a run's step, in a process with as many devices as its mesh, without `rematerialised`."""
     import jax
 
-    from mmfree_jax.devices import meant_for
+    from mmfree_jax.devices import traced_for
     from mmfree_jax.sharding import make_mesh, uncut
 
     mesh = make_mesh(run.mesh)
-    with meant_for(platform):
+    with traced_for(platform):
         state, traced = _traced(run, mesh, jax.set_mesh)
         text = traced.lower().compile().as_text()
     return Report(
@@ -111,7 +112,7 @@ def partition(run: RunConfig, platform: Platform) -> Report:
 
 
 def _traced(run: RunConfig, mesh: Any, entering: Any) -> tuple[Any, Any]:
-    """The abstract state, and the step traced on it: in a loop over layers, whose number then costs nothing."""
+    """The abstract state, and the step traced on it, with a loop over layers, so that depth costs nothing."""
     import jax
     import jax.numpy as jnp
 
@@ -134,7 +135,7 @@ def _local_bytes(tree: Any) -> float:
 
 
 def sharded_share(params: Any, ways: int) -> float:
-    """The share of the parameters' bytes that is cut into `ways` parts."""
+    """Return the share of the parameters' bytes that is sharded over `ways` devices."""
     import jax
 
     leaves = jax.tree.leaves(params)
@@ -143,8 +144,10 @@ def sharded_share(params: Any, ways: int) -> float:
 
 
 def in_bfloat16(text: str) -> str:
-    """A program for CPUs with the types that collectives have elsewhere: there reductions of bfloat16 are promoted to
-    float32, and the conversion of what is then gathered moves behind the gather."""
+    """Give the collectives of a program for CPUs the types that they have elsewhere.
+
+    On CPUs XLA promotes reductions of bfloat16 to float32, and moves conversions behind the following all-gather.
+    """
     wide = [line for line in text.splitlines() if "_promoted" in line or WIDENED_GATHER.search(line)]
     for line in wide:
         text = text.replace(line, line.replace("f32[", "bf16["))
@@ -152,7 +155,8 @@ def in_bfloat16(text: str) -> str:
 
 
 def read_traffic(text: str, mesh: MeshConfig) -> list[Traffic]:
-    """The collectives of a program compiled for a mesh, those alike together; groups of one device send nothing."""
+    """Return the collectives of a program compiled for a mesh, equal ones together. Groups of one device send
+    nothing."""
     from mmfree_jax import hlo
 
     groups: dict[tuple[int, tuple[str, ...]], list[hlo.Collective]] = {}
@@ -168,7 +172,7 @@ def read_traffic(text: str, mesh: MeshConfig) -> list[Traffic]:
 
 
 def main(platform: Platform) -> None:
-    """Read a run from the standard input, print its report."""
+    """Read a run from standard input and print its report."""
     run = from_json(RunConfig, sys.stdin.read())
     lower_for(run, platform)
     print(json.dumps(dataclasses.asdict(partition(run, platform))))

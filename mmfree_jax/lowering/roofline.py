@@ -1,8 +1,8 @@
-"""Seconds that a training step takes on one device: an analytic roofline.
+"""Seconds that a training step takes on one device, from a roofline model.
 
-Rates are shares of the data sheet's that were measured on an H200 (experiments/results/h200_bench.md) and are assumed
-elsewhere; every operation is bound by arithmetic or by memory, none overlaps with another, and communication overlaps
-with nothing: good to 25 % of measured steps (tests/lowering/test_memory.py).
+Rates are shares of the data sheet's, measured on an H200 (experiments/results/h200_bench.md) and assumed elsewhere. An
+operation is bound by arithmetic or by memory, and neither operations nor communication overlap. The result is within
+25 % of measured steps (tests/lowering/test_memory.py).
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from mmfree_jax.devices import Device
 from mmfree_jax.lowering.memory import tokens_per_device, whole_scores
 from mmfree_jax.lowering.program import Report, Traffic
 
-PRODUCTS, COPY = 0.70, 0.69  # of the data sheet: 691 of 989 TFLOP/s, 3.31 of 4.8 TB/s
-ATTENTION = 0.55  # of the rate of products
-LINKS = 0.80  # of a link's data sheet; assumed
-ADAM = 28  # bytes a parameter: four reads and three writes of float32
+PRODUCTS, COPY = 0.70, 0.69  # shares of the data sheet: 691 of 989 TFLOP/s, 3.31 of 4.8 TB/s
+ATTENTION = 0.55  # share of the rate of products
+LINKS = 0.80  # share of a link's data sheet; assumed
+ADAM = 28  # bytes for each parameter: four reads and three writes of float32
 
-# Bytes a token and unit of width that element-wise work of a layer reads and writes, forward and backward, in bfloat16:
-# from the profiled steps of the two main families; a quarter of it in the forward pass.
+# Bytes for each token and unit of width that element-wise work of a layer reads and writes, forward and backward, in
+# bfloat16, from profiles of the two main families. A quarter of it belongs to the forward pass.
 ELEMENTWISE = {
     ("attention", "dense"): 148,
     ("mlgru", "ternary"): 222,
@@ -29,12 +29,12 @@ ELEMENTWISE = {
     ("rwkv4", "ternary"): 500,
     ("mlgru", "dense"): 240,
 }
-WITHOUT_KERNELS = 1.6  # times as much where XLA alone does the ternary layers and the recurrence
+WITHOUT_KERNELS = 1.6  # factor on these bytes if XLA computes the ternary layers and the recurrence
 FORWARD = 0.25
-# More where gradients are quantised: codes of 5 widths of them in a pass of their own, 10.5 widths of codes and 7.75 of
-# inputs' turned; less what is written as codes in place of values.
+# Further bytes if gradients are quantised: codes of 5 widths of them in a pass of their own, and 10.5 widths of codes
+# and 7.75 of inputs' codes transposed, minus what is written as codes instead of values.
 GRADIENT_CODES = 38
-SCORES = 24  # bytes a score, where attention makes them whole: in float32 out and in, softmax, and all of it backwards
+SCORES = 24  # bytes for each score that is stored: float32 out and in, softmax, and all of it backward
 
 
 @dataclass(frozen=True)
@@ -49,66 +49,48 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """All of it, one after the other."""
+        """Sum of all parts, which do not overlap."""
         return sum(dataclasses.astuple(self))
 
 
 def step_time(run: RunConfig, report: Report, device: Device) -> StepTime:
-    """The time of one optimizer step of a run on a mesh of such devices."""
-    memory_rate = COPY * device.bandwidth
+    """Return the time of one optimizer step of a run on a mesh of such devices."""
+    model = run.model
+    per_token = flops.flops_per_token(model, run.data.sequence)
+    tokens = tokens_per_device(run) * run.optim.accumulate / run.mesh.tensor  # whose work one device does
+    memory_rate, product_rate = COPY * device.bandwidth, PRODUCTS * device.bf16
+    # With a tensor axis some of our kernels lack the entire rows that they need, and XLA computes the same.
+    kernels = device.kernels and run.kernels == "auto" and run.mesh.tensor == 1
+
+    # The backward pass recomputes the products under `full` and `codes` (from their codes), and gate and up under
+    # `mixer`.
+    blocks = per_token.dense + per_token.ternary
+    gate_up = 4 * model.depth * model.width * model.glu_width / blocks
+    forwards = 1 + {"codes": 1.0, "full": 1.0, "mixer": gate_up}.get(run.remat, 0.0)
+    forward_rate = PRODUCTS * device.int8 if kernels and model.linear == "ternary" else product_rate
+    backward_rate = forward_rate if model.gradient_bits else product_rate
+    products = blocks * (forwards / forward_rate + 2 / backward_rate) + 3 * per_token.head / product_rate
+
+    passes = 4 if run.remat in ("products", "mixer", "full") else 3
+    masked = 2 if whole_scores(run, device) else 1  # a fused kernel does not compute the masked half
+    attention = passes * masked * per_token.attention / (ATTENTION * product_rate)
+
+    moved = float(ELEMENTWISE[model.mixer, model.linear] * model.width)
+    moved *= 1 if kernels or model.family == "transformer++" else WITHOUT_KERNELS
+    moved *= 1 if run.remat == "none" else 1 + FORWARD
+    moved += GRADIENT_CODES * model.width if model.gradient_bits and kernels else 0
+    moved += SCORES * model.heads * run.data.sequence if whole_scores(run, device) else 0
+    moved *= (2 if run.precision == "float32" else 1) * model.depth
     return StepTime(
-        _products(run, device),
-        _attention(run, device),
-        _bytes_moved(run, device) / memory_rate,
+        tokens * products,
+        tokens * attention,
+        tokens * moved / memory_rate,
         ADAM * report.parameters / 4 / memory_rate,
         communication(report.traffic, device),
     )
 
 
-def _share(run: RunConfig) -> float:
-    """Tokens of a step whose work falls on one device."""
-    return tokens_per_device(run) * run.optim.accumulate / run.mesh.tensor
-
-
-def _fast(run: RunConfig, device: Device) -> bool:
-    """Whether kernels serve everywhere: the tensor axis cuts rows that some of them need whole."""
-    return device.kernels and run.kernels == "auto" and run.mesh.tensor == 1
-
-
-def _products(run: RunConfig, device: Device) -> float:
-    per_token = flops.flops_per_token(run.model, run.data.sequence)
-    rate = PRODUCTS * device.bf16
-    integers = _fast(run, device) and run.model.linear == "ternary"
-    forward_rate = PRODUCTS * device.int8 if integers else rate
-    blocks = per_token.dense + per_token.ternary
-    # The backward pass makes the products again under `full` and, from their codes, `codes`; gate and up under `mixer`.
-    gate_up = 4 * run.model.depth * run.model.width * run.model.glu_width / blocks
-    forwards = 1 + {"codes": 1.0, "full": 1.0, "mixer": gate_up}.get(run.remat, 0.0)
-    backward_rate = forward_rate if run.model.gradient_bits else rate
-    seconds = blocks * (forwards / forward_rate + 2 / backward_rate) + 3 * per_token.head / rate
-    return _share(run) * seconds
-
-
-def _attention(run: RunConfig, device: Device) -> float:
-    """A fused kernel leaves out the masked half."""
-    passes = 4 if run.remat in ("products", "mixer", "full") else 3
-    masked = 2 if whole_scores(run, device) else 1
-    per_token = flops.flops_per_token(run.model, run.data.sequence).attention
-    return passes * masked * _share(run) * per_token / (ATTENTION * PRODUCTS * device.bf16)
-
-
-def _bytes_moved(run: RunConfig, device: Device) -> float:
-    """By element-wise work, recomputed parts included."""
-    model = run.model
-    per_token = float(ELEMENTWISE[model.mixer, model.linear] * model.width)
-    per_token *= 1 if _fast(run, device) or model.family == "transformer++" else WITHOUT_KERNELS
-    per_token *= 1 if run.remat == "none" else 1 + FORWARD
-    per_token += GRADIENT_CODES * model.width if model.gradient_bits and _fast(run, device) else 0
-    per_token += SCORES * model.heads * run.data.sequence if whole_scores(run, device) else 0
-    return (2 if run.precision == "float32" else 1) * per_token * model.depth * _share(run)
-
-
 def communication(traffic: Iterable[Traffic], device: Device) -> float:
-    """Seconds that the collectives take one after the other, those within an island on its links."""
+    """Return the seconds of all collectives, without overlap. Those within an island use its links."""
     rate = lambda one: device.link if one.span <= device.island else device.network
     return sum(one.sent / (LINKS * rate(one)) for one in traffic)

@@ -1,4 +1,4 @@
-"""What is known beforehand about a run on a machine: memory, time, whether it fits, and what would."""
+"""The prediction for a run on a machine: memory, time, whether it fits, and what would fit."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from mmfree_jax.lowering.memory import Memory, memory, policies
 from mmfree_jax.lowering.program import Report, inspect
 from mmfree_jax.lowering.roofline import StepTime, step_time
 
-USABLE = 0.92  # of a device's memory: the rest is the context's, the libraries' and lost between allocations
-LARGEST = 2**14  # rows of a batch on each data shard that are tried
+USABLE = 0.92  # share of a device's memory; context, libraries and fragmentation take the rest
+LARGEST = 2**14  # largest number of rows on each data shard that is tried
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A batch, a remat policy and a number of micro-batches that fit, and the bytes that one device then needs."""
+    """A batch, a remat policy and a number of micro-batches that fit, and the bytes that one device needs then."""
 
     batch: int
     remat: Remat
@@ -25,25 +25,25 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All that `lower` says about a run."""
+    """Everything that `lower` says about a run."""
 
     device: str
     report: Report
     memory: Memory
     time: StepTime
     usable: float  # bytes
-    micro_batches: Proposal | None  # of a run that does not fit: its batch and policy, in as few as possible
+    micro_batches: Proposal | None  # for a run that does not fit: the same batch in as few micro-batches as possible
     same_batch: Proposal | None  # the cheapest policy for the run's own batch and micro-batches
     largest: Proposal | None  # the largest batch, and the cheapest policy for it
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits as it stands."""
+        """Whether the run fits without changes."""
         return self.memory.total <= self.usable
 
 
 def judge(run: RunConfig, device_name: str) -> Verdict:
-    """Lower and partition the run's step, and estimate what it needs on a mesh of `DEVICES[device_name]`."""
+    """Lower and partition the run's step, and predict what it needs on a mesh of `DEVICES[device_name]`."""
     device = DEVICES[device_name]
     report = inspect(run, device.platform)
     return Verdict(
@@ -67,20 +67,21 @@ def _cheapest(run: RunConfig, report: Report, device: Device) -> Proposal | None
 
 
 def _fitting(run: RunConfig, report: Report, device: Device) -> Proposal | None:
-    """The run as it stands, if it fits."""
+    """The run without changes, if it fits."""
     needed = memory(run, report, device).total
     fits = needed <= USABLE * device.memory
     return Proposal(run.data.batch, run.remat, run.optim.accumulate, needed) if fits else None
 
 
 def _micro_batches(run: RunConfig, report: Report, device: Device) -> Proposal | None:
-    """The fewest micro-batches with which the same batch fits, with the run's own policy or else one that keeps less.
+    """The fewest micro-batches with which the same batch fits, with the run's own policy or one that stores less.
 
-    The result is the same, and unlike with remat nothing is recomputed. But weights are gathered, and gradients
-    reduced, once a micro-batch. None for a run that fits.
+    The result is the same, and other than with remat nothing is recomputed. But weights are all-gathered, and gradients
+    reduced, in every micro-batch. None for a run that fits.
     """
     if _fitting(run, report, device) is not None:
         return None
+    # Policies are ordered by speed, and the faster ones store more: try the run's own first, then those after it.
     rows, order = run.data.batch // run.mesh.batch_shards, policies(run)
     for remat in order[order.index(run.remat) :]:
         for accumulate in (n for n in range(run.optim.accumulate, rows + 1) if rows % n == 0):

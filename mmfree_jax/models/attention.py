@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.architecture import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
 from mmfree_jax.ops.attention import attend, causal_attention
 from mmfree_jax.ops.ternary import wide
@@ -65,6 +65,7 @@ class Attention(nnx.Module):
         (q,), (k, v) = self.query(u_BTD), self.key_value(u_BTD)
         q = q if self.score_scale == 1 else q * self.score_scale
         q_BTHK, k_BTHK = (rotate(heads(a), context.rotary) for a in (q, k))
+        # Training and prefill see the whole window; decoding sees the cache, in which these tokens come last.
         if state is None:
             y_BTHK = causal_attention(q_BTHK, k_BTHK, heads(v), segments_BT=context.segments_BT)
         else:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.config import ModelConfig, Remat
+from mmfree_jax.architecture import ModelConfig, Remat
 from mmfree_jax.models.attention import Attention, rotary
 from mmfree_jax.models.layers import GLU, Context, Initializer, Projection, RMSNorm, gain_param, param, recipe_of
 from mmfree_jax.models.mlgru import MLGRU, floors
@@ -20,6 +20,7 @@ from mmfree_jax.ops.stream import embed, residual
 from mmfree_jax.ops.ternary import Quantised, wide
 from mmfree_jax.parametrisation import scales
 
+# A family is a token mixer and a kind of linear layer (`config.FAMILIES`): a new mixer is one file and one line here.
 MIXERS: dict[str, Any] = {"mlgru": MLGRU, "attention": Attention, "rwkv4": RWKV4}
 KEPT: dict[str, tuple[str, ...]] = {  # names that ops and modules give to what they compute
     "products": ("projection", "gate_up", "residual", "state", "codes", "per_token"),
@@ -57,7 +58,7 @@ def document_starts(segments_BT: jax.Array, before_B: jax.Array | None = None) -
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """All that is kept of the tokens read so far.
+    """All that decoding remembers of the tokens read so far.
 
     `mixers`: each layer's state, stacked with layers in front. `position`: how many tokens, an int32 scalar.
     `segment_B`: the document that each row's last token belongs to.
@@ -117,6 +118,8 @@ class LanguageModel(nnx.Module):
         floor = lambda: param(nnx.initializers.zeros, rngs.params(), (L, D), param_dtype, "layers", "norm")
         self.lower_bounds = floor() if has_floors else None
 
+        # One block whose parameters have layers in front, not a list of blocks: the forward pass is a scan over them,
+        # and compiles as one block does, however deep the model is.
         def block(rngs: nnx.Rngs, layer: jax.Array) -> Block:
             return Block(config, layer, rngs=rngs, param_dtype=param_dtype)
 
@@ -186,6 +189,7 @@ class LanguageModel(nnx.Module):
         starts_BT = None if segments_BT is None else document_starts(segments_BT)
         context = Context(starts_BT, segments_BT, self._rotary(jnp.arange(tokens_BT.shape[1])))
 
+        # The residual stream is what the scan carries; parameters and floors of one layer come with each step.
         def body(x_BTD, layer):
             block, floor_D = layer
             x_BTD, _ = block(x_BTD, context, floor_D, None)
@@ -243,6 +247,7 @@ class LanguageModel(nnx.Module):
             return block(x_BTD, context, floor_D, mixer_state)
 
         layers = (self.blocks, self._floors(), state.mixers)
+        # As in `_stream`, and each layer's state goes in and comes out beside its parameters.
         x_BTD, mixers = jax.lax.scan(body, self._embed(tokens_BT), layers, unroll=self.unroll)
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
         after = DecodeState(mixers, state.position + T, segments_BT[:, -1])

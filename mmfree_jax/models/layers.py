@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.architecture import ModelConfig
 from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, quantise_kernel
 from mmfree_jax.ops.glu import glu
 from mmfree_jax.ops.stream import rms_norm
@@ -71,6 +71,7 @@ def recipe_of(config: ModelConfig, axes: tuple[str, str], joint: bool = False) -
     """Return what a model's linear layers compute. joint: all matrices of a layer share one weight scale."""
     if config.linear == "dense":
         return Recipe(ternary=False, eps=config.norm_eps, axes=axes)
+    # Of [G, D, F]: a scale for each column, for each matrix, or for the matrices of the layer together.
     scale_axes: tuple[int, ...] = (-2,)
     if config.weight_scale == "tensor":
         scale_axes = (-3, -2, -1) if joint else (-2, -1)
@@ -123,6 +124,7 @@ class Projection(nnx.Module):
         names = (None, *axes) if groups else axes
         self.groups, self.recipe = groups, recipe_of(config, axes, joint)
         self.kernel = param(init, rngs.params(), shape, param_dtype, *names)
+        # The official checkpoints have a norm for each projection, though all of a layer read the same input.
         own = (groups, inputs) if groups and not joint else (inputs,)
         self.gain = gain_param(own, param_dtype) if self.recipe.ternary and config.linear_norm else None
         self.codes: tuple[Quantised, ...] | None = nnx.data(None)  # of the kernel, where quantised ahead of its use

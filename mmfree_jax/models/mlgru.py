@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.architecture import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
 from mmfree_jax.ops.glu import gated_norm
 from mmfree_jax.ops.recurrence import gated_recurrence
@@ -19,6 +19,7 @@ def floors(lower_bounds_LD: jax.Array) -> jax.Array:
     Zero in the first layer and rising with depth (HGRN, Qin et al. 2023, arXiv 2311.04823, section 3.1); in the
     official code, not in the MatMul-free paper. Computed in at least float32.
     """
+    # A softmax over layers keeps floors in order and below 1, whatever is learned: deeper layers remember longer.
     share_LD = jax.nn.softmax(lower_bounds_LD.astype(wide(lower_bounds_LD.dtype)), axis=0)
     return jnp.cumsum(share_LD, axis=0) - share_LD[0]
 
@@ -54,8 +55,10 @@ class MLGRU(nnx.Module):
         Returns:
             [B, T, D] of u's type, and the state after the last token.
         """
+        # Three projections of one input: candidate i, forget gate f, output gate g.
         i_BTD, f_BTD, g_BTD = self.gates(u_BTD)
         h_BTD, state = gated_recurrence(i_BTD, f_BTD, floor_D, state, resets_BT=context.starts_BT)
+        # The state is element-wise, so it never mixes channels: W_o, after the gate, is where they meet again.
         if self.official:
             y_BTD = gated_norm(g_BTD, h_BTD, self.gate_norm.gain[...], self.gate_norm.eps)
         else:

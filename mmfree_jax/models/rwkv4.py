@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.architecture import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits, param
 from mmfree_jax.ops.wkv import WKVState, empty, token_shift, wkv
 
@@ -69,6 +69,7 @@ class RWKV4(nnx.Module):
         self, u_BTD: jax.Array, context: Context, floor_D: None, state: TimeMixState | None
     ) -> tuple[jax.Array, TimeMixState]:
         """Mix over time: [B, T, D] -> [B, T, D], and the state after the last token."""
+        # Token shift: r, k and v each read their own mixture of this token and the one before.
         before_BTD = shifted(u_BTD, None if state is None else state.last_BD, context.starts_BT)
         r_BTD, k_BTD, v_BTD = (
             layer(u_BTD * share_D + before_BTD * (1 - share_D))[0]
@@ -76,6 +77,7 @@ class RWKV4(nnx.Module):
                 (self.receptance, self.key, self.value), self.mix[...].astype(u_BTD.dtype), strict=True
             )
         )
+        # The decay is kept as a logarithm: e^(-e^w) lies between 0 and 1 for every w.
         decay_D, earlier = jnp.exp(self.decay[...]), None if state is None else state.wkv
         y_BTD, after = wkv(decay_D, self.bonus[...], k_BTD, v_BTD, earlier, resets_BT=context.starts_BT)
         y_BTD = jax.nn.sigmoid(r_BTD) * y_BTD.astype(u_BTD.dtype)

@@ -35,6 +35,7 @@ def visible(segments_BT: jax.Array | None, time: int) -> jax.Array:
 
 def attend(q_BTHK: jax.Array, k_BSJK: jax.Array, v_BSJK: jax.Array, mask: jax.Array) -> jax.Array:
     """Attend under any mask, [T, S] or [B, T, S], true where visible; shapes as `causal_attention`."""
+    # Each group of H // J queries shares the keys and values of one head.
     B, T, H, K = q_BTHK.shape
     J = k_BSJK.shape[2]
     exact = wide(q_BTHK.dtype)

@@ -68,11 +68,13 @@ def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Arra
     w_GDF, gain, codes = weights
     exact, ys = wide(x.dtype), []
     for g, kernel in enumerate(codes or quantise_kernel(recipe, w_GDF)):
+        # x / rms(x) * gain, then q = round(127 u / max |u|) for each token.
         u = x.astype(exact)
         if gain is not None:
             u = rms_norm(u, gain if gain.ndim == 1 else gain[g], recipe.eps)
         if recipe.bits:
             u = straight_through(u, quantise_activations(u, recipe.bits))
+        # t = round(W / mean |W|) in {-1, 0, 1}: the product has no multiplications, only signs.
         w_DF = straight_through(w_GDF[g].astype(exact), kernel)
         ys.append(jnp.matmul(u.astype(x.dtype), w_DF.astype(x.dtype)))
     return tuple(ys)

@@ -65,6 +65,7 @@ def head_loss(
             arXiv 2204.02311, section 5).
     """
     logits_BTV = head_logits(head, x_BTD)
+    # -log softmax(logits)[target] = logsumexp(logits) - logits[target]
     total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     hit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     weights_BT = jnp.ones_like(total_BT) if mask_BT is None else jax.lax.stop_gradient(mask_BT.astype(total_BT.dtype))

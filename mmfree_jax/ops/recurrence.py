@@ -33,6 +33,7 @@ def recurrence(
     exact = wide(x_BTD.dtype)
     f_BTD, x_BTD = f_BTD.astype(exact), x_BTD.astype(exact)
     if resets_BT is not None:
+        # A document begins: what came before has no part in the state.
         f_BTD = jnp.where(resets_BT[..., None], 0, f_BTD)
 
     def step(h_BD, f_and_x):

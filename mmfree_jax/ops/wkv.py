@@ -71,6 +71,7 @@ def wkv(
     def step(state: WKVState, token: tuple[jax.Array, ...]) -> tuple[WKVState, jax.Array]:
         k_BD, v_BD, reset_B = token
         state = jax.tree.map(lambda new, old: jnp.where(reset_B[:, None], new, old), start, state)
+        # The current token has a bonus and no age yet; afterwards it joins the sums like any other.
         y_BD = average(*state, u_D + k_BD, v_BD)
         m_BD = jax.lax.stop_gradient(jnp.maximum(state.m_BD - w_D, k_BD))
         decay_BD, weight_BD = jnp.exp(state.m_BD - w_D - m_BD), jnp.exp(k_BD - m_BD)

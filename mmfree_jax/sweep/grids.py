@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mmfree_jax.config import RunConfig, replaced, require
+from mmfree_jax.config import RunConfig, require, with_changes
 from mmfree_jax.sweep.experiment import check_names
 
 Values = Mapping[str, Sequence[Any]]  # dotted field of RunConfig -> its values: {"optim.lr": (1e-3, 2e-3)}
@@ -52,7 +52,7 @@ def chain(*parts: Iterable[RunConfig]) -> list[RunConfig]:
 
 
 def _varied(base: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
-    run = replaced(base, chosen)
+    run = with_changes(base, chosen)
     parts = [base.name, *(f"{name.rpartition('.')[2]}{_shown(value)}" for name, value in chosen.items())]
     return dataclasses.replace(run, name="-".join(parts))
 

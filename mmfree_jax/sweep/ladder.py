@@ -49,6 +49,7 @@ def _rung(family: str, base: Base, size: float, ratios: Sequence[float], data: D
     model = nearest_model(family, size, data.vocab)
     model = dataclasses.replace(model, parametrisation="mup", base_width=base.width, base_depth=base.depth)
     N = flops.parameters(model).N
+    # The batch follows from the longest run of a size, because a trunk and its decays must share it.
     longest = ratios[-1] * N
     batch = batch_sequences(6 * N * longest, data.sequence)  # 6 N D, not exact: families of one size share a batch
     data = dataclasses.replace(data, batch=batch)

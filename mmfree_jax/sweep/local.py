@@ -114,7 +114,7 @@ def _visible_gpus() -> list[str]:
     return nvidia.visible()
 
 
-def joined(slots: Sequence[Slot], devices: int, sharers: int = 1) -> Slot:
+def combine_slots(slots: Sequence[Slot], devices: int, sharers: int = 1) -> Slot:
     """Combine slots for one worker whose runs use `devices` devices: the slots' GPUs, or simulated ones on their cores.
 
     One of several `sharers` of a GPU gets its part of the memory, and its environment says that the GPU is shared.
@@ -216,6 +216,7 @@ class Local:
         queue = [Job(chain, name=chain[0].name, reached=steps_done(out, chain)) for chain in work]
         for job in queue:
             job.share = Fraction(1, self.crowd(job.runs, len(work)))
+        # Shares are fractions, so that three workers with a third of a GPU each fill it exactly.
         free, active = [Fraction(1) for _ in self.slots], list[Job]()
         stopped: list[int] = []
         # Handlers instead of KeyboardInterrupt, which would be swallowed if it were raised inside a destructor.
@@ -250,7 +251,7 @@ class Local:
 
     def _start(self, out: Path, job: Job) -> None:
         slots = [self.slots[slot] for slot in job.slots]
-        slot, path = joined(slots, job.runs[0].mesh.devices, job.share.denominator), _worker_log(out, job)
+        slot, path = combine_slots(slots, job.runs[0].mesh.devices, job.share.denominator), _worker_log(out, job)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as log:
             job.process = subprocess.Popen(

@@ -292,6 +292,7 @@ class Driver:
 
     def _update(self, live: dict[Ticket, Place]) -> None:
         """Bring every chain up to date with what squeue says. Chains that are done are dropped."""
+        # A chain is found by the names of its runs: an earlier driver may have submitted them in other chains.
         jobs = {name: ticket for ticket, names in submitted(self.out).items() if ticket in live for name in names}
         for one in self.tracked:
             names = [run.name for run in one.runs]
@@ -353,6 +354,7 @@ class Driver:
         said = str(error).strip().splitlines()[-1]
         if not FULL.search(str(error)):
             raise ConfigError(f"sbatch refuses: {said}") from error
+        # Clusters limit arrays and queues in ways that cannot be asked for: halve the array and wait twice as long.
         self.largest = max(1, count // 2)
         self.not_before, self.pause = time.monotonic() + self.pause, min(2 * self.pause, LONGEST_PAUSE)
         self.say(f"the queue takes no array of {count} now, tried again with {self.largest}: {said}")

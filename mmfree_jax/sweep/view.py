@@ -94,6 +94,7 @@ class View:
         """
         if len(self.progress) < 3:
             return None
+        # The rate since the first observation, less what has passed since the folders were read.
         (began, before), (now, done) = self.progress[0], self.progress[-1]
         return max(0.0, (self.flops_total - done) * (now - began) / (done - before) - (self.read_at - now))
 

@@ -3,7 +3,7 @@
 The runs of one chain share a compiled step, so a worker compiles once for a chain. The command is idempotent: it passes
 over finished runs and resumes interrupted ones. It reads each run's config from its folder in OUT; with
 `--experiment FILE` it takes the configs from there and makes the folders itself. Several processes, started by `srun`
-or with JAX's variables (`mmfree_jax.distributed.meant`), are one worker.
+or with JAX's variables (`mmfree_jax.distributed.find_group`), are one worker.
 
 Exit status: 0 all done; 1 a run failed; 70 this process failed alone, or others of the worker did not start; 75 or 130
 stopped; 124 a run did not stop when its time was over.
@@ -152,7 +152,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def start(arguments: list[str]) -> int:
     """Run the command; returns its exit status."""
     chosen = parse(arguments)
-    group = distributed.meant("", 0, -1)
+    group = distributed.find_group("", 0, -1)
     if group is not None:
         try:
             distributed.join(group, PATIENCE_SECONDS)

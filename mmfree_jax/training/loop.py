@@ -52,7 +52,7 @@ def train(
     or Interrupted, after a signal, once the state has been saved, or the result if the signal came after the last step.
     """
     check_settings()
-    config = resolved(config, folder, token_set)
+    config = completed_config(config, folder, token_set)
     if (folder / "result.json").exists() and not changes(config, folder):
         return read_json(folder / "result.json")  # nothing is written, because the disk may be read-only by now
     check_data(config, token_set)
@@ -69,12 +69,12 @@ def train(
         if (folder / "result.json").exists():
             return read_json(folder / "result.json")
         if distributed.is_first():
-            stack.enter_context(logged(folder / "log.txt", but=Interrupted))
+            stack.enter_context(logged(folder / "log.txt", ignored=Interrupted))
         with stop_flag() as stop:
             return _train(config, folder, token_set, stop, profiled, checked)
 
 
-def resolved(config: RunConfig, folder: Path, token_set: TokenSet) -> RunConfig:
+def completed_config(config: RunConfig, folder: Path, token_set: TokenSet) -> RunConfig:
     """Fill in what a config leaves open: what its corpus holds, what was chosen when the run began, the precision.
 
     Raises ConfigError if the model's vocabulary is not that of the corpus.
@@ -98,7 +98,7 @@ def _train(
         if checked:
             self_check(key, data.batch, data.sequence, token_set.vocab_size)
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
-        rows = _batches(config, program, token_set, progress.data)
+        rows = _batches(config, program, token_set, progress.data)  # continues at the example where the state stands
         agreed = distributed.AgreedStop(program.mesh)
         trace = Profile(folder / "profile", profiled)
         log_of_process = RunLog(folder, marks) if distributed.is_first() else SilentLog()
@@ -114,6 +114,8 @@ def _train(
             diagnostics = Diagnostics(config, program, log, interval)
             scores: Scores | None = None  # of the last step taken, if that was evaluated
 
+            # JAX only queues work: the host runs ahead of the device. Whatever needs a result (logs, evaluation,
+            # saving) waits for it, and stops the clocks meanwhile.
             for step in range(progress.step, config.steps):
                 tokens_BT = interval.timed_next(rows)
                 now = jax.tree.map(np.float32, rates(config.optim, config.steps, step))
@@ -139,6 +141,7 @@ def _train(
                 progress.step, progress.data = step + 1, rows.state
                 every = config.checkpoint_every
                 due = step + 1 in milestones or (every > 0 and (step + 1) % every == 0)
+                # All processes must save after the same step, so a signal to one of them is shared first.
                 if (stopping := agreed(stop.signal)) or due:
                     interval.flush() if due else interval.hold()
                     checkpoints.save(state, _meta(config, token_set, progress, log), step + 1)

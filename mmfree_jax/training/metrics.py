@@ -25,7 +25,7 @@ from mmfree_jax import flops, nvidia
 from mmfree_jax.config import RunConfig
 from mmfree_jax.data import Counts
 from mmfree_jax.devices import EnergyMeter, peak_flops
-from mmfree_jax.distributed import added, total
+from mmfree_jax.distributed import sum_integers, sum_or_none
 
 
 class Diverged(RuntimeError):
@@ -94,7 +94,7 @@ class Pending:
 
 def totals(pending: Sequence[Pending]) -> list[Counts]:
     """Return the counts of all steps up to each of these, over all processes. All processes must call it."""
-    numbers = iter(added([number for one in pending for number in dataclasses.astuple(one.own)]))
+    numbers = iter(sum_integers([number for one in pending for number in dataclasses.astuple(one.own)]))
     return [one.before + Counts(*itertools.islice(numbers, 3)) for one in pending]
 
 
@@ -211,6 +211,9 @@ class Interval:
 
     def __init__(self, config: RunConfig, progress: Progress, counts: Counts, log: Log):
         """`counts` are those of the steps up to `progress.step`."""
+        # Two clocks: `timed` and `elapsed` give the speed of the next row, `progress.seconds` the time of the entire
+        # run. Both stop for what is not training, and wait for the device first, because steps are only queued by the
+        # host.
         self.config, self.progress, self.log = config, progress, log
         progress.shared = progress.shared or nvidia.is_shared()
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -257,9 +260,10 @@ class Interval:
         Returns whether there were such steps. If not, the clocks go on.
         """
         jax.block_until_ready([one.metrics for one in self.pending])
-        drawn = total(self.meter.joules())
+        drawn = sum_or_none(self.meter.joules())
         if self.began is None or self.running == 0:
             return False
+        # Steps that could not be timed (the first one compiles) count as much as the mean of those that were.
         elapsed, share = time.perf_counter() - self.began, 1 + self.progress.uncounted / self.running
         known = self.progress.joules is not None or self.progress.seconds == 0  # else a part was not measured
         self.progress.joules = (self.progress.joules or 0.0) + drawn * share if known and drawn is not None else None

@@ -89,6 +89,8 @@ def layer_sharded(m_NDF: jax.Array, ends: tuple) -> jax.Array:
 def _moves(matrices: int, home: P, mesh_shape: dict[str, int]) -> tuple[list[P], int]:
     """Placements from `home` to complete matrices on each device, each with one more axis on the first dimension; and
     the number of devices that the last one distributes the matrices over."""
+    # From P(None, "fsdp", "tensor") for 24 matrices [D, F] on 4 x 2 devices: first P("tensor", "fsdp", None), then
+    # P(("tensor", "fsdp"), None, None). In the last one each of the 8 devices has 3 complete matrices.
     moves, devices = [home], 1
     taken: tuple[str, ...] = ()
     for dimension in (2, 1):

@@ -78,6 +78,8 @@ def make_optimizer(config: OptimConfig, model: ModelConfig) -> optax.GradientTra
     factors do not act on the decay, so its time scale 1 / (rate x weight_decay) is the same for all parameters (Wang &
     Aitchison 2024, arXiv 2405.13698); under mup this is CompleteP's weight decay x width.
     """
+    # The order matters: gradients are clipped before Adam sees them, factors by role scale the update, and weight decay
+    # comes last, so that neither Adam nor the factors act on it.
     chain = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     if model.parametrisation == "mup":
         in_block = lambda path: bool({"blocks", "lower_bounds"} & set(_names(path)))

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -40,15 +39,12 @@ class Profile:
         """Stop once the last of the steps has been computed."""
         if self._running and step + 1 >= self.steps.stop:
             jax.block_until_ready(results)
-            self._stop()
-
-    def _stop(self) -> None:
-        self._running = False
-        jax.profiler.stop_trace()
+            self.__exit__()
 
     def __enter__(self) -> "Profile":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._running:
-            self._stop()
+            self._running = False
+            jax.profiler.stop_trace()

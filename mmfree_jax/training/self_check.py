@@ -67,7 +67,7 @@ def self_check(key: ProgramKey, batch: int, time: int, vocab: int) -> None:
             "kernels='off'); `train --no-self-check` trains without this check"
         )
     _passed.add(name)
-    verification.keep(_path(name), {"deviations": deviations})
+    verification.store(_path(name), {"deviations": deviations})
 
 
 def compare(
@@ -170,7 +170,7 @@ def _kept(name: str) -> bool:
 
 
 def _path(name: str) -> Path | None:
-    folder = verification.kept_in()
+    folder = verification.cache_folder()
     return None if folder is None else folder / "self_check" / f"{name}.json"
 
 

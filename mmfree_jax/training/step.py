@@ -42,7 +42,7 @@ from mmfree_jax.training.optim import Rates, make_optimizer, roles
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that an optimizer step reads and replaces: step int32 [], float32 parameters, moments."""
+    """What an optimizer step reads and replaces: step int32 [], float32 parameters, moments."""
 
     step: jax.Array
     params: nnx.State
@@ -51,7 +51,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramKey:
-    """What a compiled step depends on; equal keys share a Program."""
+    """What a compiled step depends on. Runs with equal keys share a Program."""
 
     model: ModelConfig
     optim: OptimConfig
@@ -62,7 +62,7 @@ class ProgramKey:
     gather: Gather
     reduction: Reduction
     unroll: int
-    separator: int | None  # the token after which a document begins, where documents are kept apart
+    separator: int | None  # the token after which a document begins, if documents are separate; else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +70,18 @@ class Program:
     """Jitted functions over an explicit mesh. Shapes: tokens_BT int32 [B, T+1], mask_BT bool [B, T]."""
 
     mesh: Any  # a Mesh; abstract where the program is only lowered
-    graphdef: nnx.GraphDef  # with parameters it makes a LanguageModel again: nnx.merge(graphdef, params)
+    graphdef: nnx.GraphDef  # nnx.merge(graphdef, params) is the LanguageModel
     abstract_state: TrainState  # ShapeDtypeStructs that carry shardings: what a checkpoint is restored into
-    init: Callable[[jax.Array], TrainState]  # key -> state, made directly in its sharded place
+    init: Callable[[jax.Array], TrainState]  # key -> state, made directly with its shardings
     train_step: jax.stages.Wrapped  # (TrainState, tokens_BT, Rates) -> (TrainState, metrics)
     gradients: jax.stages.Wrapped  # (params, tokens_BT) -> (mean loss, gradients), as the step computes them
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-    # (TrainState, tokens_BT, Rates) -> what the step about to be taken looks like; see `_inspect`
+    # (TrainState, tokens_BT, Rates) -> a description of the next step; see `_inspect`
     inspect: Callable[[TrainState, jax.Array, Rates], dict[str, Any]]
-    uncut: tuple[str, ...] = ()  # parameters that the mesh does not divide, a sentence each
+    uncut: tuple[str, ...] = ()  # one sentence for each parameter that the mesh does not divide
 
     def place(self, array: Any) -> jax.Array:
-        """Put a [B, ...] host array, which every process holds whole, where the step expects it."""
+        """Put a [B, ...] host array, which every process has in full, where the step expects it."""
         return put(array, batch_sharding(self.mesh))
 
     def prepare(self, shape: tuple[int, int], looked_at: bool = False) -> None:
@@ -93,7 +93,7 @@ class Program:
                 verification.prepare(functools.partial(jax.eval_shape, program, self.abstract_state, tokens_BT, rate))
 
     def repeat(self, numbers: Any) -> Any:
-        """Put host numbers, the same in every process, on all devices. Otherwise each step would copy them from one."""
+        """Put host numbers, equal in all processes, on all devices, so that steps need not copy them from one."""
         return jax.tree.map(lambda number: repeat(number, NamedSharding(self.mesh, P())), numbers)
 
 
@@ -112,27 +112,27 @@ def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:
 
 
 def concrete(precision: Precision) -> Precision:
-    """What "auto" stands for here, bfloat16 on accelerators and float32 on CPU; any other is what it is."""
+    """Replace "auto" by what it stands for here: bfloat16 on accelerators, float32 on a CPU."""
     if precision == "auto":
         return "float32" if backend() == "cpu" else "bfloat16"
     return precision
 
 
 def compute_dtype(precision: Precision) -> jnp.dtype:
-    """The type of activations."""
+    """Return the type of activations."""
     return jnp.dtype(concrete(precision))
 
 
 @functools.cache
 def make_program(key: ProgramKey) -> Program:
-    """Build the programs for a key; nothing is compiled before its first call."""
+    """Build the programs for a key. Each is compiled at its first call."""
     return build_program(key, make_mesh(key.mesh))
 
 
 def build_program(key: ProgramKey, mesh: Any) -> Program:
-    """The programs of a key on a Mesh, or on an AbstractMesh, where they can be lowered, not run.
+    """Build the programs for a key on a Mesh, or on an AbstractMesh, where they can only be lowered.
 
-    Raises ConfigError for a mesh one of whose axes would cut no parameter (`sharding.uncut`).
+    Raises ConfigError for a mesh with an axis that would shard no parameter (`sharding.uncut`).
     """
     dtype = compute_dtype(key.precision)
     key = dataclasses.replace(key, unroll=key.unroll or (key.model.depth if backend() == "gpu" else 1))
@@ -167,7 +167,7 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
         in_shardings=(place.params, rows, rows),
         out_shardings=scalar,
     )
-    # Random number generators compile slowly and run once: optimising their code is not worth the wait.
+    # Random number generators compile slowly and run once, so their code is not optimised.
     start = jax.jit(init, out_shardings=place, compiler_options={"xla_backend_optimization_level": 0})
     inspect = jax.jit(
         choosing(functools.partial(_inspect, graphdef, optimizer, key)),
@@ -179,7 +179,7 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
 
 
 def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array | None, jax.Array | None]:
-    """Document ids of the inputs of windows [B, T+1] and which targets count; None where documents are joined."""
+    """Document ids of the inputs of windows [B, T+1], and which targets count; None if documents are joined."""
     if separator is None:
         return None, None
     return document_ids(tokens_BT[:, :-1], separator), is_target(tokens_BT, separator)
@@ -189,10 +189,10 @@ def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax
     """((loss, z-loss in it), gradient): means over the targets of a batch [B, T+1], as the optimizer takes them."""
     separator, accumulate = key.separator, key.optim.accumulate
     counted_BT = _documents(tokens_BT, separator)[1]
-    # Of all micro-batches together: each target weighs the same, whichever micro-batch it is in.
+    # The count over all micro-batches, so that each target has the same weight, whichever micro-batch it is in.
     count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
 
-    # Once a step, not once a micro-batch. A single batch makes them layer by layer, where they are needed.
+    # Codes are computed once a step instead of once a micro-batch. A single batch computes them layer by layer.
     codes = nnx.merge(graphdef, params).make_codes() if accumulate > 1 else None
 
     def mean_loss(params: nnx.State, rows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -213,7 +213,7 @@ def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax
 def _loss_and_gradients(
     graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax.Array
 ) -> tuple[jax.Array, nnx.State]:
-    """The minimised loss, z-loss included, and its gradients."""
+    """The loss that is minimised, z-loss included, and its gradients."""
     (loss, _), grads = _gradients(graphdef, key, params, tokens_BT)
     return loss, grads
 
@@ -240,7 +240,7 @@ def _accumulated(loss_and_grad: Callable, params: nnx.State, tokens_BT: jax.Arra
     """Mean loss and gradient over `steps` micro-batches of equal size, one after another."""
     if steps == 1:
         return loss_and_grad(params, tokens_BT)
-    # Striding rather than cutting keeps every row on the device that holds it.
+    # Strided micro-batches keep every row on its device; contiguous ones would move rows between devices.
     tokens_ABT = tokens_BT.reshape(-1, steps, tokens_BT.shape[1]).swapaxes(0, 1)
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(loss_and_grad, params, tokens_ABT[0]))
     add = lambda total, rows: (jax.tree.map(jnp.add, total, loss_and_grad(params, rows)), None)
@@ -249,11 +249,11 @@ def _accumulated(loss_and_grad: Callable, params: nnx.State, tokens_BT: jax.Arra
 
 
 def _stacked(grads: nnx.State, dtype: Any) -> nnx.State:
-    """The gradients, with those to the matrices of unrolled blocks stacked once, in the type they were computed in.
+    """Stack the gradients to the matrices of unrolled blocks, once and in the type in which they were computed.
 
-    They come one by one. XLA's GPU compiler would stack them in the optimizer, which then takes three passes over the
-    state in place of one: 36 bytes a parameter in place of 30. Nor does it see that these make a stack: it would gather
-    them in one pass that is three times as slow.
+    The backward pass makes them layer by layer. Without this, XLA's GPU compiler stacks them in the optimizer, which
+    then takes three passes over the state instead of one: 36 bytes for each parameter instead of 30. Writing each into
+    a preallocated stack is three times as fast as the concatenation that XLA would make of jnp.stack.
     """
 
     def one(role: Role, grad: jax.Array) -> jax.Array:
@@ -292,7 +292,7 @@ def _inspect(
 
 
 def _norms(tree: Any) -> dict[str, jax.Array]:
-    """Euclidean norms by name; of what is stacked by layer, those of each layer."""
+    """Euclidean norms by name; one for each layer of stacked parameters."""
 
     def one(name: str, leaf: jax.Array) -> jax.Array:
         stacked = name.startswith(("blocks.", "lower_bounds"))
@@ -305,7 +305,7 @@ def _norms(tree: Any) -> dict[str, jax.Array]:
 def _evaluate(
     graphdef: Any, separator: int | None, params: nnx.State, tokens_BT: jax.Array, mask_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each sequence its sum of nats [B] and number of targets [B], where the mask is true."""
+    """Sum of nats [B] and number of targets [B] of each sequence, where the mask is true."""
     segments_BT, _ = _documents(tokens_BT, separator)
     model = nnx.merge(graphdef, params)
     nats_BT = model.nats(tokens_BT[:, :-1], tokens_BT[:, 1:], segments_BT=segments_BT)

@@ -132,7 +132,7 @@ def test_an_unknown_corpus_is_answered_with_what_there_is(tmp_path: Path) -> Non
 
 
 def test_a_tier_is_found_by_name_once_it_is_built(built: TokenSet, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"python launch\.py corpus build m --vocab 500"):
+    with pytest.raises(FileNotFoundError, match=r"mmfree corpus build m --vocab 500"):
         corpora.resolve_corpus("m", 500, tmp_path)
     corpora.tier_folder("m", 500, tmp_path).symlink_to(built.path)
     assert corpora.resolve_corpus("m", 500, tmp_path).fingerprint == built.fingerprint

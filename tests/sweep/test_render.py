@@ -127,7 +127,7 @@ def test_a_time_limit_and_a_corpus_that_has_to_be_brought_are_passed_on(tmp_path
     mixed = dataclasses.replace(last, name="mixed", data=dataclasses.replace(last.data, mixture=("s",)), branch=None)
     more = dataclasses.replace(STUDY, runs=(*STUDY.runs, mixed))
     script, *_ = render(more, EXPERIMENT, tmp_path / "more", "skypilot", Cloud(**BUCKET))
-    assert "launch.py corpus build s --vocab 2048" in script.read_text()
+    assert "mmfree corpus build s --vocab 2048" in script.read_text()
 
 
 LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"  # RFC 1035, which JobSet asks for

@@ -14,7 +14,7 @@ from mmfree_jax.presets import run_preset
 from mmfree_jax.run_folder import claim
 from mmfree_jax.sweep import sharing
 from mmfree_jax.sweep.experiment import chains, load_study
-from mmfree_jax.sweep.local import Local, Slot, joined, this_machine
+from mmfree_jax.sweep.local import Local, Slot, combine_slots, this_machine
 from mmfree_jax.sweep.status import run_folder
 from mmfree_jax.training.loop import train
 from tests.conftest import read_metrics, tiny_run
@@ -119,7 +119,7 @@ def test_small_runs_share_gpus_and_large_ones_have_theirs_alone(tmp_path, monkey
 def test_a_run_that_shared_its_gpu_leaves_out_what_it_cannot_know(token_set, tmp_path, monkeypatch):
     """For good: also where it went on alone."""
     config = tiny_run("matmul-free", token_set.path, steps=6, evaluate=False)
-    env = joined(gpus(1), 1, sharers=4).env
+    env = combine_slots(gpus(1), 1, sharers=4).env
     with monkeypatch.context() as patch:
         patch.setenv(nvidia.SHARERS, env[nvidia.SHARERS])
         train(config, tmp_path / "run", token_set)

@@ -16,7 +16,7 @@ from mmfree_jax.files import locked, write_json
 from mmfree_jax.run_folder import claim, read_run
 from mmfree_jax.sweep.executor import open_chains
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
-from mmfree_jax.sweep.local import Local, Slot, find_slots, joined, this_machine
+from mmfree_jax.sweep.local import Local, Slot, combine_slots, find_slots, this_machine
 from mmfree_jax.sweep.status import collect, run_folder, status
 from mmfree_jax.sweep.study import prepare, sweep
 from mmfree_jax.sweep.view import View
@@ -108,7 +108,7 @@ def test_a_host_of_tpus_gives_each_worker_a_chip_or_one_worker_all(chips, device
     run = meshed("r", devices)
     room = host.room([run])
     assert chips // room == rooms
-    env = joined(host.slots[:room], devices).env
+    env = combine_slots(host.slots[:room], devices).env
     if devices == 1:
         assert (env["TPU_VISIBLE_CHIPS"], env["TPU_PROCESS_BOUNDS"]) == ("0", "1,1,1")
         assert host.plan([run])[0].endswith("one a TPU chip")

@@ -1,42 +1,39 @@
-"""Boiler plate: licence notes, navigation, page furniture, known by standing in very many documents.
+"""Boilerplate: licence notes, navigation, page footers. They are recognised because very many documents have them.
 
 Lines shared between pages are how CCNet removes navigation and notices from a web crawl (Wenzek et al. 2020, arXiv
-1911.00359, section 3.1). Exact deduplication of paragraphs alone keeps one copy of each, and does not see them inside
+1911.00359, section 3.1). Exact deduplication of paragraphs would keep one copy of each, and would not find them inside
 paragraphs that differ otherwise.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from mmfree_jax.data.building.dedup import text_key
 
-SHORTEST = 40  # characters; shorter lines ("The default is true.") recur because they are language
-FEWEST, SHARE = 50, 1 / 2_000  # a line is boiler plate in this many documents, and this share of them
+SHORTEST = 40  # characters; shorter lines ("The default is true.") recur in ordinary language
+FEWEST, SHARE = 50, 1 / 2_000  # a line is boilerplate if at least this many, and this share, of documents have it
 _BREAK = re.compile(r"((?<=[.!?:]) |\n)")
 
 
 def lines(text: str) -> list[str]:
-    """`text` cut after every line end and sentence end; joined again it is the same."""
+    """Cut `text` after every end of a line or sentence; joined, the pieces are `text` again."""
     parts = _BREAK.split(text)
     return [part + after for part, after in zip(parts[::2], [*parts[1::2], ""], strict=True)]
 
 
-def _keys(passages: Iterable[str]) -> Iterator[bytes]:
-    return (text_key(line) for passage in passages for line in lines(passage) if len(line) >= SHORTEST)
-
-
 def recurring(documents: Sequence[Sequence[str]]) -> set[bytes]:
-    """Keys (`dedup.text_key`) of the lines that stand in very many of the documents, which are lists of passages."""
+    """Return keys (`dedup.text_key`) of lines that very many documents have. A document is a list of passages."""
     counts: Counter[bytes] = Counter()
     for passages in documents:
-        counts.update(set(_keys(passages)))
+        every = (line for passage in passages for line in lines(passage))
+        counts.update({text_key(line) for line in every if len(line) >= SHORTEST})
     fewest = max(FEWEST, SHARE * len(documents))
     return {key for key, count in counts.items() if count >= fewest}
 
 
 def without(passages: Iterable[str], keys: set[bytes]) -> tuple[str, ...]:
-    """The passages without the lines of those keys; what is left of a passage under SHORTEST characters goes too."""
+    """Remove the lines with these keys, and passages of which less than SHORTEST characters are left."""
     kept = []
     for passage in passages:
         pieces = lines(passage)

@@ -1,4 +1,4 @@
-"""Token sets from input of any size: in parallel, resumable after a kill, the same however many processes work."""
+"""Builds token sets from input of any size: in parallel, resumable, and the same with any number of processes."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from mmfree_jax.data.reading.token_set import TOKENIZER, TokenSet
 from mmfree_jax.data.tokenizers.tokenizer import Tokenizer, load, train_bpe
 from mmfree_jax.files import locked, naming, read_json, write_json
 
-TRAINING_SAMPLE = 80_000_000  # characters that a tokenizer is trained on at most
+TRAINING_SAMPLE = 80_000_000  # largest number of characters that a tokenizer is trained on
 SPLITS = ("train", "valid")
 PLAN = "plan.json"
 Progress = Callable[[str], None]
@@ -30,13 +30,13 @@ def quiet(message: str) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to every document between input and tokens."""
+    """How every document is processed before it becomes tokens."""
 
     reading: Reading = field(default_factory=Reading)
     clean: bool = True  # `text.normalise`
     english: bool = False  # leave out what `text.looks_english` refuses
     shortest: int = 1  # characters; shorter documents are left out
-    held_out: float = 0.01  # share of the documents, drawn by a lot from their content: copies stay on one side
+    held_out: float = 0.01  # share of the documents; the content decides, so copies go to the same split
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -44,7 +44,7 @@ class Recipe:
 
 
 def texts(unit: Unit, recipe: Recipe, documents: Documents) -> Iterator[tuple[str, str]]:
-    """(split, text) of the documents of a unit that the recipe keeps."""
+    """Yield split and text of the documents of a unit that the recipe keeps."""
     for raw in documents:
         text = normalise(raw) if recipe.clean else raw
         if len(text) >= recipe.shortest and (not recipe.english or looks_english(text)):
@@ -52,13 +52,13 @@ def texts(unit: Unit, recipe: Recipe, documents: Documents) -> Iterator[tuple[st
 
 
 def split_by_lot(text: str, held_out: float) -> str:
-    """ "valid" for about `held_out` of all texts, "train" for the others, decided by the text alone."""
+    """Return "valid" for about a share `held_out` of all texts, else "train"; only the text decides."""
     lot = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "valid" if int.from_bytes(lot, "big") < held_out * 2**64 else "train"
 
 
 def train_tokenizer(units: Sequence[Unit], recipe: Recipe, vocab_size: int) -> Tokenizer:
-    """BPE trained on an even share of the beginning of every unit, training documents only, 80 MB in all."""
+    """Train a BPE on the beginning of every unit, an equal share of each, training documents only, 80 MB in total."""
     share = TRAINING_SAMPLE // max(len(units), 1)
 
     def sample() -> Iterator[str]:
@@ -76,7 +76,7 @@ def train_tokenizer(units: Sequence[Unit], recipe: Recipe, vocab_size: int) -> T
 
 @dataclass(frozen=True)
 class Job:
-    """One unit of input to be tokenised into shards of its own."""
+    """One unit of input, which becomes shards of its own."""
 
     folder: str
     number: int
@@ -89,7 +89,7 @@ def _record_path(folder: Path, number: int) -> Path:
 
 
 def tokenise(job: Job) -> dict[str, Any]:
-    """Write the shards of a unit, then, last, the record that says so; runs in a worker."""
+    """Write the shards of a unit and then the record that they are complete. Runs in a worker."""
     folder = Path(job.folder)
     documents = Documents(job.unit, job.recipe.reading)
     labelled = texts(job.unit, job.recipe, documents)
@@ -102,14 +102,14 @@ def tokenise(job: Job) -> dict[str, Any]:
 
 
 def unreadable(read: Sequence[Documents]) -> dict[str, Any]:
-    """What of the input is not in the documents as it was, for the data card."""
+    """Describe for the data card which input is missing or changed in the documents."""
     bad = [example for documents in read for example in documents.bad]
     replaced = sum(documents.replaced for documents in read)
     return {"bad_records": len(bad), "bad_record_examples": bad[:5], "replaced_characters": replaced}
 
 
 def _identity(units: Sequence[Unit], recipe: Recipe, vocab_hash: str) -> dict[str, Any]:
-    """What must be the same for a build to go on where another stopped."""
+    """What must be equal if a build is to continue another one."""
     files = sorted({file for unit in units for file in unit.files if Path(file).exists()})
     stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     whole = [[asdict(unit) for unit in units], asdict(recipe), stats]
@@ -118,7 +118,7 @@ def _identity(units: Sequence[Unit], recipe: Recipe, vocab_hash: str) -> dict[st
 
 
 def _begin(folder: Path, identity: dict[str, Any], tokenizer: Tokenizer, progress: Progress) -> None:
-    """An empty building folder, or the one of an earlier, interrupted build of the same input."""
+    """Prepare the building folder: an empty one, or that of an interrupted build of the same input."""
     plan = folder / PLAN
     if plan.exists() and read_json(plan) == identity:
         progress("going on with an interrupted build")
@@ -147,13 +147,13 @@ def _tokenise_all(jobs: Sequence[Job], processes: int, progress: Progress) -> li
 
 
 def _publish(folder: Path, path: Path, records: Sequence[dict[str, Any]], card: Mapping[str, Any]) -> None:
-    """Complete the set in `folder`: write the index, leave out the records of the build, rename."""
+    """Complete the set in `folder`: write the index, delete the records of the build, rename."""
     splits = {name: join_entries([record["splits"][name] for record in records]) for name in SPLITS}
-    known = [card, *records]  # the card has what was met before the units were written
+    known = [card, *records]  # the card counts what was found before the units were written
     counts = {name: sum(one.get(name, 0) for one in known) for name in ("bad_records", "replaced_characters")}
     examples = [example for one in known for example in one.get("bad_record_examples", ())][:20]
     finish(folder, splits, load(folder / TOKENIZER), {**card, **counts, "bad_record_examples": examples})
-    for file in [folder / PLAN, *folder.glob("unit-*.json")]:  # only now: until here a failure costs nothing
+    for file in [folder / PLAN, *folder.glob("unit-*.json")]:  # only now, so that a failure before costs nothing
         file.unlink()
     os.rename(folder, path)
 
@@ -168,7 +168,7 @@ def build(
     processes: int | None = None,
     progress: Progress = print,
 ) -> TokenSet:
-    """Tokenise `units` into a token set at `path`. Run again after an interruption, it does only what is left.
+    """Tokenise `units` into a token set at `path`. Called again after an interruption, it does only what is left.
 
     Raises FileExistsError when `path` exists, WorkerError with the file and place when input is bad, LockedError when
     another process is building the same set, OSError when the disk is full (what is done is kept for the next attempt).

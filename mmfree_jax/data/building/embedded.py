@@ -1,10 +1,11 @@
-"""The corpus that needs no download: the documentation strings of Python packages that this project depends on anyway.
+"""The embedded corpus, which needs no download: docstrings of Python packages that this project depends on anyway.
 
 Every file of a package is one document: the docstrings of its module, classes and functions in source order, dedented
-and cleaned. What comes out depends on the installed versions only, not on cores, file order or hash seeds.
+and cleaned. The result depends only on the installed versions, not on cores, file order or hash seeds.
 """
 
 import ast
+import contextlib
 import gc
 import hashlib
 import importlib.metadata
@@ -65,7 +66,7 @@ _DESCRIPTION = (
 
 @dataclass(frozen=True)
 class Package:
-    """Where one package's text comes from."""
+    """The source files of one package."""
 
     name: str
     version: str
@@ -101,25 +102,20 @@ def _standard_library() -> Package:
     return Package(STANDARD_LIBRARY, platform.python_version(), "PSF-2.0", listed)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def installed_versions() -> dict[str, str]:
-    """Package -> version of what makes up the embedded corpus, sorted by name, the standard library last.
+    """Return the version of each package in the embedded corpus, sorted by name, the standard library last.
 
     Raises ModuleNotFoundError naming a package of REQUIRED that is not installed.
     """
-    found = {name: _version(name) for name in sorted(REQUIRED + PRESENT)}
-    missing = [name for name in REQUIRED if found[name] is None]
+    found = {}
+    for name in sorted(REQUIRED + PRESENT):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    missing = [name for name in REQUIRED if name not in found]
     if missing:
         what = f"the embedded corpus is made of the documentation of {', '.join(missing)}, not installed here"
         raise ModuleNotFoundError(f"{what}: pip install {' '.join(missing)}")
-    present = {name: version for name, version in found.items() if version is not None}
-    return present | {STANDARD_LIBRARY: platform.python_version()}
+    return found | {STANDARD_LIBRARY: platform.python_version()}
 
 
 def installed_packages() -> list[Package]:
@@ -127,18 +123,11 @@ def installed_packages() -> list[Package]:
     return [_installed(name) if name != STANDARD_LIBRARY else _standard_library() for name in installed_versions()]
 
 
-def _docstring_node(body: Sequence[ast.stmt]) -> ast.Constant | None:
+def _documented(body: Sequence[ast.stmt]) -> Iterator[ast.Constant]:
+    """Docstrings of a body and of everything defined in it, in source order."""
     first = body[0] if body else None
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-        return first.value
-    return None
-
-
-def _documented(body: Sequence[ast.stmt]) -> Iterator[ast.Constant]:
-    """Documentation strings in source order of a body and of everything defined in it."""
-    node = _docstring_node(body)
-    if node is not None:
-        yield node
+        yield first.value
     for statement in body:
         for inner in ast.walk(statement) if isinstance(statement, ast.If | ast.Try | ast.With) else [statement]:
             if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

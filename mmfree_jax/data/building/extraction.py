@@ -1,5 +1,6 @@
-"""Paragraphs of running English out of the files in packages: HTML, manuals, comments, dictionaries, descriptions."""
+"""Finds paragraphs of running English in the files of packages: HTML, manuals, comments, dictionaries, descriptions."""
 
+import functools
 import gzip
 import html
 import json
@@ -8,7 +9,7 @@ import struct
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mmfree_jax.data.building.text import decode, letters_share, normalise, stop_word_share
@@ -68,15 +69,10 @@ def _cut_long(paragraph: str) -> Iterator[str]:
     yield " ".join(part)
 
 
-def prose(blocks: Iterator[str]) -> list[str]:
+def prose(blocks: Iterable[str]) -> list[str]:
     """The blocks that are prose, each on one line, those that are too long cut."""
     lines = (_SPACES.sub(" ", normalise(block)).strip() for block in blocks)
     return [part for line in lines if len(line) >= SHORTEST for part in _cut_long(line) if is_prose(part)]
-
-
-def from_plain(text: str) -> Iterator[str]:
-    """Blocks between blank lines."""
-    yield from _BLANK_LINE.split(text)
 
 
 def from_html(text: str) -> Iterator[str]:
@@ -130,32 +126,21 @@ def from_texinfo(text: str) -> Iterator[str]:
     yield from _BLANK_LINE.split(re.sub(r"@itemx? ?", "", text).replace("@@", "@"))
 
 
-def from_comments(text: str) -> Iterator[str]:
-    """Paragraphs of the comments of C and its relatives, without licence headers."""
-    for match in _COMMENT.finditer(text):
-        comment = _COMMENT_EDGE.sub("", match.group(1) or match.group(2) or "")
-        if not _LICENCE_NOTE.search(comment, 0, 2_000):
+def from_source(text: str, language: str) -> Iterator[str]:
+    """Paragraphs of the comments of "c" and its relatives or "ada", without licence headers; help texts of "kconfig";
+    entries of a GNU "changelog"."""
+    if language == "c":
+        found = [_COMMENT_EDGE.sub("", m.group(1) or m.group(2) or "") for m in _COMMENT.finditer(text)]
+    elif language == "ada":
+        marks = re.compile(r"^[ \t]*-+ ?|-+[ \t]*$", re.M)
+        found = [marks.sub("", match.group()) for match in _ADA_COMMENT.finditer(text)]
+    elif language == "kconfig":
+        found = [match.group(1) for match in _KCONFIG_HELP.finditer(text)]
+    else:
+        found = [re.sub(r"^\s*\* ", "", block) for block in _BLANK_LINE.split(text.replace("\n\t", "\n"))]
+    for comment in found:
+        if language in ("kconfig", "changelog") or not _LICENCE_NOTE.search(comment, 0, 2_000):
             yield from _BLANK_LINE.split(comment)
-
-
-def from_ada(text: str) -> Iterator[str]:
-    """Paragraphs of the comments of Ada."""
-    for match in _ADA_COMMENT.finditer(text):
-        comment = re.sub(r"^[ \t]*-+ ?|-+[ \t]*$", "", match.group(), flags=re.M)
-        if not _LICENCE_NOTE.search(comment, 0, 2_000):
-            yield from _BLANK_LINE.split(comment)
-
-
-def from_kconfig(text: str) -> Iterator[str]:
-    """The help texts of kernel options."""
-    for match in _KCONFIG_HELP.finditer(text):
-        yield from _BLANK_LINE.split(match.group(1))
-
-
-def from_changelog(text: str) -> Iterator[str]:
-    """The entries of a GNU ChangeLog."""
-    for block in _BLANK_LINE.split(text.replace("\n\t", "\n")):
-        yield re.sub(r"^\s*\* ", "", block)
 
 
 def _strings(value: Any, keys: tuple[str, ...]) -> Iterator[str]:
@@ -198,29 +183,30 @@ def from_sword(files: Mapping[str, bytes]) -> Iterator[tuple[str, list[str]]]:
                     yield f"{name}#{number}", prose(from_html(block))
 
 
-_BY_ENDING: dict[str, Callable[[str], Iterator[str]]] = {
+_BY_ENDING: dict[str, Callable[[str], Iterable[str]]] = {
     **dict.fromkeys((".html", ".htm", ".xhtml", ".page", ".xhp", ".docbook"), from_html),
     **dict.fromkeys((".rst", ".rst.txt"), from_rst),
-    **dict.fromkeys((".txt", ".md", ".org", ".info", ".dict"), from_plain),
+    **dict.fromkeys((".txt", ".md", ".org", ".info", ".dict"), _BLANK_LINE.split),
     **dict.fromkeys((".texi", ".texinfo"), from_texinfo),
     ".pod": from_pod,
 }
-_COMMENTED: dict[str, Callable[[str], Iterator[str]]] = {
+_COMMENTED: dict[str, Callable[[str], Iterable[str]]] = {
     **dict.fromkeys(
-        (".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".go", ".rs", ".js", ".ts", ".s", ".dts"), from_comments
+        (".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".go", ".rs", ".js", ".ts", ".s", ".dts"),
+        functools.partial(from_source, language="c"),
     ),
-    **dict.fromkeys((".adb", ".ads"), from_ada),
+    **dict.fromkeys((".adb", ".ads"), functools.partial(from_source, language="ada")),
 }
 
 
-def _reader(name: str, comments: bool) -> Callable[[str], Iterator[str]] | None:
+def _reader(name: str, comments: bool) -> Callable[[str], Iterable[str]] | None:
     base = name.rsplit("/", 1)[-1].lower()
     if re.search(r"/man/man\d/", name):
         return from_man
     if comments and base.startswith("kconfig"):
-        return from_kconfig
+        return functools.partial(from_source, language="kconfig")
     if comments and base.startswith("changelog"):
-        return from_changelog
+        return functools.partial(from_source, language="changelog")
     if ("/botocore/data/" in name and base == "service-2.json") or "/discovery_cache/documents/" in name:
         return from_api_description
     readers = _BY_ENDING | (_COMMENTED if comments else {})

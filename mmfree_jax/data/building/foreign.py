@@ -1,4 +1,4 @@
-"""Token files that people already have (nanoGPT and llm.c .bin, Megatron .bin with .idx) made into token sets."""
+"""Converts token files of other projects (nanoGPT and llm.c .bin, Megatron .bin with .idx) into token sets."""
 
 import struct
 from collections.abc import Iterator
@@ -138,7 +138,7 @@ def _write_split(folder: Path, name: str, path: Path, tokenizer: Tokenizer, dtyp
 
 
 def convert(files: dict[str, Path], tokenizer: Tokenizer, path: Path, dtype: str = "<u2") -> TokenSet:
-    """A token set at `path` from token files: split name -> .bin (with a .idx beside it for Megatron).
+    """Convert token files into a token set at `path`. files: split name -> .bin (Megatron: with .idx in its folder).
 
     tokenizer: the one that made the tokens; dtype: of nanoGPT files, which do not say. Raises ValueError naming a file
     that is cut off, of another type or made with another tokenizer.

@@ -1,15 +1,15 @@
 """Documents out of files: plain text and JSON lines (also compressed), Parquet, ArrayRecord, Hugging Face datasets.
 
 Input is cut into units that do not depend on how many processes read them. Every error names the file and the place.
-Text and JSON lines are never held whole: a long text file becomes documents of PART_BYTES, cut at blank lines, else at
-ends of lines, else between words; a JSON line above LONGEST_RECORD is a bad record. Text is UTF-8, or UTF-16 or UTF-32
-with a byte-order mark; a file with a larger share of other characters than MOST_REPLACED is refused.
+Text and JSON lines are read block by block: a long text file becomes documents of PART_BYTES, cut at blank lines, else
+at ends of lines, else between words; a JSON line above LONGEST_RECORD is a bad record. Text is UTF-8, or UTF-16 or
+UTF-32 with a byte-order mark; a file with a larger share of other characters than MOST_REPLACED is refused.
 """
 
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,23 @@ from mmfree_jax.data.building.lines import (
     COMPRESSED,
     InputError,
     blocks,
+    byte_order_encoding,
     line_number,
     line_start,
     lines,
-    marked,
     need,
     range_blocks,
     records,
 )
-from mmfree_jax.data.building.text import mended
+from mmfree_jax.data.building.text import repair
 
-UNIT_BYTES = 64_000_000  # of input in a unit: some ten seconds of work, a shard of about 40 MB
-LARGE_TEXT = 1_000_000  # bytes of a text file that are one document; of a larger one nothing could be held out
-PART_BYTES = 65_536  # of a document cut out of a large text file
-LONGEST_RECORD = 64_000_000  # bytes of a JSON line: what one worker can hold several times over
+UNIT_BYTES = 64_000_000  # bytes of input in a unit: about ten seconds of work, a shard of about 40 MB
+LARGE_TEXT = 1_000_000  # a larger text file becomes several documents, so that some of it can be held out
+PART_BYTES = 65_536  # bytes of a document cut out of a large text file
+LONGEST_RECORD = 64_000_000  # bytes of a JSON line; a worker can hold several of them
 MOST_REPLACED = 1e-3  # largest share of a file's or document's characters that may not be UTF-8
 _TEXT, _JSON = (".txt", ".md", ".rst", ".text"), (".jsonl", ".ndjson")
-_BARE_JSON = ".json"  # JSON lines where it is compressed or named; in a folder most such files only describe the others
+_BARE_JSON = ".json"  # read as JSON lines if compressed or named; in folders such files mostly describe the others
 _ENDINGS = (
     "use .txt, .md, .rst, .jsonl, .parquet or .array_record; text and JSON lines also with .gz, .zst, .xz or .bz2; a "
     ".json file is read as JSON lines when it is named itself"
@@ -55,19 +55,19 @@ class Unit:
     files: tuple[str, ...]
     start: int = 0
     stop: int | None = None
-    split: str | None = None  # where its documents go; by lot when not given
+    split: str | None = None  # the split of its documents; None: drawn by lot
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are taken out of records."""
+    """How documents are taken from records."""
 
     key: str = "text"  # the field of a JSON object or Parquet row that holds the text
     skip_bad: bool = False  # leave out bad records and count them, instead of failing at the first
 
 
 def _kind(path: Path, named: bool = True) -> str | None:
-    """The kind of a file by its ending, None if it is unknown. `named`: the user named it, and it was not found in a
+    """The kind of a file by its ending; None if it is unknown. `named`: the user named the file itself, not its
     folder."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = len(suffixes) > 1 and suffixes[-1] in COMPRESSED
@@ -85,8 +85,10 @@ def _slices(kind: str, path: str, total: int, step: int) -> list[Unit]:
 def _units_of_file(path: Path, kind: str) -> list[Unit]:
     size = path.stat().st_size
     large = kind == "jsonl" or (kind == "text" and size > LARGE_TEXT)
-    if large and path.suffix.lower() not in COMPRESSED and not _is_marked(path):
-        return _slices(kind, str(path), size, UNIT_BYTES)
+    if large and path.suffix.lower() not in COMPRESSED:
+        with path.open("rb") as file:  # in UTF-16 and UTF-32 a single byte does not show the end of a line
+            if byte_order_encoding(file.read(4)) is None:
+                return _slices(kind, str(path), size, UNIT_BYTES)
     if kind == "parquet":
         groups = _parquet_file(str(path)).metadata.num_row_groups
         return _slices(kind, str(path), groups, max(1, groups * UNIT_BYTES // max(size, 1)))
@@ -96,26 +98,9 @@ def _units_of_file(path: Path, kind: str) -> list[Unit]:
     return [Unit(kind, (str(path),))]
 
 
-def _is_marked(path: Path) -> bool:
-    """Whether a file starts with a mark of UTF-16 or UTF-32, where a single byte does not show a line's end."""
-    with path.open("rb") as file:
-        return marked(file.read(4)) is not None
-
-
-def _units_of_dataset(name: str) -> list[Unit]:
-    return [Unit("hf", (name,), i, i + 1) for i in range(_dataset(name).num_shards)]
-
-
 def _hidden(path: Path) -> bool:
-    """Whether a path inside a folder is hidden, as the `._NAME` that macOS keeps beside each NAME."""
+    """Whether a path in a folder is hidden, such as the `._NAME` that macOS stores with each NAME."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
-def _left_out(folder: Path, files: Iterable[Path]) -> str:
-    """One line on files of a folder that are not read: how many of each ending."""
-    endings = Counter("hidden" if _hidden(f.relative_to(folder)) else "".join(f.suffixes[-2:]) or f.name for f in files)
-    listed = ", ".join(f"{ending} ({count})" for ending, count in endings.most_common(9))
-    return f"{folder}: left out {endings.total()} files: {listed}{', …' * (len(endings) > 9)}"
 
 
 def _files(path: Path, note: Callable[[str], None]) -> list[Path]:
@@ -125,7 +110,12 @@ def _files(path: Path, note: Callable[[str], None]) -> list[Path]:
         if not found:
             raise InputError(f"{path} holds no file that can be read: {_ENDINGS}")
         if len(found) < len(every):
-            note(_left_out(path, sorted(set(every) - set(found))))
+            endings = Counter(
+                "hidden" if _hidden(file.relative_to(path)) else "".join(file.suffixes[-2:]) or file.name
+                for file in sorted(set(every) - set(found))
+            )
+            listed = ", ".join(f"{ending} ({count})" for ending, count in endings.most_common(9))
+            note(f"{path}: left out {endings.total()} files: {listed}{', …' * (len(endings) > 9)}")
         return found
     if not path.is_file():
         raise InputError(f"{path} does not exist")
@@ -135,15 +125,16 @@ def _files(path: Path, note: Callable[[str], None]) -> list[Path]:
 
 
 def plan(inputs: Sequence[str], note: Callable[[str], None] = lambda line: None) -> list[Unit]:
-    """Units of files, folders (searched through, in sorted order) and `hf:NAME[:CONFIG]` datasets, in the order given.
+    """Cut files, folders (with everything in them, sorted) and `hf:NAME[:CONFIG]` datasets into units, in this order.
 
-    `note` is called with a line for each folder that holds files which are not read: of unknown endings, or hidden.
+    `note` is called with a line for each folder with files that are not read: hidden ones, and of unknown endings.
     Raises InputError for what does not exist or has an unknown ending.
     """
     units: list[Unit] = []
     for name in inputs:
         if name.startswith(HUGGING_FACE):
-            units += _units_of_dataset(name.removeprefix(HUGGING_FACE))
+            dataset = name.removeprefix(HUGGING_FACE)
+            units += _slices("hf", dataset, _dataset(dataset).num_shards, 1)
             continue
         for path in _files(Path(name), note):
             units += _units_of_file(path, str(_kind(path)))
@@ -151,23 +142,23 @@ def plan(inputs: Sequence[str], note: Callable[[str], None] = lambda line: None)
 
 
 def _together(units: Sequence[Unit]) -> list[Unit]:
-    """Neighbouring small text files as one unit."""
+    """Join neighbouring small text files into one unit."""
     merged: list[Unit] = []
-    room: int | None = None  # of the last unit; None: it takes no more files, not even empty ones
+    room: int | None = None  # bytes left in the last unit; None: it takes no more files, not even empty ones
     for unit in units:
-        whole = unit.kind == "text" and unit.stop is None
-        size = Path(unit.files[0]).stat().st_size if whole else 0
-        if whole and room is not None and size <= room:
+        entire = unit.kind == "text" and unit.stop is None
+        size = Path(unit.files[0]).stat().st_size if entire else 0
+        if entire and room is not None and size <= room:
             merged[-1] = Unit("text", (*merged[-1].files, *unit.files))
             room -= size
         else:
             merged.append(unit)
-            room = UNIT_BYTES - size if whole else None
+            room = UNIT_BYTES - size if entire else None
     return merged
 
 
 def _text_documents(pieces: Iterator[bytes], is_slice: bool) -> Iterator[bytes]:
-    """One document; or, of a large file or a slice of one, documents of PART_BYTES cut at blank lines."""
+    """One document; from a large file or a slice of one, documents of PART_BYTES, cut at blank lines."""
     held: list[bytes] = []
     size = 0
     while not is_slice and size <= LARGE_TEXT:
@@ -177,25 +168,20 @@ def _text_documents(pieces: Iterator[bytes], is_slice: bool) -> Iterator[bytes]:
             return
         held.append(line)
         size += len(line)
-    for part in _parts(itertools.chain(held, pieces)):
-        yield b"".join(part).removesuffix(b"\n")
-
-
-def _parts(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
     part: list[bytes] = []
     size = 0
-    for line in pieces:
+    for line in itertools.chain(held, pieces):
         part.append(line)
         size += len(line)
         if size >= 2 * PART_BYTES or (size >= PART_BYTES and not line.strip()):
-            yield part
+            yield b"".join(part).removesuffix(b"\n")
             part, size = [], 0
     if part:
-        yield part
+        yield b"".join(part).removesuffix(b"\n")
 
 
 def _slice_range(unit: Unit, whole_lines: bool) -> tuple[int, int]:
-    """Where the lines that begin in the unit's range begin and end in the file."""
+    """Where in the file the lines begin and end that start in the unit's range."""
     assert unit.stop is not None
     with open(unit.files[0], "rb") as file:
         return line_start(file, unit.start, whole_lines), line_start(file, unit.stop, whole_lines)
@@ -212,16 +198,8 @@ def _text_of(record: Any, key: str) -> str | bytes:
 
 
 def _parsed(data: bytes) -> Any:
-    """Parse JSON. Bytes that are not UTF-8 become surrogates, for only those in the text matter."""
+    """Parse JSON. Bytes that are not UTF-8 become surrogates, because they matter only in the text itself."""
     return json.loads(data.decode("utf-8-sig", "surrogateescape"))
-
-
-def _text_of_line(line: bytes | None, size: int, key: str) -> str | bytes | None:
-    """The text of a JSON line; None for a blank one."""
-    if line is None:
-        most = f"{LONGEST_RECORD / 1e6:.0f} MB"
-        raise ValueError(f"a record of {size / 1e6:.0f} MB, more than {most}: a document that long needs a text file")
-    return _text_of(_parsed(line), key) if line.strip() else None
 
 
 def _is_spoilt(replaced: int, characters: int) -> bool:
@@ -231,8 +209,8 @@ def _is_spoilt(replaced: int, characters: int) -> bool:
 class Documents:
     """An iterator over the texts of a unit.
 
-    `bad` lists the records left out, as `FILE, line N: why`. `replaced` counts the characters of the other records that
-    stand for bytes which are not UTF-8.
+    `bad` lists the records that were left out, as `FILE, line N: why`. `replaced` counts the characters of the other
+    records that stand for bytes which are not UTF-8.
     """
 
     def __init__(self, unit: Unit, reading: Reading):
@@ -242,13 +220,13 @@ class Documents:
 
     def __iter__(self) -> Iterator[str]:
         file, replaced, characters = "", 0, 0
-        for found, where, raw in getattr(self, f"_{self.unit.kind}")():
+        for found, place, raw in READERS[self.unit.kind](self.unit, self.reading.key, self._refuse):
             if found != file:
                 self._check_encoding(file, replaced, characters)
                 file, replaced, characters = found, 0, 0
-            text, lost = mended(raw)
+            text, lost = repair(raw)
             if self.reading.skip_bad and _is_spoilt(lost, len(text)):
-                self.bad.append(f"{found}{where}: {lost} of {len(text)} characters are not UTF-8")
+                self.bad.append(f"{found}{place}: {lost} of {len(text)} characters are not UTF-8")
                 continue
             replaced, characters = replaced + lost, characters + len(text)
             self.replaced += lost
@@ -267,78 +245,98 @@ class Documents:
             raise InputError(f"{where}: {error} (--skip-bad leaves such records out)")
         self.bad.append(f"{where}: {error}")
 
-    def _text(self) -> Iterator[tuple[str, str, str | bytes]]:
-        """Yield file, place in it (for messages), and text or UTF-8 bytes of each document; so do the other kinds."""
-        sliced = self.unit.stop is not None
-        for file in self.unit.files:
-            stream = range_blocks(file, *_slice_range(self.unit, whole_lines=False)) if sliced else blocks(file)
-            for number, text in enumerate(_text_documents(lines(stream, PART_BYTES), is_slice=sliced), 1):
-                yield file, f", document {number} from byte {self.unit.start}", text
 
-    def _jsonl(self) -> Iterator[tuple[str, str, str | bytes]]:
-        path, sliced = self.unit.files[0], self.unit.stop is not None
-        offset, stop = _slice_range(self.unit, whole_lines=True) if sliced else (0, 0)
-        stream = range_blocks(path, offset, stop) if sliced else blocks(path)
-        for number, (line, size) in enumerate(records(stream, LONGEST_RECORD), 1):
-            try:
-                text = _text_of_line(line, size, self.reading.key)
-            except (ValueError, RecursionError) as error:
-                self._refuse(f"{path}, line {line_number(path, offset) if sliced else number}", error)
-            else:
-                if text is not None:
-                    yield path, f", byte {offset}" if sliced else f", line {number}", text
-            offset += size
+# The readers of each kind of unit yield file, place in it (for messages), and text or UTF-8 bytes of each document.
+Found = Iterator[tuple[str, str, str | bytes]]
+Refuse = Callable[[str, Exception], None]  # told of each bad record: where it is, and what is wrong
 
-    def _parquet(self) -> Iterator[tuple[str, str, str | bytes]]:
-        path, key = self.unit.files[0], self.reading.key
-        table = _parquet_file(path)
+
+def _read_text(unit: Unit, key: str, refuse: Refuse) -> Found:
+    is_slice = unit.stop is not None
+    for file in unit.files:
+        stream = range_blocks(file, *_slice_range(unit, whole_lines=False)) if is_slice else blocks(file)
+        for number, text in enumerate(_text_documents(lines(stream, PART_BYTES), is_slice), 1):
+            yield file, f", document {number} from byte {unit.start}", text
+
+
+def _read_jsonl(unit: Unit, key: str, refuse: Refuse) -> Found:
+    path, is_slice = unit.files[0], unit.stop is not None
+    offset, stop = _slice_range(unit, whole_lines=True) if is_slice else (0, 0)
+    stream = range_blocks(path, offset, stop) if is_slice else blocks(path)
+    for number, (line, size) in enumerate(records(stream, LONGEST_RECORD), 1):
         try:
-            if key not in table.schema_arrow.names:
-                names = ", ".join(table.schema_arrow.names)
-                raise InputError(f"{path} has no column {key!r}, only {names}")
-            stop = self.unit.stop or table.metadata.num_row_groups
-            row = sum(table.metadata.row_group(i).num_rows for i in range(self.unit.start))
-            for batch in table.iter_batches(1024, row_groups=list(range(self.unit.start, stop)), columns=[key]):
-                for number, text in enumerate(_bytes_where_text(batch.column(0)).to_pylist(), row):
-                    if isinstance(text, str | bytes):
-                        yield path, f", row {number}", text
-                    elif text is not None:
-                        why = f"column {key!r} holds {batch.schema.field(0).type}, which is not text"
-                        self._refuse(f"{path}, row {number}", ValueError(why))
-                row += batch.num_rows
-        except need("pyarrow", "pyarrow", "Parquet").ArrowException as error:
-            raise InputError(f"{path} is cut off or damaged: {error}") from None
+            if line is None:
+                most = f"{LONGEST_RECORD / 1e6:.0f} MB"
+                raise ValueError(
+                    f"a record of {size / 1e6:.0f} MB, more than {most}: such a document needs a text file"
+                )
+            if line.strip():
+                text = _text_of(_parsed(line), key)
+                yield path, f", byte {offset}" if is_slice else f", line {number}", text
+        except (ValueError, RecursionError) as error:
+            refuse(f"{path}, line {line_number(path, offset) if is_slice else number}", error)
+        offset += size
 
-    def _arrayrecord(self) -> Iterator[tuple[str, str, str | bytes]]:
-        path = self.unit.files[0]
-        reader = _array_record(path)
-        for number in range(self.unit.start, self.unit.stop or reader.num_records()):
-            try:
-                record = reader.read([number])[0]
-            except RuntimeError as error:
-                raise InputError(f"{path} is damaged at record {number}: {error}") from None
-            try:
-                text = _text_of(_parsed(record), self.reading.key) if record.startswith(b"{") else record
-            except (ValueError, RecursionError) as error:
-                self._refuse(f"{path}, record {number}", error)
-            else:
-                yield path, f", record {number}", text
 
-    def _hf(self) -> Iterator[tuple[str, str, str | bytes]]:
-        name = self.unit.files[0]
-        whole = _dataset(name)
-        source = f"{HUGGING_FACE}{name}, shard {self.unit.start}"
-        for number, row in enumerate(whole.shard(num_shards=whole.num_shards, index=self.unit.start)):
-            try:
-                text = _text_of(row, self.reading.key)
-            except ValueError as error:
-                self._refuse(f"{source}, row {number}", error)
-            else:
-                yield source, f", row {number}", text
+def _read_parquet(unit: Unit, key: str, refuse: Refuse) -> Found:
+    path = unit.files[0]
+    table = _parquet_file(path)
+    try:
+        if key not in table.schema_arrow.names:
+            raise InputError(f"{path} has no column {key!r}, only {', '.join(table.schema_arrow.names)}")
+        stop = unit.stop or table.metadata.num_row_groups
+        row = sum(table.metadata.row_group(i).num_rows for i in range(unit.start))
+        for batch in table.iter_batches(1024, row_groups=list(range(unit.start, stop)), columns=[key]):
+            for number, text in enumerate(_bytes_where_text(batch.column(0)).to_pylist(), row):
+                if isinstance(text, str | bytes):
+                    yield path, f", row {number}", text
+                elif text is not None:
+                    why = f"column {key!r} holds {batch.schema.field(0).type}, which is not text"
+                    refuse(f"{path}, row {number}", ValueError(why))
+            row += batch.num_rows
+    except need("pyarrow", "pyarrow", "Parquet").ArrowException as error:
+        raise InputError(f"{path} is cut off or damaged: {error}") from None
+
+
+def _read_array_record(unit: Unit, key: str, refuse: Refuse) -> Found:
+    path = unit.files[0]
+    reader = _array_record(path)
+    for number in range(unit.start, unit.stop or reader.num_records()):
+        try:
+            record = reader.read([number])[0]
+        except RuntimeError as error:
+            raise InputError(f"{path} is damaged at record {number}: {error}") from None
+        try:
+            text = _text_of(_parsed(record), key) if record.startswith(b"{") else record
+        except (ValueError, RecursionError) as error:
+            refuse(f"{path}, record {number}", error)
+        else:
+            yield path, f", record {number}", text
+
+
+def _read_dataset(unit: Unit, key: str, refuse: Refuse) -> Found:
+    dataset = _dataset(unit.files[0])
+    source = f"{HUGGING_FACE}{unit.files[0]}, shard {unit.start}"
+    for number, row in enumerate(dataset.shard(num_shards=dataset.num_shards, index=unit.start)):
+        try:
+            text = _text_of(row, key)
+        except ValueError as error:
+            refuse(f"{source}, row {number}", error)
+        else:
+            yield source, f", row {number}", text
+
+
+READERS: dict[str, Callable[[Unit, str, Refuse], Found]] = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "arrayrecord": _read_array_record,
+    "hf": _read_dataset,
+}
 
 
 def _bytes_where_text(column: Any) -> Any:
-    """An Arrow array of text as one of bytes, which need not be UTF-8; of any other type, as it is."""
+    """Convert an Arrow array of text to bytes, which need not be UTF-8. Other types stay as they are."""
     arrow = need("pyarrow", "pyarrow", "Parquet")
     if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -357,7 +355,7 @@ def _parquet_file(path: str) -> Any:
 def _array_record(path: str) -> Any:
     module = need("array_record.python.array_record_module", "array_record", "ArrayRecord")
     reader = module.ArrayRecordReader(path)
-    if not reader.ok():  # it would be taken for one without records
+    if not reader.ok():  # otherwise it would look like a file without records
         raise InputError(f"{path} is cut off, or no ArrayRecord file")
     return reader
 

@@ -1,4 +1,4 @@
-"""Bytes, lines and records out of files and parts of files, compressed or not, a block in memory at a time."""
+"""Reads bytes, lines and records from files and parts of files, compressed or not, one block at a time."""
 
 import bz2
 import codecs
@@ -19,7 +19,7 @@ _READERS: dict[str, Callable[[BinaryIO], Any]] = {
     ".bz2": bz2.BZ2File,
 }
 COMPRESSED = (*_READERS, ".zst")
-_MARKS = {  # the longer first: that of UTF-16 begins that of UTF-32
+_MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -32,7 +32,7 @@ class InputError(ValueError):
 
 
 def need(module: str, package: str, what: str) -> ModuleType:
-    """An optional package, imported. Raises InputError that says what to install."""
+    """Import an optional package. Raises InputError that says what to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -63,17 +63,17 @@ def _decompressed(path: str, file: BinaryIO) -> Iterator[bytes]:
     return iter(lambda: plain.read(BLOCK), b"")
 
 
-def marked(head: bytes) -> str | None:
-    """The encoding, utf-16 or utf-32, whose byte-order mark a file starts with; None without one."""
+def byte_order_encoding(head: bytes) -> str | None:
+    """Return utf-16 or utf-32 if a file starts with the byte-order mark of one of them, else None."""
     return next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
 
 
 def _as_utf8(stream: Iterator[bytes]) -> Iterator[bytes]:
-    """The same blocks; recoded as UTF-8 if they start with a byte-order mark of UTF-16 or UTF-32."""
+    """Convert blocks to UTF-8 if they start with a byte-order mark of UTF-16 or UTF-32."""
     head = b""
     while len(head) < 4 and (block := next(stream, None)) is not None:
         head += block
-    name = marked(head)
+    name = byte_order_encoding(head)
     if name is None:
         yield head
         yield from stream
@@ -101,22 +101,17 @@ def blocks(path: str) -> Iterator[bytes]:
             raise InputError(f"{path} is cut off or damaged after {done} bytes of content: {error}") from None
 
 
-def _word_end(data: bytes, limit: int) -> int:
-    """How many bytes, at most `limit` of more, end with a space; without one, where a character ends."""
-    cut = data.rfind(b" ", 0, limit) + 1 or limit
-    while cut > 1 and data[cut] & 0xC0 == 0x80:  # in the middle of a character of UTF-8
-        cut -= 1
-    return cut
-
-
 def lines(stream: Iterable[bytes], longest: int) -> Iterator[bytes]:
-    """Lines with their ends. What goes on for more than `longest` bytes without one comes in pieces without ends."""
+    """Yield lines with their ends. One of more than `longest` bytes comes in pieces, cut after a space or a
+    character."""
     rest = b""
     for block in stream:
         *whole, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
         yield from (line + b"\n" for line in whole)
         while len(rest) > longest:
-            cut = _word_end(rest, longest)
+            cut = rest.rfind(b" ", 0, longest) + 1 or longest
+            while cut > 1 and rest[cut] & 0xC0 == 0x80:  # in the middle of a character of UTF-8
+                cut -= 1
             yield rest[:cut]
             rest = rest[cut:]
     if rest:
@@ -124,7 +119,7 @@ def lines(stream: Iterable[bytes], longest: int) -> Iterator[bytes]:
 
 
 def records(stream: Iterable[bytes], longest: int) -> Iterator[tuple[bytes | None, int]]:
-    """(line, its bytes with the end) of JSON lines; None instead of a line longer than `longest`, never held."""
+    """Yield JSON lines and their length with the end. A line longer than `longest` is None and never in memory."""
     rest, passed = b"", 0
     for block in stream:
         *whole, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
@@ -138,8 +133,10 @@ def records(stream: Iterable[bytes], longest: int) -> Iterator[tuple[bytes | Non
 
 
 def line_start(file: BinaryIO, at: int, whole_lines: bool) -> int:
-    """Offset of the first line that begins at byte `at` or later; or, where the next BLOCK bytes hold no line end and
-    whole lines are not needed, of a word."""
+    """Return the offset of the first line that begins at byte `at` or later.
+
+    Or that of a word, if the next BLOCK bytes have no line end and whole lines are not needed.
+    """
     done = max(at - 1, 0)
     file.seek(done)
     while at and (block := file.read(BLOCK)):
@@ -153,7 +150,7 @@ def line_start(file: BinaryIO, at: int, whole_lines: bool) -> int:
 
 
 def range_blocks(path: str, start: int, stop: int) -> Iterator[bytes]:
-    """Bytes [start, stop) of a file in blocks."""
+    """Yield the bytes [start, stop) of a file in blocks."""
     with open(path, "rb") as file:
         file.seek(start)
         while start < stop and (block := file.read(min(BLOCK, stop - start))):
@@ -162,6 +159,6 @@ def range_blocks(path: str, start: int, stop: int) -> Iterator[bytes]:
 
 
 def line_number(path: str, offset: int) -> int:
-    """The number, from 1, of the line that begins at byte `offset`."""
+    """Return the number, from 1, of the line that begins at byte `offset`."""
     with open(path, "rb") as file:
         return 1 + sum(file.read(min(BLOCK, offset - at)).count(b"\n") for at in range(0, offset, BLOCK))

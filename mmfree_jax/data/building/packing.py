@@ -1,13 +1,13 @@
 """Documents arranged so that windows do not cut them.
 
-Best-fit packing (Ding et al. 2024, arXiv 2404.10830): documents that fit a window are never truncated. The result is an
-ordinary token set whose windows of one length are the packed rows. What no document fills is end-of-document tokens,
-and so is one more token after the last row.
+Best-fit packing (Ding et al. 2024, arXiv 2404.10830): documents that fit into a window are never truncated. The result
+is an ordinary token set whose windows of one length are the packed rows. Gaps are filled with end-of-document tokens;
+one more of them follows the last row.
 
-The last target of a window is the first token of the next row. After an end of document, as almost everywhere, that is
-some document's first token predicted from nothing, as at every other document start. Of a document longer than a row
-the rest lies elsewhere: two targets of such a document are wrong, the one after its last full row and the first of the
-rest.
+The last target of a window is the first token of the next row. If the window ends with an end of document, as almost
+always, that is the first token of a document, predicted from nothing, as at every other start of a document. A document
+longer than a row is cut, and its rest is in another row: two of its targets are wrong, the one after its last full row
+and the first of the rest.
 """
 
 from pathlib import Path
@@ -18,14 +18,17 @@ import numpy as np
 from mmfree_jax.data.building.token_writer import ShardWriter, finish, publish, split_entry
 from mmfree_jax.data.reading.token_set import PACKED, Split, TokenSet
 
-SHARD_ROWS_TOKENS = 1 << 27  # tokens in a shard, rounded down to whole rows
+SHARD_ROWS_TOKENS = 1 << 27  # tokens in a shard, rounded down to a multiple of the row length
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Items of `lengths` (int [n], each 1 to `capacity`) in rows that hold `capacity`: rows of item numbers.
+    """Distribute items of `lengths` (int [n], each 1 to `capacity`) over rows of `capacity`; returns item numbers by
+    row.
 
-    Longest first, each into the fullest row that still takes it; equal lengths in their given order.
+    The longest item comes first; each goes to the fullest row with room for it. Equal lengths keep their order.
     """
+    # The set of free spaces is one big integer. Shifting it by the length leaves the spaces that are large enough, and
+    # its lowest set bit is the smallest of them: the fullest row, in constant time however many rows there are.
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     spaces = 0  # bit s is set when a row has exactly s tokens free
@@ -48,10 +51,11 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def pieces_of(split: Split, sequence: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and lengths (int64 [pieces]) of documents, those longer than `sequence` cut into full rows and a rest."""
+    """Return starts and lengths (int64 [pieces]) of documents. Long ones are cut into full rows and a rest."""
     starts = split.document_starts()
     lengths = np.diff(np.append(starts, len(split)))
     counts = -(-lengths // sequence)
+    # Piece k of a document starts k * sequence tokens after it: k counts up from 0 within each document.
     first = np.repeat(starts, counts)
     offset = (np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)) * sequence
     return first + offset, np.minimum(sequence, np.repeat(lengths, counts) - offset)
@@ -76,10 +80,10 @@ def _write(folder: Path, token_set: TokenSet, name: str, sequence: int) -> dict[
 
 
 def pack(token_set: TokenSet, path: Path, sequence: int) -> TokenSet:
-    """A copy of `token_set` at `path` whose training documents are packed into rows of `sequence` tokens.
+    """Copy `token_set` to `path` with its training documents packed into rows of `sequence` tokens.
 
-    Held-out text keeps its order: it is read as a whole. Training takes the result with the same `sequence` and
-    separate documents only. Raises FileExistsError when `path` exists and ValueError for a set that is packed already.
+    Held-out text keeps its order, because all of it is read. Training on the result requires the same `sequence` and
+    separate documents. Raises FileExistsError when `path` exists and ValueError for a set that is packed already.
     """
     if sequence < 2:
         raise ValueError(f"rows of {sequence} tokens hold no document: 2 is the least")

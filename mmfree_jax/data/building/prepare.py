@@ -1,6 +1,6 @@
-"""From documents with repetitions to a training and a held-out set that share nothing: steps every corpus goes through.
+"""Turns documents with repetitions into a training and a held-out set that share nothing: the steps for every corpus.
 
-A document is a list of passages (documentation strings, paragraphs, pages). Repetition is judged passage by passage,
+A document is a list of passages (documentation strings, paragraphs, pages). Repetitions are found passage by passage;
 training and held-out text are divided document by document.
 """
 
@@ -16,13 +16,15 @@ from mmfree_jax.data.building.text import paragraphs
 
 STEPS = {
     "read": "what was read",
-    "lines": f"without lines of {boilerplate.SHORTEST} characters or more that stand in very many documents",
+    "lines": f"without lines of {boilerplate.SHORTEST} characters or more that very many documents have",
     "exact": "without exact copies",
     "near": "without paragraphs of Jaccard similarity 0.7 or more to an earlier one",
     "protected": "without training paragraphs that share a quarter of their 8-word runs with held-out text",
 }
 REPEATED_PARAGRAPH = 100  # characters; shorter repeated paragraphs (headings, "Examples") hold a text together
-LARGEST_HELD_OUT = 0.1  # of the held-out text: one long document must not decide what the held-out loss measures
+SIMILARITY = 0.7  # Jaccard similarity from which a passage is a near duplicate
+LARGEST_OVERLAP = 0.25  # share of a training passage's 8-word runs that held-out text may have too
+LARGEST_HELD_OUT = 0.1  # share of the held-out text; one long document must not dominate the held-out loss
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,8 @@ def bytes_by_source(documents: Iterable[Document]) -> dict[str, int]:
     return sizes
 
 
-def drop_boilerplate(documents: Sequence[Document]) -> list[Document]:
-    """Without the lines and sentences that stand in very many documents (`boilerplate.recurring`)."""
-    keys = boilerplate.recurring([document.passages for document in documents])
-    thinned = [replace(d, passages=boilerplate.without(d.passages, keys)) for d in documents]
-    return [document for document in thinned if document.passages]
-
-
 def _keep(documents: Sequence[Document], keep: np.ndarray) -> list[Document]:
-    """The documents with only those passages whose flag is set (bool [passages of all documents, in order])."""
+    """Keep only the passages whose flag is set (bool [passages of all documents, in order])."""
     flags = iter(keep.tolist())
     thinned = [replace(d, passages=tuple(p for p in d.passages if next(flags))) for d in documents]
     return [document for document in thinned if document.passages]
@@ -80,9 +75,9 @@ def _passages(documents: Iterable[Document]) -> list[str]:
 
 
 def drop_exact(documents: Iterable[Document], *, shortest: int = 0) -> list[Document]:
-    """Without passages, and long paragraphs of passages, that an earlier document already has.
+    """Remove passages, and long paragraphs of passages, that an earlier document has.
 
-    A passage that loses paragraphs and is then shorter than `shortest` characters goes altogether.
+    A passage that loses paragraphs and is then shorter than `shortest` characters is removed too.
     """
     seen_passages: set[bytes] = set()
     seen_paragraphs: set[bytes] = set()
@@ -100,21 +95,11 @@ def drop_exact(documents: Iterable[Document], *, shortest: int = 0) -> list[Docu
     return result
 
 
-def drop_near(documents: Sequence[Document], threshold: float = 0.7) -> list[Document]:
-    """Without passages that nearly repeat an earlier one (`dedup.near_duplicates`)."""
-    return _keep(documents, ~near_duplicates(_passages(documents), threshold))
-
-
-def _lot(document: Document) -> bytes:
-    return hashlib.blake2b(f"{document.source}\0{document.name}".encode("utf-8", "replace"), digest_size=8).digest()
-
-
 def hold_out(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """Divide documents into (train, valid): about `fraction` of the bytes are held out, by a lot drawn from the names.
+    """Divide documents into (train, valid). About `fraction` of the bytes are held out, chosen by a hash of the names.
 
-    The lot depends on a document's name only, so a document mostly stays on its side when others come or go. Large
-    documents are held out only when the others are not enough.
-    Raises ValueError for fewer than two documents.
+    Only its name decides about a document, so it mostly stays in its split when others are added or removed. Large
+    documents are held out only if the others are not enough. Raises ValueError for fewer than two documents.
     """
     if len(documents) < 2:
         raise ValueError(f"a held-out split needs at least 2 documents, not {len(documents)}")
@@ -123,7 +108,9 @@ def hold_out(documents: Sequence[Document], fraction: float) -> tuple[list[Docum
     large = [size > LARGEST_HELD_OUT * target for size in sizes]
     chosen: set[int] = set()
     held = 0
-    for i in sorted(range(len(documents)), key=lambda i: (large[i], _lot(documents[i]), i)):
+    names = [f"{document.source}\0{document.name}".encode("utf-8", "replace") for document in documents]
+    lots = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
+    for i in sorted(range(len(documents)), key=lambda i: (large[i], lots[i], i)):
         if held < target and len(chosen) < len(documents) - 1:
             chosen.add(i)
             held += sizes[i]
@@ -131,25 +118,24 @@ def hold_out(documents: Sequence[Document], fraction: float) -> tuple[list[Docum
     return train, [documents[i] for i in sorted(chosen)]
 
 
-def protect(train: Sequence[Document], valid: Sequence[Document], most: float = 0.25) -> list[Document]:
-    """Training documents without passages that share more than `most` of their 8-word runs with held-out text."""
-    return _keep(train, overlap(_passages(train), _passages(valid)) <= most)
-
-
 def prepare(
     documents: Sequence[Document], *, held_out: float, shortest: int = 0, keep_boilerplate: bool = False
 ) -> Prepared:
-    """Drop boiler plate, exact and near duplicates, divide by document, then clear training text of what is held out.
+    """Remove boilerplate and duplicates, hold out documents, then remove passages like theirs from the training text.
 
     documents: in a fixed order (the earlier of two copies is kept); held_out: share of the bytes in (0, 1);
-    shortest: characters a shortened passage needs to stay; keep_boilerplate: for text that repeats lines by convention.
-    The result is a function of the arguments alone.
+    shortest: characters a shortened passage must have; keep_boilerplate: for text that repeats lines by convention.
+    The result depends on the arguments only.
     """
-    cleaned = documents if keep_boilerplate else drop_boilerplate(documents)
+    cleaned = documents
+    if not keep_boilerplate:
+        keys = boilerplate.recurring([document.passages for document in documents])
+        thinned = [replace(d, passages=boilerplate.without(d.passages, keys)) for d in documents]
+        cleaned = [document for document in thinned if document.passages]
     exact = drop_exact(cleaned, shortest=shortest)
-    unique = drop_near(exact)
+    unique = _keep(exact, ~near_duplicates(_passages(exact), SIMILARITY))
     candidates, valid = hold_out(unique, held_out)
-    train = protect(candidates, valid)
+    train = _keep(candidates, overlap(_passages(candidates), _passages(valid)) <= LARGEST_OVERLAP)
     steps = {"read": documents, "lines": cleaned, "exact": exact, "near": unique, "protected": train + valid}
     left = {step: bytes_by_source(some) for step, some in steps.items()}
     return Prepared(tuple(train), tuple(valid), left)

@@ -1,21 +1,23 @@
-"""Documents that were prepared in memory, written out as units that `build` tokenises in parallel."""
+"""Writes documents that were prepared in memory to disk, as units that `build` tokenises in parallel."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmfree_jax.data.building.inputs import Documents, Reading, Unit
 from mmfree_jax.data.building.prepare import Document, Prepared
 from mmfree_jax.data.building.text import looks_english, normalise, paragraphs
 
-SPILLED_BYTES = 16_000_000  # of text in a unit: what fits in memory should keep many cores busy
+SPILLED_BYTES = 16_000_000  # bytes of text in a unit: small, so that many cores have work
 
 
 def documents_of(
     units: Sequence[Unit], reading: Reading, *, english: bool, shortest: int
 ) -> tuple[list[Document], list[Documents]]:
-    """All documents of the units in memory, cleaned, with their paragraphs as passages, for `prepare`; and what was
-    read, which knows what it could not read."""
+    """Read and clean all documents of the units, with their paragraphs as passages, for `prepare`.
+
+    Also returns the readers, which know what they could not read.
+    """
     result, every = [], [Documents(unit, reading) for unit in units]
     for unit, documents in zip(units, every, strict=True):
         source = Path(unit.files[0]).name
@@ -24,13 +26,6 @@ def documents_of(
             if len(text) >= shortest and (not english or looks_english(text)):
                 result.append(Document(source, f"{unit.start}:{number}", tuple(paragraphs(text))))
     return result, every
-
-
-def _write_unit(path: Path, texts: Iterable[str], split: str) -> Unit:
-    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    if not path.is_file() or path.read_bytes() != data:  # a build that goes on knows its input by the time of writing
-        path.write_bytes(data)
-    return Unit("jsonl", (str(path),), 0, len(data), split)
 
 
 def spill(prepared: Prepared, folder: Path) -> list[Unit]:
@@ -47,7 +42,12 @@ def spill(prepared: Prepared, folder: Path) -> list[Unit]:
             texts.append(document.text)
             size += len(texts[-1])
             if size >= SPILLED_BYTES or i == len(documents):
-                units.append(_write_unit(folder / f"{split}-{len(units):05d}.jsonl", texts, split))
+                path = folder / f"{split}-{len(units):05d}.jsonl"
+                data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+                # An unchanged file keeps its time of writing, by which an interrupted build recognises its input.
+                if not path.is_file() or path.read_bytes() != data:
+                    path.write_bytes(data)
+                units.append(Unit("jsonl", (str(path),), 0, len(data), split))
                 texts, size = [], 0
     for file in set(folder.iterdir()) - {Path(unit.files[0]) for unit in units}:
         file.unlink()

@@ -1,4 +1,4 @@
-"""Cleaning and judging text: pure functions shared by every corpus builder."""
+"""Pure functions that clean and classify text, shared by all corpus builders."""
 
 import re
 import unicodedata
@@ -18,12 +18,12 @@ _WORD = re.compile(r"[A-Za-z']+")
 
 
 def decode(data: bytes) -> str:
-    """UTF-8 bytes as text; a byte-order mark is dropped and bytes that are not UTF-8 become U+FFFD."""
+    """Decode UTF-8. A byte-order mark is dropped, and bytes that are not UTF-8 become U+FFFD."""
     return data.decode("utf-8-sig", "replace")
 
 
-def mended(data: bytes | str) -> tuple[str, int]:
-    """Return the text, with U+FFFD for whatever is not UTF-8, and the number of characters that are wrong.
+def repair(data: bytes | str) -> tuple[str, int]:
+    """Return the text, with U+FFFD for what is not UTF-8, and the number of wrong characters.
 
     data: bytes, or text that was read with `surrogateescape`. NUL bytes stay, but count as wrong: no text file has any,
     unless it is UTF-16 without a mark.
@@ -39,7 +39,8 @@ def mended(data: bytes | str) -> tuple[str, int]:
 
 
 def normalise(text: str) -> str:
-    """One canonical form: NFC, `\\n` line ends, no control characters or trailing space, one blank line at most."""
+    """Return a canonical form: NFC, `\\n` line ends, no control characters or trailing space, one blank line at
+    most."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ")
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
@@ -49,7 +50,7 @@ def normalise(text: str) -> str:
 
 
 def paragraphs(text: str) -> list[str]:
-    """The blocks of `text` between blank lines, indentation kept."""
+    """Return the blocks of `text` between blank lines, with their indentation."""
     return [block for block in _PARAGRAPH_BREAK.split(text) if block.strip()]
 
 
@@ -67,6 +68,6 @@ def stop_word_share(text: str, words: list[str] | None = None) -> float:
 
 
 def looks_english(text: str, *, letters: float = 0.6, stop_words: float = 0.1) -> bool:
-    """Whether `text` reads as English, possibly with code in it, rather than a table, data or another language."""
+    """Return whether `text` is English, possibly with code in it, and not a table, data or another language."""
     words = _WORD.findall(text)
     return letters_share(text, words) >= letters and stop_word_share(text, words) >= stop_words

@@ -1,4 +1,4 @@
-"""Tiers S, M and L: large corpora of English from distribution packages, package by package and resumable."""
+"""Tiers S, M and L: large corpora of English text from distribution packages. Building them is resumable."""
 
 import json
 import re
@@ -40,7 +40,7 @@ _SCRATCH = ".fetching-"  # prefix of the folders that packages are fetched into
 
 @dataclass(frozen=True)
 class Task:
-    """One package to be turned into documents; run in a worker."""
+    """One package to turn into documents, in a worker."""
 
     source: Source
     folder: str  # where the result goes
@@ -63,22 +63,21 @@ def _parts(name: str, paragraphs: Sequence[str]) -> Iterator[tuple[str, list[str
             part, size, number = [], 0, number + 1
 
 
-def _files(source: Source, archive: Path) -> Iterator[tuple[str, list[str]]]:
+def read_archive(source: Source, archive: Path) -> Iterator[tuple[str, list[str]]]:
+    """(name, paragraphs) of the documents in a package."""
+    if source.sword:
+        for name, paragraphs in from_sword(dict(members(archive))):
+            yield from _parts(name, paragraphs)
+        return
     wanted = re.compile(source.only)
     for name, data in members(archive):
         if wanted.search(f"/{name}") and not _SKIPPED.search(f"/{name}"):
-            yield name, paragraphs_of(f"/{name}", data, comments=source.comments, pdf=source.pdf)
-
-
-def read_archive(source: Source, archive: Path) -> Iterator[tuple[str, list[str]]]:
-    """(name, paragraphs) of the documents in a package."""
-    files = from_sword(dict(members(archive))) if source.sword else _files(source, archive)
-    for name, paragraphs in files:
-        yield from _parts(name, paragraphs)
+            paragraphs = paragraphs_of(f"/{name}", data, comments=source.comments, pdf=source.pdf)
+            yield from _parts(name, paragraphs)
 
 
 def collect(task: Task) -> dict[str, Any]:
-    """Download one package and write its documents; the file appears only when it is complete."""
+    """Download one package and write its documents. The file appears only when it is complete."""
     began = time.monotonic()
     path = Path(task.folder) / f"{_file_name(task.source)}.jsonl"
     with naming(path.parent), tempfile.TemporaryDirectory(dir=task.folder, prefix=_SCRATCH) as scratch:
@@ -92,7 +91,7 @@ def collect(task: Task) -> dict[str, Any]:
 
 
 def _need_programs(sources: Sequence[Source]) -> None:
-    """Said before the first download, not an hour later. Raises RuntimeError naming what to install."""
+    """Raise RuntimeError naming the programs to install, before the first download instead of an hour later."""
     clients = {"apt": "apt-get", "pip": sys.executable, "npm": "npm"}
     needed = {clients[source.client] for source in sources} | {"dpkg-deb" for s in sources if s.client == "apt"}
     needed |= {"pdftotext" for source in sources if source.pdf}
@@ -139,7 +138,7 @@ def _card(tier: str, heads: Iterable[dict[str, Any]], prepared: Prepared) -> dic
 
 
 def _prepared(tier: str, work: Path, processes: int, progress: Progress) -> tuple[list[Unit], dict[str, Any]]:
-    """Units and card of a tier, from the work of an earlier call as far as there is any."""
+    """Units and card of a tier. What an earlier call has done is not done again."""
     record = work / "prepared.json"
     if not record.exists():
         _collect_all(TIERS[tier], work, processes, progress)
@@ -153,12 +152,6 @@ def _prepared(tier: str, work: Path, processes: int, progress: Progress) -> tupl
     return [Unit(**{**unit, "files": tuple(unit["files"])}) for unit in known["units"]], known["card"]
 
 
-def _tokenizer(units: Sequence[Unit], card: dict[str, Any], vocab_size: int, progress: Progress) -> Tokenizer:
-    size = cards.totals(card["sources"])["protected"] / 1e6
-    progress(f"training a tokenizer of {vocab_size} tokens on {size:.0f} MB of text")
-    return train_tokenizer(units, Recipe(clean=False), vocab_size)
-
-
 def build_tier(
     tier: str,
     path: Path,
@@ -168,7 +161,7 @@ def build_tier(
     processes: int | None = None,
     progress: Progress = print,
 ) -> TokenSet:
-    """Build tier "s", "m" or "l" at `path`; what was fetched is kept beside it, so that a second call goes on.
+    """Build tier "s", "m" or "l" at `path`. Downloads are stored beside it, so that a second call can continue.
 
     tokenizer: instead of one of `vocab_size` tokens trained on the text.
     Raises RuntimeError naming the package that cannot be fetched or read, or a program that is not installed;
@@ -180,8 +173,11 @@ def build_tier(
     processes = processes or available_cores()
     with locked(work), naming(work):
         units, card = _prepared(tier, work, processes, progress)
-        tokenizer = tokenizer or _tokenizer(units, card, vocab_size, progress)
         recipe = Recipe(clean=False)
+        if tokenizer is None:
+            size = cards.totals(card["sources"])["protected"] / 1e6
+            progress(f"training a tokenizer of {vocab_size} tokens on {size:.0f} MB of text")
+            tokenizer = train_tokenizer(units, recipe, vocab_size)
         result = build(path, units, tokenizer, recipe, card, processes=processes, progress=progress)
         shutil.rmtree(work)
     return result

@@ -1,4 +1,5 @@
-"""Token sets on disk, for writing: into a hidden folder, renamed when complete, so that no half set is ever seen."""
+"""Writes token sets: into a hidden folder, which is renamed when it is complete, so that no partial set is ever
+seen."""
 
 import hashlib
 import json
@@ -6,6 +7,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from mmfree_jax.data.reading.token_set import (
     Shard,
     TokenSet,
     fingerprint,
-    shard_record,
 )
 from mmfree_jax.data.tokenizers.tokenizer import Tokenizer
 from mmfree_jax.files import locked, naming
@@ -136,7 +137,7 @@ def split_entry(shards: list[Shard], text_bytes: int) -> dict[str, Any]:
         "tokens": sum(shard.tokens for shard in shards),
         "documents": sum(shard.documents for shard in shards),
         "text_bytes": text_bytes,
-        "shards": [shard_record(shard) for shard in shards],
+        "shards": [asdict(shard) for shard in shards],
     }
 
 

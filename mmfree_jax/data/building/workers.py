@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-# The pipe stays open while the parent lives: a worker whose parent was killed must not go on writing.
+# The pipe stays open while the parent lives. A worker whose parent was killed must not continue to write.
 _PROGRAM = """
 import importlib, os, pickle, sys, threading
 module, name, argument = pickle.load(sys.stdin.buffer)
@@ -35,7 +35,7 @@ def available_cores() -> int:
 
 
 class _Pool:
-    """Worker processes, each for one call; `close` ends those that still run."""
+    """Worker processes, each for one call; `close` kills those that still run."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -86,6 +86,7 @@ def run_parts(
     Returns the results in the order of the parts; `done(number, result)` is told of each as it comes. A single part is
     done in this process. Raises WorkerError for the first that fails, after ending the others.
     """
+    # Threads only wait: each starts a process for a part and reads its result, so at most `processes` run at once.
     if len(parts) == 1:
         result = getattr(importlib.import_module(module), name)(parts[0])
         done(0, result)

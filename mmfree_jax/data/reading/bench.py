@@ -1,4 +1,4 @@
-"""How fast batches come out of token sets: the whole path that the trainer uses, its prefetching thread included."""
+"""Measures how fast batches are read from token sets, by the same path as in training, prefetching included."""
 
 import resource
 import time

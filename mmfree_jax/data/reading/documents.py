@@ -39,7 +39,7 @@ class Counts:
         return Counts(self.targets + other.targets, self.unique + other.unique, self.pairs + other.pairs)
 
 
-def counted(windows: np.ndarray, first: np.ndarray, end_of_document: int | None) -> Counts:
+def count_windows(windows: np.ndarray, first: np.ndarray, end_of_document: int | None) -> Counts:
     """Counts of windows, int32 [n, T + 1]; `first`, bool [n], is true where one was not read before.
 
     end_of_document: where documents are separate the token that ends one, None where they are joined.
@@ -55,6 +55,7 @@ def counted(windows: np.ndarray, first: np.ndarray, end_of_document: int | None)
 def visible_pairs(inputs: np.ndarray, end_of_document: int) -> int:
     """Pairs (query, key) of causal attention within the documents of rows, int32 [n, T]: a position sees itself and
     what came before it in its document, which begins with the end of the document before (`document_ids`)."""
+    # A running maximum carries the place of the last end of document along the row: where the current document begins.
     place = np.arange(inputs.shape[1])
     begins = np.maximum.accumulate(np.where(inputs == end_of_document, place, 0), axis=1)
     return int((place - begins + 1).sum())

@@ -1,9 +1,9 @@
-"""Batches for training and evaluation. Everything is a pure function of one integer, the number of examples consumed.
+"""Batches for training and evaluation: a pure function of one integer, the number of examples consumed.
 
 An example is a window of `sequence + 1` tokens; windows start every `sequence` tokens, so every token but the first is
-a target exactly once an epoch. Grain shuffles and mixes the windows with random access, so any process can compute
-its rows of any batch, and a run goes on from an integer in any number of processes, with any batch size. What is read
-is counted on the way (`data.counts`).
+a target exactly once an epoch. Grain shuffles and mixes the windows with random access, so any process can compute its
+rows of any batch, and a run can be continued from the integer in any number of processes, with any batch size. What is
+read is counted (`data.reading.documents`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmfree_jax.data.reading.documents import Counts, counted
+from mmfree_jax.data.reading.documents import Counts, count_windows
 from mmfree_jax.data.reading.prefetch import Prefetched
 from mmfree_jax.data.reading.token_set import Split, TokenSet
 
@@ -41,15 +41,16 @@ class Windows:
 
 
 def examples(sources: Sequence[Windows], weights: Sequence[float], seed: int) -> "grain.MapDataset":
-    """All examples of a run in order, endless: every source shuffled anew each epoch, mixed in exact proportion.
+    """Return all examples of a run in order, without end: each source shuffled again every epoch, mixed in proportion.
 
-    An example is a window and whether it is read for the first time.
+    An example is a window, and whether it is read for the first time.
     """
     import grain  # here, because it takes a second to load and few uses of this package read batches
 
     if any(weight <= 0 for weight in weights):
         raise ValueError(f"mixture weights must be positive, not {list(weights)}")
 
+    # Each source gets a seed of its own, so that adding a source does not change the order of the others.
     def endless_windows(windows: Windows, seed: int) -> "grain.MapDataset":
         shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat(None)
         return shuffled.map_with_index(lambda number, window: (window, number < len(windows)))
@@ -59,12 +60,12 @@ def examples(sources: Sequence[Windows], weights: Sequence[float], seed: int) ->
 
 
 class Batches:
-    """An endless iterator of `rows` of each batch, int32 [len(rows), sequence + 1], made ahead of time by a thread
-    that also takes them where `put` says.
+    """An endless iterator over `rows` of each batch, int32 [len(rows), sequence + 1].
 
-    `state` is the number of examples that all processes together have been given: pass it as `start` to go on, in any
-    number of processes and with any batch size. `counts` are those of the `counting` rows of the batches given out
-    here. Use as a context manager, or call `close`, to stop the thread.
+    A thread makes them ahead of time and calls `put` on them. `state` is the number of examples that all processes
+    together have consumed: pass it as `start` to continue, in any number of processes and with any batch size. `counts`
+    are those of the `counting` rows of the batches returned here. Use it as a context manager, or call `close`, to stop
+    the thread.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Batches:
     def _generate(self, start: int) -> Iterator[tuple[Any, Counts]]:
         while True:
             windows, first = map(np.stack, zip(*(self.dataset[start + row] for row in self._rows), strict=True))
-            counts = counted(windows[self._counting], first[self._counting], self._end_of_document)
+            counts = count_windows(windows[self._counting], first[self._counting], self._end_of_document)
             yield self.put(windows), counts
             start += self.batch
 
@@ -129,7 +130,7 @@ def batches(
     counting: Sequence[int] | None = None,
     separate: bool = False,
 ) -> Batches:
-    """Shuffled training batches of a token set or a `Mixture`.
+    """Return shuffled training batches of a token set or a `Mixture`.
 
     batch: windows of all processes together; `rows`: which of them this process wants, None for all. start: examples
     consumed before (`Batches.state`). ahead: batches prepared in advance, at least 1. put: done to each batch ahead,
@@ -150,11 +151,11 @@ def batches(
 
 
 def count_examples(token_set: TokenSet, *, sequence: int, seed: int, examples: int, separate: bool) -> Counts:
-    """Counts of the first `examples` training examples, made by reading them: for a run that did not count them."""
+    """Count the first `examples` training examples by reading them, for a run that did not count them."""
     dataset, total = _examples(token_set, sequence, seed, "train"), Counts()
     for number in range(examples):
         window, first = dataset[number]
-        total += counted(window[None], np.array([first]), token_set.end_of_document if separate else None)
+        total += count_windows(window[None], np.array([first]), token_set.end_of_document if separate else None)
     return total
 
 
@@ -165,9 +166,9 @@ def _examples(token_set: TokenSet, sequence: int, seed: int, split: str) -> "gra
 def evaluation_windows(
     token_set: TokenSet, sequence: int, batch: int, split: str = "valid"
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The whole split once, in order: tokens int32 [batch, sequence + 1] and a mask bool [batch, sequence].
+    """Yield the entire split once, in order: tokens int32 [batch, sequence + 1] and a mask bool [batch, sequence].
 
-    Every token but the first is a target (mask True) exactly once; what fills up the last batch is False.
+    Every token except the first is a target (mask True) exactly once; what fills up the last batch is False.
     """
     tokens = token_set.split(split)
     targets = len(tokens) - 1

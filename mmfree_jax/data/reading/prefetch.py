@@ -1,4 +1,4 @@
-"""One thread that works ahead, so that whoever consumes never waits for what could have been made before."""
+"""A thread that works ahead, so that the consumer does not wait for what could have been prepared before."""
 
 import queue
 import threading
@@ -9,10 +9,9 @@ T = TypeVar("T")
 
 
 class Prefetched(Generic[T]):
-    """The items of an iterator in order, up to `ahead` of them made in advance by a daemon thread.
+    """Iterates over the items of an iterator in order. A daemon thread prepares up to `ahead` of them in advance.
 
-    An exception of the iterator is raised to the consumer in its place. `close` ends the thread; so does the end of the
-    items.
+    An exception of the iterator is raised to the consumer at its place. The thread ends with the items, or at `close`.
     """
 
     def __init__(self, items: Iterator[T], ahead: int):

@@ -1,4 +1,4 @@
-"""Token sets on disk, for reading: memory-mapped, checked, with random access across shards.
+"""Reads token sets from disk: memory-mapped, checked, with random access across shards.
 
 index.json            format version, dtype, vocabulary, splits -> shards with counts and SHA-256, fingerprint
 train-00000.bin       tokens, little-endian uint16 or uint32; every document ends with the end-of-document token
@@ -11,7 +11,7 @@ data_card.json/.md    where the text is from
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class TokenSetError(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One pair of files: tokens and the document starts inside them."""
+    """One pair of files: tokens, and where documents start in them."""
 
     file: str
     tokens: int
@@ -52,12 +52,6 @@ def fingerprint(vocab_hash: str, dtype: str, splits: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([vocab_hash, dtype, sums], sort_keys=True).encode()).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     if not path.is_file():
         raise TokenSetError(f"{path} is missing: build the token set again")
@@ -68,7 +62,7 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
 
 
 class Split:
-    """The tokens of one split as one long array over all shards; only what is asked for is read."""
+    """The tokens of one split as one long array over all shards. Only what is indexed is read."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, shards: list[Shard]):
         self.name = name
@@ -84,7 +78,7 @@ class Split:
 
     @property
     def documents(self) -> int:
-        """How many documents there are."""
+        """Number of documents."""
         return sum(shard.documents for shard in self.shards)
 
     def document_starts(self) -> np.ndarray:
@@ -93,7 +87,7 @@ class Split:
         return np.concatenate([np.zeros(0, np.int64), *pieces])
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """Tokens [start:stop], of the set's dtype; steps other than 1 are refused with ValueError."""
+        """Return tokens [start:stop], of the set's dtype. Raises ValueError for a step other than 1."""
         start, stop, step = where.indices(len(self))
         if step != 1:
             raise ValueError("a split is read in runs: the step must be 1")
@@ -184,14 +178,16 @@ class TokenSet:
             raise TokenSetError(f"{self.path / INDEX} does not match its own fingerprint")
 
     def _check(self, file: str, expected: str) -> None:
-        if file_sha256(self.path / file) != expected:
+        with (self.path / file).open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != expected:
             raise TokenSetError(f"{self.path / file} is damaged (wrong SHA-256): build the token set again")
 
 
 class Mixture(TokenSet):
-    """Token sets of one vocabulary to train on together; held-out text and all that is said of it are the first's.
+    """Token sets of one vocabulary to train on together. Held-out text and metadata are those of the first.
 
-    weights: shares of the training windows, in proportion. Raises TokenSetError for sets of different vocabularies.
+    weights: relative shares of the training windows. Raises TokenSetError for sets of different vocabularies.
     """
 
     def __init__(self, sets: Sequence[TokenSet], weights: Sequence[float]):
@@ -202,8 +198,3 @@ class Mixture(TokenSet):
         self.sets, self.weights = tuple(sets), tuple(weights)
         parts = [[one.fingerprint, weight] for one, weight in zip(sets, weights, strict=True)]
         self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def shard_record(shard: Shard) -> dict[str, Any]:
-    """A shard as it stands in the index."""
-    return asdict(shard)

@@ -39,7 +39,12 @@ class Tokenizer:
         self.backend = backend
         self.description = description
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.end_of_document: int = _end_of_document(backend)
+        ends = [number for name in _END_NAMES if (number := backend.token_to_id(name)) is not None]
+        if not ends:
+            raise ValueError(
+                f"the tokenizer has no token to put between documents (looked for {', '.join(_END_NAMES)})"
+            )
+        self.end_of_document: int = ends[0]
         self._json = backend.to_str(pretty=True)
         self.vocab_hash: str = vocabulary_hash(self._json)
         # SentencePiece puts a blank before every text; it must not come again before the pieces of a long one.
@@ -60,6 +65,8 @@ class Tokenizer:
 
     def encode_stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Tokens of each text, `dtype` [tokens]; texts of any length, memory bounded by a few batches of 4 MB."""
+        # Long texts are cut into pieces and short ones collected, so that every batch has about the same size. `last`
+        # says where texts end in a batch, and `held` has the tokens of a text that continues in the next one.
         pieces: list[str] = []
         last: list[bool] = []
         held: list[np.ndarray] = []
@@ -103,13 +110,6 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json` that the `tokenizers` library, `transformers` and `load` read."""
         path.write_text(self._json, encoding="utf-8")
-
-
-def _end_of_document(backend: tokenizers.Tokenizer) -> int:
-    for name in _END_NAMES:
-        if (number := backend.token_to_id(name)) is not None:
-            return number
-    raise ValueError(f"the tokenizer has no token to put between documents (looked for {', '.join(_END_NAMES)})")
 
 
 def vocabulary_hash(tokenizer_json: str) -> str:

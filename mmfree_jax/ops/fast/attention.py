@@ -71,6 +71,8 @@ def _by_rows(q_BTHK, k_BTJK, v_BTJK, segments_BT) -> jax.Array:
     """`attend` on one row at a time, its queries in blocks that meet only the keys up to their own end."""
     time = q_BTHK.shape[1]
 
+    # The mask is causal, so a block of queries needs no key behind its last query: half of all scores are never made.
+    # Scores are recomputed in the backward pass, as reading them back from memory takes longer on a CPU.
     @jax.checkpoint
     def row(operands):
         q, k, v, segments_T = operands
@@ -84,6 +86,7 @@ def _by_rows(q_BTHK, k_BTJK, v_BTJK, segments_BT) -> jax.Array:
 
 def _block(q_THK, k_SJK, v_SJK, mask_TS) -> jax.Array:
     """[H, T, K]: some queries of one row against the keys that they may see."""
+    # The H // J heads that share keys are stacked in time: one product of J matrices, as large as it can be.
     T, H, K = q_THK.shape
     J = k_SJK.shape[1]
     exact = wide(q_THK.dtype)

@@ -67,7 +67,7 @@ class Residuals(NamedTuple):
 
     input: Input
     shards: tuple[Quantised, ...]  # the quantised weights, where they live
-    like: jax.Array  # a scalar of the weights' type: residuals are arrays
+    typed: jax.Array  # a scalar of the weights' type: residuals are arrays
 
 
 def linear(recipe: Recipe, x: jax.Array, weights: Weights | PackedWeights) -> tuple[jax.Array, ...]:
@@ -122,6 +122,7 @@ def quantise_input(
     x = combine(fusion.kind, sources, source_gain, recipe.eps)
     if gain is None:
         return Input(sources, source_gain, None, None, (_named(quantise_activations(x, recipe.bits)),))
+    # One statistic for all products; one set of codes for each gain.
     rstd = checkpoint_name(reciprocal_rms(x, recipe.eps), "per_token")
     codes = tuple(_named(quantise_normed(x, recipe.bits, rstd, g.astype(rstd.dtype))) for g in gains)
     return Input(sources, source_gain, gain, rstd, codes)
@@ -191,9 +192,9 @@ def _kernel_input_backward(
     arguments = sources, source_gain, gain, saved.scales, dys, factors, row_factors, dcopy
     names: list[Names] = [rows, (None,), gains, rows, rows, (None,), rows, rows]
     dsources, dsource_gain, dgains, inputs = per_shard(local, names, results, *arguments)
-    like = lambda d, a: None if a is None else d.reshape(a.shape).astype(a.dtype)
+    as_gain = lambda d, a: None if a is None else d.reshape(a.shape).astype(a.dtype)
     made = map(Quantised, inputs, saved.scales if recipe.gradient_bits else (None,) * len(inputs))
-    return (dsources, like(dsource_gain, source_gain), like(dgains, gain)), tuple(made)
+    return (dsources, as_gain(dsource_gain, source_gain), as_gain(dgains, gain)), tuple(made)
 
 
 def input_backward(fusion: Fusion, saved: Input, dys: list[jax.Array], dcopy: jax.Array | None = None) -> tuple:
@@ -215,6 +216,7 @@ def _norm_backward(x: jax.Array, saved: Input, dys: list[jax.Array]) -> tuple[ja
     if count == 1:
         dys = [sum(dys[1:], dys[0])]
     gains = gain.reshape(count, -1).astype(rstd.dtype)
+    # y_g = x_hat * gain_g with x_hat = x * rstd: gradients to x of all products are added before they pass the norm.
     x_hat = x.astype(rstd.dtype) * rstd
     rows = tuple(range(x.ndim - 1))
     dgain = jnp.stack([jnp.sum(dy * x_hat, axis=rows) for dy in dys]).reshape(gain.shape)
@@ -251,9 +253,13 @@ def backward(
     dcopy: the gradient to the copy of the first source. row_factors: `codes_onward` of a BitLinear whose products the
     sources are: where a kernel makes the gradients to sources, they come as `GradientCodes`.
     """
+    # Three things are needed: the gradient to the quantised input, dY W^T; that to the sources, through quantiser, norm
+    # and gate; and that to the weights, X^T dY, with X the quantised input. A kernel makes X again while it computes
+    # the second, so the order is first, second, third.
+    #
     # Behind barriers, or the compiler makes the dequantised inputs in the forward pass and keeps them until here; and
     # keeps gathered codes, which are gathered again. These have one of their own: they need not wait for dys.
-    recipe, (saved, shards, like) = fusion.recipe, residuals
+    recipe, (saved, shards, typed) = fusion.recipe, residuals
     shards, (saved, dys) = jax.lax.optimization_barrier(shards), jax.lax.optimization_barrier((saved, dys))
     kernel, axes = gather_kernel(recipe, shards), whole(recipe.axes)
     dtype, scales = saved.sources[0].dtype, _scales(saved)
@@ -277,7 +283,7 @@ def backward(
     # Gains are whole on every device: gathered here once, or the optimizer would do it for each of its moments.
     whole_gain = lambda d: None if d is None else constrain(d, *(None,) * d.ndim)
     dsources, dsource_gain, dgain = gradients
-    return dsources, whole_gain(dsource_gain), Weights(dw_GDF.astype(like.dtype), whole_gain(dgain))
+    return dsources, whole_gain(dsource_gain), Weights(dw_GDF.astype(typed.dtype), whole_gain(dgain))
 
 
 def codes_onward(recipe: Recipe, residuals: Residuals) -> jax.Array | None:

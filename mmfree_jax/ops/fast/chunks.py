@@ -18,6 +18,8 @@ def carried(
     Segments follow one another on the devices along `axis` of the mesh, if given. With reverse they run backward in
     time, and the state before a segment is that after it in time.
     """
+    # There are few segments, so they are chained one after the other; every device chains those of all and takes its
+    # own.
     S = decay_BSD.shape[1]
     if axis is not None:
         decay_BSD, end_BSD = (jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (decay_BSD, end_BSD))

@@ -139,6 +139,7 @@ def _loss_and_gradients(kernel: Quantised, piece: tuple, vocab: int, z_loss: flo
     x, targets_BT, weights_BT = piece
     nats_BT, total_BT, logits_BTV = _nats_and_logits(x, kernel, targets_BT, dtype, axis, vocab)
     loss = _sums(nats_BT, total_BT, weights_BT, z_loss)
+    # With p = softmax(logits) and l = logsumexp: d(l - logit_y) = p - [y], d(z l^2) = 2 z l p.
     pull_BT = weights_BT * (1 + 2 * z_loss * total_BT)
     softmax_BTV = jnp.exp(logits_BTV - total_BT[..., None])
     chosen_BTV = _chosen(logits_BTV, targets_BT, axis)
@@ -178,6 +179,7 @@ def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, codes):
     def local(x, kernel, targets_BT, weights_BT):
         kernel = kernel._replace(codes=kernel.codes.astype(x_BTD.dtype))  # once, not in every piece
 
+        # Gradients to x leave piece by piece; those to the weights are one array that all pieces are added to.
         def one(carry, piece):
             loss, (dx_BTD, dw_DV) = _loss_and_gradients(kernel, piece, vocab, z_loss, x_BTD.dtype, axis)
             return (carry[0] + loss, carry[1] + dw_DV), _summed(dx_BTD, axis)

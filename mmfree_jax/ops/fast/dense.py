@@ -23,7 +23,7 @@ def _forward(axes: Names, x: jax.Array, w_GDF: jax.Array):
 
 
 def _backward(axes: Names, saved, dys: tuple[jax.Array, ...]):
-    x, shards, like = saved
+    x, shards, typed = saved
     if any(name == "embed" and ways(name, size) > 1 for name, size in zip(axes, shards[0].shape, strict=True)):
         shards, (x, dys) = jax.lax.optimization_barrier(shards), jax.lax.optimization_barrier((x, dys))
     ws = [gathered(w_DF, axes) for w_DF in shards]
@@ -33,7 +33,7 @@ def _backward(axes: Names, saved, dys: tuple[jax.Array, ...]):
     names = [rows_of(x.ndim, name) for name in whole((into, out))]
     local = lambda x, dys: tuple(outer(x, dy) for dy in dys)
     dws = per_shard(local, names, [Summed((into, out))] * len(dys), x, dys)
-    return dx, jnp.stack([constrain(dw_DF, *axes) for dw_DF in dws]).astype(like.dtype)
+    return dx, jnp.stack([constrain(dw_DF, *axes) for dw_DF in dws]).astype(typed.dtype)
 
 
 dense = own_backward(_forward, _backward, static=(0,))

@@ -23,6 +23,8 @@ def fused_recurrence(
     """
     from mmfree_jax.ops.fast.hopper.recurrence import LANES, ROWS
 
+    # A step with factor 1 and input 0 keeps the state, so the last state is that of the last real step. With gates the
+    # factor comes from a projection: far into the sigmoid's flat end it is 1, and the gated input is then 0.
     B, T, D = c_BTD.shape
     h_BD = jnp.zeros((B, D), jnp.float32) if h_BD is None else h_BD.astype(jnp.float32)
     keep_BT = jnp.ones((B, T), jnp.float32) if resets_BT is None else 1 - resets_BT.astype(jnp.float32)

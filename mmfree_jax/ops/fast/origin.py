@@ -1,19 +1,4 @@
-"""Where an array came from: what lets an op fuse with the ops before it, while models stay plain calls.
-
-A BitLinear is fastest where it computes what stands before it itself: the block's norm, the output gate or SwiGLU
-become part of its one pass over memory, and its backward pass recomputes them instead of keeping their result. In the
-model these are calls of their own, as in the paper: `bit_linear(rms_norm(x))`. So `rms_norm`, `gated_norm` and `swiglu`
-compute their result as usual and also note here what it was made of; a BitLinear looks its input up, and if it finds a
-note, it reads the sources instead. Nobody uses the result then, and the compiler removes it. A result that reaches the
-BitLinear changed, by a factor or a constraint, is another array without a note: slower, never wrong.
-
-The residual needs a little more. A stream x is read twice, by the norm and by `residual(x, y)`, so two gradients to it
-have to be added, which costs a pass over memory of its own. A BitLinear that reads x therefore also returns x
-unchanged, and `residual` takes that copy (`latest`) in place of x: by the chain rule its gradient then arrives in the
-BitLinear's backward kernel, which adds it on the way. A block has one such stream at a time, so one is remembered.
-
-Notes hold sources, never results, so they go when results go; arrays outside of a trace have none.
-"""
+"""Where an array came from: what lets an op fuse with the ops before it, while models stay plain calls."""
 
 import weakref
 from contextvars import ContextVar
@@ -21,6 +6,22 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.extend.core import get_opaque_trace_state
+
+# A BitLinear is fastest where it computes what stands before it itself: the block's norm, the output gate or SwiGLU
+# become part of its one pass over memory, and its backward pass recomputes them instead of keeping their result. In
+# the model these are calls of their own, as in the paper: `bit_linear(rms_norm(x))`. So `rms_norm`, `gated_norm` and
+# `swiglu` compute their result as usual and also note here what it was made of; a BitLinear looks its input up, and
+# if it finds a note, it reads the sources instead. Nobody uses the result then, and the compiler removes it. A
+# result that reaches the BitLinear changed, by a factor or a constraint, is another array without a note: slower,
+# never wrong.
+#
+# The residual needs a little more. A stream x is read twice, by the norm and by `residual(x, y)`, so two gradients
+# to it have to be added, which costs a pass over memory of its own. A BitLinear that reads x therefore also returns
+# x unchanged, and `residual` takes that copy (`latest`) in place of x: by the chain rule its gradient then arrives
+# in the BitLinear's backward kernel, which adds it on the way. A block has one such stream at a time, so one is
+# remembered.
+#
+# Notes hold sources, never results, so they go when results go; arrays outside of a trace have none.
 
 Kind = Literal["plain", "norm", "gated", "swiglu"]
 

@@ -20,6 +20,12 @@ from mmfree_jax.ops.packed import Packed
 from mmfree_jax.ops.ternary import Quantised, dequantise, ternary_codes, wide
 from mmfree_jax.sharding import Names, Summed, constrain, packed_gathers, per_shard, rows_of, ways, whole
 
+# On a mesh, a layer's latent weights are cut over fsdp. Each device quantises its own part, and what travels is codes:
+# a quarter of the bytes of float32 weights, or a sixteenth packed. The product then needs the whole matrix of codes,
+# and its result two scales: one number a token from the input, one number a matrix (or a column) from the weights.
+# Integers up to 127 times signs, summed over thousands of inputs, are exact in int32 as in float32, so scales come
+# last.
+
 
 class Unscaled(NamedTuple):
     """A gradient that is yet to be multiplied by a scalar; None stands for 1."""
@@ -43,6 +49,7 @@ def quantise_kernel(recipe: Recipe, w_GDF: jax.Array) -> tuple[Quantised, ...]:
     """`ops.bit_linear.quantise_kernel`, on the devices that hold the weights, where the codes stay."""
     groups, _, columns = w_GDF.shape
     if recipe.columns:
+        # An iota where the weights live; a comparison with a constant vector would be whole on every device.
         token = jax.lax.broadcasted_iota(jnp.int32, w_GDF.shape, w_GDF.ndim - 1)
         w_GDF = jnp.where(token < recipe.columns, w_GDF, 0)
     scale = weight_scale(w_GDF, recipe.scale_axes, (None, *recipe.axes))
@@ -61,6 +68,7 @@ def gather_kernel(recipe: Recipe, kernel: tuple[Quantised, ...]) -> tuple[Quanti
 
     Codes are packed four rows to a byte, so the rows of a byte have to lie on one device.
     """
+    # The constraint to the weights' own place comes first, or the partitioner gathers before it packs.
     gathered, shape = [], kernel[0].codes.shape
     cut = {name: (size, ways(name, size)) for name, size in zip(recipe.axes, shape, strict=True)}
     rows, shards = cut[recipe.axes[0]]
@@ -213,6 +221,8 @@ def _over_tokens(
 
 def _integer_outer(x: Quantised, dy: GradientCodes, per_channel: jax.Array | None, dtype: Any) -> jax.Array:
     """[D, F] as `dtype`: the sum over tokens of x and dy / per_channel."""
+    # dW = sum over tokens t of s_t x_t (r_t dy_t), codes x and dy with scales s and r. Both scales depend on t, which
+    # is summed over, so they go into the codes of dy, which are rounded again: to one scale for each column of dW.
     flat = lambda a: a.reshape(-1, a.shape[-1])
     codes, x_scale, rows = flat(x.codes), flat(x.scale), Quantised(*map(flat, dy.rows))
     largest = None if dy.largest is None else dy.largest.reshape(-1)

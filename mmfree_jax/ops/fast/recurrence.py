@@ -85,7 +85,10 @@ def _walk(f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reverse: bool) ->
 
 
 def _prefix(f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reverse: bool) -> jax.Array:
-    """Parallel prefix over pairs (f, x): logarithmically many steps."""
+    """Parallel prefix over pairs (f, x): logarithmically many steps (Martin & Cundy 2018, arXiv 1709.04057).
+
+    A pair stands for h -> f h + x, and two of them in a row for h -> f' f h + (f' x + x').
+    """
     first = -1 if reverse else 0
     x_BTD = x_BTD.at[:, first].add(f_BTD[:, first] * h_BD)
 
@@ -101,6 +104,7 @@ def _forward(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array):
     def local(f_BTD, x_BTD, h_BD):
         start_BSD = h_BD[:, None]
         if axis is not None:
+            # What this device's chunk does to a state, h -> decay * h + end; all devices learn all of them.
             end_BSD = _states(form, f_BTD, x_BTD, jnp.zeros_like(h_BD))[:, -1:]
             start_BSD = carried(jnp.prod(f_BTD, axis=1, keepdims=True), end_BSD, h_BD, axis)
         return _states(form, f_BTD, x_BTD, start_BSD[:, 0]), start_BSD

@@ -43,6 +43,7 @@ def _rms_norm_forward(x: jax.Array, gain_D: jax.Array, eps: float):
 
 
 def _rms_norm_backward(eps: float, saved, dy: jax.Array):
+    # y = x_hat * gain, x_hat = x * rstd: dx = rstd (dy gain - x_hat mean(x_hat dy gain)).
     x, rstd, gain_D = saved
     dy = dy.astype(rstd.dtype)
     dgain_D = jnp.sum(dy * (x.astype(rstd.dtype) * rstd), axis=tuple(range(dy.ndim - 1)))

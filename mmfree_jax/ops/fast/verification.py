@@ -148,26 +148,26 @@ def _outcome(use: Use) -> Outcome:
         return Outcome({}, error=f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_REASON]}")
     # As text, for JSON has neither NaN nor infinity.
     deviations = {name: str(deviation) for name, deviation in outcome.deviations.items()}
-    keep(path, {"use": str(use), "environment": environment(), "deviations": deviations})
+    store(path, {"use": str(use), "environment": environment(), "deviations": deviations})
     return outcome
 
 
 def _path(use: Use) -> Path | None:
     """The file that keeps the outcome of a use; None where no folder is set."""
-    folder = kept_in()
+    folder = cache_folder()
     if folder is None:
         return None
     key = hashlib.sha256(json.dumps([str(use), environment(), _sources()]).encode()).hexdigest()[:24]
     return folder / "kernels" / f"{key}.json"
 
 
-def kept_in() -> Path | None:
+def cache_folder() -> Path | None:
     """Return the folder of compiled programs (`devices.use_compile_cache`), which has outcomes too; None without."""
     folder = getattr(jax.config, "jax_compilation_cache_dir", None)
     return Path(folder) if folder else None
 
 
-def keep(path: Path | None, outcome: dict[str, Any]) -> None:
+def store(path: Path | None, outcome: dict[str, Any]) -> None:
     """Write an outcome as JSON. Where there is no folder or it cannot be written, the next process checks again."""
     if path is None:
         return

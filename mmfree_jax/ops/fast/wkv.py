@@ -45,6 +45,7 @@ def wkv(
     exact = wide(k_BTD.dtype)
     w_D, u_D, k_BTD, v_BTD = (a.astype(exact) for a in (w_D, u_D, k_BTD, v_BTD))
     state = state or empty(k_BTD.shape[0], k_BTD.shape[2], exact)
+    # The exponents first, in parallel over time; then a and b, relative to them, are recurrences like any other.
     m_BTD = jax.lax.stop_gradient(_largest_exponent(w_D, k_BTD, state.m_BD, resets_BT))
     before_BTD = _previous(m_BTD, state.m_BD)
     if resets_BT is not None:

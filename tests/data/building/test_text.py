@@ -27,10 +27,10 @@ def test_decode_keeps_what_is_utf8_and_marks_what_is_not() -> None:
 
 
 def test_what_no_text_holds_is_replaced_and_counted() -> None:
-    assert text.mended("\ufeffnaïve 数学 \ufffd".encode()) == ("naïve 数学 \ufffd", 0)
-    assert text.mended(b"ab\xff\xfecd\xc3") == ("ab\ufffd\ufffdcd\ufffd", 3)
-    assert text.mended("half \ud83d and an escaped NUL \0") == ("half \ufffd and an escaped NUL \0", 1)
-    assert text.mended("ab".encode("utf-16-le")) == ("a\0b\0", 2)
+    assert text.repair("\ufeffnaïve 数学 \ufffd".encode()) == ("naïve 数学 \ufffd", 0)
+    assert text.repair(b"ab\xff\xfecd\xc3") == ("ab\ufffd\ufffdcd\ufffd", 3)
+    assert text.repair("half \ud83d and an escaped NUL \0") == ("half \ufffd and an escaped NUL \0", 1)
+    assert text.repair("ab".encode("utf-16-le")) == ("a\0b\0", 2)
 
 
 def test_paragraphs_are_split_at_blank_lines_and_keep_their_indentation() -> None:

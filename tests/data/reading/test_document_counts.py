@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mmfree_jax.data import Counts, Mixture, TokenSet, batches, count_examples
 from mmfree_jax.data.building import token_writer
 from mmfree_jax.data.building.packing import pack
-from mmfree_jax.data.reading.documents import counted, document_ids, is_target, visible_pairs
+from mmfree_jax.data.reading.documents import count_windows, document_ids, is_target, visible_pairs
 from mmfree_jax.data.tokenizers.tokenizer import byte_tokenizer
 from tests.data.made_up import passage
 
@@ -45,9 +45,9 @@ def test_windows_counted_by_hand():
     both, one = np.array([True, True]), np.array([False, True])
     # Documents 5 6 | 0 7 | 0 | 0 | 0 8 9 and 0 1 2 | 0 | 0 | 0 3 | 0 | 0: n (n + 1) / 2 pairs each.
     pairs = (3 + 3 + 1 + 1 + 6) + (6 + 1 + 1 + 3 + 1 + 1)
-    assert counted(windows, both, END) == Counts(targets=7 + 6, unique=13, pairs=pairs)
-    assert counted(windows, one, END) == Counts(targets=13, unique=6, pairs=pairs)
-    assert counted(windows, one, None) == Counts(targets=18, unique=9, pairs=2 * 45)
+    assert count_windows(windows, both, END) == Counts(targets=7 + 6, unique=13, pairs=pairs)
+    assert count_windows(windows, one, END) == Counts(targets=13, unique=6, pairs=pairs)
+    assert count_windows(windows, one, None) == Counts(targets=18, unique=9, pairs=2 * 45)
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=4))

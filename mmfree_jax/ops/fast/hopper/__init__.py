@@ -1,2 +1,2 @@
-"""Hand-written kernels (Pallas Mosaic GPU, Hopper), one file an op. Each stands beside an XLA reference in ops/ that it
-is tested against, and is only reached through that op's choosing function: nothing needs a kernel to work."""
+"""Hand-written kernels for Hopper GPUs (Pallas Mosaic GPU), one file an op. `choice` alone decides where they serve and
+XLA computes the same elsewhere, so nothing needs a kernel to work. `mosaic` says in short how such kernels read."""

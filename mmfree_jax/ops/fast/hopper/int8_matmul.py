@@ -16,7 +16,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mmfree_jax.ops.fast.hopper.mosaic import spread
+from mmfree_jax.ops.fast.hopper.mosaic import broadcast
+
+# Three warpgroups share a block, and each has one job. The first two multiply: each has 128 x 128 sums of int32 in its
+# registers and feeds the tensor cores from shared memory, K in steps of 128. The third only asks the copy engine for
+# operands, four steps ahead. A block stays on its multiprocessor and goes from output to output in a snake over the
+# result, so that the rows and columns which its neighbours read at the same time are still in the second-level cache.
+# At the end of an output the sums are multiplied by both scales in registers, rounded to bfloat16, and leave through
+# two small buffers of shared memory in turn, while the third warpgroup is already copying for the next output.
 
 TILE_M, TILE_N, TILE_K = 128, 128, 128  # of one warpgroup; two of them share a block's columns
 COMPUTE_GROUPS = 2
@@ -27,13 +34,13 @@ SNAKE = 8  # blocks of rows visited before the columns advance: keeps both opera
 
 
 def supports(rows: int, inner: int, columns: int) -> bool:
-    """Whether [rows, inner] x [columns, inner] falls into whole blocks."""
+    """Whether [rows, inner] x [columns, inner] consists of whole blocks."""
     return rows % (COMPUTE_GROUPS * TILE_M) == 0 and columns % TILE_N == 0 and inner % TILE_K == 0
 
 
 @jax.jit
 def int8_matmul(x_MK: jax.Array, w_NK: jax.Array, x_scale_M: jax.Array, w_scale: jax.Array) -> jax.Array:
-    """(x @ w.T) * x_scale * w_scale in bfloat16 [M, N].
+    """Compute (x @ w.T) * x_scale * w_scale in bfloat16 [M, N].
 
     x_MK, w_NK: int8, both with the summed axis last; the sum is exact. x_scale_M [M], w_scale [1] or [N]: float32.
     """
@@ -85,9 +92,10 @@ def int8_matmul(x_MK: jax.Array, w_NK: jax.Array, x_scale_M: jax.Array, w_scale:
                     @functools.partial(pl.run_scoped, sums=plgpu.ACC((TILE_M, TILE_N), jnp.int32))
                     def _(sums):
                         accumulate(sums)
-                        scale = spread(x_scale_gmem.at[at_m].at[mine], (TILE_M, TILE_N), 0)
-                        by = w_scale_gmem[0] if w_scale.size == 1 else spread(w_scale_gmem.at[at_n], scale.shape, 1)
-                        values = (sums[...].astype(jnp.float32) * (scale * by)).astype(jnp.bfloat16)
+                        scale = broadcast(x_scale_gmem.at[at_m].at[mine], (TILE_M, TILE_N), 0)
+                        by_column = w_scale.size > 1
+                        scale *= broadcast(w_scale_gmem.at[at_n], scale.shape, 1) if by_column else w_scale_gmem[0]
+                        values = (sums[...].astype(jnp.float32) * scale).astype(jnp.bfloat16)
                         store(values, out_smem.at[group], out_gmem.at[at_m, at_n].at[mine])
 
                 def step(_, x_smem, w_smem, sums):

@@ -1,4 +1,4 @@
-"""What the kernels that stream over memory share: their compiler's settings and a function of the registers."""
+"""What the kernels share: compiler settings of those that stream over memory, and functions of registers."""
 
 import functools
 from typing import Any
@@ -7,6 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Pallas Mosaic GPU in short, as far as these kernels need it. GMEM is the device's memory, SMEM the shared memory of
+# a multiprocessor, ACC an accumulator of the tensor cores in registers. A block has one or more warpgroups of 128
+# threads. `emit_pipeline` walks over stages and has the copy engine (TMA) bring the operands of the next stages into
+# SMEM while the body computes on this one. `copy_smem_to_gmem` starts a copy back; `wait_smem_to_gmem(n)` waits
+# until all but the last n copies are over. `wgmma` multiplies two tiles of SMEM on the tensor cores.
 
 # No automatic barriers: these kernels have no shared memory that several threads both read and write between the
 # explicit ones. `commit_smem` (a fence, then a barrier of the warpgroup) orders what a stage has stored before the copy
@@ -24,12 +30,12 @@ SHARED_BYTES = 227 * 1024 - 8192  # of shared memory that a block has on Hopper,
 
 
 def sigmoid(x: jax.Array) -> jax.Array:
-    """1 / (1 + e^-x), an exponential and a reciprocal."""
+    """Compute 1 / (1 + e^-x): an exponential and a reciprocal."""
     return 1.0 / (1.0 + jnp.exp(-x))
 
 
-def spread(ref: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """A vector in memory over an accumulator of this shape, along one of its axes and repeated on the other."""
+def broadcast(ref: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Load a vector and broadcast it to an accumulator of this shape: along one of its axes, repeated on the other."""
     layout = plgpu.Layout.WGMMA.reduce(1 - axis)
     values = plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # as of jax 0.11
     return lax.broadcast_in_dim(values, shape, (axis,))

@@ -23,6 +23,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmfree_jax.ops.fast.hopper.mosaic import SHARED_BYTES, STREAMING, sigmoid
 
+# The recurrence is a loop over time in which nothing can be reordered, but channels are independent: one thread takes
+# one channel, and 128 of them one warpgroup. A step is two floating-point operations, so all that counts is that the
+# next values are there when they are needed. Hence the pipeline: while a stage of 32 steps is computed out of shared
+# memory, the copy engine has the next two to four stages on the way. The backward pass walks the other way and meets
+# the states that the forward pass wrote; the gates it computes again from the projections, which is cheaper than
+# reading them.
+#
+# One sequence of 2,048 channels is 16 blocks, and the GPU has 132 multiprocessors. As a step is linear in the state, h
+# -> decay * h + end describes any segment of time: a first walk finds (decay, end) of every segment at the same time, a
+# few operations on [B, D] chain them, and then all segments are walked at once, each from its right state.
+
 LANES = 128  # channels of a block: one warpgroup, one channel a thread
 ROWS = 32  # time steps of a stage
 GROUP = 16  # rows loaded before the first of them is stored: a store may alias the loads behind it
@@ -228,10 +239,10 @@ def backward(
         plgpu.wait_smem_to_gmem(0)
 
     operands = [*streams, *([] if floor_D is None else [floor_D]), h_BD, keep_BT, dlast_BD]
-    like, sums = jax.ShapeDtypeStruct((B, T, D), f_BTD.dtype), jax.ShapeDtypeStruct((B, D), jnp.float32)
+    steps, sums = jax.ShapeDtypeStruct((B, T, D), f_BTD.dtype), jax.ShapeDtypeStruct((B, D), jnp.float32)
     tile = plgpu.SMEM((2, ROWS, LANES), f_BTD.dtype)
     scratch = [tile, tile, plgpu.SMEM((2, LANES), jnp.float32)]
-    return _kernel(recurrence_backward, [like, like, sums, sums], (B, D), scratch)(*operands)
+    return _kernel(recurrence_backward, [steps, steps, sums, sums], (B, D), scratch)(*operands)
 
 
 def _factor(f: jax.Array, floor: jax.Array | None) -> jax.Array:
@@ -245,12 +256,12 @@ def _step(c: jax.Array, f: jax.Array, floor: jax.Array | None) -> tuple[jax.Arra
     return factor, c if floor is None else (1 - factor) * c * sigmoid(c)
 
 
-def _step_backward(c: list, f: jax.Array, floor: jax.Array | None, kept: jax.Array, g: jax.Array) -> tuple:
-    """Gradients to c, f and floor of a step from state `kept`, given that to the state after it; and the factor."""
+def _step_backward(c: list, f: jax.Array, floor: jax.Array | None, h_before: jax.Array, g: jax.Array) -> tuple:
+    """Gradients to c, f and floor of a step from state `h_before`, from that to the state after it; and the factor."""
     if floor is None:
-        return g, g * kept, 0.0, f
+        return g, g * h_before, 0.0, f
     gate, open_c = sigmoid(f), sigmoid(c[0])
-    factor, dfactor = floor + (1 - floor) * gate, g * (kept - c[0] * open_c)
+    factor, dfactor = floor + (1 - floor) * gate, g * (h_before - c[0] * open_c)
     dc = g * (1 - factor) * open_c * (1 + c[0] * (1 - open_c))
     return dc, dfactor * (1 - floor) * gate * (1 - gate), dfactor * (1 - gate), factor
 
