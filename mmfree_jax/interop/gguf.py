@@ -60,7 +60,7 @@ def save_gguf(
 ) -> None:
     """Write a model as one GGUF file, which appears complete or not at all.
 
-    kind: type of the layers' matrices; "auto" is tq2_0 for ternary models and f16 for dense ones. Embedding and head
+    kind: type of the layers' matrices; "auto" is `default_kind`. Embedding and head
     are f16, with kind f32 f32. tokenizer_json: the tokenizer as the library `tokenizers` writes it. end: the token that
     separates documents. context: the longest text in tokens that the file promises.
 
@@ -71,7 +71,7 @@ def save_gguf(
         raise FileExistsError(f"{path} exists: choose another")
     config = model.config
     check_expressible(config)
-    kind = ("tq2_0" if config.linear == "ternary" else "f16") if kind == "auto" else kind
+    kind = default_kind(config) if kind == "auto" else kind
     check_kind(config, kind)
     gguf = _package()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +118,13 @@ def check_expressible(config: ModelConfig) -> None:
         value = getattr(config, name)
         hint = ": take a preset bitnet-tied-*" if config.family == "bitnet" and name == "tie_embeddings" else ""
         require(value == only, f"model.{name}={value!r} cannot be exported: GGUF has only {only!r} here{hint}")
+
+
+def default_kind(config: ModelConfig) -> Kind:
+    """Return the type of a model's matrices: f16 for dense ones, else tq2_0, or q2_0 where its blocks do not fit."""
+    if config.linear == "dense":
+        return "f16"
+    return "tq2_0" if config.width % 256 == config.glu_width % 256 == 0 else "q2_0"
 
 
 def check_kind(config: ModelConfig, kind: str) -> None:
