@@ -13,7 +13,7 @@ from mmfree_jax.inference.text import TextModel, _Reader, find_tokenizer, load_t
 from tests.inference.test_generate import served
 from tests.inference.test_packed import made
 
-TOKENIZER = train_bpe(["a stitch in time saves nine; 日本語 café\n" * 9], 300)
+TOKENIZER = train_bpe(["a stitch in time saves nine; 日本語 café, the quick brown fox\n" * 9], 300)
 
 
 @functools.cache
