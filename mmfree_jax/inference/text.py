@@ -135,10 +135,10 @@ class _Reader:
         """Take more tokens; those after the end are left out."""
         for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
             if self.finish:
-                return
+                break
             if token == self.model.end:
                 self.finish = "end"
-                return
+                break
             self.tokens.append(token)
             self.logprobs.append(logprob)
             if self.stops:
@@ -146,7 +146,7 @@ class _Reader:
         self._decode()
 
     def _decode(self) -> None:
-        if self.model.tokenizer is None:
+        if self.model.tokenizer is None or self.finish == "stop":
             return
         self.text = self.model.tokenizer.decode(self.tokens)
         places = [self.text.find(stop) for stop in self.stops if stop in self.text]
