@@ -17,7 +17,7 @@ import jax
 from experiments.absent_h200 import compiled_step
 from mmfree_jax.config import MeshConfig, RunConfig
 from mmfree_jax.lowering.memory import policies
-from mmfree_jax.ops.fast.choice import kernels_assumed
+from mmfree_jax.ops.fast.verification import kernels_assumed
 from mmfree_jax.presets import run_preset
 
 COLUMNS = (

@@ -16,9 +16,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmfree_jax.bench.timing import repeated, time_calls
-from mmfree_jax.ops.kernels import normed_codes, recurrence, transposed_codes
-from mmfree_jax.ops.kernels.mosaic import STREAMING
-from mmfree_jax.ops.ternary import dithered, nearest_integer
+from mmfree_jax.ops.fast.hopper import normed_codes, recurrence, transposed_codes
+from mmfree_jax.ops.fast.hopper.mosaic import STREAMING
+from mmfree_jax.ops.fast.ternary import dithered, nearest_integer
 
 ROWS, WIDTH, GLU_WIDTH, TIMES = 16384, 2048, 5632, 8
 EPS = 1e-6

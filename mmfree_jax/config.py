@@ -1,8 +1,6 @@
 """The config of a run: frozen dataclasses, validated on construction, with a JSON round trip and a fingerprint.
 
 Nothing here imports JAX, so that configs are read, checked and printed at once.
-Shape letters used throughout the project: B batch, T time, D model width, F GLU width, V vocabulary, L layers,
-H heads, K head width.
 """
 
 import dataclasses
@@ -16,137 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Mixer = Literal["attention", "mlgru", "rwkv4"]
-Linear = Literal["dense", "ternary"]
-Parametrisation = Literal["standard", "mup"]
+# The architecture is a part of the config: what it exports, this module does too.
+from mmfree_jax.architecture import FAMILIES as FAMILIES
+from mmfree_jax.architecture import ConfigError, ModelConfig, Remat, check_choices, require
+from mmfree_jax.architecture import Parametrisation as Parametrisation
+
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["constant", "wsd", "cosine", "cosine-halving", "two-stage"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Remat = Literal["none", "products", "mixer", "codes", "full"]
 Kernels = Literal["auto", "off"]
 Gather = Literal["int8", "packed"]
 Reduction = Literal["compute", "float32"]
-
-FAMILIES: dict[str, tuple[Mixer, Linear]] = {
-    "transformer++": ("attention", "dense"),
-    "bitnet": ("attention", "ternary"),
-    "matmul-free": ("mlgru", "ternary"),
-    "matmul-free-rwkv4": ("rwkv4", "ternary"),
-    "hgrn": ("mlgru", "dense"),
-}
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run. The message says what to change."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError(message) unless condition holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def check_choices(config: Any) -> None:
-    """Check every Literal-typed field of a dataclass instance against its allowed values."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        if typing.get_origin(hint) is Literal:
-            value, allowed = getattr(config, name), typing.get_args(hint)
-            require(value in allowed, f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The architecture. A family is `mixer` x `linear`; the other switches are ablations of it.
-
-    Sizes are element counts. `heads` and `kv_heads` belong to attention: the MLGRU is element-wise, where heads would
-    change nothing. Switches that a family does not have must keep their defaults.
-    """
-
-    mixer: Mixer = "mlgru"
-    linear: Linear = "ternary"
-    vocab: int = 32000  # rows of the embedding and outputs of the head
-    tokenizer_vocab: int = 0  # tokens of the tokenizer; further rows are padding and never predicted; 0: no padding
-    width: int = 1024
-    depth: int = 24
-    glu_width: int = 2816
-    heads: int = 1
-    kv_heads: int = 0  # 0: as many as heads; fewer is grouped-query attention (Ainslie et al. 2023)
-    tie_embeddings: bool = False
-    dense_head: bool = False  # keep the head of a ternary model dense (BitNet b1.58); MatMul-free's own is ternary
-    linear_norm: bool = True  # "double norm": each ternary layer has an RMSNorm of its own, after that of the block
-    sublayer_norm: bool = False  # BitNet b1.58: RMSNorm before the output and down projections
-    output_gate: Literal["official", "paper"] = "official"  # which branch is normed (MLGRU only)
-    lower_bounds: bool = True  # learned floors of the forget gate, cumulative over depth (MLGRU only)
-    activation_bits: Literal[0, 4, 8] = 8  # 0: activations are not quantised (ternary layers only)
-    gradient_bits: Literal[0, 8] = 0  # 8: integer products in the backward pass too (ternary layers but the head)
-    weight_scale: Literal["tensor", "channel"] = "tensor"  # one absmean scale a matrix, or one an output channel
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
-    parametrisation: Parametrisation = "standard"  # mup: hyper-parameters of the base are right at every size
-    base_width: int = 0  # mup: the size at which the hyper-parameters were found
-    base_depth: int = 0
-    base_head: int = 0  # mup with attention: head width of the base; 0: as wide as here
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("vocab", "width", "depth", "glu_width", "heads"):
-            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: must be at least 1")
-        require(
-            0 <= self.tokenizer_vocab <= self.vocab,
-            f"model.tokenizer_vocab={self.tokenizer_vocab}: must be from 0 (no padding) to model.vocab={self.vocab}",
-        )
-        require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps}: must be positive")
-        require(self.init_std > 0, f"model.init_std={self.init_std}: must be positive")
-        if self.mixer == "attention":
-            self._check_attention()
-        else:
-            self._keeps_default("heads", "kv_heads", why=f"mixer={self.mixer} is element-wise and has no heads")
-            self._keeps_default("rope_theta", why=f"mixer={self.mixer} has no rotary embeddings")
-        if self.linear == "dense":
-            only_ternary = ("activation_bits", "gradient_bits", "weight_scale", "linear_norm", "dense_head")
-            self._keeps_default(*only_ternary, why="linear=dense has no quantiser")
-        if self.mixer != "mlgru":
-            self._keeps_default("output_gate", "lower_bounds", why=f"mixer={self.mixer} has no such gate")
-        self._check_parametrisation()
-
-    def _check_attention(self) -> None:
-        require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta}: must be positive")
-        heads, kv = self.heads, self.kv_heads
-        possible = [h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0]
-        nearest = ", ".join(map(str, sorted(sorted(possible, key=lambda h: abs(h - heads))[:4])))
-        require(
-            self.width % heads == 0 and (self.width // heads) % 2 == 0,
-            f"model.heads={heads} does not divide model.width={self.width} into even heads (rotary embeddings "
-            f"turn pairs of channels): use one of {nearest}",
-        )
-        require(
-            kv == 0 or (0 < kv <= heads and heads % kv == 0),
-            f"model.kv_heads={kv} must divide model.heads={heads} (0: as many)",
-        )
-
-    def _check_parametrisation(self) -> None:
-        if self.parametrisation == "standard":
-            self._keeps_default("base_width", "base_depth", "base_head", why="parametrisation=standard has no base")
-            return
-        for name in ("base_width", "base_depth"):
-            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: parametrisation=mup needs it")
-        require(self.base_head >= 0, f"model.base_head={self.base_head}: must not be negative")
-        if self.mixer != "attention":
-            self._keeps_default("base_head", why=f"mixer={self.mixer} has no heads")
-
-    def _keeps_default(self, *names: str, why: str) -> None:
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in names:
-            value = getattr(self, name)
-            require(value == defaults[name], f"model.{name}={value!r} would do nothing: {why}; leave it out")
-
-    @property
-    def family(self) -> str:
-        """The family's name, or mixer+linear where it has none."""
-        pair = (self.mixer, self.linear)
-        return next((name for name, key in FAMILIES.items() if key == pair), f"{self.mixer}+{self.linear}")
-
 
 PLACES = ("corpus", "vocab", "mixture")  # fields of DataConfig that say where the data are, not what they are
 
@@ -489,17 +367,17 @@ def with_changes(config: Any, changes: Mapping[str, Any], path: str = "") -> Any
         inner.setdefault(field, {})[rest] = value
     fields, new = [f.name for f in dataclasses.fields(config)], {}
     for field, values in inner.items():
-        whole = f"{path}{field}" + "".join(f".{rest}" for rest in list(values)[:1] if rest)
-        require(field in fields, f"{whole}: no such field{suggestion(field, fields)}")
+        dotted = f"{path}{field}" + "".join(f".{rest}" for rest in list(values)[:1] if rest)
+        require(field in fields, f"{dotted}: no such field{suggestion(field, fields)}")
         old, nested = getattr(config, field), "" not in values
-        require(nested == dataclasses.is_dataclass(old), f"{whole}: names a group of fields, or goes past a field")
+        require(nested == dataclasses.is_dataclass(old), f"{dotted}: names a group of fields, or goes past a field")
         if nested:
             new[field] = with_changes(old, values, f"{path}{field}.")
             continue
         value = values[""]
         kinds = (int, float) if isinstance(old, float) else type(old)
         fits = old is None or (isinstance(value, kinds) and isinstance(value, bool) == isinstance(old, bool))
-        require(fits, f"{whole}={value!r}: must be of type {type(old).__name__}")
+        require(fits, f"{dotted}={value!r}: must be of type {type(old).__name__}")
         new[field] = value
     return dataclasses.replace(config, **new)
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mmfree_jax.config import ModelConfig, Optimizer
+from mmfree_jax.architecture import ModelConfig
 
 # matrix: between hidden layers, latent ternary ones included; gain: norms' gains and every other vector of a block.
 Role = Literal["matrix", "embedding", "head", "gain", "lower_bounds"]
@@ -51,7 +51,7 @@ def output_depth(config: ModelConfig) -> int:
     return config.depth if config.parametrisation == "standard" else config.base_depth
 
 
-def rate_factor(config: ModelConfig, role: Role, optimizer: Optimizer = "adamw") -> float:
+def rate_factor(config: ModelConfig, role: Role, optimizer: Literal["adamw", "muon"] = "adamw") -> float:
     """Return the factor on the learning rate of parameters with this role.
 
     It is not 1 only for matrices between hidden layers. Adam's updates have entries of size 1 and the rank of a batch,

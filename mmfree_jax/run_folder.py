@@ -127,14 +127,14 @@ def known_corpora(folder: Path) -> tuple[Known, ...]:
     return tuple(Known(**one) for one in corpus_facts(folder).get("sets", ()))
 
 
-def held_out_corpus(folder: Path, data: DataConfig, asked: str) -> TokenSet:
-    """Return the corpus to evaluate a run on: the one named `asked`, or the run's own, wherever it lies now.
+def held_out_corpus(folder: Path, data: DataConfig, corpus: str) -> TokenSet:
+    """Return the corpus to evaluate a run on: `corpus` if it is given, or the run's own, wherever it lies now.
 
     Raises ConfigError if the run's own has changed, and for a corpus of another tokenizer.
     """
     facts = corpus_facts(folder)
-    if asked:
-        found = resolve_corpus(asked, data.vocab)
+    if corpus:
+        found = resolve_corpus(corpus, data.vocab)
     else:
         own = dataclasses.replace(data, mixture=(), weights=(), contents=())
         found = resolve_data(own, known=known_corpora(folder)[:1])

@@ -60,9 +60,6 @@ class Rules:
 
 RULES = Rules()
 
-# Modules are built without a mesh. Shardings are applied once, when a jitted initialiser makes the state.
-nnx.use_eager_sharding(False)
-
 
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
     """Return a (data, fsdp, tensor, sequence) mesh over the first `config.devices` devices.
@@ -258,11 +255,6 @@ def _surrounding() -> jax.sharding.AbstractMesh | None:
     """The mesh of the context; None on one device, and inside `per_shard`, where every array is local."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
-
-
-def partitioned(initializer: Any, *axes: str | None) -> Any:
-    """Return an initialiser whose parameter has logical axis names."""
-    return nnx.with_partitioning(initializer, axes)
 
 
 def shardings(mesh: jax.sharding.Mesh, shapes: Any) -> Any:

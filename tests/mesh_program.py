@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from mmfree_jax.config import FAMILIES, DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
 from mmfree_jax.hlo import collectives
 from mmfree_jax.models.language_model import LanguageModel
-from mmfree_jax.ops.bit_linear import bit_linear
-from mmfree_jax.ops.ternary_weights import Recipe, gather_kernel, quantise_kernel
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, quantise_kernel
+from mmfree_jax.ops.fast.products import gather_kernel
 from mmfree_jax.sharding import MESH_AXES, fitted, make_mesh, packing, shardings, spec
 from mmfree_jax.training.optim import Rates
 from mmfree_jax.training.step import make_program, program_key
@@ -49,8 +49,8 @@ def agreement(family: str, shapes: list, bits: int = 0, words: int = 0) -> dict:
     segments_BT = jnp.asarray(np.cumsum(rng.uniform(size=(B, T)) < 0.1, axis=1), jnp.int32)
 
     def loss(params):
-        total, count = nnx.merge(graphdef, params).loss(tokens_BT[:, :-1], tokens_BT[:, 1:], segments_BT=segments_BT)
-        return total / count
+        found = nnx.merge(graphdef, params).loss(tokens_BT[:, :-1], tokens_BT[:, 1:], segments_BT=segments_BT)
+        return found.total / found.targets
 
     found = {}
     for shape in [(1, 1, 1, 1), *shapes]:
@@ -97,7 +97,7 @@ def integer_gradients(shape: tuple) -> dict:
     recipe = Recipe(scale_axes=(-2,), axes=("mlp", "embed"), gradient_bits=8)
     draw = lambda seed, *size: jax.random.normal(jax.random.key(seed), size) * jnp.linspace(0.1, 3, size[-1])
     x, w, weigh = draw(1, B, T, F), draw(2, 1, F, D), draw(3, B, T, D)
-    score = jax.value_and_grad(lambda x, w: jnp.sum(bit_linear(recipe, x, w, None)[0] * weigh), (0, 1))
+    score = jax.value_and_grad(lambda x, w: jnp.sum(bit_linear(recipe, x, Weights(w))[0] * weigh), (0, 1))
     pairs = zip(*(jax.tree.leaves(jax.device_get(on_mesh(s, score, x, w))) for s in (shape, (1, 1, 1, 1))), strict=True)
     errors = (float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
     return dict(zip(("loss", "inputs", "weights"), errors, strict=True))

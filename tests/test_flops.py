@@ -10,7 +10,7 @@ from models.families import CONFIGS
 from mmfree_jax.config import FAMILIES
 from mmfree_jax.flops import decode_state_bytes, flops_per_token, parameters, train_flops_per_token
 from mmfree_jax.models.language_model import LanguageModel
-from mmfree_jax.ops import attention
+from mmfree_jax.ops.fast import choice
 from mmfree_jax.presets import SIZES, model_preset
 
 SEQUENCE = 32
@@ -60,7 +60,7 @@ def test_presets_of_one_size_have_the_same_matrices_and_build(family, size):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_products_are_those_of_the_traced_forward_and_training_programs(name, monkeypatch):
-    monkeypatch.setattr(attention, "choose", lambda *_: "full")  # the form on CPU recomputes its scores
+    monkeypatch.setattr(choice, "attention_form", lambda *_: "full")  # the form on CPU recomputes its scores
     config = CONFIGS[name]
     loss, params, ids = abstract(config)
     forward, training = jax.make_jaxpr(loss)(params, ids), jax.make_jaxpr(jax.grad(loss))(params, ids)
@@ -72,7 +72,7 @@ def test_products_are_those_of_the_traced_forward_and_training_programs(name, mo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_totals_agree_with_the_compilers_own_count(family, monkeypatch):
     """Within 12 %: the compiler prices an exponential, a comparison or a copy by its own table, and loops once."""
-    monkeypatch.setattr(attention, "choose", lambda *_: "full")
+    monkeypatch.setattr(choice, "attention_form", lambda *_: "full")
     config = CONFIGS[family].__class__(**{**vars(CONFIGS[family]), "width": 64, "glu_width": 192, "vocab": 512})
     loss, params, ids = abstract(config, unroll=config.depth)
     counted = jax.jit(loss).lower(params, ids).cost_analysis()["flops"] / ids.size

@@ -12,7 +12,7 @@ from flax import nnx
 
 from mmfree_jax.config import FAMILIES, ConfigError, ModelConfig, OptimConfig
 from mmfree_jax.coordinates import exponents, model_at, movement
-from mmfree_jax.ops.bit_linear import Recipe, bit_linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
 from mmfree_jax.ops.ternary import quantise_weights
 from mmfree_jax.parametrisation import Scales, gradient_factor, rate_factor, scales
 from tests.models.families import CONFIGS, family, logits, plain_model, tokens
@@ -81,10 +81,10 @@ def test_a_ternary_layers_codes_do_not_depend_on_the_scale_of_its_weights_and_it
     w = jnp.float32(rng.normal(size=(1, 64, 32)))
     x = jnp.float32(rng.normal(size=(5, 64)))
     codes = quantise_weights(w, (-2, -1)).codes
-    apply = functools.partial(bit_linear, Recipe(bits=8), x, gain=jnp.ones(64))
+    apply = lambda w: bit_linear(Recipe(bits=8), x, Weights(w, jnp.ones(64)))
     for scale in (0.125, 0.5, 8.0):  # powers of two: exact
         np.testing.assert_array_equal(quantise_weights(scale * w, (-2, -1)).codes, codes)
-        np.testing.assert_array_equal(apply(w_GDF=scale * w)[0], scale * apply(w_GDF=w)[0])
+        np.testing.assert_array_equal(apply(scale * w)[0], scale * apply(w)[0])
 
 
 @pytest.mark.parametrize("width", [64, 256, 1024])

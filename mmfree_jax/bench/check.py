@@ -22,14 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.config import FAMILIES, ConfigError, DataConfig, ModelConfig, RunConfig
-from mmfree_jax.ops.bit_glu import bit_glu
-from mmfree_jax.ops.bit_linear import Weights, bit_linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
 from mmfree_jax.ops.fast import checks
 from mmfree_jax.ops.fast.checks import Use
-from mmfree_jax.ops.fast.choice import kernels_allowed, kernels_assumed
-from mmfree_jax.ops.kernels import normed_codes
-from mmfree_jax.ops.prologue import Prologue
-from mmfree_jax.ops.ternary_weights import Recipe
+from mmfree_jax.ops.fast.choice import kernels_allowed
+from mmfree_jax.ops.fast.hopper import normed_codes
+from mmfree_jax.ops.fast.verification import kernels_assumed
+from mmfree_jax.ops.glu import glu
+from mmfree_jax.ops.stream import rms_norm
 from mmfree_jax.training import self_check
 from mmfree_jax.training.step import program_key
 
@@ -91,10 +91,10 @@ def _draw_normed_codes(rng: np.random.Generator, attempt: int) -> Use:
 
 def _fits(use: Use) -> bool:
     """Whether the kernel supports this use of `normed_codes`; a layer leaves other uses to XLA."""
-    (_, width), (kind, gains, products, dtype, _, beside, _) = use.sizes, use.options
+    (_, width), (kind, gains, products, dtype, _, residual, _) = use.sizes, use.options
     sources = 1 if kind == "norm" else 2
     return normed_codes.supports(
-        width, gains + (kind != "swiglu"), jnp.dtype(dtype), sources + products + beside, sources + gains
+        width, gains + (kind != "swiglu"), jnp.dtype(dtype), sources + products + residual, sources + gains
     )
 
 
@@ -186,10 +186,11 @@ def _layer(use: Use) -> checks.Outcome:
     recipe, kind = Recipe(gradient_bits=bits), jnp.dtype(dtype)
 
     def forward(x, w):
-        u = Prologue("norm", (x,), w["gain"])
-        if op == "linear":
-            return sum(bit_linear(recipe, u, w["first"], w["first gain"]))
-        return bit_glu(recipe, u, Weights(w["first"], w["first gain"]), recipe, Weights(w["down"], w["down gain"]))[0]
+        u, first = rms_norm(x, w["gain"], recipe.eps), Weights(w["first"], w["first gain"])
+        if op == "unit":
+            return glu(recipe, first, recipe, Weights(w["down"], w["down gain"]), u)
+        y, other = bit_linear(recipe, u, first)
+        return y + other
 
     def gradients(x, w, dy, kind):
         y, pull = jax.vjp(forward, x.astype(kind), w)

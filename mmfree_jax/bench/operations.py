@@ -14,13 +14,13 @@ from jax import export
 
 from mmfree_jax.bench.timing import applications, memory_bytes, repeated, time_calls
 from mmfree_jax.ops.attention import causal_attention
-from mmfree_jax.ops.bit_linear import Recipe, bit_linear
-from mmfree_jax.ops.cross_entropy import head_loss
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
+from mmfree_jax.ops.cross_entropy import Head
 from mmfree_jax.ops.fast.choice import available, kernels_allowed
-from mmfree_jax.ops.gated_recurrence import gated_recurrence, gates
-from mmfree_jax.ops.prologue import Prologue
-from mmfree_jax.ops.recurrence import recurrence
-from mmfree_jax.ops.rms_norm import rms_norm
+from mmfree_jax.ops.fast.cross_entropy import head_loss
+from mmfree_jax.ops.glu import swiglu
+from mmfree_jax.ops.recurrence import gated_recurrence, gates, recurrence
+from mmfree_jax.ops.stream import rms_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def bit_linear_cases(M: int, D: int, F: int) -> Iterator[Case]:
     """Gate and up of a GLU as one layer: norms and quantiser, then two products that share the codes."""
 
     def ternary(x, w_GDF, gain, outer):
-        return bit_linear(Recipe(), Prologue("norm", (x,), outer), w_GDF, gain)
+        return bit_linear(Recipe(), rms_norm(x, outer, 1e-6), Weights(w_GDF, gain))
 
     def dense(x, w_GDF, gain, outer):
         u = rms_norm(x, outer, 1e-6)
@@ -140,7 +140,7 @@ def swiglu_case(M: int, F: int) -> Case:
     narrow = 128
 
     def function(gate, up, w_GDF, gain):
-        return bit_linear(Recipe(), Prologue("swiglu", (gate, up)), w_GDF, gain)[0]
+        return bit_linear(Recipe(), swiglu(gate, up), Weights(w_GDF, gain))[0]
 
     def arrays(key, M=M, dtype=jnp.bfloat16):
         gate, up, dy = draw(key, (M, F), (M, F), (M, narrow), dtype=dtype)
@@ -158,7 +158,7 @@ def attention_case(B: int, T: int, H: int, K: int) -> Case:
     def arrays(key, B=B, T=T, dtype=jnp.bfloat16):
         return draw(key, *[(B, T, H, K)] * 4, dtype=dtype)
 
-    variants = {"full": gradient_of(functools.partial(causal_attention, impl="full"), 3)}
+    variants = {"full": gradient_of(causal_attention.definition, 3)}
     variants["auto"] = gradient_of(causal_attention, 3)
     small = functools.partial(arrays, B=1, T=min(T, 256), dtype=jnp.bfloat16)
     flops = 7 * B * T * T * H * K
@@ -169,7 +169,8 @@ def head_case(B: int, T: int, D: int, V: int) -> Case:
     """Dense head and cross-entropy, forward and backward, by chunks and with all logits at once."""
 
     def function(chunks, x, w, targets):
-        return jax.value_and_grad(lambda x, w: head_loss(None, x, w, None, targets, chunks=chunks), (0, 1))(x, w)[1]
+        loss = lambda x, w: head_loss(Head(Recipe(ternary=False), w), x, targets, chunks=chunks).total
+        return jax.value_and_grad(loss, (0, 1))(x, w)[1]
 
     def arrays(key, B=B, T=T, dtype=jnp.bfloat16):
         (x,) = draw(key, (B, T, D), dtype=dtype)

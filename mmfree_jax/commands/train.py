@@ -12,8 +12,8 @@ from rich.console import Console
 from mmfree_jax import api, distributed
 from mmfree_jax.command_line import parse
 from mmfree_jax.config import RunConfig
-from mmfree_jax.data.corpora import cache_folder
 from mmfree_jax.devices import check_platform, use_compile_cache
+from mmfree_jax.files import cache_folder
 from mmfree_jax.output import line_printer, program
 from mmfree_jax.presets import PRESETS, run_preset
 from mmfree_jax.sweep.view import follow
@@ -71,7 +71,7 @@ def train(arguments: list[str]) -> int:
     preset, *rest = arguments
     default = TrainArguments(out=tyro.MISSING, run=run_preset(preset))
     chosen = parse(TrainArguments, rest, f"{program()} train {preset}", default)
-    profiled = step_range(chosen.profile)
+    profile_steps = step_range(chosen.profile)
     if chosen.group.join():
         print(distributed.process_table(), flush=True)
     check_platform()
@@ -83,7 +83,7 @@ def train(arguments: list[str]) -> int:
     use_compile_cache(cache_folder() / "compiled")
     try:
         with follow(run, out, console):
-            result = loop.train(run, out, token_set, profiled, not chosen.no_self_check)
+            result = loop.train(run, out, token_set, profile_steps, not chosen.no_self_check)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.status

@@ -1,4 +1,4 @@
-"""Held-out loss: the mean over the whole held-out text, from a compiled function that scores a batch."""
+"""Held-out loss: the mean over the entire held-out text, from a compiled function that scores a batch."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import numpy as np
 
 from mmfree_jax.data import TokenSet, evaluation_windows
 from mmfree_jax.distributed import put
-from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast import verification
 from mmfree_jax.sharding import batch_sharding
 
 EVALUATION_BATCH = 16  # sequences a device: enough to keep it busy, few enough for a laptop's memory
@@ -34,7 +34,7 @@ def score_lines(scores: Scores) -> list[str]:
 
 
 def evaluate(score: Score, mesh: jax.sharding.Mesh, params: Any, token_set: TokenSet, sequence: int) -> Scores:
-    """Mean loss over the whole held-out split, every token except the first predicted once.
+    """Mean loss over the entire held-out split, every token except the first predicted once.
 
     score: compiled for `mesh`; (params, tokens_BT int32 [B, T+1], mask_BT bool [B, T]) -> nats and targets of each row.
 
@@ -45,7 +45,7 @@ def evaluate(score: Score, mesh: jax.sharding.Mesh, params: Any, token_set: Toke
     batch = EVALUATION_BATCH * mesh.shape["data"] * mesh.shape["fsdp"]
     tokens_BT, mask_BT = (jax.ShapeDtypeStruct((batch, sequence + n), t) for n, t in ((1, np.int32), (0, bool)))
     with jax.set_mesh(mesh):
-        choice.prepare(lambda: jax.eval_shape(score, params, tokens_BT, mask_BT))
+        verification.prepare(lambda: jax.eval_shape(score, params, tokens_BT, mask_BT))
     rows = batch_sharding(mesh)
     sums = [
         score(params, put(tokens_BT, rows), put(mask_BT, rows))

@@ -7,13 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.architecture import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
 from mmfree_jax.ops.attention import attend, causal_attention
-from mmfree_jax.ops.prologue import Prologue
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.parametrisation import scales
-from mmfree_jax.sharding import constrain
 
 
 class Cache(NamedTuple):
@@ -25,7 +23,7 @@ class Cache(NamedTuple):
 
 
 def rotary(positions_T: jax.Array, head_width: int, theta: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [T, K/2] of position * theta^(-2i/K), computed in at least float32."""
+    """Compute cosines and sines [T, K/2] of position * theta^(-2i/K), computed in at least float32."""
     exact = wide(dtype)
     powers_K = jnp.arange(0, head_width, 2, dtype=exact) / head_width
     angles_TK = positions_T.astype(exact)[:, None] * (1 / theta**powers_K)
@@ -33,7 +31,7 @@ def rotary(positions_T: jax.Array, head_width: int, theta: float, dtype: Any) ->
 
 
 def rotate(x_BTHK: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn channel i with channel i + K/2 (the order of Llama checkpoints), in at least float32."""
+    """Rotate channel i with channel i + K/2 (the order of Llama checkpoints), in at least float32."""
     cos, sin = (a[:, None] for a in turn)
     a, b = jnp.split(x_BTHK.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
@@ -58,30 +56,29 @@ class Attention(nnx.Module):
         self.out = Projection(config, D, D, init=out, axes=("heads", "embed"), **kwargs)
 
     def __call__(
-        self, u_BTD: jax.Array | Prologue, context: Context, floor_D: None, state: Cache | None
-    ) -> tuple[jax.Array, Cache | None, jax.Array | Prologue]:
-        """Mix over time: [B, T, D] -> [B, T, D], the cache with these tokens added (None without a cache), and u
-        (`Projection.read`)."""
+        self, u_BTD: jax.Array, context: Context, floor_D: None, state: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Mix over time: [B, T, D] -> [B, T, D], and the cache with these tokens added (None without a cache)."""
         assert context.rotary is not None
-        time = u_BTD.shape[1]
-        heads = lambda a: constrain(a.reshape(*a.shape[:2], -1, self.head_width), "batch", "time", "heads", None)
-        (q,), u_BTD = self.query.read(u_BTD)
-        (k, v), u_BTD = self.key_value.read(u_BTD)
+        B, T, D = u_BTD.shape
+        heads = lambda a: a.reshape(B, T, -1, self.head_width)
+        (q,), (k, v) = self.query(u_BTD), self.key_value(u_BTD)
         q = q if self.score_scale == 1 else q * self.score_scale
         q_BTHK, k_BTHK = (rotate(heads(a), context.rotary) for a in (q, k))
+        # Training and prefill see the whole window; decoding sees the cache, in which these tokens come last.
         if state is None:
             y_BTHK = causal_attention(q_BTHK, k_BTHK, heads(v), segments_BT=context.segments_BT)
         else:
             assert context.position is not None
             state = _append(state, k_BTHK, heads(v), context)
-            y_BTHK = attend(q_BTHK, state.k_BSHK, state.v_BSHK, _cache_mask(state, context, time))
-            y_BTHK = jnp.where(context.position + time > state.k_BSHK.shape[1], jnp.nan, y_BTHK)
-        y_BTD = y_BTHK.reshape(u_BTD.shape)
-        return self.out(y_BTD if self.norm is None else self.norm(y_BTD))[0], state, u_BTD
+            y_BTHK = attend(q_BTHK, state.k_BSHK, state.v_BSHK, _cache_mask(state, context, T))
+            y_BTHK = jnp.where(context.position + T > state.k_BSHK.shape[1], jnp.nan, y_BTHK)
+        y_BTD = y_BTHK.reshape(B, T, D)
+        return self.out(y_BTD if self.norm is None else self.norm(y_BTD))[0], state
 
     @staticmethod
     def start(batch: int, capacity: int, config: ModelConfig, dtype: Any) -> Cache:
-        """An empty cache for `capacity` tokens."""
+        """Return an empty cache for `capacity` tokens."""
         shape = (batch, capacity, config.kv_heads or config.heads, config.width // config.heads)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:2], jnp.int32))
 

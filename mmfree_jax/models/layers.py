@@ -1,4 +1,4 @@
-"""Parameters of the parts that every family shares: norms, projections, and what a block is told about its tokens."""
+"""Layers that every family shares: norms, projections, the GLU, and what a block is told about its tokens."""
 
 import functools
 import math
@@ -9,17 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.config import ModelConfig
-from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, bit_linear_beside
-from mmfree_jax.ops.dense import dense
-from mmfree_jax.ops.prologue import Prologue, settled
-from mmfree_jax.ops.rms_norm import rms_norm
+from mmfree_jax.architecture import ModelConfig
+from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, quantise_kernel
+from mmfree_jax.ops.glu import glu
+from mmfree_jax.ops.stream import rms_norm
 from mmfree_jax.ops.ternary import Quantised
-from mmfree_jax.ops.ternary_weights import quantise_kernel
 from mmfree_jax.parametrisation import output_depth, scales
-from mmfree_jax.sharding import partitioned
 
 Initializer = Any  # (key, shape, dtype) -> array
+
+# Modules are built without a mesh; shardings are applied once, where the state is made by a jitted initialiser.
+nnx.use_eager_sharding(False)
 
 
 class Context(NamedTuple):
@@ -35,13 +35,8 @@ class Context(NamedTuple):
     position: jax.Array | None = None
 
 
-def normal(std: float) -> Initializer:
-    """N(0, std)."""
-    return nnx.initializers.normal(std)
-
-
 def small_xavier() -> Initializer:
-    """Xavier-uniform with gain 2^-2.5 over the last two axes: the official code's choice for i, f, g and o.
+    """Return Xavier-uniform with gain 2^-2.5 over the last two axes: the official code's choice for i, f, g and o.
 
     mmfreelm/models/hgrn_bit/modeling_hgrn_bit.py of github.com/ridgerchu/matmulfreellm; the gain is RetNet's (Sun et
     al. 2023, arXiv 2307.08621).
@@ -55,16 +50,16 @@ def small_xavier() -> Initializer:
 
 
 def matrix_inits(config: ModelConfig) -> tuple[Initializer, Initializer]:
-    """N(0, init_std) for what reads the residual stream; times 1/sqrt(2 L) for what writes to it.
+    """Return N(0, init_std) for what reads the residual stream, and that times 1/sqrt(2 L) for what writes to it.
 
     GPT-2, Radford et al. 2019, section 2.3; `parametrisation` says what width and depth change.
     """
     std = config.init_std * scales(config).std
-    return normal(std), normal(std / math.sqrt(2 * output_depth(config)))
+    return nnx.initializers.normal(std), nnx.initializers.normal(std / math.sqrt(2 * output_depth(config)))
 
 
 def mixer_inits(config: ModelConfig) -> tuple[Initializer, Initializer]:
-    """Initialisers of a mixer's input and output projections.
+    """Return the initialisers of a mixer's input and output projections.
 
     Recurrent mixers: `small_xavier` for both, never rescaled (the official code, with the transformers version of
     the paper's time). Attention: `matrix_inits`.
@@ -72,10 +67,25 @@ def mixer_inits(config: ModelConfig) -> tuple[Initializer, Initializer]:
     return matrix_inits(config) if config.mixer == "attention" else (small_xavier(), small_xavier())
 
 
-def gain(shape: tuple[int, ...], param_dtype: Any) -> nnx.Param:
-    """Gains of one norm, or of one a group; they start at one."""
-    names = (None,) * (len(shape) - 1) + ("norm",)
-    return nnx.Param(partitioned(nnx.initializers.ones, *names)(jax.random.key(0), shape, param_dtype))
+def recipe_of(config: ModelConfig, axes: tuple[str, str], joint: bool = False) -> Recipe:
+    """Return what a model's linear layers compute. joint: all matrices of a layer share one weight scale."""
+    if config.linear == "dense":
+        return Recipe(ternary=False, eps=config.norm_eps, axes=axes)
+    # Of [G, D, F]: a scale for each column, for each matrix, or for the matrices of the layer together.
+    scale_axes: tuple[int, ...] = (-2,)
+    if config.weight_scale == "tensor":
+        scale_axes = (-3, -2, -1) if joint else (-2, -1)
+    return Recipe(True, config.activation_bits, scale_axes, config.norm_eps, axes, config.gradient_bits)
+
+
+def param(init: Initializer, key: jax.Array | None, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> nnx.Param:
+    """Return a parameter whose axes carry logical names, by which `sharding.Rules` places it. Constants need no key."""
+    return nnx.Param(nnx.with_partitioning(init, axes)(jax.random.key(0) if key is None else key, shape, dtype))
+
+
+def gain_param(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
+    """Return the gains of one norm, [D], or of one norm a group, [G, D]; they start at one."""
+    return param(nnx.initializers.ones, None, shape, dtype, *(None,) * (len(shape) - 1), "norm")
 
 
 class RMSNorm(nnx.Module):
@@ -83,15 +93,11 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, eps: float, param_dtype: Any):
         self.eps = eps
-        self.gain = gain((width,), param_dtype)
+        self.gain = gain_param((width,), param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D], in x's type."""
+        """Normalise [..., D], in x's type."""
         return rms_norm(x, self.gain[...], self.eps)
-
-    def deferred(self, x: jax.Array) -> Prologue:
-        """The same, left to the BitLinear that takes it."""
-        return Prologue("norm", (x,), self.gain[...], self.eps)
 
 
 class Projection(nnx.Module):
@@ -113,51 +119,48 @@ class Projection(nnx.Module):
         groups: int = 0,
         joint: bool = False,
         param_dtype: Any = jnp.float32,
-        dense: bool = False,
-        kept_as: str = "projection",
     ):
-        self.kept_as = kept_as
         shape = (groups, inputs, outputs) if groups else (inputs, outputs)
         names = (None, *axes) if groups else axes
-        self.groups, self.axes = groups, axes
-        self.kernel = nnx.Param(partitioned(init, *names)(rngs.params(), shape, param_dtype))
-        self.recipe = None if dense or config.linear == "dense" else recipe(config, axes, joint)
-        has_norm = self.recipe is not None and config.linear_norm
+        self.groups, self.recipe = groups, recipe_of(config, axes, joint)
+        self.kernel = param(init, rngs.params(), shape, param_dtype, *names)
+        # The official checkpoints have a norm for each projection, though all of a layer read the same input.
         own = (groups, inputs) if groups and not joint else (inputs,)
-        self.gain = gain(own, param_dtype) if has_norm else None
-        self.codes: tuple[Quantised, ...] | None = nnx.data(None)  # of the kernel, where they are made ahead of its use
+        self.gain = gain_param(own, param_dtype) if self.recipe.ternary and config.linear_norm else None
+        self.codes: tuple[Quantised, ...] | None = nnx.data(None)  # of the kernel, where quantised ahead of its use
 
-    def __call__(self, x: jax.Array | Prologue) -> tuple[jax.Array, ...]:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """[..., D] -> one [..., F] for each group (a tuple of one without groups)."""
-        if self.recipe is None:
-            ys = dense(self.axes, settled(x), self.weights().w_GDF)
-        else:
-            ys = bit_linear(self.recipe, x, *self.weights())
-        return tuple(checkpoint_name(y, self.kept_as) for y in ys)
-
-    def read(self, u: Prologue | jax.Array) -> tuple[tuple[jax.Array, ...], Prologue | jax.Array]:
-        """`__call__`, and u once more. If u is of a stream that others need besides, they take it from there: a ternary
-        layer then adds up both gradients to it in its own pass over them."""
-        if self.recipe is None or not isinstance(u, Prologue):
-            return self(u), u
-        ys, u = bit_linear_beside(self.recipe, u, self.weights())
-        return tuple(checkpoint_name(y, self.kept_as) for y in ys), u
+        return tuple(checkpoint_name(y, "projection") for y in linear(self.recipe, x, self.weights()))
 
     def weights(self) -> Weights:
-        """Its arrays, as the ops take them."""
+        """Return its arrays, as the ops take them."""
         w_GDF = self.kernel[...] if self.groups else self.kernel[...][None]
         return Weights(w_GDF, None if self.gain is None else self.gain[...], self.codes)
 
     def stacked_codes(self) -> tuple[Quantised, ...] | None:
-        """Codes for `self.codes`, each with layers in front, if this stands for all layers; None for dense ones."""
-        if self.recipe is None:
+        """Quantise the kernel of all layers, whose stack this is: codes with layers in front; None for dense layers."""
+        if not self.recipe.ternary:
             return None
         w_LGDF = self.kernel[...] if self.groups else self.kernel[...][:, None]
         return jax.vmap(functools.partial(quantise_kernel, self.recipe))(w_LGDF)
 
 
-def recipe(config: ModelConfig, axes: tuple[str, str], joint: bool = False) -> Recipe:
-    """What the ternary layers of a model compute."""
-    per_matrix = (-2,) if config.weight_scale == "channel" else (-2, -1)
-    across = (-3, *per_matrix) if joint and config.weight_scale == "tensor" else per_matrix
-    return Recipe(config.activation_bits, across, config.norm_eps, axes, config.gradient_bits)
+class GLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)), the channel mixer of every family (SwiGLU, Shazeer 2020, arXiv 2002.05202; Zhu et
+    al. 2024, section 3.3); gate and up are one tensor to the quantiser, as in the official checkpoints."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Any):
+        D, F = config.width, config.glu_width
+        into, out = matrix_inits(config)
+        kwargs = {"rngs": rngs, "param_dtype": param_dtype}
+        self.gate_up = Projection(config, D, F, init=into, axes=("embed", "mlp"), groups=2, joint=True, **kwargs)
+        self.norm = RMSNorm(F, config.norm_eps, param_dtype) if config.sublayer_norm else None
+        self.down = Projection(config, F, D, init=out, axes=("mlp", "embed"), **kwargs)
+
+    def __call__(self, u_BTD: jax.Array) -> jax.Array:
+        """Mix channels of normed activations: [B, T, D] -> [B, T, D]."""
+        gate_up, down = self.gate_up, self.down
+        gain_F = None if self.norm is None else self.norm.gain[...]
+        y_BTD = glu(gate_up.recipe, gate_up.weights(), down.recipe, down.weights(), u_BTD, gain_F)
+        return checkpoint_name(y_BTD, "projection")

@@ -6,20 +6,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.architecture import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
-from mmfree_jax.ops.gated_recurrence import gated_recurrence
-from mmfree_jax.ops.prologue import Prologue, settled
+from mmfree_jax.ops.glu import gated_norm
+from mmfree_jax.ops.recurrence import gated_recurrence
 from mmfree_jax.ops.ternary import wide
-from mmfree_jax.sharding import constrain
 
 
 def floors(lower_bounds_LD: jax.Array) -> jax.Array:
-    """Floor of each layer's forget gate: softmax over depth, summed up to but without the first layer.
+    """Compute the floor of each layer's forget gate: softmax over depth, summed up to but without the first layer.
 
     Zero in the first layer and rising with depth (HGRN, Qin et al. 2023, arXiv 2311.04823, section 3.1); in the
     official code, not in the MatMul-free paper. Computed in at least float32.
     """
+    # A softmax over layers keeps floors in order and below 1, whatever is learned: deeper layers remember longer.
     share_LD = jax.nn.softmax(lower_bounds_LD.astype(wide(lower_bounds_LD.dtype)), axis=0)
     return jnp.cumsum(share_LD, axis=0) - share_LD[0]
 
@@ -42,8 +42,8 @@ class MLGRU(nnx.Module):
         self.out = Projection(config, D, D, init=out, axes=("heads", "embed"), **kwargs)
 
     def __call__(
-        self, u_BTD: jax.Array | Prologue, context: Context, floor_D: jax.Array | None, state: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array | Prologue]:
+        self, u_BTD: jax.Array, context: Context, floor_D: jax.Array | None, state: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         """Mix over time.
 
         Args:
@@ -53,20 +53,19 @@ class MLGRU(nnx.Module):
             state: h_BD to continue from, in at least float32; None for zeros.
 
         Returns:
-            [B, T, D] of u's type, the state after the last token, and u (`Projection.read`).
+            [B, T, D] of u's type, and the state after the last token.
         """
-        (i_BTD, f_BTD, g_BTD), u_BTD = self.gates.read(u_BTD)
-        i_BTD, f_BTD = (constrain(a, "batch", "time", "channels") for a in (i_BTD, f_BTD))
-        h_BTD, last_BD = gated_recurrence(i_BTD, f_BTD, floor_D, state, resets_BT=context.starts_BT)
-        y_BTD = self._output_gate(g_BTD, h_BTD)
-        return self.out(y_BTD if self.norm is None else self.norm(settled(y_BTD)))[0], last_BD, u_BTD
+        # Three projections of one input: candidate i, forget gate f, output gate g.
+        i_BTD, f_BTD, g_BTD = self.gates(u_BTD)
+        h_BTD, state = gated_recurrence(i_BTD, f_BTD, floor_D, state, resets_BT=context.starts_BT)
+        # The state is element-wise, so it never mixes channels: W_o, after the gate, is where they meet again.
+        if self.official:
+            y_BTD = gated_norm(g_BTD, h_BTD, self.gate_norm.gain[...], self.gate_norm.eps)
+        else:
+            y_BTD = jax.nn.sigmoid(g_BTD) * self.gate_norm(h_BTD)
+        return self.out(y_BTD if self.norm is None else self.norm(y_BTD))[0], state
 
     @staticmethod
     def start(batch: int, capacity: int, config: ModelConfig, dtype: Any) -> jax.Array:
-        """The state before the first token: zeros [B, D], in at least float32."""
+        """Return the state before the first token: zeros [B, D], in at least float32."""
         return jnp.zeros((batch, config.width), wide(dtype))
-
-    def _output_gate(self, g_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array | Prologue:
-        if self.official:
-            return Prologue("gated", (g_BTD, h_BTD), self.gate_norm.gain[...], self.gate_norm.eps)
-        return jax.nn.sigmoid(g_BTD) * self.gate_norm(h_BTD)

@@ -11,12 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig
-from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
-from mmfree_jax.ops.chunks import previous
-from mmfree_jax.ops.prologue import Prologue, settled
-from mmfree_jax.ops.wkv import WKVState, empty, wkv
-from mmfree_jax.sharding import constrain, partitioned
+from mmfree_jax.architecture import ModelConfig
+from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits, param
+from mmfree_jax.ops.wkv import WKVState, empty, token_shift, wkv
 
 
 class TimeMixState(NamedTuple):
@@ -27,27 +24,27 @@ class TimeMixState(NamedTuple):
 
 
 def shifted(u_BTD: jax.Array, last_BD: jax.Array | None, starts_BT: jax.Array | None) -> jax.Array:
-    """Each token's predecessor in its own document; zero where there is none."""
+    """Return each token's predecessor in its own document; zero where there is none."""
     first_BD = jnp.zeros_like(u_BTD[:, 0]) if last_BD is None else last_BD.astype(u_BTD.dtype)
-    before_BTD = previous(u_BTD, first_BD, channels=None)
+    before_BTD = token_shift(u_BTD, first_BD)
     return before_BTD if starts_BT is None else jnp.where(starts_BT[..., None], 0, before_BTD)
 
 
 def initial_mix(width: int, depth: int, layer: jax.Array) -> jax.Array:
-    """Shares of the current token in r, k and v, [3, D]: more of the past in deeper layers and early channels."""
+    """Return the current token's shares in r, k and v, [3, D]: more of the past in deeper layers and early channels."""
     through = layer / max(depth - 1, 1)  # 0 in the first layer, 1 in the last
     key_D = (jnp.arange(width) / width) ** (1 - layer / depth)
     return jnp.stack([0.5 * key_D, key_D, key_D + 0.3 * through])
 
 
 def initial_decay(width: int, depth: int, layer: jax.Array) -> jax.Array:
-    """log of the decay per step, from -5 to 3 over the channels."""
+    """Return the log of the decay per step, from -5 to 3 over the channels."""
     through = layer / max(depth - 1, 1)
     return -5 + 8 * (jnp.arange(width) / max(width - 1, 1)) ** (0.7 + 1.3 * through)
 
 
 def initial_bonus(width: int) -> jax.Array:
-    """log 0.3, plus a zigzag of -0.5, 0, 0.5 over the channels."""
+    """Return log 0.3, plus a zigzag of -0.5, 0, 0.5 over the channels."""
     return math.log(0.3) + 0.5 * ((jnp.arange(width) + 1) % 3 - 1)
 
 
@@ -58,7 +55,9 @@ class RWKV4(nnx.Module):
         D, L = config.width, config.depth
         into, out = mixer_inits(config)
         project = lambda init, axes: Projection(config, D, D, init=init, axes=axes, rngs=rngs, param_dtype=param_dtype)
-        vector = lambda value, *axes: nnx.Param(partitioned(lambda: value.astype(param_dtype), *axes)())
+        vector = lambda value, *axes: param(
+            lambda key, shape, dtype: value.astype(dtype), None, value.shape, param_dtype, *axes
+        )
         self.mix = vector(initial_mix(D, L, layer), None, "norm")
         self.decay = vector(initial_decay(D, L, layer), "norm")
         self.bonus = vector(initial_bonus(D), "norm")
@@ -67,24 +66,25 @@ class RWKV4(nnx.Module):
         self.out = project(out, ("heads", "embed"))
 
     def __call__(
-        self, u_BTD: jax.Array | Prologue, context: Context, floor_D: None, state: TimeMixState | None
-    ) -> tuple[jax.Array, TimeMixState, jax.Array | Prologue]:
-        """Mix over time: [B, T, D] -> [B, T, D], the state after the last token, and u as it was."""
-        given, u_BTD = u_BTD, settled(u_BTD)
+        self, u_BTD: jax.Array, context: Context, floor_D: None, state: TimeMixState | None
+    ) -> tuple[jax.Array, TimeMixState]:
+        """Mix over time: [B, T, D] -> [B, T, D], and the state after the last token."""
+        # Token shift: r, k and v each read their own mixture of this token and the one before.
         before_BTD = shifted(u_BTD, None if state is None else state.last_BD, context.starts_BT)
-        mix = self.mix[...].astype(u_BTD.dtype)
         r_BTD, k_BTD, v_BTD = (
-            constrain(layer(u_BTD * share_D + before_BTD * (1 - share_D))[0], "batch", "time", "channels")
-            for layer, share_D in zip((self.receptance, self.key, self.value), mix, strict=True)
+            layer(u_BTD * share_D + before_BTD * (1 - share_D))[0]
+            for layer, share_D in zip(
+                (self.receptance, self.key, self.value), self.mix[...].astype(u_BTD.dtype), strict=True
+            )
         )
-        decay_D = jnp.exp(self.decay[...])
-        before = None if state is None else state.wkv
-        y_BTD, after = wkv(decay_D, self.bonus[...], k_BTD, v_BTD, before, resets_BT=context.starts_BT)
+        # The decay is kept as a logarithm: e^(-e^w) lies between 0 and 1 for every w.
+        decay_D, earlier = jnp.exp(self.decay[...]), None if state is None else state.wkv
+        y_BTD, after = wkv(decay_D, self.bonus[...], k_BTD, v_BTD, earlier, resets_BT=context.starts_BT)
         y_BTD = jax.nn.sigmoid(r_BTD) * y_BTD.astype(u_BTD.dtype)
         y_BTD = self.out(y_BTD if self.norm is None else self.norm(y_BTD))[0]
-        return y_BTD, TimeMixState(u_BTD[:, -1], after), given
+        return y_BTD, TimeMixState(u_BTD[:, -1], after)
 
     @staticmethod
     def start(batch: int, capacity: int, config: ModelConfig, dtype: Any) -> TimeMixState:
-        """The state before the first token."""
+        """Return the state before the first token."""
         return TimeMixState(jnp.zeros((batch, config.width), dtype), empty(batch, config.width, dtype))

@@ -1,1 +1,1 @@
-"""Numerics. Each op is a plain XLA reference, faster forms beside it, and one function that chooses among them."""
+"""The operations of the models, each defined as in its paper; `ops.fast` computes the same functions faster."""

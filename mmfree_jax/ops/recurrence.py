@@ -1,30 +1,18 @@
-"""The element-wise linear recurrence h_t = f_t * h_{t-1} + x_t (Zhu et al. 2024, arXiv 2406.02528, section 3.2;
-HGRN, Qin et al. 2023, arXiv 2311.04823).
+"""The element-wise linear recurrence h_t = f_t * h_{t-1} + x_t and the MLGRU's gates around it (Zhu et al. 2024, arXiv
+2406.02528, section 3.2; HGRN, Qin et al. 2023, arXiv 2311.04823).
 
-The carry is at least float32 whatever the type of f and x. One backward pass serves every form:
-g_t = dh_t + f_{t+1} * g_{t+1};  dx_t = g_t;  df_t = g_t * h_{t-1}.
-
-A mesh cuts batch and channels freely. Where it cuts time, every device first finds what its chunk does to a state, the
-product of its factors and its end from zero; these travel, and each device starts from the state before its chunk.
+The carry is at least float32 whatever the type of f and x.
 """
-
-import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from mmfree_jax.devices import backend
-from mmfree_jax.ops.chunks import STATE, STEPS, carried
-from mmfree_jax.ops.fused_recurrence import fused_recurrence, serves
+from mmfree_jax.ops.fast.choice import op
 from mmfree_jax.ops.ternary import wide
-from mmfree_jax.sharding import axis_if_cut, per_shard
-
-Form = Literal["auto", "scan", "associative", "kernel"]
 
 
+@op
 def recurrence(
     f_BTD: jax.Array,
     x_BTD: jax.Array,
@@ -32,9 +20,8 @@ def recurrence(
     *,
     resets_BT: jax.Array | None = None,
     dtype: DTypeLike | None = None,
-    impl: Form = "auto",
 ) -> jax.Array:
-    """All states of h_t = f_t * h_{t-1} + x_t.
+    """Compute all states of h_t = f_t * h_{t-1} + x_t, [B, T, D].
 
     Args:
         f_BTD: factors, in [0, 1] for a forget gate.
@@ -42,103 +29,52 @@ def recurrence(
         h_BD: state before the first step; None is zero.
         resets_BT: true where the state before the step is forgotten (the first token of a document).
         dtype: of the result; None is at least float32.
-        impl: "scan" walks over time, "associative" is a parallel prefix (Martin & Cundy 2018, arXiv 1709.04057),
-            "kernel" is one pass over memory on Hopper GPUs; "auto" takes the kernel where it serves and walks on CPU,
-            where that is up to four times faster than the prefix.
-
-    Returns:
-        h_BTD; the last step is the state to continue from.
     """
     exact = wide(x_BTD.dtype)
-    dtype = exact if dtype is None else jnp.dtype(dtype)
-    form = _choose(impl, x_BTD, dtype)
-    if form == "kernel":
-        return fused_recurrence(x_BTD.astype(dtype), f_BTD.astype(dtype), None, h_BD, resets_BT)[0]
     f_BTD, x_BTD = f_BTD.astype(exact), x_BTD.astype(exact)
     if resets_BT is not None:
+        # A document begins: what came before has no part in the state.
         f_BTD = jnp.where(resets_BT[..., None], 0, f_BTD)
+
+    def step(h_BD, f_and_x):
+        f_BD, x_BD = f_and_x
+        h_BD = f_BD * h_BD + x_BD
+        return h_BD, h_BD
+
     h_BD = jnp.zeros_like(x_BTD[:, 0]) if h_BD is None else h_BD.astype(exact)
-    if x_BTD.shape[1] == 1:
-        return (f_BTD * h_BD[:, None] + x_BTD).astype(dtype)
-    return _recurrence(form, f_BTD, x_BTD, h_BD).astype(dtype)
+    _, h_TBD = jax.lax.scan(step, h_BD, (f_BTD.swapaxes(0, 1), x_BTD.swapaxes(0, 1)))
+    return h_TBD.swapaxes(0, 1).astype(exact if dtype is None else dtype)
 
 
-def _choose(impl: Form, x_BTD: jax.Array, dtype: jnp.dtype) -> str:
-    if impl != "auto":
-        return impl
-    if x_BTD.shape[1] > 1 and serves(jax.ShapeDtypeStruct(x_BTD.shape, dtype), gated=False):
-        return "kernel"
-    return "scan" if backend() == "cpu" else "associative"
+@op
+def gated_recurrence(
+    c_BTD: jax.Array,
+    f_BTD: jax.Array,
+    floor_D: jax.Array | None,
+    h_BD: jax.Array | None = None,
+    *,
+    resets_BT: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Compute the MLGRU's states: h_t = F_t h_{t-1} + (1 - F_t) silu(c_t) with F = floor + (1 - floor) sigmoid(f).
+
+    Args:
+        c_BTD, f_BTD: projections for candidate and forget gate.
+        floor_D: of the forget gate; None is zero.
+        h_BD: state before the first step, in at least float32; None is zero.
+        resets_BT: true where the state before the step is forgotten (the first token of a document).
+
+    Returns:
+        h_BTD in c's type and the last state [B, D] in at least float32. Gates and carry are at least float32.
+    """
+    factor_BTD, x_BTD = gates(c_BTD, f_BTD, floor_D)
+    h_BTD = recurrence(factor_BTD, x_BTD, h_BD, resets_BT=resets_BT)
+    return h_BTD.astype(c_BTD.dtype), h_BTD[:, -1]
 
 
-def _states(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reverse: bool = False) -> jax.Array:
-    return (_walk if form == "scan" else _prefix)(f_BTD, x_BTD, h_BD, reverse)
-
-
-def _walk(f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reverse: bool) -> jax.Array:
-    """One step after the other, reading and writing in place: no copy with time in front is made."""
-
-    def step(carry, t):
-        h_BD, out_BTD = carry
-        at_t = functools.partial(jax.lax.dynamic_index_in_dim, index=t, axis=1, keepdims=False)
-        h_BD = at_t(f_BTD) * h_BD + at_t(x_BTD)
-        return (h_BD, jax.lax.dynamic_update_index_in_dim(out_BTD, h_BD, t, 1)), None
-
-    times = jnp.arange(x_BTD.shape[1])
-    (_, out_BTD), _ = jax.lax.scan(step, (h_BD, jnp.zeros_like(x_BTD)), times, reverse=reverse)
-    return out_BTD
-
-
-def _prefix(f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reverse: bool) -> jax.Array:
-    """Parallel prefix over pairs (f, x): logarithmically many steps."""
-    first = -1 if reverse else 0
-    x_BTD = x_BTD.at[:, first].add(f_BTD[:, first] * h_BD)
-
-    def combine(left, right):
-        return left[0] * right[0], left[1] * right[0] + right[1]
-
-    return jax.lax.associative_scan(combine, (f_BTD, x_BTD), axis=1, reverse=reverse)[1]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recurrence(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array) -> jax.Array:
-    return _forward(form, f_BTD, x_BTD, h_BD)[0]
-
-
-def _forward(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array):
-    axis = axis_if_cut("time", f_BTD.shape[1])
-
-    def local(f_BTD, x_BTD, h_BD):
-        start_BSD = h_BD[:, None]
-        if axis is not None:
-            end_BSD = _states(form, f_BTD, x_BTD, jnp.zeros_like(h_BD))[:, -1:]
-            start_BSD = carried(jnp.prod(f_BTD, axis=1, keepdims=True), end_BSD, h_BD, axis)
-        return _states(form, f_BTD, x_BTD, start_BSD[:, 0]), start_BSD
-
-    out_BTD, start_BSD = per_shard(local, [STEPS, STEPS, STATE], [STEPS, STEPS], f_BTD, x_BTD, h_BD)
-    out_BTD = checkpoint_name(out_BTD, "state")
-    return out_BTD, (f_BTD, start_BSD, out_BTD)
-
-
-def _backward(form: str, saved, dh_BTD: jax.Array):
-    f_BTD, start_BSD, out_BTD = saved
-    axis = axis_if_cut("time", f_BTD.shape[1])
-
-    def local(f_BTD, start_BSD, out_BTD, dh_BTD):
-        # What a chunk passes on to the one before it in time is f_0 g_0, which stands for f_{t+1} g_{t+1} there.
-        later_BTD = jnp.concatenate([f_BTD[:, 1:], jnp.ones_like(f_BTD[:, :1])], axis=1)
-        none_BD = jnp.zeros_like(f_BTD[:, 0])
-        passed_BD = none_BD
-        if axis is not None:
-            first_BD = _states(form, later_BTD, dh_BTD, none_BD, reverse=True)[:, 0]
-            decay_BSD = jnp.prod(f_BTD, axis=1, keepdims=True)
-            passed_BD = carried(decay_BSD, (f_BTD[:, 0] * first_BD)[:, None], none_BD, axis, reverse=True)[:, 0]
-        g_BTD = _states(form, later_BTD, dh_BTD, passed_BD, reverse=True)
-        before_BTD = jnp.concatenate([start_BSD, out_BTD[:, :-1]], axis=1)
-        return g_BTD * before_BTD, g_BTD, f_BTD[:, :1] * g_BTD[:, :1]
-
-    df_BTD, dx_BTD, dstart_BSD = per_shard(local, [STEPS] * 4, [STEPS] * 3, f_BTD, start_BSD, out_BTD, dh_BTD)
-    return df_BTD, dx_BTD, dstart_BSD[:, 0]
-
-
-_recurrence.defvjp(_forward, _backward)
+def gates(c_BTD: jax.Array, f_BTD: jax.Array, floor_D: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Compute forget factors F and gated candidates (1 - F) silu(c), in at least float32."""
+    exact = wide(c_BTD.dtype)
+    factor_BTD = jax.nn.sigmoid(f_BTD.astype(exact))
+    if floor_D is not None:
+        factor_BTD = floor_D + (1 - floor_D) * factor_BTD
+    return factor_BTD, jax.nn.silu(c_BTD.astype(exact)) * (1 - factor_BTD)

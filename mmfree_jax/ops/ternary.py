@@ -6,19 +6,13 @@ quantising `codes * scale` again multiplies the scale by the share of non-zeros,
 must store codes and scale.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mmfree_jax.sharding import Names, constrain
-
-BLOCKS = 64  # per axis, in which weights are summed
 SMALLEST = 1e-5  # floor of a mean or maximum magnitude, in the unit of the quantised values: keeps zeros finite
-TINY = 1e-30  # the same for gradients, whose unit is small
-TOP = 127  # largest 8-bit code
 
 
 class Quantised(NamedTuple):
@@ -34,7 +28,7 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
 
 
 def quantise_weights(w: jax.Array, axes: tuple[int, ...]) -> Quantised:
-    """Ternary codes by absmean: t = clip(round(w / m), -1, 1) with m = mean |w| over `axes`.
+    """Quantise weights to ternary codes by absmean: t = clip(round(w / m), -1, 1) with m = mean |w| over `axes`.
 
     Args:
         w: weights of any shape, floating point.
@@ -48,139 +42,46 @@ def quantise_weights(w: jax.Array, axes: tuple[int, ...]) -> Quantised:
     return Quantised(ternary_codes(w, scale), scale)
 
 
-def weight_scale(w: jax.Array, axes: tuple[int, ...], names: Names = ()) -> jax.Array:
-    """The scale of `quantise_weights`, bit for bit the same on every mesh that cuts an axis into a divisor of BLOCKS.
-
-    Each axis is summed in blocks that lie whole on a device; the sums of the blocks then travel, and every device adds
-    them in the same order. `names` are the logical names of w's axes: those that are not summed stay where they are.
-    """
-    magnitude, summed = jnp.abs(w.astype(wide(w.dtype))), sorted(axis % w.ndim for axis in axes)
-    shape = [n for axis, size in enumerate(w.shape) for n in (_blocked(size) if axis in summed else (size,))]
-    within = [axis + i + 1 for i, axis in enumerate(summed)]  # each summed axis is two: blocks, and what is in them
-    sums = jnp.sum(magnitude.reshape(shape), axis=within)
-    kept = [None if axis in summed else name for axis, name in enumerate(names or (None,) * w.ndim)]
-    # Behind a barrier, or the compiler makes one sum of the two, in an order of its own.
-    sums = jax.lax.optimization_barrier(constrain(sums, *kept))
-    count = math.prod(w.shape[axis] for axis in summed)
-    return jnp.maximum(jnp.sum(sums, axis=summed, keepdims=True) / count, SMALLEST)
-
-
-def _blocked(size: int) -> tuple[int, int]:
-    blocks = min(math.gcd(size, BLOCKS), 1 << max(size // 8, 1).bit_length() - 1)  # powers of two, of 8 or more each
-    return blocks, size // blocks
+def weight_scale(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Return the scale of `quantise_weights`: mean |w| over `axes`."""
+    magnitude = jnp.abs(w.astype(wide(w.dtype)))
+    return jnp.maximum(jnp.mean(magnitude, axis=axes, keepdims=True), SMALLEST)
 
 
 def ternary_codes(w: jax.Array, scale: jax.Array) -> jax.Array:
-    """The codes of `quantise_weights`."""
+    """Return the codes of `quantise_weights` for a given scale."""
     return jnp.clip(jnp.round(w.astype(scale.dtype) * (1 / scale)), -1, 1).astype(jnp.int8)
 
 
-def quantise_activations(
-    x: jax.Array, bits: int, rstd: jax.Array | None = None, gain: jax.Array | None = None
-) -> Quantised:
-    """Integer codes by absmax per token: q = clip(round(x * s), -Q - 1, Q) with s = Q / max |x|, Q = 2^(bits-1) - 1.
+def quantise_activations(x: jax.Array, bits: int) -> Quantised:
+    """Quantise activations by absmax per token: q = clip(round(x * s), -Q - 1, Q), s = Q / max |x|, Q = 2^(bits-1) - 1.
 
     Args:
         x: [..., D] activations, floating point.
         bits: 8 or 4; 0 returns x itself, unscaled.
-        rstd, gain: of a norm to apply first, [..., 1] and [D] in `wide(x.dtype)`: x * rstd * gain is quantised. The
-            maximum is then taken of x * gain, so that it and the norm's mean of squares are one pass over x.
 
     Returns:
         int8 codes of x's shape; scale 1/s in `wide(x.dtype)`, shape [..., 1].
     """
-    exact = x.astype(wide(x.dtype))
-    normed = exact if rstd is None or gain is None else exact * rstd * gain
     if bits == 0:
-        return Quantised(x if rstd is None else normed, None)
-    top = 2 ** (bits - 1) - 1
-    largest = jnp.max(jnp.abs(exact if gain is None else exact * gain), axis=-1, keepdims=True)
-    largest = jnp.maximum(largest if rstd is None else largest * rstd, SMALLEST)
-    codes = jnp.clip(jnp.round(normed * (top / largest)), -top - 1, top)
+        return Quantised(x, None)
+    exact, top = x.astype(wide(x.dtype)), 2 ** (bits - 1) - 1
+    largest = jnp.maximum(jnp.max(jnp.abs(exact), axis=-1, keepdims=True), SMALLEST)
+    codes = jnp.clip(jnp.round(exact * (top / largest)), -top - 1, top)
     return Quantised(codes.astype(jnp.int8), largest / top)
 
 
-def quantise_gradients(dy: jax.Array, bits: int) -> Quantised:
-    """Integer codes by absmax per token, as `quantise_activations`, of a gradient [..., F] however small."""
-    exact = dy.astype(wide(dy.dtype))
-    top = 2 ** (bits - 1) - 1
-    largest = jnp.maximum(jnp.max(jnp.abs(exact), axis=-1, keepdims=True), TINY)
-    return Quantised(jnp.round(exact * (top / largest)).astype(jnp.int8), largest / top)
-
-
-def column_codes(q: Quantised, by: jax.Array, largest: jax.Array | None = None) -> Quantised:
-    """8-bit codes of q * by with one scale a column, for a sum over rows, out of which no scale of a row can be taken.
-
-    Rounding is dithered: what is small beside the largest of its column is kept on average, and so in a sum over many
-    rows (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551, with an additive sequence in place of chance).
-
-    Args:
-        q: codes [R, F], scale [R, 1]. by: [R, 1].
-        largest: magnitude of q * by in each column, [F], where it is known already.
-
-    Returns:
-        int8 codes [R, F]; scale [1, F] in q.scale's type.
-    """
-    assert q.scale is not None
-    factor = q.scale * by
-    if largest is None:
-        largest = jnp.max(jnp.abs(q.codes * factor), axis=0)
-    scale = column_scale(largest)
-    rows, columns = dither_phases(*q.codes.shape)
-    values = q.codes * factor.astype(jnp.float32) * (1 / scale).astype(jnp.float32)
-    return Quantised(dithered(values, rows[:, None] + columns), scale[None])
-
-
-def column_scale(largest: jax.Array) -> jax.Array:
-    """Of 8-bit codes whose largest magnitude stands for this."""
-    return jnp.maximum(largest, TINY) / TOP
-
-
-def dither_phases(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
-    """int32 [rows] and [columns]: their sums, modulo 1 in units of 2^-23, cover [0, 1) evenly along both axes and in
-    rectangles. Steps are the first two inverse powers of the plastic number, as in Roberts' R2 sequence."""
-    steps = (0.7548776662466927, 0.5698402909980532)
-    sequence = lambda n, step: jnp.arange(1, n + 1, dtype=jnp.int32) * int(step * 2**23)  # may wrap: 2^23 divides 2^32
-    return sequence(rows, steps[0]), sequence(columns, steps[1])
-
-
-def dithered(values: jax.Array, phases: jax.Array) -> jax.Array:
-    """float32 values in [-TOP, TOP] as int8, each rounded up where its fraction and its phase together exceed 1.
-
-    Phases become fractions, and sums whole numbers, by their bits: a GPU converts a quarter as fast as it adds.
-    """
-    fraction = jax.lax.bitcast_convert_type((phases & 0x7FFFFF) | 0x3F800000, jnp.float32)  # in [1, 2)
-    return nearest_integer(jnp.clip(values + (fraction - 1.5), -TOP, TOP))[1]
-
-
-def nearest_integer(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 values in [-128, 127] rounded half to even: as float32, and as int8.
-
-    Adding 1.5 * 2^23 leaves no bits for a fraction, so that the lowest byte of the sum is the integer: a GPU rounds and
-    converts a quarter as fast as it adds. The constant is 64 larger, and the byte is corrected by an integer
-    subtraction, because CUDA 13.0's ptxas takes a byte that is stored straight out of a float register for a float to
-    be converted (F2IP.U8.F32, which saturates): every code became -1 wherever a thread stores one code at a time.
-    """
-    shift = 1.5 * 2**23 + 64
-    shifted = x + shift
-    return shifted - shift, (jax.lax.bitcast_convert_type(shifted, jnp.int32) - 64).astype(jnp.int8)
-
-
 def dequantise(q: Quantised, dtype: DTypeLike) -> jax.Array:
-    """codes * scale, computed in the scale's type and returned as `dtype`."""
+    """Return codes * scale, computed in the scale's type, as `dtype`."""
     if q.scale is None:
         return q.codes.astype(dtype)
     return (q.codes.astype(q.scale.dtype) * q.scale).astype(dtype)
 
 
-def pack(codes: jax.Array) -> jax.Array:
-    """Ternary codes [..., D, F] as 2 bits each: uint8 [..., D / 4, F], the first row of four in the lowest bits."""
-    rows = (codes + 1).astype(jnp.uint8).reshape(*codes.shape[:-2], -1, 4, codes.shape[-1])
-    return rows[..., 0, :] | rows[..., 1, :] << 2 | rows[..., 2, :] << 4 | rows[..., 3, :] << 6
+def straight_through(x: jax.Array, q: Quantised) -> jax.Array:
+    """Return the quantised value of x with the gradient of x itself (Bengio et al. 2013, arXiv 1308.3432).
 
-
-def unpack(packed: jax.Array) -> jax.Array:
-    """Inverse of `pack`: int8 codes [..., D, F]."""
-    shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None]
-    rows = (packed[..., None, :] >> shifts & 3).astype(jnp.int8) - 1
-    return rows.reshape(*packed.shape[:-2], -1, packed.shape[-1])
+    Rounding has a gradient of zero almost everywhere, with which nothing would train; the estimator pretends that
+    rounding is the identity and that scales are constants.
+    """
+    return x + jax.lax.stop_gradient(dequantise(q, x.dtype) - x)

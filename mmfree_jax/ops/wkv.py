@@ -1,20 +1,18 @@
-"""The WKV operator of RWKV-4 (Peng et al. 2023, arXiv 2305.13048, equation 16), numerically stable.
+"""The WKV operator of RWKV-4 (Peng et al. 2023, arXiv 2305.13048, equation 16), stable, and its token shift.
 
 wkv_t = (a_{t-1} + e^{u + k_t} v_t) / (b_{t-1} + e^{u + k_t}) with a_t = e^{-w} a_{t-1} + e^{k_t} v_t and b_t the same
 with v = 1. Sums of exponentials overflow, so both are kept times e^{-m_t} with m_t = max(m_{t-1} - w, k_t), the largest
-exponent so far: then a and b are two ordinary linear recurrences whose factors e^{m_{t-1} - w - m_t} are at most one.
-The ratio does not depend on m, so m needs no gradient.
+exponent so far. The ratio does not depend on m, so m needs no gradient.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from mmfree_jax.ops.chunks import STATE, STEPS, previous
-from mmfree_jax.ops.recurrence import recurrence
+from mmfree_jax.ops.fast.choice import op
 from mmfree_jax.ops.ternary import wide
-from mmfree_jax.sharding import axis_if_cut, per_shard
 
 
 class WKVState(NamedTuple):
@@ -25,18 +23,25 @@ class WKVState(NamedTuple):
     m_BD: jax.Array
 
 
-def empty(batch: int, width: int, dtype) -> WKVState:
-    """The state before the first token."""
+def empty(batch: int, width: int, dtype: DTypeLike) -> WKVState:
+    """Return the state before the first token."""
     exact = wide(dtype)
     zeros_BD = jnp.zeros((batch, width), exact)
     return WKVState(zeros_BD, zeros_BD, jnp.full((batch, width), lowest(exact)))
 
 
-def lowest(dtype) -> float:
-    """An exponent that stands for minus infinity and can still be added to."""
+def lowest(dtype: DTypeLike) -> float:
+    """Return an exponent that stands for minus infinity and can still be added to."""
     return float(jnp.finfo(dtype).min) / 4
 
 
+@op
+def token_shift(x_BTD: jax.Array, first_BD: jax.Array) -> jax.Array:
+    """Return each step's predecessor, [B, T, D]; first_BD stands before the first."""
+    return jnp.concatenate([first_BD[:, None], x_BTD[:, :-1]], axis=1)
+
+
+@op
 def wkv(
     w_D: jax.Array,
     u_D: jax.Array,
@@ -46,7 +51,7 @@ def wkv(
     *,
     resets_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, WKVState]:
-    """Weighted average of the values so far.
+    """Average the values so far, weighted by the exponentials of their keys and ages.
 
     Args:
         w_D: decay of the exponents per step, positive.
@@ -60,42 +65,25 @@ def wkv(
     """
     exact = wide(k_BTD.dtype)
     w_D, u_D, k_BTD, v_BTD = (a.astype(exact) for a in (w_D, u_D, k_BTD, v_BTD))
-    state = state or empty(k_BTD.shape[0], k_BTD.shape[2], exact)
-    m_BTD = jax.lax.stop_gradient(_largest_exponent(w_D, k_BTD, state.m_BD, resets_BT))
-    before_BTD = previous(m_BTD, state.m_BD)
-    if resets_BT is not None:
-        before_BTD = jnp.where(resets_BT[..., None], lowest(exact), before_BTD)
-    factor_BTD = jnp.exp(before_BTD - w_D - m_BTD)
-    input_BTD = jnp.exp(k_BTD - m_BTD)
-    a_BTD = recurrence(factor_BTD, input_BTD * v_BTD, state.a_BD)
-    b_BTD = recurrence(factor_BTD, input_BTD, state.b_BD)
-    y_BTD = _average(previous(a_BTD, state.a_BD), previous(b_BTD, state.b_BD), before_BTD, u_D + k_BTD, v_BTD)
-    return y_BTD, WKVState(a_BTD[:, -1], b_BTD[:, -1], m_BTD[:, -1])
+    start = empty(k_BTD.shape[0], k_BTD.shape[2], exact)
+    resets_BT = jnp.zeros(k_BTD.shape[:2], bool) if resets_BT is None else resets_BT
+
+    def step(state: WKVState, token: tuple[jax.Array, ...]) -> tuple[WKVState, jax.Array]:
+        k_BD, v_BD, reset_B = token
+        state = jax.tree.map(lambda new, old: jnp.where(reset_B[:, None], new, old), start, state)
+        # The current token has a bonus and no age yet; afterwards it joins the sums like any other.
+        y_BD = average(*state, u_D + k_BD, v_BD)
+        m_BD = jax.lax.stop_gradient(jnp.maximum(state.m_BD - w_D, k_BD))
+        decay_BD, weight_BD = jnp.exp(state.m_BD - w_D - m_BD), jnp.exp(k_BD - m_BD)
+        return WKVState(decay_BD * state.a_BD + weight_BD * v_BD, decay_BD * state.b_BD + weight_BD, m_BD), y_BD
+
+    by_time = tuple(a.swapaxes(0, 1) for a in (k_BTD, v_BTD, resets_BT))
+    last, y_TBD = jax.lax.scan(step, state or start, by_time)
+    return y_TBD.swapaxes(0, 1), last
 
 
-def _average(a_BTD, b_BTD, m_BTD, bonus_BTD, v_BTD) -> jax.Array:
-    """(a e^m + e^bonus v) / (b e^m + e^bonus), scaled by the larger exponent."""
-    top_BTD = jax.lax.stop_gradient(jnp.maximum(m_BTD, bonus_BTD))
-    old_BTD, new_BTD = jnp.exp(m_BTD - top_BTD), jnp.exp(bonus_BTD - top_BTD)
-    return (old_BTD * a_BTD + new_BTD * v_BTD) / (old_BTD * b_BTD + new_BTD)
-
-
-def _largest_exponent(w_D, k_BTD, m_BD, resets_BT) -> jax.Array:
-    """m_t = max(m_{t-1} - w, k_t): a linear recurrence in the algebra of (max, +), as a parallel prefix."""
-    floor, axis = lowest(k_BTD.dtype), axis_if_cut("time", k_BTD.shape[1])
-    decay_BTD = jnp.broadcast_to(-w_D, k_BTD.shape)
-    if resets_BT is not None:
-        decay_BTD = jnp.where(resets_BT[..., None], floor, decay_BTD)
-
-    def combine(left, right):
-        return jnp.maximum(left[0] + right[0], floor), jnp.maximum(left[1] + right[0], right[1])
-
-    def local(decay_BTD, k_BTD, m_BD):
-        decay_BTD, end_BTD = jax.lax.associative_scan(combine, (decay_BTD, k_BTD), axis=1)
-        if axis is not None:  # of the chunks before this one
-            chunks = zip(*(jax.lax.all_gather(a[:, -1], axis) for a in (decay_BTD, end_BTD)), strict=True)
-            for i, (decay_BD, end_BD) in enumerate(chunks):
-                m_BD = jnp.where(i < jax.lax.axis_index(axis), jnp.maximum(m_BD + decay_BD, end_BD), m_BD)
-        return (jnp.maximum(m_BD[:, None] + decay_BTD, end_BTD),)
-
-    return per_shard(local, [STEPS, STEPS, STATE], [STEPS], decay_BTD, k_BTD, m_BD)[0]
+def average(a: jax.Array, b: jax.Array, m: jax.Array, bonus: jax.Array, v: jax.Array) -> jax.Array:
+    """Compute (a e^m + e^bonus v) / (b e^m + e^bonus), scaled by the larger exponent."""
+    top = jax.lax.stop_gradient(jnp.maximum(m, bonus))
+    old, new = jnp.exp(m - top), jnp.exp(bonus - top)
+    return (old * a + new * v) / (old * b + new)

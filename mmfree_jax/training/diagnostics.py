@@ -79,6 +79,6 @@ def ternary_codes(model: nnx.Module) -> dict[str, Quantised]:
     found = {}
     for path, module in nnx.iter_modules(model):
         recipe, kernel = getattr(module, "recipe", None), getattr(module, "kernel", None)
-        if recipe is not None and kernel is not None:
+        if recipe is not None and recipe.ternary and kernel is not None:
             found["/".join(map(str, path))] = quantise_weights(kernel[...], recipe.scale_axes)
     return found

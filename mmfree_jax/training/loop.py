@@ -19,7 +19,7 @@ from mmfree_jax.devices import GENERATOR, check_settings, peak_memory_bytes
 from mmfree_jax.errors import logged
 from mmfree_jax.evaluation.loss import Scores, evaluate, score_lines
 from mmfree_jax.files import locked, read_json, write_json
-from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast import verification
 from mmfree_jax.run_folder import (
     changes,
     check_data,
@@ -42,21 +42,21 @@ from mmfree_jax.weights import load_params, model_config, trained_as
 
 
 def train(
-    config: RunConfig, folder: Path, token_set: TokenSet, profiled: range = range(0), checked: bool = True
+    config: RunConfig, folder: Path, token_set: TokenSet, profile_steps: range = range(0), check_first: bool = True
 ) -> dict[str, Any]:
     """Train `config` in `folder`, or resume what is there, and return the row of result.json.
 
-    A finished run returns its row at once. `profiled`: steps whose trace is written to `folder`/profile. `checked`:
-    compare a step with the reference (`training.self_check`) before the first one.
-    Raises SelfCheckError if they differ; ConfigError (the folder holds another run, the corpus does not fit); Diverged;
-    or Interrupted, after a signal, once the state has been saved, or the result if the signal came after the last step.
+    A finished run returns its row at once. `profile_steps`: steps whose trace is written to `folder`/profile.
+    `check_first`: compare a step with the reference (`training.self_check`) before the first one. Raises SelfCheckError
+    if they differ; ConfigError (the folder holds another run, the corpus does not fit); Diverged; or Interrupted, after
+    a signal, once the state has been saved, or the result if the signal came after the last step.
     """
     check_settings()
     config = completed_config(config, folder, token_set)
     if (folder / "result.json").exists() and not changes(config, folder):
         return read_json(folder / "result.json")  # nothing is written, because the disk may be read-only by now
     check_data(config, token_set)
-    check_range(profiled, config.steps)
+    check_range(profile_steps, config.steps)
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
@@ -71,7 +71,7 @@ def train(
         if distributed.is_first():
             stack.enter_context(logged(folder / "log.txt", ignored=Interrupted))
         with stop_flag() as stop:
-            return _train(config, folder, token_set, stop, profiled, checked)
+            return _train(config, folder, token_set, stop, profile_steps, check_first)
 
 
 def completed_config(config: RunConfig, folder: Path, token_set: TokenSet) -> RunConfig:
@@ -84,7 +84,7 @@ def completed_config(config: RunConfig, folder: Path, token_set: TokenSet) -> Ru
 
 
 def _train(
-    config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag, profiled: range, checked: bool
+    config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag, profile_steps: range, check_first: bool
 ) -> dict[str, Any]:
     key = program_key(config, token_set.end_of_document)
     program = make_program(key)
@@ -94,17 +94,17 @@ def _train(
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         data = config.data
         # Both checks come before the state is made, because they need the device's memory too.
-        program.prepare((data.batch, data.sequence + 1), looked_at=config.diagnose_every > 0)
-        if checked:
+        program.prepare((data.batch, data.sequence + 1), diagnosed=config.diagnose_every > 0)
+        if check_first:
             self_check(key, data.batch, data.sequence, token_set.vocab_size)
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         rows = _batches(config, program, token_set, progress.data)  # continues at the example where the state stands
         agreed = distributed.AgreedStop(program.mesh)
-        trace = Profile(folder / "profile", profiled)
+        trace = Profile(folder / "profile", profile_steps)
         log_of_process = RunLog(folder, marks) if distributed.is_first() else SilentLog()
         with log_of_process as log, rows, jax.set_mesh(program.mesh), trace:
             _describe(config, program, log, progress)
-            kernels = choice.record()
+            kernels = verification.record()
             for use in kernels["served"]:
                 log.event(f"kernel serves: {use}")
             for use in kernels["refused"]:
@@ -308,8 +308,8 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "attempts": progress.attempts,
         "device": jax.devices()[0].device_kind,
         "devices": config.mesh.devices,
-        "kernels": "; ".join(choice.record()["served"]) or "none",
-        "kernels_refused": "; ".join(choice.record()["refused"]) or None,
+        "kernels": "; ".join(verification.record()["served"]) or "none",
+        "kernels_refused": "; ".join(verification.record()["refused"]) or None,
         **identity(config, token_set),
         "fingerprint": config.fingerprint(),
     }

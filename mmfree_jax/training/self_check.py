@@ -28,7 +28,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from mmfree_jax.config import ConfigError, MeshConfig
 from mmfree_jax.devices import backend
 from mmfree_jax.files import sha256
-from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast import verification
 from mmfree_jax.sharding import batch_sharding
 from mmfree_jax.training.step import ProgramKey, concrete, make_program
 
@@ -60,14 +60,14 @@ def self_check(key: ProgramKey, batch: int, time: int, vocab: int) -> None:
     deviations = compare(key, rows, parts, time, vocab)
     worst, (found, explained) = max(deviations.items(), key=lambda item: float(_excess(*item[1])))
     if not _excess(found, explained) <= 1:
-        served = ", ".join(sorted({use.split()[0] for use in choice.record()["served"]})) or "none"
+        served = ", ".join(sorted({use.split()[0] for use in verification.record()["served"]})) or "none"
         raise SelfCheckError(
             f"self-check: {worst} deviates by {found:.3g} from the float32 reference, where rounding explains "
             f"{explained:.2g} (kernels in use: {served}). Nothing was trained. Try --kernels off (in an experiment "
             "kernels='off'); `train --no-self-check` trains without this check"
         )
     _passed.add(name)
-    choice.keep(_path(name), {"deviations": deviations})
+    verification.store(_path(name), {"deviations": deviations})
 
 
 def compare(
@@ -143,7 +143,7 @@ def _lowered(key: ProgramKey, shape: tuple[int, ...]) -> jax.stages.Lowered:
     batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(program.mesh))
     precision = jax.default_matmul_precision("highest") if key.precision == "float32" else contextlib.nullcontext()
     with jax.set_mesh(program.mesh), precision:
-        choice.prepare(lambda: jax.eval_shape(program.gradients, params, batch))
+        verification.prepare(lambda: jax.eval_shape(program.gradients, params, batch))
         return program.gradients.lower(params, batch)
 
 
@@ -170,14 +170,14 @@ def _kept(name: str) -> bool:
 
 
 def _path(name: str) -> Path | None:
-    folder = choice.kept_in()
+    folder = verification.cache_folder()
     return None if folder is None else folder / "self_check" / f"{name}.json"
 
 
 def _name(key: ProgramKey, rows: int, time: int) -> str:
     """A digest of what the outcome depends on."""
     depends = [repr(dataclasses.replace(key, model=dataclasses.replace(key.model, depth=DEPTH))), rows, time]
-    return hashlib.sha256(json.dumps([*depends, choice.environment(), _sources()]).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps([*depends, verification.environment(), _sources()]).encode()).hexdigest()[:24]
 
 
 @functools.cache

@@ -32,7 +32,7 @@ from mmfree_jax.data.reading.documents import document_ids, is_target
 from mmfree_jax.devices import backend
 from mmfree_jax.distributed import put, repeat
 from mmfree_jax.models.language_model import LanguageModel
-from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast import verification
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.parametrisation import Role
 from mmfree_jax.sharding import batch_sharding, make_mesh, packing, path_name, shardings, summing_wide, uncut, unfilled
@@ -84,13 +84,13 @@ class Program:
         """Put a [B, ...] host array, which every process has in full, where the step expects it."""
         return put(array, batch_sharding(self.mesh))
 
-    def prepare(self, shape: tuple[int, int], looked_at: bool = False) -> None:
-        """Check the kernels of a step on tokens [B, T+1], and of `inspect` if `looked_at`, before they are traced."""
+    def prepare(self, shape: tuple[int, int], diagnosed: bool = False) -> None:
+        """Check the kernels of a step on tokens [B, T+1], and of `inspect` if `diagnosed`, before they are traced."""
         tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
         rate = self.repeat(Rates(np.float32(0), np.float32(0)))
         with jax.set_mesh(self.mesh):
-            for program in (self.train_step, self.inspect) if looked_at else (self.train_step,):
-                choice.prepare(functools.partial(jax.eval_shape, program, self.abstract_state, tokens_BT, rate))
+            for program in (self.train_step, self.inspect) if diagnosed else (self.train_step,):
+                verification.prepare(functools.partial(jax.eval_shape, program, self.abstract_state, tokens_BT, rate))
 
     def repeat(self, numbers: Any) -> Any:
         """Put host numbers, equal in all processes, on all devices, so that steps need not copy them from one."""
@@ -201,7 +201,7 @@ def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax
         if codes is not None:
             model.use_codes(codes)
         targets_BT, z_loss = rows_BT[:, 1:], key.optim.z_loss
-        total, z = model.losses(rows_BT[:, :-1], targets_BT, mask_BT, segments_BT=segments_BT, z_loss=z_loss)
+        total, _, z = model.loss(rows_BT[:, :-1], targets_BT, mask_BT, segments_BT=segments_BT, z_loss=z_loss)
         return total / (count / accumulate), z / (count / accumulate)
 
     losses, grads = _accumulated(jax.value_and_grad(mean_loss, has_aux=True), params, tokens_BT, accumulate)

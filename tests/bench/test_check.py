@@ -10,11 +10,10 @@ import pytest
 from mmfree_jax.bench import check
 from mmfree_jax.bench import cli as bench
 from mmfree_jax.config import FAMILIES, ConfigError
-from mmfree_jax.ops import ternary_weights
-from mmfree_jax.ops.fast import checks, choice
+from mmfree_jax.ops.fast import checks, products, verification
 from tests.in_process import called
 
-GPU = pytest.mark.skipif(not choice._is_hopper(), reason="needs a Hopper GPU")
+GPU = pytest.mark.skipif(not verification.is_hopper(), reason="needs a Hopper GPU")
 LAYERS = [use for use in check.uses(64, 0) if use.kernel == "layer" and max(use.sizes) < 600][:3]
 
 
@@ -54,8 +53,8 @@ def test_shards_share_the_uses_out():
 def test_a_layer_passes_and_one_with_a_wrong_gradient_does_not(use, monkeypatch):
     """In place of a GPU: the type differs from the reference's, and the fault is in that type's path alone."""
     assert check.checked(use).passed
-    right = ternary_weights.outer
-    monkeypatch.setattr(ternary_weights, "outer", lambda x, dy, *a: right(x, dy, *a) * (1.5 if seen(x) else 1))
+    right = products.outer
+    monkeypatch.setattr(products, "outer", lambda x, dy, *a: right(x, dy, *a) * (1.5 if seen(x) else 1))
     calls = []
     seen = lambda x: calls.append(x) or len(calls) <= 3  # the first program's, not the reference's
     jax.clear_caches()

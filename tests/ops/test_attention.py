@@ -1,5 +1,6 @@
 """All forms of attention compute the same thing, and documents do not see each other."""
 
+import functools
 import importlib
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 import experiments
-from mmfree_jax.ops import attention
 from mmfree_jax.ops.attention import attend, causal_attention
+from mmfree_jax.ops.fast import attention, choice
 
 SEGMENTS = jnp.repeat(jnp.array([[0, 1, 2], [5, 5, 3]]), jnp.array([30, 50, 70]), axis=1)
 
@@ -22,13 +23,15 @@ def operands(heads=4, kv_heads=2, time=150):
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one document", "documents"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_rows_equal_full_with_their_gradients(kv_heads, segments):
-    def run(impl):
-        score = lambda *a: jnp.sum(jnp.sin(causal_attention(*a, segments_BT=segments, impl=impl)))
-        return jax.jit(jax.value_and_grad(score, argnums=(0, 1, 2)))(*operands(kv_heads=kv_heads))
+def test_forms_equal_the_definition_with_their_gradients(kv_heads, segments):
+    def run(form):
+        score = lambda *a: jnp.sum(jnp.sin(form(*a, segments_BT=segments)))
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(score, argnums=(0, 1, 2)))(*operands(kv_heads=kv_heads)))
 
-    for a, b in zip(jax.tree.leaves(run("rows")), jax.tree.leaves(run("full")), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+    expected = run(causal_attention.definition)
+    for name in ("rows", "full"):
+        for a, b in zip(run(functools.partial(attention.causal_attention, form=name)), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
 
 
 def test_documents_are_separate_sequences():
@@ -43,7 +46,8 @@ def test_attention_is_the_written_out_formula():
     scores = np.array(q[0, :, 0] @ k[0, :, 0].T) / 8**0.5
     scores[np.triu_indices(9, 1)] = -np.inf
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    np.testing.assert_allclose(causal_attention(q, k, v)[0, :, 0], weights @ v[0, :, 0], atol=1e-6)
+    for form in (causal_attention, causal_attention.definition):
+        np.testing.assert_allclose(form(q, k, v)[0, :, 0], weights @ v[0, :, 0], atol=1e-6)
     np.testing.assert_allclose(attend(q, k, v, jnp.tri(9, dtype=bool))[0, :, 0], weights @ v[0, :, 0], atol=1e-6)
 
 
@@ -65,25 +69,26 @@ def test_heads_of_any_width_and_any_length_are_filled_up_for_cudnn(monkeypatch, 
     shapes = ((2, time, 4, width), (2, time, 2, width), (2, time, 2, width))
     q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
 
-    def run(impl):
-        score = lambda *a: jnp.sum(jnp.sin(causal_attention(*a, impl=impl)))
-        return jax.value_and_grad(score, argnums=(0, 1, 2))(q, k, v)
+    def run(form):
+        score = lambda *a: jnp.sum(jnp.sin(form(*a)))
+        return jax.tree.leaves(jax.value_and_grad(score, argnums=(0, 1, 2))(q, k, v))
 
-    for a, b in zip(jax.tree.leaves(run("cudnn")), jax.tree.leaves(run("full")), strict=True):
+    cudnn = functools.partial(attention.causal_attention, form="cudnn")
+    for a, b in zip(run(cudnn), run(causal_attention.definition), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
 
 
 def test_the_form_on_a_gpu_follows_type_documents_and_width(monkeypatch):
-    monkeypatch.setattr(attention, "backend", lambda: "gpu")
-    monkeypatch.setattr(attention, "_widest_fused_head", lambda: 256)
+    monkeypatch.setattr(choice, "backend", lambda: "gpu")
+    monkeypatch.setattr(choice, "widest_fused_head", lambda: 256)
     shaped = lambda width, dtype: jax.ShapeDtypeStruct((2, 150, 4, width), dtype)
-    assert attention.choose(shaped(36, jnp.bfloat16), None) == "cudnn"
-    assert attention.choose(shaped(256, jnp.float16), None) == "cudnn"
-    assert attention.choose(shaped(264, jnp.bfloat16), None) == "full"
-    assert attention.choose(shaped(64, jnp.float32), None) == "full"
-    assert attention.choose(shaped(64, jnp.bfloat16), SEGMENTS) == "full"
-    monkeypatch.setattr(attention, "backend", lambda: "cpu")
-    assert attention.choose(shaped(64, jnp.bfloat16), None) == "rows"
+    assert choice.attention_form(shaped(36, jnp.bfloat16), None) == "cudnn"
+    assert choice.attention_form(shaped(256, jnp.float16), None) == "cudnn"
+    assert choice.attention_form(shaped(264, jnp.bfloat16), None) == "full"
+    assert choice.attention_form(shaped(64, jnp.float32), None) == "full"
+    assert choice.attention_form(shaped(64, jnp.bfloat16), SEGMENTS) == "full"
+    monkeypatch.setattr(choice, "backend", lambda: "cpu")
+    assert choice.attention_form(shaped(64, jnp.bfloat16), None) == "rows"
 
 
 DECLARING = [path.stem for path in Path(experiments.__file__).parent.glob("*.py") if "def study(" in path.read_text()]
@@ -92,8 +97,8 @@ DECLARING = [path.stem for path in Path(experiments.__file__).parent.glob("*.py"
 @pytest.mark.parametrize("name", sorted(DECLARING))
 def test_every_head_that_an_experiment_declares_is_fused_on_a_gpu(monkeypatch, name):
     study = importlib.import_module(f"experiments.{name}").study()
-    monkeypatch.setattr(attention, "backend", lambda: "gpu")
-    monkeypatch.setattr(attention, "_widest_fused_head", lambda: 256)
+    monkeypatch.setattr(choice, "backend", lambda: "gpu")
+    monkeypatch.setattr(choice, "widest_fused_head", lambda: 256)
     widths = {run.model.width // run.model.heads for run in study.runs if run.model.mixer == "attention"}
     for width in widths:
-        assert attention.choose(jax.ShapeDtypeStruct((8, 128, 1, width), jnp.bfloat16), None) == "cudnn"
+        assert choice.attention_form(jax.ShapeDtypeStruct((8, 128, 1, width), jnp.bfloat16), None) == "cudnn"

@@ -1,17 +1,17 @@
-"""The fused BitLinear against its definition by automatic differentiation of straight-through quantisers."""
+"""The fast BitLinear against its definition, automatic differentiation of straight-through quantisers."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from straight import straight_through
 
-from mmfree_jax.ops.bit_linear import Recipe, bit_linear, quantise_input
-from mmfree_jax.ops.fast.choice import kernels_allowed, kernels_assumed
-from mmfree_jax.ops.prologue import Prologue
-from mmfree_jax.ops.rms_norm import rms_norm
-from mmfree_jax.ops.ternary import Quantised, column_codes, quantise_activations, quantise_weights
-from mmfree_jax.ops.ternary_weights import quantise_kernel
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, linear, quantise_kernel
+from mmfree_jax.ops.fast.bit_linear import Fusion, quantise_input
+from mmfree_jax.ops.fast.choice import kernels_allowed
+from mmfree_jax.ops.fast.ternary import column_codes
+from mmfree_jax.ops.fast.verification import kernels_assumed
+from mmfree_jax.ops.stream import rms_norm
+from mmfree_jax.ops.ternary import Quantised
 
 X = jax.random.normal(jax.random.key(0), (2, 9, 16))
 W = jax.random.normal(jax.random.key(1), (3, 16, 24)) * jnp.linspace(0.5, 2, 24)
@@ -24,18 +24,10 @@ CASES = {
     "scale per channel": (Recipe(scale_axes=(-2,)), GAINS),
     "4 bits": (Recipe(bits=4), GAINS),
     "no codes": (Recipe(bits=0), GAINS),
+    "dense": (Recipe(ternary=False), None),
+    "padding": (Recipe(columns=21), GAINS[0]),
+    "padding, scale per channel": (Recipe(columns=21, scale_axes=(-2,)), GAINS),
 }
-
-
-def plain_norm(x, gain, eps):
-    return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * gain
-
-
-def definition(recipe, x, w_GDF, gain):
-    w_GDF = straight_through(w_GDF, quantise_weights(w_GDF, recipe.scale_axes))
-    for g in range(3):
-        u = x if gain is None else plain_norm(x, gain if gain.ndim == 1 else gain[g], recipe.eps)
-        yield (u if recipe.bits == 0 else straight_through(u, quantise_activations(u, recipe.bits))) @ w_GDF[g]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,22 +35,45 @@ def test_values_and_gradients_are_the_straight_through_ones(case):
     recipe, gain = CASES[case]
     weigh = jax.random.normal(jax.random.key(3), (3, 2, 9, 24))
 
-    def score(form):
-        return lambda *a: sum(jnp.sum(y * r) for y, r in zip(form(recipe, *a), weigh, strict=True))
+    def values_and_gradients(form):
+        def score(x, w, gain):
+            ys = form(recipe, x, Weights(w, gain))
+            return sum(jnp.sum(y * r) for y, r in zip(ys, weigh, strict=True)), ys
 
-    gradients = lambda form: jax.jit(jax.grad(score(form), argnums=(0, 1, 2)))(X, W, gain)
-    for y, expected in zip(bit_linear(recipe, X, W, gain), definition(recipe, X, W, gain), strict=True):
-        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
-    for a, b in zip(jax.tree.leaves(gradients(bit_linear)), jax.tree.leaves(gradients(definition)), strict=True):
+        gradients, ys = jax.jit(jax.grad(score, argnums=(0, 1, 2), has_aux=True))(X, W, gain)
+        return ys, gradients
+
+    (ys, gradients), (expected_ys, expected) = map(values_and_gradients, (linear, linear.definition))
+    for y, expected_y in zip(ys, expected_ys, strict=True):
+        np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-4)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_definition_is_the_written_out_formula():
+    """In float64 and without the package: RMSNorm, absmax, absmean, product."""
+    x, w, gain = (np.asarray(a, np.float64) for a in (X, W[0], GAINS[0]))
+    u = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * gain
+    s, m = 127 / np.abs(u).max(-1, keepdims=True), np.abs(w).mean()
+    expected = np.round(u * s) / s @ (np.clip(np.round(w / m), -1, 1) * m)
+    found = bit_linear.definition(Recipe(), X, Weights(W[:1], GAINS[0]))[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_codes_made_ahead_are_used():
+    made = quantise_kernel(Recipe(), 2 * W)
+    for form in (bit_linear, bit_linear.definition):
+        found = form(Recipe(), X, Weights(W, GAINS, made))
+        for y, expected in zip(found, bit_linear(Recipe(), X, Weights(2 * W, GAINS)), strict=True):
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_gradients_are_the_analytic_ones():
     """dW = y~' dout, with no mask and no gradient through a scale; dx passes W~ and then the norm."""
     recipe, dout = Recipe(), jax.random.normal(jax.random.key(3), (2, 9, 24))
-    _, pull = jax.vjp(lambda x, w: bit_linear(recipe, x, w[None], GAINS[0])[0], X, W[0])
+    _, pull = jax.vjp(lambda x, w: bit_linear(recipe, x, Weights(w[None], GAINS[0]))[0], X, W[0])
     dx, dw = pull(dout)
-    (codes,), (kernel,) = quantise_input(recipe, (X,), None, GAINS[0]).inputs, quantise_kernel(recipe, W[:1])
+    (codes,), (kernel,) = quantise_input(Fusion(recipe), (X,), None, GAINS[0]).codes, quantise_kernel(recipe, W[:1])
     values = np.asarray(codes.codes * codes.scale)
     np.testing.assert_allclose(dw, np.einsum("btd,btf->df", values, dout), atol=1e-4)
     dy = np.asarray(dout @ (kernel.codes * kernel.scale).T * GAINS[0])
@@ -74,9 +89,9 @@ def test_integer_gradients_are_quantised_per_token_whatever_their_size(axes, uni
     dout = unit * jax.random.normal(jax.random.key(3), (2, 9, 24)) * jnp.linspace(0.1, 3, 9)[:, None]
     recipe = Recipe(scale_axes=axes, gradient_bits=8)
     dout = dout.at[0, 0].set(0)
-    pull = lambda recipe: jax.vjp(lambda x, w: bit_linear(recipe, x, w[None], None)[0], X, W[0])[1](dout)
+    pull = lambda recipe: jax.vjp(lambda x, w: bit_linear(recipe, x, Weights(w[None]))[0], X, W[0])[1](dout)
     (dx, dw), exact = pull(recipe), pull(recipe._replace(gradient_bits=0))
-    (kernel,), (x,) = quantise_kernel(recipe, W[:1]), quantise_input(recipe, (X,), None, None).inputs
+    (kernel,), (x,) = quantise_kernel(recipe, W[:1]), quantise_input(Fusion(recipe), (X,), None, None).codes
     dy, scale = np.asarray(dout, np.float64), np.asarray(kernel.scale, np.float64)
     per_channel = dy if scale.size == 1 else dy * scale
     step = np.abs(per_channel).max(-1, keepdims=True) / 127
@@ -115,14 +130,16 @@ def test_codes_of_columns_keep_what_is_small_on_average():
 
 def test_bfloat16_products_are_exact_on_codes():
     """The integer product does not depend on the type that carries it."""
-    low = bit_linear(Recipe(), X.astype(jnp.bfloat16), W, GAINS)[0]
-    full = bit_linear(Recipe(), X.astype(jnp.bfloat16).astype(jnp.float32), W, GAINS)[0]
+    low = bit_linear(Recipe(), X.astype(jnp.bfloat16), Weights(W, GAINS))[0]
+    full = bit_linear(Recipe(), X.astype(jnp.bfloat16).astype(jnp.float32), Weights(W, GAINS))[0]
     assert low.dtype == jnp.bfloat16
     np.testing.assert_array_equal(low, full.astype(jnp.bfloat16))
 
 
 def test_the_backward_pass_keeps_bytes_not_floats():
-    saved = jax.eval_shape(lambda x, w: jax.vjp(lambda x, w: bit_linear(Recipe(), x, w, GAINS[0]), x, w)[1], X, W)
+    saved = jax.eval_shape(
+        lambda x, w: jax.vjp(lambda x, w: bit_linear(Recipe(), x, Weights(w, GAINS[0])), x, w)[1], X, W
+    )
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved))
     assert kept < X.size * (4 + 1) + W.size * 1 + 4 * (2 * X.size // 16 + GAINS.size + 100)
 
@@ -130,11 +147,13 @@ def test_the_backward_pass_keeps_bytes_not_floats():
 def test_rms_norm_and_its_gradient():
     weigh = jax.random.normal(jax.random.key(4), X.shape)
     score = lambda norm: lambda x, gain: jnp.sum(norm(x, gain, 1e-6) * weigh)
-    for a, b in zip(
-        jax.grad(score(rms_norm), (0, 1))(X, GAINS[0]), jax.grad(score(plain_norm), (0, 1))(X, GAINS[0]), strict=True
-    ):
+    found, expected = (jax.grad(score(norm), (0, 1))(X, GAINS[0]) for norm in (rms_norm, rms_norm.definition))
+    for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    np.testing.assert_allclose(rms_norm(X, GAINS[0], 1e-6), plain_norm(X, GAINS[0], 1e-6), atol=1e-6)
+    exact = np.asarray(X, np.float64)
+    exact = exact / np.sqrt((exact * exact).mean(-1, keepdims=True) + 1e-6) * np.asarray(GAINS[0])
+    for norm in (rms_norm, rms_norm.definition):
+        np.testing.assert_allclose(norm(X, GAINS[0], 1e-6), exact, atol=1e-6)
     assert rms_norm(X.astype(jnp.bfloat16), GAINS[0], 1e-6).dtype == jnp.bfloat16
 
 
@@ -145,7 +164,7 @@ def test_the_backward_pass_follows_what_the_forward_pass_chose():
 
     def loss(x, w):
         with kernels_allowed(False):
-            (y,) = bit_linear(Recipe(), Prologue("norm", (x,), gain), w, gain)
+            (y,) = bit_linear(Recipe(), rms_norm(x, gain, 1e-6), Weights(w, gain))
         return jnp.sum(y * y)
 
     with kernels_assumed():

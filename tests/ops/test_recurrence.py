@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.ops import recurrence as module
-from mmfree_jax.ops.recurrence import recurrence
-from mmfree_jax.ops.wkv import wkv
+from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast import recurrence as module
+from mmfree_jax.ops.recurrence import gated_recurrence, recurrence
+from mmfree_jax.ops.wkv import token_shift, wkv
 
 B, T, D = 2, 13, 5
 F = jax.nn.sigmoid(jax.random.normal(jax.random.key(0), (B, T, D)))
@@ -24,11 +25,17 @@ def loop(f, x, h, resets):
     return jnp.stack(out, 1)
 
 
-@pytest.mark.parametrize("impl", ["scan", "associative"])
+def run_form(name, *operands, **kwargs):
+    if name == "definition":
+        return recurrence.definition(*operands, **kwargs)
+    return module.recurrence(*operands, **kwargs, form=name)
+
+
+@pytest.mark.parametrize("name", ["walk", "prefix", "definition"])
 @pytest.mark.parametrize("resets", [jnp.zeros_like(RESETS), RESETS], ids=["one document", "documents"])
-def test_forms_equal_the_loop_with_gradients(impl, resets):
+def test_forms_equal_the_loop_with_gradients(name, resets):
     weigh = jax.random.normal(jax.random.key(3), (B, T, D))
-    form = lambda f, x, h: recurrence(f, x, h, resets_BT=resets, impl=impl)
+    form = lambda f, x, h: run_form(name, f, x, h, resets_BT=resets)
     run = lambda g: jax.jit(jax.value_and_grad(lambda f, x, h: jnp.sum(g(f, x, h) * weigh), (0, 1, 2)))(F, X, H)
     np.testing.assert_allclose(form(F, X, H), loop(F, X, H, resets), atol=1e-5)
     for a, b in zip(
@@ -37,33 +44,45 @@ def test_forms_equal_the_loop_with_gradients(impl, resets):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["scan", "associative"])
-def test_pieces_continue_each_other(impl):
-    whole = recurrence(F, X, H, impl=impl)
+@pytest.mark.parametrize("name", ["walk", "prefix", "definition"])
+def test_pieces_continue_each_other(name):
+    whole = run_form(name, F, X, H)
     h, pieces = H, []
     for a, b in ((0, 6), (6, 7), (7, T)):
-        pieces.append(recurrence(F[:, a:b], X[:, a:b], h, impl=impl))
+        pieces.append(run_form(name, F[:, a:b], X[:, a:b], h))
         h = pieces[-1][:, -1]
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=1e-5)
 
 
-@pytest.mark.parametrize(("backend", "form"), [("cpu", "scan"), ("gpu", "associative"), ("tpu", "associative")])
+@pytest.mark.parametrize(("backend", "form"), [("cpu", "_walk"), ("gpu", "_prefix"), ("tpu", "_prefix")])
 def test_a_cpu_walks_and_accelerators_take_the_parallel_prefix(backend, form, monkeypatch):
     taken = []
     for name in ("_walk", "_prefix"):
         monkeypatch.setattr(module, name, lambda f, x, h, reverse, name=name: taken.append(name) or x)
-    monkeypatch.setattr(module, "backend", lambda: backend)
+    monkeypatch.setattr(choice, "backend", lambda: backend)
     ones = jnp.ones((1, 5, 3))
     recurrence(ones, ones)
-    assert taken == [{"scan": "_walk", "associative": "_prefix"}[form]]
+    assert taken == [form]
 
 
 def test_the_carry_of_half_precision_inputs_is_float32():
     f, x = jnp.full((1, 64, 1), 0.99609375, jnp.bfloat16), jnp.ones((1, 64, 1), jnp.bfloat16)
-    for impl in ("scan", "associative"):
-        h = recurrence(f, x, impl=impl)
+    for name in ("walk", "prefix", "definition"):
+        h = run_form(name, f, x)
         assert h.dtype == jnp.float32
         np.testing.assert_allclose(h[0, -1, 0], (1 - 0.99609375**64) / (1 - 0.99609375), rtol=1e-5)
+
+
+@pytest.mark.parametrize("floor", [None, jnp.linspace(0, 0.9, D)], ids=["no floor", "floor"])
+def test_gated_recurrence_and_its_gradients_are_those_of_the_definition(floor):
+    def run(form):
+        score = lambda c, f, h: sum(jnp.sum(jnp.sin(a)) for a in form(c, f, floor, h, resets_BT=RESETS))
+        return jax.jit(jax.value_and_grad(score, (0, 1, 2)))(X, 2 * F, H)
+
+    for a, b in zip(
+        *(jax.tree.leaves(run(form)) for form in (gated_recurrence, gated_recurrence.definition)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def plain_wkv(w, u, k, v, starts):
@@ -84,17 +103,24 @@ def test_wkv_is_the_written_out_average():
     k = 3 * F
     starts = RESETS.at[:, 0].set(True)
     expected = plain_wkv(*(np.asarray(a, np.float64) for a in (w, u, k, X)), np.asarray(starts))
-    np.testing.assert_allclose(wkv(w, u, k, X, resets_BT=RESETS)[0], expected, atol=1e-5)
+    for form in (wkv, wkv.definition):
+        np.testing.assert_allclose(form(w, u, k, X, resets_BT=RESETS)[0], expected, atol=1e-5)
+
+
+def test_a_token_s_predecessor_is_the_token_before_it():
+    for form in (token_shift, token_shift.definition):
+        np.testing.assert_array_equal(form(X, H), np.concatenate([H[:, None], X[:, :-1]], axis=1))
 
 
 def test_wkv_of_huge_keys_is_finite_and_unchanged_by_a_common_shift():
     w, u = jnp.full(D, 0.3), jnp.zeros(D)
-    score = lambda k: jnp.sum(jnp.sin(wkv(w, u, k, X)[0]))
     k = 3 * X[::-1]
-    shifted, plain = (jax.value_and_grad(score)(k + shift) for shift in (500.0, 0.0))
-    assert np.isfinite(shifted[1]).all()
-    np.testing.assert_allclose(shifted[0], plain[0], rtol=1e-3)
-    np.testing.assert_allclose(shifted[1], plain[1], atol=1e-3)
+    for form in (wkv, wkv.definition):
+        score = lambda k, form=form: jnp.sum(jnp.sin(form(w, u, k, X)[0]))
+        shifted, plain = (jax.value_and_grad(score)(k + shift) for shift in (500.0, 0.0))
+        assert np.isfinite(shifted[1]).all()
+        np.testing.assert_allclose(shifted[0], plain[0], rtol=1e-3)
+        np.testing.assert_allclose(shifted[1], plain[1], atol=1e-3)
 
 
 def test_wkv_gradients_are_those_of_the_definition():
@@ -111,6 +137,7 @@ def test_wkv_gradients_are_those_of_the_definition():
     gradient = lambda form: jax.jit(jax.grad(lambda *operands: jnp.sum(jnp.sin(form(*operands))), (0, 1, 2, 3)))(
         w, u, 2 * F, X
     )
-    stable = lambda *operands: wkv(*operands)[0]
-    for a, b in zip(gradient(stable), gradient(definition), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    expected = gradient(definition)
+    for form in (wkv, wkv.definition):
+        for a, b in zip(gradient(lambda *operands, form=form: form(*operands)[0]), expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)

@@ -7,15 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from straight import straight_through
 
-from mmfree_jax.ops.ternary import (
-    dequantise,
-    pack,
-    quantise_activations,
-    quantise_weights,
-    unpack,
-)
+from mmfree_jax.ops.fast import ternary as fast
+from mmfree_jax.ops.fast.ternary import pack, unpack
+from mmfree_jax.ops.ternary import dequantise, quantise_activations, quantise_weights, straight_through
 
 VALUES = st.floats(-1e4, 1e4, width=32)
 MATRICES = arrays(np.float32, (5, 7), elements=VALUES)
@@ -30,6 +25,7 @@ def test_weight_codes_are_ternary_and_follow_the_published_formula(w):
     assert set(np.unique(codes)) <= {-1, 0, 1}
     mean = max(np.abs(w).mean(dtype=np.float64), 1e-5)
     np.testing.assert_allclose(scale, [[mean]], rtol=35 * 2**-23)  # a float32 sum of 35 terms, in any order
+    np.testing.assert_allclose(fast.weight_scale(jnp.asarray(w), (-2, -1)), [[mean]], rtol=35 * 2**-23)
     clear = np.abs(np.abs(w / mean) - 0.5) > 1e-5  # not within rounding of the threshold
     np.testing.assert_array_equal(np.asarray(codes)[clear], np.clip(np.round(w / mean), -1, 1)[clear])
 

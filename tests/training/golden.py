@@ -72,7 +72,7 @@ def run_of(family: str, corpus: Path) -> RunConfig:
 def curve(run: RunConfig, token_set: TokenSet) -> list[float]:
     """Training loss in nats at every step."""
     with tempfile.TemporaryDirectory() as folder:
-        loop.train(run, Path(folder) / "run", token_set, checked=False)
+        loop.train(run, Path(folder) / "run", token_set, check_first=False)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 

@@ -19,7 +19,7 @@ CHECK = self_check.self_check
 def fresh(monkeypatch):
     """Programs of a test hold its faults: none of them outlives it, and no outcome is found or kept."""
     monkeypatch.setattr(self_check, "_passed", set())
-    monkeypatch.setattr(self_check.choice, "kept_in", lambda: None)
+    monkeypatch.setattr(self_check.verification, "cache_folder", lambda: None)
     make_program.cache_clear()
     yield
     make_program.cache_clear()
@@ -73,7 +73,7 @@ def test_a_gradient_that_is_no_number_is_refused(token_set, monkeypatch):
 
 
 def test_the_outcome_is_kept_beside_compiled_programs(token_set, tmp_path, monkeypatch):
-    monkeypatch.setattr(self_check.choice, "kept_in", lambda: tmp_path)
+    monkeypatch.setattr(self_check.verification, "cache_folder", lambda: tmp_path)
     run = run_of("hgrn", token_set, precision="float32")
     check(run)
     monkeypatch.setattr(self_check, "_passed", set())
@@ -85,7 +85,7 @@ def test_the_outcome_is_kept_beside_compiled_programs(token_set, tmp_path, monke
 
 def test_a_run_tells_which_kernels_served_and_which_were_refused(token_set, tmp_path, monkeypatch):
     served, refused = ["int8_matmul 256x128x128 False"], ["row_codes 4x128 bfloat16 False: codes deviates by 85 times"]
-    monkeypatch.setattr(loop.choice, "record", lambda: {"served": served, "refused": refused})
+    monkeypatch.setattr(loop.verification, "record", lambda: {"served": served, "refused": refused})
     row = loop.train(run_of("transformer++", token_set, steps=6), tmp_path, token_set)
     assert (row["kernels"], row["kernels_refused"]) == (served[0], refused[0])
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
@@ -100,4 +100,4 @@ def test_a_run_that_fails_trains_nothing(token_set, tmp_path, monkeypatch):
     with pytest.raises(self_check.SelfCheckError):
         loop.train(run, tmp_path / "run", token_set)
     assert not (tmp_path / "run" / "result.json").exists()
-    loop.train(dataclasses.replace(run, steps=6), tmp_path / "trusted", token_set, checked=False)
+    loop.train(dataclasses.replace(run, steps=6), tmp_path / "trusted", token_set, check_first=False)

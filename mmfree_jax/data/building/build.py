@@ -112,8 +112,8 @@ def _identity(units: Sequence[Unit], recipe: Recipe, vocab_hash: str) -> dict[st
     """What must be equal if a build is to continue another one."""
     files = sorted({file for unit in units for file in unit.files if Path(file).exists()})
     stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    whole = [[asdict(unit) for unit in units], asdict(recipe), stats]
-    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    everything = [[asdict(unit) for unit in units], asdict(recipe), stats]
+    digest = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
     return {"input": digest, "vocab_hash": vocab_hash}
 
 

@@ -76,12 +76,12 @@ def shingles(texts: Sequence[str], width: int = SHINGLE_WORDS) -> tuple[np.ndarr
     for start, stop in _chunks(texts):
         words, owner = _word_hashes(texts[start:stop])
         runs = max(len(words) - width + 1, 0)
-        whole = owner[:runs] == owner[len(owner) - runs :]
+        inside = owner[:runs] == owner[len(owner) - runs :]
         total = np.zeros(runs, np.uint64)
         for i, weight in enumerate(weights):
             total += words[i : i + runs] * weight
-        hashes.append(_mix(total[whole]))
-        counts.append(np.bincount(owner[:runs][whole], minlength=stop - start))
+        hashes.append(_mix(total[inside]))
+        counts.append(np.bincount(owner[:runs][inside], minlength=stop - start))
     return np.concatenate(hashes), np.cumsum(np.concatenate(counts))
 
 

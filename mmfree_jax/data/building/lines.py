@@ -106,8 +106,8 @@ def lines(stream: Iterable[bytes], longest: int) -> Iterator[bytes]:
     character."""
     rest = b""
     for block in stream:
-        *whole, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
-        yield from (line + b"\n" for line in whole)
+        *complete, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
+        yield from (line + b"\n" for line in complete)
         while len(rest) > longest:
             cut = rest.rfind(b" ", 0, longest) + 1 or longest
             while cut > 1 and rest[cut] & 0xC0 == 0x80:  # in the middle of a character of UTF-8
@@ -122,8 +122,8 @@ def records(stream: Iterable[bytes], longest: int) -> Iterator[tuple[bytes | Non
     """Yield JSON lines and their length with the end. A line longer than `longest` is None and never in memory."""
     rest, passed = b"", 0
     for block in stream:
-        *whole, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
-        for line in whole:
+        *complete, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
+        for line in complete:
             yield None if passed else line, passed + len(line) + 1
             passed = 0
         if passed or len(rest) > longest:

@@ -24,7 +24,7 @@ from mmfree_jax.data.tokenizers.tokenizer import Tokenizer
 from mmfree_jax.files import locked, naming, read_json, write_atomically
 
 HELD_OUT = 0.01  # of the bytes
-DOCUMENT_BYTES = 65_536  # a longer file (a dictionary, a whole book) becomes several documents
+DOCUMENT_BYTES = 65_536  # a longer file (a dictionary, an entire book) becomes several documents
 _SKIPPED = re.compile(
     r"/(_static|_images|images?|fonts?|css|js|locale|LC_MESSAGES|_sources|testdata|testsuite/gcc.target)/"
     r"|/(changelog|copyright|NEWS)\.?(Debian)?(\.gz)?$|/(search|genindex|py-modindex)[^/]*\.html"
@@ -146,8 +146,8 @@ def _prepared(tier: str, work: Path, processes: int, progress: Progress) -> tupl
         progress(f"removing repetitions from {len(documents)} documents")
         prepared = prepare(documents, held_out=HELD_OUT)
         units = spill(prepared, work / "prepared")
-        whole = {"units": [asdict(unit) for unit in units], "card": _card(tier, heads, prepared)}
-        write_atomically(record, json.dumps(whole))
+        work_done = {"units": [asdict(unit) for unit in units], "card": _card(tier, heads, prepared)}
+        write_atomically(record, json.dumps(work_done))
     known = read_json(record)
     return [Unit(**{**unit, "files": tuple(unit["files"])}) for unit in known["units"]], known["card"]
 

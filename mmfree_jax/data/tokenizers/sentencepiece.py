@@ -68,9 +68,9 @@ def _piece(data: bytes) -> tuple[str, float, int]:
 def _parse(data: bytes) -> _Model:
     # Fields of ModelProto: 1 pieces, 2 trainer_spec (3 model_type, 35 byte_fallback), 3 normalizer_spec (2 character
     # map, 3 add_dummy_prefix).
-    whole = list(_fields(data))
-    pieces = [_piece(value) for number, value in whole if number == 1 and isinstance(value, bytes)]
-    trainer, normalizer = ({k: v for n, part in whole if n == m for k, v in _fields(bytes(part))} for m in (2, 3))
+    fields = list(_fields(data))
+    pieces = [_piece(value) for number, value in fields if number == 1 and isinstance(value, bytes)]
+    trainer, normalizer = ({k: v for n, part in fields if n == m for k, v in _fields(bytes(part))} for m in (2, 3))
     return _Model(
         pieces,
         int(trainer.get(3, _UNIGRAM)),

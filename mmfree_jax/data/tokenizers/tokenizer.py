@@ -114,16 +114,16 @@ class Tokenizer:
 
 def vocabulary_hash(tokenizer_json: str) -> str:
     """SHA-256 of what decides token numbers in a `tokenizer.json`; its layout and library version do not count."""
-    whole = json.loads(tokenizer_json)
-    model = whole["model"]
+    parsed = json.loads(tokenizer_json)
+    model = parsed["model"]
     vocabulary = model["vocab"]
     essence: dict[str, Any] = {
         "type": model.get("type", "BPE"),
         "vocab": sorted(vocabulary.items()) if isinstance(vocabulary, dict) else vocabulary,
         "merges": [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])],
-        "added": sorted((token["id"], token["content"]) for token in whole.get("added_tokens", [])),
-        "normalizer": (whole.get("normalizer") or {}).get("type"),
-        "pre_tokenizer": (whole.get("pre_tokenizer") or {}).get("type"),
+        "added": sorted((token["id"], token["content"]) for token in parsed.get("added_tokens", [])),
+        "normalizer": (parsed.get("normalizer") or {}).get("type"),
+        "pre_tokenizer": (parsed.get("pre_tokenizer") or {}).get("type"),
     }
     return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()
 

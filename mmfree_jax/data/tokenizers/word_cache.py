@@ -32,12 +32,12 @@ _LARGEST = 500_000  # words remembered: about 100 MB
 
 def fits(tokenizer_json: str) -> bool:
     """Whether a `tokenizer.json` is of the kind that this module encodes: byte-level BPE with digits split."""
-    whole = json.loads(tokenizer_json)
-    steps = (whole.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    parsed = json.loads(tokenizer_json)
+    steps = (parsed.get("pre_tokenizer") or {}).get("pretokenizers", [])
     plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return (
-        whole.get("normalizer") is None
-        and whole["model"]["type"] == "BPE"
+        parsed.get("normalizer") is None
+        and parsed["model"]["type"] == "BPE"
         and len(steps) == 2
         and steps[0] == {"type": "Digits", "individual_digits": True}
         and {key: steps[1].get(key) for key in plain} == plain

@@ -1,2 +1,2 @@
-"""Faster implementations of the ops, and the choice among them. `choice` decides which implementation serves; `checks`
-compares a kernel with a float64 reference on this device."""
+"""Faster implementations of the ops by the same names. `choice` decides which serves, `verification` and `checks`
+compare kernels with float64 on this device, `hopper` holds the kernels."""

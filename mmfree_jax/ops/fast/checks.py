@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.ops.ternary import SMALLEST, TINY, TOP, dither_phases
+from mmfree_jax.ops.fast.ternary import TINY, TOP, dither_phases
+from mmfree_jax.ops.ternary import SMALLEST
 
 ROWS = 509
 EPS = 1e-6  # of the norms
@@ -134,12 +135,12 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 def normed_codes(rng: np.random.Generator, use: Use) -> Problem:
     """The pass from activations to codes and its backward pass.
 
-    sizes: rows, width. options: kind of prologue, gains, products, type, bits of gradients, whether the gradient of a
+    sizes: rows, width. options: kind of the input, gains, products, type, bits of gradients, whether the gradient of a
     residual is added, whether the gradients to the sources come as codes.
 
     With 8 bits of gradients the normed inputs come as codes, and the gradients to them have their factors already.
     """
-    from mmfree_jax.ops.kernels import normed_codes as kernel
+    from mmfree_jax.ops.fast.hopper import normed_codes as kernel
 
     (M, D), (kind, G, products, dtype, bits, has_residual, onward_codes) = use.sizes, use.options
     R, counts = _sample(M)
@@ -177,7 +178,7 @@ def normed_codes(rng: np.random.Generator, use: Use) -> Problem:
 
 
 def _normed_codes(kind, sources, inner, gains, dys, factors, row_factors, residual, counts, dtype) -> dict:
-    """`normed_codes.forward` and `.backward` by their definitions: `prologue.combine`, a norm, absmax, and gradients
+    """`normed_codes.forward` and `.backward` by their definitions: `combine.combine`, a norm, absmax, and gradients
     straight through the quantiser."""
     exact = [_exact(a) for a in sources]
     rounded = lambda a: _exact(a.astype(jnp.dtype(dtype)))
@@ -237,7 +238,7 @@ def _normed_codes(kind, sources, inner, gains, dys, factors, row_factors, residu
 
 def row_codes(rng: np.random.Generator, use: Use) -> Problem:
     """The codes of gradients, row by row. sizes: rows, width. options: type, whether rows have factors."""
-    from mmfree_jax.ops.kernels import normed_codes as kernel
+    from mmfree_jax.ops.fast.hopper import normed_codes as kernel
 
     (M, D), (dtype, factored) = use.sizes, use.options
     R, _ = _sample(M)
@@ -259,7 +260,7 @@ def row_codes(rng: np.random.Generator, use: Use) -> Problem:
 
 def int8_matmul(rng: np.random.Generator, use: Use) -> Problem:
     """The product of int8 codes. sizes: rows, inner, columns. options: whether each column has its own scale."""
-    from mmfree_jax.ops.kernels.int8_matmul import int8_matmul as kernel
+    from mmfree_jax.ops.fast.hopper.int8_matmul import int8_matmul as kernel
 
     (M, K, N), (per_column,) = use.sizes, use.options
     rows, columns = min(M, ROWS), min(N, ROWS)
@@ -282,7 +283,7 @@ def transposed_codes(rng: np.random.Generator, use: Use) -> Problem:
     Rescaled codes are rounded with a different dither at each place, so rows cannot repeat: at most ROWS of all rows
     are expected, the first and the last among them.
     """
-    from mmfree_jax.ops.kernels.transposed_codes import transposed as kernel
+    from mmfree_jax.ops.fast.hopper.transposed_codes import transposed as kernel
 
     (M, D), (scaled,) = use.sizes, use.options
     R, _ = _sample(M)
@@ -307,8 +308,8 @@ def recurrence(rng: np.random.Generator, use: Use) -> Problem:
     sizes: sequences, steps, channels. options: type, whether the MLGRU's gates are fused in, whether these steps are
     one device's chunk of longer sequences (then what a chunk does to a state is checked too).
     """
-    from mmfree_jax.ops.fused_recurrence import fused_recurrence
-    from mmfree_jax.ops.kernels import recurrence as kernel
+    from mmfree_jax.ops.fast.fused_recurrence import fused_recurrence
+    from mmfree_jax.ops.fast.hopper import recurrence as kernel
 
     (B, T, D), (dtype, gated, chunk) = use.sizes, use.options
     R, counts = min(B, 2), np.bincount(np.arange(B) % min(B, 2)).astype(np.float64)

@@ -1,208 +1,200 @@
-"""Which implementation serves: the one place that decides between a kernel and XLA.
+"""Which implementation serves: the one place that decides between a definition, XLA and a kernel.
 
-A kernel serves only where it has been checked. Its first use at a shape, in a type, on a kind of device compares it
-with float64 (`checks`). The outcome is kept in a folder, so that later processes do not check again. Where a kernel
-deviates or fails, XLA serves, a warning names the kernel, and `record` says so for the run's log and result.
+A model calls the functions in `ops`. Each is decorated with `op` and calls the function of its name in `ops.fast`,
+which computes the same with a backward pass of its own. That function asks here, while a program is traced, which form
+to take: for this op, at these shapes and types, on this mesh and device. A kernel serves where it supports the shape
+and `verification` has found it right. All sizes are of one device's part: on a mesh a kernel runs inside
+`sharding.per_shard`, as the compiler cannot cut it.
 
-`prepare` traces a program once to find its uses and checks the new ones. The processes of a run then agree: what one of
-them refuses, all refuse. A use that was not prepared is checked when the trace reaches it.
-
-On a mesh a kernel runs inside `sharding.per_shard`: the compiler cannot cut it. All sizes here are of a device's part.
+The user's own choices are contexts around what is traced: `kernels_allowed(False)` leaves all to XLA, `definitions()`
+leaves all to the definitions.
 """
 
-import contextlib
 import functools
-import hashlib
-import json
-import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import importlib
+import math
+from collections.abc import Callable
 from contextvars import ContextVar
-from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+import jax.numpy as jnp
 
-from mmfree_jax.files import read_json, sha256, write_json
-from mmfree_jax.ops.fast import checks
-from mmfree_jax.ops.fast.checks import Outcome, Use
+from mmfree_jax.devices import backend
+from mmfree_jax.ops.fast import verification
+from mmfree_jax.ops.fast.checks import Use
+from mmfree_jax.sharding import Names, axis_if_cut, rows_of, ways, whole
 from mmfree_jax.tracing import during
 
-THREADS = 8  # checks at the same time: XLA and ptxas compile in parallel, lowering holds Python's lock
-LONGEST_REASON = 300  # characters of an exception's message
+P = ParamSpec("P")
+R = TypeVar("R")
+
+STEPS: Names = ("batch", "time", "channels")  # logical names of [B, T, D]
+LOGITS_PER_CHUNK = {"cpu": 2**19, "gpu": 2**26, "tpu": 2**26}  # 2 MiB stay in a core's cache; 256 MiB of memory
+MOST_ROWS = 2**31 // (128 * 127)  # whose products of int8 codes an int32 can sum
 
 _allowed: ContextVar[bool] = ContextVar("kernels_allowed", default=True)
-_assumed: ContextVar[bool] = ContextVar("kernels_assumed", default=False)
-_collected: ContextVar[set[Use] | None] = ContextVar("collected", default=None)
-_outcomes: dict[Use, Outcome] = {}
-_refused_elsewhere: set[Use] = set()
+_defined: ContextVar[tuple[str, ...] | None] = ContextVar("defined", default=None)
+
+
+class Op(Generic[P, R]):
+    """A function with two implementations: its definition, and the function of its name in `ops.fast`."""
+
+    def __init__(self, definition: Callable[P, R]):
+        self._definition = definition
+        self._module = definition.__module__.replace(".ops.", ".ops.fast.")
+        functools.update_wrapper(self, definition)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Compute it by the fast implementation, unless `definitions` surrounds the call."""
+        name, but = self._definition.__name__, _defined.get()
+        if but is not None and name not in but:
+            return self._definition(*args, **kwargs)
+        return getattr(importlib.import_module(self._module), name)(*args, **kwargs)
+
+    def definition(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Compute it, and the ops that it is made of, by their definitions."""
+        with definitions():
+            return self._definition(*args, **kwargs)
+
+
+def op(definition: Callable[P, R]) -> Op[P, R]:
+    """Decorate a definition in `ops` that has a fast twin of the same name in the module of the same name."""
+    return Op(definition)
+
+
+def definitions(but: tuple[str, ...] = ()) -> Any:
+    """Compute ops by their definitions in what is traced inside, apart from those named. Also a decorator."""
+    return during(_defined, but)
 
 
 def kernels_allowed(allowed: bool) -> Any:
-    """Whether what is traced inside may use kernels; otherwise XLA alone computes everything. Also a decorator."""
+    """Allow or forbid kernels in what is traced inside; without them, XLA computes everything. Also a decorator."""
     return during(_allowed, allowed)
 
 
-def kernels_assumed() -> Any:
-    """What is traced inside uses every kernel that supports its shape, unchecked, as if this were a Hopper GPU. Also a
-    decorator.
-
-    For programs that are compiled for an absent device, or interpreted."""
-    return during(_assumed, True)
-
-
 def available() -> bool:
-    """Whether kernels can run here and may: an NVIDIA GPU of compute capability 9.0, and jax 0.11 or later."""
-    return _allowed.get() and (_assumed.get() or _is_hopper())
+    """Whether kernels can run here and may."""
+    return _allowed.get() and verification.possible()
 
 
-@functools.cache
-def _is_hopper() -> bool:
-    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
+def local_rows(x: jax.Array) -> int:
+    """Count the rows of x [..., D] that lie on one device."""
+    return math.prod(size // ways(name, size) for name, size in zip(rows_of(x.ndim), x.shape[:-1], strict=False))
+
+
+def input_codes(fusion: Any, sources: tuple[jax.Array, ...], source_gain: Any, gains: int, products: int) -> bool:
+    """Whether a kernel makes the codes of a BitLinear's input, and the gradients to its sources.
+
+    It takes 8 bits, a norm before the quantiser (gains > 0), and rows that are whole on a device and fill whole lanes.
+    """
+    recipe, width, dtype = fusion.recipe, sources[0].shape[-1], sources[0].dtype
+    if gains == 0 or recipe.bits != 8 or fusion.kind == "plain" or not available():
         return False
-    return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+    from mmfree_jax.ops.fast.hopper import normed_codes
 
-
-def serves(use: Use) -> bool:
-    """Whether a kernel serves a use. Ask while a program is traced, after `available` and the kernel's `supports`."""
-    if _assumed.get():
-        return True
-    collected = _collected.get()
-    if collected is not None:
-        if use in _outcomes and not _passed(use):
-            return False
-        collected.add(use)
-        return True
-    if use not in _outcomes and jax.process_count() > 1:
-        # This process cannot ask the others here, and all have to trace the same program.
-        warnings.warn(f"{use} was not checked before this program was traced; XLA serves", stacklevel=2)
+    arrays = len(sources) + products + fusion.residual, len(sources) + gains
+    fits = normed_codes.supports(width, (source_gain is not None) + gains, dtype, *arrays)
+    if ways(whole(recipe.axes)[0], width) > 1 or not fits:
         return False
-    _check([use])
-    return _passed(use)
+    options = fusion.kind, gains, products, str(dtype), recipe.gradient_bits, fusion.residual, fusion.onward
+    return verification.serves(Use("normed_codes", (local_rows(sources[0]), width), options))
 
 
-def prepare(trace: Callable[[], Any]) -> None:
-    """Check all kernels that a program would use, before it is traced for good.
+def gradient_codes_onward(recipe: Any, columns: int, dtype: Any) -> bool:
+    """Whether a kernel can make codes of gradients [..., columns]: 8 bits, rows whole on a device, in whole lanes."""
+    if not available() or recipe.gradient_bits != 8 or ways(whole(recipe.axes)[1], columns) > 1:
+        return False
+    from mmfree_jax.ops.fast.hopper import normed_codes
 
-    trace: traces the program without computing (`lambda: jax.eval_shape(step, ...)`). Every process of a run has to
-    call this with the same program. JAX keeps the trace, so the next one is free unless a kernel was refused.
+    return normed_codes.supports(columns, 0, dtype)
+
+
+def row_codes(recipe: Any, dy: jax.Array, factored: bool) -> bool:
+    """Whether a kernel makes the codes of a gradient to an output."""
+    use = Use("row_codes", (local_rows(dy), dy.shape[-1]), (str(dy.dtype), factored))
+    return gradient_codes_onward(recipe, dy.shape[-1], dy.dtype) and verification.serves(use)
+
+
+def integer_product(x: Any, w: Any, out: Any, axes: Names, transposed: bool) -> bool:
+    """Whether kernels multiply quantised x [..., D] and w [D, F] (`transposed`: [..., F] and [D, F]).
+
+    They take whole blocks of int8 codes and whole sums on every device, one weight scale, and bfloat16 results.
     """
-    if not _is_hopper():
-        return
-    while True:
-        uses: set[Use] = set()
-        with during(_collected, uses):
-            trace()
-        new = sorted(use for use in uses if use not in _outcomes)
-        _check(new)
-        _unite(new)
-        if all(_passed(use) for use in uses):
-            return
-        # The cached trace contains refused kernels. A new one may ask for other kernels: check again.
-        jax.clear_caches()
+    if x.scale is None or w.scale is None or w.scale.size != 1 or out != jnp.bfloat16 or not available():
+        return False
+    if x.codes.dtype != jnp.int8 or ways(axes[transposed], w.codes.shape[transposed]) > 1:
+        return False
+    from mmfree_jax.ops.fast.hopper import int8_matmul, transposed_codes
+
+    rows = local_rows(x.codes)
+    shape = [size // ways(name, size) for name, size in zip(axes, w.codes.shape, strict=True)]
+    inner, columns = reversed(shape) if transposed else shape
+    if not (int8_matmul.supports(rows, inner, columns) and transposed_codes.supports(inner, columns)):
+        return False
+    transposing = [] if transposed else [Use("transposed_codes", (inner, columns), (False,))]
+    return all(map(verification.serves, [*transposing, Use("int8_matmul", (rows, inner, columns), (False,))]))
 
 
-def record() -> dict[str, list[str]]:
-    """The uses that this process met, in words: those that a kernel serves, and those refused, with the reason."""
-    served = sorted(str(use) for use in _outcomes if _passed(use))
-    refused = sorted(_words(use) for use in _outcomes if not _passed(use))
-    return {"served": served, "refused": refused}
+def integer_sum_over_rows(x: jax.Array, dy: jax.Array) -> bool:
+    """Whether kernels multiply codes [R, D] and [R, F] over their rows: whole blocks, and sums that an int32 holds."""
+    from mmfree_jax.ops.fast.hopper import int8_matmul, transposed_codes
+
+    (rows, inner), columns = x.shape, dy.shape[-1]
+    whole_tiles = transposed_codes.supports(rows, inner) and transposed_codes.supports(rows, columns)
+    if not (whole_tiles and int8_matmul.supports(inner, rows, columns) and rows <= MOST_ROWS):
+        return False
+    uses = [Use("transposed_codes", (rows, inner), (False,)), Use("transposed_codes", (rows, columns), (True,))]
+    return all(map(verification.serves, [*uses, Use("int8_matmul", (inner, rows, columns), (True,))]))
 
 
-def _passed(use: Use) -> bool:
-    return use not in _refused_elsewhere and _outcomes[use].passed
+def recurrence_form(x_BTD: Any, dtype: Any, gated: bool) -> Literal["kernel", "walk", "prefix"]:
+    """The form of the recurrence, with the MLGRU's gates or without.
 
-
-def _words(use: Use) -> str:
-    outcome = _outcomes[use]
-    return f"{use}: " + (outcome.worst if not outcome.passed else "refused by another process")
-
-
-def _check(uses: Iterable[Use]) -> None:
-    """Find the outcomes of uses that have none yet, in the folder or by checks.
-
-    The checks run in new threads, which have no surrounding trace, mesh or setting: so they compute at once, even while
-    a program is being traced.
+    "kernel" is one pass over memory on Hopper GPUs, "walk" goes step by step, which is up to four times faster on a CPU
+    than "prefix", a parallel prefix.
     """
-    new = [use for use in uses if use not in _outcomes]
-    if not new:
-        return
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(_outcome, new))
-    with ThreadPoolExecutor(1) as pool:  # what failed beside others may only have lacked memory: again, alone
-        failed = [use for use, outcome in zip(new, found, strict=True) if outcome.error]
-        again = dict(zip(failed, pool.map(_outcome, failed), strict=True))
-    for use, outcome in (dict(zip(new, found, strict=True)) | again).items():
-        _outcomes[use] = outcome
-        if not outcome.passed:
-            warnings.warn(f"kernel refused, XLA serves: {use}: {outcome.worst}", stacklevel=2)
+    if _recurrence_kernel(x_BTD, dtype, gated):
+        return "kernel"
+    return "walk" if backend() == "cpu" else "prefix"
 
 
-def _outcome(use: Use) -> Outcome:
-    """Return the outcome kept in the folder, or check now and keep the outcome.
+def _recurrence_kernel(x_BTD: Any, dtype: Any, gated: bool) -> bool:
+    if not available() or dtype not in (jnp.bfloat16, jnp.float32) or (x_BTD.shape[1] == 1 and not gated):
+        return False
+    from mmfree_jax.ops.fast.hopper.recurrence import LANES, ROWS
 
-    An exception refuses the kernel, but it is not kept: the next process tries again.
+    # What is filled up to whole tiles is cut evenly only if it was whole tiles on every device before.
+    cut = [ways(name, size) for name, size in zip(STEPS, x_BTD.shape, strict=True)]
+    B, T, D = (size // n for size, n in zip(x_BTD.shape, cut, strict=True))
+    if (cut[1] > 1 and T % ROWS) or (cut[2] > 1 and D % LANES):
+        return False
+    return verification.serves(Use("recurrence", (B, T, D), (str(jnp.dtype(dtype)), gated, cut[1] > 1)))
+
+
+def attention_form(q_BTHK: Any, segments_BT: Any) -> Literal["full", "rows", "cudnn"]:
+    """The form of attention.
+
+    "full" makes all scores at once; "rows" one row of the batch and one block of queries at a time, up to four times
+    faster on a CPU, where scores then stay in cache; "cudnn" is NVIDIA's fused kernel, which takes half precision, no
+    documents and heads up to a width. Where a mesh cuts time, queries see more keys than there are queries: "full".
     """
-    path = _path(use)
-    if path is not None and path.exists():
-        return Outcome({name: float(text) for name, text in read_json(path)["deviations"].items()})
-    try:
-        outcome = checks.check(use)
-    except Exception as error:  # of many kinds: a compiler's, a driver's, Pallas' own
-        return Outcome({}, error=f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_REASON]}")
-    # As text, for JSON has neither NaN nor infinity.
-    deviations = {name: str(deviation) for name, deviation in outcome.deviations.items()}
-    keep(path, {"use": str(use), "environment": environment(), "deviations": deviations})
-    return outcome
+    if axis_if_cut("time", q_BTHK.shape[1]) is not None:
+        return "full"
+    if backend() == "cpu":
+        return "rows"
+    fused = q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and segments_BT is None
+    return "cudnn" if fused and q_BTHK.shape[-1] <= widest_fused_head() else "full"
 
 
-def _path(use: Use) -> Path | None:
-    """The file that keeps the outcome of a use; None where no folder is set."""
-    folder = kept_in()
-    if folder is None:
-        return None
-    key = hashlib.sha256(json.dumps([str(use), environment(), _sources()]).encode()).hexdigest()[:24]
-    return folder / "kernels" / f"{key}.json"
+def widest_fused_head() -> int:
+    """Return the widest head that cuDNN's kernel takes on the GPU here; 0 without one."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", "")) if jax.default_backend() == "gpu" else ""
+    if not capability.replace(".", "").isdigit():  # as gfx942 of another maker
+        return 0
+    return 256 if float(capability) >= 9 else 128
 
 
-def kept_in() -> Path | None:
-    """The folder of compiled programs (`devices.use_compile_cache`), which also keeps outcomes; None if not set."""
-    folder = getattr(jax.config, "jax_compilation_cache_dir", None)
-    return Path(folder) if folder else None
-
-
-def keep(path: Path | None, outcome: dict[str, Any]) -> None:
-    """Write an outcome as JSON. Where there is no folder or it cannot be written, the next process checks again."""
-    if path is None:
-        return
-    with contextlib.suppress(OSError):  # a read-only or full disk: JAX does without its cache there, too
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, outcome)
-
-
-@functools.cache
-def environment() -> list[str]:
-    """Names of what compiles and runs kernels, with versions; the platform's includes that of CUDA's assembler."""
-    import jaxlib
-
-    device = jax.local_devices()[0]
-    return [jax.__version__, jaxlib.__version__, device.device_kind, device.client.platform_version]
-
-
-@functools.cache
-def _sources() -> str:
-    """A digest of the source of kernels and checks."""
-    ops = Path(__file__).parents[1]
-    files = [*sorted((ops / "kernels").glob("*.py")), ops / "ternary.py", ops / "fused_recurrence.py"]
-    return sha256([*files, ops / "fast" / "checks.py"])
-
-
-def _unite(uses: list[Use]) -> None:
-    """Refuse in every process what any process of the run refuses."""
-    if jax.process_count() == 1 or not uses:
-        return
-    mine = np.array([not _outcomes[use].passed for use in uses])
-    any_refuses = multihost_utils.process_allgather(mine).any(axis=0)
-    _refused_elsewhere.update(use for use, refused in zip(uses, any_refuses, strict=True) if refused)
+def loss_chunks(positions: int, time: int, columns: int) -> int:
+    """Return into how many pieces the head cuts time, so that a piece's logits stay within the device's budget."""
+    return min(time, math.ceil(positions * columns / LOGITS_PER_CHUNK.get(backend(), 2**26)))

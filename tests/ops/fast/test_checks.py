@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import pytest
 
 from mmfree_jax.ops.fast.checks import Use, check
-from mmfree_jax.ops.kernels import normed_codes, recurrence
-from tests.ops.test_kernels import interpreted, pretended_gpu
+from mmfree_jax.ops.fast.hopper import normed_codes, recurrence
+from tests.ops.fast.hopper.test_kernels import interpreted, pretended_gpu
 
 USES = [
     Use("normed_codes", (6, 128), ("gated", 1, 1, "float32", 8, False, False)),

@@ -1,0 +1,99 @@
+"""`ops.attention` in the form that suits the device, and on a mesh."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mmfree_jax.ops.attention import attend, visible
+from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.ternary import wide
+from mmfree_jax.sharding import axis_if_cut, constrain, per_shard, ways
+
+QUERIES = 64  # queries in a block of the "rows" form: their scores against 256 keys and four heads fill 256 KiB
+HEADS = ("batch", "time", "heads", None)  # logical names of [B, T, H, K]
+
+
+def causal_attention(
+    q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJK: jax.Array, *, segments_BT: jax.Array | None = None, form: str = ""
+) -> jax.Array:
+    """`ops.attention.causal_attention`. form: that of `choice.attention_form`, which is asked where it is empty.
+
+    A mesh cuts batch and heads freely; where it cuts time, keys and values are gathered and queries stay.
+    """
+    axis, form = axis_if_cut("time", q_BTHK.shape[1]), form or choice.attention_form(q_BTHK, segments_BT)
+
+    def local(q_BTHK, k_BTJK, v_BTJK, segments_BT):
+        if axis is not None:
+            return (_chunk(q_BTHK, k_BTJK, v_BTJK, segments_BT, axis),)
+        return (_whole(form, q_BTHK, k_BTJK, v_BTJK, segments_BT),)
+
+    # Heads are cut only where each part has its own keys.
+    heads = "heads" if ways("heads", q_BTHK.shape[2]) == ways("heads", k_BTJK.shape[2]) else None
+    names = ("batch", "time", heads, None)
+    arguments = *(constrain(a, *HEADS) for a in (q_BTHK, k_BTJK, v_BTJK)), segments_BT
+    return per_shard(local, [names, names, names, names[:2]], [names], *arguments)[0]
+
+
+def _whole(form: str, q_BTHK, k_BTJK, v_BTJK, segments_BT) -> jax.Array:
+    if form == "cudnn":
+        return _cudnn(q_BTHK, k_BTJK, v_BTJK)
+    if form == "rows":
+        return _by_rows(q_BTHK, k_BTJK, v_BTJK, segments_BT)
+    return attend(q_BTHK, k_BTJK, v_BTJK, visible(segments_BT, q_BTHK.shape[1]))
+
+
+def _cudnn(q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJK: jax.Array) -> jax.Array:
+    """Attention by NVIDIA's fused kernel, which takes head widths of a multiple of 8 and an even number of steps.
+
+    Zeros fill up the rest, and their part of the result is cut off. They change nothing else: a zero adds nothing to a
+    score, and no earlier query sees a key that is added at the end.
+    """
+    time, width = q_BTHK.shape[1], q_BTHK.shape[-1]
+    fill = lambda a: jnp.pad(a, [(0, 0), (0, time % 2), (0, 0), (0, -width % 8)])
+    q, k, v = map(fill, (q_BTHK, k_BTJK, v_BTJK))
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=width**-0.5, implementation="cudnn")
+    return y[:, :time, :, :width]
+
+
+def _chunk(q_BTHK, k_BTJK, v_BTJK, segments_BT, axis: str) -> jax.Array:
+    """Queries of one chunk of time against the keys and values of all chunks, fetched along a mesh axis."""
+    fetch = lambda a: jax.lax.all_gather(a, axis, axis=1, tiled=True)
+    k_BSJK, v_BSJK = fetch(k_BTJK), fetch(v_BTJK)
+    positions_T = jax.lax.axis_index(axis) * q_BTHK.shape[1] + jnp.arange(q_BTHK.shape[1])
+    seen = positions_T[:, None] >= jnp.arange(k_BSJK.shape[1])
+    if segments_BT is not None:
+        seen = seen & (segments_BT[:, :, None] == fetch(segments_BT)[:, None, :])
+    return attend(q_BTHK, k_BSJK, v_BSJK, seen)
+
+
+def _by_rows(q_BTHK, k_BTJK, v_BTJK, segments_BT) -> jax.Array:
+    """`attend` on one row at a time, its queries in blocks that meet only the keys up to their own end."""
+    time = q_BTHK.shape[1]
+
+    # The mask is causal, so a block of queries needs no key behind its last query: half of all scores are never made.
+    # Scores are recomputed in the backward pass, as reading them back from memory takes longer on a CPU.
+    @jax.checkpoint
+    def row(operands):
+        q, k, v, segments_T = operands
+        mask_TT = visible(segments_T, time)
+        blocks = [(start, min(start + QUERIES, time)) for start in range(0, time, QUERIES)]
+        return jnp.concatenate([_block(q[a:b], k[:b], v[:b], mask_TT[a:b, :b]) for a, b in blocks], axis=1)
+
+    heads_first = jax.lax.map(row, (q_BTHK, k_BTJK, v_BTJK, segments_BT))
+    return heads_first.swapaxes(1, 2)
+
+
+def _block(q_THK, k_SJK, v_SJK, mask_TS) -> jax.Array:
+    """[H, T, K]: some queries of one row against the keys that they may see."""
+    # The H // J heads that share keys are stacked in time: one product of J matrices, as large as it can be.
+    T, H, K = q_THK.shape
+    J = k_SJK.shape[1]
+    exact = wide(q_THK.dtype)
+    q_JNK = q_THK.swapaxes(0, 1).reshape(J, H // J * T, K)
+    scores_JNS = jnp.matmul(q_JNK, k_SJK.transpose(1, 2, 0), preferred_element_type=exact) * (1 / math.sqrt(K))
+    scores_JGTS = scores_JNS.reshape(J, H // J, T, -1)
+    weights = jax.nn.softmax(jnp.where(mask_TS, scores_JGTS, jnp.finfo(exact).min), axis=-1)
+    weights_JNS = weights.astype(v_SJK.dtype).reshape(scores_JNS.shape)
+    y_JNK = jnp.matmul(weights_JNS, v_SJK.swapaxes(0, 1), preferred_element_type=exact)
+    return y_JNK.reshape(H, T, K).astype(v_SJK.dtype)

@@ -1,0 +1,46 @@
+"""Gated units: SwiGLU, the channel mixer of every family, and the output gate of the MLGRU."""
+
+import jax
+
+from mmfree_jax.ops.bit_linear import Recipe, Weights, linear
+from mmfree_jax.ops.fast.choice import op
+from mmfree_jax.ops.packed import PackedWeights
+from mmfree_jax.ops.stream import rms_norm
+
+
+@op
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Gate one array by another: silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
+    return jax.nn.silu(gate) * up
+
+
+@op
+def gated_norm(g: jax.Array, h: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
+    """Normalise g and gate it by h: RMSNorm(g) * silu(h), the MLGRU's output gate.
+
+    The official code of Zhu et al. 2024 (arXiv 2406.02528) normalises the projection and takes the state as the gate.
+    """
+    return rms_norm(g, gain_D, eps) * jax.nn.silu(h)
+
+
+@op
+def glu(
+    into: Recipe,
+    gate_up: Weights | PackedWeights,
+    out: Recipe,
+    down: Weights | PackedWeights,
+    x: jax.Array,
+    gain_F: jax.Array | None = None,
+) -> jax.Array:
+    """Mix channels: down(silu(gate(x)) * up(x)), [..., D] -> [..., D] (Zhu et al. 2024, section 3.3).
+
+    Args:
+        into, gate_up: what `linear` takes for the first products, two matrices.
+        out, down: what it takes for the second.
+        x: input of every token.
+        gain_F: of an RMSNorm before the second (BitNet b1.58); None for no norm.
+    """
+    gate, up = linear(into, x, gate_up)
+    y = swiglu(gate, up)
+    (y,) = linear(out, y if gain_F is None else rms_norm(y, gain_F, out.eps), down)
+    return y
