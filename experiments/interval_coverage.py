@@ -29,7 +29,8 @@ import numpy as np
 from scipy.optimize import brentq
 
 from scaling.ensemble.answers import interval
-from scaling.ensemble.ensemble import HORIZON, Ensemble, crossing_of, overtakes
+from scaling.ensemble.crossing import HORIZON, crossing_of, overtakes
+from scaling.ensemble.ensemble import Ensemble
 from scaling.ensemble.posterior import posterior
 from scaling.ensemble.rows import rows_of
 from scaling.simulate import BASELINE

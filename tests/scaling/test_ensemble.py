@@ -9,8 +9,8 @@ from conftest import TRUTH, ladder_rows, write_csv
 
 from scaling import Runs, ScalingError, Spec, analyse, compare, fit
 from scaling.ensemble.answers import interval
+from scaling.ensemble.crossing import GIVEN, crossing_of, overtakes
 from scaling.ensemble.discrepancy import CELL, RHO
-from scaling.ensemble.ensemble import GIVEN, crossing_of, overtakes
 from scaling.simulate import crossing_at, optimal_loss
 
 SIZES = tuple(np.geomspace(1e6, 1e9, 8))
