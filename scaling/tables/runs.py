@@ -199,6 +199,9 @@ class Runs(Equal):
         rule, documents = self.columns["D_rule"], self.columns.get("documents", np.full(len(self), "", dtype=object))
         return np.where(rule != "", rule, np.where(documents == "joined", TARGETS, POSITIONS)).astype(object)
 
+    def __repr__(self) -> str:
+        return f"<Runs: {len(self)} of {', '.join(self.families[:4])}, from {self.source}>"
+
     def __len__(self) -> int:
         return len(self.columns["run_id"])
 

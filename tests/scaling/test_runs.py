@@ -206,4 +206,5 @@ def test_units_are_checked_and_never_made_up(small_ladder):
 
 def test_a_table_is_a_frame_and_back(small_ladder):
     frame = small_ladder.to_frame()
+    assert repr(small_ladder) == "<Runs: 24 of transformer++, matmul-free, from memory>"
     assert Runs.any(frame)["loss"].tolist() == small_ladder["loss"].tolist()
