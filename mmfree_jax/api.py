@@ -13,8 +13,11 @@ from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.devices import check_platform, check_settings
 from mmfree_jax.evaluation.loss import Scores
 from mmfree_jax.evaluation.loss import evaluate as held_out_loss
+from mmfree_jax.inference.packed import save_packed
+from mmfree_jax.inference.text import TextModel, find_tokenizer, load_text_model
+from mmfree_jax.interop.gguf import Kind, save_gguf
 from mmfree_jax.interop.huggingface import save_huggingface
-from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.ops.packed import Layout
 from mmfree_jax.presets import run_preset
 from mmfree_jax.run_folder import check_held_out_text, held_out_corpus, known_corpora, with_padding
 from mmfree_jax.sharding import left_idle, make_mesh
@@ -65,13 +68,14 @@ def train(run: RunConfig, out: str | Path, say: Say = quiet) -> dict[str, Any]:
     return loop.train(run, Path(out), token_set)
 
 
-def load(path: str | Path, dtype: str = "float32") -> LanguageModel:
-    """Load a model from a run directory (its newest checkpoint), an imported folder or a Hugging Face folder.
+def load(path: str | Path, dtype: str = "float32") -> TextModel:
+    """Load a model to generate with: a run directory (its newest checkpoint), a packed, imported or HF folder.
 
-    The parameters are float32 and on one device; `dtype` is that of the activations. Calling the model with tokens,
-    int32 [B, T], gives logits [B, T, V]. Raises ConfigError for another folder, CheckpointError for a damaged one.
+    `model.generate(prompts, ...)` completes text; calling the model with tokens, int32 [B, T], gives logits [B, T, V].
+    `dtype` is that of the activations. Ternary weights are held in 2 bits. Raises ConfigError for another folder,
+    CheckpointError and PackedError for a damaged one.
     """
-    return load_model(Path(path), dtype)
+    return load_text_model(Path(path), dtype)
 
 
 def evaluate(
@@ -104,9 +108,35 @@ def evaluate(
     return held_out_loss(program.evaluate, devices, params, token_set, sequence)
 
 
-def export(path: str | Path, out: str | Path, dtype: str = "float32") -> None:
-    """Write a model into a new Hugging Face folder; `dtype` is the type on disk.
+def export(
+    path: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    *,
+    format: str = "huggingface",
+    type: Kind = "auto",
+    layout: Layout = "planes",
+) -> None:
+    """Write a model for others to run.
 
-    Raises ConfigError for an architecture that the format cannot express, FileExistsError if the folder has files.
+    format: "huggingface" and "packed" are new folders, "gguf" a new file. dtype: of what is not ternary codes, float32
+    by default, bfloat16 for "packed". type: of a GGUF file's matrices (`interop.gguf`). layout: of packed codes.
+    Raises ConfigError for an architecture that the format cannot express, or a GGUF file of a model whose tokenizer is
+    not known; FileExistsError if something is there.
     """
-    save_huggingface(load_model(Path(path)), Path(out), dtype, origin=origin(Path(path)))
+    path, out = Path(path), Path(out)
+    if format == "huggingface":
+        save_huggingface(load_model(path), out, dtype or "float32", origin=origin(path))
+        return
+    require(format in ("packed", "gguf"), f"format={format!r}: choose one of huggingface, packed, gguf")
+    tokenizer = find_tokenizer(path)
+    end = None if tokenizer is None else tokenizer.end_of_document
+    text = "" if tokenizer is None else tokenizer.backend.to_str(pretty=True)
+    if format == "packed":
+        stored: Any = dtype or "bfloat16"
+        require(stored in ("bfloat16", "float32"), f"dtype={stored!r}: a packed folder has bfloat16 or float32")
+        save_packed(load_model(path), out, stored=stored, layout=layout, tokenizer_json=text, end=end)
+        return
+    require(tokenizer is not None, f"the tokenizer of {path} is not known, and a GGUF file needs it")
+    context = origin(path).positions or 2048
+    save_gguf(load_model(path), out, text, kind=type, end=end or 0, context=context)

@@ -98,3 +98,9 @@ def locked(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
                     raise LockedError(f"{folder}: another process is working here") from None
                 time.sleep(0.1)
         yield
+
+
+def cache_folder() -> Path:
+    """`$MMFREE_JAX_CACHE`, else `~/.cache/mmfree_jax`."""
+    named = os.environ.get("MMFREE_JAX_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "mmfree_jax"

@@ -1,6 +1,7 @@
 """Presets: `FAMILY-SIZE` names a complete config, of which every field can be overridden."""
 
 import difflib
+from typing import Any
 
 from mmfree_jax.config import FAMILIES, ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig
 
@@ -15,7 +16,9 @@ SIZES = {
     "13b": (40, 5120),
     "70b": (86, 8192),
 }
-PRESETS = tuple(f"{family}-{size}" for family in FAMILIES for size in SIZES)
+# Further architectures of a family. With a tied head llama.cpp loads a BitNet (docs/llama-cpp.md).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"bitnet-tied": ("bitnet", {"tie_embeddings": True})}
+PRESETS = tuple(f"{family}-{size}" for family in (*FAMILIES, *VARIANTS) for size in SIZES)
 
 # Peak learning rates and token budgets of Zhu et al. 2024, section 4; 7b to 70b continue their trend and are untested.
 RATES = {"370m": 4e-3, "1.3b": 2.5e-3, "2.7b": 1.5e-3, "7b": 1e-3, "13b": 7e-4, "70b": 3e-4}
@@ -36,11 +39,12 @@ def split_name(preset: str) -> tuple[str, str]:
 
 
 def model_preset(family: str, size: str) -> ModelConfig:
-    """Return the architecture of a family and size.
+    """Return the architecture of a family, or of a variant of one, and a size.
 
     Shape: GLU width 8/3 of the model width, rounded up to a multiple of 256 (64 for tiny), so that every family has
     4 D^2 + 3 D F weights a layer; attention heads of 128 channels (32 for tiny); vocabulary 32,000 (2,048).
     """
+    family, changes = VARIANTS.get(family, (family, {}))
     depth, width = SIZES[size]
     mixer, linear = FAMILIES[family]
     tiny = size == "tiny"
@@ -56,6 +60,7 @@ def model_preset(family: str, size: str) -> ModelConfig:
         linear_norm=family != "bitnet",  # BitNet b1.58 norms the input of each projection once and
         sublayer_norm=family == "bitnet",  # keeps its head dense (Ma et al. 2025, arXiv 2504.12285)
         dense_head=family == "bitnet",
+        **changes,
     )
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from mmfree_jax import api, distributed
 from mmfree_jax.command_line import parse
 from mmfree_jax.config import RunConfig
-from mmfree_jax.data.corpora import cache_folder
 from mmfree_jax.devices import check_platform, use_compile_cache
+from mmfree_jax.files import cache_folder
 from mmfree_jax.output import line_printer, program
 from mmfree_jax.presets import PRESETS, run_preset
 from mmfree_jax.sweep.view import follow

@@ -10,7 +10,7 @@ from mmfree_jax.data.building.build import Progress, quiet
 from mmfree_jax.data.building.distributions import TIERS
 from mmfree_jax.data.building.embedded import EMBEDDED, build_embedded, embedded_name
 from mmfree_jax.data.reading.token_set import Mixture, TokenSet
-from mmfree_jax.files import locked
+from mmfree_jax.files import cache_folder, locked
 
 NAMED = (EMBEDDED, *TIERS)
 WAIT_S = 600.0  # for another process that is building the same corpus
@@ -22,12 +22,6 @@ class Known(NamedTuple):
     name: str  # as in the run's config
     path: str  # of the token set, absolute
     fingerprint: str
-
-
-def cache_folder() -> Path:
-    """Return `$MMFREE_JAX_CACHE`, else `~/.cache/mmfree_jax`."""
-    named = os.environ.get("MMFREE_JAX_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "mmfree_jax"
 
 
 def tier_folder(tier: str, vocab_size: int, cache: Path | None = None) -> Path:

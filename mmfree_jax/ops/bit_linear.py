@@ -11,8 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.ops.fast.choice import op
+from mmfree_jax.ops.packed import PackedWeights
 from mmfree_jax.ops.stream import rms_norm
-from mmfree_jax.ops.ternary import Quantised, quantise_activations, straight_through, ternary_codes, weight_scale, wide
+from mmfree_jax.ops.ternary import (
+    Quantised,
+    dequantise,
+    quantise_activations,
+    straight_through,
+    ternary_codes,
+    weight_scale,
+    wide,
+)
 
 
 class Recipe(NamedTuple):
@@ -41,8 +50,10 @@ class Weights(NamedTuple):
 
 
 @op
-def linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Array, ...]:
+def linear(recipe: Recipe, x: jax.Array, weights: Weights | PackedWeights) -> tuple[jax.Array, ...]:
     """Apply G linear layers, ternary or dense, to one input: [..., D] -> G arrays [..., F] of x's type."""
+    if isinstance(weights, PackedWeights):
+        return packed_linear(recipe, x, weights)
     if recipe.ternary:
         return bit_linear(recipe, x, weights)
     return tuple(jnp.matmul(x, w_DF) for w_DF in weights.w_GDF.astype(x.dtype))
@@ -66,6 +77,19 @@ def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Arra
         # t = round(W / mean |W|) in {-1, 0, 1}: the product has no multiplications, only signs.
         w_DF = straight_through(w_GDF[g].astype(exact), kernel)
         ys.append(jnp.matmul(u.astype(x.dtype), w_DF.astype(x.dtype)))
+    return tuple(ys)
+
+
+@op
+def packed_linear(recipe: Recipe, x: jax.Array, weights: PackedWeights) -> tuple[jax.Array, ...]:
+    """Apply G BitLinear layers whose weights are packed codes, for inference: [..., D] -> G arrays [..., F]."""
+    exact, ys = wide(x.dtype), []
+    for g, packed in enumerate(weights.codes):
+        u = x.astype(exact)
+        if weights.gain is not None:
+            u = rms_norm(u, weights.gain if weights.gain.ndim == 1 else weights.gain[g], recipe.eps)
+        u = dequantise(quantise_activations(u, recipe.bits), x.dtype)
+        ys.append(jnp.matmul(u, dequantise(packed.unpacked(x.shape[-1]), x.dtype)))
     return tuple(ys)
 
 

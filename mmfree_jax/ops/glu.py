@@ -4,6 +4,7 @@ import jax
 
 from mmfree_jax.ops.bit_linear import Recipe, Weights, linear
 from mmfree_jax.ops.fast.choice import op
+from mmfree_jax.ops.packed import PackedWeights
 from mmfree_jax.ops.stream import rms_norm
 
 
@@ -24,7 +25,12 @@ def gated_norm(g: jax.Array, h: jax.Array, gain_D: jax.Array, eps: float) -> jax
 
 @op
 def glu(
-    into: Recipe, gate_up: Weights, out: Recipe, down: Weights, x: jax.Array, gain_F: jax.Array | None = None
+    into: Recipe,
+    gate_up: Weights | PackedWeights,
+    out: Recipe,
+    down: Weights | PackedWeights,
+    x: jax.Array,
+    gain_F: jax.Array | None = None,
 ) -> jax.Array:
     """Mix channels: down(silu(gate(x)) * up(x)), [..., D] -> [..., D] (Zhu et al. 2024, section 3.3).
 

@@ -26,10 +26,10 @@ import jax
 from mmfree_jax import distributed
 from mmfree_jax.config import ConfigError, RunConfig
 from mmfree_jax.data import TokenSet
-from mmfree_jax.data.corpora import cache_folder, resolve_data
+from mmfree_jax.data.corpora import resolve_data
 from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.errors import is_explained
-from mmfree_jax.files import LockedError
+from mmfree_jax.files import LockedError, cache_folder
 from mmfree_jax.output import make_streams_tolerant
 from mmfree_jax.run_folder import known_corpora, read_run
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED

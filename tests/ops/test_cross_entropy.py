@@ -8,6 +8,7 @@ import pytest
 from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
 from mmfree_jax.ops.cross_entropy import Head, head_logits, largest_logits
 from mmfree_jax.ops.cross_entropy import head_loss as op
+from mmfree_jax.ops.fast.choice import definitions
 from mmfree_jax.ops.fast.cross_entropy import head_loss, head_nats
 
 X = jax.random.normal(jax.random.key(0), (2, 11, 16))
@@ -57,14 +58,15 @@ def test_all_of_the_head_is_its_definition(recipe, gain, mask):
     """With seven columns of padding: the loss, its parts and gradients, the logits, and the largest of them."""
     targets = TARGETS % 30
 
-    def everything(loss, logits, largest):
+    def everything():
         def found(x, w, gain):
             head = Head(recipe, w, gain, vocab=30)
-            losses = loss(head, x, targets, mask, 0.1)
-            return losses.total, (losses, logits(head, x), largest(head, x))
+            losses = op(head, x, targets, mask, 0.1)
+            return losses.total, (losses, head_logits(head, x), largest_logits(head, x))
 
         return jax.tree.leaves(jax.jit(jax.value_and_grad(found, (0, 1, 2), has_aux=True))(X, W, gain))
 
-    ops = op, head_logits, largest_logits
-    for a, b in zip(everything(*ops), everything(*(one.definition for one in ops)), strict=True):
+    with definitions():
+        expected = everything()
+    for a, b in zip(everything(), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -28,16 +28,18 @@ from mmfree_jax.ops.fast.products import (
     integer_input_gradient,
     integer_weight_gradients,
     one_each,
+    packed_product,
     product,
     quantise_kernel,
     weight_gradients,
 )
 from mmfree_jax.ops.fast.stream import reciprocal_rms, rms_norm_backward
 from mmfree_jax.ops.fast.ternary import quantise_normed
+from mmfree_jax.ops.packed import PackedWeights
 from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, wide
 from mmfree_jax.sharding import Names, Summed, constrain, per_shard, rows_of, whole
 
-__all__ = ["bit_linear", "linear", "quantise_kernel"]
+__all__ = ["bit_linear", "linear", "packed_linear", "quantise_kernel"]
 
 
 class Fusion(NamedTuple):
@@ -68,8 +70,10 @@ class Residuals(NamedTuple):
     typed: jax.Array  # a scalar of the weights' type: residuals are arrays
 
 
-def linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Array, ...]:
+def linear(recipe: Recipe, x: jax.Array, weights: Weights | PackedWeights) -> tuple[jax.Array, ...]:
     """`ops.bit_linear.linear`."""
+    if isinstance(weights, PackedWeights):
+        return packed_linear(recipe, x, weights)
     return bit_linear(recipe, x, weights) if recipe.ternary else dense(recipe.axes, x, weights.w_GDF)
 
 
@@ -81,6 +85,14 @@ def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Arra
     if fusion.residual:
         hand_on(sources[0], copy)
     return ys
+
+
+def packed_linear(recipe: Recipe, x: jax.Array, weights: PackedWeights) -> tuple[jax.Array, ...]:
+    """`ops.bit_linear.packed_linear`: the codes of the input are those of `bit_linear`, and so are the products."""
+    kind, sources, source_gain, _ = source(recipe, x)
+    codes = quantise_input(Fusion(recipe, kind), sources, source_gain, weights.gain, len(weights.codes)).codes
+    pairs = zip(one_each(codes, weights.codes), weights.codes, strict=True)
+    return tuple(packed_product(q, w, x.dtype) for q, w in pairs)
 
 
 def source(recipe: Recipe, x: jax.Array) -> Origin:

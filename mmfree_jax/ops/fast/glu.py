@@ -13,6 +13,7 @@ from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.bit_linear import Fusion, Residuals, backward, codes_onward, forward, linear, source
 from mmfree_jax.ops.fast.origin import Origin, hand_on, note
 from mmfree_jax.ops.fast.stream import rms_norm
+from mmfree_jax.ops.packed import PackedWeights
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -26,10 +27,16 @@ def gated_norm(g: jax.Array, h: jax.Array, gain_D: jax.Array, eps: float) -> jax
 
 
 def glu(
-    into: Recipe, gate_up: Weights, out: Recipe, down: Weights, x: jax.Array, gain_F: jax.Array | None = None
+    into: Recipe,
+    gate_up: Weights | PackedWeights,
+    out: Recipe,
+    down: Weights | PackedWeights,
+    x: jax.Array,
+    gain_F: jax.Array | None = None,
 ) -> jax.Array:
-    """`ops.glu.glu`; ternary and without a norm inside, one op."""
-    if not (into.ternary and out.ternary and gain_F is None):
+    """`ops.glu.glu`; ternary and without a norm inside, one op, unless the weights are packed."""
+    packed = isinstance(gate_up, PackedWeights) or isinstance(down, PackedWeights)
+    if packed or not (into.ternary and out.ternary and gain_F is None):
         y = swiglu(*(checkpoint_name(y, "gate_up") for y in linear(into, x, gate_up)))
         return linear(out, y if gain_F is None else rms_norm(y, gain_F, out.eps), down)[0]
     kind, sources, source_gain, _ = source(into, x)

@@ -13,8 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.ops.bit_linear import Recipe
 from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast.cpu.ternary_product import ternary_product
 from mmfree_jax.ops.fast.dense import outer
 from mmfree_jax.ops.fast.ternary import column_codes, column_scale, pack, quantise_gradients, unpack, weight_scale
+from mmfree_jax.ops.packed import Packed
 from mmfree_jax.ops.ternary import Quantised, dequantise, ternary_codes, wide
 from mmfree_jax.sharding import Names, Summed, constrain, packed_gathers, per_shard, rows_of, ways, whole
 
@@ -96,6 +98,18 @@ def product(
     for scale in (x.scale, w.scale):
         y = y if scale is None else y * scale.astype(y.dtype)
     return y.astype(out)
+
+
+def packed_product(x: Quantised, w: Packed, dtype: Any) -> jax.Array:
+    """Multiply codes [..., D] by a packed matrix [D, F], then apply both scales: [..., F] of `dtype`, as `product`."""
+    width = x.codes.shape[-1]
+    if x.scale is None or w.layout != "planes":
+        return product(x, w.unpacked(width), dtype, dtype)
+    y = ternary_product(w.bytes_FI, x.codes.reshape(-1, width)).astype(wide(dtype))
+    y = y.reshape(*x.codes.shape[:-1], -1)
+    for scale in (x.scale, w.scale):
+        y = y * scale.astype(y.dtype)
+    return y.astype(dtype)
 
 
 def _integer_product(x: Quantised, w: Quantised, axes: Names, transposed: bool) -> jax.Array:

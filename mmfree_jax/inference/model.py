@@ -1,0 +1,166 @@
+"""The model that serves: the modules of `models/` with packed weights in place of latent ones, one layer after another.
+
+Layers are not stacked here, as they are for training: a scan would copy the weights of each layer out of the stack for
+every token.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmfree_jax.config import ModelConfig
+from mmfree_jax.inference.packed import packed_tensors, read_packed, served_config
+from mmfree_jax.models.attention import rotary
+from mmfree_jax.models.language_model import Block, DecodeState, LanguageModel, document_starts
+from mmfree_jax.models.layers import Context, Projection, RMSNorm, recipe_of
+from mmfree_jax.ops.bit_linear import Recipe, linear
+from mmfree_jax.ops.packed import Layout, Packed, PackedWeights
+from mmfree_jax.ops.ternary import wide
+from mmfree_jax.parametrisation import scales
+from mmfree_jax.sharding import path_name
+
+
+class PackedProjection(nnx.Module):
+    """`models.layers.Projection` with packed weights."""
+
+    def __init__(self, recipe: Recipe, codes: tuple[Packed, ...], gain: Any):
+        self.recipe = recipe
+        self.codes = nnx.data(codes)
+        self.gain = nnx.data(gain)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """[..., D] -> one [..., F] for each group."""
+        return linear(self.recipe, x, self.weights())
+
+    def weights(self) -> PackedWeights:
+        """Return its arrays, as the ops take them."""
+        return PackedWeights(self.codes, self.gain)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """A language model for inference; `extend` reads tokens, and a state holds what it has read.
+
+    Activations are `dtype`. The vocabulary has no padding.
+    """
+
+    config: ModelConfig = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    embedding: jax.Array  # [V, D]
+    blocks: tuple[Block, ...]
+    floors: tuple[jax.Array, ...] | None  # of each layer's forget gate
+    norm: RMSNorm
+    head: Packed | jax.Array  # packed, or [V, D]; the embedding where they are tied
+    head_gain: jax.Array | None
+
+    def start(self, batch: int, capacity: int = 0) -> DecodeState:
+        """Return the state before the first token of `batch` sequences; `capacity` as in `LanguageModel.start`."""
+        mixers = tuple(block.mixer.start(batch, capacity, self.config, self.dtype) for block in self.blocks)
+        return DecodeState(mixers, jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32))
+
+    def extend(
+        self,
+        tokens_BT: jax.Array,
+        state: DecodeState,
+        *,
+        segments_BT: jax.Array | None = None,
+        last_only: bool = False,
+    ) -> tuple[jax.Array, DecodeState]:
+        """Read on from a state: logits [B, T, V] in at least float32 and the state after; as `LanguageModel.extend`."""
+        B, T = tokens_BT.shape
+        if segments_BT is None:
+            segments_BT = jnp.broadcast_to(state.segment_B[:, None], (B, T))
+        turn = self._rotary(state.position + jnp.arange(T))
+        context = Context(document_starts(segments_BT, state.segment_B), segments_BT, turn, state.position)
+        x_BTD, mixers = self.embedding[tokens_BT].astype(self.dtype), []
+        for layer, (block, mixer) in enumerate(zip(self.blocks, state.mixers, strict=True)):
+            x_BTD, mixer = block(x_BTD, context, None if self.floors is None else self.floors[layer], mixer)
+            mixers.append(mixer)
+        x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
+        return self.logits(x_BTD), DecodeState(tuple(mixers), state.position + T, segments_BT[:, -1])
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Compute logits [B, T, V] of normed hidden states, in at least float32."""
+        gain_D, factor, exact = self.head_gain, scales(self.config).logits, wide(self.dtype)
+        if factor != 1:  # where nothing undoes it, as in models.language_model.LMHead
+            x_BTD, gain_D = (x_BTD * factor, None) if gain_D is None else (x_BTD, gain_D * factor)
+        if isinstance(self.head, Packed):
+            recipe = recipe_of(self.config, ("embed", "vocab"))
+            return linear(recipe, x_BTD, PackedWeights((self.head,), gain_D))[0].astype(exact)
+        w_VD = self.head.astype(x_BTD.dtype)
+        return jnp.einsum("btd,vd->btv", x_BTD, w_VD, preferred_element_type=exact)
+
+    def _rotary(self, positions_T: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        if self.config.mixer != "attention":
+            return None
+        return rotary(positions_T, self.config.width // self.config.heads, self.config.rope_theta, self.dtype)
+
+
+def load_packed(folder: Path, dtype: str = "float32") -> ServedModel:
+    """Open a packed folder, mapped: a CPU computes with the file's pages, another device gets a copy.
+
+    dtype: of the activations. Raises PackedError.
+    """
+    facts, arrays = read_packed(folder)
+    return served(facts["model"], arrays, facts["layout"], dtype)
+
+
+def serve_model(
+    model: LanguageModel, *, stored: Any = "float32", layout: Layout = "planes", dtype: str = "float32"
+) -> ServedModel:
+    """Pack a model in memory; `stored` and `layout` as `packed_tensors`."""
+    arrays = {t.name: np.asarray(t.make()).astype(t.dtype) for t in packed_tensors(model, stored, layout)}
+    return served(served_config(model.config), arrays, layout, dtype)
+
+
+def served(config: ModelConfig, arrays: dict[str, np.ndarray], layout: Layout, dtype: str) -> ServedModel:
+    """Build a model of the arrays of `packed_tensors`."""
+    kind = np.dtype(jnp.dtype(dtype))
+    put = lambda name: jax.device_put(arrays[name])
+    blocks = tuple(_block(config, arrays, layer, layout) for layer in range(config.depth))
+    floors = tuple(map(jax.device_put, arrays["floors"])) if "floors" in arrays else None
+    norm = RMSNorm(config.width, config.norm_eps, jnp.float32)
+    norm.gain[...] = put("norm.gain")
+    head: Packed | jax.Array
+    if "head.codes" in arrays:
+        head = Packed(jax.device_put(arrays["head.codes"][0, 0]), jax.device_put(arrays["head.scale"][0]), layout)
+    else:
+        head = put("embedding" if config.tie_embeddings else "head.kernel")
+    gain = put("head.gain") if "head.gain" in arrays else None
+    return ServedModel(config, kind, put("embedding"), blocks, floors, norm, head, gain)
+
+
+def _block(config: ModelConfig, arrays: dict[str, np.ndarray], layer: int, layout: Layout) -> Block:
+    """One layer: a block of `models/` whose ternary projections are packed."""
+    make = lambda: Block(config, jnp.zeros((), jnp.int32), rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    block = nnx.eval_shape(make)
+    for path, module in list(nnx.iter_modules(block)):
+        for name, child in vars(module).items():
+            if isinstance(child, Projection) and child.recipe.ternary:
+                full = ".".join(["blocks", *map(str, path), name])
+                setattr(module, name, _projection(child, full, arrays, layer, layout))
+    graph, state = nnx.split(block)
+    fill = lambda path, a: a if isinstance(a, jax.Array) else _layer_array(arrays, path_name(path), layer)
+    return nnx.merge(graph, jax.device_put(jax.tree.map_with_path(fill, state)))
+
+
+def _layer_array(arrays: dict[str, np.ndarray], name: str, layer: int) -> np.ndarray:
+    """The array of one layer as a module holds it: dense matrices lie as [out, in] in a file."""
+    array = arrays[f"blocks.{name}"][layer]
+    return array.swapaxes(-1, -2) if name.endswith(".kernel") else array
+
+
+def _projection(
+    module: Projection, name: str, arrays: dict[str, np.ndarray], layer: int, layout: Layout
+) -> PackedProjection:
+    codes_GFI, scale_GF = arrays[f"{name}.codes"][layer], arrays[f"{name}.scale"][layer]
+    pairs = zip(codes_GFI, scale_GF, strict=True)
+    codes = tuple(Packed(jax.device_put(q), jax.device_put(s[None]), layout) for q, s in pairs)
+    gain = jax.device_put(arrays[f"{name}.gain"][layer]) if f"{name}.gain" in arrays else None
+    return PackedProjection(module.recipe, codes, gain)

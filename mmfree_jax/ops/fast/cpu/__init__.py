@@ -1,0 +1,1 @@
+"""Ternary products on a CPU, by C++ that is compiled where a C++ compiler is."""

@@ -1,0 +1,143 @@
+"""Products of packed weights on a CPU: every variant of the C++ code gives the integers of int64 arithmetic."""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from mmfree_jax.ops import packed
+from mmfree_jax.ops.fast.cpu import ternary_product as cpu
+
+COMPILED = pytest.mark.skipif(cpu.find_compiler() is None, reason="needs a C++ compiler")
+# Vectors, outputs, width: below a tile and beyond it, below a vector of 16, 32 or 64 bytes and beyond, odd, empty.
+SIZES = [
+    (1, 1, 1),
+    (1, 5, 7),
+    (2, 9, 64),
+    (3, 33, 257),
+    (4, 4, 256),
+    (5, 130, 1024),
+    (9, 17, 1021),
+    (1, 3000, 2816),
+    (1, 1, 0),
+    (0, 4, 8),
+    (2, 0, 8),
+]
+
+
+def drawn(M, N, K, seed=0):
+    rng = np.random.default_rng(seed)
+    codes_NK = rng.integers(-1, 2, (N, K)).astype(np.int8)
+    q_MK = rng.integers(-127, 128, (M, K)).astype(np.int8)
+    return packed.pack_planes(codes_NK), q_MK, q_MK.astype(np.int64) @ codes_NK.T.astype(np.int64)
+
+
+@COMPILED
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_all_variants_equal_int64(size):
+    bytes_NI, q_MK, expected = drawn(*size)
+    names = list(cpu.variants())
+    assert names[-1] == "scalar"
+    for name in names:
+        np.testing.assert_array_equal(cpu.product_by_variant(name, bytes_NI, q_MK), expected, err_msg=name)
+
+
+@COMPILED
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_product_in_a_program_equals_int64_and_xla(size):
+    bytes_NI, q_MK, expected = drawn(*size)
+    for product in (cpu.ternary_product, cpu.product_by_xla):
+        np.testing.assert_array_equal(jax.jit(product)(bytes_NI, q_MK), expected)
+
+
+@COMPILED
+def test_the_largest_sums_do_not_overflow():
+    """All codes and activations at their largest: no sum of 16 bits on the way may wrap."""
+    K = 8192
+    for code, q in ((1, 127), (1, -127), (-1, 127), (1, -128)):
+        bytes_NI, q_MK = packed.pack_planes(np.full((5, K), code)), np.full((2, K), q, np.int8)
+        for name in cpu.variants():
+            assert set(cpu.product_by_variant(name, bytes_NI, q_MK).flat) == {code * q * K}, name
+
+
+@COMPILED
+def test_many_products_at_once_do_not_wait_for_each_other():
+    """More products in flight than the pool has threads, each shared out among them."""
+    bytes_NI, q_MK, expected = drawn(1, 4096, 512)
+    program = jax.jit(lambda b, q: [cpu.ternary_product(b, q + 0 * i) for i in range(50)])
+    for y in program(bytes_NI, q_MK):
+        np.testing.assert_array_equal(y, expected)
+
+
+def test_without_a_compiler_xla_multiplies(tmp_path):
+    code = (
+        "import numpy as np, sys; sys.path.insert(0, '.')\n"
+        "from mmfree_jax.ops.fast.cpu import ternary_product as cpu\n"
+        "assert cpu.library() is None and list(cpu.variants()) == []\n"
+        "weights, q = np.array([[2 | 1 << 2 | 1 << 4]], np.uint8), np.array([[3, 5, 7]], np.int8)\n"
+        "print(np.asarray(cpu.ternary_product(weights, q)))"
+    )
+    environment = {"PATH": "", "MMFREE_JAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[[3]]"
+
+
+@COMPILED
+def test_what_the_compiler_says_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "wrong.cc")
+    cpu.SOURCE.write_text("not C++")
+    with pytest.raises(RuntimeError, match=r"not.*C"):
+        cpu.compile_library(cpu.find_compiler(), tmp_path / "wrong.so")
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.cc"]
+
+
+NEON = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+HARNESS = """
+#include "{source}"
+#include <cstdio>
+int main() {{  // reads M N K, weights and activations; writes the products of each variant that runs
+  int64_t s[3];
+  if (fread(s, 8, 3, stdin) != 3) return 1;
+  std::vector<uint8_t> w(s[1] * s[2] / 4);
+  std::vector<int8_t> q(s[0] * s[2]);
+  if (fread(w.data(), 1, w.size(), stdin) != w.size() || fread(q.data(), 1, q.size(), stdin) != q.size()) return 1;
+  for (int i = 0; variant_name(i); i++) {{
+    std::vector<int32_t> y(s[0] * s[1]);
+    if (!variant_runs_here(i)) continue;
+    variant_product(i, w.data(), q.data(), y.data(), s[0], s[1], s[2]);
+    fwrite(y.data(), 4, y.size(), stdout);
+    fprintf(stderr, "%s\\n", variant_name(i));
+  }}
+}}
+"""
+
+
+@pytest.mark.skipif(None in NEON, reason="needs g++-aarch64-linux-gnu and qemu-user")
+def test_arm_variants_equal_int64_in_an_emulator(tmp_path):
+    compiler, emulator = NEON
+    (tmp_path / "main.cc").write_text(HARNESS.format(source=cpu.SOURCE))
+    program = tmp_path / "main"
+    flags = [flag for flag in cpu.FLAGS if flag not in ("-shared", "-fPIC")]
+    command = [compiler, *flags, "-static", f"-I{jax.ffi.include_dir()}", str(tmp_path / "main.cc"), "-o", str(program)]
+    subprocess.run(command, check=True)
+    for size in [(1, 5, 28), (3, 33, 256), (5, 18, 1028)]:
+        bytes_NI, q_MK, expected = drawn(*size)
+        given = b"".join([np.int64(size).tobytes(), bytes_NI.tobytes(), q_MK.tobytes()])
+        for cpu_model, names in (("max", ["dotprod", "neon", "scalar"]), ("cortex-a53", ["neon", "scalar"])):
+            done = subprocess.run(
+                [emulator, "-cpu", cpu_model, str(program)], input=given, capture_output=True, check=True
+            )
+            assert done.stderr.decode().split() == names
+            for y in np.split(np.frombuffer(done.stdout, np.int32), len(names)):
+                np.testing.assert_array_equal(y.reshape(expected.shape), expected)
+
+
+@COMPILED
+def test_read_rate_reads_every_word():
+    data = np.ones(1 << 20, np.uint64)
+    assert cpu.read_rate(data, 1) > 1e8
+    assert isinstance(cpu.library(), ctypes.CDLL)
