@@ -1,11 +1,11 @@
-"""`launch.py bench`: tables for people, JSON for programs."""
+"""`mmfree bench`: tables for people, JSON for programs."""
 
 import dataclasses
 import functools
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,15 +29,15 @@ class BenchArguments:
     """Time the operations, each checked against its reference first, and whole training steps on this machine."""
 
     suite: Literal["all", "start", "kernels", "step", "memory", "check"] = "all"
-    """start: what a process waits for before its first step, cold and from the cache; kernels: the operations, variants
-    side by side; step: training steps of presets; memory: what steps with every remat policy ask for, compiled but not
-    run; check (never part of all): every kernel against float64 at many shapes. Its exit status is 2 if a kernel is
-    wrong, and 75 if time ran out first (with --json, the same command continues)."""
+    """start: time until the first step, without and with the compile cache; kernels: the operations, with their
+    variants; step: training steps of presets; memory: memory of steps with every remat policy, compiled but not run;
+    check (not part of all): every kernel against float64 at many shapes. The exit status of check is 2 if a kernel is
+    wrong, and 75 if time ran out (with --json, the same command continues)."""
     json: Path | None = None
     """File for all figures."""
     only: str = ""
-    """Leave out cases whose name does not contain this, or one of several separated by "|": of operations the name
-    shown, of steps and memory the preset, "B=8 T=2048" and what differs from the preset ("remat=codes", say)."""
+    """Only cases whose name contains this, or one of several texts separated by "|". The name of an operation is shown
+    in the table; that of a step has the preset, "B=8 T=2048" and what differs from the preset ("remat=codes")."""
     small: tyro.conf.FlagCreatePairsOff[bool] = False
     """Tiny shapes; a CPU always takes these."""
     shard: str = "0/1"
@@ -48,11 +48,8 @@ class BenchArguments:
     """Shapes of each kernel that all parts together check. Layers are a quarter as many, models an eighth."""
 
 
-Rows = Callable[[BenchArguments, dict[str, float]], Iterator[dict[str, Any]]]
-
-
 def main(arguments: list[str]) -> int:
-    """Run the suites asked for and print a table of each. Raises ValueError where a variant computes something else."""
+    """Run the suites and print a table of each. Raises ValueError if a variant computes something else."""
     chosen = parse(BenchArguments, arguments, f"{program()} bench")
     if chosen.suite == "check":
         # Checks run in several processes, which share the device's memory: none may take most of it when JAX starts.
@@ -63,7 +60,7 @@ def main(arguments: list[str]) -> int:
     console = Console(highlight=False, markup=False, emoji=False, width=None if Console().is_terminal else 200)
     if chosen.suite == "check":
         return _check(chosen, console, arguments)
-    with tempfile.TemporaryDirectory() as cache:  # empty: compiling is among what is timed
+    with tempfile.TemporaryDirectory() as cache:  # an empty cache, because compile time is measured too
         use_compile_cache(Path(cache))
         return _measure(chosen, console, arguments)
 
@@ -77,16 +74,12 @@ def _about(arguments: list[str], device: str) -> dict[str, Any]:
     }
 
 
-def _done(path: Path | None, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The checks in a file that the same command wrote, on the same device, with the same code. Others do not count."""
-    found = read_json(path) if path and path.exists() else {}
-    return found["check"] if found == {**about, "check": found.get("check")} else []
-
-
 def _check(chosen: BenchArguments, console: Console, arguments: list[str]) -> int:
     about, rows = {**_about(arguments, jax.devices()[0].device_kind), "code": code_version()}, []
     wanted = check.wanted(chosen.shard, chosen.seed, chosen.shapes, chosen.only)
-    done = _done(chosen.json, about)
+    # Checks that the same command has written, on the same device and with the same code, are not repeated.
+    found = read_json(chosen.json) if chosen.json and chosen.json.exists() else {}
+    done = found["check"] if found == {**about, "check": found.get("check")} else []
     for row in check.measure(wanted, done):
         rows.append(row)
         if chosen.json:
@@ -106,10 +99,10 @@ def _measure(chosen: BenchArguments, console: Console, arguments: list[str]) -> 
     copied, products = limits["copy_bytes_per_s"] / 1e12, limits["bf16_flops"] / 1e12
     console.print(f"{device}, jax {jax.__version__}: copy {copied:.3f} TB/s, bfloat16 products {products:.1f} TFLOP/s")
     found: dict[str, Any] = {**_about(arguments, device), "ceilings": limits}
-    for suite, rows in SUITES.items():
+    for suite in SUITES:
         if chosen.suite in ("all", suite):
             found[suite] = []
-            for row in rows(chosen, limits):
+            for row in _rows(suite, chosen, limits):
                 found[suite].append(row)
                 if chosen.json:
                     write_json(chosen.json, found)
@@ -119,35 +112,27 @@ def _measure(chosen: BenchArguments, console: Console, arguments: list[str]) -> 
     return 0
 
 
-def _is_small(chosen: BenchArguments) -> bool:
-    return chosen.small or jax.default_backend() == "cpu"
+def _rows(suite: str, chosen: BenchArguments, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Measure the cases of a suite whose names match `--only`; tiny ones on a CPU."""
+    small, names = chosen.small or jax.default_backend() == "cpu", chosen.only.split("|")
+    cases: tuple[Any, ...] = {
+        "start": lambda: first_step.SMALL if small else first_step.FULL,
+        "kernels": lambda: tuple(operations.cases(small)),
+        "step": lambda: steps.SMALL if small else steps.FULL,
+        "memory": lambda: steps.SMALL_MEMORY if small else steps.FULL_MEMORY,
+    }[suite]()
+    cases = tuple(case for case in cases if any(name in case.name for name in names))
+    if suite == "start":
+        for case in cases:
+            yield from first_step.measure(case)
+    elif suite == "kernels":
+        yield from operations.measure(cases, limits)
+    else:
+        measure = steps.memory if suite == "memory" else functools.partial(steps.measure, limits=limits)
+        yield from steps.each(cases, measure)
 
 
-def _operation_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
-    cases = tuple(operations.cases(_is_small(chosen)))
-    yield from operations.measure(_chosen(chosen, cases, cases), limits)
-
-
-def _chosen(chosen: BenchArguments, small: tuple, full: tuple) -> tuple:
-    wanted = chosen.only.split("|")
-    return tuple(case for case in (small if _is_small(chosen) else full) if any(name in case.name for name in wanted))
-
-
-def _step_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
-    cases = _chosen(chosen, steps.SMALL, steps.FULL)
-    yield from steps.each(cases, functools.partial(steps.measure, limits=limits))
-
-
-def _memory_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
-    yield from steps.each(_chosen(chosen, steps.SMALL_MEMORY, steps.FULL_MEMORY), steps.memory)
-
-
-def _start_rows(chosen: BenchArguments, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
-    for case in _chosen(chosen, first_step.SMALL, first_step.FULL):
-        yield from first_step.measure(case)
-
-
-SUITES: dict[str, Rows] = {"start": _start_rows, "kernels": _operation_rows, "step": _step_rows, "memory": _memory_rows}
+SUITES = ("start", "kernels", "step", "memory")
 CASE = ("preset", "batch", "sequence", "remat", "kernels", "gradient_bits", "unoptimised")
 SHOWN = {
     "start": ("preset", "batch", "sequence", "start", "start_s", "lower_s", "compile_s", "compiled"),
