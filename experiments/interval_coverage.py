@@ -1,7 +1,7 @@
 """Do the ensemble's intervals hold the truth where no law is exactly true? Simulated ladders of two families, scored.
 
     python -m experiments.interval_coverage --out experiments/results/interval_coverage.csv      (two hours, one core)
-    python -m experiments.interval_coverage --rows "0.2 %, 1 out" --ladders 50 --out /tmp/x.csv
+    python -m experiments.interval_coverage --rows "0.2 %, 1 out" --ladders 50 --out sample.csv
 
 Two Chinchilla laws whose exponents of N differ by 0.04 meet at a stated compute: inside the ladder (1e20 FLOP), one or
 two decades beyond its largest run (1e21). Sizes from 1e7 to 1e9 parameters at 5, 20, 80 and 160 tokens a parameter; run

@@ -1,7 +1,6 @@
 """Generation: greedy tokens are those of the model itself, and a row does not depend on its batch."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -10,16 +9,10 @@ import pytest
 from mmfree_jax.config import FAMILIES, ConfigError
 from mmfree_jax.inference import generate
 from mmfree_jax.inference.generate import generate_tokens, read_prompts
-from mmfree_jax.inference.model import serve_model
 from mmfree_jax.inference.sampling import GREEDY, Sampling, choose, stacked
-from tests.inference.test_packed import made
+from tests.inference.small import made, served
 
 PROMPTS = [[1, 2, 3], [7] * 20, [299], list(range(40))]
-
-
-@functools.cache
-def served(family: str):
-    return serve_model(made(family))
 
 
 def tokens(model, prompts, count, sampling=GREEDY, chunk=8) -> np.ndarray:

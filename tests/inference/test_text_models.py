@@ -11,8 +11,7 @@ from mmfree_jax.config import ConfigError
 from mmfree_jax.data.tokenizers.tokenizer import train_bpe
 from mmfree_jax.inference.packed import save_packed
 from mmfree_jax.inference.text import TextModel, _Reader, find_tokenizer, load_text_model
-from tests.inference.test_generate import served
-from tests.inference.test_packed import made
+from tests.inference.small import made, served
 
 TOKENIZER = train_bpe(["a stitch in time saves nine; 日本語 café, the quick brown fox\n" * 9], 300)
 
