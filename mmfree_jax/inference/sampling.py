@@ -59,15 +59,20 @@ def choose(logits_BV: jax.Array, seen_BV: jax.Array, counts_B: jax.Array, settin
     penalty = column["repetition_penalty"]
     penalised = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     logits_BV = jnp.where(seen_BV, penalised, logits_BV)
-    greedy_B = jnp.argmax(logits_BV, axis=-1)
-    scaled_BV = logits_BV / jnp.where(column["temperature"] == 0, 1, column["temperature"])
-    order_BV = jnp.argsort(-scaled_BV, axis=-1, stable=True)
-    sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
-    kept_BV = jnp.where(_keeps(sorted_BV, column), sorted_BV, -jnp.inf)
-    draw = lambda seed, count, row: jax.random.categorical(jax.random.fold_in(jax.random.key(seed), count), row)
-    ranks_B = jax.vmap(draw)(settings["seed"], counts_B, kept_BV)
-    drawn_B = jnp.take_along_axis(order_BV, ranks_B[:, None], axis=-1)[:, 0]
-    return jnp.where(settings["temperature"] == 0, greedy_B, drawn_B).astype(jnp.int32)
+    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    def drawn() -> jax.Array:
+        scaled_BV = logits_BV / jnp.where(column["temperature"] == 0, 1, column["temperature"])
+        order_BV = jnp.argsort(-scaled_BV, axis=-1, stable=True)
+        sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
+        kept_BV = jnp.where(_keeps(sorted_BV, column), sorted_BV, -jnp.inf)
+        draw = lambda seed, count, row: jax.random.categorical(jax.random.fold_in(jax.random.key(seed), count), row)
+        ranks_B = jax.vmap(draw)(settings["seed"], counts_B, kept_BV)
+        drawn_B = jnp.take_along_axis(order_BV, ranks_B[:, None], axis=-1)[:, 0]
+        return jnp.where(settings["temperature"] == 0, greedy_B, drawn_B).astype(jnp.int32)
+
+    # Sorting a vocabulary takes milliseconds on a CPU: not for a batch that needs no order.
+    return jax.lax.cond(jnp.all(settings["temperature"] == 0), lambda: greedy_B, drawn)
 
 
 def _keeps(sorted_BV: jax.Array, column: dict[str, jax.Array]) -> jax.Array:
