@@ -24,6 +24,8 @@ from flax import nnx
 
 from mmfree_jax.config import ConfigError, ModelConfig, require
 from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.models.layers import Projection
+from mmfree_jax.models.mlgru import floors
 from mmfree_jax.sharding import path_name
 
 Kind = Literal["auto", "tq2_0", "tq1_0", "q2_0", "f16", "f32"]
@@ -195,6 +197,7 @@ def word_rule(tokenizer: dict[str, Any]) -> str:
 def model_tensors(model: LanguageModel, kind: str) -> Iterator[Tensor]:
     """Yield all tensors of a model, in the order in which they are written."""
     config, arrays = model.config, _arrays(model)
+    matrices = functools.cache(lambda path: _matrices(_module(model.blocks, path)))  # of all layers, quantised once
     vocab, plain = config.tokenizer_vocab or config.vocab, "f32" if kind == "f32" else "f16"
     D = config.width
     yield Tensor("token_embd.weight", (vocab, D), plain, lambda: arrays["embedding"][:vocab])
@@ -206,22 +209,29 @@ def model_tensors(model: LanguageModel, kind: str) -> Iterator[Tensor]:
     elif not config.tie_embeddings:
         yield Tensor("output.weight", (vocab, D), plain, lambda: arrays["head.kernel"].T[:vocab])
     for layer in range(config.depth):
-        yield from _block_tensors(model, arrays, layer, kind)
+        yield from _block_tensors(model, arrays, matrices, layer, kind)
 
 
-def _block_tensors(model: LanguageModel, arrays: dict[str, np.ndarray], layer: int, kind: str) -> Iterator[Tensor]:
+def _block_tensors(
+    model: LanguageModel,
+    arrays: dict[str, np.ndarray],
+    matrices: Callable[[str], list[list[Matrix]]],
+    layer: int,
+    kind: str,
+) -> Iterator[Tensor]:
     config = model.config
     for name, (path, *groups) in block_vectors(config).items():
         vector = arrays[f"blocks.{path}"][layer]
         vector = vector[groups[0]] if groups else vector
         yield Tensor(f"blk.{layer}.{name}.weight", vector.shape, "f32", functools.partial(np.asarray, vector))
     if config.family == "matmul-free":
-        floor = np.asarray(model._floors())[layer] if config.lower_bounds else np.zeros(config.width, np.float32)
+        bounds = model.lower_bounds
+        floor = np.zeros(config.width, np.float32) if bounds is None else np.asarray(floors(bounds[...]))[layer]
         yield Tensor(f"blk.{layer}.mixer_floor.weight", floor.shape, "f32", lambda: floor)
     for name, (path, group) in block_matrices(config).items():
         module = _module(model.blocks, path)
         inputs, outputs = module.kernel.shape[-2:]
-        make = functools.partial(_block_matrix, module, layer, group, name, config)
+        make = functools.partial(_block_matrix, matrices, path, layer, group, name, config)
         yield from _matrix_tensors(f"blk.{layer}.{name}", (outputs, inputs), kind, make)
 
 
@@ -248,17 +258,22 @@ def block_matrices(config: ModelConfig) -> dict[str, tuple[str, int]]:
     return {"attn_q": ("mixer.query", 0)} | keys | {"attn_output": ("mixer.out", 0)} | glu
 
 
-def _block_matrix(module: Any, layer: int, group: int, name: str, config: ModelConfig) -> Matrix:
+def _block_matrix(
+    matrices: Callable[[str], list[list[Matrix]]], path: str, layer: int, group: int, name: str, config: ModelConfig
+) -> Matrix:
     """One matrix of one layer, as [F, D], with its rows in the file's order."""
-    return _permuted(_projection(module, layer, group), name, config)
+    return _permuted(matrices(path)[group][layer], name, config)
 
 
-def _projection(module: Any, layer: int, group: int) -> Matrix:
-    if not module.recipe or not getattr(module.recipe, "ternary", True):
-        kernel = module.kernel[...][layer]
-        return Matrix(np.asarray(kernel[group] if module.groups else kernel, np.float32).T, None)
-    q = module.stacked_codes()[group]
-    return Matrix(np.asarray(q.codes[layer]).T, float(np.asarray(q.scale[layer]).reshape(())))
+def _matrices(module: Projection) -> list[list[Matrix]]:
+    """The matrices of a projection as [F, D], by group and layer."""
+    quantised = module.stacked_codes()
+    if quantised is None:
+        kernel = np.asarray(module.kernel[...], np.float32)
+        kernel_LGDF = kernel if module.groups else kernel[:, None]
+        return [[Matrix(w_DF.T, None) for w_DF in kernel_LGDF[:, g]] for g in range(kernel_LGDF.shape[1])]
+    layers = [zip(np.asarray(q.codes), np.asarray(q.scale), strict=True) for q in quantised]
+    return [[Matrix(codes.T, float(scale.item())) for codes, scale in group] for group in layers]
 
 
 def _matrix(q: Any, rows: slice) -> Matrix:
