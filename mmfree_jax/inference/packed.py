@@ -11,9 +11,6 @@ CPU computes with the mapped file itself: a model is there as soon as its pages 
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from mmfree_jax.config import ModelConfig, from_json, to_json
-from mmfree_jax.files import read_json, sha256, write_json
+from mmfree_jax.files import new_folder, read_json, sha256, write_json
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.models.layers import Projection
 from mmfree_jax.models.mlgru import floors
@@ -139,27 +136,18 @@ def save_packed(
     stored, layout: as `packed_tensors`. end: the token that separates documents, where it is known.
     Raises FileExistsError if the folder exists and is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder: choose another")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        write_tensors(partial / TENSORS, list(packed_tensors(model, stored, layout)))
+    with new_folder(out) as folder:
+        write_tensors(folder / TENSORS, list(packed_tensors(model, stored, layout)))
         if tokenizer_json:
-            (partial / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+            (folder / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
         facts = {
             "version": VERSION,
             "model": json.loads(to_json(served_config(model.config))),
             "layout": layout,
             "end_of_document": end,
-            "sha256": {file.name: sha256([file]) for file in sorted(partial.iterdir())},
+            "sha256": {file.name: sha256([file]) for file in sorted(folder.iterdir())},
         }
-        write_json(partial / PACKED, facts)
-        os.chmod(partial, 0o755)  # mkdtemp makes folders that only their owner can read
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        write_json(folder / PACKED, facts)
 
 
 def served_config(config: ModelConfig) -> ModelConfig:

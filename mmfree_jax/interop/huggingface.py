@@ -6,9 +6,6 @@ own type gives back the same bytes.
 """
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from mmfree_jax.config import ModelConfig, require
-from mmfree_jax.files import read_json
+from mmfree_jax.files import new_folder, read_json
 from mmfree_jax.interop import hgrn, llama
 from mmfree_jax.interop.safetensors import Header, InteropError, Slot, check, open_file, write
 from mmfree_jax.models.language_model import LanguageModel
@@ -96,20 +93,10 @@ def save_huggingface(
         FileExistsError: when the folder exists and is not empty.
     """
     require(dtype in DTYPES, f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
-    target = Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not an empty folder: choose another")
     text = write_config(model.config, dtype, origin)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        write(partial, tensors(model, dtype), shard_bytes)
-        (partial / "config.json").write_text(text, encoding="utf-8")
-        os.chmod(partial, 0o755)  # mkdtemp makes folders that only their owner can read
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(Path(path)) as folder:
+        write(folder, tensors(model, dtype), shard_bytes)
+        (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def tensors(model: LanguageModel, dtype: str = "float32") -> Iterator[tuple[str, np.ndarray]]:
