@@ -15,9 +15,8 @@ from flax import nnx
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.inference.packed import packed_tensors, read_packed, served_config
-from mmfree_jax.models.attention import rotary
-from mmfree_jax.models.language_model import Block, DecodeState, LanguageModel, document_starts
-from mmfree_jax.models.layers import Context, Projection, RMSNorm, recipe_of
+from mmfree_jax.models.language_model import Block, DecodeState, LanguageModel, context_after, state_after
+from mmfree_jax.models.layers import Projection, RMSNorm, recipe_of
 from mmfree_jax.ops.bit_linear import Recipe, linear
 from mmfree_jax.ops.packed import Layout, Packed, PackedWeights
 from mmfree_jax.ops.ternary import wide
@@ -73,17 +72,13 @@ class ServedModel:
         last_only: bool = False,
     ) -> tuple[jax.Array, DecodeState]:
         """Read on from a state: logits [B, T, V] in at least float32 and the state after; as `LanguageModel.extend`."""
-        B, T = tokens_BT.shape
-        if segments_BT is None:
-            segments_BT = jnp.broadcast_to(state.segment_B[:, None], (B, T))
-        turn = self._rotary(state.position + jnp.arange(T))
-        context = Context(document_starts(segments_BT, state.segment_B), segments_BT, turn, state.position)
+        context = context_after(state, tokens_BT, segments_BT, self.config, self.dtype)
         x_BTD, mixers = self.embedding[tokens_BT].astype(self.dtype), []
         for layer, (block, mixer) in enumerate(zip(self.blocks, state.mixers, strict=True)):
             x_BTD, mixer = block(x_BTD, context, None if self.floors is None else self.floors[layer], mixer)
             mixers.append(mixer)
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
-        return self.logits(x_BTD), DecodeState(tuple(mixers), state.position + T, segments_BT[:, -1])
+        return self.logits(x_BTD), state_after(state, tuple(mixers), context)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Compute logits [B, T, V] of normed hidden states, in at least float32."""
@@ -95,11 +90,6 @@ class ServedModel:
             return linear(recipe, x_BTD, PackedWeights((self.head,), gain_D))[0].astype(exact)
         w_VD = self.head.astype(x_BTD.dtype)
         return jnp.einsum("btd,vd->btv", x_BTD, w_VD, preferred_element_type=exact)
-
-    def _rotary(self, positions_T: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-        if self.config.mixer != "attention":
-            return None
-        return rotary(positions_T, self.config.width // self.config.heads, self.config.rope_theta, self.dtype)
 
 
 def load_packed(folder: Path, dtype: str = "float32") -> ServedModel:

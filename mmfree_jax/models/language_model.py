@@ -69,6 +69,30 @@ class DecodeState:
     segment_B: jax.Array
 
 
+def rotary_of(config: ModelConfig, positions_T: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array] | None:
+    """Compute the rotary embedding of some positions; None for mixers without one."""
+    if config.mixer != "attention":
+        return None
+    return rotary(positions_T, config.width // config.heads, config.rope_theta, dtype)
+
+
+def context_after(
+    state: DecodeState, tokens_BT: jax.Array, segments_BT: jax.Array | None, config: ModelConfig, dtype: Any
+) -> Context:
+    """Return what mixers may know about tokens that follow a state; without segments each row's document continues."""
+    B, T = tokens_BT.shape
+    if segments_BT is None:
+        segments_BT = jnp.broadcast_to(state.segment_B[:, None], (B, T))
+    turn = rotary_of(config, state.position + jnp.arange(T), dtype)
+    return Context(document_starts(segments_BT, state.segment_B), segments_BT, turn, state.position)
+
+
+def state_after(state: DecodeState, mixers: Any, context: Context) -> DecodeState:
+    """Return the state after the tokens of a context, whose mixers' states are `mixers`."""
+    assert context.segments_BT is not None
+    return DecodeState(mixers, state.position + context.segments_BT.shape[1], context.segments_BT[:, -1])
+
+
 class Block(nnx.Module):
     """Pre-norm residual block: x + c mixer(norm(x)), then x + c glu(norm(x)), with c of `parametrisation`."""
 
@@ -236,11 +260,7 @@ class LanguageModel(nnx.Module):
             logits [B, T, V] in at least float32 and the state after the tokens. Beyond the cache's capacity all
             logits are NaN.
         """
-        B, T = tokens_BT.shape
-        if segments_BT is None:
-            segments_BT = jnp.broadcast_to(state.segment_B[:, None], (B, T))
-        turn = self._rotary(state.position + jnp.arange(T))
-        context = Context(document_starts(segments_BT, state.segment_B), segments_BT, turn, state.position)
+        context = context_after(state, tokens_BT, segments_BT, self.config, self.dtype)
 
         def body(x_BTD, layer):
             block, floor_D, mixer_state = layer
@@ -250,7 +270,7 @@ class LanguageModel(nnx.Module):
         # As in `_stream`, and each layer's state goes in and comes out beside its parameters.
         x_BTD, mixers = jax.lax.scan(body, self._embed(tokens_BT), layers, unroll=self.unroll)
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
-        after = DecodeState(mixers, state.position + T, segments_BT[:, -1])
+        after = state_after(state, mixers, context)
         return head_logits(*self.head(x_BTD, self.embedding[...])), after
 
     def _floors(self) -> jax.Array | None:
@@ -260,9 +280,7 @@ class LanguageModel(nnx.Module):
         return embed(self.embedding[...], tokens_BT, self.dtype)
 
     def _rotary(self, positions_T: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-        if self.config.mixer != "attention":
-            return None
-        return rotary(positions_T, self.config.width // self.config.heads, self.config.rope_theta, self.dtype)
+        return rotary_of(self.config, positions_T, self.dtype)
 
 
 class LMHead(nnx.Module):
