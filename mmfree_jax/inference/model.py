@@ -61,7 +61,7 @@ class ServedModel:
     def start(self, batch: int, capacity: int = 0) -> DecodeState:
         """Return the state before the first token of `batch` sequences; `capacity` as in `LanguageModel.start`."""
         mixers = tuple(block.mixer.start(batch, capacity, self.config, self.dtype) for block in self.blocks)
-        return DecodeState(mixers, jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32))
+        return DecodeState(mixers, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
     def extend(
         self,

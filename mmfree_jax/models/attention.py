@@ -22,17 +22,17 @@ class Cache(NamedTuple):
     segments_BS: jax.Array
 
 
-def rotary(positions_T: jax.Array, head_width: int, theta: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Compute cosines and sines [T, K/2] of position * theta^(-2i/K), computed in at least float32."""
+def rotary(positions: jax.Array, head_width: int, theta: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Compute cosines and sines [..., T, K/2] of position * theta^(-2i/K), in at least float32. Positions: [..., T]."""
     exact = wide(dtype)
     powers_K = jnp.arange(0, head_width, 2, dtype=exact) / head_width
-    angles_TK = positions_T.astype(exact)[:, None] * (1 / theta**powers_K)
-    return jnp.cos(angles_TK), jnp.sin(angles_TK)
+    angles = positions.astype(exact)[..., None] * (1 / theta**powers_K)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BTHK: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate channel i with channel i + K/2 (the order of Llama checkpoints), in at least float32."""
-    cos, sin = (a[:, None] for a in turn)
+    cos, sin = (a[..., None, :] for a in turn)
     a, b = jnp.split(x_BTHK.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
@@ -69,10 +69,11 @@ class Attention(nnx.Module):
         if state is None:
             y_BTHK = causal_attention(q_BTHK, k_BTHK, heads(v), segments_BT=context.segments_BT)
         else:
-            assert context.position is not None
+            assert context.positions_BT is not None
             state = _append(state, k_BTHK, heads(v), context)
-            y_BTHK = attend(q_BTHK, state.k_BSHK, state.v_BSHK, _cache_mask(state, context, T))
-            y_BTHK = jnp.where(context.position + T > state.k_BSHK.shape[1], jnp.nan, y_BTHK)
+            y_BTHK = attend(q_BTHK, state.k_BSHK, state.v_BSHK, _cache_mask(state, context))
+            full_B = context.positions_BT[:, -1] >= state.k_BSHK.shape[1]
+            y_BTHK = jnp.where(full_B[:, None, None, None], jnp.nan, y_BTHK)
         y_BTD = y_BTHK.reshape(B, T, D)
         return self.out(y_BTD if self.norm is None else self.norm(y_BTD))[0], state
 
@@ -84,19 +85,20 @@ class Attention(nnx.Module):
 
 
 def _append(cache: Cache, k_BTHK: jax.Array, v_BTHK: jax.Array, context: Context) -> Cache:
-    position, segments_BT = context.position, context.segments_BT
-    assert position is not None
-    assert segments_BT is not None
+    """Put tokens at their positions. What has none, padding before a row's first token, is left out."""
+    assert context.positions_BT is not None
+    rows_B1, slots_BT = jnp.arange(k_BTHK.shape[0])[:, None], context.positions_BT
+    slots_BT = jnp.where(slots_BT < 0, cache.k_BSHK.shape[1], slots_BT)  # a negative index would count from the end
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=1)
+    def put(old: jax.Array, new: Any) -> jax.Array:
+        return old.at[rows_B1, slots_BT].set(new.astype(old.dtype), mode="drop")
 
-    return Cache(put(cache.k_BSHK, k_BTHK), put(cache.v_BSHK, v_BTHK), put(cache.segments_BS, segments_BT))
+    return Cache(*map(put, cache, (k_BTHK, v_BTHK, context.segments_BT)))
 
 
-def _cache_mask(cache: Cache, context: Context, time: int) -> jax.Array:
-    assert context.position is not None
+def _cache_mask(cache: Cache, context: Context) -> jax.Array:
+    """Return which slots each token sees, [B, T, S]: those up to its own that hold its document."""
+    assert context.positions_BT is not None
     assert context.segments_BT is not None
-    slots_S = jnp.arange(cache.k_BSHK.shape[1])
-    earlier_TS = slots_S[None, :] <= context.position + jnp.arange(time)[:, None]
-    return earlier_TS & (context.segments_BT[:, :, None] == cache.segments_BS[:, None, :])
+    earlier_BTS = jnp.arange(cache.k_BSHK.shape[1]) <= context.positions_BT[..., None]
+    return earlier_BTS & (context.segments_BT[:, :, None] == cache.segments_BS[:, None, :])

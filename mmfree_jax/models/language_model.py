@@ -60,20 +60,21 @@ def document_starts(segments_BT: jax.Array, before_B: jax.Array | None = None) -
 class DecodeState:
     """All that decoding remembers of the tokens read so far.
 
-    `mixers`: each layer's state, stacked with layers in front. `position`: how many tokens, an int32 scalar.
-    `segment_B`: the document that each row's last token belongs to.
+    `mixers`: each layer's state, stacked with layers in front. `position_B`: how many tokens of each row, int32; rows
+    that begin with padding start below zero, so that their first token lies at zero. `segment_B`: the document that
+    each row's last token belongs to.
     """
 
     mixers: Any
-    position: jax.Array
+    position_B: jax.Array
     segment_B: jax.Array
 
 
-def rotary_of(config: ModelConfig, positions_T: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array] | None:
+def rotary_of(config: ModelConfig, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array] | None:
     """Compute the rotary embedding of some positions; None for mixers without one."""
     if config.mixer != "attention":
         return None
-    return rotary(positions_T, config.width // config.heads, config.rope_theta, dtype)
+    return rotary(positions, config.width // config.heads, config.rope_theta, dtype)
 
 
 def context_after(
@@ -83,14 +84,15 @@ def context_after(
     B, T = tokens_BT.shape
     if segments_BT is None:
         segments_BT = jnp.broadcast_to(state.segment_B[:, None], (B, T))
-    turn = rotary_of(config, state.position + jnp.arange(T), dtype)
-    return Context(document_starts(segments_BT, state.segment_B), segments_BT, turn, state.position)
+    positions_BT = state.position_B[:, None] + jnp.arange(T)
+    turn = rotary_of(config, positions_BT, dtype)
+    return Context(document_starts(segments_BT, state.segment_B), segments_BT, turn, positions_BT)
 
 
 def state_after(state: DecodeState, mixers: Any, context: Context) -> DecodeState:
     """Return the state after the tokens of a context, whose mixers' states are `mixers`."""
     assert context.segments_BT is not None
-    return DecodeState(mixers, state.position + context.segments_BT.shape[1], context.segments_BT[:, -1])
+    return DecodeState(mixers, state.position_B + context.segments_BT.shape[1], context.segments_BT[:, -1])
 
 
 class Block(nnx.Module):
@@ -242,7 +244,7 @@ class LanguageModel(nnx.Module):
         """
         one = self.blocks.mixer.start(batch, capacity, self.config, self.dtype)
         mixers = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.config.depth, *a.shape)), one)
-        return DecodeState(mixers, jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32))
+        return DecodeState(mixers, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
     def extend(
         self, tokens_BT: jax.Array, state: DecodeState, *, segments_BT: jax.Array | None = None, last_only: bool = False

@@ -25,14 +25,14 @@ nnx.use_eager_sharding(False)
 class Context(NamedTuple):
     """What a mixer may know about the tokens besides their activations; None where it does not apply.
 
-    `starts_BT`: true at the first token of a document. `segments_BT`: document ids. `rotary`: cosines and sines
-    [T, K/2] of the positions. `position`: how many tokens the decoding state already holds (an int32 scalar).
+    `starts_BT`: true at the first token of a document. `segments_BT`: document ids. `rotary`: cosines and sines of the
+    positions, [T, K/2] or [B, T, K/2]. `positions_BT`: the places of tokens that follow a decoding state.
     """
 
     starts_BT: jax.Array | None = None
     segments_BT: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
-    position: jax.Array | None = None
+    positions_BT: jax.Array | None = None
 
 
 def small_xavier() -> Initializer:

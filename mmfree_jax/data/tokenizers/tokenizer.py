@@ -4,6 +4,7 @@ A vocabulary is named by a hash of what decides token numbers, so that tokens, m
 against each other.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -58,6 +59,12 @@ class Tokenizer:
     def dtype(self) -> np.dtype:
         """uint16 where every token fits, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 65_536 else np.uint32)
+
+    @functools.cached_property
+    def special(self) -> frozenset[int]:
+        """Tokens that `decode` leaves out."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
     def encode(self, text: str) -> np.ndarray:
         """Tokens of one text, `dtype` [tokens], without an end-of-document token."""
