@@ -1,14 +1,12 @@
 """What follows a prompt, as it comes: tokens become text, and the text ends where it should."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
-from mmfree_jax.data.tokenizers.tokenizer import Tokenizer
+from mmfree_jax.data.tokenizers.tokenizer import BYTE_TOKEN, Tokenizer
 from mmfree_jax.inference.engine import Part
 
 UNFINISHED = "\ufffd"  # what a decoder gives for bytes that begin a character
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token for one byte, in SentencePiece's vocabularies
 
 Top = list[tuple[int, float]]
 
@@ -47,7 +45,7 @@ class Detokeniser:
     def add(self, token: int) -> None:
         """Take the next token."""
         self._window.append(token)
-        if token in self._tokenizer.special or _BYTE.fullmatch(self._tokenizer.backend.id_to_token(token) or ""):
+        if token in self._tokenizer.special or BYTE_TOKEN.fullmatch(self._tokenizer.backend.id_to_token(token) or ""):
             return
         whole = self._tokenizer.decode(self._window)
         if len(whole) > len(self._told) and not whole.endswith(UNFINISHED):

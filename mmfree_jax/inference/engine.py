@@ -84,6 +84,11 @@ class Engine:
         self._settings = stacked([GREEDY] * slots)
 
     @property
+    def slots(self) -> int:
+        """How many requests can decode together."""
+        return len(self._slots)
+
+    @property
     def waiting(self) -> int:
         """How many requests have no slot yet."""
         return len(self._queue) + (self._reading is not None)
@@ -131,6 +136,13 @@ class Engine:
         """Generate until nothing is left to do."""
         while self.step():
             pass
+
+    def close(self, error: Exception) -> None:
+        """Tell every request that waits that it will not be served."""
+        with self._submitted:
+            waiting = [self._queue.popleft() for _ in range(len(self._queue))]
+        for request in waiting:
+            request.listener.end(error)
 
     def _let_go(self) -> None:
         """Take cancelled requests out, wherever they are."""
@@ -207,8 +219,8 @@ class Engine:
         """Tell every request that has begun, and start afresh: a program that failed has used up its arguments."""
         begun = [request for request in self._slots if request is not None]
         begun += [self._reading[0]] if self._reading else []
-        slots = len(self._slots)
+        slots = self.slots
         self._reading, self._slots, self._settings = None, [None] * slots, stacked([GREEDY] * slots)
-        self._progress = start(self.model, slots, self.capacity)
         for request in begun:
             request.listener.end(error)
+        self._progress = start(self.model, slots, self.capacity)
