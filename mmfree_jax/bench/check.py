@@ -22,14 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.config import FAMILIES, ConfigError, DataConfig, ModelConfig, RunConfig
-from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, rms_norm
 from mmfree_jax.ops.fast import checks
 from mmfree_jax.ops.fast.checks import Use
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.ops.fast.hopper import normed_codes
 from mmfree_jax.ops.fast.verification import kernels_assumed
 from mmfree_jax.ops.glu import glu
-from mmfree_jax.ops.stream import rms_norm
 from mmfree_jax.training import self_check
 from mmfree_jax.training.step import program_key
 

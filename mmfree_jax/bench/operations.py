@@ -14,13 +14,12 @@ from jax import export
 
 from mmfree_jax.bench.timing import applications, memory_bytes, repeated, time_calls
 from mmfree_jax.ops.attention import causal_attention
-from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, rms_norm
 from mmfree_jax.ops.cross_entropy import Head
 from mmfree_jax.ops.fast.choice import available, kernels_allowed
 from mmfree_jax.ops.fast.cross_entropy import head_loss
 from mmfree_jax.ops.glu import swiglu
 from mmfree_jax.ops.recurrence import gated_recurrence, gates, recurrence
-from mmfree_jax.ops.stream import rms_norm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmfree_jax.architecture import ModelConfig
-from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
+from mmfree_jax.models.layers import Context, Projection, RMSNorm, initialisers
 from mmfree_jax.ops.glu import gated_norm
 from mmfree_jax.ops.recurrence import gated_recurrence
 from mmfree_jax.ops.ternary import wide
@@ -33,7 +33,7 @@ class MLGRU(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: jax.Array, *, rngs: nnx.Rngs, param_dtype: Any):
         D = config.width
-        into, out = mixer_inits(config)
+        into, out = initialisers(config, "mixer")
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
         self.official = config.output_gate == "official"
         self.gates = Projection(config, D, D, init=into, axes=("embed", "heads"), groups=3, **kwargs)

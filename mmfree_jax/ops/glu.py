@@ -1,11 +1,17 @@
-"""Gated units: SwiGLU, the channel mixer of every family, and the output gate of the MLGRU."""
+"""Gated units, SwiGLU as the channel mixer of every family and the output gate of the MLGRU; and the residual stream
+that their outputs are added to."""
 
 import jax
 
-from mmfree_jax.ops.bit_linear import Recipe, Weights, linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, rms_norm
 from mmfree_jax.ops.fast.choice import op
 from mmfree_jax.ops.packed import PackedWeights
-from mmfree_jax.ops.stream import rms_norm
+
+
+@op
+def residual(x_BTD: jax.Array, y_BTD: jax.Array, scale: float = 1.0) -> jax.Array:
+    """Add a sublayer's output to the residual stream: x + scale * y, [B, T, D]."""
+    return x_BTD + (y_BTD if scale == 1 else y_BTD * scale)
 
 
 @op

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mmfree_jax.ops.bit_linear import Recipe, Weights
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.autodiff import own_backward_of_used
-from mmfree_jax.ops.fast.combine import combine
+from mmfree_jax.ops.fast.combine import combine, reciprocal_rms, rms_norm, rms_norm_backward
 from mmfree_jax.ops.fast.dense import dense
 from mmfree_jax.ops.fast.origin import Kind, Origin, can_hand_on, hand_on, origin
 from mmfree_jax.ops.fast.products import (
@@ -33,13 +33,12 @@ from mmfree_jax.ops.fast.products import (
     quantise_kernel,
     weight_gradients,
 )
-from mmfree_jax.ops.fast.stream import reciprocal_rms, rms_norm_backward
 from mmfree_jax.ops.fast.ternary import quantise_normed
 from mmfree_jax.ops.packed import PackedWeights
 from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, wide
 from mmfree_jax.sharding import Names, Summed, constrain, per_shard, rows_of, whole
 
-__all__ = ["bit_linear", "linear", "packed_linear", "quantise_kernel"]
+__all__ = ["bit_linear", "linear", "packed_linear", "quantise_kernel", "rms_norm"]
 
 
 class Fusion(NamedTuple):

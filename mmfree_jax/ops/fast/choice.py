@@ -154,22 +154,19 @@ def recurrence_form(x_BTD: Any, dtype: Any, gated: bool) -> Literal["kernel", "w
     "kernel" is one pass over memory on Hopper GPUs, "walk" goes step by step, which is up to four times faster on a CPU
     than "prefix", a parallel prefix.
     """
-    if _recurrence_kernel(x_BTD, dtype, gated):
-        return "kernel"
-    return "walk" if backend() == "cpu" else "prefix"
-
-
-def _recurrence_kernel(x_BTD: Any, dtype: Any, gated: bool) -> bool:
+    other: Literal["walk", "prefix"] = "walk" if backend() == "cpu" else "prefix"
     if not available() or dtype not in (jnp.bfloat16, jnp.float32) or (x_BTD.shape[1] == 1 and not gated):
-        return False
+        return other
     from mmfree_jax.ops.fast.hopper.recurrence import LANES, ROWS
 
-    # What is filled up to whole tiles is cut evenly only if it was whole tiles on every device before.
-    cut = [ways(name, size) for name, size in zip(STEPS, x_BTD.shape, strict=True)]
-    B, T, D = (size // n for size, n in zip(x_BTD.shape, cut, strict=True))
-    if (cut[1] > 1 and T % ROWS) or (cut[2] > 1 and D % LANES):
-        return False
-    return verification.serves(Use("recurrence", (B, T, D), (str(jnp.dtype(dtype)), gated, cut[1] > 1)))
+    # The kernel's tiles are filled up with steps and channels that change nothing. On a mesh that would move every
+    # other part to another place, so there each device has to have whole tiles from the beginning.
+    parts = [ways(name, size) for name, size in zip(STEPS, x_BTD.shape, strict=True)]
+    B, T, D = (size // n for size, n in zip(x_BTD.shape, parts, strict=True))
+    if (parts[1] > 1 and T % ROWS) or (parts[2] > 1 and D % LANES):
+        return other
+    use = Use("recurrence", (B, T, D), (str(jnp.dtype(dtype)), gated, parts[1] > 1))
+    return "kernel" if verification.serves(use) else other
 
 
 def attention_form(q_BTHK: Any, segments_BT: Any) -> Literal["full", "rows", "cudnn"]:

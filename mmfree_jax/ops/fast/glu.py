@@ -1,4 +1,4 @@
-"""`ops.glu` with backward passes of its own.
+"""`ops.glu` with backward passes of its own, and placed on a mesh.
 
 A ternary GLU keeps what its two BitLinears keep. As one op it gains with `Recipe.gradient_bits`: the gradients to gate
 and up leave the kernel that computes them as integer codes, and are never written as values.
@@ -11,9 +11,16 @@ from mmfree_jax.ops.bit_linear import Recipe, Weights
 from mmfree_jax.ops.fast import combine
 from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.bit_linear import Fusion, Residuals, backward, codes_onward, forward, linear, source
-from mmfree_jax.ops.fast.origin import Origin, hand_on, note
-from mmfree_jax.ops.fast.stream import rms_norm
+from mmfree_jax.ops.fast.combine import rms_norm
+from mmfree_jax.ops.fast.origin import Origin, hand_on, latest, note
 from mmfree_jax.ops.packed import PackedWeights
+from mmfree_jax.sharding import constrain
+
+
+def residual(x_BTD: jax.Array, y_BTD: jax.Array, scale: float = 1.0) -> jax.Array:
+    """`ops.glu.residual`; a BitLinear that has read the stream adds both gradients to it (`origin`)."""
+    y_BTD = y_BTD if scale == 1 else y_BTD * scale
+    return constrain(latest(x_BTD, last=True) + y_BTD, "batch", "time", None)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -169,12 +169,15 @@ def test_what_another_process_refuses_is_refused_here(gpu, monkeypatch):
 
 
 def test_the_outcome_depends_on_compiler_device_and_sources(gpu, monkeypatch):
-    path = verification._path(PRODUCT)
-    for name, value in (("environment", ["jax 1", "jaxlib 1", "H200", "cuda 13"]), ("_sources", "other")):
-        with monkeypatch.context() as changed:
-            changed.setattr(verification, name, lambda value=value: value)
-            assert verification._path(PRODUCT) != path
-    assert verification._path(TURN) != path
+    layer()
+    for number, (name, value) in enumerate(
+        (("environment", ["jax 1", "jaxlib 1", "H200", "cuda 13"]), ("_sources", "other"), ("_sources", "other"))
+    ):
+        monkeypatch.setattr(verification, name, lambda value=value: value)
+        monkeypatch.setattr(verification, "_outcomes", {})  # as in a new process
+        jax.clear_caches()
+        layer()
+        assert len(list((gpu / "kernels").iterdir())) == (4, 6, 6)[number]  # two uses; known the third time
 
 
 def test_a_result_that_is_no_number_does_not_pass():

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.models.language_model import Block
 from mmfree_jax.models.layers import Context
-from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, rms_norm
 from mmfree_jax.ops.fast.combine import combine
 from mmfree_jax.ops.fast.hopper import normed_codes, transposed_codes
 from mmfree_jax.ops.fast.hopper import recurrence as kernel
@@ -23,7 +23,6 @@ from mmfree_jax.ops.fast.recurrence import gated_recurrence, recurrence
 from mmfree_jax.ops.fast.ternary import column_codes
 from mmfree_jax.ops.fast.verification import kernels_assumed
 from mmfree_jax.ops.glu import glu, swiglu
-from mmfree_jax.ops.stream import rms_norm
 from mmfree_jax.ops.ternary import Quantised
 
 KERNELS = {f"{kind}_codes{way}" for kind in ("norm", "gated", "swiglu") for way in ("", "_backward")}
