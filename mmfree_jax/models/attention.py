@@ -25,7 +25,8 @@ class Cache(NamedTuple):
 def rotary(config: ModelConfig, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array] | None:
     """Compute cosines and sines of position * theta^(-2i/K); None for mixers without rotary embeddings.
 
-    positions: [T], or [B, T] where rows differ; the results have K/2 behind. At least float32: a bfloat16 holds no position above 256 exactly.
+    positions: [T], or [B, T] where rows differ; results have K/2 behind. At least float32: a bfloat16 holds no position
+    above 256 exactly.
     """
     if config.mixer != "attention":
         return None

@@ -272,6 +272,4 @@ def _plane(packed: jax.Array, plane: int, interpret: bool) -> jax.Array:
         "sub.u32 t, t, 0x01010101; xor.b32 $0, t, 0x80808080; }"
     )
     shape = jax.ShapeDtypeStruct(packed.shape, jnp.int8)
-    return plt.elementwise_inline_asm(
-        asm, args=[packed], constraints="=r,r", pack=4, result_shape_dtypes=[shape]
-    )[0]
+    return plt.elementwise_inline_asm(asm, args=[packed], constraints="=r,r", pack=4, result_shape_dtypes=[shape])[0]

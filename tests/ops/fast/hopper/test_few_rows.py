@@ -70,8 +70,14 @@ def test_normed_product_is_the_bit_linear_of_its_sources(kind, M, K, N, G, gains
 def test_a_row_of_zeros_gives_zeros():
     weights = [pack_planes(np.ones((8, 64), np.int8))]
     ys, _ = few_rows.normed_product(
-        "norm", [np.zeros((1, 64), np.float32)], np.ones(64, np.float32), [np.ones(64, np.float32)], weights,
-        [np.ones(1, np.float32)], EPS, interpret=True,
+        "norm",
+        [np.zeros((1, 64), np.float32)],
+        np.ones(64, np.float32),
+        [np.ones(64, np.float32)],
+        weights,
+        [np.ones(1, np.float32)],
+        EPS,
+        interpret=True,
     )
     np.testing.assert_array_equal(ys[0], np.zeros((1, 8)))
 
