@@ -1,6 +1,6 @@
 """Do the ensemble's intervals hold the truth where no law is exactly true? Simulated ladders of two families, scored.
 
-    python -m experiments.interval_coverage --out experiments/results/interval_coverage.csv      (two hours, one core)
+    python -m experiments.interval_coverage --workers 2 --out experiments/results/interval_coverage.csv   (one core-hour)
     python -m experiments.interval_coverage --rows "0.2 %, 1 out" --ladders 50 --out sample.csv
 
 Two Chinchilla laws whose exponents of N differ by 0.04 meet at a stated compute: inside the ladder (1e20 FLOP), one or
@@ -22,12 +22,14 @@ import csv
 import json
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import brentq
 
+from experiments.workers import in_processes
 from scaling.ensemble.answers import interval
 from scaling.ensemble.crossing import HORIZON, crossing_of, overtakes
 from scaling.ensemble.ensemble import Ensemble
@@ -183,7 +185,7 @@ class World:
 
 def ensembles(world: World, spec: Spec) -> dict[str, Ensemble]:
     """The four methods on one ladder."""
-    headline = Ensemble.of(world.runs, ("A", "B"), spec, samples=64)
+    headline = Ensemble.of(world.runs, ("A", "B"), spec)
     rows = rows_of(headline.runs, "AB", headline.law, headline.centre)
     known = posterior(
         rows, headline.law, headline.posterior.ties, "log-ls", 0, known=np.repeat(world.hyper, 16, axis=0)
@@ -230,12 +232,13 @@ def row_of(name: str, method: str, found: np.ndarray) -> dict[str, str]:
     )
 
 
-def write_table(path: Path, scores: dict[str, list[dict[str, list[float]]]]) -> None:
+def write_table(path: Path, scores: dict[tuple[str, int], dict[str, list[float]]]) -> None:
     """One row a case and method, over the ladders scored so far."""
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, ["case", "method", "ladders", *HEADER], lineterminator="\n")
         writer.writeheader()
-        for name, found in scores.items():
+        for name in cases():
+            found = [scores[key] for key in sorted(scores) if key[0] == name]
             writer.writerows(row_of(name, m, np.array([one[m] for one in found])) for m in METHODS if found)
 
 
@@ -244,22 +247,22 @@ def main() -> None:
     parser.add_argument("--ladders", type=int, default=200)
     parser.add_argument("--draws", type=int, default=800)
     parser.add_argument("--rows", default="", help="only the cases whose name contains this")
+    parser.add_argument("--workers", type=int, default=1, help="processes; the scores do not depend on them")
     parser.add_argument("--scores", type=Path, help="JSONL file of single ladders: those in it are not made again")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
+    known = a.scores.read_text().splitlines() if a.scores and a.scores.is_file() else []
+    scores = {(name, k): found for name, k, found in map(json.loads, known)}
     chosen = {name: case for name, case in cases().items() if a.rows in name}
-    scores: dict[str, list[dict[str, list[float]]]] = {name: [] for name in chosen}
-    for line in a.scores.read_text().splitlines() if a.scores and a.scores.is_file() else ():
-        name, found = json.loads(line)
-        scores[name].append(found)
-    for k in range(a.ladders):
-        for name, case in chosen.items():
-            if k >= len(scores[name]):
-                scores[name].append(trial(name, case, k, Spec(draws=a.draws)))
-                if a.scores:
-                    with a.scores.open("a") as stream:
-                        stream.write(json.dumps([name, scores[name][-1]]) + "\n")
-        write_table(a.out, scores)
+    wanted = [(name, k) for k in range(a.ladders) for name in chosen if (name, k) not in scores]
+    work = [(name, chosen[name], k, Spec(draws=a.draws)) for name, k in wanted]
+    with a.scores.open("a") if a.scores else nullcontext() as stream:
+        for key, found in zip(wanted, in_processes(trial, work, a.workers), strict=True):
+            scores[key] = found
+            if stream:
+                stream.write(json.dumps([*key, found]) + "\n")
+                stream.flush()
+    write_table(a.out, scores)
     print(a.out.read_text(), end="")
 
 

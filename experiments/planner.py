@@ -1,6 +1,6 @@
 """Is the power that `scaling plan` and `scaling power` state the power that ladders have? Simulated and scored.
 
-    python -m experiments.planner --out experiments/results/planner.csv      (half an hour on one core; --ladders 60)
+    python -m experiments.planner --out experiments/results/planner.csv      (--workers 2; ten minutes of one core)
 
 Two Chinchilla laws with a stated difference at a target compute one decade beyond the ladder, a smooth misfit of 0.2 %
 and run noise of 0.1 to 0.2 %. A pilot ladder gives the ensemble that plans; then ladders of the stated design are drawn
@@ -12,18 +12,22 @@ stated, and about 5 % at zero.
 import argparse
 import csv
 import zlib
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import brentq
 
-from experiments.interval_coverage import Case, World
+from experiments.interval_coverage import RATIOS, Case, World
+from experiments.workers import in_processes
 from scaling import Ensemble, Spec
 from scaling.ensemble.answers import interval
 from scaling.plan import Trunk, power
 
 TARGET = 22.0  # log10 FLOP
 DIFFERENCES = (0.0, 0.02, 0.04, 0.06)  # nats
+PILOTS = 10  # ladders of each design that `power` is asked about
+HEADER = ("sizes", "difference", "ladders", "stated sd", "found sd", "stated power", "right sign", "wrong sign")
 
 
 class Stated(World):
@@ -45,36 +49,37 @@ class Stated(World):
         return [first, second + np.array([0, shift, 0, 0, 0])]
 
 
+def trial(sizes: int, difference: float, k: int) -> tuple[float, ...]:
+    """Sign that one ladder's interval shows (0: none) and its sd; of a pilot, what `power` states: sd and chance."""
+    seed = zlib.crc32(f"{sizes} {difference}".encode())
+    world = Stated(difference, sizes, np.random.default_rng([seed, k]))
+    e = Ensemble.of(world.runs, ("A", "B"), Spec(draws=400))
+    low, high = interval(e.gaps(np.array([10**TARGET]))[:, 0])
+    found = float(low > 0) - float(high < 0), (high - low) / 2 / 1.96
+    if k >= PILOTS:
+        return (*found, np.nan, np.nan)
+    costs = [e.cost(f) for f in e.families]
+    ladder = [Trunk.of(n, RATIOS, costs) for n in np.geomspace(1e7, 1e9, sizes)]
+    p = power(e, ladder, 10**TARGET, (max(difference, 1e-9),))
+    return (*found, p.sd, p.chances[0] if difference else p.at_zero)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ladders", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=1, help="processes; the figures do not depend on them")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
-    header = ("sizes", "difference", "ladders", "stated sd", "found sd", "stated power", "right sign", "wrong sign")
+    designs = list(product((6, 10), DIFFERENCES))
+    work = [(*design, k) for design in designs for k in range(a.ladders)]
+    found = np.array(list(in_processes(trial, work, a.workers))).reshape(len(designs), a.ladders, -1)
     with a.out.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        for sizes in (6, 10):
-            for difference in DIFFERENCES:
-                signs, half, stated = [], [], []
-                for k in range(a.ladders):
-                    seed = zlib.crc32(f"{sizes} {difference}".encode())
-                    world = Stated(difference, sizes, np.random.default_rng([seed, k]))
-                    e = Ensemble.of(world.runs, ("A", "B"), Spec(draws=400))
-                    if k < 10:
-                        ratios = (5.0, 20.0, 80.0, 160.0)
-                        costs = [e.cost(f) for f in e.families]
-                        ladder = [Trunk.of(n, ratios, costs) for n in np.geomspace(1e7, 1e9, sizes)]
-                        p = power(e, ladder, 10**TARGET, (max(difference, 1e-9),))
-                        stated.append((p.sd, p.chances[0] if difference else p.at_zero))
-                    low, high = interval(e.gaps(np.array([10**TARGET]))[:, 0])
-                    signs.append(1 if low > 0 else -1 if high < 0 else 0)
-                    half.append((high - low) / 2 / 1.96)
-                sd, chance = np.median(np.array(stated), axis=0)
-                shares = [float(np.mean(np.array(signs) == s)) for s in (1, -1)]
-                numbers = [f"{sd:.4f}", f"{np.median(half):.4f}", f"{chance:.3f}", *(f"{s:.3f}" for s in shares)]
-                writer.writerow([sizes, difference, a.ladders, *numbers])
-                stream.flush()
+        writer.writerow(HEADER)
+        for design, trials in zip(designs, found, strict=True):
+            sign, (sd, stated_sd, chance) = trials[:, 0], np.nanmedian(trials[:, 1:], axis=0)
+            numbers = [f"{stated_sd:.4f}", f"{sd:.4f}", *(f"{x:.3f}" for x in (chance, *(np.mean(sign == s) for s in (1, -1))))]
+            writer.writerow([*design, a.ladders, *numbers])
     print(a.out.read_text(), end="")
 
 

@@ -9,6 +9,7 @@ parameters and a misfit function, and are at last weighted for the curvature of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy.special import logsumexp, ndtr, ndtri, softmax
@@ -19,7 +20,7 @@ from scaling.laws.base import Law
 
 TIED_SD = 1e-4  # prior sd of a difference that is held at zero
 TEMPERS = (0.3, 0.6, 1.0)  # powers of the likelihood on the way from the prior to the posterior
-SAMPLES = 64  # hyperparameters, a power of two; of the prior's Sobol sequence first, then about what was found
+SAMPLES = 128  # hyperparameters, a power of two; of the prior's Sobol sequence first, then about what was found
 HUBER_KINK = 1.345  # in standard deviations: 95 % efficient under normal noise (Huber 1981, section 4.5)
 LAD_KINK = 0.2  # small enough that every residual lies in the straight part
 NOISES = {"auto": ("normal", "huber"), "log-ls": ("normal",), "raw-ls": ("raw",), "huber": ("huber",), "lad": ("lad",)}
@@ -43,6 +44,10 @@ class Rows:
     @property
     def points(self) -> Points:
         return Points(self.x, self.family)
+
+    @cached_property
+    def near(self) -> Nearness:
+        return Nearness.between(self.points, self.points)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Posterior:
         """(H, n, n) covariance of the rows about their laws; scale (n,) multiplies a run's standard deviation."""
         rows, h_ = self.rows, h[:, :, None, None]
         trunk, cell = ((x[:, None] == x) * (x >= 0.0) for x in (rows.trunk, rows.cell))
-        out = Nearness.between(rows.points, rows.points).covariance(h)
+        out = rows.near.covariance(h)
         out += h_[:, TRUNK] ** 2 * trunk + h_[:, CELL] ** 2 * cell
         return out + (h[:, RUN, None] * scale / np.sqrt(rows.count))[:, :, None] ** 2 * np.eye(len(rows.y))
 
@@ -221,12 +226,11 @@ class Posterior:
         draw from the prior, moved by what it gets wrong at the rows (Matheron's rule)."""
         pairs, base = np.unique(np.column_stack([hyper, noise]), axis=0, return_inverse=True)
         base, bases, parts = base.ravel(), [], []
-        near = Nearness.between(self.rows.points, self.rows.points)
         for k, (h, n) in enumerate(pairs):
             rows = np.flatnonzero(base == k)
             basis = Basis(self.h[h], self.rows.x.shape[1], self.families, rng)
             features = basis.at(self.rows.points)
-            free = (self.covariance(self.h[[h]], self.scale[n]) - near.covariance(self.h[[h]]))[0]
+            free = (self.covariance(self.h[[h]], self.scale[n]) - self.rows.near.covariance(self.h[[h]]))[0]
             root = np.linalg.cholesky(free)
             prior = rng.normal(size=(len(rows), features.shape[1]))
             wrong = residual[rows] - prior @ features.T - rng.normal(size=(len(rows), len(free))) @ root.T

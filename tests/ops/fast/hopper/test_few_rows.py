@@ -1,0 +1,87 @@
+"""The kernels of decoding, interpreted, against float64 at awkward sizes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmfree_jax.ops.fast.hopper import few_rows
+from mmfree_jax.ops.packed import pack_planes
+
+EPS = 1e-6
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def rms(x):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS)
+
+
+def input_of(kind, sources, inner):
+    if kind == "swiglu":
+        return sources[0] * sigmoid(sources[0]) * sources[1]
+    if kind == "plain":
+        return sources[0]
+    v = rms(sources[0]) * inner
+    return v * sources[1] * sigmoid(sources[1]) if kind == "gated" else v
+
+
+@pytest.mark.parametrize(
+    "kind, M, K, N, G, gains, addend",
+    [
+        ("norm", 1, 2048, 24, 3, 3, True),
+        ("norm", 2, 1040, 8, 2, 1, False),
+        ("gated", 3, 2064, 40, 1, 1, False),
+        ("swiglu", 4, 16, 16, 1, 1, False),
+        ("plain", 1, 4112, 8, 1, 0, True),
+        ("plain", 2, 2832, 64, 2, 2, False),
+    ],
+)
+def test_normed_product_is_the_bit_linear_of_its_sources(kind, M, K, N, G, gains, addend):
+    rng = np.random.default_rng(K)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    sources = [draw(M, K) for _ in range(2 if kind in ("gated", "swiglu") else 1)]
+    inner = None if kind in ("plain", "swiglu") else (1 + draw(K) / 4)
+    outer = [1 + draw(K) / 4 for _ in range(gains)]
+    codes = rng.integers(-1, 2, (G, N, K)).astype(np.int8)
+    scales = [rng.uniform(0.5, 2, N if g == 1 else 1).astype(np.float32) for g in range(G)]
+    added = draw(M, K) if addend else None
+
+    ys, total = few_rows.normed_product(
+        kind, sources, inner, outer, [pack_planes(c) for c in codes], scales, EPS, added, 0.5, interpret=True
+    )
+
+    exact = [np.float64(s) for s in sources]
+    if addend:
+        exact[0] = exact[0] + 0.5 * added
+        np.testing.assert_allclose(total, exact[0], rtol=1e-6, atol=1e-6)
+    u = input_of(kind, exact, inner)
+    for g in range(G):
+        z = rms(u) * outer[g % gains] if gains else u
+        most = np.maximum(np.abs(z).max(-1, keepdims=True), 1e-5)
+        step = most / 127 * scales[g]
+        want = np.rint(z * 127 / most) @ codes[g].T.astype(np.float64) * step
+        off = np.abs(ys[g] - want) / step  # in codes: one whose rounding fell the other way is one off
+        assert off.max() <= 1.01
+        assert np.mean(off) < 0.02
+
+
+def test_a_row_of_zeros_gives_zeros():
+    weights = [pack_planes(np.ones((8, 64), np.int8))]
+    ys, _ = few_rows.normed_product(
+        "norm", [np.zeros((1, 64), np.float32)], np.ones(64, np.float32), [np.ones(64, np.float32)], weights,
+        [np.ones(1, np.float32)], EPS, interpret=True,
+    )
+    np.testing.assert_array_equal(ys[0], np.zeros((1, 8)))
+
+
+@pytest.mark.parametrize("M, K, N", [(1, 128, 32), (5, 384, 96), (64, 256, 64), (77, 640, 32)])
+def test_codes_product_is_exact(M, K, N):
+    rng = np.random.default_rng(M)
+    q = rng.integers(-128, 128, (M, K)).astype(np.int8)
+    codes = rng.integers(-1, 2, (N, K)).astype(np.int8)
+    by_row, by_column = np.exp2(rng.integers(-3, 3, M)).astype(np.float32), np.exp2(rng.integers(-3, 3, N))
+    y = few_rows.codes_product(q, by_row, pack_planes(codes), by_column.astype(np.float32), jnp.float32, interpret=True)
+    want = q.astype(np.int64) @ codes.T.astype(np.int64) * by_row[:, None] * by_column
+    np.testing.assert_array_equal(y, want)
