@@ -36,7 +36,7 @@ from mmfree_jax.ops.fast.products import (
 from mmfree_jax.ops.fast.ternary import quantise_normed
 from mmfree_jax.ops.packed import PackedWeights
 from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, wide
-from mmfree_jax.sharding import Names, Summed, constrain, per_shard, rows_of, whole
+from mmfree_jax.sharding import Names, PartialSum, activation_axes, constrain, gathered_axes, per_shard
 
 __all__ = ["bit_linear", "linear", "packed_linear", "quantise_kernel", "rms_norm"]
 
@@ -169,7 +169,7 @@ def _kernel_codes(fusion: Fusion, sources, source_gain, gain) -> tuple[Quantised
         pairs = zip(codes, scales, strict=True)
         return (tuple(Quantised(q.reshape(shape), s.reshape(*shape[:-1], 1)) for q, s in pairs),)
 
-    rows = rows_of(sources[0].ndim)
+    rows = activation_axes(sources[0].ndim)
     gains = (None,) * gain.ndim
     (inputs,) = per_shard(local, [rows, (None,), gains], [rows], sources, source_gain, gain)
     return tuple(map(_named, inputs))
@@ -205,8 +205,8 @@ def _kernel_input_backward(
 
     sources, source_gain, gain = saved.sources, saved.source_gain, saved.gain
     assert gain is not None
-    rows, gains = rows_of(sources[0].ndim), (None,) * gain.ndim
-    results: list[Names | Summed] = [rows, Summed((None,)), Summed((None, None)), rows]
+    rows, gains = activation_axes(sources[0].ndim), (None,) * gain.ndim
+    results: list[Names | PartialSum] = [rows, PartialSum((None,)), PartialSum((None, None)), rows]
     dys = tuple(d.values.astype(sources[0].dtype) for d in dinputs)
     present = [d.factor for d in dinputs if d.factor is not None]  # all of them, or none
     factors = jnp.stack(present) if present else None
@@ -253,8 +253,8 @@ def forward(
     recipe, w_GDF = fusion.recipe, weights.w_GDF
     saved = quantise_input(fusion, sources, source_gain, weights.gain, w_GDF.shape[0])
     shards = quantise_kernel(recipe, w_GDF) if weights.codes is None else weights.codes
-    axes, dtype = whole(recipe.axes), sources[0].dtype
-    kernel, rows = gather_kernel(recipe, shards), rows_of(sources[0].ndim, axes[1])
+    axes, dtype = gathered_axes(recipe.axes), sources[0].dtype
+    kernel, rows = gather_kernel(recipe, shards), activation_axes(sources[0].ndim, axes[1])
     ys = [product(q, w, dtype, dtype, axes) for q, w in zip(one_each(saved.codes, kernel), kernel, strict=True)]
     if saved.scales:
         saved = saved._replace(codes=())
@@ -282,7 +282,7 @@ def backward(
     # keeps gathered codes, which are gathered again. These have one of their own: they need not wait for dys.
     recipe, (saved, shards, typed) = fusion.recipe, residuals
     shards, (saved, dys) = jax.lax.optimization_barrier(shards), jax.lax.optimization_barrier((saved, dys))
-    kernel, axes = gather_kernel(recipe, shards), whole(recipe.axes)
+    kernel, axes = gather_kernel(recipe, shards), gathered_axes(recipe.axes)
     dtype, scales = saved.sources[0].dtype, _scales(saved)
     codes: list[GradientCodes] = []
     if recipe.gradient_bits:
@@ -292,7 +292,7 @@ def backward(
     else:
         out = dtype if saved.scales else None
         dinputs = [input_gradient(w, dy, out) for w, dy in zip(kernel, dys, strict=True)]
-    dinputs = [d._replace(values=constrain(d.values, *rows_of(d.values.ndim, axes[0]))) for d in dinputs]
+    dinputs = [d._replace(values=constrain(d.values, *activation_axes(d.values.ndim, axes[0]))) for d in dinputs]
     if saved.scales:  # the forward pass chose; the user's choice may not reach here
         gradients, inputs = _kernel_input_backward(fusion, saved, dinputs, row_factors, dcopy)
     else:
