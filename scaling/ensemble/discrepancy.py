@@ -5,10 +5,11 @@ ladder, has the covariance
 
     tau^2 (g_1 g_2 + (g_1 + g_2) / 2) / 2 + kappa^2 (walk(x_1, y_1) + walk(x_2, y_2)),
 
-where g_k = exp(-(x_k - y_k)^2 / 2 ell^2) and walk is that of an integrated random walk which starts at the middle: what the ladder cannot see grows with the
-decades beyond it. Half of the smooth part is a function of N plus one of D: a law most often misses because one of its
-terms does, and then runs of one size, or of one budget, all err together (additive processes: Duvenaud et al. 2011). A
-part rho of both is common to the families. (Kennedy & O'Hagan 2001 put a Gaussian process between
+where g_k = exp(-(x_k - y_k)^2 / 2 ell^2) and walk is that of an integrated random walk which starts at the middle:
+what the ladder cannot see grows with the decades beyond it. Half of the smooth part is a function of N plus one of D:
+a law most often misses because one of its terms does, and then runs of one size, or of one budget, all err together
+(additive processes: Duvenaud et al. 2011). A part rho of both is common to the families.
+(Kennedy & O'Hagan 2001 put a Gaussian process between
 a model and its data; Rasmussen & Williams 2006, chapter 2, for the algebra.) A function with this covariance is also a
 sum of many features with normal weights (Rahimi & Recht 2007), so that a draw can be asked for its value anywhere.
 """

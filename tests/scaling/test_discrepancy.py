@@ -57,7 +57,7 @@ def test_the_walk_is_that_of_an_integrated_random_walk_from_the_middle():
 
 
 def test_where_runs_scatter_more_trunks_and_cells_are_expected_to():
-    """An absolute scale would take the trunks of a noisy ladder for quiet, and its intervals of rho would be too narrow."""
+    """An absolute scale would take a noisy ladder's trunks for quiet, and its intervals of rho would be too narrow."""
     z = np.random.default_rng(0).normal(size=(64, LATENTS))
     louder = z.copy()
     louder[:, RUN] += 1.5
