@@ -12,12 +12,8 @@ from mmfree_jax.ops.fast import combine
 from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.bit_linear import Fusion, Residuals, backward, codes_onward, forward, linear, source
 from mmfree_jax.ops.fast.combine import rms_norm
-<<<<<<< HEAD
 from mmfree_jax.ops.fast.origin import Origin, Sum, hand_on, latest, note
-=======
-from mmfree_jax.ops.fast.origin import Origin, hand_on, latest, note
 from mmfree_jax.ops.glu import relu2_glu
->>>>>>> inference
 from mmfree_jax.ops.packed import PackedWeights
 from mmfree_jax.sharding import constrain
 
