@@ -114,7 +114,7 @@ def normed_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: A
         return False
     from mmfree_jax.ops.fast.hopper import few_rows
 
-    cut = ways("batch", x.shape[0]) * math.prod(map(ways, recipe.axes, (width, columns)))
+    cut = shard_count("batch", x.shape[0]) * math.prod(map(shard_count, recipe.axes, (width, columns)))
     if cut > 1 or not few_rows.supports(rows, width, columns):
         return False
     gains = 0 if weights.gain is None else math.prod(weights.gain.shape[:-1])
@@ -129,7 +129,7 @@ def codes_product(x: Any, w: Any) -> bool:
     from mmfree_jax.ops.fast.hopper import few_rows
 
     rows, width, columns = math.prod(x.codes.shape[:-1]), x.codes.shape[-1], w.bytes_FI.shape[0]
-    if ways("batch", x.codes.shape[0]) > 1 or not few_rows.supports_codes(rows, width, columns):
+    if shard_count("batch", x.codes.shape[0]) > 1 or not few_rows.supports_codes(rows, width, columns):
         return False
     return verification.serves(Use("codes_product", (rows, width, columns), (w.scale.size > 1,)))
 
