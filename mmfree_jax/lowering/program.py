@@ -103,10 +103,14 @@ def partition(run: RunConfig, platform: Platform) -> Report:
     with traced_for(platform):
         state, traced = _traced(run, mesh, jax.set_mesh)
         text = traced.lower().compile().as_text()
+    on_a_device = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape))  # elements
+    local_bytes = lambda tree: sum(on_a_device(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    parameters, shards = jax.tree.leaves(state.params), run.mesh.fsdp * run.mesh.tensor
+    completely = sum(leaf.size for leaf in parameters if on_a_device(leaf) * shards == leaf.size)
     return Report(
-        _local_bytes(state.params),
-        _local_bytes(state.opt),
-        sharded_share(state.params, run.mesh.fsdp * run.mesh.tensor),
+        local_bytes(state.params),
+        local_bytes(state.opt),
+        completely / sum(leaf.size for leaf in parameters),
         tuple(read_traffic(text if run.precision == "float32" else in_bfloat16(text), run.mesh)),
         0,
         replicated_parameters(mesh, state.params),
@@ -128,21 +132,6 @@ def _traced(run: RunConfig, mesh: Any, entering: Any) -> tuple[Any, Any]:
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     with entering(mesh):
         return program.abstract_state, program.train_step.trace(program.abstract_state, tokens, Rates(rate, rate))
-
-
-def _local_bytes(tree: Any) -> float:
-    import jax
-
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def sharded_share(params: Any, ways: int) -> float:
-    """Return the share of the parameters' bytes that is sharded over `ways` devices."""
-    import jax
-
-    leaves = jax.tree.leaves(params)
-    cut = [leaf for leaf in leaves if math.prod(leaf.sharding.shard_shape(leaf.shape)) * ways == leaf.size]
-    return sum(leaf.size for leaf in cut) / sum(leaf.size for leaf in leaves)
 
 
 def in_bfloat16(text: str) -> str:
