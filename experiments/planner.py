@@ -78,7 +78,11 @@ def main() -> None:
         writer.writerow(HEADER)
         for design, trials in zip(designs, found, strict=True):
             sign, (sd, stated_sd, chance) = trials[:, 0], np.nanmedian(trials[:, 1:], axis=0)
-            numbers = [f"{stated_sd:.4f}", f"{sd:.4f}", *(f"{x:.3f}" for x in (chance, *(np.mean(sign == s) for s in (1, -1))))]
+            numbers = [
+                f"{stated_sd:.4f}",
+                f"{sd:.4f}",
+                *(f"{x:.3f}" for x in (chance, *(np.mean(sign == s) for s in (1, -1)))),
+            ]
             writer.writerow([*design, a.ladders, *numbers])
     print(a.out.read_text(), end="")
 

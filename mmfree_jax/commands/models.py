@@ -1,4 +1,4 @@
-"""The verbs on trained models: `evaluate`, `generate`, `import`, `export`."""
+"""The verbs on trained models: `evaluate`, `generate`, `serve`, `import`, `export`."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import tyro
 from mmfree_jax import api, distributed
 from mmfree_jax.command_line import parse
 from mmfree_jax.commands.train import Processes
-from mmfree_jax.config import MeshConfig, ModelConfig, require
+from mmfree_jax.config import ConfigError, MeshConfig, ModelConfig, require
 from mmfree_jax.devices import use_compile_cache
 from mmfree_jax.evaluation.loss import score_lines
 from mmfree_jax.files import cache_folder
@@ -124,6 +124,15 @@ def generate(arguments: list[str]) -> int:
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def serve(arguments: list[str]) -> int:
+    """Serve a model by HTTP."""
+    try:
+        from mmfree_jax.inference.serving import server
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"`serve` needs {error.name}: pip install 'mmfree-jax[serve]'") from None
+    return server.main(arguments)
 
 
 def export_model(arguments: list[str]) -> int:

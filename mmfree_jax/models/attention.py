@@ -22,24 +22,25 @@ class Cache(NamedTuple):
     segments_BS: jax.Array
 
 
-def rotary(config: ModelConfig, positions_T: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array] | None:
-    """Compute cosines and sines [T, K/2] of position * theta^(-2i/K); None for mixers without rotary embeddings.
+def rotary(config: ModelConfig, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array] | None:
+    """Compute cosines and sines of position * theta^(-2i/K); None for mixers without rotary embeddings.
 
-    At least float32: a bfloat16 holds no position above 256 exactly.
+    positions: [T], or [B, T] where rows differ; results have K/2 behind. At least float32: a bfloat16 holds no position
+    above 256 exactly.
     """
     if config.mixer != "attention":
         return None
     exact, head_width = wide(dtype), config.width // config.heads
     powers_K = jnp.arange(0, head_width, 2, dtype=exact) / head_width
-    angles_TK = positions_T.astype(exact)[:, None] * (1 / config.rope_theta**powers_K)
-    return jnp.cos(angles_TK), jnp.sin(angles_TK)
+    angles = positions.astype(exact)[..., None] * (1 / config.rope_theta**powers_K)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
+def rotate(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turn each pair of channels by its angle, in at least float32."""
     # Channel i turns with channel i + K/2, not with its neighbour as in the paper: the order of Llama's checkpoints. A
     # permutation of the channels of W_q and W_k leads from one order to the other.
-    cos, sin = cos_TK[:, None], sin_TK[:, None]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     a, b = jnp.split(x_BTHK.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
@@ -90,19 +91,21 @@ class Attention(nnx.Module):
 def attend_cache(
     q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, context: Context, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """Append keys and values to the cache, and attend from each new token to the cache up to itself.
+    """Put keys and values at their positions in the cache, and attend from each new token to the cache up to itself.
 
-    Beyond the cache's capacity the result is NaN.
+    Beyond the cache's capacity a row's result is NaN.
     """
-    position, segments_BT = context.position, context.segments_BT
-    assert position is not None
+    positions_BT, segments_BT = context.positions_BT, context.segments_BT
+    assert positions_BT is not None
     assert segments_BT is not None
-    time, capacity = q_BTHK.shape[1], cache.k_BSHK.shape[1]
-    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=1)
+    rows_B1, capacity = jnp.arange(q_BTHK.shape[0])[:, None], cache.k_BSHK.shape[1]
+    # Padding before a row's first token lies below zero and gets no place; a negative index would count from the end.
+    places_BT = jnp.where(positions_BT < 0, capacity, positions_BT)
+    put = lambda old, new: old.at[rows_B1, places_BT].set(new.astype(old.dtype), mode="drop")
     cache = Cache(put(cache.k_BSHK, k_BTHK), put(cache.v_BSHK, v_BTHK), put(cache.segments_BS, segments_BT))
-    # All rows are at the same position, so padding lies in the cache too: as a document of its own, which none sees.
-    earlier_TS = jnp.arange(capacity)[None, :] <= position + jnp.arange(time)[:, None]
-    mask_BTS = earlier_TS & (segments_BT[:, :, None] == cache.segments_BS[:, None, :])
+    earlier_BTS = jnp.arange(capacity) <= positions_BT[..., None]
+    mask_BTS = earlier_BTS & (segments_BT[:, :, None] == cache.segments_BS[:, None, :])
     y_BTHK = attend(q_BTHK, cache.k_BSHK, cache.v_BSHK, mask_BTS)
-    # A traced program cannot raise, and an update past the end would be moved back over earlier tokens without a word.
-    return jnp.where(position + time > capacity, jnp.nan, y_BTHK), cache
+    # A traced program cannot raise, and what has no place is dropped without a word.
+    full_B = positions_BT[:, -1] >= capacity
+    return jnp.where(full_B[:, None, None, None], jnp.nan, y_BTHK), cache

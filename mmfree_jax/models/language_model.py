@@ -61,12 +61,13 @@ def document_starts(segments_BT: jax.Array, before_B: jax.Array | None = None) -
 class DecodeState:
     """All that decoding remembers of the tokens read so far.
 
-    `mixers`: each layer's state, stacked with layers in front. `position`: how many tokens, an int32 scalar.
-    `segment_B`: the document that each row's last token belongs to.
+    `mixers`: each layer's state, stacked with layers in front. `position_B`: how many tokens of each row, int32; rows
+    that begin with padding start below zero, so that their first token lies at zero. `segment_B`: the document that
+    each row's last token belongs to.
     """
 
     mixers: Any
-    position: jax.Array
+    position_B: jax.Array
     segment_B: jax.Array
 
 
@@ -76,14 +77,15 @@ def context_after(
     """Return what mixers may know about tokens that follow a state; without segments each row's document continues."""
     if segments_BT is None:
         segments_BT = jnp.broadcast_to(state.segment_B[:, None], tokens_BT.shape)
-    turn = rotary(config, state.position + jnp.arange(tokens_BT.shape[1]), dtype)
-    return Context(document_starts(segments_BT, state.segment_B), segments_BT, turn, state.position)
+    positions_BT = state.position_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    turn = rotary(config, positions_BT, dtype)
+    return Context(document_starts(segments_BT, state.segment_B), segments_BT, turn, positions_BT)
 
 
 def state_after(state: DecodeState, mixers: Any, context: Context) -> DecodeState:
     """Return the state after the tokens of a context, whose mixers' states are `mixers`."""
     assert context.segments_BT is not None
-    return DecodeState(mixers, state.position + context.segments_BT.shape[1], context.segments_BT[:, -1])
+    return DecodeState(mixers, state.position_B + context.segments_BT.shape[1], context.segments_BT[:, -1])
 
 
 class Block(nnx.Module):
@@ -248,7 +250,7 @@ class LanguageModel(nnx.Module):
         """
         one = self.blocks.mixer.start(batch, capacity, self.config, self.dtype)
         mixers = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.config.depth, *a.shape)), one)
-        return DecodeState(mixers, jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32))
+        return DecodeState(mixers, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
     def extend(
         self, tokens_BT: jax.Array, state: DecodeState, *, segments_BT: jax.Array | None = None, last_only: bool = False

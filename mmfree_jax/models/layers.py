@@ -24,14 +24,14 @@ nnx.use_eager_sharding(False)
 class Context(NamedTuple):
     """What a mixer may know about the tokens besides their activations; None where it does not apply.
 
-    `starts_BT`: true at the first token of a document. `segments_BT`: document ids. `rotary`: cosines and sines
-    [T, K/2] of the positions. `position`: how many tokens the decoding state already holds (an int32 scalar).
+    `starts_BT`: true at the first token of a document. `segments_BT`: document ids. `rotary`: cosines and sines of the
+    positions, [T, K/2] or [B, T, K/2]. `positions_BT`: the places of tokens that follow a decoding state.
     """
 
     starts_BT: jax.Array | None = None
     segments_BT: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
-    position: jax.Array | None = None
+    positions_BT: jax.Array | None = None
 
 
 def initialisers(config: ModelConfig, sublayer: Literal["mixer", "glu"]) -> tuple[Initializer, Initializer]:
@@ -147,13 +147,15 @@ class Projection(nnx.Module):
 
 class GLU(nnx.Module):
     """down(silu(gate(x)) * up(x)), the channel mixer of every family (SwiGLU, Shazeer 2020, arXiv 2002.05202; Zhu et
-    al. 2024, section 3.3); gate and up are one tensor to the quantiser, as in the official checkpoints."""
+    al. 2024, section 3.3); gate and up are one tensor to the quantiser, as in the official checkpoints. Both are
+    switches: `config.activation` and `config.joint_glu`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Any):
         D, F = config.width, config.glu_width
         into, out = initialisers(config, "glu")
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
-        self.gate_up = Projection(config, D, F, init=into, axes=("embed", "mlp"), groups=2, joint=True, **kwargs)
+        self.activation, joint = config.activation, config.joint_glu
+        self.gate_up = Projection(config, D, F, init=into, axes=("embed", "mlp"), groups=2, joint=joint, **kwargs)
         self.norm = RMSNorm(F, config.norm_eps, param_dtype) if config.sublayer_norm else None
         self.down = Projection(config, F, D, init=out, axes=("mlp", "embed"), **kwargs)
 
@@ -161,5 +163,5 @@ class GLU(nnx.Module):
         """Mix channels of normed activations: [B, T, D] -> [B, T, D]."""
         gate_up, down = self.gate_up, self.down
         gain_F = None if self.norm is None else self.norm.gain[...]
-        y_BTD = glu(gate_up.recipe, gate_up.weights(), down.recipe, down.weights(), u_BTD, gain_F)
+        y_BTD = glu(gate_up.recipe, gate_up.weights(), down.recipe, down.weights(), u_BTD, gain_F, self.activation)
         return checkpoint_name(y_BTD, "projection")

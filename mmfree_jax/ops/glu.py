@@ -2,6 +2,7 @@
 that their outputs are added to."""
 
 import jax
+import jax.numpy as jnp
 
 from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, rms_norm
 from mmfree_jax.ops.fast.choice import op
@@ -18,6 +19,11 @@ def residual(x_BTD: jax.Array, y_BTD: jax.Array, scale: float = 1.0) -> jax.Arra
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Gate one array by another: silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
     return jax.nn.silu(gate) * up
+
+
+def relu2_glu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Gate one array by another: max(gate, 0)^2 * up."""
+    return jnp.square(jax.nn.relu(gate)) * up
 
 
 @op
@@ -37,6 +43,7 @@ def glu(
     down: Weights | PackedWeights,
     x: jax.Array,
     gain_F: jax.Array | None = None,
+    activation: str = "silu",
 ) -> jax.Array:
     """Mix channels: down(silu(gate(x)) * up(x)), [..., D] -> [..., D] (Zhu et al. 2024, section 3.3).
 
@@ -45,8 +52,9 @@ def glu(
         out, down: what it takes for the second.
         x: input of every token.
         gain_F: of an RMSNorm before the second (BitNet b1.58); None for no norm.
+        activation: silu, or relu2 for max(x, 0)^2 in its place (So et al. 2021, arXiv 2109.08668).
     """
     gate, up = linear(into, x, gate_up)
-    y = swiglu(gate, up)
+    y = swiglu(gate, up) if activation == "silu" else relu2_glu(gate, up)
     (y,) = linear(out, y if gain_F is None else rms_norm(y, gain_F, out.eps), down)
     return y

@@ -17,7 +17,7 @@ from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.combine import combine, reciprocal_rms, rms_norm, rms_norm_backward
 from mmfree_jax.ops.fast.dense import dense
-from mmfree_jax.ops.fast.origin import Kind, Origin, can_hand_on, hand_on, origin
+from mmfree_jax.ops.fast.origin import Kind, Origin, Sum, can_hand_on, hand_on, origin, sum_of
 from mmfree_jax.ops.fast.products import (
     GradientCodes,
     Unscaled,
@@ -89,9 +89,31 @@ def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Arra
 def packed_linear(recipe: Recipe, x: jax.Array, weights: PackedWeights) -> tuple[jax.Array, ...]:
     """`ops.bit_linear.packed_linear`: the codes of the input are those of `bit_linear`, and so are the products."""
     kind, sources, source_gain, _ = source(recipe, x)
+    added = sum_of(sources[0]) if kind == "norm" else None
+    if choice.normed_product(recipe, kind, sources[0], added is not None, weights):
+        return _normed_product(recipe, kind, sources, source_gain, added, weights)
     codes = quantise_input(Fusion(recipe, kind), sources, source_gain, weights.gain, len(weights.codes)).codes
     pairs = zip(one_each(codes, weights.codes), weights.codes, strict=True)
     return tuple(packed_product(q, w, x.dtype) for q, w in pairs)
+
+
+def _normed_product(
+    recipe: Recipe, kind: Kind, sources, source_gain, added: Sum | None, weights: PackedWeights
+) -> tuple[jax.Array, ...]:
+    """`packed_linear` of a few rows by one kernel, which also adds the residual that the stream is a sum of."""
+    from mmfree_jax.ops.fast.hopper.few_rows import normed_product
+
+    first, *others = sources
+    shape = first.shape
+    start, addend, factor = (first, None, 1.0) if added is None else added
+    (x, *others), inner, gains = _flat((start, *others), source_gain, weights.gain)
+    addend = None if addend is None else addend.reshape(x.shape)
+    codes = [w.bytes_FI for w in weights.codes]
+    scales = [w.scale.reshape(-1).astype(jnp.float32) for w in weights.codes]
+    ys, total = normed_product(kind, [x, *others], inner, gains, codes, scales, recipe.eps, addend, factor)
+    if total is not None:
+        hand_on(first, total.reshape(shape))
+    return tuple(y.reshape(*shape[:-1], -1) for y in ys)
 
 
 def source(recipe: Recipe, x: jax.Array) -> Origin:

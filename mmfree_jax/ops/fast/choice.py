@@ -103,6 +103,37 @@ def input_codes(fusion: Any, sources: tuple[jax.Array, ...], source_gain: Any, g
     return verification.serves(Use("normed_codes", (local_rows(sources[0]), width), options))
 
 
+def normed_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: Any) -> bool:
+    """Whether one kernel computes a BitLinear of packed weights, from the sources of its input on.
+
+    It takes the few rows of a decoding step, 8 bits, 2-bit weights and whole matrices.
+    """
+    first, rows, width = weights.codes[0], math.prod(x.shape[:-1]), x.shape[-1]
+    columns, planes = first.bytes_FI.shape[0], all(w.layout == "planes" for w in weights.codes)
+    if not available() or recipe.bits != 8 or not planes or x.dtype not in (jnp.bfloat16, jnp.float32):
+        return False
+    from mmfree_jax.ops.fast.hopper import few_rows
+
+    cut = shard_count("batch", x.shape[0]) * math.prod(map(shard_count, recipe.axes, (width, columns)))
+    if cut > 1 or not few_rows.supports(rows, width, columns):
+        return False
+    gains = 0 if weights.gain is None else math.prod(weights.gain.shape[:-1])
+    options = kind, len(weights.codes), gains, str(x.dtype), first.scale.size > 1, added
+    return verification.serves(Use("normed_product", (rows, width, columns), options))
+
+
+def codes_product(x: Any, w: Any) -> bool:
+    """Whether a kernel multiplies codes [..., D] by a packed matrix [D, F] as it lies in memory."""
+    if x.scale is None or w.layout != "planes" or x.codes.dtype != jnp.int8 or not available():
+        return False
+    from mmfree_jax.ops.fast.hopper import few_rows
+
+    rows, width, columns = math.prod(x.codes.shape[:-1]), x.codes.shape[-1], w.bytes_FI.shape[0]
+    if shard_count("batch", x.codes.shape[0]) > 1 or not few_rows.supports_codes(rows, width, columns):
+        return False
+    return verification.serves(Use("codes_product", (rows, width, columns), (w.scale.size > 1,)))
+
+
 def gradient_codes_onward(recipe: Any, columns: int, dtype: Any) -> bool:
     """Whether a kernel can make codes of gradients [..., columns]: 8 bits, rows whole on a device, in whole lanes."""
     if not available() or recipe.gradient_bits != 8 or shard_count(gathered_axes(recipe.axes)[1], columns) > 1:
@@ -157,7 +188,7 @@ def recurrence_form(x_BTD: Any, dtype: Any, gated: bool) -> Literal["kernel", "w
     than "prefix", a parallel prefix.
     """
     other: Literal["walk", "prefix"] = "walk" if backend() == "cpu" else "prefix"
-    if not available() or dtype not in (jnp.bfloat16, jnp.float32) or (x_BTD.shape[1] == 1 and not gated):
+    if not available() or dtype not in (jnp.bfloat16, jnp.float32) or x_BTD.shape[1] == 1:
         return other
     from mmfree_jax.ops.fast.hopper.recurrence import LANES, ROWS
 

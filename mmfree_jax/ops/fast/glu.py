@@ -12,15 +12,17 @@ from mmfree_jax.ops.fast import combine
 from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.bit_linear import Fusion, Residuals, backward, codes_onward, forward, linear, source
 from mmfree_jax.ops.fast.combine import rms_norm
-from mmfree_jax.ops.fast.origin import Origin, hand_on, latest, note
+from mmfree_jax.ops.fast.origin import Origin, Sum, hand_on, latest, note
+from mmfree_jax.ops.glu import relu2_glu
 from mmfree_jax.ops.packed import PackedWeights
 from mmfree_jax.sharding import constrain
 
 
 def residual(x_BTD: jax.Array, y_BTD: jax.Array, scale: float = 1.0) -> jax.Array:
     """`ops.glu.residual`; a BitLinear that has read the stream adds both gradients to it (`origin`)."""
-    y_BTD = y_BTD if scale == 1 else y_BTD * scale
-    return constrain(latest(x_BTD, last=True) + y_BTD, "batch", "time", None)
+    x_BTD = latest(x_BTD, last=True)
+    scaled_BTD = y_BTD if scale == 1 else y_BTD * scale
+    return note(constrain(x_BTD + scaled_BTD, "batch", "time", None), Sum(x_BTD, y_BTD, scale))
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -40,11 +42,13 @@ def glu(
     down: Weights | PackedWeights,
     x: jax.Array,
     gain_F: jax.Array | None = None,
+    activation: str = "silu",
 ) -> jax.Array:
-    """`ops.glu.glu`; ternary and without a norm inside, one op, unless the weights are packed."""
+    """`ops.glu.glu`; ternary, with silu and without a norm inside, one op, unless the weights are packed."""
     packed = isinstance(gate_up, PackedWeights) or isinstance(down, PackedWeights)
-    if packed or not (into.ternary and out.ternary and gain_F is None):
-        y = swiglu(*(checkpoint_name(y, "gate_up") for y in linear(into, x, gate_up)))
+    if packed or not (into.ternary and out.ternary and gain_F is None and activation == "silu"):
+        gate, up = (checkpoint_name(y, "gate_up") for y in linear(into, x, gate_up))
+        y = swiglu(gate, up) if activation == "silu" else relu2_glu(gate, up)
         return linear(out, y if gain_F is None else rms_norm(y, gain_F, out.eps), down)[0]
     kind, sources, source_gain, _ = source(into, x)
     fusions = Fusion(into, kind, residual=kind == "norm"), Fusion(out, "swiglu")

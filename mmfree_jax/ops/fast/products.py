@@ -114,11 +114,22 @@ def packed_product(x: Quantised, w: Packed, dtype: Any) -> jax.Array:
     width = x.codes.shape[-1]
     if x.scale is None or w.layout != "planes":
         return product(x, w.unpacked(width), dtype, dtype)
+    if choice.codes_product(x, w):
+        return _codes_product(x, w, dtype)
     y = ternary_product(w.bytes_FI, x.codes.reshape(-1, width)).astype(wide(dtype))
     y = y.reshape(*x.codes.shape[:-1], -1)
     for scale in (x.scale, w.scale):
         y = y * scale.astype(y.dtype)
     return y.astype(dtype)
+
+
+def _codes_product(x: Quantised, w: Packed, dtype: Any) -> jax.Array:
+    from mmfree_jax.ops.fast.hopper.few_rows import codes_product
+
+    assert x.scale is not None
+    rows = x.codes.reshape(-1, x.codes.shape[-1])
+    by_row, by_column = (a.reshape(-1).astype(jnp.float32) for a in (x.scale, w.scale))
+    return codes_product(rows, by_row, w.bytes_FI, by_column, dtype).reshape(*x.codes.shape[:-1], -1)
 
 
 def _integer_product(x: Quantised, w: Quantised, axes: Names, transposed: bool) -> jax.Array:
