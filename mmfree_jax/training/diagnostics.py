@@ -44,6 +44,7 @@ class Diagnostics:
 
     def before(self, step: int, state: TrainState, tokens_BT: jax.Array, rates: Rates) -> None:
         """Inspect the next step, if it is due, before its state is donated. The clocks stand still meanwhile."""
+        # The codes of before are kept on the device, int8, to be compared after the step: a byte a ternary weight.
         if self._due(step):
             self.interval.pause()
             self.codes = {name: codes for name, (codes, _) in self.read(state.params).items()}

@@ -287,6 +287,7 @@ class Interval:
         fetched, counts = self._fetch()
         steps = [one.step for one in self.pending]
         metrics = {name: np.array([one[name] for one in fetched], np.float64) for name in fetched[0]}
+        # A diverged run still logs the steps before the first loss that is no number: they show how it got there.
         finite = np.isfinite(metrics["loss"] + metrics["grad_norm"])
         count = len(steps) if finite.all() else int(np.argmin(finite))
         notes = self.notes if count == len(steps) else {}
@@ -308,6 +309,8 @@ class Interval:
             self.resume()
 
     def _log(self, step: int, means: dict[str, float], rate: float, notes: dict[str, Any]) -> None:
+        # FLOPs of a step are the difference of two totals, as the number of visible pairs varies from batch to batch
+        # when documents are separate.
         own, steps_per_s = not self.progress.shared, self.timed / self.elapsed if self.elapsed else None
         counts, since = self.progress.counts, step - self.reached[0]
         done, before = (

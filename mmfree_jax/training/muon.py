@@ -50,6 +50,10 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+# The quintic maps a singular value s to a s + b s^3 + c s^5, and products of the whole matrix apply it to all singular
+# values at once: X (a + b X'X + c (X'X)^2). The coefficients are chosen for a steep start at zero, not for convergence
+# to 1: after five rounds values lie between 0.7 and 1.2, which is as good as 1 for a step, and rounding to bfloat16
+# does not matter.
 def newton_schulz(m_NDF: jax.Array) -> jax.Array:
     """Return the matrices' orthogonal factors, approximately: U S V' -> U S' V' with all of S' near 1; in m's type.
 

@@ -51,6 +51,8 @@ def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
         return config.lr * (cosine * (0.5 if config.schedule == "cosine-halving" and second_half else 1.0))
     if config.schedule == "two-stage":
         return config.lr * ((floor + (1 - floor) * (1 - progress)) * (SECOND_STAGE if second_half else 1.0))
+    # wsd, and constant, which is wsd without a decay: the rate depends on the steps left, so a decay branch needs
+    # nothing of its trunk but the state at the branch point.
     left = steps - step
     return config.lr if left >= config.decay_steps else config.lr * (floor + (1 - floor) * left / config.decay_steps)
 

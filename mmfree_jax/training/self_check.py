@@ -88,6 +88,8 @@ def compare(
     small = dataclasses.replace(key.model, depth=DEPTH)
     unroll = min(key.unroll, DEPTH)
     own = dataclasses.replace(key, model=small, optim=in_parts(parts), unroll=unroll, precision=precision)
+    # The reference goes row by row: neither a mesh, nor a kernel's tile, nor the order of a sum over rows can be wrong
+    # in both.
     # One process cannot compute on a device alone while the others wait, so the reference is on the whole mesh then.
     mesh = MeshConfig() if jax.process_count() == 1 else key.mesh
     slow = dataclasses.replace(own, mesh=mesh, kernels="off", remat="none", gather="int8")

@@ -230,6 +230,8 @@ def input_backward(fusion: Fusion, saved: Input, dys: list[jax.Array], dcopy: ja
 
 def _norm_backward(x: jax.Array, saved: Input, dys: list[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
     """Gradients to the value that is normalised and quantised, and to the gain of that norm."""
+    # The gradient of x * rstd(x) is that of a projection: what points along x_hat is taken out, because scaling x does
+    # not change its normed value. The quantiser passes gradients through unchanged.
     rstd, gain, count = saved.rstd, saved.gain, len(saved.codes)
     dys = [dy.astype(wide(dy.dtype)) for dy in dys]
     if rstd is None or gain is None:

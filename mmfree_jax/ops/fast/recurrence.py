@@ -70,6 +70,9 @@ def _states(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reve
     return (_walk if form == "walk" else _prefix)(f_BTD, x_BTD, h_BD, reverse)
 
 
+# Two forms for XLA. `_prefix` does log2(T) rounds over whole arrays, which is what a GPU or TPU needs to be busy, and
+# reads and writes each array as often. `_walk` does T steps on [B, D], each of which fits a CPU's cache, and touches
+# memory once.
 def _walk(f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reverse: bool) -> jax.Array:
     """One step after the other, reading and writing in place: no copy with time in front is made."""
 
@@ -171,6 +174,8 @@ def wkv(
     exact = wide(k_BTD.dtype)
     w_D, u_D, k_BTD, v_BTD = (a.astype(exact) for a in (w_D, u_D, k_BTD, v_BTD))
     state = state or WKVState.empty(k_BTD.shape[0], k_BTD.shape[2], exact)
+    # Three dependent scans would be one step after the other. As m does not depend on a and b it comes first; a and b
+    # share its factors.
     # The exponents first, in parallel over time; then a and b, relative to them, are recurrences like any other.
     m_BTD = jax.lax.stop_gradient(_largest_exponent(w_D, k_BTD, state.m_BD, resets_BT))
     before_BTD = _previous(m_BTD, state.m_BD)

@@ -77,6 +77,8 @@ def serves(use: Use) -> bool:
     return _passed(use)
 
 
+# Why a separate trace: a use that is met while the program is traced for good is checked there and then, alone, and in
+# that process only. `prepare` collects all uses first, checks them in parallel, and lets the processes agree.
 def prepare(trace: Callable[[], Any]) -> None:
     """Check all kernels that a program would use, before it is traced for good.
 
