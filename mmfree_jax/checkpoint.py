@@ -107,6 +107,8 @@ def _load(
     if not steps or (step is not None and step not in steps):
         wanted = "" if step is None else f" of step {step}"
         raise CheckpointError(f"{folder} has no checkpoint{wanted} (it has: {steps or 'none'})")
+    # The abstract tree is built from the config: Orbax then reads every array into the shape, type and sharding that
+    # this run wants, whatever mesh saved it. What the file says of its own sharding is never used.
     chosen = steps[-1] if step is None else step
     try:
         found = orbax.load_checkpointables(chosen, abstract_checkpointables={"state": abstract_state, "meta": None})

@@ -241,6 +241,7 @@ def sum_integers(numbers: Sequence[int]) -> list[int]:
     """Return the exact sums over processes of integers from 0 to 2^64 - 1."""
     if jax.process_count() == 1:
         return list(numbers)
+    # Counts of tokens pass 2^32 within hours, and without x64 JAX has no 64-bit integers.
     # In digits of 16 bits, because JAX exchanges numbers of 32 bits.
     # A sum of digits may exceed 16 bits; adding the shifted sums carries it over.
     digits = [[number >> shift & 0xFFFF for shift in DIGITS] for number in numbers]
@@ -280,6 +281,7 @@ def repeat(number: np.generic, sharding: NamedSharding) -> jax.Array:
 
     Device by device, because `jax.device_put` to all of them would compare the numbers of all processes.
     """
+    # A comparison would be a collective operation in every step.
     pieces = [jax.device_put(number, device) for device in sharding.addressable_devices]
     return jax.make_array_from_single_device_arrays((), sharding, pieces)
 

@@ -92,6 +92,7 @@ def _ternary_head(config: ModelConfig) -> bool:
 
 def parameters(config: ModelConfig) -> Parameters:
     """Return exact parameter counts. Their total is the size of the initialised model."""
+    # Four matrices of D x D in every mixer: q, k, v, o; i, f, g, o; r, k, v, o. Grouped queries narrow two of them.
     D, L, V = config.width, config.depth, config.vocab
     mixer = {"attention": 2 * D * D + 2 * D * _kv_width(config)}.get(config.mixer, 4 * D * D)
     # Lower bounds of the MLGRU's forget gate; mixes, decays and bonuses of RWKV-4.

@@ -162,6 +162,8 @@ def _complete(kind: str, result: str, started: bool, members: int) -> tuple:
     arrays = [(dtype, _integers(sizes)) for dtype, sizes in _ARRAY.findall(result)]
     if kind == "collective-permute" and started:
         return tuple(arrays[:1])
+    # An asynchronous all-gather returns (operands, results); an asynchronous all-reduce only results, unless it
+    # combines several arrays, when its type is a tuple of tuples.
     both = started and (kind == "all-gather" or result.startswith("(("))
     operands, results = (arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]) if both else (None, arrays)
     if kind == "reduce-scatter":

@@ -229,6 +229,8 @@ class _Plan:
 
 
 def _plan(case: Case, limits: dict[str, float], built: Callable[..., Future]) -> _Plan:
+    # Inputs are drawn on the device by compiled programs: copying gigabytes of them there would take longer than the
+    # test.
     key = jax.eval_shape(lambda: jax.random.key(0))
     few, all_rows = (jax.eval_shape(make, key) for make in (case.check_arrays, case.arrays))
     results = jax.eval_shape(next(iter(case.variants.values())), *all_rows)

@@ -121,6 +121,7 @@ def measure(case: StepCase, limits: dict[str, float] | None) -> dict[str, Any]:
         state, rate = program.init(jax.random.key(0)), program.repeat(np.float32(1e-4))
         batch = program.place(np.random.default_rng(0).integers(0, run.model.vocab, shape, dtype=np.int32))
         seconds, loss = [], float("nan")
+        # Steps of a round are queued without waiting, as in training; the loss of the last one waits for all of them.
         for steps in [WARM, *[STEPS] * ROUNDS]:
             began = time.perf_counter()
             for _ in range(steps):

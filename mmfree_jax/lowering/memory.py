@@ -152,6 +152,8 @@ def memory(run: RunConfig, report: Report, device: Device) -> Memory:
         return Memory(report.parameters, report.optimizer, residuals, gradients + summed, working)
     # Ternary layers turn codes into inputs again; dense layers recompute gate and up under `mixer`.
     half = 0.5 if model.linear == "dense" and run.remat != "mixer" else 1.0
+    # At the start of the backward pass all residuals are there, and no gradients but the head's; at its end all
+    # gradients, and of the residuals only the streams between blocks. The peak is the larger of the two.
     starting = max(half * backward + scores, logits) + gathered
     head = 4 * model.vocab * model.width / shards  # the loss computes the head's gradient already in its forward pass
     streams = model.depth * item * 2 * model.width

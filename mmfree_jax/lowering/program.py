@@ -99,6 +99,8 @@ def partition(run: RunConfig, platform: Platform) -> Report:
     from mmfree_jax.devices import traced_for
     from mmfree_jax.sharding import make_mesh, replicated_parameters
 
+    # Compiled for simulated CPU devices, traced as for the platform: choices that depend on it, such as unrolling or
+    # the form of attention, are those of the real program.
     mesh = make_mesh(run.mesh)
     with traced_for(platform):
         state, traced = _traced(run, mesh, jax.set_mesh)

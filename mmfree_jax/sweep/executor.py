@@ -41,6 +41,7 @@ def open_chains(out: Path, runs: Sequence[RunConfig], again: bool = False) -> li
     Diverged runs would diverge again, and branches whose checkpoint their trunk never reached cannot begin: both are
     left out unless `again`. The errors of all other runs are deleted, because the runs are tried again.
     """
+    # Longest first is the classic rule for few machines: a long job that begins last would run alone at the end.
     found = {run.name: status(run_folder(out, run), run) for run in runs}
     hopeless = set() if again else {name for name, s in found.items() if s.diverged}
     for run in runs:  # trunks come before their branches

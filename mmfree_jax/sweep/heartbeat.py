@@ -125,6 +125,8 @@ def wait_until_free(folder: Path, patience_s: float = 120.0) -> None:
     Raises LockedError if the other process goes on: on this machine after `patience_s` (one that was told to stop may
     first have to finish compiling, a step or an evaluation), on another machine at its next heartbeat.
     """
+    # Two rules. A process of this machine holds a lock, which ends with it: wait for it. One elsewhere is known by its
+    # heartbeat only: if that moves on while we look, somebody works there.
     deadline, seen = time.monotonic() + patience_s, None
     while (beat := holder(folder)) is not None:
         here = beat.host in (socket.gethostname(), THIS_MACHINE)

@@ -248,6 +248,9 @@ def jobset(task: Task, experiment: Path) -> dict:
     A pod that exits with 75, or loses its machine, starts again, and this does not count as a failure. One that exits
     with 1 ends the set, because its runs would fail again. After any other exit the entire set starts again.
     """
+    # Kubernetes counts restarts of a pod and of the set apart. Preemption must count for neither, an error of the run
+    # must end all at once, and anything else, such as a lost connection between hosts, needs a restart of every host
+    # together.
     cut, labels = task.shape, {"study": _plain(task.study.name)}
     job = {
         "parallelism": cut.hosts,

@@ -57,6 +57,8 @@ def fraction(memory: float | None, sharers: int) -> float:
 
     Raises ConfigError if the CUDA contexts of so many processes leave nothing.
     """
+    # XLA reserves its share when the process starts, so the shares and what CUDA takes outside them have to fit
+    # together.
     contexts = sharers * CONTEXT / memory if memory else 0.1
     each = (USABLE - contexts) / sharers
     have = f"a GPU of {memory / 1e9:.0f} GB" if memory else "one GPU"

@@ -167,6 +167,7 @@ def live_tickets() -> dict[Ticket, Place]:
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%j"]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     found = {}
+    # The label is last, since it is the only part that could hold the separator.
     for line in text.splitlines():
         job, index, state, label = line.split("|", 3)
         number = int(index) if index.isdigit() else 0

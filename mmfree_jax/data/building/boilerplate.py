@@ -27,6 +27,7 @@ def recurring(documents: Sequence[Sequence[str]]) -> set[bytes]:
     counts: Counter[bytes] = Counter()
     for passages in documents:
         every = (line for passage in passages for line in lines(passage))
+        # A set for each document: a line that one page repeats a thousand times is no boilerplate of the corpus.
         counts.update({text_key(line) for line in every if len(line) >= SHORTEST})
     fewest = max(FEWEST, SHARE * len(documents))
     return {key for key, count in counts.items() if count >= fewest}

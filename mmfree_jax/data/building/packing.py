@@ -32,6 +32,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     spaces = 0  # bit s is set when a row has exactly s tokens free
+    # Longest first, because the short ones fill what the long ones leave; a stable sort makes the result independent of
+    # NumPy's choice of algorithm.
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
         fitting = spaces >> length

@@ -127,6 +127,9 @@ def prepare(
     shortest: characters a shortened passage must have; keep_boilerplate: for text that repeats lines by convention.
     The result depends on the arguments only.
     """
+    # The order matters. Boilerplate goes first, or pages that differ in nothing else would look alike. Documents are
+    # held out after duplicates are gone, and at last training text that shares runs of words with held-out text is
+    # removed: not the other way round, or the held-out text would shrink to what is unlike everything.
     cleaned = documents
     if not keep_boilerplate:
         keys = boilerplate.recurring([document.passages for document in documents])

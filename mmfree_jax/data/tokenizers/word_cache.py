@@ -73,6 +73,8 @@ class WordCache:
         yield self._words(held)
 
     def _words(self, words: list[str]) -> np.ndarray:
+        # Words follow Zipf's law: after a few megabytes nearly all of a text are known. Emptying the whole cache when
+        # it is full is as good as any cleverer rule, because the frequent words are back at once.
         known = self._known
         if len(known) > _LARGEST:
             known.clear()
