@@ -1,8 +1,4 @@
-"""Several processes as one run: when that is intended, how they find each other, and how they agree.
-
-`jax.distributed.initialize` ends the process if another one does not start, without saying which. So there is a roll
-call before it: process 0 listens at the coordinator's address until every other process has reported its number.
-"""
+"""Several processes as one run: when that is intended, how they find each other, and how they agree."""
 
 import collections
 import contextlib
@@ -22,6 +18,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import require
+
+# `jax.distributed.initialize` ends the process if another one does not start, without saying which. So there is a roll
+# call before it: process 0 listens at the coordinator's address until every other process has reported its number.
 
 HEARTBEAT_SECONDS = 30  # after so long without a heartbeat a process counts as dead, and all others end
 SHUTDOWN_SECONDS = 10  # how long a process waits at its end for the others to end too

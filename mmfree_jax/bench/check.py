@@ -1,9 +1,6 @@
 """`launch.py bench --suite check`: every kernel at hundreds of shapes on this device, each against float64; whole
 ternary layers, also at widths that no kernel takes, against XLA on the CPU; and the gradients of whole small models of
-all families against XLA in float32.
-
-Processes share the device, since most of a check is compilation: lowering a kernel keeps one core busy.
-"""
+all families against XLA in float32."""
 
 import dataclasses
 import functools
@@ -32,6 +29,8 @@ from mmfree_jax.ops.fast.verification import kernels_assumed
 from mmfree_jax.ops.glu import glu
 from mmfree_jax.training import self_check
 from mmfree_jax.training.step import program_key
+
+# Processes share the device, since most of a check is compilation: lowering a kernel keeps one core busy.
 
 LIMIT_S = 430.0  # until a command begins its last checks, which may take 100 s; what is left is for the next command
 PROCESSES = 12  # at most, on one device

@@ -1,8 +1,4 @@
-"""How long a training process waits before its first step: a cold start, and one that finds the programs of the first.
-
-Each start is a process of its own, as a user's are: within one process a kernel's name, and with it the key under which
-a program is kept, depends on what was compiled before.
-"""
+"""How long a training process waits before its first step: at a cold start, and where it finds compiled programs."""
 
 import argparse
 import json
@@ -21,6 +17,9 @@ import numpy as np
 from mmfree_jax.bench.steps import StepCase
 from mmfree_jax.devices import use_compile_cache
 from mmfree_jax.training.step import make_program, program_key
+
+# Each start is a process of its own, as a user's are: within one process a kernel's name, and with it the key under
+# which a program is kept, depends on what was compiled before.
 
 FULL = (StepCase("transformer++-1.3b", 8, 2048), StepCase("matmul-free-1.3b", 8, 2048))
 SMALL = (StepCase("transformer++-tiny", 2, 64), StepCase("matmul-free-tiny", 2, 64))

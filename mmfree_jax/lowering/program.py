@@ -1,15 +1,6 @@
 """The training step of a run on a mesh that is not here: lowered for its platform, partitioned on simulated devices.
 
-XLA's partitioner is the same for all platforms, so the collectives of a step can be read from a program compiled for
-as many simulated CPU devices; nothing is allocated and nothing runs. This needs a process of its own, because the
-number of simulated devices is fixed when JAX starts.
-
-Compiled for eight H200s (jax 0.11.2, three layers of the 370m models of both main families, as in
-experiments/fsdp_bytes.py), the step has the same all-gathers and reduce-scatters, array for array. All-reduces differ:
-on GPUs XLA sums gradients to an input that several layers share before it sends them. So this counts 1.45 times
-(matmul-free) to 1.64 times (transformer++) as many bytes along `tensor`.
-
-    python -m mmfree_jax.lowering.program PLATFORM < config.json     # prints a Report as JSON
+python -m mmfree_jax.lowering.program PLATFORM < config.json     # prints a Report as JSON
 """
 
 import dataclasses
@@ -23,6 +14,15 @@ from typing import Any
 
 from mmfree_jax.config import MeshConfig, RunConfig, from_json, to_json
 from mmfree_jax.devices import Platform
+
+# XLA's partitioner is the same for all platforms, so the collectives of a step can be read from a program compiled for
+# as many simulated CPU devices; nothing is allocated and nothing runs. This needs a process of its own, because the
+# number of simulated devices is fixed when JAX starts.
+#
+# Compiled for eight H200s (jax 0.11.2, three layers of the 370m models of both main families, as in
+# experiments/fsdp_bytes.py), the step has the same all-gathers and reduce-scatters, array for array. All-reduces
+# differ: on GPUs XLA sums gradients to an input that several layers share before it sends them. So this counts 1.45
+# times (matmul-free) to 1.64 times (transformer++) as many bytes along `tensor`.
 
 # All-gathers of weights [G, D, F] and of keys or values [B, T, H, K], which are bfloat16 elsewhere. States [B, S, D] of
 # S chunks, and scales, are float32 everywhere.

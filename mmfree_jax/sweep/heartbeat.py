@@ -1,8 +1,4 @@
-"""Heartbeats: a file that a worker touches while it trains, for other machines, which may not see its lock.
-
-A shared file system may not share locks, and clocks differ. So nothing here compares the clocks of two machines: the
-age of a file is the difference of two time stamps that the file system itself gave.
-"""
+"""Heartbeats: a file that a worker touches while it trains, for other machines, which may not see its lock."""
 
 import contextlib
 import dataclasses
@@ -17,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmfree_jax.files import LockedError, read_json, write_json
+
+# A shared file system may not share locks, and clocks differ. So nothing here compares the clocks of two machines: the
+# age of a file is the difference of two time stamps that the file system itself gave.
 
 FILE = "heartbeat.json"
 BEAT_SECONDS = 5.0

@@ -1,8 +1,4 @@
-"""The local executor: a pool of workers over this machine's accelerators, or over its CPU cores.
-
-A run whose mesh has several devices takes as many GPUs; on CPUs its devices are simulated, one core each. Workers with
-small runs share a GPU (`sharing`).
-"""
+"""The local executor: a pool of workers over this machine's accelerators, or over its CPU cores."""
 
 import ctypes
 import dataclasses
@@ -28,6 +24,9 @@ from mmfree_jax.sweep import sharing
 from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, steps_done, worker_command
 from mmfree_jax.sweep.experiment import chains, machines
 from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED, STOP_SIGNALS, handled
+
+# A run whose mesh has several devices takes as many GPUs; on CPUs its devices are simulated, one core each. Workers
+# with small runs share a GPU (`sharing`).
 
 STOP_SECONDS = 60.0  # time for workers to save themselves after a signal
 POLL_SECONDS = 0.25

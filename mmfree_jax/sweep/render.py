@@ -1,9 +1,4 @@
-"""A sweep as files for a cluster that is not here: SkyPilot tasks, or Kubernetes JobSets. Nothing is launched.
-
-Each chain of runs is one task, on as many devices as its mesh has. Tasks do not depend on each other. They run the
-command of every executor (`mmfree_jax.sweep.worker`), share one folder of runs, and may be stopped and started at any
-point: exit status 75 asks for another start, 1 for none.
-"""
+"""A sweep as files for a cluster that is not here: SkyPilot tasks, or Kubernetes JobSets. Nothing is launched."""
 
 import dataclasses
 import hashlib
@@ -21,6 +16,10 @@ from mmfree_jax.files import write_atomically
 from mmfree_jax.sweep.executor import RUN_FAILED
 from mmfree_jax.sweep.experiment import Study, chains, machines
 from mmfree_jax.training.interrupt import PREEMPTED
+
+# Each chain of runs is one task, on as many devices as its mesh has. Tasks do not depend on each other. They run the
+# command of every executor (`mmfree_jax.sweep.worker`), share one folder of runs, and may be stopped and started at any
+# point: exit status 75 asks for another start, 1 for none.
 
 Target = Literal["skypilot", "jobset"]
 RUNS = "/runs"  # where the shared folder is mounted

@@ -3,9 +3,6 @@
 In metrics.jsonl, `tokens` are the targets that carried a loss so far (at the end: D) and `flops` what had to be
 computed for them; `tokens_per_s` counts positions, padding included; `mfu` is `flops` per second over the devices'
 peak.
-
-Every file is append-only and its length is part of each checkpoint. A resumed run first cuts its logs back to the
-checkpoint, so no step is ever logged twice, however the run died.
 """
 
 import dataclasses
@@ -26,6 +23,9 @@ from mmfree_jax.config import RunConfig
 from mmfree_jax.data import Counts
 from mmfree_jax.devices import EnergyMeter, peak_flops
 from mmfree_jax.distributed import sum_integers, sum_or_none
+
+# Every file is append-only and its length is part of each checkpoint. A resumed run first cuts its logs back to the
+# checkpoint, so no step is ever logged twice, however the run died.
 
 
 class Diverged(RuntimeError):

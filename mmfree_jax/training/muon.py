@@ -1,8 +1,4 @@
-"""Muon: momentum, orthogonalised matrix by matrix (Jordan 2024, kellerjordan.github.io/posts/muon).
-
-Parameters of the blocks are stacks [layers, ..., D, F]. If they are sharded, complete matrices are moved to the
-devices, some of the layers to each, and orthogonalised there without further communication.
-"""
+"""Muon: momentum, orthogonalised matrix by matrix (Jordan 2024, kellerjordan.github.io/posts/muon)."""
 
 import math
 from typing import Any, NamedTuple
@@ -15,6 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.devices import backend
 from mmfree_jax.sharding import RULES, divisible_spec
+
+# Parameters of the blocks are stacks [layers, ..., D, F]. If they are sharded, complete matrices are moved to the
+# devices, some of the layers to each, and orthogonalised there without further communication.
 
 # Five iterations of the quintic a x + b x^3 + c x^5 bring singular values in (0, 1] near 1: to about 0.7 .. 1.2.
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)

@@ -1,8 +1,4 @@
-"""The compiled programs of a run: initialise, train one step, evaluate one batch, look at a step without taking it.
-
-A `Program` depends on the shape of a run only: not on its learning rate, schedule, length or seed. Runs that agree in
-`program_key` share one, so a sweep compiles once per (family, size).
-"""
+"""The compiled programs of a run: initialise, train one step, evaluate one batch, look at a step without taking it."""
 
 import dataclasses
 import functools
@@ -45,6 +41,9 @@ from mmfree_jax.sharding import (
     unfilled,
 )
 from mmfree_jax.training.optim import Rates, make_optimizer, role_of
+
+# A `Program` depends on the shape of a run only: not on its learning rate, schedule, length or seed. Runs that agree in
+# `program_key` share one, so a sweep compiles once per (family, size).
 
 
 @jax.tree_util.register_dataclass

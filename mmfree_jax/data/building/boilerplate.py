@@ -1,15 +1,14 @@
-"""Boilerplate: licence notes, navigation, page footers. They are recognised because very many documents have them.
-
-Lines shared between pages are how CCNet removes navigation and notices from a web crawl (Wenzek et al. 2020, arXiv
-1911.00359, section 3.1). Exact deduplication of paragraphs would keep one copy of each, and would not find them inside
-paragraphs that differ otherwise.
-"""
+"""Boilerplate: licence notes, navigation, page footers. They are recognised because very many documents have them."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from mmfree_jax.data.building.dedup import text_key
+
+# Lines shared between pages are how CCNet removes navigation and notices from a web crawl (Wenzek et al. 2020, arXiv
+# 1911.00359, section 3.1). Exact deduplication of paragraphs would keep one copy of each, and would not find them
+# inside paragraphs that differ otherwise.
 
 SHORTEST = 40  # characters; shorter lines ("The default is true.") recur in ordinary language
 FEWEST, SHARE = 50, 1 / 2_000  # a line is boilerplate if at least this many, and this share, of documents have it

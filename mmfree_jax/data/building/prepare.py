@@ -1,8 +1,4 @@
-"""Turns documents with repetitions into a training and a held-out set that share nothing: the steps for every corpus.
-
-A document is a list of passages (documentation strings, paragraphs, pages). Repetitions are found passage by passage;
-training and held-out text are divided document by document.
-"""
+"""Turns documents with repetitions into a training and a held-out set that share nothing: steps for every corpus."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -13,6 +9,9 @@ import numpy as np
 from mmfree_jax.data.building import boilerplate
 from mmfree_jax.data.building.dedup import drop_repeated, near_duplicates, overlap
 from mmfree_jax.data.building.text import paragraphs
+
+# A document is a list of passages (documentation strings, paragraphs, pages). Repetitions are found passage by passage;
+# training and held-out text are divided document by document.
 
 STEPS = {
     "read": "what was read",

@@ -1,8 +1,4 @@
-"""Byte-level BPE four times as fast as the library, with the same tokens: every word is encoded once and remembered.
-
-The library spends its time on finding words, letter by letter, in every text. Here Python's regular expressions find
-them, for text made of characters on whose kind both agree; lines with any other character go to the library.
-"""
+"""Byte-level BPE four times as fast as the library, with the same tokens: every word is encoded once and remembered."""
 
 import json
 import re
@@ -11,6 +7,9 @@ from itertools import chain
 
 import numpy as np
 import tokenizers
+
+# The library spends its time on finding words, letter by letter, in every text. Here Python's regular expressions find
+# them, for text made of characters on whose kind both agree; lines with any other character go to the library.
 
 # Latin letters and common punctuation only: their Unicode classes leave no doubt. Left out are, for instance,
 # superscript and fraction digits, which the library takes for digits and Python for letters, and all blanks but the

@@ -1,10 +1,4 @@
-"""Checks of the GPU kernels against NumPy in float64, on the device that they are to serve on.
-
-A check runs one kernel, forward and backward, at the shapes and in the type of one use. The reference is computed for
-at most ROWS distinct rows. The kernel gets these rows repeated until the use's number of rows is reached, so every row
-that it writes is compared; sums over rows are compared with weighted sums. ROWS is prime, so that repetitions do not
-line up with tiles.
-"""
+"""Checks of the GPU kernels against NumPy in float64, on the device that they are to serve on."""
 
 import functools
 import zlib
@@ -18,6 +12,11 @@ import numpy as np
 from mmfree_jax.ops.fast.ternary import TINY, TOP, dither_phases
 from mmfree_jax.ops.packed import pack_planes
 from mmfree_jax.ops.ternary import SMALLEST
+
+# A check runs one kernel, forward and backward, at the shapes and in the type of one use. The reference is computed for
+# at most ROWS distinct rows. The kernel gets these rows repeated until the use's number of rows is reached, so every
+# row that it writes is compared; sums over rows are compared with weighted sums. ROWS is prime, so that repetitions do
+# not line up with tiles.
 
 ROWS = 509
 EPS = 1e-6  # of the norms

@@ -1,10 +1,4 @@
-"""`ops.recurrence` with backward passes of its own, on a mesh, and in the form that suits the device.
-
-One backward pass serves every form: g_t = dh_t + f_{t+1} * g_{t+1};  dx_t = g_t;  df_t = g_t * h_{t-1}.
-
-A mesh cuts batch and channels freely. Where it cuts time, every device first finds what its chunk does to a state, the
-product of its factors and its end from zero; these travel, and each device starts from the state before its chunk.
-"""
+"""`ops.recurrence` with backward passes of its own, on a mesh, and in the form that suits the device."""
 
 import functools
 
@@ -21,6 +15,12 @@ from mmfree_jax.ops.fast.fused_recurrence import fused_recurrence
 from mmfree_jax.ops.recurrence import WKVState, average, gates, lowest
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import per_shard, sharding_axis
+
+# One backward pass serves every form: g_t = dh_t + f_{t+1} * g_{t+1}; dx_t = g_t; df_t = g_t * h_{t-1}.
+#
+# A mesh cuts batch and channels freely. Where it cuts time, every device first finds what its chunk does to a state,
+# the product of its factors and its end from zero; these travel, and each device starts from the state before its
+# chunk.
 
 
 def gated_recurrence(
