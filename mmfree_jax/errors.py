@@ -24,6 +24,7 @@ def is_explained(error: BaseException) -> bool:
 
 def _raised_by_us(trace: TracebackType | None) -> bool:
     """Whether a `raise` statement of these packages raised it, and not an expression such as `{}["optimizer"]`."""
+    # The last frame is where the exception began; its source line tells a deliberate `raise` from an accident.
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     if trace is None:

@@ -31,6 +31,9 @@ def scales(config: ModelConfig) -> Scales:
     """Return the factors of a model; all 1 under the standard parametrisation."""
     if config.parametrisation == "standard":
         return Scales(config.depth)
+    # A sum of `width` products has a variance in proportion to the width, so initial matrices shrink with its root.
+    # Logits shrink with the width itself, because in training the head's weights align with its input, and sums of
+    # aligned terms grow in proportion to their number.
     wider, deeper = ratios(config)
     head = config.width // config.heads
     scores = math.sqrt(config.base_head / head) if config.mixer == "attention" and config.base_head else 1.0

@@ -52,6 +52,7 @@ def load_model(path: Path, dtype: str = "float32") -> LanguageModel:
     config = model_config(path)
     if _is_huggingface(path):
         return load_huggingface(path, dtype)
+    # The model is never initialised: its structure comes from an abstract evaluation, its arrays from the file.
     graph, shapes = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     here = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)

@@ -1,12 +1,10 @@
 """`launch.py bench --suite check`: every kernel at hundreds of shapes on this device, each against float64; whole
 ternary layers, also at widths that no kernel takes, against XLA on the CPU; and the gradients of whole small models of
-all families against XLA in float32.
-
-Processes share the device, since most of a check is compilation: lowering a kernel keeps one core busy.
-"""
+all families against XLA in float32."""
 
 import dataclasses
 import functools
+import itertools
 import math
 import multiprocessing
 import os
@@ -32,10 +30,13 @@ from mmfree_jax.ops.glu import glu
 from mmfree_jax.training import self_check
 from mmfree_jax.training.step import program_key
 
+# Processes share the device, since most of a check is compilation: lowering a kernel keeps one core busy.
+
 LIMIT_S = 430.0  # until a command begins its last checks, which may take 100 s; what is left is for the next command
 PROCESSES = 12  # at most, on one device
 MOST_VALUES = 2**26  # of one activation
 ROW_COUNTS = (1, 2, 3, 77, 127, 128, 129, 154, 255, 264, 265, 300, 528, 529, 1000, 4096, 8191, 16384, 39989)
+TYPES = ("bfloat16", "float32")
 STEPS = (1, 31, 32, 33, 77, 1000, 2048, 8193)
 LAYER_TOLERANCES = {"bfloat16": 0.1, "float32": 0.03}  # relative norm: codes on the edge of rounding fall either way
 
@@ -70,10 +71,6 @@ def _width(rng: np.random.Generator, attempt: int) -> int:
     return residue + 256 * int(np.exp(rng.uniform(0, math.log(33))) - 1) if residue >= 16 else residue + 256
 
 
-def _dtype(rng: np.random.Generator) -> str:
-    return str(rng.choice(["bfloat16", "float32"]))
-
-
 def _multiple(rng: np.random.Generator, of: int, most: int) -> int:
     return of * int(np.exp(rng.uniform(0, math.log(most // of + 1))))
 
@@ -83,23 +80,18 @@ def _draw_normed_codes(rng: np.random.Generator, attempt: int) -> Use:
     width, bits = 128 * (1 + attempt % 64), int(rng.choice([0, 8]))
     gains = int(rng.choice([1, 2, 3])) if kind == "norm" and width <= 2048 else 1
     products = gains if gains > 1 else int(rng.choice([1, 2, 3])) if kind == "norm" else 1
-    options = kind, gains, products, _dtype(rng), bits, kind == "norm" and bool(rng.integers(2))
+    options = kind, gains, products, str(rng.choice(TYPES)), bits, kind == "norm" and bool(rng.integers(2))
     use = Use("normed_codes", (_rows(rng, width), width), (*options, kind == "swiglu" and bits == 8))
-    return use if _fits(use) else _draw_normed_codes(rng, attempt)
-
-
-def _fits(use: Use) -> bool:
-    """Whether the kernel supports this use of `normed_codes`; a layer leaves other uses to XLA."""
-    (_, width), (kind, gains, products, dtype, _, residual, _) = use.sizes, use.options
-    sources = 1 if kind == "norm" else 2
-    return normed_codes.supports(
-        width, gains + (kind != "swiglu"), jnp.dtype(dtype), sources + products + residual, sources + gains
-    )
+    # What the kernel does not support, a layer leaves to XLA: as `choice.input_codes`.
+    sources, vectors = 1 if kind == "norm" else 2, gains + (kind != "swiglu")
+    arrays = sources + products + options[-1], sources + gains
+    fits = normed_codes.supports(width, vectors, jnp.dtype(options[3]), *arrays)
+    return use if fits else _draw_normed_codes(rng, attempt)
 
 
 def _draw_row_codes(rng: np.random.Generator, attempt: int) -> Use:
     width = 128 * (1 + attempt % 64)
-    return Use("row_codes", (_rows(rng, width), width), (_dtype(rng), bool(rng.integers(2))))
+    return Use("row_codes", (_rows(rng, width), width), (str(rng.choice(TYPES)), bool(rng.integers(2))))
 
 
 def _draw_int8_matmul(rng: np.random.Generator, attempt: int) -> Use:
@@ -116,7 +108,7 @@ def _draw_recurrence(rng: np.random.Generator, attempt: int) -> Use:
     time = int(rng.choice(STEPS)) if rng.uniform() < 0.7 else int(rng.integers(1, 4096))
     batch = int(np.exp(rng.uniform(0, math.log(max(1, min(64, 40_000 // time, MOST_VALUES // (time * width))) + 1))))
     chunk = time % 32 == 0 and width % 128 == 0
-    return Use("recurrence", (batch, time, width), (_dtype(rng), bool(rng.integers(2)), chunk))
+    return Use("recurrence", (batch, time, width), (str(rng.choice(TYPES)), bool(rng.integers(2)), chunk))
 
 
 def _draw_normed_product(rng: np.random.Generator, attempt: int) -> Use:
@@ -125,7 +117,7 @@ def _draw_normed_product(rng: np.random.Generator, attempt: int) -> Use:
     gains = int(rng.choice([0, 1, products]) if kind == "plain" else rng.choice([1, products]))
     added = kind == "norm" and bool(rng.integers(2))
     sizes = int(rng.integers(1, 5)), width, min(_multiple(rng, 8, 16384), MOST_VALUES // width // 8 * 8)
-    return Use("normed_product", sizes, (kind, products, gains, _dtype(rng), bool(rng.integers(2)), added))
+    return Use("normed_product", sizes, (kind, products, gains, str(rng.choice(TYPES)), bool(rng.integers(2)), added))
 
 
 def _draw_codes_product(rng: np.random.Generator, attempt: int) -> Use:
@@ -139,7 +131,7 @@ def _draw_layer(rng: np.random.Generator, attempt: int) -> Use:
     if attempt % 2:
         width, out = _multiple(rng, 128, 2304), _multiple(rng, 128, 2304)
     rows = min(_rows(rng, max(width, out)), 2048)  # the CPU computes it too
-    options = str(rng.choice(["linear", "unit"])), _dtype(rng), int(rng.choice([0, 8]))
+    options = str(rng.choice(["linear", "unit"])), str(rng.choice(TYPES)), int(rng.choice([0, 8]))
     return Use("layer", (rows, min(width, 2304), min(out, 2304)), options)
 
 
@@ -148,7 +140,7 @@ def _draw_model(rng: np.random.Generator, attempt: int) -> Use:
     width = _multiple(rng, 128, 1024) if rng.integers(2) else 4 * int(rng.integers(4, 200))
     sizes = int(rng.integers(1, 9)), int(rng.choice([31, 77, 128, 256, 1000])), width, 16 * int(rng.integers(2, 129))
     bits = int(rng.choice([0, 8])) if FAMILIES[family][1] == "ternary" else 0
-    return Use("model", sizes, (family, _dtype(rng), bits, bool(rng.integers(2))))
+    return Use("model", sizes, (family, str(rng.choice(TYPES)), bits, bool(rng.integers(2))))
 
 
 DRAWS: dict[str, Callable[[np.random.Generator, int], Use]] = {
@@ -265,7 +257,9 @@ def measure(wanted: list[Use], done: list[dict[str, Any]]) -> Iterator[dict[str,
     """Yield a row for each use: first those already in `done`, then new checks until LIMIT_S is over."""
     known = {row["use"]: row for row in done}
     yield from (known[str(use)] for use in wanted if str(use) in known)
-    yield from map(dataclasses.asdict, _beside(_limited([use for use in wanted if str(use) not in known])))
+    until, new = time.monotonic() + LIMIT_S, (use for use in wanted if str(use) not in known)
+    in_time = itertools.takewhile(lambda _: time.monotonic() <= until, new)
+    yield from map(dataclasses.asdict, _beside(in_time))
 
 
 def by_kernel(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -280,15 +274,6 @@ def by_kernel(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in found if row["shapes"]]
 
 
-def _limited(uses: list[Use]) -> Iterator[Use]:
-    """Yield uses in order until LIMIT_S is over."""
-    until = time.monotonic() + LIMIT_S
-    for use in uses:
-        if time.monotonic() > until:
-            return
-        yield use
-
-
 def _beside(uses: Iterator[Use]) -> Iterator[Checked]:
     """Check uses in several processes; each gets its next use when it has finished one.
 
@@ -296,22 +281,20 @@ def _beside(uses: Iterator[Use]) -> Iterator[Checked]:
     process of its own: the one that kills it fails, and the suite goes on in a new pool.
     """
     workers = max(1, min(PROCESSES, (os.cpu_count() or 1) - 1))
+    # Processes are spawned, not forked: a fork would take over the GPU's context, which only one process can use.
+    pool_of = functools.partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
     while True:
         lost: list[Use] = []
-        with _pool(workers) as pool:
+        with pool_of(workers) as pool:
             yield from _in(pool, workers, uses, lost)
         for use in lost:
-            with _pool(1) as alone:
+            with pool_of(1) as alone:
                 try:
                     yield alone.submit(checked, use).result()
                 except BrokenProcessPool:
                     yield Checked(str(use), False, None, "the process that checked it died", 0.0)
         if not lost:
             return
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
 
 
 def _in(pool: ProcessPoolExecutor, workers: int, uses: Iterator[Use], lost: list[Use]) -> Iterator[Checked]:

@@ -1,7 +1,6 @@
 """`mmfree bench`: tables for people, JSON for programs."""
 
 import dataclasses
-import functools
 import os
 import platform
 import tempfile
@@ -22,6 +21,7 @@ from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.files import read_json, write_json
 from mmfree_jax.output import program
 from mmfree_jax.training.identity import code_version
+from mmfree_jax.training.step import make_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +132,10 @@ def _rows(suite: str, chosen: BenchArguments, limits: dict[str, float]) -> Itera
     elif suite == "decode":
         yield from decode.measure(cases)
     else:
-        measure = steps.memory if suite == "memory" else functools.partial(steps.measure, limits=limits)
-        yield from steps.each(cases, measure)
+        for case in cases:
+            yield steps.measure(case, limits if suite == "step" else None)
+            make_program.cache_clear()  # what one case held on the device is gone before the next
+            jax.clear_caches()
 
 
 SUITES = ("start", "kernels", "step", "memory", "decode")

@@ -76,12 +76,17 @@ def recurrence_cases(sizes: Sequence[tuple[int, int]], D: int) -> Iterator[Case]
         f, *others = arrays(key, **options)
         return jax.nn.sigmoid(f), *others
 
+    def gates_first(c, f):
+        factor, x = (a.astype(c.dtype) for a in gates(c, f, None))
+        return recurrence(factor, x, dtype=c.dtype)
+
     plain = lambda f, x: recurrence(f, x, dtype=x.dtype)
     gated = lambda c, f: gated_recurrence(c, f, None)[0]
+    beaten = {"gates, then kernel": gates_first} if available() else {}  # what the kernel with gates has to beat
     forms: list[tuple[str, dict[str, Callable], Callable, float, float]] = []
     for name, make, functions, backward in (
         ("recurrence", factors, both(plain), 5),
-        ("gated recurrence", arrays, {**both(gated), **_gates_first()}, 6),
+        ("gated recurrence", arrays, {**both(gated), **beaten}, 6),
     ):
         gradients = {form: gradient_of(function, 2) for form, function in functions.items()}
         forms.append((name, functions, make, 1e-4, 3))
@@ -93,16 +98,6 @@ def recurrence_cases(sizes: Sequence[tuple[int, int]], D: int) -> Iterator[Case]
             moved, size = passes * 2 * B * T * D, f"B={B} T={T} D={D}"
             timed = functools.partial(make, B=B, T=T)
             yield Case(f"{name}, {size}", functions, timed, check, tolerance, moved=moved, tuned=False)
-
-
-def _gates_first() -> dict[str, Callable]:
-    """What the kernel with gates has to beat where there is one."""
-
-    def gates_first(c, f):
-        factor, x = (a.astype(c.dtype) for a in gates(c, f, None))
-        return recurrence(factor, x, dtype=c.dtype)
-
-    return {"gates, then kernel": gates_first} if available() else {}
 
 
 def bit_linear_cases(M: int, D: int, F: int) -> Iterator[Case]:
@@ -234,6 +229,8 @@ class _Plan:
 
 
 def _plan(case: Case, limits: dict[str, float], built: Callable[..., Future]) -> _Plan:
+    # Inputs are drawn on the device by compiled programs: copying gigabytes of them there would take longer than the
+    # test.
     key = jax.eval_shape(lambda: jax.random.key(0))
     few, all_rows = (jax.eval_shape(make, key) for make in (case.check_arrays, case.arrays))
     results = jax.eval_shape(next(iter(case.variants.values())), *all_rows)

@@ -39,6 +39,8 @@ def remat_policy(remat: Remat) -> Callable[[Any], Any]:
     ternary layers keeps the integer codes of the inputs, and recomputes the products. full: keeps the residual stream
     at the block's start and recomputes everything else.
     """
+    # The policy goes by name, not by operation: JAX's own policies, such as `dots_saveable`, know dot_general only, and
+    # neither codes nor the state of a recurrence. Names mark residuals inside custom backward passes as well.
     if remat == "none":
         return lambda body: body
     policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
@@ -93,6 +95,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: jax.Array, *, rngs: nnx.Rngs, param_dtype: Any):
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
+        # Under mup each branch is divided by the relative depth (CompleteP), else this is 1 and is not multiplied by.
         self.scale = scales(config).residual
         self.mixer_norm = RMSNorm(config.width, config.norm_eps, param_dtype)
         self.mixer = MIXERS[config.mixer](config, layer, **kwargs)

@@ -61,6 +61,8 @@ def recipe_of(config: ModelConfig, axes: tuple[str, str], joint: bool = False) -
     """Return what a model's linear layers compute. joint: all matrices of a layer share one weight scale."""
     if config.linear == "dense":
         return Recipe(ternary=False, eps=config.norm_eps, axes=axes)
+    # A scale per matrix is the paper's. The quantiser divides by a mean of magnitudes, so the matrices of one tensor in
+    # the official checkpoints (gate and up) have to share it, or their codes would differ from the official ones.
     # Of [G, D, F]: a scale for each column, for each matrix, or for the matrices of the layer together.
     scale_axes: tuple[int, ...] = (-2,)
     if config.weight_scale == "tensor":
@@ -126,6 +128,9 @@ class Projection(nnx.Module):
         gain_shape, gain_axes = ((groups, inputs), (None, "norm")) if own else ((inputs,), ("norm",))
         has_gain = self.recipe.ternary and config.linear_norm
         self.gain = param(gain_shape, param_dtype, *gain_axes) if has_gain else None
+        # Data, not a parameter: with gradient accumulation the codes of a step are put here once
+        # (`LanguageModel.use_codes`) and live in the traced program only. `nnx.data` keeps NNX from freezing None into
+        # the module's static structure.
         self.codes: tuple[Quantised, ...] | None = nnx.data(None)  # of the kernel, where quantised ahead of its use
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:

@@ -57,6 +57,8 @@ class MLGRU(nnx.Module):
         """
         # Three projections of one input: candidate i, forget gate f, output gate g.
         i_BTD, f_BTD, g_BTD = self.gates(u_BTD)
+        # The candidate goes through silu inside this op, and is weighed by 1 - f: what the gate keeps of the past and
+        # what it takes of the present add up to one, so states stay bounded without a norm.
         h_BTD, state = gated_recurrence(i_BTD, f_BTD, floor_D, state, resets_BT=context.starts_BT)
         # The state is element-wise, so it never mixes channels: W_o, after the gate, is where they meet again.
         if self.official:

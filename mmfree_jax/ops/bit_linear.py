@@ -109,6 +109,8 @@ def quantise_kernel(recipe: Recipe, w_GDF: jax.Array) -> tuple[Quantised, ...]:
 
     Columns of padding have code zero and no part in a scale that columns share.
     """
+    # A padded vocabulary must not change the model: padding is made zero before the mean of magnitudes, and the mean is
+    # taken over the columns that exist.
     groups, _, columns = w_GDF.shape
     if recipe.columns:
         w_GDF = jnp.where(jnp.arange(columns) < recipe.columns, w_GDF, 0)

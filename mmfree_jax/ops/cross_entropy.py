@@ -75,6 +75,7 @@ def head_loss(
     # -log softmax(logits)[target] = logsumexp(logits) - logits[target]
     total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     hit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    # No max is subtracted here: `logsumexp` does so itself, and its gradient is the softmax.
     weights_BT = jnp.ones_like(total_BT) if mask_BT is None else jax.lax.stop_gradient(mask_BT.astype(total_BT.dtype))
     z = z_loss * jnp.sum(total_BT**2 * weights_BT)
     total = jnp.sum((total_BT - hit_BT) * weights_BT) + z

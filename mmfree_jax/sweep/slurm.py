@@ -1,12 +1,4 @@
-"""The SLURM executor: arrays of chains through submitit, watched with `squeue` and heartbeats; no accounting is needed.
-
-What is to be submitted is recorded in OUT/slurm before `sbatch` is called, under a label that becomes the name of the
-jobs. So a driver may be stopped or killed at any point: the next one finds the jobs by that name and submits none
-twice.
-
-A job replaces itself by the worker. When SLURM announces preemption or the end of the job's time (SIGUSR2), the worker
-saves its run and exits with 75, and the job puts itself back into the queue.
-"""
+"""The SLURM executor: arrays of chains through submitit, watched with `squeue` and heartbeats, without accounting."""
 
 import contextlib
 import dataclasses
@@ -32,6 +24,13 @@ from mmfree_jax.sweep.heartbeat import last_beat
 from mmfree_jax.sweep.local import KEEP_MEMORY
 from mmfree_jax.sweep.status import run_folder
 from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED, STOP_SIGNALS, handled
+
+# What is to be submitted is recorded in OUT/slurm before `sbatch` is called, under a label that becomes the name of the
+# jobs. So a driver may be stopped or killed at any point: the next one finds the jobs by that name and submits none
+# twice.
+#
+# A job replaces itself by the worker. When SLURM announces preemption or the end of the job's time (SIGUSR2), the
+# worker saves its run and exits with 75, and the job puts itself back into the queue.
 
 NOTICE_SECONDS = 300  # this long before its time limit a job is told to save itself
 # When one process of a job has exited, the others get time to end as well. If SLURM killed them at once, as some
@@ -167,6 +166,7 @@ def live_tickets() -> dict[Ticket, Place]:
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%j"]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     found = {}
+    # The label is last, since it is the only part that could hold the separator.
     for line in text.splitlines():
         job, index, state, label = line.split("|", 3)
         number = int(index) if index.isdigit() else 0

@@ -27,6 +27,7 @@ def handled(signals: Iterable[int], handler: Callable[[int], None]) -> Iterator[
 
     A SIGHUP that is ignored, as under `nohup`, stays ignored.
     """
+    # Python runs handlers in the main thread between two bytecodes: a handler that only sets a flag is safe anywhere.
     heard = [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     previous = {number: signal.signal(number, lambda number, _: handler(number)) for number in heard}
     try:

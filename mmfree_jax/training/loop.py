@@ -93,6 +93,7 @@ def _train(
 
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         data = config.data
+        # The self-check compiles a two-layer copy of the step; the kernels' check compiles each new kernel.
         # Both checks come before the state is made, because they need the device's memory too.
         program.prepare((data.batch, data.sequence + 1), diagnosed=config.diagnose_every > 0)
         if check_first:

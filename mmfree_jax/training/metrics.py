@@ -3,9 +3,6 @@
 In metrics.jsonl, `tokens` are the targets that carried a loss so far (at the end: D) and `flops` what had to be
 computed for them; `tokens_per_s` counts positions, padding included; `mfu` is `flops` per second over the devices'
 peak.
-
-Every file is append-only and its length is part of each checkpoint. A resumed run first cuts its logs back to the
-checkpoint, so no step is ever logged twice, however the run died.
 """
 
 import dataclasses
@@ -26,6 +23,9 @@ from mmfree_jax.config import RunConfig
 from mmfree_jax.data import Counts
 from mmfree_jax.devices import EnergyMeter, peak_flops
 from mmfree_jax.distributed import sum_integers, sum_or_none
+
+# Every file is append-only and its length is part of each checkpoint. A resumed run first cuts its logs back to the
+# checkpoint, so no step is ever logged twice, however the run died.
 
 
 class Diverged(RuntimeError):
@@ -287,6 +287,7 @@ class Interval:
         fetched, counts = self._fetch()
         steps = [one.step for one in self.pending]
         metrics = {name: np.array([one[name] for one in fetched], np.float64) for name in fetched[0]}
+        # A diverged run still logs the steps before the first loss that is no number: they show how it got there.
         finite = np.isfinite(metrics["loss"] + metrics["grad_norm"])
         count = len(steps) if finite.all() else int(np.argmin(finite))
         notes = self.notes if count == len(steps) else {}
@@ -308,6 +309,8 @@ class Interval:
             self.resume()
 
     def _log(self, step: int, means: dict[str, float], rate: float, notes: dict[str, Any]) -> None:
+        # FLOPs of a step are the difference of two totals, as the number of visible pairs varies from batch to batch
+        # when documents are separate.
         own, steps_per_s = not self.progress.shared, self.timed / self.elapsed if self.elapsed else None
         counts, since = self.progress.counts, step - self.reached[0]
         done, before = (

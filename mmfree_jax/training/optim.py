@@ -1,8 +1,4 @@
-"""Learning-rate schedules as plain functions of the step, and optimizers that contain no learning rate.
-
-Rate and weight decay are arguments of the compiled step, so that all runs of one shape share one program: trunks,
-decays and sweeps of the rate.
-"""
+"""Learning-rate schedules as plain functions of the step, and optimizers that contain no learning rate."""
 
 import math
 from collections.abc import Callable
@@ -15,6 +11,9 @@ from flax import nnx
 from mmfree_jax.config import ModelConfig, OptimConfig
 from mmfree_jax.parametrisation import Role, gradient_factor, rate_factor
 from mmfree_jax.training.muon import scale_by_muon
+
+# Rate and weight decay are arguments of the compiled step, so that all runs of one shape share one program: trunks,
+# decays and sweeps of the rate.
 
 # Weight decay pulls to zero. Gains, lower bounds, decays and mixes are scales or gates, for which zero is not special.
 DECAYED: tuple[Role, ...] = ("matrix", "embedding", "head")
@@ -51,6 +50,8 @@ def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
         return config.lr * (cosine * (0.5 if config.schedule == "cosine-halving" and second_half else 1.0))
     if config.schedule == "two-stage":
         return config.lr * ((floor + (1 - floor) * (1 - progress)) * (SECOND_STAGE if second_half else 1.0))
+    # wsd, and constant, which is wsd without a decay: the rate depends on the steps left, so a decay branch needs
+    # nothing of its trunk but the state at the branch point.
     left = steps - step
     return config.lr if left >= config.decay_steps else config.lr * (floor + (1 - floor) * left / config.decay_steps)
 

@@ -1,14 +1,4 @@
-"""A check before a run: does its step compute what the definitions say, on this device and mesh, at these shapes?
-
-A copy of the model with two layers and all other sizes unchanged takes a micro-batch (two where the step accumulates)
-through the step's own program and through the reference: XLA in float32 without integer gradients on one device (with
-several processes on the run's mesh), a row at a time. Kernels, compilers, meshes and orders of summation may round
-differently. How much of the deviation rounding explains is measured too: XLA in the step's own precision, with integer
-gradients where the step has them, is compared with the reference in the same way. A larger deviation stops the run.
-
-This costs two or three compilations of a two-layer step (docs/kernels.md has measurements), and only the first time:
-the outcome is kept beside the compiled programs.
-"""
+"""A check before a run: does its step compute what the definitions say, on this device and mesh, at these shapes?"""
 
 import contextlib
 import dataclasses
@@ -30,6 +20,16 @@ from mmfree_jax.files import sha256
 from mmfree_jax.ops.fast import verification
 from mmfree_jax.sharding import batch_sharding
 from mmfree_jax.training.step import ProgramKey, concrete, make_program
+
+# A copy of the model with two layers and all other sizes unchanged takes a micro-batch (two where the step accumulates)
+# through the step's own program and through the reference: XLA in float32 without integer gradients on one device (with
+# several processes on the run's mesh), a row at a time. Kernels, compilers, meshes and orders of summation may round
+# differently. How much of the deviation rounding explains is measured too: XLA in the step's own precision, with
+# integer gradients where the step has them, is compared with the reference in the same way. A larger deviation stops
+# the run.
+#
+# The check costs two or three compilations of a two-layer step (docs/kernels.md has measurements), and only the first
+# time: the outcome is kept beside the compiled programs.
 
 DEPTH = 2
 LOSS = "the loss"
@@ -88,6 +88,8 @@ def compare(
     small = dataclasses.replace(key.model, depth=DEPTH)
     unroll = min(key.unroll, DEPTH)
     own = dataclasses.replace(key, model=small, optim=in_parts(parts), unroll=unroll, precision=precision)
+    # The reference goes row by row: neither a mesh, nor a kernel's tile, nor the order of a sum over rows can be wrong
+    # in both.
     # One process cannot compute on a device alone while the others wait, so the reference is on the whole mesh then.
     mesh = MeshConfig() if jax.process_count() == 1 else key.mesh
     slow = dataclasses.replace(own, mesh=mesh, kernels="off", remat="none", gather="int8")

@@ -1,8 +1,4 @@
-"""The compiled programs of a run: initialise, train one step, evaluate one batch, look at a step without taking it.
-
-A `Program` depends on the shape of a run only: not on its learning rate, schedule, length or seed. Runs that agree in
-`program_key` share one, so a sweep compiles once per (family, size).
-"""
+"""The compiled programs of a run: initialise, train one step, evaluate one batch, look at a step without taking it."""
 
 import dataclasses
 import functools
@@ -45,6 +41,9 @@ from mmfree_jax.sharding import (
     unfilled,
 )
 from mmfree_jax.training.optim import Rates, make_optimizer, role_of
+
+# A `Program` depends on the shape of a run only: not on its learning rate, schedule, length or seed. Runs that agree in
+# `program_key` share one, so a sweep compiles once per (family, size).
 
 
 @jax.tree_util.register_dataclass
@@ -137,6 +136,9 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
 
     Raises ConfigError for a mesh with an axis that would shard no parameter (`sharding.replicated_parameters`).
     """
+    # Parameters are float32 always; only activations have this type. A scan over layers saves compile time, but on GPUs
+    # each iteration copies the layer's weights out of the stack and gradients into it: a loop costs a sixth of the
+    # step.
     dtype = jnp.dtype(concrete(key.precision))
     key = dataclasses.replace(key, unroll=key.unroll or (key.model.depth if backend() == "gpu" else 1))
     build = lambda rngs: LanguageModel(key.model, rngs=rngs, dtype=dtype, remat=key.remat, unroll=key.unroll)
@@ -154,6 +156,8 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
 
     summing = summing_wide(key.reduction == "float32")
     choosing = lambda f: kernels_allowed(key.kernels == "auto")(packing(key.gather == "packed")(summing(f)))
+    # Donation lets the new state take the place of the old one: without it both would be in memory. `out_shardings` put
+    # the state where the next call expects it.
     train_step = jax.jit(
         choosing(functools.partial(_train_step, graphdef, optimizer, key)),
         donate_argnums=0,
@@ -192,6 +196,8 @@ def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax
     """((loss, z-loss in it), gradient): means over the targets of a batch [B, T+1], as the optimizer takes them."""
     separator, accumulate = key.separator, key.optim.accumulate
     counted_BT = _documents(tokens_BT, separator)[1]
+    # With separate documents micro-batches have different numbers of targets. A mean of their means would weigh targets
+    # of short ones more.
     # The count over all micro-batches, so that each target has the same weight, whichever micro-batch it is in.
     count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
 

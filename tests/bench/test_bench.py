@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 import launch
-from mmfree_jax.bench import operations, unoptimised
+from mmfree_jax.bench import operations
 from mmfree_jax.bench.operations import Case
+from mmfree_jax.bench.steps import defined_loss
 from mmfree_jax.bench.timing import Timing, applications, repeated
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.presets import model_preset, run_preset
@@ -139,7 +140,7 @@ def test_the_unoptimised_model_computes_the_same_loss_and_gradients():
         nats, count, _ = model.loss(tokens, targets)
         return nats / count
 
-    theirs = lambda model: unoptimised.loss(model, tokens, targets)
+    theirs = lambda model: defined_loss(model, tokens, targets)
     (a, da), (b, db) = (nnx.jit(nnx.value_and_grad(f))(model) for f in (ours, theirs))
     assert abs(a - b) < 2e-3  # a code that falls to the other side of a rounding changes the loss by about this
     flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])

@@ -88,6 +88,8 @@ def _block(q_THK, k_SJK, v_SJK, mask_TS) -> jax.Array:
     """[H, T, K]: some queries of one row against the keys that they may see."""
     # The H // J heads that share keys are stacked in time: one product of J matrices, as large as it can be.
     T, H, K = q_THK.shape
+    # N = H / J * T queries share the keys of one head: the groups become rows of one product, where a batched product
+    # of H small ones would read each key H / J times.
     J = k_SJK.shape[1]
     exact = wide(q_THK.dtype)
     q_JNK = q_THK.swapaxes(0, 1).reshape(J, H // J * T, K)

@@ -1,9 +1,4 @@
-"""`ops.bit_linear` with a backward pass of its own, and fused with what makes its input.
-
-The backward pass treats rounding as the identity and scales as constants. It keeps what the input is made of, one
-number per token, and the integer codes unless a kernel makes them again; never a dequantised copy. Several products of
-one input share the norm's statistics, and the codes too where they share the gain.
-"""
+"""`ops.bit_linear` with a backward pass of its own, and fused with what makes its input."""
 
 import functools
 from typing import Any, NamedTuple
@@ -37,6 +32,10 @@ from mmfree_jax.ops.fast.ternary import quantise_normed
 from mmfree_jax.ops.packed import PackedWeights
 from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, wide
 from mmfree_jax.sharding import Names, PartialSum, activation_axes, constrain, gathered_axes, per_shard
+
+# The backward pass treats rounding as the identity and scales as constants. It keeps what the input is made of, one
+# number per token, and the integer codes unless a kernel makes them again; never a dequantised copy. Several products
+# of one input share the norm's statistics, and the codes too where they share the gain.
 
 __all__ = ["bit_linear", "linear", "packed_linear", "quantise_kernel", "rms_norm"]
 
@@ -230,6 +229,8 @@ def input_backward(fusion: Fusion, saved: Input, dys: list[jax.Array], dcopy: ja
 
 def _norm_backward(x: jax.Array, saved: Input, dys: list[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
     """Gradients to the value that is normalised and quantised, and to the gain of that norm."""
+    # The gradient of x * rstd(x) is that of a projection: what points along x_hat is taken out, because scaling x does
+    # not change its normed value. The quantiser passes gradients through unchanged.
     rstd, gain, count = saved.rstd, saved.gain, len(saved.codes)
     dys = [dy.astype(wide(dy.dtype)) for dy in dys]
     if rstd is None or gain is None:

@@ -1,10 +1,4 @@
-"""Checks of the GPU kernels against NumPy in float64, on the device that they are to serve on.
-
-A check runs one kernel, forward and backward, at the shapes and in the type of one use. The reference is computed for
-at most ROWS distinct rows. The kernel gets these rows repeated until the use's number of rows is reached, so every row
-that it writes is compared; sums over rows are compared with weighted sums. ROWS is prime, so that repetitions do not
-line up with tiles.
-"""
+"""Checks of the GPU kernels against NumPy in float64, on the device that they are to serve on."""
 
 import functools
 import zlib
@@ -18,6 +12,11 @@ import numpy as np
 from mmfree_jax.ops.fast.ternary import TINY, TOP, dither_phases
 from mmfree_jax.ops.packed import pack_planes
 from mmfree_jax.ops.ternary import SMALLEST
+
+# A check runs one kernel, forward and backward, at the shapes and in the type of one use. The reference is computed for
+# at most ROWS distinct rows. The kernel gets these rows repeated until the use's number of rows is reached, so every
+# row that it writes is compared; sums over rows are compared with weighted sums. ROWS is prime, so that repetitions do
+# not line up with tiles.
 
 ROWS = 509
 EPS = 1e-6  # of the norms
@@ -88,6 +87,9 @@ def check(use: Use, device: Any = None) -> Outcome:
     return Outcome(dict(zip(names, map(float, deviations(arrays, expected)), strict=True)))
 
 
+# The allowance of an element is relative to itself and to its row: results near zero are differences of terms as large
+# as the row's others, and carry their rounding. A tolerance per array would hide a wrong row among larger ones, since
+# rows differ by a factor of up to a thousand on purpose (`_draw`).
 def _deviation(found: jax.Array, expected: jax.Array, tolerance: float | None) -> jax.Array:
     """The largest of |found - expected| over its allowance: `tolerance` times the expected value's magnitude plus the
     root mean square of its row. Rows and columns of `found` repeat those expected.
@@ -340,6 +342,7 @@ def recurrence(rng: np.random.Generator, use: Use) -> Problem:
     else:
         del expected["decay"]
     tolerance = dict.fromkeys(expected, TOLERANCES[dtype])
+    # The gradient to f is dF (1 - floor) sigmoid'(f) with dF = g (h_{t-1} - silu(c)).
     # Its factor h - silu(c) may be small beside h, which is kept in the type of the states.
     tolerance["gradient to f"] *= 4
     return Problem(run, (c, f, floor, h, resets, dout, dlast), expected, tolerance)

@@ -1,11 +1,5 @@
 """Which implementation serves: the one place that decides between a definition, XLA and a kernel.
 
-A model calls the functions in `ops`. Each is decorated with `op` and calls the function of its name in `ops.fast`,
-which computes the same with a backward pass of its own. That function asks here, while a program is traced, which form
-to take: for this op, at these shapes and types, on this mesh and device. A kernel serves where it supports the shape
-and `verification` has found it right. All sizes are of one device's part: on a mesh a kernel runs inside
-`sharding.per_shard`, as the compiler cannot cut it.
-
 The user's own choices are contexts around what is traced: `kernels_allowed(False)` leaves all to XLA, `definitions()`
 leaves all to the definitions.
 """
@@ -25,6 +19,12 @@ from mmfree_jax.ops.fast import verification
 from mmfree_jax.ops.fast.checks import Use
 from mmfree_jax.sharding import Names, activation_axes, gathered_axes, shard_count, sharding_axis
 from mmfree_jax.tracing import during
+
+# A model calls the functions in `ops`. Each is decorated with `op` and calls the function of its name in `ops.fast`,
+# which computes the same with a backward pass of its own. That function asks here, while a program is traced, which
+# form to take: for this op, at these shapes and types, on this mesh and device. A kernel serves where it supports the
+# shape and `verification` has found it right. All sizes are of one device's part: on a mesh a kernel runs inside
+# `sharding.per_shard`, as the compiler cannot cut it.
 
 P = ParamSpec("P")
 R = TypeVar("R")

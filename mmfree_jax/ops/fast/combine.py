@@ -45,6 +45,9 @@ def _rms_norm_backward(eps: float, saved, dy: jax.Array):
 _rms_norm = own_backward(_rms_norm_forward, _rms_norm_backward, static=(2,))
 
 
+# `combine` is what a kernel computes in registers (`hopper.normed_codes`); here XLA does, for shapes that no kernel
+# takes. Types matter: each intermediate is rounded to the sources' type, as separate ops of the model would round it,
+# so that kernel, XLA and definition give the same codes but for the last bit.
 def combine(kind: Kind, sources: tuple[jax.Array, ...], gain: jax.Array | None, eps: float) -> jax.Array:
     """Make the input of its sources, in their type; norms compute in at least float32."""
     if kind == "plain":

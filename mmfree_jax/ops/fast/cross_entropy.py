@@ -1,11 +1,4 @@
-"""`ops.cross_entropy` on a mesh, with the head in pieces of the time axis: the logits of one piece only are ever held.
-
-The loss and its gradients are computed in the same pass over the pieces, so the logits are made once and the backward
-pass only scales what the forward pass kept (Cut Your Losses, Wijmans et al. 2024, arXiv 2411.09009, recomputes
-instead). log-sum-exp is in at least float32.
-
-On a mesh every device computes the logits of its rows and its part of the vocabulary; one number per token travels.
-"""
+"""`ops.cross_entropy` on a mesh, with the head in pieces of time: the logits of one piece only are ever held."""
 
 import functools
 from collections.abc import Callable
@@ -23,6 +16,12 @@ from mmfree_jax.ops.fast.dense import outer
 from mmfree_jax.ops.fast.products import gather_kernel, input_gradient, product
 from mmfree_jax.ops.ternary import Quantised, dequantise, wide
 from mmfree_jax.sharding import Names, PartialSum, constrain, gather_fsdp, per_shard, shard_count, sharding_axis
+
+# The loss and its gradients are computed in the same pass over the pieces, so the logits are made once and the backward
+# pass only scales what the forward pass kept (Cut Your Losses, Wijmans et al. 2024, arXiv 2411.09009, recomputes
+# instead). log-sum-exp is in at least float32.
+#
+# On a mesh every device computes the logits of its rows and its part of the vocabulary; one number per token travels.
 
 TOKENS: Names = ("batch", "time")  # logical names of the operands
 ROWS: Names = (*TOKENS, None)

@@ -33,6 +33,8 @@ def _forward(axes: Names, x: jax.Array, w_GDF: jax.Array):
 
 def _backward(axes: Names, saved, dys: tuple[jax.Array, ...]):
     x, shards, typed = saved
+    # The barriers keep the gather of the backward pass apart from that of the forward pass: XLA would find that both
+    # are the same array and keep the gathered weights of every layer until they are needed again.
     if any(name == "embed" and shard_count(name, size) > 1 for name, size in zip(axes, shards[0].shape, strict=True)):
         shards, (x, dys) = jax.lax.optimization_barrier(shards), jax.lax.optimization_barrier((x, dys))
     ws = [gather_fsdp(w_DF, axes) for w_DF in shards]

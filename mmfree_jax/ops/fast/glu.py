@@ -1,8 +1,4 @@
-"""`ops.glu` with backward passes of its own, and placed on a mesh.
-
-A ternary GLU keeps what its two BitLinears keep. As one op it gains with `Recipe.gradient_bits`: the gradients to gate
-and up leave the kernel that computes them as integer codes, and are never written as values.
-"""
+"""`ops.glu` with backward passes of its own, and placed on a mesh."""
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -16,6 +12,9 @@ from mmfree_jax.ops.fast.origin import Origin, Sum, hand_on, latest, note
 from mmfree_jax.ops.glu import relu2_glu
 from mmfree_jax.ops.packed import PackedWeights
 from mmfree_jax.sharding import constrain
+
+# A ternary GLU keeps what its two BitLinears keep. As one op it gains with `Recipe.gradient_bits`: the gradients to
+# gate and up leave the kernel that computes them as integer codes, and are never written as values.
 
 
 def residual(x_BTD: jax.Array, y_BTD: jax.Array, scale: float = 1.0) -> jax.Array:

@@ -99,6 +99,8 @@ def product(
     carries them (`dtype`), nor on the integer units doing it. out: type of the result; None is `wide(dtype)`. axes: the
     logical names of w's axes.
     """
+    # The scales come after the sum: one multiplication a result instead of one an operand, and the sum stays exact. A
+    # sum of D products of 8-bit codes with signs is below 2^24 up to D = 131,072, so float32 holds it as well as int32.
     out = wide(dtype) if out is None else out
     if choice.integer_product(x, w, out, axes, transposed):
         return _integer_product(x, w, axes, transposed)
@@ -226,6 +228,8 @@ def _over_tokens(
 ) -> jax.Array:
     """[G, D, F]: for each matrix `one` [D, F] of an input, a gradient and a scale [1, F], of each device's rows, added
     up where the weights live. Inputs and gradients are arrays, or trees whose first leaf is one."""
+    # Each device multiplies its own rows, and `PartialSum` reduce-scatters the sums to the shards of the weights: what
+    # travels has the size of the weights, whatever the batch is.
     (into, out), x, dy = recipe.axes, jax.tree.leaves(inputs)[0], jax.tree.leaves(dys)[0]
     into, out = (name if shard_count(name, a.shape[-1]) > 1 else None for name, a in ((into, x), (out, dy)))
     of_input, of_output = gathered_axes((into, out))

@@ -1,10 +1,4 @@
-"""`ops.recurrence` with backward passes of its own, on a mesh, and in the form that suits the device.
-
-One backward pass serves every form: g_t = dh_t + f_{t+1} * g_{t+1};  dx_t = g_t;  df_t = g_t * h_{t-1}.
-
-A mesh cuts batch and channels freely. Where it cuts time, every device first finds what its chunk does to a state, the
-product of its factors and its end from zero; these travel, and each device starts from the state before its chunk.
-"""
+"""`ops.recurrence` with backward passes of its own, on a mesh, and in the form that suits the device."""
 
 import functools
 
@@ -21,6 +15,12 @@ from mmfree_jax.ops.fast.fused_recurrence import fused_recurrence
 from mmfree_jax.ops.recurrence import WKVState, average, gates, lowest
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import per_shard, sharding_axis
+
+# One backward pass serves every form: g_t = dh_t + f_{t+1} * g_{t+1}; dx_t = g_t; df_t = g_t * h_{t-1}.
+#
+# A mesh cuts batch and channels freely. Where it cuts time, every device first finds what its chunk does to a state,
+# the product of its factors and its end from zero; these travel, and each device starts from the state before its
+# chunk.
 
 
 def gated_recurrence(
@@ -70,6 +70,9 @@ def _states(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reve
     return (_walk if form == "walk" else _prefix)(f_BTD, x_BTD, h_BD, reverse)
 
 
+# Two forms for XLA. `_prefix` does log2(T) rounds over whole arrays, which is what a GPU or TPU needs to be busy, and
+# reads and writes each array as often. `_walk` does T steps on [B, D], each of which fits a CPU's cache, and touches
+# memory once.
 def _walk(f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reverse: bool) -> jax.Array:
     """One step after the other, reading and writing in place: no copy with time in front is made."""
 
@@ -171,6 +174,8 @@ def wkv(
     exact = wide(k_BTD.dtype)
     w_D, u_D, k_BTD, v_BTD = (a.astype(exact) for a in (w_D, u_D, k_BTD, v_BTD))
     state = state or WKVState.empty(k_BTD.shape[0], k_BTD.shape[2], exact)
+    # Three dependent scans would be one step after the other. As m does not depend on a and b it comes first; a and b
+    # share its factors.
     # The exponents first, in parallel over time; then a and b, relative to them, are recurrences like any other.
     m_BTD = jax.lax.stop_gradient(_largest_exponent(w_D, k_BTD, state.m_BD, resets_BT))
     before_BTD = _previous(m_BTD, state.m_BD)

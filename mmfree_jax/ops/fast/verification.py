@@ -1,12 +1,4 @@
-"""Verification: a kernel serves only where it has been checked.
-
-Its first use at a shape, in a type, on a kind of device compares it with float64 (`checks`). The outcome is stored in
-a folder, so that later processes do not check again. Where a kernel deviates or fails, XLA serves, a warning names the
-kernel, and `record` says so for the run's log and result.
-
-`prepare` traces a program once to find its uses and checks the new ones. The processes of a run then agree: what one of
-them refuses, all refuse. A use that was not prepared is checked when the trace reaches it.
-"""
+"""Verification: a kernel serves only where it has been checked."""
 
 import contextlib
 import functools
@@ -27,6 +19,13 @@ from mmfree_jax.files import read_json, sha256, write_json
 from mmfree_jax.ops.fast import checks
 from mmfree_jax.ops.fast.checks import Outcome, Use
 from mmfree_jax.tracing import during
+
+# The first use of a kernel at a shape, in a type, on a kind of device compares it with float64 (`checks`). The outcome
+# is stored in a folder, so that later processes do not check again. Where a kernel deviates or fails, XLA serves, a
+# warning names the kernel, and `record` says so for the run's log and result.
+#
+# `prepare` traces a program once to find its uses and checks the new ones. The processes of a run then agree: what one
+# of them refuses, all refuse. A use that was not prepared is checked when the trace reaches it.
 
 THREADS = 8  # checks at the same time: XLA and ptxas compile in parallel, lowering holds Python's lock
 CHECKED_SOURCES = ("ternary.py", "fused_recurrence.py", "checks.py")  # whose change makes outcomes void, with hopper/
@@ -77,6 +76,8 @@ def serves(use: Use) -> bool:
     return _passed(use)
 
 
+# Why a separate trace: a use that is met while the program is traced for good is checked there and then, alone, and in
+# that process only. `prepare` collects all uses first, checks them in parallel, and lets the processes agree.
 def prepare(trace: Callable[[], Any]) -> None:
     """Check all kernels that a program would use, before it is traced for good.
 

@@ -1,10 +1,4 @@
-"""int8 codes [M, D] as [D, M], on the way brought to one scale a column (Pallas Mosaic GPU, Hopper).
-
-Hopper's integer units sum along the last axis of both operands; the gradient to weights sums over tokens, the first
-axis of both. A tile is transposed by those units themselves: its product with an identity is exact, and they leave each
-value in the register from which its place in the other order is written. XLA's transpositions of bytes reach a third
-of the memory's bandwidth.
-"""
+"""int8 codes [M, D] as [D, M], on the way brought to one scale a column (Pallas Mosaic GPU, Hopper)."""
 
 import functools
 
@@ -16,6 +10,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmfree_jax.ops.fast.hopper.mosaic import STREAMING, broadcast
 from mmfree_jax.ops.fast.ternary import dither_phases, dithered
+
+# Hopper's integer units sum along the last axis of both operands; the gradient to weights sums over tokens, the first
+# axis of both. A tile is transposed by those units themselves: its product with an identity is exact, and they leave
+# each value in the register from which its place in the other order is written. XLA's transpositions of bytes reach a
+# third of the memory's bandwidth.
 
 # Why a product: each thread of a warpgroup holds scattered values of a tile, and moving bytes between threads goes
 # through shared memory, a byte at a time. The tensor cores read a tile of shared memory in either order at full speed,
