@@ -20,7 +20,7 @@ from mmfree_jax.interop.huggingface import save_huggingface
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.presets import run_preset
 from mmfree_jax.run_folder import check_held_out_text, held_out_corpus, known_corpora, with_padding
-from mmfree_jax.sharding import left_idle, make_mesh
+from mmfree_jax.sharding import idle_devices, make_mesh
 from mmfree_jax.training import loop
 from mmfree_jax.training.step import make_program, program_key
 from mmfree_jax.weights import is_run, load_model, load_params, origin, run_config
@@ -49,11 +49,11 @@ def prepare(run: RunConfig, out: Path, say: Say = quiet) -> tuple[RunConfig, Tok
     """
     check_platform()
     make_mesh(run.mesh)  # before a corpus is prepared
-    if idle := left_idle(run.mesh):
+    if idle := idle_devices(run.mesh):
         say(idle)
     token_set = resolve_data(run.data, say, known_corpora(out))
     run = loop.completed_config(run, out, token_set)
-    for line in make_program(program_key(run, token_set.end_of_document)).uncut:
+    for line in make_program(program_key(run, token_set.end_of_document)).replicated:
         say(line)
     return run, token_set
 
@@ -95,7 +95,7 @@ def evaluate(
     known = bool(corpus) or is_run(path)
     require(known, f"{path} was not trained here: give the corpus to evaluate on with --corpus")
     devices = make_mesh(mesh)
-    if idle := left_idle(mesh):
+    if idle := idle_devices(mesh):
         say(idle)
     sequence = sequence or run.data.sequence
     divisible = sequence % mesh.sequence == 0

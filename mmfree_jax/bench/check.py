@@ -119,6 +119,21 @@ def _draw_recurrence(rng: np.random.Generator, attempt: int) -> Use:
     return Use("recurrence", (batch, time, width), (_dtype(rng), bool(rng.integers(2)), chunk))
 
 
+def _draw_normed_product(rng: np.random.Generator, attempt: int) -> Use:
+    kind, width = str(rng.choice(["plain", "norm", "gated", "swiglu"])), 16 * (1 + attempt % 512)
+    products = int(rng.choice([1, 2, 3]))
+    gains = int(rng.choice([0, 1, products]) if kind == "plain" else rng.choice([1, products]))
+    added = kind == "norm" and bool(rng.integers(2))
+    sizes = int(rng.integers(1, 5)), width, min(_multiple(rng, 8, 16384), MOST_VALUES // width // 8 * 8)
+    return Use("normed_product", sizes, (kind, products, gains, _dtype(rng), bool(rng.integers(2)), added))
+
+
+def _draw_codes_product(rng: np.random.Generator, attempt: int) -> Use:
+    width = 128 * (1 + attempt % 64)
+    sizes = int(rng.integers(1, 257)), width, min(_multiple(rng, 32, 16384), MOST_VALUES // width // 32 * 32)
+    return Use("codes_product", sizes, (bool(rng.integers(2)),))
+
+
 def _draw_layer(rng: np.random.Generator, attempt: int) -> Use:
     width, out = _width(rng, attempt // 2), _width(rng, int(rng.integers(256)))
     if attempt % 2:
@@ -142,6 +157,8 @@ DRAWS: dict[str, Callable[[np.random.Generator, int], Use]] = {
     "int8_matmul": _draw_int8_matmul,
     "transposed_codes": _draw_transposed_codes,
     "recurrence": _draw_recurrence,
+    "normed_product": _draw_normed_product,
+    "codes_product": _draw_codes_product,
     "layer": _draw_layer,
     "model": _draw_model,
 }

@@ -95,7 +95,7 @@ def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
     console.print(_memory_table(verdict))
     console.print(_traffic_table(run, verdict))
     console.print(_time_table(run, verdict))
-    for line in verdict.report.uncut:
+    for line in verdict.report.replicated:
         console.print(line)
     if verdict.report.rematerialised:
         console.print(f"the partitioner replicates {verdict.report.rematerialised} arrays on every device")

@@ -51,7 +51,7 @@ class Report:
     sharded: float  # share of the parameters' bytes that fsdp and tensor shard completely
     traffic: tuple[Traffic, ...]
     rematerialised: int  # arrays that the partitioner replicates because it found no better way
-    uncut: tuple[str, ...] = ()  # one sentence for each parameter that the mesh does not divide
+    replicated: tuple[str, ...] = ()  # one sentence for each parameter that the mesh does not divide
 
 
 def inspect(run: RunConfig, platform: Platform) -> Report:
@@ -72,7 +72,9 @@ def inspect(run: RunConfig, platform: Platform) -> Report:
     found = json.loads(done.stdout.splitlines()[-1])
     traffic = tuple(Traffic(**{**one, "axes": tuple(one["axes"])}) for one in found.pop("traffic"))
     rematerialised = done.stderr.count(REMATERIALISED)
-    return Report(**{**found, "rematerialised": rematerialised, "uncut": tuple(found["uncut"])}, traffic=traffic)
+    return Report(
+        **{**found, "rematerialised": rematerialised, "replicated": tuple(found["replicated"])}, traffic=traffic
+    )
 
 
 def lower_for(run: RunConfig, platform: Platform) -> Any:
@@ -95,7 +97,7 @@ def partition(run: RunConfig, platform: Platform) -> Report:
     import jax
 
     from mmfree_jax.devices import traced_for
-    from mmfree_jax.sharding import make_mesh, uncut
+    from mmfree_jax.sharding import make_mesh, replicated_parameters
 
     mesh = make_mesh(run.mesh)
     with traced_for(platform):
@@ -107,7 +109,7 @@ def partition(run: RunConfig, platform: Platform) -> Report:
         sharded_share(state.params, run.mesh.fsdp * run.mesh.tensor),
         tuple(read_traffic(text if run.precision == "float32" else in_bfloat16(text), run.mesh)),
         0,
-        uncut(mesh, state.params),
+        replicated_parameters(mesh, state.params),
     )
 
 

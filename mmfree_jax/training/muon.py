@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.devices import backend
-from mmfree_jax.sharding import RULES, fitted
+from mmfree_jax.sharding import RULES, divisible_spec
 
 # Five iterations of the quintic a x + b x^3 + c x^5 bring singular values in (0, 1] near 1: to about 0.7 .. 1.2.
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
@@ -75,7 +75,7 @@ def layer_sharded(m_NDF: jax.Array, ends: tuple) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return newton_schulz(m_NDF)
-    home = fitted(m_NDF.shape, P(None, *ends), mesh)
+    home = divisible_spec(m_NDF.shape, P(None, *ends), mesh)
     moves, devices = _moves(len(m_NDF), home, dict(mesh.shape))
     padded = jnp.pad(m_NDF, ((0, -len(m_NDF) % devices), (0, 0), (0, 0)))  # a sharded axis must divide evenly
     for move in moves[1:]:

@@ -3,10 +3,13 @@
 Log loss = law + misfit + trunk + cell + run. The misfit of a family at x = (log10 N, log10 D), from the middle of the
 ladder, has the covariance
 
-    tau^2 exp(-|x - y|^2 / 2 ell^2) + kappa^2 (walk(x_1, y_1) + walk(x_2, y_2)),
+    tau^2 (g_1 g_2 + (g_1 + g_2) / 2) / 2 + kappa^2 (walk(x_1, y_1) + walk(x_2, y_2)),
 
-where walk is that of an integrated random walk which starts at the middle: what the ladder cannot see grows with the
-decades beyond it. A part rho of both is common to the families. (Kennedy & O'Hagan 2001 put a Gaussian process between
+where g_k = exp(-(x_k - y_k)^2 / 2 ell^2) and walk is that of an integrated random walk which starts at the middle:
+what the ladder cannot see grows with the decades beyond it. Half of the smooth part is a function of N plus one of D:
+a law most often misses because one of its terms does, and then runs of one size, or of one budget, all err together
+(additive processes: Duvenaud et al. 2011). A part rho of both is common to the families.
+(Kennedy & O'Hagan 2001 put a Gaussian process between
 a model and its data; Rasmussen & Williams 2006, chapter 2, for the algebra.) A function with this covariance is also a
 sum of many features with normal weights (Rahimi & Recht 2007), so that a draw can be asked for its value anywhere.
 """
@@ -25,13 +28,14 @@ from scipy.stats import t as student
 RUN, TRUNK, CELL, TAU, ELL, RHO, KAPPA = range(7)
 LATENTS = 7
 RUN_MEDIAN, RUN_SPREAD = 0.002, 0.8  # lognormal: half of all ladders scatter by less than 0.2 %, 95 % by 0.04 to 1 %
-# Half-Student, since some ladders scatter and miss far more. Seeds and orders of the data make trunks differ for the same
-# reasons as runs, so what trunks and cells have in common is expected in proportion to a run's noise.
+# Half-Student, since some ladders scatter and miss far more. What the decays of a trunk or the runs of a cell have in
+# common (seed, order of the data) is noise of the same origin as a run's own, so it is expected in proportion to that.
 TRUNK_SCALE, CELL_SCALE, TAU_SCALE = 1.0, 0.25, 0.003
 FREEDOM = 4  # of these
 KAPPA_SCALE = 0.001  # half-normal
 LEAST_DRIFT = 0.7  # of KAPPA_SCALE, where the law fits well
 ELL_MEDIAN, ELL_SPREAD = 0.75, 0.35  # lognormal
+ADDITIVE = 0.5  # share of the smooth part's variance that is a function of N plus one of D
 WAVES = 64  # frequencies that stand for the smooth part; each has a cosine and a sine
 KNOT_STEP, KNOTS = 0.25, 24  # decades between, and number of, the kinks that stand for the walk
 
@@ -62,9 +66,10 @@ def physical(z: np.ndarray, misfit: bool = True) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Nearness:
-    """What covariances of a fixed set of rows are made of, (n, m) each: squared distance, walk, equal families."""
+    """What covariances of a fixed set of rows are made of, (n, m) each: squared distance in every direction (n, m, d),
+    walk, equal families."""
 
-    square: np.ndarray
+    squares: np.ndarray
     walk: np.ndarray
     same: np.ndarray
 
@@ -73,13 +78,15 @@ class Nearness:
         first, second = one.x[:, None], two.x[None]
         short, long = np.minimum(abs(first), abs(second)), np.maximum(abs(first), abs(second))
         walk = np.where(first * second > 0, short**2 * (3 * long - short) / 6, 0).sum(-1)
-        return cls(((first - second) ** 2).sum(-1), walk, (one.family[:, None] == two.family) * 1.0)
+        return cls((first - second) ** 2, walk, (one.family[:, None] == two.family) * 1.0)
 
     def covariance(self, h: np.ndarray) -> np.ndarray:
         """(H, n, m) covariance of the misfit for hyperparameters (H, 7)."""
         h = h[:, :, None, None]
-        smooth = h[:, TAU] ** 2 * np.exp(-0.5 * self.square / h[:, ELL] ** 2) + 3 * h[:, KAPPA] ** 2 * self.walk
-        return smooth * (h[:, RHO] + (1 - h[:, RHO]) * self.same)
+        near = [np.exp(-0.5 * self.squares[..., k] / h[:, ELL] ** 2) for k in range(self.squares.shape[-1])]
+        smooth = (1 - ADDITIVE) * np.prod(near, axis=0) + ADDITIVE * np.mean(near, axis=0)
+        covariance = h[:, TAU] ** 2 * smooth + 3 * h[:, KAPPA] ** 2 * self.walk
+        return covariance * (h[:, RHO] + (1 - h[:, RHO]) * self.same)
 
 
 class Basis:
@@ -88,6 +95,9 @@ class Basis:
     def __init__(self, h: np.ndarray, dimensions: int, families: int, rng: np.random.Generator):
         self.h, self.families = h, families
         self.waves = rng.normal(size=(dimensions, WAVES)) / h[ELL]
+        alone = int(ADDITIVE * WAVES / dimensions)  # waves along each direction by itself
+        for k in range(dimensions):
+            self.waves[np.arange(dimensions) != k, k * alone : (k + 1) * alone] = 0.0
         self.knots = KNOT_STEP * (np.arange(KNOTS) + 0.5)
 
     def at(self, points: Points) -> np.ndarray:

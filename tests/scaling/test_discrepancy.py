@@ -3,7 +3,20 @@
 import numpy as np
 import pytest
 
-from scaling.ensemble.discrepancy import ELL, KAPPA, LATENTS, RHO, TAU, Basis, Nearness, Points, physical
+from scaling.ensemble.discrepancy import (
+    CELL,
+    ELL,
+    KAPPA,
+    LATENTS,
+    RHO,
+    RUN,
+    TAU,
+    TRUNK,
+    Basis,
+    Nearness,
+    Points,
+    physical,
+)
 
 RNG = np.random.default_rng(0)
 POINTS = Points(RNG.uniform(-1.5, 1.5, (12, 2)), np.arange(12) % 2)
@@ -41,6 +54,26 @@ def test_the_walk_is_that_of_an_integrated_random_walk_from_the_middle():
     t = np.linspace(0, 0.7, 100_001)
     expected = np.trapezoid((0.7 - t) * (1.6 - t), t)
     np.testing.assert_allclose(Nearness.between(one, two).walk[0], [expected, 0], rtol=1e-6)
+
+
+def test_where_runs_scatter_more_trunks_and_cells_are_expected_to():
+    """An absolute scale would take a noisy ladder's trunks for quiet, and its intervals of rho would be too narrow."""
+    z = np.random.default_rng(0).normal(size=(64, LATENTS))
+    louder = z.copy()
+    louder[:, RUN] += 1.5
+    before, after = physical(z), physical(louder)
+    times = after[:, RUN] / before[:, RUN]
+    assert (times > 2).all()
+    np.testing.assert_allclose(after[:, [TRUNK, CELL]], before[:, [TRUNK, CELL]] * times[:, None])
+    assert 0.5 < np.median(before[:, TRUNK] / before[:, RUN]) < 1.0
+
+
+def test_half_of_the_misfit_errs_alike_along_whole_sizes_and_budgets():
+    """Runs of one size far apart in tokens, or of one budget far apart in size, share a quarter of the variance."""
+    h = hyper(tau=0.01, kappa=0.0, ell=0.3)
+    far = Points(np.array([[0.0, 0.0], [0.0, 9.0], [9.0, 0.0], [9.0, 9.0]]), np.zeros(4))
+    share = Nearness.between(far, far).covariance(h)[0, 0] / 1e-4
+    np.testing.assert_allclose(share, [1.0, 0.25, 0.25, 0.0], atol=1e-12)
 
 
 def test_without_a_misfit_there_is_none():

@@ -139,7 +139,7 @@ def batches(
     """
     rows = range(batch) if rows is None else rows
     return Batches(
-        _examples(token_set, sequence, seed, split),
+        examples([Windows(one.split(split), sequence) for one in token_set.sets], token_set.weights, seed),
         batch,
         start,
         rows,
@@ -148,19 +148,6 @@ def batches(
         rows if counting is None else counting,
         token_set.end_of_document if separate else None,
     )
-
-
-def count_examples(token_set: TokenSet, *, sequence: int, seed: int, examples: int, separate: bool) -> Counts:
-    """Count the first `examples` training examples by reading them, for a run that did not count them."""
-    dataset, total = _examples(token_set, sequence, seed, "train"), Counts()
-    for number in range(examples):
-        window, first = dataset[number]
-        total += count_windows(window[None], np.array([first]), token_set.end_of_document if separate else None)
-    return total
-
-
-def _examples(token_set: TokenSet, sequence: int, seed: int, split: str) -> "grain.MapDataset":
-    return examples([Windows(one.split(split), sequence) for one in token_set.sets], token_set.weights, seed)
 
 
 def evaluation_windows(
@@ -181,8 +168,3 @@ def evaluation_windows(
         starts = np.arange(batch)[:, None] * sequence
         mask = np.arange(sequence * batch).reshape(batch, sequence) < len(chunk) - 1
         yield padded[starts + np.arange(sequence + 1)], mask
-
-
-def evaluation_batches(token_set: TokenSet, sequence: int, batch: int, split: str = "valid") -> int:
-    """How many batches `evaluation_windows` yields."""
-    return -(-(len(token_set.split(split)) - 1) // (sequence * batch))

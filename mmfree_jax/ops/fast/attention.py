@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mmfree_jax.ops.attention import attend, visible
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.ternary import wide
-from mmfree_jax.sharding import axis_if_cut, constrain, per_shard, ways
+from mmfree_jax.sharding import constrain, per_shard, shard_count, sharding_axis
 
 QUERIES = 64  # queries in a block of the "rows" form: their scores against 256 keys and four heads fill 256 KiB
 HEADS = ("batch", "time", "heads", None)  # logical names of [B, T, H, K]
@@ -21,7 +21,7 @@ def causal_attention(
 
     A mesh cuts batch and heads freely; where it cuts time, keys and values are gathered and queries stay.
     """
-    axis, form = axis_if_cut("time", q_BTHK.shape[1]), form or choice.attention_form(q_BTHK, segments_BT)
+    axis, form = sharding_axis("time", q_BTHK.shape[1]), form or choice.attention_form(q_BTHK, segments_BT)
 
     def local(q_BTHK, k_BTJK, v_BTJK, segments_BT):
         if axis is not None:
@@ -29,7 +29,7 @@ def causal_attention(
         return (_whole(form, q_BTHK, k_BTJK, v_BTJK, segments_BT),)
 
     # Heads are cut only where each part has its own keys.
-    heads = "heads" if ways("heads", q_BTHK.shape[2]) == ways("heads", k_BTJK.shape[2]) else None
+    heads = "heads" if shard_count("heads", q_BTHK.shape[2]) == shard_count("heads", k_BTJK.shape[2]) else None
     names = ("batch", "time", heads, None)
     arguments = *(constrain(a, *HEADS) for a in (q_BTHK, k_BTJK, v_BTJK)), segments_BT
     return per_shard(local, [names, names, names, names[:2]], [names], *arguments)[0]

@@ -17,7 +17,7 @@ from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.combine import combine, reciprocal_rms, rms_norm, rms_norm_backward
 from mmfree_jax.ops.fast.dense import dense
-from mmfree_jax.ops.fast.origin import Kind, Origin, can_hand_on, hand_on, origin
+from mmfree_jax.ops.fast.origin import Kind, Origin, Sum, can_hand_on, hand_on, origin, sum_of
 from mmfree_jax.ops.fast.products import (
     GradientCodes,
     Unscaled,
@@ -36,7 +36,7 @@ from mmfree_jax.ops.fast.products import (
 from mmfree_jax.ops.fast.ternary import quantise_normed
 from mmfree_jax.ops.packed import PackedWeights
 from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, wide
-from mmfree_jax.sharding import Names, Summed, constrain, per_shard, rows_of, whole
+from mmfree_jax.sharding import Names, PartialSum, activation_axes, constrain, gathered_axes, per_shard
 
 __all__ = ["bit_linear", "linear", "packed_linear", "quantise_kernel", "rms_norm"]
 
@@ -89,9 +89,31 @@ def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Arra
 def packed_linear(recipe: Recipe, x: jax.Array, weights: PackedWeights) -> tuple[jax.Array, ...]:
     """`ops.bit_linear.packed_linear`: the codes of the input are those of `bit_linear`, and so are the products."""
     kind, sources, source_gain, _ = source(recipe, x)
+    added = sum_of(sources[0]) if kind == "norm" else None
+    if choice.normed_product(recipe, kind, sources[0], added is not None, weights):
+        return _normed_product(recipe, kind, sources, source_gain, added, weights)
     codes = quantise_input(Fusion(recipe, kind), sources, source_gain, weights.gain, len(weights.codes)).codes
     pairs = zip(one_each(codes, weights.codes), weights.codes, strict=True)
     return tuple(packed_product(q, w, x.dtype) for q, w in pairs)
+
+
+def _normed_product(
+    recipe: Recipe, kind: Kind, sources, source_gain, added: Sum | None, weights: PackedWeights
+) -> tuple[jax.Array, ...]:
+    """`packed_linear` of a few rows by one kernel, which also adds the residual that the stream is a sum of."""
+    from mmfree_jax.ops.fast.hopper.few_rows import normed_product
+
+    first, *others = sources
+    shape = first.shape
+    start, addend, factor = (first, None, 1.0) if added is None else added
+    (x, *others), inner, gains = _flat((start, *others), source_gain, weights.gain)
+    addend = None if addend is None else addend.reshape(x.shape)
+    codes = [w.bytes_FI for w in weights.codes]
+    scales = [w.scale.reshape(-1).astype(jnp.float32) for w in weights.codes]
+    ys, total = normed_product(kind, [x, *others], inner, gains, codes, scales, recipe.eps, addend, factor)
+    if total is not None:
+        hand_on(first, total.reshape(shape))
+    return tuple(y.reshape(*shape[:-1], -1) for y in ys)
 
 
 def source(recipe: Recipe, x: jax.Array) -> Origin:
@@ -147,7 +169,7 @@ def _kernel_codes(fusion: Fusion, sources, source_gain, gain) -> tuple[Quantised
         pairs = zip(codes, scales, strict=True)
         return (tuple(Quantised(q.reshape(shape), s.reshape(*shape[:-1], 1)) for q, s in pairs),)
 
-    rows = rows_of(sources[0].ndim)
+    rows = activation_axes(sources[0].ndim)
     gains = (None,) * gain.ndim
     (inputs,) = per_shard(local, [rows, (None,), gains], [rows], sources, source_gain, gain)
     return tuple(map(_named, inputs))
@@ -183,8 +205,8 @@ def _kernel_input_backward(
 
     sources, source_gain, gain = saved.sources, saved.source_gain, saved.gain
     assert gain is not None
-    rows, gains = rows_of(sources[0].ndim), (None,) * gain.ndim
-    results: list[Names | Summed] = [rows, Summed((None,)), Summed((None, None)), rows]
+    rows, gains = activation_axes(sources[0].ndim), (None,) * gain.ndim
+    results: list[Names | PartialSum] = [rows, PartialSum((None,)), PartialSum((None, None)), rows]
     dys = tuple(d.values.astype(sources[0].dtype) for d in dinputs)
     present = [d.factor for d in dinputs if d.factor is not None]  # all of them, or none
     factors = jnp.stack(present) if present else None
@@ -231,8 +253,8 @@ def forward(
     recipe, w_GDF = fusion.recipe, weights.w_GDF
     saved = quantise_input(fusion, sources, source_gain, weights.gain, w_GDF.shape[0])
     shards = quantise_kernel(recipe, w_GDF) if weights.codes is None else weights.codes
-    axes, dtype = whole(recipe.axes), sources[0].dtype
-    kernel, rows = gather_kernel(recipe, shards), rows_of(sources[0].ndim, axes[1])
+    axes, dtype = gathered_axes(recipe.axes), sources[0].dtype
+    kernel, rows = gather_kernel(recipe, shards), activation_axes(sources[0].ndim, axes[1])
     ys = [product(q, w, dtype, dtype, axes) for q, w in zip(one_each(saved.codes, kernel), kernel, strict=True)]
     if saved.scales:
         saved = saved._replace(codes=())
@@ -260,7 +282,7 @@ def backward(
     # keeps gathered codes, which are gathered again. These have one of their own: they need not wait for dys.
     recipe, (saved, shards, typed) = fusion.recipe, residuals
     shards, (saved, dys) = jax.lax.optimization_barrier(shards), jax.lax.optimization_barrier((saved, dys))
-    kernel, axes = gather_kernel(recipe, shards), whole(recipe.axes)
+    kernel, axes = gather_kernel(recipe, shards), gathered_axes(recipe.axes)
     dtype, scales = saved.sources[0].dtype, _scales(saved)
     codes: list[GradientCodes] = []
     if recipe.gradient_bits:
@@ -270,7 +292,7 @@ def backward(
     else:
         out = dtype if saved.scales else None
         dinputs = [input_gradient(w, dy, out) for w, dy in zip(kernel, dys, strict=True)]
-    dinputs = [d._replace(values=constrain(d.values, *rows_of(d.values.ndim, axes[0]))) for d in dinputs]
+    dinputs = [d._replace(values=constrain(d.values, *activation_axes(d.values.ndim, axes[0]))) for d in dinputs]
     if saved.scales:  # the forward pass chose; the user's choice may not reach here
         gradients, inputs = _kernel_input_backward(fusion, saved, dinputs, row_factors, dcopy)
     else:

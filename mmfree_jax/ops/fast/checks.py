@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.ops.fast.ternary import TINY, TOP, dither_phases
+from mmfree_jax.ops.packed import pack_planes
 from mmfree_jax.ops.ternary import SMALLEST
 
 ROWS = 509
@@ -373,10 +374,70 @@ def _recurrence(c, f, floor, h, resets, dout, dlast, counts) -> dict[str, np.nda
     return results
 
 
+def normed_product(rng: np.random.Generator, use: Use) -> Problem:
+    """A BitLinear of packed weights and a few rows.
+
+    sizes: rows, width, columns. options: kind of the input, products, gains, type, whether each column has its own
+    scale, whether the first source is a sum. The outputs are compared in codes: their unit is that of a code of the row
+    times the scale of the weights.
+    """
+    from mmfree_jax.ops.fast.hopper.few_rows import normed_product as kernel
+
+    (M, K, N), (kind, G, count, dtype, per_column, added) = use.sizes, use.options
+    sources = [_draw(rng, dtype, M, K) for _ in range(1 if kind in ("norm", "plain") else 2)]
+    inner = _single(rng.uniform(0.5, 2, K)) if kind in ("norm", "gated") else None
+    gains = [_single(rng.uniform(0.5, 2, K)) for _ in range(count)]
+    codes = rng.integers(-1, 2, (G, N, K), dtype=np.int8)
+    scales = [_single(rng.uniform(0.5, 2, N if per_column else 1)) for _ in range(G)]
+    addend, factor = (_draw(rng, dtype, M, K), 0.5) if added else (None, 1.0)
+
+    def run(sources, inner, gains, weights, scales, addend, units):
+        ys, total = kernel(kind, sources, inner, gains, weights, scales, EPS, addend, factor)
+        found = {f"product {g} in codes": ys[g].astype(jnp.float32) / units[g] for g in range(G)}
+        return found if total is None else found | {"sum": total}
+
+    expected, units = {}, []
+    x, *others = map(_exact, sources)
+    if addend is not None:
+        x = expected["sum"] = _exact((x + factor * _exact(addend)).astype(jnp.dtype(dtype)))
+    normed = lambda a: a / np.sqrt((a**2).mean(axis=1, keepdims=True) + EPS)
+    u = x if inner is None else normed(x) * _exact(inner)
+    if kind in ("gated", "swiglu"):
+        first, second = (u, others[0]) if kind == "swiglu" else (others[0], u)
+        u = first * _sigmoid(first) * second
+    for g in range(G):
+        z = normed(u) * _exact(gains[g % count]) if count else u
+        step = np.maximum(np.abs(z).max(axis=1, keepdims=True), SMALLEST) / TOP
+        units.append(_single(step * _exact(scales[g])))
+        expected[f"product {g} in codes"] = np.rint(z / step) @ _exact(codes[g]).T
+    # Some codes fall the other way, each of which moves a product by one; results are rounded to their type.
+    rounding = {"float32": 2.0**-20, "bfloat16": 2.0**-8}[dtype]
+    tolerance = {name: rounding + 4 / np.sqrt(np.mean(values**2) + 1) for name, values in expected.items()}
+    tolerance |= {"sum": TOLERANCES[dtype]} if added else {}
+    weights = [pack_planes(c) for c in codes]
+    return Problem(run, (sources, inner, gains, weights, scales, addend, units), expected, tolerance)
+
+
+def codes_product(rng: np.random.Generator, use: Use) -> Problem:
+    """The product of codes with packed weights. sizes: rows, width, columns. options: whether each column has its own
+    scale."""
+    from mmfree_jax.ops.fast.hopper.few_rows import codes_product as kernel
+
+    (M, K, N), (per_column,) = use.sizes, use.options
+    x = rng.integers(-TOP - 1, TOP + 1, (M, K), dtype=np.int8)
+    w = rng.integers(-1, 2, (N, K), dtype=np.int8)
+    by_row, by_column = _single(rng.uniform(0.5, 2, M)), _single(rng.uniform(0.5, 2, N if per_column else 1))
+    run = lambda x, by_row, w, by_column: {"product": kernel(x, by_row, w, by_column, jnp.float32)}
+    expected = _exact(x) @ _exact(w).T * _exact(by_row)[:, None] * _exact(by_column)
+    return Problem(run, (x, by_row, pack_planes(w), by_column), {"product": expected}, {"product": 2.0**-20})
+
+
 CHECKS: dict[str, Callable[[np.random.Generator, Use], Problem]] = {
     "normed_codes": normed_codes,
     "row_codes": row_codes,
     "int8_matmul": int8_matmul,
     "transposed_codes": transposed_codes,
     "recurrence": recurrence,
+    "normed_product": normed_product,
+    "codes_product": codes_product,
 }

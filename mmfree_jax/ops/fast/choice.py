@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from mmfree_jax.devices import backend
 from mmfree_jax.ops.fast import verification
 from mmfree_jax.ops.fast.checks import Use
-from mmfree_jax.sharding import Names, axis_if_cut, rows_of, ways, whole
+from mmfree_jax.sharding import Names, activation_axes, gathered_axes, shard_count, sharding_axis
 from mmfree_jax.tracing import during
 
 P = ParamSpec("P")
@@ -80,7 +80,9 @@ def available() -> bool:
 
 def local_rows(x: jax.Array) -> int:
     """Count the rows of x [..., D] that lie on one device."""
-    return math.prod(size // ways(name, size) for name, size in zip(rows_of(x.ndim), x.shape[:-1], strict=False))
+    return math.prod(
+        size // shard_count(name, size) for name, size in zip(activation_axes(x.ndim), x.shape[:-1], strict=False)
+    )
 
 
 def input_codes(fusion: Any, sources: tuple[jax.Array, ...], source_gain: Any, gains: int, products: int) -> bool:
@@ -95,15 +97,46 @@ def input_codes(fusion: Any, sources: tuple[jax.Array, ...], source_gain: Any, g
 
     arrays = len(sources) + products + fusion.residual, len(sources) + gains
     fits = normed_codes.supports(width, (source_gain is not None) + gains, dtype, *arrays)
-    if ways(whole(recipe.axes)[0], width) > 1 or not fits:
+    if shard_count(gathered_axes(recipe.axes)[0], width) > 1 or not fits:
         return False
     options = fusion.kind, gains, products, str(dtype), recipe.gradient_bits, fusion.residual, fusion.onward
     return verification.serves(Use("normed_codes", (local_rows(sources[0]), width), options))
 
 
+def normed_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: Any) -> bool:
+    """Whether one kernel computes a BitLinear of packed weights, from the sources of its input on.
+
+    It takes the few rows of a decoding step, 8 bits, 2-bit weights and whole matrices.
+    """
+    first, rows, width = weights.codes[0], math.prod(x.shape[:-1]), x.shape[-1]
+    columns, planes = first.bytes_FI.shape[0], all(w.layout == "planes" for w in weights.codes)
+    if not available() or recipe.bits != 8 or not planes or x.dtype not in (jnp.bfloat16, jnp.float32):
+        return False
+    from mmfree_jax.ops.fast.hopper import few_rows
+
+    cut = shard_count("batch", x.shape[0]) * math.prod(map(shard_count, recipe.axes, (width, columns)))
+    if cut > 1 or not few_rows.supports(rows, width, columns):
+        return False
+    gains = 0 if weights.gain is None else math.prod(weights.gain.shape[:-1])
+    options = kind, len(weights.codes), gains, str(x.dtype), first.scale.size > 1, added
+    return verification.serves(Use("normed_product", (rows, width, columns), options))
+
+
+def codes_product(x: Any, w: Any) -> bool:
+    """Whether a kernel multiplies codes [..., D] by a packed matrix [D, F] as it lies in memory."""
+    if x.scale is None or w.layout != "planes" or x.codes.dtype != jnp.int8 or not available():
+        return False
+    from mmfree_jax.ops.fast.hopper import few_rows
+
+    rows, width, columns = math.prod(x.codes.shape[:-1]), x.codes.shape[-1], w.bytes_FI.shape[0]
+    if shard_count("batch", x.codes.shape[0]) > 1 or not few_rows.supports_codes(rows, width, columns):
+        return False
+    return verification.serves(Use("codes_product", (rows, width, columns), (w.scale.size > 1,)))
+
+
 def gradient_codes_onward(recipe: Any, columns: int, dtype: Any) -> bool:
     """Whether a kernel can make codes of gradients [..., columns]: 8 bits, rows whole on a device, in whole lanes."""
-    if not available() or recipe.gradient_bits != 8 or ways(whole(recipe.axes)[1], columns) > 1:
+    if not available() or recipe.gradient_bits != 8 or shard_count(gathered_axes(recipe.axes)[1], columns) > 1:
         return False
     from mmfree_jax.ops.fast.hopper import normed_codes
 
@@ -123,12 +156,12 @@ def integer_product(x: Any, w: Any, out: Any, axes: Names, transposed: bool) -> 
     """
     if x.scale is None or w.scale is None or w.scale.size != 1 or out != jnp.bfloat16 or not available():
         return False
-    if x.codes.dtype != jnp.int8 or ways(axes[transposed], w.codes.shape[transposed]) > 1:
+    if x.codes.dtype != jnp.int8 or shard_count(axes[transposed], w.codes.shape[transposed]) > 1:
         return False
     from mmfree_jax.ops.fast.hopper import int8_matmul, transposed_codes
 
     rows = local_rows(x.codes)
-    shape = [size // ways(name, size) for name, size in zip(axes, w.codes.shape, strict=True)]
+    shape = [size // shard_count(name, size) for name, size in zip(axes, w.codes.shape, strict=True)]
     inner, columns = reversed(shape) if transposed else shape
     if not (int8_matmul.supports(rows, inner, columns) and transposed_codes.supports(inner, columns)):
         return False
@@ -155,13 +188,13 @@ def recurrence_form(x_BTD: Any, dtype: Any, gated: bool) -> Literal["kernel", "w
     than "prefix", a parallel prefix.
     """
     other: Literal["walk", "prefix"] = "walk" if backend() == "cpu" else "prefix"
-    if not available() or dtype not in (jnp.bfloat16, jnp.float32) or (x_BTD.shape[1] == 1 and not gated):
+    if not available() or dtype not in (jnp.bfloat16, jnp.float32) or x_BTD.shape[1] == 1:
         return other
     from mmfree_jax.ops.fast.hopper.recurrence import LANES, ROWS
 
     # The kernel's tiles are filled up with steps and channels that change nothing. On a mesh that would move every
     # other part to another place, so there each device has to have whole tiles from the beginning.
-    parts = [ways(name, size) for name, size in zip(STEPS, x_BTD.shape, strict=True)]
+    parts = [shard_count(name, size) for name, size in zip(STEPS, x_BTD.shape, strict=True)]
     B, T, D = (size // n for size, n in zip(x_BTD.shape, parts, strict=True))
     if (parts[1] > 1 and T % ROWS) or (parts[2] > 1 and D % LANES):
         return other
@@ -176,7 +209,7 @@ def attention_form(q_BTHK: Any, segments_BT: Any) -> Literal["full", "rows", "cu
     faster on a CPU, where scores then stay in cache; "cudnn" is NVIDIA's fused kernel, which takes half precision, no
     documents and heads up to a width. Where a mesh cuts time, queries see more keys than there are queries: "full".
     """
-    if axis_if_cut("time", q_BTHK.shape[1]) is not None:
+    if sharding_axis("time", q_BTHK.shape[1]) is not None:
         return "full"
     if backend() == "cpu":
         return "rows"

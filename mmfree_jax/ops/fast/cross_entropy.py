@@ -22,7 +22,7 @@ from mmfree_jax.ops.fast.bit_linear import Fusion, Input, input_backward, quanti
 from mmfree_jax.ops.fast.dense import outer
 from mmfree_jax.ops.fast.products import gather_kernel, input_gradient, product
 from mmfree_jax.ops.ternary import Quantised, dequantise, wide
-from mmfree_jax.sharding import Names, Summed, axis_if_cut, constrain, gathered, per_shard, ways
+from mmfree_jax.sharding import Names, PartialSum, constrain, gather_fsdp, per_shard, shard_count, sharding_axis
 
 TOKENS: Names = ("batch", "time")  # logical names of the operands
 ROWS: Names = (*TOKENS, None)
@@ -67,7 +67,7 @@ def head_loss(
 def _of_tokens(head: Head, x_BTD: jax.Array, of_piece: Callable, targets_BT: jax.Array, chunks: int = 0) -> Any:
     """Compute arrays [B, T] from the logits of each token, by `of_piece`, without gradients."""
     saved, kernel = _operands(head, x_BTD)
-    axis = axis_if_cut("vocab", head.w_DV.shape[1])
+    axis = sharding_axis("vocab", head.w_DV.shape[1])
 
     def local(x, kernel, targets_BT):
         one = lambda _, piece: ((), of_piece(piece[0], kernel, piece[1], x_BTD.dtype, axis, head.vocab))
@@ -96,7 +96,7 @@ def _operands(head: Head, x_BTD: jax.Array) -> tuple[Input, Quantised]:
     """Both sides of the head's product as codes and scales; a dense head is codes without a scale."""
     recipe, w_DV, gain_D, codes, _ = head
     if not recipe.ternary:
-        kernel_DV = gathered(w_DV.astype(x_BTD.dtype), ("embed", "vocab"))
+        kernel_DV = gather_fsdp(w_DV.astype(x_BTD.dtype), ("embed", "vocab"))
         return Input((x_BTD,), None, None, None, (Quantised(x_BTD, None),)), Quantised(kernel_DV, None)
     shards = quantise_kernel(recipe, w_DV[None]) if codes is None else (codes,)
     (kernel,) = gather_kernel(recipe, shards)
@@ -162,7 +162,7 @@ def _head_loss(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, codes) -> tu
 def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, codes):
     recipe, vocab, z_loss, chunks = static
     saved, kernel = _operands(Head(recipe, w_DV, gain_D, codes), x_BTD)
-    axis = axis_if_cut("vocab", w_DV.shape[1])
+    axis = sharding_axis("vocab", w_DV.shape[1])
 
     def local(x, kernel, targets_BT, weights_BT):
         kernel = kernel._replace(codes=kernel.codes.astype(x_BTD.dtype))  # once, not in every piece
@@ -179,8 +179,8 @@ def _forward(static, x_BTD, w_DV, gain_D, targets_BT, weights_BT, codes):
         return loss, dw_DV, dx_BTD
 
     # Gradients to the weights are summed over devices once, not once a piece.
-    into = "embed" if ways("embed", w_DV.shape[0]) > 1 else None
-    results: list[Names | Summed] = [Summed(()), Summed((into, "vocab")), ROWS]
+    into = "embed" if shard_count("embed", w_DV.shape[0]) > 1 else None
+    results: list[Names | PartialSum] = [PartialSum(()), PartialSum((into, "vocab")), ROWS]
     arguments = saved.codes[0], kernel, targets_BT, weights_BT
     loss, dw_DV, dx_BTD = per_shard(local, [ROWS, KERNEL, TOKENS, TOKENS], results, *arguments)
     dw_DV = constrain(dw_DV, "embed", "vocab").astype(w_DV.dtype)
@@ -207,9 +207,9 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: DTypeLike) -> jax.Ar
 
 def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: DTypeLike):
     like_V0 = table_VD[:, :0]  # all that the backward pass needs of the table, its length and type, without its bytes
-    axis = axis_if_cut("vocab", table_VD.shape[0])
-    if ways("embed", table_VD.shape[1]) > 1:
-        table_VD = gathered(table_VD.astype(dtype), ("vocab", "embed"))
+    axis = sharding_axis("vocab", table_VD.shape[0])
+    if shard_count("embed", table_VD.shape[1]) > 1:
+        table_VD = gather_fsdp(table_VD.astype(dtype), ("vocab", "embed"))
 
     def local(table_VD, tokens_BT):
         if axis is None:
@@ -225,7 +225,7 @@ def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: DTypeLike):
 
 def _embed_backward(dtype: DTypeLike, saved, dx_BTD: jax.Array):
     tokens_BT, like_V0 = saved
-    axis = axis_if_cut("vocab", like_V0.shape[0])
+    axis = sharding_axis("vocab", like_V0.shape[0])
 
     def local(like_V0, tokens_BT, dx_BTD):
         dtable_VD = jnp.zeros((like_V0.shape[0], dx_BTD.shape[-1]), like_V0.dtype)
@@ -233,8 +233,8 @@ def _embed_backward(dtype: DTypeLike, saved, dx_BTD: jax.Array):
         here_BT = jnp.where(tokens_BT >= first, tokens_BT - first, like_V0.shape[0])  # what is elsewhere is dropped
         return (dtable_VD.at[here_BT].add(dx_BTD.astype(like_V0.dtype), mode="drop"),)
 
-    embed_name = "embed" if ways("embed", dx_BTD.shape[-1]) > 1 else None
-    results = [Summed(("vocab", embed_name))]
+    embed_name = "embed" if shard_count("embed", dx_BTD.shape[-1]) > 1 else None
+    results = [PartialSum(("vocab", embed_name))]
     dtable_VD = per_shard(local, [("vocab", None), TOKENS, ROWS], results, like_V0, tokens_BT, dx_BTD)[0]
     return constrain(dtable_VD, "vocab", "embed"), None
 

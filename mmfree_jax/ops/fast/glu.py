@@ -12,7 +12,7 @@ from mmfree_jax.ops.fast import combine
 from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.bit_linear import Fusion, Residuals, backward, codes_onward, forward, linear, source
 from mmfree_jax.ops.fast.combine import rms_norm
-from mmfree_jax.ops.fast.origin import Origin, hand_on, latest, note
+from mmfree_jax.ops.fast.origin import Origin, Sum, hand_on, latest, note
 from mmfree_jax.ops.glu import relu2_glu
 from mmfree_jax.ops.packed import PackedWeights
 from mmfree_jax.sharding import constrain
@@ -20,8 +20,9 @@ from mmfree_jax.sharding import constrain
 
 def residual(x_BTD: jax.Array, y_BTD: jax.Array, scale: float = 1.0) -> jax.Array:
     """`ops.glu.residual`; a BitLinear that has read the stream adds both gradients to it (`origin`)."""
-    y_BTD = y_BTD if scale == 1 else y_BTD * scale
-    return constrain(latest(x_BTD, last=True) + y_BTD, "batch", "time", None)
+    x_BTD = latest(x_BTD, last=True)
+    scaled_BTD = y_BTD if scale == 1 else y_BTD * scale
+    return note(constrain(x_BTD + scaled_BTD, "batch", "time", None), Sum(x_BTD, y_BTD, scale))
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from mmfree_jax.ops.fast.chunks import STATE, carried
 from mmfree_jax.ops.fast.fused_recurrence import fused_recurrence
 from mmfree_jax.ops.recurrence import WKVState, average, gates, lowest
 from mmfree_jax.ops.ternary import wide
-from mmfree_jax.sharding import axis_if_cut, per_shard
+from mmfree_jax.sharding import per_shard, sharding_axis
 
 
 def gated_recurrence(
@@ -99,7 +99,7 @@ def _prefix(f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array, reverse: bool) 
 
 
 def _forward(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array):
-    axis = axis_if_cut("time", f_BTD.shape[1])
+    axis = sharding_axis("time", f_BTD.shape[1])
 
     def local(f_BTD, x_BTD, h_BD):
         start_BSD = h_BD[:, None]
@@ -116,7 +116,7 @@ def _forward(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array):
 
 def _backward(form: str, saved, dh_BTD: jax.Array):
     f_BTD, start_BSD, out_BTD = saved
-    axis = axis_if_cut("time", f_BTD.shape[1])
+    axis = sharding_axis("time", f_BTD.shape[1])
 
     def local(f_BTD, start_BSD, out_BTD, dh_BTD):
         # What a chunk passes on to the one before it in time is f_0 g_0, which stands for f_{t+1} g_{t+1} there.
@@ -145,7 +145,7 @@ def token_shift(x_BTD: jax.Array, first_BD: jax.Array) -> jax.Array:
 
 def _previous(x_BTD: jax.Array, first_BD: jax.Array, channels: str | None = "channels") -> jax.Array:
     """Each step's predecessor; one step of each chunk travels. `channels` is the logical name of the last axis."""
-    axis = axis_if_cut("time", x_BTD.shape[1])
+    axis = sharding_axis("time", x_BTD.shape[1])
 
     def local(x_BTD, first_BD):
         if axis is not None:
@@ -186,7 +186,7 @@ def wkv(
 
 def _largest_exponent(w_D, k_BTD, m_BD, resets_BT) -> jax.Array:
     """m_t = max(m_{t-1} - w, k_t): a linear recurrence in the algebra of (max, +), as a parallel prefix."""
-    floor, axis = lowest(k_BTD.dtype), axis_if_cut("time", k_BTD.shape[1])
+    floor, axis = lowest(k_BTD.dtype), sharding_axis("time", k_BTD.shape[1])
     decay_BTD = jnp.broadcast_to(-w_D, k_BTD.shape)
     if resets_BT is not None:
         decay_BTD = jnp.where(resets_BT[..., None], floor, decay_BTD)

@@ -19,9 +19,9 @@ from mmfree_jax.ops.fast.origin import Kind
 from mmfree_jax.ops.ternary import SMALLEST
 
 # A decoding step reads every weight once and computes almost nothing, so it takes as long as its bytes, if nothing
-# waits. What waits is the chain of small operations before each product: each would be a kernel of its own, and a kernel
-# takes two microseconds to start and end, as long as the product itself. So every block of `normed_product` repeats
-# that chain for the whole row: the row is some kilobytes that all blocks find in the second-level cache.
+# waits. What waits is the chain of small operations before each product: each would be a kernel of its own, and a
+# kernel takes two microseconds to start and end, as long as the product itself. So every block of `normed_product`
+# repeats that chain for the whole row: the row is some kilobytes that all blocks find in the second-level cache.
 #
 # The chain needs three sums over the row: the two norms' squares and the largest magnitude. None waits for another,
 # because what a norm does is a factor of its whole row: with v = x * gain_1 and z = v * gain_2,
@@ -39,11 +39,12 @@ AHEAD = 3  # chunks of weights on their way while norm and codes are computed
 BLOCKS = 132  # at least, of a launch: one for each multiprocessor of an H200
 MOST_COLUMNS = 64  # of a block
 TOP = 127.0
+INTERPRET = False  # True where tests run the kernels on a CPU
 TO_INTEGER = 12582912.0  # 1.5 x 2^23: adding it rounds a float32 below 2^22 to an integer, half to even
 
 
 class _Row(NamedTuple):
-    """A row of activations in a block: `z` before the norms' factors, by chunk and plane; and what to multiply it by."""
+    """A row of activations: z of each chunk and plane, and the factor that makes codes of it."""
 
     z: list[list[jax.Array]]
     to_codes: jax.Array
@@ -70,7 +71,6 @@ def normed_product(
     eps: float,
     addend: jax.Array | None = None,
     factor: float = 1.0,
-    interpret: bool = False,
 ) -> tuple[list[jax.Array], jax.Array | None]:
     """Compute G BitLinears of a few rows, from the sources of their input.
 
@@ -80,7 +80,6 @@ def normed_product(
         weights: uint8 [N, K / 4] of each product.
         scales: of the weights, float32, [1] or [N] each.
         addend: added to the first source, times `factor`, before anything else; the sum is returned too.
-        interpret: compute without a GPU, for tests.
 
     Returns:
         [M, N] of each product in the sources' type, and the sum [M, K] (None without an addend).
@@ -106,15 +105,20 @@ def normed_product(
                 rows = functools.partial(
                     _row, kind, source_refs, inner_ref, gain_ref, addend_ref, factor, K, eps, m, writes, first == 0
                 )
-                _product(rows, word_refs[g], scale_refs[g], y_refs[g], m, first, K, block, interpret)
+                _product(rows, word_refs[g], scale_refs[g], y_refs[g], m, first, K, block)
 
             pl.when(own == g)(product) if G > 1 else product()
 
     shapes = [jax.ShapeDtypeStruct((M, N), dtype)] * G + [jax.ShapeDtypeStruct((M, K), dtype)] * (addend is not None)
-    how: dict[str, Any] = {"interpret": True}
-    if not interpret:
-        how = {"compiler_params": plt.CompilerParams(num_warps=8 if K > 4096 or block > 16 else 4, num_stages=1)}
-    call = pl.pallas_call(kernel, grid=(N // block, M, G), out_shape=shapes, name="normed_product", **how)
+    options = plt.CompilerParams(num_warps=8 if K > 4096 or block > 16 else 4, num_stages=1)
+    call = pl.pallas_call(
+        kernel,
+        grid=(N // block, M, G),
+        out_shape=shapes,
+        compiler_params=options,
+        interpret=INTERPRET,
+        name="normed_product",
+    )
     found = call(*sources, *optional, *gains, *words, *scales)
     return list(found[:G]), found[G] if addend is not None else None
 
@@ -127,9 +131,7 @@ def _columns(columns: int, products: int) -> int:
     return block
 
 
-def _product(
-    row_of: Callable[[], _Row], words_ref, scale_ref, y_ref, m, first, K: int, block: int, interpret: bool
-) -> None:
+def _product(row_of: Callable[[], _Row], words_ref, scale_ref, y_ref, m, first, K: int, block: int) -> None:
     """One block: the columns from `first` on of row m of one product."""
     words, chunks = K // CODES_IN_A_WORD, -(-K // (CODES_IN_A_WORD * CHUNK))
     column = first + jnp.arange(block)
@@ -149,8 +151,8 @@ def _product(
         for plane in range(4):
             codes = _code_words(row.z[chunk][plane] * row.to_codes)
             here = (weights >> (2 * plane)) & 0x03030303
-            total = _dot4(here, jnp.broadcast_to(codes[None], here.shape), total, interpret)
-            ones = _dot4(jnp.full(CHUNK, 0x01010101, jnp.int32), codes, ones, interpret)
+            total = _dot4(here, jnp.broadcast_to(codes[None], here.shape), total)
+            ones = _dot4(jnp.full(CHUNK, 0x01010101, jnp.int32), codes, ones)
     y = (jnp.sum(total, axis=1) - jnp.sum(ones)).astype(jnp.float32) * row.scale
     scale = scale_ref[0] if scale_ref.shape[0] == 1 else scale_ref[pl.ds(first, block)]
     y_ref[m, pl.ds(first, block)] = (y * scale).astype(y_ref.dtype)
@@ -160,7 +162,8 @@ def _row(kind, source_refs, inner_ref, gain_ref, addend_ref, factor, K: int, eps
     """Load one row and compute what becomes its codes; where `writes` holds, write the sum with the addend."""
     piece, size = K // 4, 4 * CHUNK
     zero = jnp.zeros(size, jnp.float32)
-    first_squares, squares, largest, z = zero, zero, zero, []
+    first_squares, squares, largest = zero, zero, zero
+    z: list[list[jax.Array]] = []
     for chunk in range(-(-piece // size)):
         element = chunk * size + jnp.arange(size)
         mask = None if piece % size == 0 else element < piece
@@ -205,9 +208,9 @@ def _code_words(z: jax.Array) -> jax.Array:
     return jnp.sum((codes & 0xFF) << shifts, axis=1)
 
 
-def _dot4(weights: jax.Array, codes: jax.Array, total: jax.Array, interpret: bool) -> jax.Array:
+def _dot4(weights: jax.Array, codes: jax.Array, total: jax.Array) -> jax.Array:
     """Add the product of four bytes each: total + sum_i weights_i codes_i, all int32."""
-    if interpret:  # the instruction, in words
+    if INTERPRET:  # the instruction, in words
         for shift in (0, 8, 16, 24):
             total = total + ((weights >> shift) & 0xFF) * ((codes << (24 - shift)) >> 24)
         return total
@@ -219,7 +222,7 @@ def _dot4(weights: jax.Array, codes: jax.Array, total: jax.Array, interpret: boo
 
 
 def codes_product(
-    codes_MK: jax.Array, scale_M: jax.Array, weights: jax.Array, scale: jax.Array, dtype: Any, interpret: bool = False
+    codes_MK: jax.Array, scale_M: jax.Array, weights: jax.Array, scale: jax.Array, dtype: Any
 ) -> jax.Array:
     """Multiply int8 codes by packed weights, then apply both scales: [M, N] of `dtype`.
 
@@ -241,7 +244,7 @@ def codes_product(
             packed = plt.load(weights_ref.at[column[:, None], at[None]])
             for plane in range(4):
                 codes = plt.load(codes_ref.at[row[:, None], (plane * piece + at)[None]])
-                total += plt.dot(codes, _plane(packed, plane, interpret).T)
+                total += plt.dot(codes, _plane(packed, plane).T)
             return total
 
         total = lax.fori_loop(0, piece // inner, step, jnp.zeros((rows, columns), jnp.int32))
@@ -251,21 +254,24 @@ def codes_product(
         mask = jnp.broadcast_to((target < M)[:, None], (rows, columns))
         plt.store(y_ref.at[target[:, None], column[None]], y.astype(dtype), mask=mask)
 
-    how: dict[str, Any] = {"interpret": True}
-    if not interpret:
-        how = {"compiler_params": plt.CompilerParams(num_warps=4, num_stages=2)}
-    grid, shape = (N // columns, -(-M // rows)), jax.ShapeDtypeStruct((M, N), dtype)
-    call = pl.pallas_call(kernel, grid=grid, out_shape=shape, name="codes_product", **how)
+    call = pl.pallas_call(
+        kernel,
+        grid=(N // columns, -(-M // rows)),
+        out_shape=jax.ShapeDtypeStruct((M, N), dtype),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        interpret=INTERPRET,
+        name="codes_product",
+    )
     return call(codes_MK, scale_M, weights, scale)
 
 
-def _plane(packed: jax.Array, plane: int, interpret: bool) -> jax.Array:
+def _plane(packed: jax.Array, plane: int) -> jax.Array:
     """Unpack one plane of bytes: int8 codes.
 
     Four bytes at a time: each then holds code + 1. To subtract 1 of each byte without a borrow from the next, its
     highest bit is set before and flipped after.
     """
-    if interpret:
+    if INTERPRET:
         return ((packed >> jnp.uint8(2 * plane)) & jnp.uint8(3)).astype(jnp.int8) - jnp.int8(1)
     asm = (
         f"{{ .reg .b32 t; shr.u32 t, $1, {2 * plane}; and.b32 t, t, 0x03030303; or.b32 t, t, 0x80808080; "

@@ -1,13 +1,23 @@
 """The kernels of decoding, interpreted, against float64 at awkward sizes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmfree_jax.inference.model import serve_model
+from mmfree_jax.ops.fast.checks import Use, check
 from mmfree_jax.ops.fast.hopper import few_rows
+from mmfree_jax.ops.fast.verification import kernels_assumed
 from mmfree_jax.ops.packed import pack_planes
+from tests.inference.small import made
 
 EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(few_rows, "INTERPRET", True)
 
 
 def sigmoid(x):
@@ -28,7 +38,7 @@ def input_of(kind, sources, inner):
 
 
 @pytest.mark.parametrize(
-    "kind, M, K, N, G, gains, addend",
+    ("kind", "M", "K", "N", "G", "gains", "addend"),
     [
         ("norm", 1, 2048, 24, 3, 3, True),
         ("norm", 2, 1040, 8, 2, 1, False),
@@ -49,7 +59,7 @@ def test_normed_product_is_the_bit_linear_of_its_sources(kind, M, K, N, G, gains
     added = draw(M, K) if addend else None
 
     ys, total = few_rows.normed_product(
-        kind, sources, inner, outer, [pack_planes(c) for c in codes], scales, EPS, added, 0.5, interpret=True
+        kind, sources, inner, outer, [pack_planes(c) for c in codes], scales, EPS, added, 0.5
     )
 
     exact = [np.float64(s) for s in sources]
@@ -77,17 +87,62 @@ def test_a_row_of_zeros_gives_zeros():
         weights,
         [np.ones(1, np.float32)],
         EPS,
-        interpret=True,
     )
     np.testing.assert_array_equal(ys[0], np.zeros((1, 8)))
 
 
-@pytest.mark.parametrize("M, K, N", [(1, 128, 32), (5, 384, 96), (64, 256, 64), (77, 640, 32)])
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 128, 32), (5, 384, 96), (64, 256, 64), (77, 640, 32)])
 def test_codes_product_is_exact(M, K, N):
     rng = np.random.default_rng(M)
     q = rng.integers(-128, 128, (M, K)).astype(np.int8)
     codes = rng.integers(-1, 2, (N, K)).astype(np.int8)
     by_row, by_column = np.exp2(rng.integers(-3, 3, M)).astype(np.float32), np.exp2(rng.integers(-3, 3, N))
-    y = few_rows.codes_product(q, by_row, pack_planes(codes), by_column.astype(np.float32), jnp.float32, interpret=True)
+    y = few_rows.codes_product(q, by_row, pack_planes(codes), by_column.astype(np.float32), jnp.float32)
     want = q.astype(np.int64) @ codes.T.astype(np.int64) * by_row[:, None] * by_column
     np.testing.assert_array_equal(y, want)
+
+
+USES = [
+    Use("normed_product", (2, 48, 24), ("norm", 3, 3, "float32", True, True)),
+    Use("normed_product", (1, 2080, 8), ("gated", 1, 1, "bfloat16", False, False)),
+    Use("normed_product", (3, 128, 8), ("plain", 2, 0, "float32", False, False)),
+    Use("normed_product", (4, 64, 16), ("swiglu", 1, 1, "bfloat16", False, False)),
+    Use("codes_product", (17, 128, 32), (True,)),
+]
+
+
+@pytest.mark.parametrize("use", USES, ids=str)
+def test_checks_pass_and_see_a_wrong_column(use, monkeypatch):
+    assert check(use).passed, check(use).worst
+    kernel = getattr(few_rows, use.kernel)
+    if use.kernel == "codes_product":
+        broken = lambda *a: kernel(*a).at[:, -1].add(2.0)
+    else:
+        broken = lambda *a: ([y.at[-1, -1].multiply(1.2) for y in kernel(*a)[0]], kernel(*a)[1])
+    monkeypatch.setattr(few_rows, use.kernel, broken)
+    assert not check(use).passed
+
+
+@pytest.mark.parametrize(
+    ("family", "batch", "products"), [("matmul-free", 1, 9), ("matmul-free-rwkv4", 3, 13), ("bitnet", 3, 10)]
+)
+def test_a_model_decodes_as_without_kernels(family, batch, products):
+    """Every BitLinear of the model goes through the kernel, with the residual added in it; the logits stay."""
+    model = serve_model(made(family, glu_width=208, tokenizer_vocab=304))
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab, (batch, 2))
+
+    def logits():
+        state = model.start(batch, 8)
+        step = jax.jit(lambda tokens, state: model.extend(tokens, state))
+        out = []
+        for t in range(tokens.shape[1]):
+            y, state = step(tokens[:, t : t + 1], state)
+            out.append(y[:, 0])
+        return np.stack(out)
+
+    expected = logits()
+    with kernels_assumed():
+        used = str(jax.make_jaxpr(lambda t, s: model.extend(t, s))(tokens[:, :1], model.start(batch, 8)))
+        found = logits()
+    assert used.count("name=normed_product") == products
+    np.testing.assert_allclose(found, expected, atol=2e-4)
