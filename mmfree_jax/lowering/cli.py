@@ -39,9 +39,7 @@ def main(arguments: list[str]) -> int:
         return serving.main([argument for argument in arguments if argument != "--serve"])
     if not arguments or arguments[0].startswith("-"):
         print(f"usage: {name} PRESET --mesh fsdp=64,tensor=8 [--device h200] [--json] [overrides as in train]")
-        print(
-            f"       {name} MODEL --serve --context 2048 --batch 1 [--device h200] [--json]  (MODEL: preset or folder)\n"
-        )
+        print(f"       {name} MODEL --serve --context 2048 --batch 1 [--device h200], for a preset or a folder\n")
         print(f"presets: {', '.join(PRESETS)}\n\n{name} PRESET --help lists what can be overridden")
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 1
     preset, *rest = arguments

@@ -44,7 +44,7 @@ def test_what_grows_with_context_and_batch_and_what_does_not():
     longer = predicted("matmul-free-1.3b", context=32_768)
     assert longer[0] < 1.001 * free[0]
     assert longer[1] == free[1]
-    assert predicted("transformer++-1.3b", context=32_768)[1] > 3 * plain[1]
+    assert predicted("transformer++-1.3b", context=32_768)[1] > 2 * plain[1]
     assert predicted("matmul-free-1.3b", batch=64)[1] < 1.5 * free[1]
     assert predicted("transformer++-1.3b", batch=64)[1] > 4 * plain[1]
 
