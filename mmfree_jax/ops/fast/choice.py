@@ -122,16 +122,23 @@ def normed_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: A
     return verification.serves(Use("normed_product", (rows, width, columns), options))
 
 
-def codes_product(x: Any, w: Any) -> bool:
-    """Whether a kernel multiplies codes [..., D] by a packed matrix [D, F] as it lies in memory."""
-    if x.scale is None or w.layout != "planes" or x.codes.dtype != jnp.int8 or not available():
-        return False
+def packed_form(x: Any, w: Any) -> Literal["kernel", "cpu", "unpacked"]:
+    """The form of a product of codes [..., D] with a packed matrix [D, F].
+
+    "kernel" and "cpu" (C++) read the 2-bit weights as they lie in memory; "unpacked" makes codes of a byte of them
+    first, for XLA or a kernel of large tiles.
+    """
+    if x.scale is None or w.layout != "planes" or x.codes.dtype != jnp.int8 or not _allowed.get():
+        return "unpacked"
+    if not available():
+        return "cpu" if backend() == "cpu" else "unpacked"
     from mmfree_jax.ops.fast.hopper import few_rows
 
     rows, width, columns = math.prod(x.codes.shape[:-1]), x.codes.shape[-1], w.bytes_FI.shape[0]
     if shard_count("batch", x.codes.shape[0]) > 1 or not few_rows.supports_codes(rows, width, columns):
-        return False
-    return verification.serves(Use("codes_product", (rows, width, columns), (w.scale.size > 1,)))
+        return "unpacked"
+    use = Use("codes_product", (rows, width, columns), (w.scale.size > 1,))
+    return "kernel" if verification.serves(use) else "unpacked"
 
 
 def gradient_codes_onward(recipe: Any, columns: int, dtype: Any) -> bool:
