@@ -8,10 +8,10 @@ ladder, has the covariance
 where g_k = exp(-(x_k - y_k)^2 / 2 ell^2) and walk is that of an integrated random walk which starts at the middle:
 what the ladder cannot see grows with the decades beyond it. Half of the smooth part is a function of N plus one of D:
 a law most often misses because one of its terms does, and then runs of one size, or of one budget, all err together
-(additive processes: Duvenaud et al. 2011). A part rho of both is common to the families.
-(Kennedy & O'Hagan 2001 put a Gaussian process between
-a model and its data; Rasmussen & Williams 2006, chapter 2, for the algebra.) A function with this covariance is also a
-sum of many features with normal weights (Rahimi & Recht 2007), so that a draw can be asked for its value anywhere.
+(additive processes: Duvenaud et al. 2011). A part rho of both is common to the families. (Kennedy & O'Hagan 2001 put
+a Gaussian process between a model and its data; Rasmussen & Williams 2006, chapter 2, for the algebra.) A function
+with this covariance is also a sum of many features with normal weights (Rahimi & Recht 2007), so that a draw can be
+asked for its value anywhere.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from scipy.stats import t as student
 RUN, TRUNK, CELL, TAU, ELL, RHO, KAPPA = range(7)
 LATENTS = 7
 RUN_MEDIAN, RUN_SPREAD = 0.002, 0.8  # lognormal: half of all ladders scatter by less than 0.2 %, 95 % by 0.04 to 1 %
-# Half-Student, since some ladders scatter and miss far more. What the decays of a trunk or the runs of a cell have in
-# common (seed, order of the data) is noise of the same origin as a run's own, so it is expected in proportion to that.
-TRUNK_SCALE, CELL_SCALE, TAU_SCALE = 1.0, 0.25, 0.003
+# Half-Student, since some ladders scatter and miss far more. What the decays of a trunk have in common (its seed, its
+# order of the data) is noise of the same origin as a run's own: where runs scatter more than usual, so do trunks.
+TRUNK_SCALE, CELL_SCALE, TAU_SCALE = 1.0, 0.001, 0.003  # the first in noises of a run
 FREEDOM = 4  # of these
 KAPPA_SCALE = 0.001  # half-normal
 LEAST_DRIFT = 0.7  # of KAPPA_SCALE, where the law fits well
@@ -53,7 +53,8 @@ def physical(z: np.ndarray, misfit: bool = True) -> np.ndarray:
     out = np.empty_like(z)
     out[:, RUN] = RUN_MEDIAN * np.exp(RUN_SPREAD * z[:, RUN])
     upper = (1 + ndtr(z)) / 2
-    for k, scale in ((TRUNK, TRUNK_SCALE * out[:, RUN]), (CELL, CELL_SCALE * out[:, RUN]), (TAU, TAU_SCALE)):
+    trunk = TRUNK_SCALE * np.maximum(out[:, RUN], RUN_MEDIAN)
+    for k, scale in ((TRUNK, trunk), (CELL, CELL_SCALE), (TAU, TAU_SCALE)):
         out[:, k] = scale * student.ppf(upper[:, k], FREEDOM)
     out[:, ELL] = ELL_MEDIAN * np.exp(ELL_SPREAD * z[:, ELL])
     out[:, RHO] = ndtr(z[:, RHO])

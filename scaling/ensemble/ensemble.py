@@ -28,7 +28,7 @@ from scaling.ensemble.discrepancy import CELL, RUN, TRUNK, Points
 from scaling.ensemble.frontier import Cost, Frontier, frontier_along
 from scaling.ensemble.posterior import Draws, Posterior, posterior
 from scaling.ensemble.rows import place, rows_of
-from scaling.fitting.fit import habits, row_fault
+from scaling.fitting.fit import row_fault
 from scaling.fitting.selection import selected
 from scaling.laws.base import Law, centre_of
 from scaling.laws.forms import law_named
@@ -175,8 +175,8 @@ class Ensemble(Equal):
         return Cost.of(runs, axis_cost(runs, axis, self.spec.prices))
 
     def law_along(self, family: str) -> Law:
-        """The law along a family's frontier: new tokens only, and the precision of its runs."""
-        return self.law.given(np.inf, habits(self.runs.family(family))[1]) if self.law.beside else self.law
+        """The law along a family's frontier, by what its runs have in common."""
+        return self.law.along(self.runs.family(family))
 
     def path(self, family: str, budgets: np.ndarray, axis: str = "flops", along: str = "optimal") -> Frontier:
         """The path of a family at the mean of the draws: its best N and D at every budget (1, M)."""
@@ -238,11 +238,11 @@ class Ensemble(Equal):
         return crossing_of(draws, measured, AXES[axis], self.only_untied)
 
     def predict(self, N: float, D: float, family: str | None = None, **known: Any) -> Prediction:
-        """The loss of a run that has not been made; `known`: flops, unique (tokens), precision, for laws that ask."""
+        """The loss of a run that has not been made; `known`: flops, and the column that stands beside the law."""
         family = family or self.lone("a prediction")
         log_n, log_d = np.log([N]), np.log([D])
         log_c = np.log([known["flops"]]) if known.get("flops") else None
-        law = self.law_for(family, known.get("unique"), known.get("precision", ""))
+        law = self.law.for_run(self.runs.family(family), known)
         features = law.features_at(log_n, log_d, self.centre, log_c)
         own = law.value(self.draws.theta[:, self.families.index(family)], features)[:, 0]
         curve = own + self.misfit_at(family, log_n, log_d, log_c)[:, 0]
@@ -266,13 +266,6 @@ class Ensemble(Equal):
         sd = np.sqrt((h[:, RUN] * self.draws.tail) ** 2 + h[:, TRUNK] ** 2 + cell * h[:, CELL] ** 2)
         noise = sd[:, None] * rng.normal(size=(len(sd), count))
         return noise[:, 0] if count == 1 else noise
-
-    def law_for(self, family: str, unique: float | None, precision: str) -> Law:
-        """The law for one run of a family, by the family's habits where nothing else is said."""
-        if not self.law.beside:
-            return self.law
-        fresh, own = habits(self.runs.family(family))
-        return self.law.given(fresh if unique is None else unique, precision or own)
 
     def lone(self, what: str) -> str:
         """The only family; raises ScalingError where there are two to choose from."""
