@@ -105,11 +105,12 @@ def _normed_product(
     first, *others = sources
     shape = first.shape
     start, addend, factor = (first, None, 1.0) if added is None else added
-    (x, *others), inner, gains = _flat((start, *others), source_gain, weights.gain)
+    (x, *others), inner, _ = _flat((start, *others), source_gain, None)
+    gain = None if weights.gain is None else weights.gain.astype(jnp.float32)
     addend = None if addend is None else addend.reshape(x.shape)
     codes = [w.bytes_FI for w in weights.codes]
     scales = [w.scale.reshape(-1).astype(jnp.float32) for w in weights.codes]
-    ys, total = normed_product(kind, [x, *others], inner, gains, codes, scales, recipe.eps, addend, factor)
+    ys, total = normed_product(kind, [x, *others], inner, gain, codes, scales, recipe.eps, addend, factor)
     if total is not None:
         hand_on(first, total.reshape(shape))
     return tuple(y.reshape(*shape[:-1], -1) for y in ys)

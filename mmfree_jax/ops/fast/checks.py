@@ -389,13 +389,13 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
     (M, K, N), (kind, G, count, dtype, per_column, added) = use.sizes, use.options
     sources = [_draw(rng, dtype, M, K) for _ in range(1 if kind in ("norm", "plain") else 2)]
     inner = _single(rng.uniform(0.5, 2, K)) if kind in ("norm", "gated") else None
-    gains = [_single(rng.uniform(0.5, 2, K)) for _ in range(count)]
+    gain = _single(rng.uniform(0.5, 2, (count, K))) if count else None
     codes = rng.integers(-1, 2, (G, N, K), dtype=np.int8)
     scales = [_single(rng.uniform(0.5, 2, N if per_column else 1)) for _ in range(G)]
     addend, factor = (_draw(rng, dtype, M, K), 0.5) if added else (None, 1.0)
 
-    def run(sources, inner, gains, weights, scales, addend, units):
-        ys, total = kernel(kind, sources, inner, gains, weights, scales, EPS, addend, factor)
+    def run(sources, inner, gain, weights, scales, addend, units):
+        ys, total = kernel(kind, sources, inner, gain, weights, scales, EPS, addend, factor)
         found = {f"product {g} in codes": ys[g].astype(jnp.float32) / units[g] for g in range(G)}
         return found if total is None else found | {"sum": total}
 
@@ -409,7 +409,7 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
         first, second = (u, others[0]) if kind == "swiglu" else (others[0], u)
         u = first * _sigmoid(first) * second
     for g in range(G):
-        z = normed(u) * _exact(gains[g % count]) if count else u
+        z = normed(u) * _exact(gain[g % count]) if gain is not None else u
         step = np.maximum(np.abs(z).max(axis=1, keepdims=True), SMALLEST) / TOP
         units.append(_single(step * _exact(scales[g])))
         expected[f"product {g} in codes"] = np.rint(z / step) @ _exact(codes[g]).T
@@ -418,7 +418,7 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
     tolerance = {name: rounding + 4 / np.sqrt(np.mean(values**2) + 1) for name, values in expected.items()}
     tolerance |= {"sum": TOLERANCES[dtype]} if added else {}
     weights = [pack_planes(c) for c in codes]
-    return Problem(run, (sources, inner, gains, weights, scales, addend, units), expected, tolerance)
+    return Problem(run, (sources, inner, gain, weights, scales, addend, units), expected, tolerance)
 
 
 def codes_product(rng: np.random.Generator, use: Use) -> Problem:

@@ -120,6 +120,7 @@ def packed_product(x: Quantised, w: Packed, dtype: Any) -> jax.Array:
         return _codes_product(x, w, dtype)
     y = ternary_product(w.bytes_FI, x.codes.reshape(-1, x.codes.shape[-1])).astype(wide(dtype))
     y = y.reshape(*x.codes.shape[:-1], -1)
+    assert x.scale is not None
     for scale in (x.scale, w.scale):
         y = y * scale.astype(y.dtype)
     return y.astype(dtype)

@@ -61,11 +61,12 @@ def supports_codes(rows: int, width: int, columns: int) -> bool:
     return 1 <= rows <= MOST_CODES and width % 128 == 0 and columns % 32 == 0
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "eps", "factor"))
 def normed_product(
     kind: Kind,
     sources: list[jax.Array],
     source_gain: jax.Array | None,
-    gains: list[jax.Array],
+    gain: jax.Array | None,
     weights: list[jax.Array],
     scales: list[jax.Array],
     eps: float,
@@ -76,7 +77,7 @@ def normed_product(
 
     Args:
         kind, sources, source_gain: what the input is made of (`origin.Origin`), [M, K] each; the gain is float32 [K].
-        gains: of the norm before the quantiser, float32 [K]: one, one for each product, or none for no norm.
+        gain: of the norm before the quantiser, float32: [K], [G, K] for one each, or None for no norm.
         weights: uint8 [N, K / 4] of each product.
         scales: of the weights, float32, [1] or [N] each.
         addend: added to the first source, times `factor`, before anything else; the sum is returned too.
@@ -87,23 +88,25 @@ def normed_product(
     (M, K), N, G, dtype = sources[0].shape, weights[0].shape[0], len(weights), sources[0].dtype
     words = [lax.bitcast_convert_type(w.reshape(N, K // CODES_IN_A_WORD, 4), jnp.int32) for w in weights]
     block = _columns(N, G)
-    optional = [a for a in (addend, source_gain) if a is not None]
+    gain = None if gain is None else gain.reshape(-1, K)
+    optional = [a for a in (addend, source_gain, gain) if a is not None]
 
     def kernel(*refs):
         taken = iter(refs)
         take = lambda count: [next(taken) for _ in range(count)]
         source_refs, addend_ref = take(len(sources)), next(taken) if addend is not None else None
         inner_ref = next(taken) if source_gain is not None else None
-        gain_refs, word_refs, scale_refs, y_refs = take(len(gains)), take(G), take(G), take(G)
+        gain_ref = next(taken) if gain is not None else None
+        word_refs, scale_refs, y_refs = take(G), take(G), take(G)
         sum_ref = next(taken, None)
         first, m, own = pl.program_id(0) * block, pl.program_id(1), pl.program_id(2)
         for g in range(G):
 
             def product(g=g):
-                gain_ref = gain_refs[g % len(gain_refs)] if gain_refs else None
+                gain_row = None if gain_ref is None else gain_ref.at[g % gain_ref.shape[0]]
                 writes = None if g else sum_ref
                 rows = functools.partial(
-                    _row, kind, source_refs, inner_ref, gain_ref, addend_ref, factor, K, eps, m, writes, first == 0
+                    _row, kind, source_refs, inner_ref, gain_row, addend_ref, factor, K, eps, m, writes, first == 0
                 )
                 _product(rows, word_refs[g], scale_refs[g], y_refs[g], m, first, K, block)
 
@@ -119,7 +122,7 @@ def normed_product(
         interpret=INTERPRET,
         name="normed_product",
     )
-    found = call(*sources, *optional, *gains, *words, *scales)
+    found = call(*sources, *optional, *words, *scales)
     return list(found[:G]), found[G] if addend is not None else None
 
 
