@@ -58,18 +58,19 @@ class DecodeCase:
 SMALL = (DecodeCase("matmul-free-tiny", 1, 64), DecodeCase("transformer++-tiny", 2, 64))
 GPU = (
     DecodeCase("matmul-free-1.3b", 1, 2048),
-    DecodeCase("matmul-free-1.3b", 1, 2048, kernels="off"),
-    DecodeCase("bitnet-1.3b", 1, 2048),
     DecodeCase("transformer++-1.3b", 1, 2048),
     DecodeCase("matmul-free-1.3b", 64, 2048),
     DecodeCase("transformer++-1.3b", 64, 2048),
-    DecodeCase("matmul-free-370m", 1, 2048),
     DecodeCase("matmul-free-13b", 1, 2048),
     DecodeCase("transformer++-13b", 1, 2048),
     DecodeCase("matmul-free-13b", 8, 2048),
     DecodeCase("transformer++-13b", 8, 2048),
     DecodeCase("matmul-free-13b", 1, 12288),
     DecodeCase("transformer++-13b", 1, 12288),
+    DecodeCase("bitnet-1.3b", 1, 2048),
+    DecodeCase("matmul-free-370m", 1, 2048),
+    DecodeCase("matmul-free-1.3b", 1, 2048, kernels="off"),
+    DecodeCase("transformer++-1.3b", 1, 2048, kernels="off"),
 )
 CPU = (
     DecodeCase("matmul-free-370m", 1, 256),

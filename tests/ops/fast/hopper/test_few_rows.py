@@ -7,7 +7,7 @@ import pytest
 
 from mmfree_jax.inference.model import serve_model
 from mmfree_jax.ops.fast.checks import Use, check
-from mmfree_jax.ops.fast.hopper import few_rows
+from mmfree_jax.ops.fast.hopper import decode_attention, few_rows
 from mmfree_jax.ops.fast.verification import kernels_assumed
 from mmfree_jax.ops.packed import pack_planes
 from tests.inference.small import made
@@ -18,6 +18,7 @@ EPS = 1e-6
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     monkeypatch.setattr(few_rows, "INTERPRET", True)
+    monkeypatch.setattr(decode_attention, "INTERPRET", True)
 
 
 def sigmoid(x):
@@ -108,28 +109,35 @@ USES = [
     Use("normed_product", (3, 128, 8), ("plain", 2, 0, "float32", False, False)),
     Use("normed_product", (4, 64, 16), ("swiglu", 1, 1, "bfloat16", False, False)),
     Use("codes_product", (17, 128, 32), (True,)),
+    Use("dense_product", (2, 192, 64), ("norm", 2, "float32", "bfloat16", True)),
+    Use("dense_product", (1, 512, 32), ("swiglu", 1, "bfloat16", "bfloat16", False)),
+    Use("dense_product", (4, 64, 96), ("plain", 1, "float32", "float32", False)),
+    Use("decode_attention", (3, 77, 6, 2, 32), ("float32",)),
+    Use("decode_attention", (9, 32, 2, 2, 64), ("bfloat16",)),
+    Use("decode_attention", (1, 1, 1, 1, 32), ("float32",)),
 ]
 
 
 @pytest.mark.parametrize("use", USES, ids=str)
 def test_checks_pass_and_see_a_wrong_column(use, monkeypatch):
     assert check(use).passed, check(use).worst
-    kernel = getattr(few_rows, use.kernel)
-    if use.kernel == "codes_product":
+    module = decode_attention if use.kernel == "decode_attention" else few_rows
+    kernel = getattr(module, use.kernel)
+    if use.kernel in ("codes_product", "decode_attention"):
         broken = lambda *a: kernel(*a).at[:, -1].add(2.0)
     else:
         broken = lambda *a: ([y.at[-1, -1].multiply(1.2) for y in kernel(*a)[0]], kernel(*a)[1])
-    monkeypatch.setattr(few_rows, use.kernel, broken)
+    monkeypatch.setattr(module, use.kernel, broken)
     assert not check(use).passed
 
 
 @pytest.mark.parametrize(
     ("family", "batch", "products", "sums"),
-    [("matmul-free", 1, 9, 4), ("matmul-free-rwkv4", 3, 13, 2), ("bitnet", 3, 10, 3)],
+    [("matmul-free", 1, 9, 4), ("matmul-free-rwkv4", 3, 13, 3), ("bitnet", 3, 10, 3), ("transformer++", 2, 10, 3)],
 )
 def test_a_model_decodes_as_without_kernels(family, batch, products, sums, monkeypatch):
     """Every BitLinear of the model goes through the kernel, with the residual added in it; the logits stay."""
-    model = serve_model(made(family, glu_width=208, tokenizer_vocab=304))
+    model = serve_model(made(family, width=128, glu_width=320, tokenizer_vocab=304))
     tokens = np.random.default_rng(0).integers(0, model.config.vocab, (batch, 2))
 
     def logits():
@@ -142,8 +150,11 @@ def test_a_model_decodes_as_without_kernels(family, batch, products, sums, monke
         return np.stack(out)
 
     expected = logits()
-    kernel, addends = few_rows.normed_product, []
-    monkeypatch.setattr(few_rows, "normed_product", lambda *a: addends.append(a[7]) or kernel(*a))
+    addends = []
+    for name, place in (("normed_product", 7), ("dense_product", 5)):
+        kernel = getattr(few_rows, name)
+        counted = lambda *a, kernel=kernel, place=place: addends.append(a[place]) or kernel(*a)
+        monkeypatch.setattr(few_rows, name, counted)
     with kernels_assumed():
         jax.eval_shape(model.extend, tokens[:, :1], model.start(batch, 8))
         assert len(addends) == products
