@@ -469,7 +469,7 @@ def decode_attention(rng: np.random.Generator, use: Use) -> Problem:
 
     (B, S, H, J, K), (dtype,) = use.sizes, use.options
     R = min(B, 8)
-    draw = lambda *shape: (2 * rng.standard_normal(shape, np.float32)).astype(jnp.dtype(dtype))
+    draw = lambda *shape: np.asarray(2 * rng.standard_normal(shape, np.float32)).astype(jnp.dtype(dtype))
     q, k, v = draw(R, H, K), draw(R, S, J, K), draw(R, S, J, K)
     mask = (rng.uniform(size=(R, S)) < 0.8) & (np.arange(S) < rng.integers(1, S + 1, (R, 1)))
     mask[:, 0] = True
