@@ -42,7 +42,7 @@ def sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def reported(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """Return an exception in one line, with the file of its traceback unless the message is written for users."""
     if is_explained(error):
         return sentence(error)

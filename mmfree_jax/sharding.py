@@ -141,7 +141,7 @@ def constrain(x: jax.Array, *axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, divisible_spec(x.shape, spec(*axes), mesh))
 
 
-def unfilled(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def uninitialised(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Return an array whose values will be written later."""
     # XLA cannot shard an uninitialised array: every device would hold all of it.
     return jax.lax.empty(shape, dtype) if _context_mesh() is None else jnp.zeros(shape, dtype)
@@ -150,21 +150,21 @@ def unfilled(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 packed_gathers: ContextVar[bool] = ContextVar("packed_gathers", default=False)  # ternary codes, four in a byte
 
 
-def packing(packed: bool) -> Any:
+def pack_before_gather(packed: bool) -> Any:
     """Pack ternary codes before they are all-gathered, in what is traced inside. Also a decorator."""
     return during(packed_gathers, packed)
 
 
-_wide_sums: ContextVar[bool] = ContextVar("wide_sums", default=False)
+_float32_sums: ContextVar[bool] = ContextVar("wide_sums", default=False)
 
 
-def summing_wide(wide: bool) -> Any:
+def sum_in_float32(wide: bool) -> Any:
     """Sum gradients over devices in float32, whatever their type, in what is traced inside. Also a decorator.
 
     This doubles the bytes that devices exchange for gradients of the blocks' matrices (those of the embedding, the head
     and all vectors are float32 anyway), and the optimizer gets their sums without rounding.
     """
-    return during(_wide_sums, wide)
+    return during(_float32_sums, wide)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -236,7 +236,7 @@ def per_shard(
 
 def _all_reduced(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: tuple[str, ...]) -> jax.Array:
     """Sum parts over the mesh axes `rows`; over those in `pieces`, keep only this device's piece along embed."""
-    if _wide_sums.get() and rows and part.dtype.itemsize < 4:
+    if _float32_sums.get() and rows and part.dtype.itemsize < 4:
         part = part.astype(jnp.float32)
     if pieces and "embed" in names:
         part = jax.lax.psum_scatter(part, pieces, scatter_dimension=names.index("embed"), tiled=True)

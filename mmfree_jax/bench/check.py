@@ -181,7 +181,7 @@ SHARES = {"layer": 4, "model": 8}  # their programs take far longer to compile t
 
 
 @dataclasses.dataclass(frozen=True)
-class Checked:
+class CheckRow:
     """A row of the table: a use, its largest deviation in tolerances, and that of which result."""
 
     use: str
@@ -191,15 +191,15 @@ class Checked:
     seconds: float
 
 
-def checked(use: Use) -> Checked:
+def run_check(use: Use) -> CheckRow:
     """Check one use and return its row. An exception becomes a row that did not pass, so that the suite goes on."""
     began = time.perf_counter()
     try:
         outcome = {"layer": _layer, "model": _model}.get(use.kernel, checks.check)(use)
     except Exception as error:  # the row says so, and the suite fails
-        return Checked(str(use), False, None, f"{type(error).__name__}: {error}"[:300], time.perf_counter() - began)
+        return CheckRow(str(use), False, None, f"{type(error).__name__}: {error}"[:300], time.perf_counter() - began)
     deviation = max(outcome.deviations.values(), key=lambda value: np.nan_to_num(value, nan=np.inf))
-    return Checked(str(use), outcome.passed, deviation, outcome.worst, time.perf_counter() - began)
+    return CheckRow(str(use), outcome.passed, deviation, outcome.worst, time.perf_counter() - began)
 
 
 def _layer(use: Use) -> checks.Outcome:
@@ -261,7 +261,7 @@ def _model(use: Use) -> checks.Outcome:
     return checks.Outcome({name: found / explained for name, (found, explained) in deviations.items()})
 
 
-def wanted(shard: str, seed: int, shapes: int, only: str) -> list[Use]:
+def uses_of_shard(shard: str, seed: int, shapes: int, only: str) -> list[Use]:
     """The uses of one shard, "i/n", whose names contain one of the words of `only` ("a|b").
 
     Raises ConfigError for a shard of another form, and where no use is left.
@@ -276,11 +276,11 @@ def wanted(shard: str, seed: int, shapes: int, only: str) -> list[Use]:
     return found
 
 
-def measure(wanted: list[Use], done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def measure(uses: list[Use], done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield a row for each use: first those already in `done`, then new checks until LIMIT_S is over."""
     known = {row["use"]: row for row in done}
-    yield from (known[str(use)] for use in wanted if str(use) in known)
-    until, new = time.monotonic() + LIMIT_S, (use for use in wanted if str(use) not in known)
+    yield from (known[str(use)] for use in uses if str(use) in known)
+    until, new = time.monotonic() + LIMIT_S, (use for use in uses if str(use) not in known)
     in_time = itertools.takewhile(lambda _: time.monotonic() <= until, new)
     yield from map(dataclasses.asdict, _beside(in_time))
 
@@ -297,7 +297,7 @@ def by_kernel(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in found if row["shapes"]]
 
 
-def _beside(uses: Iterator[Use]) -> Iterator[Checked]:
+def _beside(uses: Iterator[Use]) -> Iterator[CheckRow]:
     """Check uses in several processes; each gets its next use when it has finished one.
 
     A process that dies takes the others of its pool along. Each use that they were checking is then checked alone, in a
@@ -313,19 +313,19 @@ def _beside(uses: Iterator[Use]) -> Iterator[Checked]:
         for use in lost:
             with pool_of(1) as alone:
                 try:
-                    yield alone.submit(checked, use).result()
+                    yield alone.submit(run_check, use).result()
                 except BrokenProcessPool:
-                    yield Checked(str(use), False, None, "the process that checked it died", 0.0)
+                    yield CheckRow(str(use), False, None, "the process that checked it died", 0.0)
         if not lost:
             return
 
 
-def _in(pool: ProcessPoolExecutor, workers: int, uses: Iterator[Use], lost: list[Use]) -> Iterator[Checked]:
+def _in(pool: ProcessPoolExecutor, workers: int, uses: Iterator[Use], lost: list[Use]) -> Iterator[CheckRow]:
     """Rows of uses, from a pool. Once a process has died, those that were being checked are added to `lost`."""
-    running: dict[Future[Checked], Use] = {}
+    running: dict[Future[CheckRow], Use] = {}
     for use in uses:
         try:
-            running[pool.submit(checked, use)] = use
+            running[pool.submit(run_check, use)] = use
         except BrokenProcessPool:
             lost.append(use)
         if len(running) >= workers:
@@ -335,7 +335,7 @@ def _in(pool: ProcessPoolExecutor, workers: int, uses: Iterator[Use], lost: list
     yield from _ended(running, ALL_COMPLETED, lost)
 
 
-def _ended(running: dict[Future[Checked], Use], when: str, lost: list[Use]) -> Iterator[Checked]:
+def _ended(running: dict[Future[CheckRow], Use], when: str, lost: list[Use]) -> Iterator[CheckRow]:
     """Wait, and take the futures that have ended out of `running`."""
     for future in wait(running, return_when=when).done:
         use = running.pop(future)

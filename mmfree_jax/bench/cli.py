@@ -77,7 +77,7 @@ def _about(arguments: list[str], device: str) -> dict[str, Any]:
 
 def _check(chosen: BenchArguments, console: Console, arguments: list[str]) -> int:
     about, rows = {**_about(arguments, jax.devices()[0].device_kind), "code": code_version()}, []
-    wanted = check.wanted(chosen.shard, chosen.seed, chosen.shapes, chosen.only)
+    wanted = check.uses_of_shard(chosen.shard, chosen.seed, chosen.shapes, chosen.only)
     # Checks that the same command has written, on the same device and with the same code, are not repeated.
     found = read_json(chosen.json) if chosen.json and chosen.json.exists() else {}
     done = found["check"] if found == {**about, "check": found.get("check")} else []

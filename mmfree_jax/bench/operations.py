@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from mmfree_jax.bench.timing import applications, memory_bytes, repeated, time_calls
+from mmfree_jax.bench.timing import memory_bytes, repeat, repetitions, time_calls
 from mmfree_jax.ops.attention import causal_attention
 from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, rms_norm
 from mmfree_jax.ops.cross_entropy import Head
@@ -199,7 +199,7 @@ def worst_difference(found: Any, wanted: Any) -> float:
 def measure(cases: Sequence[Case], limits: dict[str, float]) -> Iterator[dict[str, Any]]:
     """A row for each variant. Raises ValueError when one does not compute what the reference does.
 
-    On accelerators, what is timed is one program that applies the operation several times (`timing.repeated`), and a
+    On accelerators, what is timed is one program that applies the operation several times (`timing.repeat`), and a
     time is that of the program divided by how many they are: it holds no gap between programs, which takes 10 us.
     `error` and `temporary_mb` are of one application.
 
@@ -236,7 +236,7 @@ def _plan(case: Case, limits: dict[str, float], built: Callable[..., Future]) ->
     results = jax.eval_shape(next(iter(case.variants.values())), *all_rows)
     result_bytes = sum(r.size * r.dtype.itemsize for r in jax.tree.leaves(results))
     least_s = max(case.moved / limits["copy_bytes_per_s"], case.flops / limits["bf16_flops"])
-    times = applications(least_s, result_bytes)
+    times = repetitions(least_s, result_bytes)
     checked = [name for name in case.variants if name != "dense bf16"]  # another function, there for its time
     return _Plan(
         built(case.check_arrays, 1, (key,), False),
@@ -253,7 +253,7 @@ def _build(function: Callable, times: int, shapes: tuple) -> tuple[jax.stages.Co
         return (jax.jit(function).lower(*shapes).compile(),) * 2
     allowed = [export.DisabledSafetyCheck.custom_call("ALL")]  # it is called in this process only
     once = export.export(jax.jit(function), disabled_checks=allowed)(*shapes).call
-    return jax.jit(once).lower(*shapes).compile(), jax.jit(repeated(once, times)).lower(*shapes).compile()
+    return jax.jit(once).lower(*shapes).compile(), jax.jit(repeat(once, times)).lower(*shapes).compile()
 
 
 def _rows(case: Case, plan: _Plan, limits: dict[str, float]) -> Iterator[dict[str, Any]]:

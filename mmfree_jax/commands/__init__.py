@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"{name} {verb}: {importlib.import_module('mmfree_jax.errors').reported(error)}", file=sys.stderr)
+        print(f"{name} {verb}: {importlib.import_module('mmfree_jax.errors').describe(error)}", file=sys.stderr)
         return 1
 
 

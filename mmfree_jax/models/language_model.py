@@ -22,7 +22,7 @@ from mmfree_jax.parametrisation import scales
 # A family is a token mixer and a kind of linear layer (`config.FAMILIES`): a new mixer is one file and one line here.
 MIXERS: dict[str, Any] = {"mlgru": MLGRU, "attention": Attention, "rwkv4": RWKV4}
 # What the backward pass keeps, by the names that ops and modules give to what they compute (`checkpoint_name`).
-KEPT: dict[str, tuple[str, ...]] = {
+RESIDUAL_NAMES: dict[str, tuple[str, ...]] = {
     "products": ("projection", "gate_up", "residual", "state", "codes", "per_token"),
     "mixer": ("projection", "residual", "state", "codes", "per_token"),
     "codes": ("residual", "state", "codes", "per_token"),
@@ -42,7 +42,7 @@ def remat_policy(remat: Remat) -> Callable[[Any], Any]:
     # neither codes nor the state of a recurrence. Names mark residuals inside custom backward passes as well.
     if remat == "none":
         return lambda body: body
-    policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
+    policy = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES[remat])
     return lambda body: jax.checkpoint(body, policy=policy)
 
 

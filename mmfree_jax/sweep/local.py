@@ -23,7 +23,7 @@ from mmfree_jax.files import last_line
 from mmfree_jax.sweep import sharing
 from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, steps_done, worker_command
 from mmfree_jax.sweep.experiment import chains, machines
-from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED, STOP_SIGNALS, handled
+from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED, STOP_SIGNALS, handling
 
 # A run whose mesh has several devices takes as many GPUs; on CPUs its devices are simulated, one core each. Workers
 # with small runs share a GPU (`sharing`).
@@ -220,7 +220,7 @@ class Local:
         free, active = [Fraction(1) for _ in self.slots], list[Job]()
         stopped: list[int] = []
         # Handlers instead of KeyboardInterrupt, which would be swallowed if it were raised inside a destructor.
-        with handled(STOP_SIGNALS, stopped.append):
+        with handling(STOP_SIGNALS, stopped.append):
             try:
                 while (queue or active) and not stopped:
                     while queue and (place := self._place(queue[0], free)):

@@ -38,7 +38,7 @@ from mmfree_jax.training.optim import rates
 from mmfree_jax.training.profiling import Profile
 from mmfree_jax.training.self_check import self_check
 from mmfree_jax.training.step import Program, TrainState, concrete, make_program, program_key
-from mmfree_jax.weights import load_params, model_config, trained_as
+from mmfree_jax.weights import load_params, model_config, with_choices_of
 
 
 def train(
@@ -207,7 +207,7 @@ def _begin(
 def _with_weights(state: TrainState, config: RunConfig, program: Program) -> TrainState:
     """Replace the parameters of `state` by those of the model `config.init`."""
     path = Path(config.init)
-    found = trained_as(model_config(path), config.model)
+    found = with_choices_of(model_config(path), config.model)
     require(
         found == config.model,
         f"init={config.init} holds another architecture ({differences(found, config.model)})",

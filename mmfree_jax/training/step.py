@@ -33,12 +33,12 @@ from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.sharding import (
     batch_sharding,
     make_mesh,
-    packing,
+    pack_before_gather,
     path_name,
     replicated_parameters,
     shardings,
-    summing_wide,
-    unfilled,
+    sum_in_float32,
+    uninitialised,
 )
 from mmfree_jax.training.optim import Rates, make_optimizer, role_of
 
@@ -154,8 +154,8 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, P())
 
-    summing = summing_wide(key.reduction == "float32")
-    choosing = lambda f: kernels_allowed(key.kernels == "auto")(packing(key.gather == "packed")(summing(f)))
+    summing = sum_in_float32(key.reduction == "float32")
+    choosing = lambda f: kernels_allowed(key.kernels == "auto")(pack_before_gather(key.gather == "packed")(summing(f)))
     # Donation lets the new state take the place of the old one: without it both would be in memory. `out_shardings` put
     # the state where the next call expects it.
     train_step = jax.jit(
@@ -268,7 +268,7 @@ def _stacked(grads: nnx.State, dtype: Any) -> nnx.State:
     def one(path: tuple, grad: jax.Array) -> jax.Array:
         if role_of(path) != "matrix":
             return grad
-        stack = unfilled(grad.shape, dtype)
+        stack = uninitialised(grad.shape, dtype)
         for layer, index in enumerate(jax.lax.optimization_barrier(tuple(map(jnp.int32, range(len(grad)))))):
             stack = jax.lax.dynamic_update_index_in_dim(stack, grad[layer].astype(dtype), index, 0)
         return jax.lax.optimization_barrier(stack).astype(grad.dtype)

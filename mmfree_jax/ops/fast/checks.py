@@ -286,7 +286,7 @@ def transposed_codes(rng: np.random.Generator, use: Use) -> Problem:
     Rescaled codes are rounded with a different dither at each place, so rows cannot repeat: at most ROWS of all rows
     are expected, the first and the last among them.
     """
-    from mmfree_jax.ops.fast.hopper.transposed_codes import transposed as kernel
+    from mmfree_jax.ops.fast.hopper.transposed_codes import transpose as kernel
 
     (M, D), (scaled,) = use.sizes, use.options
     R, _ = _sample(M)

@@ -10,7 +10,7 @@ from mmfree_jax.sharding import Names
 STATE: Names = ("batch", "channels")  # logical names of a state [B, D]
 
 
-def carried(
+def segment_states(
     decay_BSD: jax.Array, end_BSD: jax.Array, h_BD: jax.Array, axis: str | None = None, reverse: bool = False
 ) -> jax.Array:
     """The state before each of S segments, [B, S, D]: a segment turns state h into decay * h + end.

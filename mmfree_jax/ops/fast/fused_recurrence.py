@@ -6,7 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.ops.fast.autodiff import own_backward
 from mmfree_jax.ops.fast.choice import STEPS
-from mmfree_jax.ops.fast.chunks import STATE, carried
+from mmfree_jax.ops.fast.chunks import STATE, segment_states
 from mmfree_jax.sharding import Names, PartialSum, per_shard, sharding_axis
 
 OPEN = 40.0  # of a forget gate: its sigmoid is 1 in float32
@@ -50,7 +50,7 @@ def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
         decay_BSD, starts_BSD = jnp.zeros((c_BTD.shape[0], S, c_BTD.shape[2])), h_BD[:, None]
         if S > 1 or axis is not None:
             decay_BSD, end_BSD = (_grouped(a, S) for a in kernel.segment_ends(c, f, floor_D, keep))
-            starts_BSD = carried(decay_BSD, end_BSD, h_BD, axis)
+            starts_BSD = segment_states(decay_BSD, end_BSD, h_BD, axis)
         out, last = kernel.forward(c, f, floor_D, starts_BSD.reshape(-1, starts_BSD.shape[-1]), keep)
         return out.reshape(c_BTD.shape), _grouped(last, S)[:, -1:], starts_BSD, decay_BSD
 
@@ -74,7 +74,7 @@ def _backward(saved, dresults):
         dlast_BSD = dlast_BD[:, None]
         if S > 1 or axis is not None:
             dstart_BSD = _grouped(kernel.segment_starts(f, floor_D, keep, dout), S)
-            dlast_BSD = carried(decay_BSD, dstart_BSD, dlast_BD, axis, reverse=True)
+            dlast_BSD = segment_states(decay_BSD, dstart_BSD, dlast_BD, axis, reverse=True)
         flat = lambda a: a.reshape(-1, a.shape[-1])
         dc, df, dfloor, dh = kernel.backward(c, f, floor_D, flat(starts_BSD), keep, out, dout, flat(dlast_BSD))
         dfloor_D = dfloor.sum(axis=0) if gated else None

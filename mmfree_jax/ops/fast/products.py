@@ -138,7 +138,7 @@ def _codes_product(x: Quantised, w: Packed, dtype: Any) -> jax.Array:
 def _integer_product(x: Quantised, w: Quantised, axes: Names, transposed: bool) -> jax.Array:
     """`product` by the integer units, which sum along the last axis of both operands."""
     from mmfree_jax.ops.fast.hopper.int8_matmul import int8_matmul
-    from mmfree_jax.ops.fast.hopper.transposed_codes import transposed as transpose
+    from mmfree_jax.ops.fast.hopper.transposed_codes import transpose
 
     def local(x_codes, x_scale, w_codes, w_scale):
         rows = x_codes.reshape(-1, x_codes.shape[-1])
@@ -253,12 +253,12 @@ def _integer_outer(x: Quantised, dy: GradientCodes, per_channel: jax.Array | Non
     largest = None if dy.largest is None else dy.largest.reshape(-1)
     if largest is not None and dtype == jnp.bfloat16 and choice.integer_sum_over_rows(codes, rows.codes):
         from mmfree_jax.ops.fast.hopper.int8_matmul import int8_matmul
-        from mmfree_jax.ops.fast.hopper.transposed_codes import transposed
+        from mmfree_jax.ops.fast.hopper.transposed_codes import transpose
 
         scale = column_scale(largest)
-        dy_codes = transposed(rows.codes, (rows.scale * x_scale).reshape(-1), scale)
+        dy_codes = transpose(rows.codes, (rows.scale * x_scale).reshape(-1), scale)
         scale = scale if per_channel is None else scale / per_channel.reshape(-1)
-        return int8_matmul(transposed(codes), dy_codes, jnp.ones(codes.shape[-1]), scale)
+        return int8_matmul(transpose(codes), dy_codes, jnp.ones(codes.shape[-1]), scale)
     columns = column_codes(rows, x_scale, largest)
     sums = outer(codes.astype(dtype), columns.codes.astype(dtype), wide(dtype))
     return dequantise(Quantised(sums if per_channel is None else sums / per_channel, columns.scale), dtype)

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.autodiff import own_backward
 from mmfree_jax.ops.fast.choice import STEPS
-from mmfree_jax.ops.fast.chunks import STATE, carried
+from mmfree_jax.ops.fast.chunks import STATE, segment_states
 from mmfree_jax.ops.fast.fused_recurrence import fused_recurrence
 from mmfree_jax.ops.recurrence import WKVState, average, gates, lowest
 from mmfree_jax.ops.ternary import wide
@@ -109,7 +109,7 @@ def _forward(form: str, f_BTD: jax.Array, x_BTD: jax.Array, h_BD: jax.Array):
         if axis is not None:
             # What this device's chunk does to a state, h -> decay * h + end; all devices learn all of them.
             end_BSD = _states(form, f_BTD, x_BTD, jnp.zeros_like(h_BD))[:, -1:]
-            start_BSD = carried(jnp.prod(f_BTD, axis=1, keepdims=True), end_BSD, h_BD, axis)
+            start_BSD = segment_states(jnp.prod(f_BTD, axis=1, keepdims=True), end_BSD, h_BD, axis)
         return _states(form, f_BTD, x_BTD, start_BSD[:, 0]), start_BSD
 
     out_BTD, start_BSD = per_shard(local, [STEPS, STEPS, STATE], [STEPS, STEPS], f_BTD, x_BTD, h_BD)
@@ -129,7 +129,7 @@ def _backward(form: str, saved, dh_BTD: jax.Array):
         if axis is not None:
             first_BD = _states(form, later_BTD, dh_BTD, none_BD, reverse=True)[:, 0]
             decay_BSD = jnp.prod(f_BTD, axis=1, keepdims=True)
-            passed_BD = carried(decay_BSD, (f_BTD[:, 0] * first_BD)[:, None], none_BD, axis, reverse=True)[:, 0]
+            passed_BD = segment_states(decay_BSD, (f_BTD[:, 0] * first_BD)[:, None], none_BD, axis, reverse=True)[:, 0]
         g_BTD = _states(form, later_BTD, dh_BTD, passed_BD, reverse=True)
         before_BTD = jnp.concatenate([start_BSD, out_BTD[:, :-1]], axis=1)
         return g_BTD * before_BTD, g_BTD, f_BTD[:, :1] * g_BTD[:, :1]

@@ -87,7 +87,7 @@ def column_codes(q: Quantised, row_factors: jax.Array, largest: jax.Array | None
     scale = column_scale(largest)
     rows, columns = dither_phases(*q.codes.shape)
     values = q.codes * factor.astype(jnp.float32) * (1 / scale).astype(jnp.float32)
-    return Quantised(dithered(values, rows[:, None] + columns), scale[None])
+    return Quantised(round_with_dither(values, rows[:, None] + columns), scale[None])
 
 
 def column_scale(largest: jax.Array) -> jax.Array:
@@ -109,7 +109,7 @@ def dither_phases(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
     return sequence(rows, steps[0]), sequence(columns, steps[1])
 
 
-def dithered(values: jax.Array, phases: jax.Array) -> jax.Array:
+def round_with_dither(values: jax.Array, phases: jax.Array) -> jax.Array:
     """Round float32 values in [-TOP, TOP] to int8: up where the fraction of a value and its phase together exceed 1.
 
     Phases become fractions, and sums whole numbers, by their bits: a GPU converts a quarter as fast as it adds.

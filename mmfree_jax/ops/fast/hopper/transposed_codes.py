@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmfree_jax.ops.fast.hopper.mosaic import STREAMING, broadcast
-from mmfree_jax.ops.fast.ternary import dither_phases, dithered
+from mmfree_jax.ops.fast.ternary import dither_phases, round_with_dither
 
 # Hopper's integer units sum along the last axis of both operands; the gradient to weights sums over tokens, the first
 # axis of both. A tile is transposed by those units themselves: its product with an identity is exact, and they leave
@@ -33,10 +33,10 @@ def supports(rows: int, columns: int) -> bool:
 
 
 @jax.jit
-def transposed(
+def transpose(
     codes_MD: jax.Array, row_factors_M: jax.Array | None = None, scale_D: jax.Array | None = None
 ) -> jax.Array:
-    """Transpose int8 codes to [D, M]; with float32 factors, codes * row_factors_M / scale_D rounded by `dithered`."""
+    """Transpose int8 codes to [D, M]; with float32 factors, codes * row_factors_M / scale_D, rounded with dither."""
     M, D = codes_MD.shape
     columns, tiles = D // TILE, M // TILE
     # Blocks walk down a column of tiles, in whole waves of blocks and with few starts, which take the time of a tile.
@@ -72,7 +72,7 @@ def transposed(
                     values = tile[...]
                     if vectors:
                         (factor, row), (scale, column) = across, of_columns
-                        values = dithered(values.astype(jnp.float32) * factor * scale, row + column)
+                        values = round_with_dither(values.astype(jnp.float32) * factor * scale, row + column)
                     out_smem[half] = values.astype(jnp.int8)
 
             plgpu.commit_smem()

@@ -201,8 +201,8 @@ def test_transposed_codes(monkeypatch, rows, columns):
     codes, by = jnp.int8(rng.integers(-127, 128, (rows, columns))), jnp.asarray(rng.uniform(0.1, 2, rows), jnp.float32)
     wanted = column_codes(Quantised(codes, by[:, None]), jnp.ones((rows, 1)))
     with pretended_gpu():
-        turned = jax.jit(transposed_codes.transposed)(codes)
-        scaled = jax.jit(transposed_codes.transposed)(codes, by, wanted.scale[0])
+        turned = jax.jit(transposed_codes.transpose)(codes)
+        scaled = jax.jit(transposed_codes.transpose)(codes, by, wanted.scale[0])
     np.testing.assert_array_equal(turned, codes.T)
     np.testing.assert_array_equal(scaled, wanted.codes.T)
 
