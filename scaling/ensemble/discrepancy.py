@@ -101,12 +101,31 @@ class Basis:
             self.waves[np.arange(dimensions) != k, k * alone : (k + 1) * alone] = 0.0
         self.knots = KNOT_STEP * (np.arange(KNOTS) + 0.5)
 
+    def block(self, x: np.ndarray) -> np.ndarray:
+        """(m, F) features of one family's misfit at x (m, d)."""
+        angle = x @ self.waves
+        smooth = self.h[TAU] / np.sqrt(WAVES) * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+        kinks = np.maximum(np.abs(x)[:, :, None] - self.knots, 0) * np.sqrt(KNOT_STEP)
+        sides = np.concatenate([kinks * (x > 0)[..., None], kinks * (x < 0)[..., None]], axis=1)
+        return np.concatenate([smooth, np.sqrt(3) * self.h[KAPPA] * sides.reshape(len(x), -1)], axis=1)
+
+    @property
+    def parts(self) -> tuple[float, float]:
+        """Weights of what the families have in common and of what each has of its own."""
+        return float(np.sqrt(self.h[RHO])), float(np.sqrt(1 - self.h[RHO]))
+
     def at(self, points: Points) -> np.ndarray:
         """(m, features): a block common to the families, then one for each."""
-        angle = points.x @ self.waves
-        smooth = self.h[TAU] / np.sqrt(WAVES) * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
-        kinks = np.maximum(np.abs(points.x)[:, :, None] - self.knots, 0) * np.sqrt(KNOT_STEP)
-        sides = np.concatenate([kinks * (points.x > 0)[..., None], kinks * (points.x < 0)[..., None]], axis=1)
-        block = np.concatenate([smooth, np.sqrt(3) * self.h[KAPPA] * sides.reshape(len(points.x), -1)], axis=1)
-        own = [np.sqrt(1 - self.h[RHO]) * block * (points.family == f)[:, None] for f in range(self.families)]
-        return np.concatenate([np.sqrt(self.h[RHO]) * block, *own], axis=1)
+        block, (common, own) = self.block(points.x), self.parts
+        apart = [own * block * (points.family == f)[:, None] for f in range(self.families)]
+        return np.concatenate([common * block, *apart], axis=1)
+
+    def values(self, weights: np.ndarray, points: Points) -> np.ndarray:
+        """(K, m) misfits of weights (K, features) at the points: `weights @ at(points).T`, without the zeros."""
+        block, (common, own) = self.block(points.x), self.parts
+        first, *others = np.split(weights, 1 + self.families, axis=1)
+        out = np.empty((len(weights), len(block)))
+        for f in np.unique(points.family):
+            mine = points.family == f
+            out[:, mine] = (common * first + own * others[f]) @ block[mine].T
+        return out

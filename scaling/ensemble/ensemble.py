@@ -41,6 +41,7 @@ UNINFORMATIVE = 0.05  # an interval wider than this share of the loss says nothi
 FLOORS = 0.25  # posterior weight (half before any run) of equal floors below which they are not supported
 IDENTIFIED = 0.7  # posterior over prior spread above which the runs have told nothing of a parameter
 SPLINE_KNOTS = 14
+REMEMBERED = 16  # frontiers, of a megabyte each
 SERVING = 2.0  # FLOP a parameter and token of a forward pass
 
 
@@ -189,7 +190,21 @@ class Ensemble(Equal):
         The law's optimum is each draw's own; the misfit is taken where the mean of the draws has its optimum, to which
         the loss is flat.
         """
-        log_c = np.log(np.asarray(budgets, dtype=float))
+        budgets = np.asarray(budgets, dtype=float)
+        asked = (family, axis, along, budgets.tobytes())
+        if asked not in self.remembered:
+            while len(self.remembered) >= REMEMBERED:
+                self.remembered.pop(next(iter(self.remembered)))
+            self.remembered[asked] = self.frontier_draws(family, np.log(budgets), axis, along)
+        return self.remembered[asked]
+
+    @cached_property
+    def remembered(self) -> dict[tuple[str, str, str, bytes], np.ndarray]:
+        """The last frontiers that were asked for: sentences, tables and figures ask for the same ones."""
+        return {}
+
+    def frontier_draws(self, family: str, log_c: np.ndarray, axis: str, along: str) -> np.ndarray:
+        """(K, M) losses for `frontier`, at log budgets (M,)."""
         law, cost = self.law_along(family), self.cost(family, axis)
         # The law's own frontier is so smooth in log C that a spline through a few of its points is exact to 1e-7.
         few = log_c if len(log_c) <= SPLINE_KNOTS else np.linspace(log_c.min(), log_c.max(), SPLINE_KNOTS)

@@ -69,7 +69,7 @@ class Draws:
         out = np.empty((len(self.theta), len(points.x)))
         for k, basis in enumerate(self.bases):
             rows = self.base == k
-            out[rows] = self.weights[rows] @ basis.at(points).T
+            out[rows] = basis.values(self.weights[rows], points)
         return out
 
 

@@ -37,9 +37,11 @@ def rounded(value: float, low: float, high: float, sign: str = "") -> str:
 
 def verdict(e: Ensemble, failed: Sequence[Gate] = ()) -> list[str]:
     """The answer, the headline first; `failed`: checks that did not pass."""
-    if len(e.families) == 1:
-        return lone_verdict(e, failed)
-    pairs = e.pairs or (e,)
+    return lone_verdict(e, failed) if len(e.families) == 1 else pairs_verdict(e.pairs or (e,), failed)
+
+
+def pairs_verdict(pairs: Sequence[Ensemble], failed: Sequence[Gate]) -> list[str]:
+    """The answers for all pairs, each said to be its own where there are several."""
     names = len(pairs) > 1
     out = [f"{p.b} against {p.a}: " * names + headline(p, failed) for p in pairs]
     for pair in pairs:
