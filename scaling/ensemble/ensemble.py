@@ -261,6 +261,7 @@ class Ensemble(Equal):
         features = law.features_at(log_n, log_d, self.centre, log_c)
         own = law.value(self.draws.theta[:, self.families.index(family)], features)[:, 0]
         curve = own + self.misfit_at(family, log_n, log_d, log_c)[:, 0]
+        # A draw's own noise is added to its own curve, so that the interval of a run holds both uncertainties.
         run = curve + self.run_noise()
         spent = known.get("flops") or float(self.cost(family).rate(N)) * N * D
         decades = max(0.0, float(np.log10(spent / self.runs.family(family)["flops"].max())))
@@ -334,6 +335,7 @@ class Ensemble(Equal):
         log_n, log_d = self.centre
         at = self.curve(self.b, np.array([log_n]), log_d)
         sizes = log_n + np.linspace(-4.6, 4.6, 47)
+        # Misfit may let a curve rise somewhere: the least loss so far has an inverse, the curve itself has none.
         falls = np.minimum.accumulate(self.curve(self.a, sizes, log_d), axis=1)
         rho = np.array([np.interp(-y, -row, sizes) for y, row in zip(at[:, 0], falls, strict=True)]) - log_n
         low, high = interval(np.exp(rho))
@@ -372,6 +374,7 @@ class Ensemble(Equal):
         theta = self.draws.theta[:, k]
         raw = self.law.raw(theta, self.centre)
         own = np.where(self.law.logged, np.log(np.where(self.law.logged, theta, 1.0)), theta)
+        # Where the posterior is as wide as the prior, the interval repeats what was assumed.
         told = own.std(axis=0) < IDENTIFIED * self.posterior.sd[0][:size]
         return tuple(
             Parameter(name, float(np.median(values)), *interval(values), bool(known))
