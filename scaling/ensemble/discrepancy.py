@@ -51,6 +51,7 @@ def physical(z: np.ndarray, misfit: bool = True) -> np.ndarray:
     """Hyperparameters (H, 7) of standard normal latents (H, 7): this map is the prior."""
 
     out = np.empty_like(z)
+    # A half-distribution is the upper half of a symmetric one: (1 + u) / 2 maps a uniform u to its quantiles.
     out[:, RUN] = RUN_MEDIAN * np.exp(RUN_SPREAD * z[:, RUN])
     upper = (1 + ndtr(z)) / 2
     trunk = TRUNK_SCALE * np.maximum(out[:, RUN], RUN_MEDIAN)
@@ -78,12 +79,14 @@ class Nearness:
     def between(cls, one: Points, two: Points) -> Nearness:
         first, second = one.x[:, None], two.x[None]
         short, long = np.minimum(abs(first), abs(second)), np.maximum(abs(first), abs(second))
+        # Cov of two integrals of one random walk: int_0^short (x - t)(y - t) dt; the two sides of the middle are apart.
         walk = np.where(first * second > 0, short**2 * (3 * long - short) / 6, 0).sum(-1)
         return cls((first - second) ** 2, walk, (one.family[:, None] == two.family) * 1.0)
 
     def covariance(self, h: np.ndarray) -> np.ndarray:
         """(H, n, m) covariance of the misfit for hyperparameters (H, 7)."""
         h = h[:, :, None, None]
+        # A product of exponentials is a function of N and D together, their mean a sum of functions of one each.
         near = [np.exp(-0.5 * self.squares[..., k] / h[:, ELL] ** 2) for k in range(self.squares.shape[-1])]
         smooth = (1 - ADDITIVE) * np.prod(near, axis=0) + ADDITIVE * np.mean(near, axis=0)
         covariance = h[:, TAU] ** 2 * smooth + 3 * h[:, KAPPA] ** 2 * self.walk
@@ -101,12 +104,34 @@ class Basis:
             self.waves[np.arange(dimensions) != k, k * alone : (k + 1) * alone] = 0.0
         self.knots = KNOT_STEP * (np.arange(KNOTS) + 0.5)
 
+    def block(self, x: np.ndarray) -> np.ndarray:
+        """(m, F) features of one family's misfit at x (m, d)."""
+        # Bochner: a stationary covariance is the mean of cos(w (x - y)) over its spectrum, here normal with sd 1 / ell,
+        # and cos(a - b) = cos a cos b + sin a sin b makes that a product of features.
+        angle = x @ self.waves
+        smooth = self.h[TAU] / np.sqrt(WAVES) * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+        # An integrated random walk is a sum of small kinks, max(|x| - knot, 0), at all distances from the middle.
+        kinks = np.maximum(np.abs(x)[:, :, None] - self.knots, 0) * np.sqrt(KNOT_STEP)
+        sides = np.concatenate([kinks * (x > 0)[..., None], kinks * (x < 0)[..., None]], axis=1)
+        return np.concatenate([smooth, np.sqrt(3) * self.h[KAPPA] * sides.reshape(len(x), -1)], axis=1)
+
+    @property
+    def parts(self) -> tuple[float, float]:
+        """Weights of what the families have in common and of what each has of its own."""
+        return float(np.sqrt(self.h[RHO])), float(np.sqrt(1 - self.h[RHO]))
+
     def at(self, points: Points) -> np.ndarray:
         """(m, features): a block common to the families, then one for each."""
-        angle = points.x @ self.waves
-        smooth = self.h[TAU] / np.sqrt(WAVES) * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
-        kinks = np.maximum(np.abs(points.x)[:, :, None] - self.knots, 0) * np.sqrt(KNOT_STEP)
-        sides = np.concatenate([kinks * (points.x > 0)[..., None], kinks * (points.x < 0)[..., None]], axis=1)
-        block = np.concatenate([smooth, np.sqrt(3) * self.h[KAPPA] * sides.reshape(len(points.x), -1)], axis=1)
-        own = [np.sqrt(1 - self.h[RHO]) * block * (points.family == f)[:, None] for f in range(self.families)]
-        return np.concatenate([np.sqrt(self.h[RHO]) * block, *own], axis=1)
+        block, (common, own) = self.block(points.x), self.parts
+        apart = [own * block * (points.family == f)[:, None] for f in range(self.families)]
+        return np.concatenate([common * block, *apart], axis=1)
+
+    def values(self, weights: np.ndarray, points: Points) -> np.ndarray:
+        """(K, m) misfits of weights (K, features) at the points: `weights @ at(points).T`, without the zeros."""
+        block, (common, own) = self.block(points.x), self.parts
+        first, *others = np.split(weights, 1 + self.families, axis=1)
+        out = np.empty((len(weights), len(block)))
+        for f in np.unique(points.family):
+            mine = points.family == f
+            out[:, mine] = (common * first + own * others[f]) @ block[mine].T
+        return out

@@ -41,6 +41,7 @@ UNINFORMATIVE = 0.05  # an interval wider than this share of the loss says nothi
 FLOORS = 0.25  # posterior weight (half before any run) of equal floors below which they are not supported
 IDENTIFIED = 0.7  # posterior over prior spread above which the runs have told nothing of a parameter
 SPLINE_KNOTS = 14
+REMEMBERED = 16  # frontiers, of a megabyte each
 SERVING = 2.0  # FLOP a parameter and token of a forward pass
 
 
@@ -189,7 +190,21 @@ class Ensemble(Equal):
         The law's optimum is each draw's own; the misfit is taken where the mean of the draws has its optimum, to which
         the loss is flat.
         """
-        log_c = np.log(np.asarray(budgets, dtype=float))
+        budgets = np.asarray(budgets, dtype=float)
+        asked = (family, axis, along, budgets.tobytes())
+        if asked not in self.remembered:
+            while len(self.remembered) >= REMEMBERED:
+                self.remembered.pop(next(iter(self.remembered)))
+            self.remembered[asked] = self.frontier_draws(family, np.log(budgets), axis, along)
+        return self.remembered[asked]
+
+    @cached_property
+    def remembered(self) -> dict[tuple[str, str, str, bytes], np.ndarray]:
+        """The last frontiers that were asked for: sentences, tables and figures ask for the same ones."""
+        return {}
+
+    def frontier_draws(self, family: str, log_c: np.ndarray, axis: str, along: str) -> np.ndarray:
+        """(K, M) losses for `frontier`, at log budgets (M,)."""
         law, cost = self.law_along(family), self.cost(family, axis)
         # The law's own frontier is so smooth in log C that a spline through a few of its points is exact to 1e-7.
         few = log_c if len(log_c) <= SPLINE_KNOTS else np.linspace(log_c.min(), log_c.max(), SPLINE_KNOTS)
@@ -246,6 +261,7 @@ class Ensemble(Equal):
         features = law.features_at(log_n, log_d, self.centre, log_c)
         own = law.value(self.draws.theta[:, self.families.index(family)], features)[:, 0]
         curve = own + self.misfit_at(family, log_n, log_d, log_c)[:, 0]
+        # A draw's own noise is added to its own curve, so that the interval of a run holds both uncertainties.
         run = curve + self.run_noise()
         spent = known.get("flops") or float(self.cost(family).rate(N)) * N * D
         decades = max(0.0, float(np.log10(spent / self.runs.family(family)["flops"].max())))
@@ -319,6 +335,7 @@ class Ensemble(Equal):
         log_n, log_d = self.centre
         at = self.curve(self.b, np.array([log_n]), log_d)
         sizes = log_n + np.linspace(-4.6, 4.6, 47)
+        # Misfit may let a curve rise somewhere: the least loss so far has an inverse, the curve itself has none.
         falls = np.minimum.accumulate(self.curve(self.a, sizes, log_d), axis=1)
         rho = np.array([np.interp(-y, -row, sizes) for y, row in zip(at[:, 0], falls, strict=True)]) - log_n
         low, high = interval(np.exp(rho))
@@ -357,6 +374,7 @@ class Ensemble(Equal):
         theta = self.draws.theta[:, k]
         raw = self.law.raw(theta, self.centre)
         own = np.where(self.law.logged, np.log(np.where(self.law.logged, theta, 1.0)), theta)
+        # Where the posterior is as wide as the prior, the interval repeats what was assumed.
         told = own.std(axis=0) < IDENTIFIED * self.posterior.sd[0][:size]
         return tuple(
             Parameter(name, float(np.median(values)), *interval(values), bool(known))

@@ -168,6 +168,8 @@ def varpro_step(
 ) -> np.ndarray:
     """Damped Kaufman step for the exponents: their derivatives with the coefficients' span projected out."""
     design, change, _ = basis(model, dict(zip(which.tolist(), slopes, strict=True)))
+    # The coefficients follow every change of the exponents, so only the part of a change that they cannot make up for
+    # moves the residual: the derivative's part orthogonal to the design's columns.
     root = np.sqrt(mass)[:, None]
     frame, _ = np.linalg.qr(design * root)
     tangent = np.einsum("ncs,c->ns", change, coefficients) * root
