@@ -157,7 +157,16 @@ def _working(config: ModelConfig, chosen: ServingArguments, item: int) -> float:
     scores = 2 * 4 * piece * chosen.context * config.heads if config.mixer == "attention" else 0
     reading = piece * widest * max(item, 4) + unpacked + scores + 4 * V
     choosing = chosen.batch * (V * (4 + 1 + 3 * 4) + 8 * TOP + widest * max(item, 4))  # logits, seen, and their copies
-    return max(reading, choosing)
+    return max(reading, choosing) + 2 * _converted(config, chosen)
+
+
+def _converted(config: ModelConfig, chosen: ServingArguments) -> float:
+    """Bytes in bfloat16 of the matrices that XLA's CPU compiler, which has no such products, makes float32 of."""
+    if chosen.device != "cpu" or chosen.stored != "bfloat16":
+        return 0.0
+    tensors = abstract_tensors(config, chosen.stored, chosen.layout)
+    matrices = [one for one in tensors if one.dtype == jnp.bfloat16]
+    return float(sum(one.size for one in matrices if one.name != "embedding" or config.tie_embeddings))
 
 
 def bytes_read(config: ModelConfig, chosen: ServingArguments) -> float:
@@ -167,7 +176,7 @@ def bytes_read(config: ModelConfig, chosen: ServingArguments) -> float:
     lookup = 0 if config.tie_embeddings else next(one.size for one in tensors if one.name == "embedding")
     weights = sum(one.size for one in tensors) - lookup
     state = flops.decode_state_bytes(config, chosen.context, item) * (1 if config.mixer == "attention" else 2)
-    return weights + chosen.batch * (state + 4 * 4 * config.vocab + config.width * item)
+    return weights + _converted(config, chosen) + chosen.batch * (state + 4 * 4 * config.vocab + config.width * item)
 
 
 def token_time(config: ModelConfig, chosen: ServingArguments, device: Device) -> TokenTime:
