@@ -59,7 +59,7 @@ def trial(sizes: int, difference: float, k: int) -> tuple[float, ...]:
     if k >= PILOTS:
         return (*found, np.nan, np.nan)
     costs = [e.cost(f) for f in e.families]
-    ladder = [Trunk.of(n, RATIOS, costs) for n in np.geomspace(1e7, 1e9, sizes)]
+    ladder = [Trunk.of(n, RATIOS.tolist(), costs) for n in np.geomspace(1e7, 1e9, sizes)]
     p = power(e, ladder, 10**TARGET, (max(difference, 1e-9),))
     return (*found, p.sd, p.chances[0] if difference else p.at_zero)
 

@@ -14,7 +14,7 @@ from mmfree_jax.devices import check_platform, check_settings
 from mmfree_jax.evaluation.loss import Scores
 from mmfree_jax.evaluation.loss import evaluate as held_out_loss
 from mmfree_jax.inference.packed import save_packed
-from mmfree_jax.inference.text import TextModel, find_tokenizer, load_text_model
+from mmfree_jax.inference.text import TextModel, find_ends, find_tokenizer, load_text_model, text_files
 from mmfree_jax.interop.gguf import Kind, save_gguf
 from mmfree_jax.interop.huggingface import save_huggingface
 from mmfree_jax.ops.packed import Layout
@@ -130,13 +130,15 @@ def export(
         return
     require(format in ("packed", "gguf"), f"format={format!r}: choose one of huggingface, packed, gguf")
     tokenizer = find_tokenizer(path)
-    end = None if tokenizer is None else tokenizer.end_of_document
+    ends = list(find_ends(path, tokenizer))
     text = "" if tokenizer is None else tokenizer.backend.to_str(pretty=True)
     if format == "packed":
         stored: Any = dtype or "bfloat16"
         require(stored in ("bfloat16", "float32"), f"dtype={stored!r}: a packed folder has bfloat16 or float32")
-        save_packed(load_model(path), out, stored=stored, layout=layout, tokenizer_json=text, end=end)
+        save_packed(
+            load_model(path), out, stored=stored, layout=layout, tokenizer_json=text, end=ends, beside=text_files(path)
+        )
         return
     require(tokenizer is not None, f"the tokenizer of {path} is not known, and a GGUF file needs it")
     context = origin(path).positions or 2048
-    save_gguf(load_model(path), out, text, kind=type, end=end or 0, context=context)
+    save_gguf(load_model(path), out, text, kind=type, end=ends[0] if ends else 0, context=context)

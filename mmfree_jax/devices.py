@@ -19,7 +19,7 @@ GENERATOR = "threefry2x32"  # random number generator of initial weights, whatev
 # Settings of JAX that would change what a run computes. Another value would have to be part of the config.
 SETTINGS = {"jax_enable_x64": False, "jax_threefry_partitionable": True, "jax_default_matmul_precision": None}
 
-Platform = Literal["cuda", "tpu"]
+Platform = Literal["cuda", "tpu", "cpu"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from scaling.commands import allocate, backtest, compare, fit, lint, plan, plot, predict, report, verify
+from scaling.commands import allocate, backtest, compare, fit, lint, optima, plan, plot, predict, report, verify
 from scaling.commands.arguments import OneLineParser
 from scaling.commands.output import ERROR, INTERRUPTED
 from scaling.tables.runs import ScalingError
@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
     text = "Scaling laws from a table of runs, with intervals and certificates."
     top = OneLineParser(prog="scaling", description=text)
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=OneLineParser)
-    for command in (lint, plot, fit, backtest, allocate, predict, compare, plan, report, verify):
+    for command in (lint, plot, fit, optima, backtest, allocate, predict, compare, plan, report, verify):
         command.add(verbs)
     return top
 

@@ -151,6 +151,8 @@ def covariances(
     whole = (slopes * sd**2) @ slopes.T + Nearness.between(points, points).covariance(h[None])[0]
     count = len(log_n)
     levels = np.array([-1.0, 1.0]) * [float(np.median(e.frontier(f, np.array([target])))) for f in e.families]
+    # Loss is linear in all of this near the middle of the draws, so before any run is made everything is normal, and
+    # what runs would tell of the difference needs covariances only, no simulated losses.
     noise = (h[RUN] ** 2 + h[CELL] ** 2) * np.eye(count) + h[TRUNK] ** 2 * (trunk[:, None] == trunk)
     return whole[:count, :count] + noise, whole[:count, count:] @ levels, float(levels @ whole[count:, count:] @ levels)
 
@@ -266,5 +268,6 @@ def power(
     if not differences:
         expected = abs(float(np.median(e.gaps(np.array([target])))))
         differences = tuple(x * max(expected, sd / 4) for x in (0.5, 1.0, 2.0))
+    # The estimate is normal about the true difference: P(|estimate| > 1.96 sd with its sign).
     chances = tuple(float(ndtr(abs(d) / sd - TWO_SIDED)) for d in differences)
     return Power(target, sd, tuple(differences), chances, float(2 * ndtr(-TWO_SIDED)), e.runs.loss_label)

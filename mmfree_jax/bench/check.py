@@ -126,6 +126,27 @@ def _draw_codes_product(rng: np.random.Generator, attempt: int) -> Use:
     return Use("codes_product", sizes, (bool(rng.integers(2)),))
 
 
+def _draw_dense_product(rng: np.random.Generator, attempt: int) -> Use:
+    kind, width = str(rng.choice(["plain", "norm", "swiglu"])), 64 * (1 + attempt % 128)
+    added = kind == "norm" and bool(rng.integers(2))
+    sizes = int(rng.integers(1, 5)), width, min(_multiple(rng, 32, 16384), MOST_VALUES // width // 32 * 32)
+    return Use(
+        "dense_product", sizes, (kind, int(rng.choice([1, 2])), str(rng.choice(TYPES)), str(rng.choice(TYPES)), added)
+    )
+
+
+def _draw_decode_attention(rng: np.random.Generator, attempt: int) -> Use:
+    slots, width, keys = (
+        int(np.exp(rng.uniform(0, math.log(8192)))),
+        int(rng.choice([32, 64, 128, 256])),
+        attempt % 16 + 1,
+    )
+    rows = max(1, min(int(rng.integers(1, 65)), MOST_VALUES // (slots * width * keys)))
+    return Use(
+        "decode_attention", (rows, slots, keys * int(rng.integers(1, 9)), keys, width), (str(rng.choice(TYPES)),)
+    )
+
+
 def _draw_layer(rng: np.random.Generator, attempt: int) -> Use:
     width, out = _width(rng, attempt // 2), _width(rng, int(rng.integers(256)))
     if attempt % 2:
@@ -151,6 +172,8 @@ DRAWS: dict[str, Callable[[np.random.Generator, int], Use]] = {
     "recurrence": _draw_recurrence,
     "normed_product": _draw_normed_product,
     "codes_product": _draw_codes_product,
+    "dense_product": _draw_dense_product,
+    "decode_attention": _draw_decode_attention,
     "layer": _draw_layer,
     "model": _draw_model,
 }

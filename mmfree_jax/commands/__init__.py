@@ -26,6 +26,7 @@ SCALING = {
     "backtest": "fit the cheap runs, predict the expensive ones",
     "allocate": "the best model size and token budget for an amount of compute",
     "predict": "the loss of a run that has not been made",
+    "optima": "the best learning rate and batch size by model size and tokens, from a sweep",
     "plan": "the cheapest ladder that would decide which family wins",
     "power": "what a proposed ladder would show, before it is run",
     "plot": "draw a runs table",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.inference.model import ServedModel
-from mmfree_jax.inference.sampling import choose
+from mmfree_jax.inference.sampling import choose, choose_greedily
 from mmfree_jax.models.language_model import DecodeState
 
 PIECE = 256  # tokens of a prompt that are read at a time, at most: bounds the memory for activations
@@ -128,8 +128,8 @@ def _read_and_score(model: ServedModel, tokens_BT, segments_BT, targets_BT, stat
     return logits_BTV[:, -1], _scored(logits_BTV, targets_BT, True), state
 
 
-def _scored(logits: jax.Array, tokens: jax.Array, with_top: jax.Array | bool) -> Scored:
-    """Score tokens [...] by logits [..., V]."""
+def _scored(logits: jax.Array, tokens: jax.Array, with_top: jax.Array | bool | None) -> Scored:
+    """Score tokens [...] by logits [..., V]; None: without the most likely tokens."""
     normaliser, count = jax.nn.logsumexp(logits, axis=-1, keepdims=True), min(TOP, logits.shape[-1])
     logprobs = (jnp.take_along_axis(logits, tokens[..., None], axis=-1) - normaliser)[..., 0]
 
@@ -139,25 +139,27 @@ def _scored(logits: jax.Array, tokens: jax.Array, with_top: jax.Array | bool) ->
 
     shape = (*tokens.shape, count)
     none = lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, logits.dtype))
-    return Scored(tokens, logprobs, *jax.lax.cond(with_top, top, none))
+    return Scored(tokens, logprobs, *(none() if with_top is None else jax.lax.cond(with_top, top, none)))
 
 
-@functools.partial(jax.jit, static_argnames="steps", donate_argnames="progress")
+@functools.partial(jax.jit, static_argnames=("steps", "greedy"), donate_argnames="progress")
 def decode(
     model: ServedModel,
     progress: Progress,
     settings: dict[str, jax.Array],
     steps: int,
     with_top: jax.Array | bool = False,
+    greedy: bool = False,
 ) -> tuple[Progress, Scored]:
     """Choose and read `steps` tokens of every row, in one program: no round trip to the host on the way.
 
-    settings: of `sampling.stacked`. with_top: whether to report the most likely tokens too.
+    settings: of `sampling.stacked`. with_top: whether to report the most likely tokens too. greedy: compile for rows
+    that all have temperature 0 and no `with_top`: nothing is left to decide on the way, which a GPU would ask its host.
     Returns the progress and what was chosen, [B, steps].
     """
 
     def step(progress: Progress, _):
-        chosen = _choose(progress, settings, with_top)
+        chosen = _choose(progress, settings, with_top, greedy)
         seen_BV = progress.seen_BV | (jnp.arange(progress.seen_BV.shape[1]) == chosen.tokens[:, None])
         logits_BTV, state = model.extend(chosen.tokens[:, None], progress.state)
         return Progress(state, logits_BTV[:, 0], seen_BV, progress.counts_B + 1), chosen
@@ -166,9 +168,12 @@ def decode(
     return progress, Scored(*(a.swapaxes(0, 1) for a in chosen))
 
 
-def _choose(progress: Progress, settings: dict[str, jax.Array], with_top: jax.Array | bool) -> Scored:
-    token_B = choose(progress.logits_BV, progress.seen_BV, progress.counts_B, settings)
-    return _scored(progress.logits_BV, token_B, with_top)
+def _choose(
+    progress: Progress, settings: dict[str, jax.Array], with_top: jax.Array | bool, greedy: bool = False
+) -> Scored:
+    choice = choose_greedily if greedy else choose
+    token_B = choice(progress.logits_BV, progress.seen_BV, progress.counts_B, settings)
+    return _scored(progress.logits_BV, token_B, None if greedy else with_top)
 
 
 @jax.jit

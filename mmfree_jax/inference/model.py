@@ -18,6 +18,7 @@ from mmfree_jax.inference.packed import packed_tensors, read_packed, served_conf
 from mmfree_jax.models.language_model import Block, DecodeState, LanguageModel, context_after, state_after
 from mmfree_jax.models.layers import Projection, RMSNorm, recipe_of
 from mmfree_jax.ops.bit_linear import Recipe, linear
+from mmfree_jax.ops.fast.choice import forward_only
 from mmfree_jax.ops.packed import Layout, Packed, PackedWeights
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.parametrisation import scales
@@ -72,6 +73,10 @@ class ServedModel:
         last_only: bool = False,
     ) -> tuple[jax.Array, DecodeState]:
         """Read on from a state: logits [B, T, V] in at least float32 and the state after; as `LanguageModel.extend`."""
+        with forward_only():
+            return self._extend(tokens_BT, state, segments_BT, last_only)
+
+    def _extend(self, tokens_BT: jax.Array, state: DecodeState, segments_BT: jax.Array | None, last_only: bool):
         context = context_after(state, tokens_BT, segments_BT, self.config, self.dtype)
         x_BTD, mixers = self.embedding[tokens_BT].astype(self.dtype), []
         for layer, (block, mixer) in enumerate(zip(self.blocks, state.mixers, strict=True)):

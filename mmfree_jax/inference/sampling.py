@@ -77,6 +77,14 @@ def choose(logits_BV: jax.Array, seen_BV: jax.Array, counts_B: jax.Array, settin
     return chosen_B
 
 
+def choose_greedily(
+    logits_BV: jax.Array, seen_BV: jax.Array, counts_B: jax.Array, settings: dict[str, jax.Array]
+) -> jax.Array:
+    """`choose` where every row has temperature 0."""
+    penalty_B1 = settings["repetition_penalty"][:, None]
+    return jnp.argmax(_penalised(logits_BV, seen_BV, penalty_B1), axis=-1).astype(jnp.int32)
+
+
 def _penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B1: jax.Array) -> jax.Array:
     lowered_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     return jnp.where(seen_BV, lowered_BV, logits_BV)

@@ -13,18 +13,22 @@ from mmfree_jax.config import ModelConfig, require
 from mmfree_jax.data.reading.token_set import TOKENIZER
 from mmfree_jax.data.tokenizers import tokenizer as tokenization
 from mmfree_jax.data.tokenizers.tokenizer import Tokenizer
+from mmfree_jax.files import read_json
 from mmfree_jax.inference.completion import Completion, Reader
 from mmfree_jax.inference.engine import Engine, Request
 from mmfree_jax.inference.generate import TOP
 from mmfree_jax.inference.model import ServedModel, load_packed, serve_model
-from mmfree_jax.inference.packed import is_packed
+from mmfree_jax.inference.packed import PACKED, is_packed
 from mmfree_jax.inference.sampling import Sampling
 from mmfree_jax.run_folder import corpus_facts, known_corpora
-from mmfree_jax.weights import load_model
+from mmfree_jax.weights import load_model, origin
 
 MOST_SLOTS = 64  # of an engine; more prompts wait for a slot
 CHUNK, STREAMED = 16, 8  # tokens that are decoded in a call; of a stream, which tells them at once
 ROOM = 256  # an attention cache holds a multiple of so many tokens, so that few programs are compiled
+
+# Of Hugging Face folders: special tokens by their role, the template of chats, the tokens that end a text.
+TOKENIZER_CONFIG, TEMPLATE, GENERATION = "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
 
 Prompt = str | Sequence[int]
 
@@ -34,12 +38,13 @@ class TextModel:
     """A model that generates; calling it with tokens, int32 [B, T], gives logits [B, T, V].
 
     tokenizer: None where the model's folder does not say which; then prompts are token numbers.
-    ends: tokens that end a text, where they are known.
+    ends: tokens that end a text, where they are known. begin: tokens that a text begins with.
     """
 
     served: ServedModel
     tokenizer: Tokenizer | None = None
     ends: tuple[int, ...] = ()
+    begin: tuple[int, ...] = ()
 
     @property
     def config(self) -> ModelConfig:
@@ -113,8 +118,7 @@ class TextModel:
             return [int(token) for token in prompt]
         require(self.tokenizer is not None, "this model's tokenizer is not known: give token numbers")
         assert self.tokenizer is not None
-        tokens = self.tokenizer.encode(prompt).tolist()
-        return tokens or [self.tokenizer.end_of_document]
+        return [*self.begin, *self.tokenizer.encode(prompt).tolist()] or [self.tokenizer.end_of_document]
 
 
 @jax.jit
@@ -136,7 +140,7 @@ def load_text_model(path: Path, dtype: str = "float32") -> TextModel:
     """
     served = load_packed(path, dtype) if is_packed(path) else serve_model(load_model(path), dtype=dtype)
     tokenizer = find_tokenizer(path)
-    return TextModel(served, tokenizer, () if tokenizer is None else (tokenizer.end_of_document,))
+    return TextModel(served, tokenizer, find_ends(path, tokenizer), find_begin(path, tokenizer))
 
 
 def find_tokenizer(path: Path) -> Tokenizer | None:
@@ -150,3 +154,26 @@ def find_tokenizer(path: Path) -> Tokenizer | None:
             if found.vocab_hash == trained_with:
                 return found
     return None
+
+
+def find_ends(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Return the tokens that end a text: those that the model's folder names, else the one between documents."""
+    if (path / GENERATION).is_file():
+        named = read_json(path / GENERATION).get("eos_token_id")
+    else:
+        named = read_json(path / PACKED)["end_of_document"] if is_packed(path) else origin(path).eos
+    if named is None:
+        return () if tokenizer is None else (tokenizer.end_of_document,)
+    return tuple(named) if isinstance(named, list) else (named,)
+
+
+def find_begin(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Return the tokens that a published tokenizer puts in front of a text. Models trained here had none there."""
+    if tokenizer is None or not (path / TOKENIZER_CONFIG).is_file():
+        return ()
+    return tuple(tokenizer.backend.encode("", add_special_tokens=True).ids[:1])
+
+
+def text_files(path: Path) -> list[Path]:
+    """Return the files of a folder that say how its model reads and writes text, apart from the tokenizer."""
+    return [path / name for name in (TOKENIZER_CONFIG, TEMPLATE, GENERATION) if (path / name).is_file()]

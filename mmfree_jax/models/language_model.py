@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.architecture import ModelConfig, Remat
 from mmfree_jax.models.attention import Attention, rotary
@@ -107,7 +106,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """[B, T, D] -> [B, T, D], and the mixer's state after the last token."""
         y_BTD, state = self.mixer(self.mixer_norm(x_BTD), context, floor_D, state)
-        x_BTD = checkpoint_name(residual(x_BTD, y_BTD, self.scale), "residual")
+        x_BTD = residual(x_BTD, y_BTD, self.scale, "residual")
         return residual(x_BTD, self.glu(self.glu_norm(x_BTD)), self.scale), state
 
 

@@ -3,6 +3,7 @@ that their outputs are added to."""
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, rms_norm
 from mmfree_jax.ops.fast.choice import op
@@ -10,9 +11,10 @@ from mmfree_jax.ops.packed import PackedWeights
 
 
 @op
-def residual(x_BTD: jax.Array, y_BTD: jax.Array, scale: float = 1.0) -> jax.Array:
-    """Add a sublayer's output to the residual stream: x + scale * y, [B, T, D]."""
-    return x_BTD + (y_BTD if scale == 1 else y_BTD * scale)
+def residual(x_BTD: jax.Array, y_BTD: jax.Array, scale: float = 1.0, name: str = "") -> jax.Array:
+    """Add a sublayer's output to the residual stream: x + scale * y, [B, T, D]; `name`: for policies of remat."""
+    x_BTD = x_BTD + (y_BTD if scale == 1 else y_BTD * scale)
+    return checkpoint_name(x_BTD, name) if name else x_BTD
 
 
 @op

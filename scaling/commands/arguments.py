@@ -18,6 +18,7 @@ from scaling.fitting.selection import CHOICES
 from scaling.fitting.sensitivity import CUSTOMARY_DELTA
 from scaling.laws.forms import LAWS
 from scaling.spec import Spec
+from scaling.tables.curves import annealed, sweep_curves
 from scaling.tables.runs import Runs, ScalingError, as_number
 
 Run = Callable[[argparse.Namespace], int]
@@ -61,6 +62,7 @@ def table_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--where", action="append", default=[], metavar="CONDITION", help="keep rows: family=llama, N>=1e8"
     )
+    verb.add_argument("--curves", action="store_true", help="points of the folder's curves, for --law annealed")
     verb.add_argument("--allow-midrun", action="store_true", help="accept points inside a run (they mislead fits)")
 
 
@@ -147,4 +149,5 @@ def positive_setting(text: str, flag: str) -> float:
 def read_table(a: argparse.Namespace, allow_midrun: bool = False) -> Runs:
     """The table that --column, --set and --where describe."""
     columns, constants = assignments(a.column, "--column"), assignments(a.set, "--set")
-    return Runs.read(a.runs, columns, a.where, constants, a.allow_midrun or allow_midrun)
+    runs = Runs.read(a.runs, columns, a.where, constants, a.allow_midrun or allow_midrun)
+    return annealed(runs, sweep_curves(a.runs)) if a.curves else runs

@@ -10,7 +10,6 @@ from typing import Any
 from scaling.commands.arguments import new_verb, positive
 from scaling.commands.output import OK, print_json
 from scaling.ensemble.answers import Prediction
-from scaling.laws.base import Law
 from scaling.report.artefact import read_analysis, read_fit_json
 from scaling.report.ledger import FILE, holds_cell, made_of, read_ledger, record, write_ledger
 from scaling.report.words import reach_sentence, rounded
@@ -23,8 +22,10 @@ def add(verbs: Any) -> None:
     verb.add_argument("--N", type=positive, required=True, help="parameters")
     verb.add_argument("--D", type=positive, required=True, help="training tokens")
     verb.add_argument("--C", type=positive, help="training FLOP, for laws in compute")
-    verb.add_argument("--U", type=positive, help="unique tokens among them, for the law data-constrained")
-    verb.add_argument("--precision", default="", help="of the weights (bf16, int8, ternary ...), for the law precision")
+    verb.add_argument("--U", type=positive, help="unique tokens among them, for laws of repeated data")
+    verb.add_argument("--precision", help="of the weights (bf16, int8, ternary ...), for laws of number formats")
+    verb.add_argument("--sparsity", type=float, help="share of weights or experts that are idle, for laws of sparsity")
+    verb.add_argument("--annealing", type=float, help="share of it that has taken effect, for the law annealed")
     verb.add_argument("--family", help="one family; all of them without it")
 
 
@@ -34,8 +35,10 @@ def run(a: argparse.Namespace) -> int:
     names = [a.family] if a.family else list(found.families)
     if names[0] not in found.families:
         raise ScalingError(f"the report has no family {names[0]!r}; it has {', '.join(found.families)}")
-    check_told(found.ensemble(names[0]).law, a)
-    known = {"flops": a.C, "unique": a.U, "precision": a.precision}
+    law = found.ensemble(names[0]).law
+    if a.C and "C" not in law.inputs:
+        raise ScalingError(f"--C: the prediction of law {law.name!r} does not depend on it")
+    known = {"flops": a.C, "U": a.U, "precision": a.precision, "sparsity": a.sparsity, "annealing": a.annealing}
     out = {name: found.ensemble(name).predict(a.N, a.D, name, **known) for name in names}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     new = [made_of(p, now, table) for name, p in out.items() if not holds_cell(found.runs, name, a.N, a.D)]
@@ -59,11 +62,3 @@ def lines(p: Prediction, unit: str, reach: str) -> list[str]:
     ]
     out += ["  too wide an interval to say anything"] * (not p.informative)
     return out + [f"  {reach}"] * (not p.validated)
-
-
-def check_told(law: Law, a: argparse.Namespace) -> None:
-    """Refuses to be told what the law does not depend on, which would change nothing."""
-    uses = {"--C": "C" in law.inputs, "--U": law.beside == "U", "--precision": law.beside == "precision"}
-    for flag, value in {"--C": a.C, "--U": a.U, "--precision": a.precision}.items():
-        if value and not uses[flag]:
-            raise ScalingError(f"{flag}: the prediction of law {law.name!r} does not depend on it")

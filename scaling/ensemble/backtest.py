@@ -61,6 +61,7 @@ class BackTest:
         and up to every shorter one, were covered; no farther than the farthest point."""
         out = 0.0
         for distance in DISTANCES:
+            # All points up to a distance, not those of one bin: a bin of three decides nothing.
             near = [p.inside for p in self.points if p.decades <= distance]
             if len(near) >= MIN_HELD and np.mean(near) < HELD:
                 break
@@ -80,6 +81,7 @@ def backtest(runs: Runs, families: Sequence[str], spec: Spec, of: Callable[..., 
     top = min(float(runs.family(f)["flops"].max()) for f in families)
     points: list[LeftOut] = []
     skipped = []
+    # Fewer draws: what is asked is a share of points inside, and that is coarse anyway. The selection was made before.
     quick = replace(spec, draws=min(DRAWS, spec.draws), select="all")
     for q in ORIGINS:
         early = runs.select(runs["flops"] <= top / q)
@@ -139,6 +141,7 @@ def differences(ensemble: Ensemble, left_out: Runs, q: float) -> list[LeftOut]:
     one, two = (
         left_out.select(np.array([np.flatnonzero((cell == k) & (family == f))[0] for k in numbers])) for f in (0, 1)
     )
+    # What matched runs have in common cancels from their difference, so only their own noise counts, of both.
     noise = ensemble.run_noise(2, cell=False)
     first, second = (np.exp(ensemble.rows_curve(f, x) + noise[:, [k]]) for k, (f, x) in enumerate(((a, one), (b, two))))
     gaps = second - first

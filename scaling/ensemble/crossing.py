@@ -25,6 +25,7 @@ def overtakes(log_budget: np.ndarray, gaps: np.ndarray, edge: float) -> np.ndarr
     ahead, later = inside[:, -1], leads[:, count:].any(axis=1)
     k = np.where(ahead, np.maximum(last, 0), first)
     before, after = gaps[rows, k], gaps[rows, np.minimum(k + 1, gaps.shape[1] - 1)]
+    # Linear between grid points: the share of the step at which the gap is zero.
     part = np.clip(before / np.where(before == after, 1.0, before - after), 0, 1)
     crossing = np.exp(log_budget[k] + part * (log_budget[np.minimum(k + 1, len(log_budget) - 1)] - log_budget[k]))
     return np.where(ahead, np.where(last < 0, 0.0, crossing), np.where(later, crossing, np.inf))
@@ -33,6 +34,8 @@ def overtakes(log_budget: np.ndarray, gaps: np.ndarray, edge: float) -> np.ndarr
 def crossing_of(draws: np.ndarray, measured: tuple[float, float], unit: str, untied: bool = False) -> Crossing:
     """What draws (K,) of the budget from which B leads say. Their median decides the kind of answer: two-sided where it
     lies within the ladder's compute, one-sided elsewhere, no farther than differences are given."""
+    # Draws that never cross are infinite and count: dropping them would tell a crossing only where there is one. The
+    # median decides the kind, since a rule on the interval's ends would pick the narrow intervals, which err most.
     (low, high), middle = interval(draws), float(np.quantile(draws, 0.5, method="nearest"))
     first, last = measured
     if first <= low and middle <= last and np.isfinite(high):
@@ -50,6 +53,7 @@ def lowest(log_n: np.ndarray, curves: np.ndarray) -> tuple[np.ndarray, np.ndarra
     k = curves.argmin(axis=1).clip(1, len(log_n) - 2)
     rows = np.arange(len(curves))
     left, middle, right = (curves[rows, k + step] for step in (-1, 0, 1))
+    # The vertex of the parabola through three equidistant points, in steps from the middle one.
     bend = left - 2 * middle + right
     shift = np.where(bend > 0, 0.5 * (left - right) / np.where(bend > 0, bend, 1.0), 0.0).clip(-1, 1)
     return log_n[k] + shift * (log_n[1] - log_n[0]), middle - 0.25 * (left - right) * shift

@@ -28,7 +28,7 @@ from scaling.ensemble.discrepancy import CELL, RUN, TRUNK, Points
 from scaling.ensemble.frontier import Cost, Frontier, frontier_along
 from scaling.ensemble.posterior import Draws, Posterior, posterior
 from scaling.ensemble.rows import place, rows_of
-from scaling.fitting.fit import habits, row_fault
+from scaling.fitting.fit import row_fault
 from scaling.fitting.selection import selected
 from scaling.laws.base import Law, centre_of
 from scaling.laws.forms import law_named
@@ -41,6 +41,7 @@ UNINFORMATIVE = 0.05  # an interval wider than this share of the loss says nothi
 FLOORS = 0.25  # posterior weight (half before any run) of equal floors below which they are not supported
 IDENTIFIED = 0.7  # posterior over prior spread above which the runs have told nothing of a parameter
 SPLINE_KNOTS = 14
+REMEMBERED = 16  # frontiers, of a megabyte each
 SERVING = 2.0  # FLOP a parameter and token of a forward pass
 
 
@@ -175,8 +176,8 @@ class Ensemble(Equal):
         return Cost.of(runs, axis_cost(runs, axis, self.spec.prices))
 
     def law_along(self, family: str) -> Law:
-        """The law along a family's frontier: new tokens only, and the precision of its runs."""
-        return self.law.given(np.inf, habits(self.runs.family(family))[1]) if self.law.beside else self.law
+        """The law along a family's frontier, by what its runs have in common."""
+        return self.law.along(self.runs.family(family))
 
     def path(self, family: str, budgets: np.ndarray, axis: str = "flops", along: str = "optimal") -> Frontier:
         """The path of a family at the mean of the draws: its best N and D at every budget (1, M)."""
@@ -189,7 +190,21 @@ class Ensemble(Equal):
         The law's optimum is each draw's own; the misfit is taken where the mean of the draws has its optimum, to which
         the loss is flat.
         """
-        log_c = np.log(np.asarray(budgets, dtype=float))
+        budgets = np.asarray(budgets, dtype=float)
+        asked = (family, axis, along, budgets.tobytes())
+        if asked not in self.remembered:
+            while len(self.remembered) >= REMEMBERED:
+                self.remembered.pop(next(iter(self.remembered)))
+            self.remembered[asked] = self.frontier_draws(family, np.log(budgets), axis, along)
+        return self.remembered[asked]
+
+    @cached_property
+    def remembered(self) -> dict[tuple[str, str, str, bytes], np.ndarray]:
+        """The last frontiers that were asked for: sentences, tables and figures ask for the same ones."""
+        return {}
+
+    def frontier_draws(self, family: str, log_c: np.ndarray, axis: str, along: str) -> np.ndarray:
+        """(K, M) losses for `frontier`, at log budgets (M,)."""
         law, cost = self.law_along(family), self.cost(family, axis)
         # The law's own frontier is so smooth in log C that a spline through a few of its points is exact to 1e-7.
         few = log_c if len(log_c) <= SPLINE_KNOTS else np.linspace(log_c.min(), log_c.max(), SPLINE_KNOTS)
@@ -238,14 +253,15 @@ class Ensemble(Equal):
         return crossing_of(draws, measured, AXES[axis], self.only_untied)
 
     def predict(self, N: float, D: float, family: str | None = None, **known: Any) -> Prediction:
-        """The loss of a run that has not been made; `known`: flops, unique (tokens), precision, for laws that ask."""
+        """The loss of a run that has not been made; `known`: flops, and the column that stands beside the law."""
         family = family or self.lone("a prediction")
         log_n, log_d = np.log([N]), np.log([D])
         log_c = np.log([known["flops"]]) if known.get("flops") else None
-        law = self.law_for(family, known.get("unique"), known.get("precision", ""))
+        law = self.law.for_run(self.runs.family(family), known)
         features = law.features_at(log_n, log_d, self.centre, log_c)
         own = law.value(self.draws.theta[:, self.families.index(family)], features)[:, 0]
         curve = own + self.misfit_at(family, log_n, log_d, log_c)[:, 0]
+        # A draw's own noise is added to its own curve, so that the interval of a run holds both uncertainties.
         run = curve + self.run_noise()
         spent = known.get("flops") or float(self.cost(family).rate(N)) * N * D
         decades = max(0.0, float(np.log10(spent / self.runs.family(family)["flops"].max())))
@@ -266,13 +282,6 @@ class Ensemble(Equal):
         sd = np.sqrt((h[:, RUN] * self.draws.tail) ** 2 + h[:, TRUNK] ** 2 + cell * h[:, CELL] ** 2)
         noise = sd[:, None] * rng.normal(size=(len(sd), count))
         return noise[:, 0] if count == 1 else noise
-
-    def law_for(self, family: str, unique: float | None, precision: str) -> Law:
-        """The law for one run of a family, by the family's habits where nothing else is said."""
-        if not self.law.beside:
-            return self.law
-        fresh, own = habits(self.runs.family(family))
-        return self.law.given(fresh if unique is None else unique, precision or own)
 
     def lone(self, what: str) -> str:
         """The only family; raises ScalingError where there are two to choose from."""
@@ -326,6 +335,7 @@ class Ensemble(Equal):
         log_n, log_d = self.centre
         at = self.curve(self.b, np.array([log_n]), log_d)
         sizes = log_n + np.linspace(-4.6, 4.6, 47)
+        # Misfit may let a curve rise somewhere: the least loss so far has an inverse, the curve itself has none.
         falls = np.minimum.accumulate(self.curve(self.a, sizes, log_d), axis=1)
         rho = np.array([np.interp(-y, -row, sizes) for y, row in zip(at[:, 0], falls, strict=True)]) - log_n
         low, high = interval(np.exp(rho))
@@ -364,6 +374,7 @@ class Ensemble(Equal):
         theta = self.draws.theta[:, k]
         raw = self.law.raw(theta, self.centre)
         own = np.where(self.law.logged, np.log(np.where(self.law.logged, theta, 1.0)), theta)
+        # Where the posterior is as wide as the prior, the interval repeats what was assumed.
         told = own.std(axis=0) < IDENTIFIED * self.posterior.sd[0][:size]
         return tuple(
             Parameter(name, float(np.median(values)), *interval(values), bool(known))

@@ -69,7 +69,7 @@ class Draws:
         out = np.empty((len(self.theta), len(points.x)))
         for k, basis in enumerate(self.bases):
             rows = self.base == k
-            out[rows] = self.weights[rows] @ basis.at(points).T
+            out[rows] = basis.values(self.weights[rows], points)
         return out
 
 
@@ -148,6 +148,9 @@ class Posterior:
         (H, Q) and precision (H, Q, Q)."""
         value, jacobian = (x[0] for x in self.law_of(phi[None]))
         residual = self.rows.y - value + jacobian @ (phi - self.mean)
+        # With a prior N(mean, sd^2) and residual = J (phi - mean) + noise, the parameters integrate out in closed form
+        # (Rasmussen & Williams 2006, eq. 2.43): the evidence is the squared whitened residual less what the best
+        # parameters explain of it, and the determinants charge for the freedom to do so.
         both = white[0] @ np.column_stack([jacobian, residual])
         j, r = both[..., :-1], both[..., -1:]
         sd = self.sd[tie]
@@ -174,6 +177,8 @@ class Posterior:
             if noise in ("huber", "lad"):
                 residual = self.rows.y - self.law_of(self.phi[0, n][None])[0][0]
                 for _ in range(REWEIGHTS):
+                    # A run's residual about a prediction from all others is (C^-1 r)_i / (C^-1)_ii with variance
+                    # 1 / (C^-1)_ii (Rasmussen & Williams 2006, eq. 5.12): a spoilt run cannot hide by pulling the fit.
                     inverse = np.linalg.inv(self.covariance(h[None], scale[n])[0])
                     left_out = (inverse @ residual) / np.sqrt(np.diag(inverse))  # standard normal if all is as assumed
                     scale[n] = np.sqrt(np.maximum(np.abs(left_out * scale[n]) / kink(noise), 1.0))
@@ -198,6 +203,8 @@ class Posterior:
                 _, mean, precision = self.evidence(factor, t, self.phi[t, n])
                 root = np.linalg.cholesky(precision).transpose(0, 2, 1)[own]
                 phi[rows] = mean[own] + np.linalg.solve(root, rng.normal(size=(len(rows), len(self.mean), 1)))[..., 0]
+        # Importance weights: the parameters were drawn with the law made linear at the mode; what its curvature changes
+        # in the likelihood of each draw is put right by drawing again with these weights.
         exact = self.rows.y - self.law_of(phi)[0]
         for n, used, white in groups:
             for k, h in enumerate(used):
@@ -233,6 +240,8 @@ class Posterior:
             free = (self.covariance(self.h[[h]], self.scale[n]) - self.rows.near.covariance(self.h[[h]]))[0]
             root = np.linalg.cholesky(free)
             prior = rng.normal(size=(len(rows), features.shape[1]))
+            # Matheron's rule: prior draw + K* K^-1 (observed - what that draw, noise included, says at the rows) has the
+            # mean and covariance of the conditional process, and no covariance of the points asked for is needed.
             wrong = residual[rows] - prior @ features.T - rng.normal(size=(len(rows), len(free))) @ root.T
             parts.append((rows, prior + np.linalg.solve(features @ features.T + free, wrong.T).T @ features))
             bases.append(basis)
@@ -257,6 +266,8 @@ def posterior(
     rng, lone = np.random.default_rng(seed), not rows.family.any()
     prior = law.prior(rows.y, rows.features)
     noises = NOISES[objective]
+    # Two families are a mean and a difference of parameters: a tie is then no other model but a difference held near
+    # zero, so that all ties have one set of coordinates and their evidences compare.
     mean = prior.mean if lone else np.concatenate([prior.mean, 0 * prior.mean])
     sd = np.stack([prior.sd if lone else np.append(prior.sd, shared_sd(law, tie, prior.apart)) for tie in ties])
     scale = np.ones((len(noises), len(rows.y)))
@@ -284,6 +295,8 @@ def sampled(p: Posterior, samples: int, misfit: bool, rng: np.random.Generator) 
     """Adaptive importance sampling of the hyperparameters: the prior, then Student's t about a tempered mean."""
     z = ndtri(qmc.Sobol(LATENTS, seed=rng).random(samples))
     log_q: np.ndarray | None = None
+    # One step from the prior to a posterior that is much narrower would leave all weight on one or two samples. Powers
+    # of the likelihood lead there; each stage fits a proposal, with the tails of Student's t, to the stage before.
     for power in (*TEMPERS, None):
         h = physical(z, misfit)
         score = p.scored(h)
@@ -295,6 +308,7 @@ def sampled(p: Posterior, samples: int, misfit: bool, rng: np.random.Generator) 
         centre = weight @ z
         spread = 1.2**2 * ((z - centre).T * weight @ (z - centre)) + 0.02 * np.eye(LATENTS)
         p = settled(p, physical(centre[None], misfit)[0], p.phi)
+        # Normal numbers over the root of chi-squared / 6 are Student's t with 6 degrees of freedom.
         u = ndtri(qmc.Sobol(LATENTS, seed=rng).random(samples)) * np.sqrt(6 / rng.chisquare(6, samples))[:, None]
         z = (centre + u @ np.linalg.cholesky(spread).T).clip(-5, 5)
         log_q = -(6 + LATENTS) / 2 * np.log1p((u**2).sum(-1) / 6)
@@ -310,6 +324,7 @@ def damped_newton(p: Posterior, white: np.ndarray, sd: np.ndarray, phi: np.ndarr
         pull = (p.mean - at) / sd
         return (r**2).sum(-1) + (pull**2).sum(-1), r, jacobian, pull
 
+    # Levenberg-Marquardt: a step is Newton's where the parabola holds, short and downhill where it does not.
     damping = np.full(len(phi), 1e-3)
     cost, r, jacobian, pull = squared(phi)
     for _ in range(MODE_STEPS):

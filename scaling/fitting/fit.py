@@ -128,25 +128,15 @@ class Fit(Equal):
         N: np.ndarray | float,
         D: np.ndarray | float,
         family: str | None = None,
-        flops: np.ndarray | float | None = None,
-        unique: np.ndarray | float | None = None,
-        precision: str = "",
+        **known: Any,
     ) -> np.ndarray:
-        """(K, n) losses for centred vectors (K, P).
-
-        flops, unique (tokens) and precision are for the laws that depend on them; without them the family's own
-        precision counts where it has one, and tokens are all new where its runs repeat none. Raises ScalingError where
-        the law needs one of them all the same.
-        """
+        """(K, n) losses for centred vectors (K, P); `known`: flops for a law in compute, and the column that stands
+        beside the law, without which the family's own habit counts. Raises ScalingError where neither says it."""
         if family is None and len(self.families) > 1:
             raise ScalingError(f"a prediction is of one family: name {' or '.join(self.families)}")
         family = family or self.families[0]
-        law = self.law
-        if law.beside:
-            fresh, own = habits(self.runs.family(family))
-            law = law.given(fresh if unique is None else unique, precision or own)
-        known = [np.nan if value is None else value for value in (flops, unique)]
-        log_n, log_d, log_c, _ = np.log(np.broadcast_arrays(np.atleast_1d(N), np.atleast_1d(D), *known))
+        law, flops = self.law.for_run(self.runs.family(family), known), known.get("flops")
+        log_n, log_d, log_c = np.log(np.broadcast_arrays(*np.atleast_1d(N, D, np.nan if flops is None else flops)))
         features = law.features_at(log_n, log_d, self.centre, None if flops is None else log_c)
         return np.exp(law.value(theta[:, self.columns(family)], features))
 
@@ -157,10 +147,6 @@ class Fit(Equal):
     def columns(self, family: str) -> np.ndarray:
         """(p,) places of one family's parameters in the joint vector."""
         return self.model.index[self.families.index(family)]
-
-    def frontier_law(self, family: str) -> Law:
-        """The law along one family's frontier: new tokens only, and the precision of its runs."""
-        return self.law.given(np.inf, habits(self.runs.family(family))[1]) if self.law.beside else self.law
 
 
 def fit(
@@ -195,25 +181,13 @@ def fit(
     return replace(fitted, gates=tuple(gates_of(fitted)))
 
 
-def habits(part: Runs) -> tuple[float | None, str]:
-    """What a family's runs take for granted: unique tokens (inf: no run repeats any; None: some do) and the precision
-    of the weights ("" where there is none, or several)."""
-    kinds = part.kinds("precision")
-    return None if repeats_tokens(part) else np.inf, kinds[0] if len(kinds) == 1 else ""
-
-
-def repeats_tokens(part: Runs) -> bool:
-    """Whether some run saw a token twice; a blank U says that none did."""
-    return "U" in part.columns and bool((part["U"] < part["D"]).any())
-
-
 def check_rows(runs: Runs, model: Model) -> None:
     """Refuses tables on which some parameter has no data at all."""
     faults = [row_fault(runs.family(family), model.law) for family in runs.families]
-    last = model.index[:, -1]
-    for place in np.unique(last) if model.law.beside else []:  # families that share the parameter tell of it together
+    last = model.index[:, -1]  # what only the column beside tells; families that share it tell of it together
+    for place in np.unique(last) if model.law.beside else []:
         sharing = [rows for rows, own in zip(model.rows, last, strict=True) if own == place]
-        faults.append(beside_fault(runs.select(np.concatenate(sharing)), model.law))
+        faults.append(model.law.untold(runs.select(np.concatenate(sharing))))
     fault = next(filter(None, faults), "")
     if fault:
         raise ScalingError(fault)
@@ -235,18 +209,6 @@ def row_fault(part: Runs, law: Law) -> str:
             return f"family {family!r} has a single value of {name}: its effect cannot be fitted"
     if np.ptp(part["loss"]) == 0:
         return f"family {family!r}: all losses are identical, there is nothing to fit"
-    return ""
-
-
-def beside_fault(part: Runs, law: Law) -> str:
-    """Why rows cannot tell what repetition or precision is worth, to a law that asks; "" where they can."""
-    if law.beside == "U" and not repeats_tokens(part):
-        return f"no run repeats its tokens (U below D): law {law.name!r} has nothing to fit R_D to"
-    if law.beside == "precision" and len(part.kinds("precision")) < 2:
-        return (
-            f"a single precision ({', '.join(part.kinds('precision'))}) tells nothing of what bits are worth: law "
-            f"{law.name!r} needs two, in one family or in families that share {','.join(law.names)}"
-        )
     return ""
 
 

@@ -69,7 +69,7 @@ def trust_region_stages(objective: Objective) -> list[float]:
 
 def slope_parameters(model: Model) -> np.ndarray:
     """Joint indices of the exponents, the only parameters that VarPro searches."""
-    slopes = [t.slope for t in model.law.terms if t.slope is not None]
+    slopes = [slope for term in model.law.terms for slope, _ in term.powers]
     return np.unique(model.index[:, slopes]) if slopes else np.empty(0, dtype=int)
 
 
@@ -82,13 +82,11 @@ def basis(model: Model, slopes: dict[int, float]) -> tuple[np.ndarray, np.ndarra
     for columns, rows in zip(model.index, model.rows, strict=True):
         for term in model.law.terms:
             place = intercepts.index(int(columns[term.intercept]))
-            if term.slope is None or term.feature is None:
-                design[rows, place] += 1.0
-                continue
-            slope, x = int(columns[term.slope]), model.features[term.feature, rows]
-            power = np.exp(-slopes[slope] * x)
+            own = [(int(columns[slope]), model.features[feature, rows]) for slope, feature in term.powers]
+            power = np.exp(-sum(slopes[slope] * x for slope, x in own)) if own else np.ones(len(rows))
             design[rows, place] += power
-            change[rows, place, places[slope]] -= x * power
+            for slope, x in own:
+                change[rows, place, places[slope]] -= x * power
     return design, change, intercepts
 
 
@@ -170,6 +168,8 @@ def varpro_step(
 ) -> np.ndarray:
     """Damped Kaufman step for the exponents: their derivatives with the coefficients' span projected out."""
     design, change, _ = basis(model, dict(zip(which.tolist(), slopes, strict=True)))
+    # The coefficients follow every change of the exponents, so only the part of a change that they cannot make up for
+    # moves the residual: the derivative's part orthogonal to the design's columns.
     root = np.sqrt(mass)[:, None]
     frame, _ = np.linalg.qr(design * root)
     tangent = np.einsum("ncs,c->ns", change, coefficients) * root

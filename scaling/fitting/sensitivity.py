@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scaling.fitting.fit import Fit, beside_fault, bounds_of, fit, row_fault
+from scaling.fitting.fit import Fit, bounds_of, fit, row_fault
 from scaling.fitting.solve import Objective, refit
 from scaling.laws.forms import law_named
 from scaling.lint import lint
@@ -90,7 +90,7 @@ def delta_from_noise(runs: Runs, law: str = "chinchilla", smallest: float = CUST
     if all(faults):
         raise ScalingError(faults[0])
     for part in (part for part, fault in zip(parts, faults, strict=True) if not fault):
-        squares = fit(part, "chinchilla" if beside_fault(part, form) else law, "log-ls", starts=starts)
+        squares = fit(part, "chinchilla" if form.untold(part) else law, "log-ls", starts=starts)
         rows, used = len(squares.runs), len(squares.law.names)
         scaled.append(squares.residuals() * np.sqrt(rows / (rows - used)))
     return max(smallest, robust_delta(np.concatenate(scaled)))

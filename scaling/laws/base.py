@@ -7,10 +7,11 @@ Centring log N and log D (u = log A - alpha * mean log N) takes the condition nu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,18 +21,18 @@ EXPONENT_BOUNDS = (-0.5, 3.0)
 # Prior medians: the floor is 65 % of the lowest loss, every other term 20 % of it at the middle of the ladder.
 FLOOR_SHARE, TERM_SHARE = np.log(0.65), np.log(0.2)
 FLOOR_SD, TERM_SD, FLOOR_APART, TERM_APART = 0.4, 1.0, 0.05, 0.5
-EXPONENT_PRIOR = {"N": (0.35, 0.4), "D": (0.35, 0.4), "C": (0.15, 0.8)}  # median, sd of the logarithm, by input
+EXPONENT_PRIOR = {"N": (0.35, 0.4), "D": (0.35, 0.4), "C": (0.15, 0.8), "beside": (0.35, 0.8)}  # median, sd of the log
 EXPONENT_APART, DATA_APART = 0.2, 0.3  # the second: of the coefficient of D, as both families read the same text
 FLOOR_DEPTH = 12.0  # the floor may fall to exp(-12) of the lowest loss before it counts as absent
 
 
 @dataclass(frozen=True)
 class Term:
-    """One additive part of the loss, exp(theta[intercept] - theta[slope] * features[feature]); no slope = the floor."""
+    """One additive part of the loss, exp(theta[intercept] - sum of theta[slope] * features[feature]) over the pairs
+    (slope, feature) of `powers`; without any it is the floor."""
 
     intercept: int
-    slope: int | None = None
-    feature: int | None = None
+    powers: tuple[tuple[int, int], ...] = ()
 
 
 class Prior(NamedTuple):
@@ -44,17 +45,20 @@ class Prior(NamedTuple):
 
 
 class Law(ABC):
-    """What a law must offer; a new one is one small subclass.
+    """What a law must offer; a new one is one small subclass, and its place in `forms.LAWS`.
 
     names: raw parameters that users see; exponents: those of them that are exponents; inputs: what it is a function of
-    ("N", "D" or "C"). Centred vectors (K, P) have the order of `names`; features (inputs, n) are centred logarithms.
+    ("N", "D" or "C"); beside: a column of the table that it depends on besides, and of whose worth the last of `names`
+    tells. Centred vectors (K, P) have the order of `names`; features (rows, n) are centred logarithms of the inputs,
+    with a last row of what stands beside.
     """
 
     name: str
     names: tuple[str, ...]
     exponents: tuple[str, ...]
     inputs: tuple[str, ...] = ("N", "D")
-    beside: str = ""  # the column that it needs besides, U or precision
+    beside: str = ""
+    told: Any = None  # the value of that column in runs to come, where `given` has said it
     terms: tuple[Term, ...] = ()  # filled by sums of powers only, which a second, separable solver can take apart
 
     @abstractmethod
@@ -100,28 +104,76 @@ class Law(ABC):
             if name not in self.names:
                 raise ScalingError(f"cannot share {name!r}: law {self.name!r} has {', '.join(self.names)}")
         for term in self.terms:
-            if term.slope is not None and self.names[term.intercept] in share and self.names[term.slope] not in share:
+            apart = [self.names[slope] for slope, _ in term.powers if self.names[slope] not in share]
+            if apart and self.names[term.intercept] in share:
                 raise ScalingError(
-                    f"sharing {self.names[term.intercept]} needs {self.names[term.slope]} shared too: "
-                    "a coefficient has no meaning apart from its exponent"
+                    f"sharing {self.names[term.intercept]} needs {apart[0]} shared too: a coefficient has no meaning "
+                    "apart from its exponent"
                 )
         if not self.terms and set(share) - {"E"} and set(share) != set(self.names):
             raise ScalingError(f"law {self.name!r} can share E, or everything, or nothing")
         return tuple(share)
 
     def features(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
-        """(inputs, n) features of a table's rows."""
-        return self.logarithms(np.log(runs["N"]), np.log(runs["D"]), np.log(runs["flops"]), centre)
+        """(rows, n) features of a table's rows. Raises ScalingError where it lacks the column that stands beside."""
+        rows = self.logarithms(np.log(runs["N"]), np.log(runs["D"]), np.log(runs["flops"]), centre)
+        if not self.beside:
+            return rows
+        return np.concatenate([rows, [self.beside_row(runs[self.beside], rows, centre)]])
 
     def features_at(
         self, log_n: np.ndarray, log_d: np.ndarray, centre: np.ndarray, log_c: np.ndarray | None = None
     ) -> np.ndarray:
-        """(inputs, ...) features at any points, broadcast together; (inputs, K, n) gives each vector its own points.
+        """(rows, ...) features at any points, broadcast together; (rows, K, n) gives each vector its own points.
 
         log_c: log FLOP, for laws in compute. Raises ScalingError where the law needs what was not given: compute here,
-        unique tokens or precision by `given`.
+        the column that stands beside by `given`.
         """
-        return self.logarithms(log_n, log_d, log_c, centre)
+        rows = self.logarithms(log_n, log_d, log_c, centre)
+        if not self.beside:
+            return rows
+        if self.told is None:
+            each = f"or make each a family (--column family={self.beside})"
+            raise ScalingError(f"law {self.name!r} depends on {self.beside}: give it (--{self.beside}), {each}")
+        return np.concatenate([rows, [self.beside_row(np.full(rows.shape[1:], self.told), rows, centre)]])
+
+    def beside_row(self, values: np.ndarray, rows: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """The last feature row, shaped like `values` of the column that stands beside; rows: those of the inputs."""
+        return values
+
+    def given(self, value: Any) -> Law:
+        """The law for runs whose column `beside` has this value; None leaves it as it is."""
+        out = copy(self)
+        out.told = self.told if value is None else value
+        return out
+
+    def habit(self, part: Runs) -> Any:
+        """What all runs of a family have in the column that stands beside; None where they differ."""
+        kinds = np.unique(part[self.beside].astype(str))
+        return part[self.beside][0] if len(kinds) == 1 else None
+
+    def for_run(self, part: Runs, known: Mapping[str, Any]) -> Law:
+        """The law for a run to come of a family with the runs `part`, by what is `known` of it, else by their habit.
+        Raises ScalingError on what the law does not depend on."""
+        idle = [name for name, value in known.items() if value is not None and name not in ("flops", self.beside)]
+        if idle:
+            raise ScalingError(f"{idle[0]}: the prediction of law {self.name!r} does not depend on it")
+        if not self.beside:
+            return self
+        value = known.get(self.beside)
+        return self.given(self.habit(part) if value is None else value)
+
+    def along(self, part: Runs) -> Law:
+        """The law along the frontier of a family with the runs `part`."""
+        return self.given(self.habit(part)) if self.beside else self
+
+    def untold(self, part: Runs) -> str:
+        """Why rows cannot tell what the column that stands beside is worth; "" where they can, or there is none."""
+        if not self.beside or self.habit(part) is None:
+            return ""
+        told = f"a single {self.beside} ({self.habit(part)}) tells nothing of what it is worth"
+        both = f"two, in one family or in families that share {','.join(self.names)}"
+        return f"{told}: law {self.name!r} needs {both}"
 
     def logarithms(
         self, log_n: np.ndarray, log_d: np.ndarray, log_c: np.ndarray | None, centre: np.ndarray
@@ -133,11 +185,6 @@ class Law(ABC):
         elif "C" in self.inputs:
             raise ScalingError(f"law {self.name!r} is a function of training compute: give its FLOP (--C)")
         return np.stack(np.broadcast_arrays(*(at[name] - middle[name] for name in self.inputs)))
-
-    def given(self, unique: np.ndarray | float | None, precision: str) -> Law:
-        """The law for runs of so many unique tokens and weights of this precision, None and "" for what is known
-        already or not at all; only the laws that need them take notice."""
-        return self
 
     @property
     def has_allocation(self) -> bool:
@@ -164,12 +211,13 @@ class SumOfPowers(Law):
     def parts(self, theta: np.ndarray, features: np.ndarray) -> list[np.ndarray]:
         """Each term's part of the loss, (K, n) or (K, 1). Their exponents lie within some hundreds for any run that
         could be made, so that none overflows."""
-        return [
-            np.exp(theta[:, t.intercept, None])
-            if t.slope is None or t.feature is None
-            else np.exp(theta[:, t.intercept, None] - theta[:, t.slope, None] * features[t.feature])
-            for t in self.terms
-        ]
+        out = []
+        for term in self.terms:
+            power = theta[:, term.intercept, None]
+            for slope, feature in term.powers:
+                power = power - theta[:, slope, None] * features[feature]
+            out.append(np.exp(power))
+        return out
 
     def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
         """(K, n) log loss."""
@@ -185,18 +233,17 @@ class SumOfPowers(Law):
         for term, part in zip(self.terms, parts, strict=True):
             share = part * scale
             jacobian[:, term.intercept] += share
-            if term.slope is not None and term.feature is not None:
-                jacobian[:, term.slope] -= share * features[term.feature]
+            for slope, feature in term.powers:
+                jacobian[:, slope] -= share * features[feature]
         return np.log(total), jacobian
 
     def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
         """(K, P) user parameters: coefficients un-centred and exponentiated, exponents as they are."""
         middle = middles(centre)
         raw = np.array(theta, dtype=np.float64)
-        for term in self.terms:
-            shift: float | np.ndarray = 0.0
-            if term.slope is not None and term.feature is not None:
-                shift = theta[:, term.slope] * middle[self.inputs[term.feature]]
+        for term in self.terms:  # what stands beside is not centred
+            own = [(slope, self.inputs[feature]) for slope, feature in term.powers if feature < len(self.inputs)]
+            shift = sum(theta[:, slope] * middle[name] for slope, name in own)
             raw[:, term.intercept] = np.exp(theta[:, term.intercept] + shift)
         return raw
 
@@ -206,8 +253,8 @@ class SumOfPowers(Law):
         for term in self.terms:
             low[term.intercept] = log_loss.min() - FLOOR_DEPTH
             high[term.intercept] = log_loss.max() + 1.0
-            if term.slope is not None:
-                low[term.slope], high[term.slope] = EXPONENT_BOUNDS
+            for slope, _ in term.powers:
+                low[slope], high[slope] = EXPONENT_BOUNDS
         return low, high
 
     def prior(self, log_loss: np.ndarray, features: np.ndarray) -> Prior:
@@ -215,23 +262,21 @@ class SumOfPowers(Law):
         lowest, size = log_loss.min(), len(self.names)
         mean, sd, apart = np.full(size, lowest + FLOOR_SHARE), np.full(size, FLOOR_SD), np.full(size, FLOOR_APART)
         for term in self.terms:
-            if term.slope is None or term.feature is None:
-                continue
-            name = self.inputs[term.feature]
-            median, spread = EXPONENT_PRIOR[name]
-            mean[[term.intercept, term.slope]] = lowest + TERM_SHARE, np.log(median)
-            sd[[term.intercept, term.slope]] = TERM_SD, spread
-            apart[[term.intercept, term.slope]] = DATA_APART if name == "D" else TERM_APART, EXPONENT_APART
+            for slope, feature in term.powers:
+                name = (*self.inputs, "beside")[feature]
+                median, spread = EXPONENT_PRIOR[name]
+                mean[[term.intercept, slope]] = lowest + TERM_SHARE, np.log(median)
+                sd[[term.intercept, slope]] = TERM_SD, spread
+                apart[[term.intercept, slope]] = DATA_APART if name == "D" else TERM_APART, EXPONENT_APART
         return Prior(mean, sd, apart)
 
     def ties(self) -> tuple[tuple[str, ...], ...]:
         """Every combination of a shared floor, shared exponents of N (or C), and a shared term in D."""
         groups: list[tuple[str, ...]] = [("E",)] if "E" in self.names else []
-        for term in self.terms:
-            if term.slope is not None and term.feature is not None:
-                slope = self.names[term.slope]
-                own = (self.names[term.intercept], slope) if self.inputs[term.feature] == "D" else (slope,)
-                groups.append(own)
+        for term in (term for term in self.terms if term.powers):
+            slopes = tuple(self.names[slope] for slope, _ in term.powers)
+            data = [self.inputs[k] == "D" for _, k in term.powers if k < len(self.inputs)]
+            groups.append((self.names[term.intercept], *slopes) if any(data) else slopes)
         picks = product((False, True), repeat=len(groups))
         ties = (sum((g for g, on in zip(groups, picked, strict=True) if on), ()) for picked in picks)
         return tuple(dict.fromkeys(tuple(dict.fromkeys(tie)) for tie in ties))
@@ -242,8 +287,8 @@ class SumOfPowers(Law):
         split = rng.dirichlet(np.ones(len(self.terms)), count)
         for k, term in enumerate(self.terms):
             theta[:, term.intercept] = np.log(np.maximum(split[:, k], 1e-3)) + np.median(log_loss)
-            if term.slope is not None:
-                theta[:, term.slope] = np.exp(rng.uniform(np.log(0.05), np.log(1.5), count))
+            for slope, _ in term.powers:
+                theta[:, slope] = np.exp(rng.uniform(np.log(0.05), np.log(1.5), count))
         return theta
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, log_expit, logsumexp
 
 from scaling.laws.base import EXPONENT_BOUNDS, FLOOR_DEPTH, Law, Prior, SumOfPowers, Term, middles
+from scaling.laws.formats import bits_of, gaussian_error, of_each
 from scaling.tables.runs import Runs, ScalingError
-
-TERNARY_BITS = float(np.log2(3))
-NAMED_BITS = {"ternary": TERNARY_BITS, "1.58bit": TERNARY_BITS, "binary": 1.0, "bf16": 16.0, "fp16": 16.0, "fp32": 32.0}
 
 
 class Power(SumOfPowers):
@@ -23,7 +20,7 @@ class Power(SumOfPowers):
     names = ("A", "alpha")
     exponents = ("alpha",)
     inputs = ("C",)
-    terms = (Term(0, 1, 0),)
+    terms = (Term(0, ((1, 0),)),)
 
 
 class PowerFloor(SumOfPowers):
@@ -33,7 +30,7 @@ class PowerFloor(SumOfPowers):
     names = ("E", "A", "alpha")
     exponents = ("alpha",)
     inputs = ("C",)
-    terms = (Term(0), Term(1, 2, 0))
+    terms = (Term(0), Term(1, ((2, 0),)))
 
 
 class Chinchilla(SumOfPowers):
@@ -42,7 +39,7 @@ class Chinchilla(SumOfPowers):
     name = "chinchilla"
     names = ("E", "A", "B", "alpha", "beta")
     exponents = ("alpha", "beta")
-    terms = (Term(0), Term(1, 3, 0), Term(2, 4, 1))
+    terms = (Term(0), Term(1, ((3, 0),)), Term(2, ((4, 1),)))
 
 
 class TiedChinchilla(SumOfPowers):
@@ -52,7 +49,7 @@ class TiedChinchilla(SumOfPowers):
     name = "tied"
     names = ("E", "A", "B", "alpha")
     exponents = ("alpha",)
-    terms = (Term(0), Term(1, 3, 0), Term(2, 3, 1))
+    terms = (Term(0), Term(1, ((3, 0),)), Term(2, ((3, 1),)))
 
 
 class Kaplan(Law):
@@ -132,107 +129,177 @@ class Gamma(Law):
         return theta
 
 
-class EffectiveChinchilla(Law):
-    """Chinchilla with an effective amount in place of N or D; a sixth, positive parameter says how much it is worth.
-
-    Subclasses set `name`, `names`, `place` (0: N, 1: D), the ranges of the sixth parameter's bounds and starts, and say
-    what the third feature row is and what amount it makes effective.
-    """
+class ExtendedChinchilla(Law):
+    """Chinchilla with further, positive parameters, which say what the column that stands beside is worth; subclasses
+    set the ranges of their bounds and of their starts."""
 
     exponents = ("alpha", "beta")
     base = Chinchilla()
-    place: int
-    range: tuple[float, float]
-    start_range: tuple[float, float]
+    ranges: tuple[tuple[float, float], ...]
+    start_ranges: tuple[tuple[float, float], ...]
+
+    def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
+        return self.value_jacobian(theta, features)[0]
+
+    def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        return np.column_stack([self.base.raw(theta[:, :5], centre), np.exp(theta[:, 5:])])
+
+    def bounds(self, log_loss: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        (low, high), ends = self.base.bounds(log_loss, features), np.log(self.ranges)
+        return np.append(low, ends[:, 0]), np.append(high, ends[:, 1])
+
+    def prior(self, log_loss: np.ndarray, features: np.ndarray) -> Prior:
+        low, high = np.log(self.start_ranges).T
+        further = (low + high) / 2, (high - low) / 2, np.full(len(low), 0.3)
+        return Prior(*(np.append(a, b) for a, b in zip(self.base.prior(log_loss, features), further, strict=True)))
+
+    def checked_share(self, share: Sequence[str]) -> tuple[str, ...]:
+        """As of Chinchilla; each further parameter may be shared by itself."""
+        self.base.checked_share([name for name in share if name not in self.names[5:]])
+        return tuple(share)
+
+    def ties(self) -> tuple[tuple[str, ...], ...]:
+        """Those of Chinchilla, each with the further parameters shared: they belong to the data or the format."""
+        return tuple((*tie, *self.names[5:]) for tie in self.base.ties())
+
+    def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        theta, (low, high) = self.base.starts(count, log_loss, features, rng), np.log(self.start_ranges).T
+        return np.column_stack([theta, rng.uniform(low, high, (count, len(low)))])
+
+
+Effective = dict[int, tuple[np.ndarray, dict[int, np.ndarray]]]
+
+
+class EffectiveChinchilla(ExtendedChinchilla):
+    """Chinchilla with an effective amount in place of N, of D, or of both."""
 
     @abstractmethod
-    def third(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
-        """(n,) what the effective amount depends on besides N and D."""
+    def effective(self, theta: np.ndarray, features: np.ndarray) -> Effective:
+        """By place (0: N, 1: D) the centred log of the effective amount (K, n), with its derivatives (K, n) by the
+        centred parameter that moves it."""
 
-    @abstractmethod
-    def third_at(self, log_d: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        """The third row (...) of runs to come, from what `given` said; raises ScalingError where it said nothing."""
+    def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        amounts, seen = self.effective(theta, features), [features[0], features[1]]
+        for place, (amount, _) in amounts.items():
+            seen[place] = amount
+        value, own = self.base.value_jacobian(theta[:, :5], np.stack(np.broadcast_arrays(*seen)))
+        jacobian = np.concatenate([own, np.zeros((len(own), len(self.names) - 5, own.shape[-1]))], axis=1)
+        for place, (_, changes) in amounts.items():
+            # A coefficient's column is its term's share of the loss; the amount enters there with minus the exponent.
+            share = -own[:, 1 + place] * theta[:, [3 + place]]
+            for parameter, change in changes.items():
+                jacobian[:, parameter] += share * change
+        return value, jacobian
 
-    @abstractmethod
-    def effective(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Centred log of the effective amount (K, n), and its derivative with respect to the sixth coordinate."""
 
-    def features(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
-        return np.concatenate([self.base.features(runs, centre), [self.third(runs, centre)]])
+class RepeatedData(Law):
+    """A law of tokens that are repeated, with the unique ones in the column U."""
 
-    def features_at(
-        self, log_n: np.ndarray, log_d: np.ndarray, centre: np.ndarray, log_c: np.ndarray | None = None
-    ) -> np.ndarray:
-        two = self.base.features_at(log_n, log_d, centre)
-        third = self.third_at(np.asarray(log_d), centre)
-        return np.concatenate([two, np.broadcast_to(third, two.shape[1:])[None]])
+    beside = "U"
+
+    def beside_row(self, values: np.ndarray, rows: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """Log unique tokens, centred like D: no more than D, and D where the table leaves them blank."""
+        return np.fmin(np.log(values) - centre[1], rows[1])
+
+    def habit(self, part: Runs) -> float | None:
+        """inf where no run sees a token twice; a blank U says that none did."""
+        return None if (part["U"] < part["D"]).any() else np.inf
+
+    def along(self, part: Runs) -> Law:
+        """On a frontier all tokens are new."""
+        return self.given(np.inf)
+
+    def untold(self, part: Runs) -> str:
+        fault = f"no run repeats its tokens (U below D): law {self.name!r} has nothing to tell their worth by"
+        return fault if self.habit(part) is not None else ""
+
+
+def saturating(repeats: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What R repetitions are worth, R* (1 - exp(-R / R*)), with its derivatives in R and in log R*."""
+    ratio = repeats / half
+    left = np.exp(-ratio)
+    return half * -np.expm1(-ratio), left, half * (1 - left * (1 + ratio))
+
+
+class DataConstrained(RepeatedData, EffectiveChinchilla):
+    """Chinchilla with D' = U (1 + R* (1 - exp(-(D/U - 1)/R*))) in place of D, U the unique tokens (Muennighoff et al.
+    2023, eq. 5, its data part). R_D = R*: repetitions that are worth much."""
+
+    name = "data-constrained"
+    names: tuple[str, ...] = ("E", "A", "B", "alpha", "beta", "R_D")
+    ranges: tuple[tuple[float, float], ...] = ((0.1, 1e3),)
+    start_ranges: tuple[tuple[float, float], ...] = ((1.0, 60.0),)
+
+    def effective(self, theta: np.ndarray, features: np.ndarray) -> Effective:
+        gained, _, change = saturating(np.expm1(features[1] - features[2]), np.exp(theta[:, [5]]))
+        return {1: (features[2] + np.log1p(gained), {5: change / (1 + gained)})}
+
+
+class ExcessParameters(DataConstrained):
+    """As `data-constrained`, and parameters beyond those that suit the unique tokens are discounted likewise: N' = U_N
+    (1 + R_N (1 - exp(-(N/U_N - 1)/R_N))) in place of N, U_N the best size for U tokens (Muennighoff et al. 2023, eq. 5
+    whole)."""
+
+    name = "data-constrained-excess"
+    names = (*DataConstrained.names, "R_N")
+    ranges, start_ranges = 2 * DataConstrained.ranges, 2 * DataConstrained.start_ranges
+
+    def bounds(self, log_loss: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        low, high = super().bounds(log_loss, features)
+        low[3:5] = 1e-3  # without a fall in both N and D there is no best size
+        return low, high
+
+    def effective(self, theta: np.ndarray, features: np.ndarray) -> Effective:
+        """Of D as there; of N, since along a budget the best size has alpha A / N^alpha = beta B / D^beta."""
+        _, u, v, alpha, beta = (theta[:, [k]] for k in range(5))
+        best = (np.log(alpha / beta) + u - v + beta * features[2]) / alpha
+        over = np.maximum(features[0] - best, 0.0)
+        gained, left, change = saturating(np.expm1(over), np.exp(theta[:, [6]]))
+        # A larger U_N counts in full, and leaves fewer parameters in excess of it.
+        moved = np.where(over > 0, (1 - left * np.exp(over) / (1 + gained)) / alpha, 0.0)
+        slopes = {1: 1.0, 2: -1.0, 3: 1 / alpha - best, 4: features[2] - 1 / beta}
+        changes = {k: moved * slope for k, slope in slopes.items()} | {6: change / (1 + gained)}
+        return super().effective(theta, features) | {0: (features[0] - over + np.log1p(gained), changes)}
+
+
+class BoundedRepetition(RepeatedData):
+    """L = E + (L0 - E) h / (1 + h), h = A/N^alpha + B/D^beta + C N^gamma / U^delta: between the loss L0 of a model that
+    knows nothing and the floor, with the overfitting of many parameters to few unique tokens U (arXiv 2605.09189).
+    Centred (e, log(L0 - E), a, b, c, alpha, beta, gamma, delta)."""
+
+    name = "bounded"
+    names = ("E", "L0", "A", "B", "C", "alpha", "beta", "gamma", "delta")
+    exponents = ("alpha", "beta", "gamma", "delta")
 
     def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
         return self.value_jacobian(theta, features)[0]
 
     def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        amount, change = self.effective(theta, features)
-        seen = [features[0], features[1]]
-        seen[self.place] = amount
-        value, jacobian = self.base.value_jacobian(theta[:, :5], np.stack(np.broadcast_arrays(*seen)))
-        # The coefficient's column is its term's share of the loss; the amount enters through it with minus the slope.
-        last = -jacobian[:, 1 + self.place] * theta[:, [3 + self.place]] * change
-        return value, np.concatenate([jacobian, last[:, None]], axis=1)
+        e, gap, a, b, c, alpha, beta, gamma, delta = (theta[:, [k]] for k in range(9))
+        n, d, unique = features
+        logs = np.stack([a - alpha * n, b - beta * d, c + gamma * n - delta * unique])
+        log_h = logsumexp(logs, axis=0)
+        above = gap + log_expit(log_h)  # log of h / (1 + h) of the range above the floor
+        total = np.logaddexp(e, above)
+        rest = np.exp(above - total)
+        one, two, three = rest * expit(-log_h) * np.exp(logs - log_h)
+        columns = [np.exp(e - total), rest, one, two, three, -one * n, -two * d, three * n, -three * unique]
+        return total, np.stack(columns, axis=1)
 
     def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        return np.column_stack([self.base.raw(theta[:, :5], centre), np.exp(theta[:, 5])])
+        e, gap, a, b, c, alpha, beta, gamma, delta = theta.T
+        n, d = centre
+        scale = a + alpha * n, b + beta * d, c - gamma * n + delta * d
+        return np.column_stack([np.exp(e), np.exp(e) + np.exp(gap), *np.exp(scale), alpha, beta, gamma, delta])
 
     def bounds(self, log_loss: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        low, high = self.base.bounds(log_loss, features)
-        return np.append(low, np.log(self.range[0])), np.append(high, np.log(self.range[1]))
-
-    def prior(self, log_loss: np.ndarray, features: np.ndarray) -> Prior:
-        low, high = np.log(self.start_range)
-        beside = np.array([(low + high) / 2]), np.array([(high - low) / 2]), np.array([0.3])
-        return Prior(*(np.append(a, b) for a, b in zip(self.base.prior(log_loss, features), beside, strict=True)))
-
-    def ties(self) -> tuple[tuple[str, ...], ...]:
-        """Those of the law without it, each with the sixth parameter shared: it belongs to the data or the format."""
-        return tuple((*tie, self.names[-1]) for tie in self.base.ties())
+        low, high = log_loss.min() - FLOOR_DEPTH, log_loss.max() + 1.0
+        return np.array([low, low, *3 * [-30.0], *4 * [1e-3]]), np.array([high, high + 3.0, *3 * [10.0], *4 * [3.0]])
 
     def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        theta = self.base.starts(count, log_loss, features, rng)
-        low, high = np.log(self.start_range)
-        return np.column_stack([theta, rng.uniform(low, high, count)])
-
-
-class DataConstrained(EffectiveChinchilla):
-    """Chinchilla with D' = U (1 + R* (1 - exp(-(D/U - 1)/R*))) in place of D, U the unique tokens (Muennighoff et al.
-    2023, eq. 5, its data part; excess parameters are not discounted). R_D = R*: repetitions that are worth much."""
-
-    name = "data-constrained"
-    names = ("E", "A", "B", "alpha", "beta", "R_D")
-    beside = "U"
-    place, range, start_range = 1, (0.1, 1e3), (1.0, 60.0)
-    unique: np.ndarray | float | None = None
-
-    def given(self, unique: np.ndarray | float | None, precision: str) -> DataConstrained:
-        out = DataConstrained()
-        out.unique = self.unique if unique is None else unique
-        return out
-
-    def third(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
-        """Log unique tokens, centred like D."""
-        unique = np.minimum(np.where(np.isnan(runs["U"]), runs["D"], runs["U"]), runs["D"])
-        return np.log(unique) - centre[1]
-
-    def third_at(self, log_d: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        if self.unique is None:
-            raise ScalingError(f"law {self.name!r} depends on repetition: give the unique tokens (--U)")
-        return np.minimum(log_d, np.log(self.unique)) - centre[1]
-
-    def effective(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        repeats = np.expm1(features[1] - features[2])
-        half = np.exp(theta[:, [5]])
-        ratio = repeats / half
-        gained = half * -np.expm1(-ratio)
-        change = half * (1 - np.exp(-ratio) * (1 + ratio)) / (1 + gained)
-        return features[2] + np.log1p(gained), change
+        levels = rng.uniform([-0.7, 0.5, -3, -3, -8], [-0.1, 2.0, 0, 0, -1], (count, 5))
+        levels[:, :2] += np.median(log_loss)
+        return np.column_stack([levels, np.exp(rng.uniform(np.log(0.1), np.log(1.0), (count, 4)))])
 
 
 class Precision(EffectiveChinchilla):
@@ -242,29 +309,84 @@ class Precision(EffectiveChinchilla):
     name = "precision"
     names = ("E", "A", "B", "alpha", "beta", "gamma")
     beside = "precision"
-    place, range, start_range = 0, (0.05, 50.0), (0.3, 10.0)
-    bits: float | None = None
+    ranges, start_ranges = ((0.05, 50.0),), ((0.3, 10.0),)
 
-    def given(self, unique: np.ndarray | float | None, precision: str) -> Precision:
-        out = Precision()
-        out.bits = bits_of(precision) if precision else self.bits
-        return out
-
-    def third(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
+    def beside_row(self, values: np.ndarray, rows: np.ndarray, centre: np.ndarray) -> np.ndarray:
         """Bits of a weight."""
-        return np.array([bits_of(text) for text in runs["precision"]])
+        return of_each(values, bits_of)
 
-    def third_at(self, log_d: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        if self.bits is None:
-            raise ScalingError(
-                f"law {self.name!r} depends on the precision of the weights, and the runs have several: give one "
-                "(--precision), or make each a family (--column family=precision)"
-            )
-        return np.full_like(log_d, self.bits, dtype=np.float64)
-
-    def effective(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def effective(self, theta: np.ndarray, features: np.ndarray) -> Effective:
         ratio = features[2] / np.exp(theta[:, [5]])
-        return features[0] + np.log(-np.expm1(-ratio)), -ratio / np.expm1(ratio)
+        return {0: (features[0] + np.log(-np.expm1(-ratio)), {5: -ratio / np.expm1(ratio)})}
+
+
+class Capacity(EffectiveChinchilla):
+    """Chinchilla with N_eff = N tanh(F b^C) for N, b = log_{1/4} of the format's mean squared error on normal numbers,
+    the bits that such an error is worth at best (after Panferov et al. 2025, arXiv 2506.01863): one law for every
+    format in the column `precision`."""
+
+    name = "capacity"
+    names = ("E", "A", "B", "alpha", "beta", "F", "C")
+    beside = "precision"
+    ranges, start_ranges = ((0.01, 20.0), (0.1, 5.0)), ((0.2, 2.0), (0.5, 1.5))
+
+    def beside_row(self, values: np.ndarray, rows: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """Bits that the format's error is worth."""
+        return of_each(values, lambda text: -np.log(gaussian_error(text)) / np.log(4))
+
+    def effective(self, theta: np.ndarray, features: np.ndarray) -> Effective:
+        scale, power = np.exp(theta[:, [5]]), np.exp(theta[:, [6]])
+        argument = scale * features[2] ** power
+        change = 2 * argument / np.sinh(2 * np.minimum(argument, 300.0))
+        return {0: (features[0] + np.log(np.tanh(argument)), {5: change, 6: change * power * np.log(features[2])})}
+
+
+class Sparse(SumOfPowers):
+    """L = E + (A0 + A1 (1 - S)^b) / N^alpha + B/D^beta, S the share of weights that are zero, N the others (Frantar et
+    al. 2023, arXiv 2309.08520, eq. 1); column `sparsity`."""
+
+    name = "sparse"
+    names: tuple[str, ...] = ("E", "A0", "A1", "B", "alpha", "beta", "b")
+    exponents: tuple[str, ...] = ("alpha", "beta")
+    beside = "sparsity"
+    terms: tuple[Term, ...] = (Term(0), Term(1, ((4, 0),)), Term(2, ((4, 0), (6, 2))), Term(3, ((5, 1),)))
+
+    def beside_row(self, values: np.ndarray, rows: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """Minus the log of the active share."""
+        return -np.log1p(-values)
+
+
+class Mixture(Sparse):
+    """L = E + A/N^alpha + B/D^beta + C (1 - S)^c + F (1 - S)^f / N^gamma, S the share of experts that a token leaves
+    idle, N all parameters (Abnar et al. 2025, arXiv 2501.12370; their lambda is -c and their delta -f); column
+    `sparsity`."""
+
+    name = "mixture"
+    names = ("E", "A", "B", "C", "F", "alpha", "beta", "gamma", "f", "c")
+    exponents = ("alpha", "beta", "gamma")
+    terms = (Term(0), Term(1, ((5, 0),)), Term(2, ((6, 1),)), Term(3, ((9, 2),)), Term(4, ((7, 0), (8, 2))))
+
+
+class Annealed(ExtendedChinchilla):
+    """L = E + A/N^alpha + B/S^beta - G M at any point of a run: S, in place of D, the tokens seen, each weighted by the
+    learning rate over its peak; M the share of the annealing that has taken effect (Tissue et al. 2024, arXiv
+    2408.11029, their S1 and S2 in other units). Column `annealing`, made by `scaling.tables.curves.annealed`."""
+
+    name = "annealed"
+    names = ("E", "A", "B", "alpha", "beta", "G")
+    beside = "annealing"
+    ranges, start_ranges = ((1e-4, 5.0),), ((0.01, 0.3),)
+
+    def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        value, own = self.base.value_jacobian(theta[:, :5], features[:2])
+        gain = np.exp(theta[:, [5]]) * features[2]
+        loss = np.maximum(np.exp(value) - gain, 1e-3 * np.exp(value))  # a start may promise more than there is to lose
+        jacobian = np.concatenate([own * np.exp(value)[:, None], -np.broadcast_to(gain, value.shape)[:, None]], axis=1)
+        return np.log(loss), jacobian / loss[:, None]
+
+    def along(self, part: Runs) -> Law:
+        """On a frontier the schedule has ended: as much annealing as the family's runs have at their most."""
+        return self.given(float(part["annealing"].max()))
 
 
 class BrokenPower(Law):
@@ -306,10 +428,24 @@ class BrokenPower(Law):
         return np.column_stack([theta, rng.normal(size=count) * 0.1, place, rng.uniform(-2, 1, count)])
 
 
-LAWS: dict[str, type[Law]] = {
-    law.name: law
-    for law in (Power, PowerFloor, Chinchilla, TiedChinchilla, Kaplan, Gamma, DataConstrained, Precision, BrokenPower)
-}
+EVERY_LAW: tuple[type[Law], ...] = (
+    Power,
+    PowerFloor,
+    Chinchilla,
+    TiedChinchilla,
+    Kaplan,
+    Gamma,
+    DataConstrained,
+    ExcessParameters,
+    BoundedRepetition,
+    Precision,
+    Capacity,
+    Sparse,
+    Mixture,
+    Annealed,
+    BrokenPower,
+)
+LAWS = {law.name: law for law in EVERY_LAW}
 
 
 def law_named(name: str) -> Law:
@@ -323,20 +459,3 @@ def tied(name: str, share: Sequence[str] | None) -> Sequence[str]:
     """What several families have in common: `share`, or unless told (None) the irreducible loss, which is one for the
     same data and tokenizer, where the law has one."""
     return share if share is not None else ("E",) if "E" in law_named(name).names else ()
-
-
-def bits_of(text: object) -> float:
-    """Bits of a weight from its precision's name; raises ScalingError.
-
-    A format such as e4m3 has a sign beside its exponent and mantissa.
-    """
-    word = str(text).strip().lower()
-    if word in NAMED_BITS:
-        return NAMED_BITS[word]
-    parts = re.search(r"e(\d)m(\d)", word)
-    if parts:
-        return 1.0 + int(parts[1]) + int(parts[2])
-    number = re.fullmatch(r"(?:[a-z_-]*?)(\d+(?:\.\d+)?)(?:[\s_-]?bits?)?", word)
-    if number and 1 <= float(number[1]) <= 64:
-        return float(number[1])
-    raise ScalingError(f"precision {text!r} names no number of bits (bf16, int8, ternary, e4m3, 4 ...)")

@@ -17,7 +17,7 @@ from scaling.ensemble.ensemble import Ensemble
 from scaling.fitting.fit import Fit
 from scaling.fitting.replicates import lack_of_fit
 from scaling.report.ledger import Forecast, digest_of, scores
-from scaling.report.words import verdict
+from scaling.report.words import pairs_verdict, verdict
 from scaling.spec import Spec
 from scaling.tables.runs import Runs, ScalingError
 
@@ -43,11 +43,9 @@ def fit_json(found: Analysis, ledger: Sequence[Forecast], provenance: dict[str, 
 
 def report_verdict(found: Analysis) -> list[str]:
     """The verdict of all pairs, or of a lone family."""
-    if not found.pairs:
-        return verdict(found.own[found.families[0]], found.failed)
-    from dataclasses import replace
-
-    return verdict(replace(found.pairs[0], pairs=found.pairs), found.failed)
+    if found.pairs:
+        return pairs_verdict(found.pairs, found.failed)
+    return verdict(found.own[found.families[0]], found.failed)
 
 
 def spec_json(spec: Spec) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def cells_chart(e: Ensemble, name: str) -> Chart | None:
     ]
     marks = (Rule(0.0), Points(e.runs["flops"][one], gaps, DIFFERENCE_COLOUR, "square", "", text))
     caption = f"Loss of {e.b} minus loss of {e.a}, run against run, where N agrees within 1 % and D is equal."
-    return Chart(name, caption, AXIS_NAMES["flops"], f"{e.b} − {e.a} ({e.runs.loss_label})", marks, height=3.4)
+    return Chart(name, caption, AXIS_NAMES["flops"], f"{e.b} − {e.a}\n({e.runs.loss_label})", marks, height=3.6)
 
 
 def difference_chart(e: Ensemble, name: str, axis: str = "flops") -> Chart:
@@ -171,7 +171,7 @@ def difference_chart(e: Ensemble, name: str, axis: str = "flops") -> Chart:
     span = max(min(low.min(), 0.0), -reach), min(max(high.max(), 0.0), reach)
     pad = 0.1 * (span[1] - span[0])
     y_range = (span[0] - pad, span[1] + pad)
-    return Chart(name, caption, label, f"{e.b} − {e.a} ({e.runs.loss_label})", tuple(marks), y_range=y_range)
+    return Chart(name, caption, label, f"{e.b} − {e.a}\n({e.runs.loss_label})", tuple(marks), y_range=y_range)
 
 
 def main_chart(e: Ensemble, axis: str = "flops") -> Chart:
@@ -192,26 +192,28 @@ def main_chart(e: Ensemble, axis: str = "flops") -> Chart:
 def allocation_chart(found: Analysis) -> Chart | None:
     """Best number of parameters along compute, by the laws; minima of IsoFLOP parabolas beside it."""
     marks: list[object] = []
+    edges: list[float] = []
     for place, family in enumerate(found.families):
         e, colour = found.own[family], look(place)[0]
         if not e.law.has_allocation:
             return None
         runs = e.runs
-        budgets = np.geomspace(runs["flops"].min(), runs["flops"].max() * 10, 9)
+        top = float(runs["flops"].max())
+        budgets = np.concatenate([np.geomspace(runs["flops"].min(), top, 7), top * np.array([3.0, 10.0])])
         answers = [e.allocate(float(c), family) for c in budgets]
         ends = np.array([a.N_interval for a in answers])
-        measured = budgets <= runs["flops"].max() * 1.001
+        edges.append(top)
+        measured = budgets <= top * 1.001
         marks.append(Band(budgets, ends[:, 0], ends[:, 1], colour, measured))
         marks.append(Line(budgets, np.array([a.N for a in answers]), colour, family, measured))
         curves = isoflop(runs).curves
         if curves:
             minima = np.array([[c.flops, c.best_n] for c in curves])
             marks.append(Points(minima[:, 0], minima[:, 1], colour, "star", f"{family}: IsoFLOP minima"))
-    caption = (
-        f"Best number of parameters at each compute with its 95 % band. {UNSUPPORTED} Stars: minima of IsoFLOP "
-        "parabolas, for comparison only."
-    )
-    return Chart("allocation", caption, AXIS_NAMES["flops"], "best N", tuple(marks), y_log=True)
+    stars = " Stars: minima of IsoFLOP parabolas, for comparison only." * any(isinstance(m, Points) for m in marks)
+    caption = f"Best number of parameters at each compute with its 95 % band. {UNSUPPORTED}{stars}"
+    marks.append(Rule(max(edges), "x", EDGE_WORDS))
+    return Chart("allocation", caption, AXIS_NAMES["flops"], "best number of parameters", tuple(marks), y_log=True)
 
 
 def residual_chart(found: Analysis) -> Chart:

@@ -170,8 +170,9 @@ def unasked(ledger: Sequence[Forecast], runs: Runs, earlier: Analysis, table: st
     for row in runs.records() if made else ():
         family, n, d = row["family"], row["N"], row["D"]
         if family in earlier.families and not holds_cell(earlier.runs, family, n, d):
-            known = {"flops": row["flops"], "unique": row.get("U") or d, "precision": row.get("precision", "")}
-            out.append(made_of(earlier.ensemble(family).predict(n, d, family, **known), str(made), table))
+            ensemble = earlier.ensemble(family)
+            known = {name: row[name] for name in ("flops", ensemble.law.beside) if row.get(name, "") != ""}
+            out.append(made_of(ensemble.predict(n, d, family, **known), str(made), table))
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from scaling.analysis import Analysis
-from scaling.costs import AXES, available_axes, lacking
+from scaling.costs import AXES, available_axes, axis_cost, lacking
 from scaling.ensemble.ensemble import Ensemble
 from scaling.fitting.sensitivity import Variant, influence, sensitivity
 from scaling.lint import lint
@@ -29,6 +29,7 @@ from scaling.report.words import (
 from scaling.tables.runs import Runs
 
 MOST_ROWS = 300  # of a table in the page; all of them are in runs.csv
+PROPORTIONAL = 0.01  # spread of the log of cost over FLOP below which an axis shows nothing new
 INFLUENTIAL = 5  # rows shown of the influence table, per family
 RUN_COLUMNS = ("run_id", "family", "N", "D", "flops", "loss", "loss_se", "bpb", "lr", "cluster", "schedule", "seed")
 
@@ -106,12 +107,15 @@ def cells_table(pair: Ensemble) -> tuple[Table, ...]:
 
 def frontier_section(found: Analysis, pair: Ensemble, tail: str) -> Section:
     """The difference of the frontiers on every cost axis, the crossing, and the price that would break even."""
-    axes = available_axes(pair.runs, found.spec.prices, pair.law)
-    parts: list[Any] = [crossing_sentence(pair, pair.crossing())]
-    parts += [f"{crossing_sentence(pair, pair.crossing(along=path), words)}" for path, words in other_paths(pair)]
+    axes, same = axes_apart(pair, available_axes(pair.runs, found.spec.prices, pair.law))
+    parts: list[Any] = crossing_sentences(pair)
     for axis in axes:
         name = f"difference{tail}" if axis == "flops" else f"difference-{axis}{tail}"
         parts += [figures.difference_chart(pair, name, axis), difference_table(pair, axis)]
+    if same:
+        parts.append(
+            f"Proportional to FLOP in these runs, so that nothing differs: {', '.join(AXES[x] for x in same)}."
+        )
     missing = [
         f"{AXES[axis]} {reason}" for axis in AXES if (reason := lacking(pair.runs, axis, found.spec.prices, pair.law))
     ]
@@ -119,21 +123,41 @@ def frontier_section(found: Analysis, pair: Ensemble, tail: str) -> Section:
     return Section(f"Frontiers: {pair.b} − {pair.a}", tuple(parts))
 
 
-def other_paths(pair: Ensemble) -> list[tuple[str, str]]:
-    """The middle ratio of tokens to parameters and the largest size, as paths, and how they are told."""
-    if not pair.law.has_allocation:
-        return []
-    ratio, size = float(np.exp(np.median(np.log(pair.runs["D"] / pair.runs["N"])))), float(pair.runs["N"].max())
-    return [
-        (f"ratio={ratio:.2g}", f", at {ratio:.2g} tokens a parameter"),
-        (f"size={size:.3g}", f", at {short(size)} parameters"),
-    ]
+def axes_apart(pair: Ensemble, axes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Axes on which something may differ from FLOP, this first, and those on which nothing can."""
+    ratios = {axis: axis_cost(pair.runs, axis, pair.spec.prices) / pair.runs["flops"] for axis in axes}
+    same = [axis for axis in axes if axis != "flops" and np.ptp(np.log(ratios[axis])) < PROPORTIONAL]
+    return [axis for axis in axes if axis not in same], same
+
+
+def crossing_sentences(pair: Ensemble) -> list[str]:
+    """The crossing along the optimum, the middle ratio of tokens to parameters and the largest size; what is undecided
+    everywhere is said once."""
+    first = pair.crossing()
+    out, open_too = [crossing_sentence(pair, first)], []
+    if pair.law.has_allocation:
+        ratio, size = float(np.exp(np.median(np.log(pair.runs["D"] / pair.runs["N"])))), float(pair.runs["N"].max())
+        paths = {
+            f"ratio={ratio:.2g}": f"at {ratio:.2g} tokens a parameter",
+            f"size={size:.3g}": f"at {short(size)} parameters",
+        }
+        for path, words in paths.items():
+            found = pair.crossing(along=path)
+            if found.kind == first.kind == "open":
+                open_too.append(words)
+            else:
+                out.append(crossing_sentence(pair, found, f", {words}"))
+    return [*out, *[f"Nor {' or '.join(open_too)}."] * bool(open_too)]
 
 
 def difference_table(pair: Ensemble, axis: str) -> Table:
-    """The difference along budgets, P where it is validated."""
+    """The difference at two budgets a decade and at both ends of the ladder, P where it is validated."""
+    every = pair.table(axis)
+    ends = {round(float(np.log10(end)), 9) for end in pair.measured(axis)}
     rows = []
-    for row in pair.table(axis):
+    for k, row in enumerate(every):
+        if k % 4 and k + 1 < len(every) and round(float(np.log10(row["budget"])), 9) not in ends:
+            continue
         p = "not validated" if row["p_b_better"] is None else chance(row["p_b_better"]).removeprefix("= ")
         rows.append((f"{row['budget']:.2e}", rounded(row["difference"], row["low"], row["high"], "+"), p))
     header = (AXES[axis], f"{pair.b} − {pair.a}, 95 %", f"P({pair.b} better)")
@@ -141,7 +165,7 @@ def difference_table(pair: Ensemble, axis: str) -> Table:
 
 
 def parameter_table(found: Analysis) -> Table:
-    """Each family by itself: best fit to six digits, and the ensemble's interval."""
+    """Each family by itself: the best fit, with the digits that predictions by it need, and the ensemble's interval."""
     rows = []
     for family in found.families:
         for p in found.own[family].parameters(family):
@@ -171,7 +195,7 @@ def allocation_table(found: Analysis) -> Table:
                 "{} ({} to {})".format(*map(short, (v, *pair)))
                 for v, pair in ((x.N, x.N_interval), (x.D, x.D_interval))
             ]
-            where = "within the runs" if x.decades <= 0 else "" if x.validated else reach_sentence(e)
+            where = "within their compute" if x.decades < 1e-6 else "" if x.validated else reach_sentence(e)
             rows.append((family, f"{x.flops:.1e}", *ends, rounded(x.loss, *x.loss_interval), where))
     return Table(("family", "FLOP", "best N", "best D", "loss", ""), tuple(rows), wide=(5,))
 

@@ -21,25 +21,26 @@ CLEAR = 0.975  # P above which, or below one minus which, a difference at the la
 def rounded(value: float, low: float, high: float, sign: str = "") -> str:
     """`value (low to high)` with as many decimals as give the interval's width two digits."""
     width = high - low
-    if not np.isfinite(width) or width <= 0:
-        return f"{value:{sign}.3g} ({low:{sign}.3g} to {high:{sign}.3g})"
+    form = f"{sign}.3g"
     if low > 0 and high > SKEWED * low:  # each to two digits of its own
         value, low, high = (float(f"{x:.2g}") for x in (value, low, high))
-        return f"{value:{sign}.6g} ({low:{sign}.6g} to {high:{sign}.6g})"
-    decimals, largest = int(1 - np.floor(np.log10(width))), max(abs(low), abs(high))
-    if largest >= 1e5:
-        form = f"{sign}.3g"
-    else:
-        value, low, high = (round(x, decimals) for x in (value, low, high))
-        form = f"{sign}.{max(decimals, 0)}f"
+        form = f"{sign}.6g"
+    elif np.isfinite(width) and width > 0:
+        decimals = int(1 - np.floor(np.log10(width)))
+        if max(abs(low), abs(high)) < 1e5:
+            form = f"{sign}.{max(decimals, 0)}f"
+            # What rounds to nothing has no sign: -0.0 + 0.0 is 0.0.
+            value, low, high = (round(x, decimals) + 0.0 for x in (value, low, high))
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def verdict(e: Ensemble, failed: Sequence[Gate] = ()) -> list[str]:
     """The answer, the headline first; `failed`: checks that did not pass."""
-    if len(e.families) == 1:
-        return lone_verdict(e, failed)
-    pairs = e.pairs or (e,)
+    return lone_verdict(e, failed) if len(e.families) == 1 else pairs_verdict(e.pairs or (e,), failed)
+
+
+def pairs_verdict(pairs: Sequence[Ensemble], failed: Sequence[Gate]) -> list[str]:
+    """The answers for all pairs, each said to be its own where there are several."""
     names = len(pairs) > 1
     out = [f"{p.b} against {p.a}: " * names + headline(p, failed) for p in pairs]
     for pair in pairs:
@@ -221,7 +222,8 @@ def backtest_sentence(e: Ensemble) -> str:
 def shortfalls(failed: Sequence[Gate]) -> list[str]:
     """Failed checks, each said once."""
     names = list(dict.fromkeys(gate.name for gate in failed))
-    return [f"{len(names)} checks fail: {', '.join(names)}."] if names else []
+    many = "1 check fails" if len(names) == 1 else f"{len(names)} checks fail"
+    return [f"{many}: {', '.join(names)}."] if names else []
 
 
 def short(value: float) -> str:

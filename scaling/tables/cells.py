@@ -11,7 +11,8 @@ from scaling.tables.runs import Runs
 
 SAME_CELL = 0.005  # log N and log D this close are one cell of a family
 SAME_N, SAME_D = 0.01, 1e-3  # cells of two families match where N agrees within 1 % and D is equal, but for rounding
-BESIDE = ("U", "precision", "width", "depth", "activation_bits", "gradient_bits")  # what parts cells of equal N and D
+# What parts cells of equal N and D.
+BESIDE = ("U", "precision", "width", "depth", "activation_bits", "gradient_bits", "sparsity", "annealing")
 
 
 def cells(runs: Runs) -> np.ndarray:

@@ -1,13 +1,21 @@
-"""Training curves of a sweep directory, for drawing only: fits never use points from inside a run."""
+"""Training curves of a sweep directory: for drawing, and for the law `annealed`, the only one that may be fitted to
+points from inside a run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from scipy.signal import lfilter
+
+from scaling.tables.runs import Runs, ScalingError
 
 WANTED = ("tokens", "flops", "loss")
+SCHEDULE = ("step", "lr")  # of a curve whose points the law `annealed` can use; NaN where the log has none
+MOMENTUM = 0.999  # per step, of the annealing's delayed effect (Tissue et al. 2024, section 4.1)
+POINTS = 16  # taken from every run
 
 
 def sweep_curves(path: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -33,7 +41,7 @@ def after_trunk(curve: dict[str, np.ndarray], trunk: dict[str, np.ndarray] | Non
     if trunk is None or not len(curve["tokens"]):
         return curve
     before = trunk["tokens"] < curve["tokens"][0]
-    return {name: np.concatenate([trunk[name][before], curve[name]]) for name in WANTED}
+    return {name: np.concatenate([trunk[name][before], curve[name]]) for name in (*WANTED, *SCHEDULE)}
 
 
 def read_curve(log: Path) -> dict[str, np.ndarray]:
@@ -48,6 +56,42 @@ def read_curve(log: Path) -> dict[str, np.ndarray]:
                 raise
             break
         if all(isinstance(row.get(name), (int, float)) for name in WANTED):
-            rows.append([float(row[name]) for name in WANTED])
-    table = np.array(rows).reshape(-1, len(WANTED))
-    return {name: table[:, i] for i, name in enumerate(WANTED)}
+            rows.append([float(row.get(name, np.nan)) for name in (*WANTED, *SCHEDULE)])
+    table = np.array(rows).reshape(-1, len(WANTED) + len(SCHEDULE))
+    return {name: table[:, i] for i, name in enumerate((*WANTED, *SCHEDULE))}
+
+
+def annealed(runs: Runs, curves: Mapping[str, Mapping[str, np.ndarray]]) -> Runs:
+    """A table of points inside runs as the law `annealed` takes them, from the curves of those runs that have a
+    schedule: D is the effective tokens, `annealing` the share of it that has taken effect. The points of a run are its
+    cluster. Raises ScalingError where no curve has a step and a learning rate."""
+    rows = []
+    for row in runs.records():
+        curve = curves.get(str(row["run_id"]), {})
+        if "lr" not in curve or np.isnan(curve["lr"]).any() or len(curve["lr"]) < 2:
+            continue
+        tokens, share = effort(curve["step"], curve["tokens"], curve["lr"])
+        peak = int(np.argmax(curve["lr"]))  # before it the rate still rises
+        wanted = np.geomspace(curve["tokens"][peak], curve["tokens"][-1], POINTS + 1)[1:]
+        for k in np.unique(np.searchsorted(curve["tokens"], wanted).clip(peak, len(tokens) - 1)):
+            point = {"D": tokens[k], "annealing": share[k], "loss": curve["loss"][k], "flops": curve["flops"][k]}
+            rows.append(row | point | {"run_id": f"{row['run_id']}@{k}", "cluster": row["run_id"], "ended": ""})
+    if not rows:
+        raise ScalingError("no training curve tells its steps and learning rates")
+    return Runs.from_rows(rows)
+
+
+def effort(step: np.ndarray, tokens: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Effective tokens and the share of the annealing that has taken effect at the points (n,) of a curve.
+
+    Tokens count by the learning rate over its peak, their sum being S1 in tokens. A fall of the rate acts with a
+    delay: momentum m_i = 0.999 m_(i-1) + fall_i, whose sum is S2; the share is S2 over what a fall to zero comes to in
+    the end, so that it is 0 before any annealing and near 1 after a long one.
+    """
+    every = np.arange(int(step[0]), int(step[-1]) + 1)
+    rate = np.interp(every, step, lr / lr.max())
+    fall = np.append(0.0, -np.diff(rate)) * (every > every[np.argmax(rate)])
+    share = (1 - MOMENTUM) * np.cumsum(lfilter([1.0], [1.0, -MOMENTUM], fall))
+    seen = np.cumsum(rate * np.gradient(np.interp(every, step, tokens)))
+    first = tokens[0] * rate[0]
+    return first + np.interp(step, every, seen - seen[0]), np.interp(step, every, share)

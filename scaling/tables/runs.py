@@ -21,7 +21,7 @@ from scaling.tables.readers import ScalingError, read_rows
 
 REQUIRED = ("run_id", "family", "N", "D", "loss")
 POSITIVE = ("N", "D", "loss", "N_nonemb", "U", "flops", "bpb", "batch_tokens", "seq_len", "vocab", "joules", "seconds")
-NUMERIC = (*POSITIVE, "loss_se", "lr", "warmup_tokens", "width", "depth")
+NUMERIC = (*POSITIVE, "loss_se", "lr", "warmup_tokens", "width", "depth", "sparsity", "annealing")
 TEXT = (
     "run_id",
     "family",

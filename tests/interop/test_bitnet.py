@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from mmfree_jax import api, commands
 from mmfree_jax.config import ConfigError
 from mmfree_jax.inference.model import serve_model
+from mmfree_jax.inference.serving.chat import find_chat_template
 from mmfree_jax.interop.bitnet import latent
 from mmfree_jax.interop.huggingface import load_huggingface, read_config, save_huggingface
 from mmfree_jax.interop.safetensors import InteropError
@@ -62,6 +65,36 @@ def test_the_weights_of_codes_are_quantised_to_these_codes_and_their_scale():
 @pytest.fixture
 def folder(tmp_path):
     return Path(shutil.copytree(FOLDERS / "offline", tmp_path / "hf"))
+
+
+def with_text(folder: Path) -> Path:
+    """As published folders are: a tokenizer that begins texts with a token, ends, and a template of chats."""
+    words = {"<s>": 1, "</s>": 0, "<|end|>": 3, "hi": 4, "there": 5, "[UNK]": 2}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>", "</s>", "<|end|>"])
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }} {{ messages[0].content }} <|end|>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 3]}))
+    return folder
+
+
+def test_texts_begin_and_end_as_the_folder_says_and_chats_follow_its_template(folder, tmp_path):
+    with_text(folder)
+    api.export(folder, tmp_path / "packed", format="packed")
+    assert commands.main(["import", str(folder), "--out", str(tmp_path / "imported")]) == 0
+    for path in (folder, tmp_path / "packed", tmp_path / "imported"):
+        found = api.load(path)
+        assert found.encode("hi there") == [1, 4, 5]
+        assert found.ends == (0, 3)
+        assert find_chat_template(path, found.tokenizer).prompt([{"role": "user", "content": "there"}]) == [1, 5, 3]
+
+
+def test_where_no_file_says_how_texts_end_the_config_does(folder):
+    assert api.load(folder).ends == (2, 3)
 
 
 def test_it_generates_and_is_exported_and_imported(folder, tmp_path):

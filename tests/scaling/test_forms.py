@@ -5,19 +5,34 @@ import pytest
 
 from scaling import Runs, ScalingError, fit
 from scaling.laws.base import centre_of
-from scaling.laws.forms import LAWS, bits_of
+from scaling.laws.formats import bits_of, gaussian_error
+from scaling.laws.forms import LAWS
 
 N = np.repeat(np.geomspace(1e6, 1e9, 7), 5)
 D = (N.reshape(7, 5) * np.array([2, 8, 20, 80, 320])).ravel()
 C = 6 * N * D
 UNIQUE = np.minimum(D, 4e9)
-BITS = np.tile([16, 8, 4, 3, 16], 7).astype(float)
+BITS = np.tile([16, 8, 4, 3, 2], 7).astype(float)
+IDLE = np.tile([0.0, 0.5, 0.75, 0.9, 0.3], 7) + 0.05 * (np.arange(35) % 2)
+ANNEALED = np.tile([0.0, 0.3, 1.0, 0.6, 0.1], 7)
 
 
-def repeated(tokens, half):
-    return UNIQUE * (1 + half * -np.expm1(-(tokens / UNIQUE - 1) / half))
+def repeated(tokens, half, unique=UNIQUE):
+    return unique * (1 + half * -np.expm1(-(tokens / unique - 1) / half))
 
 
+def excessive(half):
+    """Effective N: the best size for U tokens, and what the parameters beyond it are worth."""
+    suited = np.minimum(N, (0.34 * 180 / (0.37 * 420)) ** (1 / 0.34) * UNIQUE ** (0.37 / 0.34))
+    return repeated(N, half, suited)
+
+
+def bounded(first, second, third):
+    h = first / N**0.3 + second / D**0.35 + third * N**0.25 / UNIQUE**0.4
+    return 1.7 + (9.0 - 1.7) * h / (1 + h)
+
+
+FIDELITY = np.array([-np.log(gaussian_error(f"{bits:g}")) / np.log(4) for bits in BITS])
 TRUTHS = {
     "power": ({"A": 60.0, "alpha": 0.05}, 60.0 / C**0.05),
     "power-floor": ({"E": 1.8, "A": 800.0, "alpha": 0.16}, 1.8 + 800.0 / C**0.16),
@@ -38,6 +53,31 @@ TRUTHS = {
         {"E": 1.8, "A": 180.0, "B": 420.0, "alpha": 0.34, "beta": 0.37, "R_D": 15.0},
         1.8 + 180 / N**0.34 + 420 / repeated(D, 15.0) ** 0.37,
     ),
+    "data-constrained-excess": (
+        {"E": 1.8, "A": 180.0, "B": 420.0, "alpha": 0.34, "beta": 0.37, "R_D": 15.0, "R_N": 5.0},
+        1.8 + 180 / excessive(5.0) ** 0.34 + 420 / repeated(D, 15.0) ** 0.37,
+    ),
+    "bounded": (
+        {"E": 1.7, "L0": 9.0, "A": 40.0, "B": 200.0, "C": 8.0, "alpha": 0.3, "beta": 0.35, "gamma": 0.25, "delta": 0.4},
+        bounded(40.0, 200.0, 8.0),
+    ),
+    "capacity": (
+        {"E": 1.8, "A": 180.0, "B": 420.0, "alpha": 0.34, "beta": 0.37, "F": 0.5, "C": 0.8},
+        1.8 + 180 / (N * np.tanh(0.5 * FIDELITY**0.8)) ** 0.34 + 420 / D**0.37,
+    ),
+    "sparse": (
+        {"E": 1.8, "A0": 60.0, "A1": 120.0, "B": 420.0, "alpha": 0.34, "beta": 0.37, "b": 0.5},
+        1.8 + (60 + 120 * (1 - IDLE) ** 0.5) / N**0.34 + 420 / D**0.37,
+    ),
+    "mixture": (
+        {"E": 1.2, "A": 180.0, "B": 420.0, "C": 0.5, "F": 6.0}
+        | {"alpha": 0.5, "beta": 0.37, "gamma": 0.16, "f": 0.3, "c": 0.7},
+        1.2 + 180 / N**0.5 + 420 / D**0.37 + 0.5 * (1 - IDLE) ** 0.7 + 6 * (1 - IDLE) ** 0.3 / N**0.16,
+    ),
+    "annealed": (
+        {"E": 1.8, "A": 180.0, "B": 420.0, "alpha": 0.34, "beta": 0.37, "G": 0.12},
+        1.8 + 180 / N**0.34 + 420 / D**0.37 - 0.12 * ANNEALED,
+    ),
     "precision": (
         {"E": 1.8, "A": 180.0, "B": 420.0, "alpha": 0.34, "beta": 0.37, "gamma": 2.5},
         1.8 + 180 / (N * -np.expm1(-BITS / 2.5)) ** 0.34 + 420 / D**0.37,
@@ -50,7 +90,8 @@ TRUTHS = {
 
 
 def table(name):
-    return Runs.of(N=N, D=D, loss=TRUTHS[name][1], U=UNIQUE, precision=BITS)
+    beside = {"U": UNIQUE, "precision": BITS, "sparsity": IDLE, "annealing": ANNEALED}
+    return Runs.of(N=N, D=D, loss=TRUTHS[name][1], **beside)
 
 
 def test_every_law_is_tested():

@@ -75,14 +75,14 @@ def test_what_a_law_depends_on_must_be_given():
     with pytest.raises(ScalingError, match=r"give its FLOP \(--C\)"):
         compute.predict(1e8, 2e9)
     assert compute.predict(1e8, 2e9, flops=1e19)[0] == pytest.approx(1.8 + 800 / 1e19**0.16, rel=1e-3)
-    with pytest.raises(ScalingError, match=r"give the unique tokens \(--U\)"):
+    with pytest.raises(ScalingError, match=r"give it \(--U\)"):
         repeats.predict(1e8, 2e9)
     worth = 2e8 * (1 + HALF * -np.expm1(-9 / HALF))
     for unique, tokens in ((2e8, worth), (np.inf, 2e9)):
         expected = 1.8 + 180 / 1e8**0.34 + 420 / tokens**0.37
-        assert repeats.predict(1e8, 2e9, unique=unique)[0] == pytest.approx(expected, rel=1e-3)
+        assert repeats.predict(1e8, 2e9, U=unique)[0] == pytest.approx(expected, rel=1e-3)
     drawn = analyse(noisy(repeating()), law="data-constrained", draws=50)
-    assert drawn.predict(1e8, 2e9, unique=2e8).low > drawn.predict(1e8, 2e9, unique=2e9).high
+    assert drawn.predict(1e8, 2e9, U=2e8).low > drawn.predict(1e8, 2e9, U=2e9).high
 
 
 def test_a_family_that_repeats_nothing_needs_not_say_so():
@@ -94,7 +94,7 @@ def test_a_family_that_repeats_nothing_needs_not_say_so():
     both = Runs.from_rows([*fresh.records(), *repeating("scarce").records()])
     joint = fit(both, "data-constrained", "log-ls", share=("E", "A", "B", "alpha", "beta", "R_D"))
     assert joint.predict(1e8, 2e9, "fresh")[0] == pytest.approx(1.8 + 180 / 1e8**0.34 + 420 / 2e9**0.37, rel=1e-3)
-    with pytest.raises(ScalingError, match="give the unique tokens"):
+    with pytest.raises(ScalingError, match="depends on U"):
         joint.predict(1e8, 2e9, "scarce")
 
 

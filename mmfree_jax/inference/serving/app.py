@@ -58,6 +58,8 @@ class Service:
             message = f"there is no model {call.model!r} here, only {self.name!r}"
             raise Refused(message, "model", status=404, code="model_not_found")
         prompts = await anyio.to_thread.run_sync(self._prompts, call)
+        count = self._max_tokens(call, prompts)
+        self._check(prompts, count, "messages" if call.messages else "prompt")
         queue: asyncio.Queue[Piece] = asyncio.Queue()
         choices = [
             Choice(self.model, call, place * call.n + n, prompt, queue)
@@ -66,31 +68,37 @@ class Service:
         ]
         if self.engine.waiting + len(choices) > self.limits.max_queue:
             raise Refused(f"{self.engine.waiting} choices wait already: try again later", status=429, code="queue_full")
-        return Answer(self.model, self.name, call, choices, queue)
+        return Answer(self.model, self.name, dataclasses.replace(call, max_tokens=count), choices, queue)
 
     def _prompts(self, call: Call) -> list[list[int]]:
-        """The tokens of a call's prompts, checked."""
-        with self._encoding:
-            if call.messages:
-                if self.chat is None:
-                    raise Refused("this model has no chat template: use /v1/completions", "messages")
-                prompts = [self.chat.prompt(call.messages)]
-            else:
-                try:
-                    prompts = [self.model.encode(prompt) for prompt in call.prompts]
-                except ConfigError as error:  # no tokenizer
-                    raise Refused(str(error), "prompt") from None
-        name = "messages" if call.messages else "prompt"
+        """The tokens of a call's prompts."""
         if call.stops and self.model.tokenizer is None:
             raise Refused("stop strings need a tokenizer, and this model's is not known", "stop")
+        if call.messages and self.chat is None:
+            raise Refused("this model has no chat template: use /v1/completions", "messages")
+        with self._encoding:
+            if self.chat is not None and call.messages:
+                return [self.chat.prompt(call.messages)]
+            try:
+                return [self.model.encode(prompt) for prompt in call.prompts]
+            except ConfigError as error:  # no tokenizer
+                raise Refused(str(error), "prompt") from None
+
+    def _max_tokens(self, call: Call, prompts: list[list[int]]) -> int:
+        """The tokens to generate for a choice; where the call does not say it, as many as there is room for."""
+        if call.max_tokens is not None:
+            return call.max_tokens
+        room = self.engine.capacity - max(map(len, prompts)) if self.engine.bounded else self.limits.max_tokens
+        return max(1, min(self.limits.max_tokens, room))
+
+    def _check(self, prompts: list[list[int]], count: int, name: str) -> None:
         for prompt in prompts:
             if len(prompt) > self.limits.max_prompt:
                 raise Refused(f"a prompt has {len(prompt)} tokens; {self.limits.max_prompt} are allowed", name)
             try:
-                self.engine.check(prompt, call.max_tokens)
+                self.engine.check(prompt, count)
             except ConfigError as error:
                 raise Refused(str(error), name, code="context_length_exceeded") from None
-        return prompts
 
     @contextlib.contextmanager
     def generating(self, answer: Answer):
@@ -98,9 +106,8 @@ class Service:
         call, requests = answer.call, []
         for choice in answer.choices:
             seeded = dataclasses.replace(call.sampling, seed=(call.sampling.seed + choice.index) % 2**32)
-            scored = call.echo and call.logprobs
-            one = engines.Request(choice.tokens_of_prompt, call.max_tokens, seeded, choice, call.top, scored)
-            requests.append(one)
+            scored, count = call.echo and call.logprobs, call.max_tokens or 0
+            requests.append(engines.Request(choice.tokens_of_prompt, count, seeded, choice, call.top, scored))
         began = time.monotonic()
         try:
             for one in requests:

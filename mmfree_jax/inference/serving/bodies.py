@@ -62,7 +62,7 @@ class Call:
     messages: list[dict[str, Any]]
     model: str
     n: int
-    max_tokens: int
+    max_tokens: int | None  # None: as many as there is room for
     sampling: Sampling
     stops: list[str]
     logprobs: bool  # whether to report them
@@ -130,29 +130,18 @@ class Fields:
 
 def parse_call(values: dict[str, Any], kind: Literal["completion", "chat"], limits: Limits) -> Call:
     """Check the body of a request. Raises Refused, naming the field, for one that cannot be served as it says."""
-    fields = Fields(values)
-    prompts = _prompts(fields.take("prompt")) if kind == "completion" else []
-    messages = _messages(fields.take("messages")) if kind == "chat" else []
-    n, stream = fields.number("n", 1, 1, limits.max_choices), fields.flag("stream")
-    if n * max(1, len(prompts)) > limits.max_choices:
-        raise Refused(f"{len(prompts)} prompts times n={n} are more than {limits.max_choices} choices", "n")
-    if fields.number("best_of", n, 1, limits.max_choices) != n:
-        raise Refused("best_of is not supported: it must be n", "best_of")
-    echo = fields.flag("echo") if kind == "completion" else False
-    if kind == "completion":
-        top = fields.number("logprobs", -1, 0 if "logprobs" in fields.left else -1, TOP)
-        logprobs, top, default = top >= 0, max(top, 0), DEFAULT_TOKENS
-    else:
-        logprobs, top, default = fields.flag("logprobs"), fields.number("top_logprobs", 0, 0, TOP), limits.max_tokens
-        if top and not logprobs:
-            raise Refused("top_logprobs needs logprobs", "top_logprobs")
-        default = fields.number("max_completion_tokens", default, 1, limits.max_tokens)
+    fields, chat = Fields(values), kind == "chat"
+    prompts = [] if chat else _prompts(fields.take("prompt"))
+    messages = _messages(fields.take("messages")) if chat else []
+    echo = not chat and fields.flag("echo")
+    stream = fields.flag("stream")
+    logprobs, top = _logprobs(fields, chat)
     call = Call(
         prompts,
         messages,
         _text(fields.take("model", ""), "model"),
-        n,
-        fields.number("max_tokens", min(default, limits.max_tokens), 0 if echo else 1, limits.max_tokens),
+        _choices(fields, max(1, len(prompts)), limits.max_choices),
+        _max_tokens(fields, chat, 0 if echo else 1, limits.max_tokens),
         _sampling(fields),
         _stops(fields.take("stop", [])),
         logprobs,
@@ -163,6 +152,34 @@ def parse_call(values: dict[str, Any], kind: Literal["completion", "chat"], limi
     )
     fields.finish()
     return call
+
+
+def _choices(fields: Fields, prompts: int, most: int) -> int:
+    n = fields.number("n", 1, 1, most)
+    if n * prompts > most:
+        raise Refused(f"{prompts} prompts times n={n} are more than {most} choices", "n")
+    if fields.number("best_of", n, 1, most) != n:
+        raise Refused("best_of is not supported: it must be n", "best_of")
+    return n
+
+
+def _max_tokens(fields: Fields, chat: bool, least: int, most: int) -> int | None:
+    """The tokens to generate for a choice; None: as many as there is room for."""
+    names = ("max_tokens", "max_completion_tokens") if chat else ("max_tokens",)
+    given = [fields.number(name, least, least, most) for name in names if name in fields.left]
+    fields.known += names
+    return given[-1] if given else None if chat else min(DEFAULT_TOKENS, most)
+
+
+def _logprobs(fields: Fields, chat: bool) -> tuple[bool, int]:
+    """Whether to report log-probabilities, and of how many of the most likely tokens."""
+    if not chat:
+        asked = "logprobs" in fields.left
+        return asked, fields.number("logprobs", 0, 0, TOP)
+    logprobs, top = fields.flag("logprobs"), fields.number("top_logprobs", 0, 0, TOP)
+    if top and not logprobs:
+        raise Refused("top_logprobs needs logprobs", "top_logprobs")
+    return logprobs, top
 
 
 def _prompts(value: Any) -> list[str | list[int]]:

@@ -13,8 +13,7 @@ from mmfree_jax.config import ConfigError, require
 from mmfree_jax.data.tokenizers.tokenizer import Tokenizer
 from mmfree_jax.files import read_json
 from mmfree_jax.inference.serving.bodies import Refused
-
-TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+from mmfree_jax.inference.text import TEMPLATE, TOKENIZER_CONFIG
 
 
 class ChatTemplate:

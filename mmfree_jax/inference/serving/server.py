@@ -20,7 +20,7 @@ from mmfree_jax.devices import use_compile_cache
 from mmfree_jax.files import cache_folder
 from mmfree_jax.inference.completion import Reader
 from mmfree_jax.inference.engine import Engine, Request
-from mmfree_jax.inference.sampling import GREEDY
+from mmfree_jax.inference.sampling import GREEDY, PLAIN
 from mmfree_jax.inference.serving.app import Service, make_app
 from mmfree_jax.inference.serving.bodies import Limits
 from mmfree_jax.inference.serving.chat import find_chat_template
@@ -89,11 +89,12 @@ def make_service(chosen: ServeArguments) -> Service:
 
 
 def warm_up(model: TextModel, engine: Engine) -> None:
-    """Generate a few tokens. Raises what goes wrong."""
-    reader = Reader(model.tokenizer)
-    engine.submit(Request([0], 2, GREEDY, reader))
-    engine.run()
-    reader.completion()
+    """Generate a few tokens, greedily and not: these are two programs. Raises what goes wrong."""
+    for sampling in (GREEDY, PLAIN):
+        reader = Reader(model.tokenizer)
+        engine.submit(Request([0], 2, sampling, reader))
+        engine.run()
+        reader.completion()
 
 
 @contextlib.contextmanager

@@ -5,13 +5,23 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.ops.attention import attend, visible
+from mmfree_jax.ops.attention import attend as defined_attend
+from mmfree_jax.ops.attention import visible
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import constrain, per_shard, shard_count, sharding_axis
 
 QUERIES = 64  # queries in a block of the "rows" form: their scores against 256 keys and four heads fill 256 KiB
 HEADS = ("batch", "time", "heads", None)  # logical names of [B, T, H, K]
+
+
+def attend(q_BTHK: jax.Array, k_BSJK: jax.Array, v_BSJK: jax.Array, mask: jax.Array) -> jax.Array:
+    """`ops.attention.attend`; a kernel serves one query a row, as in decoding."""
+    if not choice.decode_attention(q_BTHK, k_BSJK, mask):
+        return defined_attend.definition(q_BTHK, k_BSJK, v_BSJK, mask)
+    from mmfree_jax.ops.fast.hopper.decode_attention import decode_attention
+
+    return decode_attention(q_BTHK[:, 0], k_BSJK, v_BSJK, mask[:, 0])[:, None]
 
 
 def causal_attention(

@@ -1,6 +1,7 @@
 """`ops.bit_linear` with a backward pass of its own, and fused with what makes its input."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +73,16 @@ def linear(recipe: Recipe, x: jax.Array, weights: Weights | PackedWeights) -> tu
     """`ops.bit_linear.linear`."""
     if isinstance(weights, PackedWeights):
         return packed_linear(recipe, x, weights)
-    return bit_linear(recipe, x, weights) if recipe.ternary else dense(recipe.axes, x, weights.w_GDF)
+    if recipe.ternary:
+        return bit_linear(recipe, x, weights)
+    kind, sources, source_gain, _ = source(recipe, x)
+    added = sum_of(sources[0]) if kind == "norm" else None
+    if choice.dense_product(recipe, kind, sources[0], added is not None, weights.w_GDF):
+        from mmfree_jax.ops.fast.hopper.few_rows import dense_product
+
+        compute = lambda arrays, gain, *sum: dense_product(kind, arrays, gain, weights.w_GDF, recipe.eps, *sum)
+        return _few_rows(compute, sources, source_gain, added)
+    return dense(recipe.axes, x, weights.w_GDF)
 
 
 def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Array, ...]:
@@ -99,17 +109,22 @@ def packed_linear(recipe: Recipe, x: jax.Array, weights: PackedWeights) -> tuple
 def _normed_product(
     recipe: Recipe, kind: Kind, sources, source_gain, added: Sum | None, weights: PackedWeights
 ) -> tuple[jax.Array, ...]:
-    """`packed_linear` of a few rows by one kernel, which also adds the residual that the stream is a sum of."""
     from mmfree_jax.ops.fast.hopper.few_rows import normed_product
 
+    gain = None if weights.gain is None else weights.gain.astype(jnp.float32)
+    codes = [w.bytes_FI for w in weights.codes]
+    scales = [w.scale.reshape(-1).astype(jnp.float32) for w in weights.codes]
+    compute = lambda arrays, inner, *sum: normed_product(kind, arrays, inner, gain, codes, scales, recipe.eps, *sum)
+    return _few_rows(compute, sources, source_gain, added)
+
+
+def _few_rows(compute: Callable, sources, source_gain, added: Sum | None) -> tuple[jax.Array, ...]:
+    """Call a kernel for a few rows, which also adds the residual that the stream is a sum of (`added`)."""
     first, *others = sources
     shape = first.shape
     start, addend, factor = (first, None, 1.0) if added is None else added
-    (x, *others), inner, gains = _flat((start, *others), source_gain, weights.gain)
-    addend = None if addend is None else addend.reshape(x.shape)
-    codes = [w.bytes_FI for w in weights.codes]
-    scales = [w.scale.reshape(-1).astype(jnp.float32) for w in weights.codes]
-    ys, total = normed_product(kind, [x, *others], inner, gains, codes, scales, recipe.eps, addend, factor)
+    (x, *others), gain, _ = _flat((start, *others), source_gain, None)
+    ys, total = compute([x, *others], gain, None if addend is None else addend.reshape(x.shape), factor)
     if total is not None:
         hand_on(first, total.reshape(shape))
     return tuple(y.reshape(*shape[:-1], -1) for y in ys)

@@ -389,27 +389,27 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
     (M, K, N), (kind, G, count, dtype, per_column, added) = use.sizes, use.options
     sources = [_draw(rng, dtype, M, K) for _ in range(1 if kind in ("norm", "plain") else 2)]
     inner = _single(rng.uniform(0.5, 2, K)) if kind in ("norm", "gated") else None
-    gains = [_single(rng.uniform(0.5, 2, K)) for _ in range(count)]
+    gain = _single(rng.uniform(0.5, 2, (count, K))) if count else None
     codes = rng.integers(-1, 2, (G, N, K), dtype=np.int8)
     scales = [_single(rng.uniform(0.5, 2, N if per_column else 1)) for _ in range(G)]
     addend, factor = (_draw(rng, dtype, M, K), 0.5) if added else (None, 1.0)
 
-    def run(sources, inner, gains, weights, scales, addend, units):
-        ys, total = kernel(kind, sources, inner, gains, weights, scales, EPS, addend, factor)
+    def run(sources, inner, gain, weights, scales, addend, units):
+        ys, total = kernel(kind, sources, inner, gain, weights, scales, EPS, addend, factor)
         found = {f"product {g} in codes": ys[g].astype(jnp.float32) / units[g] for g in range(G)}
         return found if total is None else found | {"sum": total}
 
     expected, units = {}, []
     x, *others = map(_exact, sources)
     if addend is not None:
-        x = expected["sum"] = _exact((x + factor * _exact(addend)).astype(jnp.dtype(dtype)))
+        x = expected["sum"] = _exact(np.asarray(x + factor * _exact(addend)).astype(jnp.dtype(dtype)))
     normed = lambda a: a / np.sqrt((a**2).mean(axis=1, keepdims=True) + EPS)
     u = x if inner is None else normed(x) * _exact(inner)
     if kind in ("gated", "swiglu"):
         first, second = (u, others[0]) if kind == "swiglu" else (others[0], u)
         u = first * _sigmoid(first) * second
     for g in range(G):
-        z = normed(u) * _exact(gains[g % count]) if count else u
+        z = normed(u) * _exact(gain[g % count]) if gain is not None else u
         step = np.maximum(np.abs(z).max(axis=1, keepdims=True), SMALLEST) / TOP
         units.append(_single(step * _exact(scales[g])))
         expected[f"product {g} in codes"] = np.rint(z / step) @ _exact(codes[g]).T
@@ -418,7 +418,35 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
     tolerance = {name: rounding + 4 / np.sqrt(np.mean(values**2) + 1) for name, values in expected.items()}
     tolerance |= {"sum": TOLERANCES[dtype]} if added else {}
     weights = [pack_planes(c) for c in codes]
-    return Problem(run, (sources, inner, gains, weights, scales, addend, units), expected, tolerance)
+    return Problem(run, (sources, inner, gain, weights, scales, addend, units), expected, tolerance)
+
+
+def dense_product(rng: np.random.Generator, use: Use) -> Problem:
+    """Dense layers of a few rows. sizes: rows, width, columns. options: kind of the input, products, type, type of the
+    weights, whether the first source is a sum."""
+    from mmfree_jax.ops.fast.hopper.few_rows import dense_product as kernel
+
+    (M, K, N), (kind, G, dtype, stored, added) = use.sizes, use.options
+    sources = [_draw(rng, dtype, M, K) for _ in range(2 if kind == "swiglu" else 1)]
+    inner = _single(rng.uniform(0.5, 2, K)) if kind == "norm" else None
+    weights = rng.standard_normal((G, K, N), np.float32).astype(jnp.dtype(stored))
+    addend, factor = (_draw(rng, dtype, M, K), 0.5) if added else (None, 1.0)
+
+    def run(sources, inner, weights, addend):
+        ys, total = kernel(kind, sources, inner, weights, EPS, addend, factor)
+        found = {f"product {g}": y for g, y in enumerate(ys)}
+        return found if total is None else found | {"sum": total}
+
+    expected: dict[str, np.ndarray] = {}
+    u, *others = map(_exact, sources)
+    if addend is not None:
+        u = expected["sum"] = _exact(np.asarray(u + factor * _exact(addend)).astype(jnp.dtype(dtype)))
+    if kind == "swiglu":
+        u = u * _sigmoid(u) * others[0]
+    elif inner is not None:
+        u = u / np.sqrt((u**2).mean(axis=1, keepdims=True) + EPS) * _exact(inner)
+    expected |= {f"product {g}": u @ _exact(weights[g]) for g in range(G)}
+    return Problem(run, (sources, inner, weights, addend), expected, dict.fromkeys(expected, TOLERANCES[dtype]))
 
 
 def codes_product(rng: np.random.Generator, use: Use) -> Problem:
@@ -435,6 +463,25 @@ def codes_product(rng: np.random.Generator, use: Use) -> Problem:
     return Problem(run, (x, by_row, pack_planes(w), by_column), {"product": expected}, {"product": 2.0**-20})
 
 
+def decode_attention(rng: np.random.Generator, use: Use) -> Problem:
+    """Attention of one query a row to a cache. sizes: rows, slots, heads, heads of keys, channels. options: type."""
+    from mmfree_jax.ops.fast.hopper.decode_attention import decode_attention as kernel
+
+    (B, S, H, J, K), (dtype,) = use.sizes, use.options
+    R = min(B, 8)
+    draw = lambda *shape: np.asarray(2 * rng.standard_normal(shape, np.float32)).astype(jnp.dtype(dtype))
+    q, k, v = draw(R, H, K), draw(R, S, J, K), draw(R, S, J, K)
+    mask = (rng.uniform(size=(R, S)) < 0.8) & (np.arange(S) < rng.integers(1, S + 1, (R, 1)))
+    mask[:, 0] = True
+    rows = functools.partial(_repeated, rows=B)
+    run = lambda *arrays: {"result": kernel(*map(rows, arrays))}
+    scores = np.einsum("bjgk,bsjk->bjgs", _exact(q).reshape(R, J, H // J, K), _exact(k)) / np.sqrt(K)
+    scores = np.where(mask[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    expected = np.einsum("bjgs,bsjk->bjgk", weights / weights.sum(axis=-1, keepdims=True), _exact(v)).reshape(R, H, K)
+    return Problem(run, (q, k, v, mask), {"result": expected}, {"result": TOLERANCES[dtype]})
+
+
 CHECKS: dict[str, Callable[[np.random.Generator, Use], Problem]] = {
     "normed_codes": normed_codes,
     "row_codes": row_codes,
@@ -443,4 +490,6 @@ CHECKS: dict[str, Callable[[np.random.Generator, Use], Problem]] = {
     "recurrence": recurrence,
     "normed_product": normed_product,
     "codes_product": codes_product,
+    "dense_product": dense_product,
+    "decode_attention": decode_attention,
 }

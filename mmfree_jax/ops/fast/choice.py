@@ -34,6 +34,7 @@ LOGITS_PER_CHUNK = {"cpu": 2**19, "gpu": 2**26, "tpu": 2**26}  # 2 MiB stay in a
 MOST_ROWS = 2**31 // (128 * 127)  # whose products of int8 codes an int32 can sum
 
 _allowed: ContextVar[bool] = ContextVar("kernels_allowed", default=True)
+_forward_only: ContextVar[bool] = ContextVar("forward_only", default=False)
 _defined: ContextVar[tuple[str, ...] | None] = ContextVar("defined", default=None)
 
 
@@ -71,6 +72,11 @@ def definitions(but: tuple[str, ...] = ()) -> Any:
 def kernels_allowed(allowed: bool) -> Any:
     """Allow or forbid kernels in what is traced inside; without them, XLA computes everything. Also a decorator."""
     return during(_allowed, allowed)
+
+
+def forward_only() -> Any:
+    """Promise that what is traced inside is not differentiated: kernels without a backward pass may serve."""
+    return during(_forward_only, True)
 
 
 def available() -> bool:
@@ -122,16 +128,37 @@ def normed_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: A
     return verification.serves(Use("normed_product", (rows, width, columns), options))
 
 
-def codes_product(x: Any, w: Any) -> bool:
-    """Whether a kernel multiplies codes [..., D] by a packed matrix [D, F] as it lies in memory."""
-    if x.scale is None or w.layout != "planes" or x.codes.dtype != jnp.int8 or not available():
+def dense_product(recipe: Any, kind: str, x: jax.Array, added: bool, w_GDF: jax.Array) -> bool:
+    """Whether one kernel computes dense layers, from the sources of their input on: for the few rows of decoding."""
+    (groups, width, columns), rows = w_GDF.shape, math.prod(x.shape[:-1])
+    if not available() or not _forward_only.get() or x.dtype not in (jnp.bfloat16, jnp.float32):
         return False
+    from mmfree_jax.ops.fast.hopper import few_rows
+
+    cut = shard_count("batch", x.shape[0]) * math.prod(map(shard_count, recipe.axes, (width, columns)))
+    if cut > 1 or kind == "gated" or not few_rows.supports_dense(rows, width, columns):
+        return False
+    options = kind, groups, str(x.dtype), str(w_GDF.dtype), added
+    return verification.serves(Use("dense_product", (rows, width, columns), options))
+
+
+def packed_form(x: Any, w: Any) -> Literal["kernel", "cpu", "unpacked"]:
+    """The form of a product of codes [..., D] with a packed matrix [D, F].
+
+    "kernel" and "cpu" (C++) read the 2-bit weights as they lie in memory; "unpacked" makes codes of a byte of them
+    first, for XLA or a kernel of large tiles.
+    """
+    if x.scale is None or w.layout != "planes" or x.codes.dtype != jnp.int8 or not _allowed.get():
+        return "unpacked"
+    if not available():
+        return "cpu" if backend() == "cpu" else "unpacked"
     from mmfree_jax.ops.fast.hopper import few_rows
 
     rows, width, columns = math.prod(x.codes.shape[:-1]), x.codes.shape[-1], w.bytes_FI.shape[0]
     if shard_count("batch", x.codes.shape[0]) > 1 or not few_rows.supports_codes(rows, width, columns):
-        return False
-    return verification.serves(Use("codes_product", (rows, width, columns), (w.scale.size > 1,)))
+        return "unpacked"
+    use = Use("codes_product", (rows, width, columns), (w.scale.size > 1,))
+    return "kernel" if verification.serves(use) else "unpacked"
 
 
 def gradient_codes_onward(recipe: Any, columns: int, dtype: Any) -> bool:
@@ -215,6 +242,19 @@ def attention_form(q_BTHK: Any, segments_BT: Any) -> Literal["full", "rows", "cu
         return "rows"
     fused = q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and segments_BT is None
     return "cudnn" if fused and q_BTHK.shape[-1] <= widest_fused_head() else "full"
+
+
+def decode_attention(q_BTHK: Any, k_BSJK: Any, mask: Any) -> bool:
+    """Whether a kernel attends from one query a row to a cache, under a mask [B, 1, S]."""
+    (B, T, H, K), (S, J) = q_BTHK.shape, k_BSJK.shape[1:3]
+    if not available() or not _forward_only.get() or T != 1 or mask.ndim != 3:
+        return False
+    from mmfree_jax.ops.fast.hopper import decode_attention as kernel
+
+    cut = shard_count("batch", B) * shard_count("heads", J)
+    if cut > 1 or q_BTHK.dtype not in (jnp.bfloat16, jnp.float32) or not kernel.supports(H, J, K):
+        return False
+    return verification.serves(Use("decode_attention", (B, S, H, J, K), (str(q_BTHK.dtype),)))
 
 
 def widest_fused_head() -> int:

@@ -17,11 +17,12 @@ from mmfree_jax.sharding import constrain
 # gate and up leave the kernel that computes them as integer codes, and are never written as values.
 
 
-def residual(x_BTD: jax.Array, y_BTD: jax.Array, scale: float = 1.0) -> jax.Array:
+def residual(x_BTD: jax.Array, y_BTD: jax.Array, scale: float = 1.0, name: str = "") -> jax.Array:
     """`ops.glu.residual`; a BitLinear that has read the stream adds both gradients to it (`origin`)."""
     x_BTD = latest(x_BTD, last=True)
     scaled_BTD = y_BTD if scale == 1 else y_BTD * scale
-    return note(constrain(x_BTD + scaled_BTD, "batch", "time", None), Sum(x_BTD, y_BTD, scale))
+    total_BTD = constrain(x_BTD + scaled_BTD, "batch", "time", None)
+    return note(checkpoint_name(total_BTD, name) if name else total_BTD, Sum(x_BTD, y_BTD, scale))
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

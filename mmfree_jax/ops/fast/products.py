@@ -113,13 +113,14 @@ def product(
 
 def packed_product(x: Quantised, w: Packed, dtype: Any) -> jax.Array:
     """Multiply codes [..., D] by a packed matrix [D, F], then apply both scales: [..., F] of `dtype`, as `product`."""
-    width = x.codes.shape[-1]
-    if x.scale is None or w.layout != "planes":
-        return product(x, w.unpacked(width), dtype, dtype)
-    if choice.codes_product(x, w):
+    form = choice.packed_form(x, w)
+    if form == "unpacked":
+        return product(x, w.unpacked(x.codes.shape[-1]), dtype, dtype)
+    if form == "kernel":
         return _codes_product(x, w, dtype)
-    y = ternary_product(w.bytes_FI, x.codes.reshape(-1, width)).astype(wide(dtype))
+    y = ternary_product(w.bytes_FI, x.codes.reshape(-1, x.codes.shape[-1])).astype(wide(dtype))
     y = y.reshape(*x.codes.shape[:-1], -1)
+    assert x.scale is not None
     for scale in (x.scale, w.scale):
         y = y * scale.astype(y.dtype)
     return y.astype(dtype)

@@ -150,6 +150,21 @@ def test_a_chat_is_a_prompt_by_the_template(here):
     assert parts[-1].choices[0].finish_reason == "length"
 
 
+def test_a_chat_that_names_no_length_has_the_room_that_the_context_leaves():
+    attention = dataclasses.replace(model(), served=served("transformer++"), ends=())
+    chat = ChatTemplate(TEMPLATE, TOKENIZER)
+    one = Running(Service(attention, "small", Engine(attention.served, 2, 64), LIMITS, chat, ""))
+    try:
+        messages = [{"role": "user", "content": "hi"}]
+        found = one.openai.chat.completions.create(model="small", messages=messages)
+        assert found.usage.total_tokens == 64
+        long = [{"role": "user", "content": "x" * 80}]
+        answer = one.post("/v1/chat/completions", messages=long)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    finally:
+        one.stop()
+
+
 def test_an_evaluation_harness_gets_the_prompts_log_probabilities(here):
     """As lm-evaluation-harness asks with `local-completions`: token numbers, echo, one token that it leaves out."""
     contexts, rests = ["the first ", "another "], ["answer", "one, longer"]

@@ -2,7 +2,8 @@
 
 `normed_product` is a whole BitLinear for one to four tokens: norm or gate, quantiser and G products, and the addition
 of the residual before the norm. `codes_product` multiplies codes that exist, up to 256 rows of them, on tensor cores.
-Both read the 2-bit weights of `packed.pack_planes` as they lie in memory, once.
+Both read the 2-bit weights of `packed.pack_planes` as they lie in memory, once. `dense_product` is the same step for
+dense weights, so that the baseline is measured at its best.
 """
 
 import functools
@@ -37,6 +38,7 @@ CODES_IN_A_WORD = 16
 CHUNK = 128  # words of weights of one row that are multiplied at a time
 AHEAD = 3  # chunks of weights on their way while norm and codes are computed
 BLOCKS = 132  # at least, of a launch: one for each multiprocessor of an H200
+DENSE_ROWS = 64  # rows of dense weights in a tile
 MOST_COLUMNS = 64  # of a block
 TOP = 127.0
 INTERPRET = False  # True where tests run the kernels on a CPU
@@ -61,11 +63,12 @@ def supports_codes(rows: int, width: int, columns: int) -> bool:
     return 1 <= rows <= MOST_CODES and width % 128 == 0 and columns % 32 == 0
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "eps", "factor"))
 def normed_product(
     kind: Kind,
     sources: list[jax.Array],
     source_gain: jax.Array | None,
-    gains: list[jax.Array],
+    gain: jax.Array | None,
     weights: list[jax.Array],
     scales: list[jax.Array],
     eps: float,
@@ -76,7 +79,7 @@ def normed_product(
 
     Args:
         kind, sources, source_gain: what the input is made of (`origin.Origin`), [M, K] each; the gain is float32 [K].
-        gains: of the norm before the quantiser, float32 [K]: one, one for each product, or none for no norm.
+        gain: of the norm before the quantiser, float32: [K], [G, K] for one each, or None for no norm.
         weights: uint8 [N, K / 4] of each product.
         scales: of the weights, float32, [1] or [N] each.
         addend: added to the first source, times `factor`, before anything else; the sum is returned too.
@@ -87,23 +90,25 @@ def normed_product(
     (M, K), N, G, dtype = sources[0].shape, weights[0].shape[0], len(weights), sources[0].dtype
     words = [lax.bitcast_convert_type(w.reshape(N, K // CODES_IN_A_WORD, 4), jnp.int32) for w in weights]
     block = _columns(N, G)
-    optional = [a for a in (addend, source_gain) if a is not None]
+    gain = None if gain is None else gain.reshape(-1, K)
+    optional = [a for a in (addend, source_gain, gain) if a is not None]
 
     def kernel(*refs):
         taken = iter(refs)
         take = lambda count: [next(taken) for _ in range(count)]
         source_refs, addend_ref = take(len(sources)), next(taken) if addend is not None else None
         inner_ref = next(taken) if source_gain is not None else None
-        gain_refs, word_refs, scale_refs, y_refs = take(len(gains)), take(G), take(G), take(G)
+        gain_ref = next(taken) if gain is not None else None
+        word_refs, scale_refs, y_refs = take(G), take(G), take(G)
         sum_ref = next(taken, None)
         first, m, own = pl.program_id(0) * block, pl.program_id(1), pl.program_id(2)
         for g in range(G):
 
             def product(g=g):
-                gain_ref = gain_refs[g % len(gain_refs)] if gain_refs else None
+                gain_row = None if gain_ref is None else (gain_ref, g % gain_ref.shape[0])
                 writes = None if g else sum_ref
                 rows = functools.partial(
-                    _row, kind, source_refs, inner_ref, gain_ref, addend_ref, factor, K, eps, m, writes, first == 0
+                    _row, kind, source_refs, inner_ref, gain_row, addend_ref, factor, K, eps, m, writes, first == 0
                 )
                 _product(rows, word_refs[g], scale_refs[g], y_refs[g], m, first, K, block)
 
@@ -119,7 +124,7 @@ def normed_product(
         interpret=INTERPRET,
         name="normed_product",
     )
-    found = call(*sources, *optional, *gains, *words, *scales)
+    found = call(*sources, *optional, *words, *scales)
     return list(found[:G]), found[G] if addend is not None else None
 
 
@@ -158,7 +163,7 @@ def _product(row_of: Callable[[], _Row], words_ref, scale_ref, y_ref, m, first, 
     y_ref[m, pl.ds(first, block)] = (y * scale).astype(y_ref.dtype)
 
 
-def _row(kind, source_refs, inner_ref, gain_ref, addend_ref, factor, K: int, eps: float, m, sum_ref, writes) -> _Row:
+def _row(kind, source_refs, inner_ref, gain_row, addend_ref, factor, K: int, eps: float, m, sum_ref, writes) -> _Row:
     """Load one row and compute what becomes its codes; where `writes` holds, write the sum with the addend."""
     piece, size = K // 4, 4 * CHUNK
     zero = jnp.zeros(size, jnp.float32)
@@ -171,10 +176,8 @@ def _row(kind, source_refs, inner_ref, gain_ref, addend_ref, factor, K: int, eps
         for plane in range(4):
             index = plane * piece + jnp.minimum(element, piece - 1)
             other = None if mask is None else 0.0
-            vector = lambda ref, index=index, mask=mask, other=other: plt.load(ref.at[index], mask=mask, other=other)
-            value = lambda ref, index=index, mask=mask, other=other: plt.load(
-                ref.at[m, index], mask=mask, other=other
-            ).astype(jnp.float32)
+            vector = functools.partial(plt.load, mask=mask, other=other)
+            value = lambda ref, index=index, vector=vector: vector(ref.at[m, index]).astype(jnp.float32)
             x = value(source_refs[0])
             if addend_ref is not None:
                 x = (x + factor * value(addend_ref)).astype(source_refs[0].dtype)
@@ -188,15 +191,15 @@ def _row(kind, source_refs, inner_ref, gain_ref, addend_ref, factor, K: int, eps
                 v = x
             else:
                 first_squares += x * x
-                v = x * vector(inner_ref)
+                v = x * vector(inner_ref.at[index])
             if kind == "gated":
                 h = value(source_refs[1])
                 v = v * h * jax.nn.sigmoid(h)
             squares += v * v
-            z[-1].append(v if gain_ref is None else v * vector(gain_ref))
+            z[-1].append(v if gain_row is None else v * vector(gain_row[0].at[gain_row[1], index]))
             largest = jnp.maximum(largest, jnp.abs(z[-1][-1]))
     inner = lax.rsqrt(jnp.sum(first_squares) / K + eps) if kind in ("norm", "gated") else 1.0
-    outer = 1.0 if gain_ref is None else lax.rsqrt(inner * inner * jnp.sum(squares) / K + eps)
+    outer = 1.0 if gain_row is None else lax.rsqrt(inner * inner * jnp.sum(squares) / K + eps)
     most = jnp.maximum(jnp.max(largest) * inner * outer, SMALLEST)
     return _Row(z, inner * outer * (TOP / most), most * (1 / TOP))
 
@@ -219,6 +222,84 @@ def _dot4(weights: jax.Array, codes: jax.Array, total: jax.Array) -> jax.Array:
     return plt.elementwise_inline_asm(
         asm, args=[weights, codes, total], constraints=constraints, pack=1, result_shape_dtypes=[shape]
     )[0]
+
+
+def supports_dense(rows: int, width: int, columns: int) -> bool:
+    """Whether `dense_product` takes these sizes."""
+    return 1 <= rows <= MOST_ROWS and width % DENSE_ROWS == 0 and columns % 32 == 0
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "eps", "factor"))
+def dense_product(
+    kind: Kind,
+    sources: list[jax.Array],
+    source_gain: jax.Array | None,
+    weights_GKN: jax.Array,
+    eps: float,
+    addend: jax.Array | None = None,
+    factor: float = 1.0,
+) -> tuple[list[jax.Array], jax.Array | None]:
+    """Multiply a few rows by G dense matrices, from the sources of their input; arguments as `normed_product`.
+
+    A norm needs no pass of its own here: its factor is a factor of the result.
+    """
+    (M, K), (G, _, N), dtype = sources[0].shape, weights_GKN.shape, sources[0].dtype
+    columns = 64 if N % 64 == 0 and G * N >= 64 * BLOCKS else 32
+    steps = K // DENSE_ROWS
+    unrolled = next(count for count in (4, 2, 1) if steps % count == 0)  # tiles of weights on their way
+    optional = [a for a in (addend, source_gain) if a is not None]
+
+    def kernel(*refs):
+        taken = iter(refs)
+        source_refs = [next(taken) for _ in sources]
+        addend_ref = next(taken) if addend is not None else None
+        inner_ref = next(taken) if source_gain is not None else None
+        weights_ref, y_refs = next(taken), [next(taken) for _ in range(G)]
+        sum_ref = next(taken, None)
+        first, m, g = pl.program_id(0) * columns, pl.program_id(1), pl.program_id(2)
+        column = first + jnp.arange(columns)
+
+        def value(row):
+            """The input at some places before the norm's factor, and the first source there."""
+            load = lambda ref: plt.load(ref.at[m, row]).astype(jnp.float32)
+            x = load(source_refs[0])
+            if addend_ref is not None and sum_ref is not None:
+                x = (x + factor * load(addend_ref)).astype(dtype)
+                pl.when((first == 0) & (g == 0))(functools.partial(plt.store, sum_ref.at[m, row], x))
+                x = x.astype(jnp.float32)
+            if kind == "swiglu":
+                return x * jax.nn.sigmoid(x) * load(source_refs[1]), x
+            return x if inner_ref is None else x * plt.load(inner_ref.at[row]), x
+
+        def step(i, carry):
+            total, squares = carry
+            for part in range(unrolled):
+                row = (i * unrolled + part) * DENSE_ROWS + jnp.arange(DENSE_ROWS)
+                tile = plt.load(weights_ref.at[g, row[:, None], column[None]])
+                v, x = value(row)
+                total, squares = total + v[:, None] * tile.astype(jnp.float32), squares + x * x
+            return total, squares
+
+        start = jnp.zeros((DENSE_ROWS, columns), jnp.float32), jnp.zeros(DENSE_ROWS, jnp.float32)
+        total, squares = lax.fori_loop(0, steps // unrolled, step, start)
+        y = jnp.sum(total, axis=0)
+        if kind == "norm":
+            y = y * lax.rsqrt(jnp.sum(squares) / K + eps)
+        for i, y_ref in enumerate(y_refs):
+            store = functools.partial(plt.store, y_ref.at[m, column], y.astype(dtype))
+            pl.when(g == i)(store) if G > 1 else store()
+
+    shapes = [jax.ShapeDtypeStruct((M, N), dtype)] * G + [jax.ShapeDtypeStruct((M, K), dtype)] * (addend is not None)
+    call = pl.pallas_call(
+        kernel,
+        grid=(N // columns, M, G),
+        out_shape=shapes,
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+        interpret=INTERPRET,
+        name="dense_product",
+    )
+    found = call(*sources, *optional, weights_GKN)
+    return list(found[:G]), found[G] if addend is not None else None
 
 
 def codes_product(

@@ -7,7 +7,7 @@ import pytest
 
 from mmfree_jax.inference.model import serve_model
 from mmfree_jax.ops.fast.checks import Use, check
-from mmfree_jax.ops.fast.hopper import few_rows
+from mmfree_jax.ops.fast.hopper import decode_attention, few_rows
 from mmfree_jax.ops.fast.verification import kernels_assumed
 from mmfree_jax.ops.packed import pack_planes
 from tests.inference.small import made
@@ -18,6 +18,7 @@ EPS = 1e-6
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     monkeypatch.setattr(few_rows, "INTERPRET", True)
+    monkeypatch.setattr(decode_attention, "INTERPRET", True)
 
 
 def sigmoid(x):
@@ -53,7 +54,7 @@ def test_normed_product_is_the_bit_linear_of_its_sources(kind, M, K, N, G, gains
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     sources = [draw(M, K) for _ in range(2 if kind in ("gated", "swiglu") else 1)]
     inner = None if kind in ("plain", "swiglu") else (1 + draw(K) / 4)
-    outer = [1 + draw(K) / 4 for _ in range(gains)]
+    outer = 1 + draw(gains, K) / 4 if gains else None
     codes = rng.integers(-1, 2, (G, N, K)).astype(np.int8)
     scales = [rng.uniform(0.5, 2, N if g == 1 else 1).astype(np.float32) for g in range(G)]
     added = draw(M, K) if addend else None
@@ -83,7 +84,7 @@ def test_a_row_of_zeros_gives_zeros():
         "norm",
         [np.zeros((1, 64), np.float32)],
         np.ones(64, np.float32),
-        [np.ones(64, np.float32)],
+        np.ones(64, np.float32),
         weights,
         [np.ones(1, np.float32)],
         EPS,
@@ -108,27 +109,35 @@ USES = [
     Use("normed_product", (3, 128, 8), ("plain", 2, 0, "float32", False, False)),
     Use("normed_product", (4, 64, 16), ("swiglu", 1, 1, "bfloat16", False, False)),
     Use("codes_product", (17, 128, 32), (True,)),
+    Use("dense_product", (2, 192, 64), ("norm", 2, "float32", "bfloat16", True)),
+    Use("dense_product", (1, 512, 32), ("swiglu", 1, "bfloat16", "bfloat16", False)),
+    Use("dense_product", (4, 64, 96), ("plain", 1, "float32", "float32", False)),
+    Use("decode_attention", (3, 77, 6, 2, 32), ("float32",)),
+    Use("decode_attention", (9, 32, 2, 2, 64), ("bfloat16",)),
+    Use("decode_attention", (1, 1, 1, 1, 32), ("float32",)),
 ]
 
 
 @pytest.mark.parametrize("use", USES, ids=str)
 def test_checks_pass_and_see_a_wrong_column(use, monkeypatch):
     assert check(use).passed, check(use).worst
-    kernel = getattr(few_rows, use.kernel)
-    if use.kernel == "codes_product":
+    module = decode_attention if use.kernel == "decode_attention" else few_rows
+    kernel = getattr(module, use.kernel)
+    if use.kernel in ("codes_product", "decode_attention"):
         broken = lambda *a: kernel(*a).at[:, -1].add(2.0)
     else:
         broken = lambda *a: ([y.at[-1, -1].multiply(1.2) for y in kernel(*a)[0]], kernel(*a)[1])
-    monkeypatch.setattr(few_rows, use.kernel, broken)
+    monkeypatch.setattr(module, use.kernel, broken)
     assert not check(use).passed
 
 
 @pytest.mark.parametrize(
-    ("family", "batch", "products"), [("matmul-free", 1, 9), ("matmul-free-rwkv4", 3, 13), ("bitnet", 3, 10)]
+    ("family", "batch", "products", "sums"),
+    [("matmul-free", 1, 9, 4), ("matmul-free-rwkv4", 3, 13, 3), ("bitnet", 3, 10, 3), ("transformer++", 2, 10, 3)],
 )
-def test_a_model_decodes_as_without_kernels(family, batch, products):
+def test_a_model_decodes_as_without_kernels(family, batch, products, sums, monkeypatch):
     """Every BitLinear of the model goes through the kernel, with the residual added in it; the logits stay."""
-    model = serve_model(made(family, glu_width=208, tokenizer_vocab=304))
+    model = serve_model(made(family, width=128, glu_width=320, tokenizer_vocab=304))
     tokens = np.random.default_rng(0).integers(0, model.config.vocab, (batch, 2))
 
     def logits():
@@ -141,8 +150,14 @@ def test_a_model_decodes_as_without_kernels(family, batch, products):
         return np.stack(out)
 
     expected = logits()
+    addends = []
+    for name, place in (("normed_product", 7), ("dense_product", 5)):
+        kernel = getattr(few_rows, name)
+        counted = lambda *a, kernel=kernel, place=place: addends.append(a[place]) or kernel(*a)
+        monkeypatch.setattr(few_rows, name, counted)
     with kernels_assumed():
-        used = str(jax.make_jaxpr(lambda t, s: model.extend(t, s))(tokens[:, :1], model.start(batch, 8)))
+        jax.eval_shape(model.extend, tokens[:, :1], model.start(batch, 8))
+        assert len(addends) == products
+        assert sum(addend is not None for addend in addends) == sums
         found = logits()
-    assert used.count("name=normed_product") == products
     np.testing.assert_allclose(found, expected, atol=2e-4)
