@@ -7,11 +7,11 @@ import pandas
 import pytest
 from conftest import TRUTH, ladder_rows, write_csv
 
+from experiments.simulated_ladders import crossing_at, optimal_loss
 from scaling import Runs, ScalingError, Spec, analyse, compare, fit
 from scaling.ensemble.answers import interval
 from scaling.ensemble.crossing import GIVEN, crossing_of, overtakes
 from scaling.ensemble.discrepancy import CELL, RHO
-from scaling.simulate import crossing_at, optimal_loss
 
 SIZES = tuple(np.geomspace(1e6, 1e9, 8))
 A, B = "transformer++", "matmul-free"

@@ -29,6 +29,11 @@ def test_signs_are_kept_where_asked_for():
     assert rounded(-0.0131, -0.0204, 0.0012, "+") == "-0.013 (-0.020 to +0.001)"
 
 
+def test_what_rounds_to_nothing_has_no_sign():
+    assert rounded(-0.0002, -0.0081, 0.0042, "+") == "+0.000 (-0.008 to +0.004)"
+    assert rounded(-0.0002, -0.0081, 0.0042) == "0.000 (-0.008 to 0.004)"
+
+
 def test_a_chance_is_never_certain():
     assert [chance(p) for p in (0.0, 0.031, 0.5, 1.0)] == ["< 0.01", "= 0.03", "= 0.50", "> 0.99"]
 
