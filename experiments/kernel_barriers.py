@@ -15,10 +15,10 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mmfree_jax.bench.timing import repeated, time_calls
+from mmfree_jax.bench.timing import repeat, time_calls
 from mmfree_jax.ops.fast.hopper import normed_codes, recurrence, transposed_codes
 from mmfree_jax.ops.fast.hopper.mosaic import STREAMING
-from mmfree_jax.ops.fast.ternary import dithered, nearest_integer
+from mmfree_jax.ops.fast.ternary import nearest_integer, round_with_dither
 
 ROWS, WIDTH, GLU_WIDTH, TIMES = 16384, 2048, 5632, 8
 EPS = 1e-6
@@ -47,8 +47,8 @@ def cases() -> Iterator[Case]:
     to_codes = lambda a, b, d: backward("swiglu", [a, b], None, [wide_gain], [scale], [d], None, EPS, True, by)
     yield "gated unit, backward to codes", to_codes, (gate, up, du)
     yield "rows to codes", lambda x: normed_codes.codes(x, by), (x,)
-    yield "transposed", transposed_codes.transposed, (codes,)
-    yield "transposed to one scale a column", lambda q: transposed_codes.transposed(q, by, wide_gain), (codes,)
+    yield "transposed", transposed_codes.transpose, (codes,)
+    yield "transposed to one scale a column", lambda q: transposed_codes.transpose(q, by, wide_gain), (codes,)
     yield "recurrence, forward", lambda c, f: recurrence.forward(c, f, floor, start, keep), (c, f)
     walk_back = lambda c, f, out, dout: recurrence.backward(c, f, floor, start, keep, out, dout, start)
     yield "recurrence, backward", walk_back, (c, f, out, dout)
@@ -63,7 +63,7 @@ def lowest_byte(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def dithered_lowest_byte(values: jax.Array, phases: jax.Array) -> jax.Array:
-    """`ternary.dithered` by `lowest_byte`."""
+    """`ternary.round_with_dither` by `lowest_byte`."""
     fraction = lax.bitcast_convert_type((phases & 0x7FFFFF) | 0x3F800000, jnp.float32)
     return lowest_byte(jnp.clip(values + (fraction - 1.5), -127, 127))[1]
 
@@ -72,14 +72,14 @@ def set_variant(streaming: Any, nearest: Callable, dither: Callable) -> None:
     """Give the kernels other compiler settings and another rounding."""
     for module in (normed_codes, recurrence, transposed_codes):
         vars(module)["STREAMING"] = streaming
-    vars(normed_codes)["nearest_integer"], vars(transposed_codes)["dithered"] = nearest, dither
+    vars(normed_codes)["nearest_integer"], vars(transposed_codes)["round_with_dither"] = nearest, dither
     jax.clear_caches()
 
 
 VARIANTS: dict[str, tuple[Any, Callable, Callable]] = {
-    "now": (STREAMING, nearest_integer, dithered),
+    "now": (STREAMING, nearest_integer, round_with_dither),
     "without the integer operation": (STREAMING, lowest_byte, dithered_lowest_byte),
-    "with automatic barriers": (AUTOMATIC, nearest_integer, dithered),
+    "with automatic barriers": (AUTOMATIC, nearest_integer, round_with_dither),
 }
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     for variant in VARIANTS.values():
         set_variant(*variant)
         for name, kernel, arguments in cases():
-            program = jax.jit(repeated(kernel, TIMES)).lower(*arguments).compile()
+            program = jax.jit(repeat(kernel, TIMES)).lower(*arguments).compile()
             call = functools.partial(program, *arguments)
             found.setdefault(name, []).append(time_calls(call).median_s / TIMES * 1e6)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, microseconds: {', '.join(VARIANTS)}")

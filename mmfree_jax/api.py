@@ -14,13 +14,13 @@ from mmfree_jax.devices import check_platform, check_settings
 from mmfree_jax.evaluation.loss import Scores
 from mmfree_jax.evaluation.loss import evaluate as held_out_loss
 from mmfree_jax.inference.packed import save_packed
-from mmfree_jax.inference.text import TextModel, find_tokenizer, load_text_model
+from mmfree_jax.inference.text import TextModel, find_ends, find_tokenizer, load_text_model, text_files
 from mmfree_jax.interop.gguf import Kind, save_gguf
 from mmfree_jax.interop.huggingface import save_huggingface
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.presets import run_preset
 from mmfree_jax.run_folder import check_held_out_text, held_out_corpus, known_corpora, with_padding
-from mmfree_jax.sharding import left_idle, make_mesh
+from mmfree_jax.sharding import idle_devices, make_mesh
 from mmfree_jax.training import loop
 from mmfree_jax.training.step import make_program, program_key
 from mmfree_jax.weights import is_run, load_model, load_params, origin, run_config
@@ -49,11 +49,11 @@ def prepare(run: RunConfig, out: Path, say: Say = quiet) -> tuple[RunConfig, Tok
     """
     check_platform()
     make_mesh(run.mesh)  # before a corpus is prepared
-    if idle := left_idle(run.mesh):
+    if idle := idle_devices(run.mesh):
         say(idle)
     token_set = resolve_data(run.data, say, known_corpora(out))
     run = loop.completed_config(run, out, token_set)
-    for line in make_program(program_key(run, token_set.end_of_document)).uncut:
+    for line in make_program(program_key(run, token_set.end_of_document)).replicated:
         say(line)
     return run, token_set
 
@@ -95,7 +95,7 @@ def evaluate(
     known = bool(corpus) or is_run(path)
     require(known, f"{path} was not trained here: give the corpus to evaluate on with --corpus")
     devices = make_mesh(mesh)
-    if idle := left_idle(mesh):
+    if idle := idle_devices(mesh):
         say(idle)
     sequence = sequence or run.data.sequence
     divisible = sequence % mesh.sequence == 0
@@ -130,13 +130,15 @@ def export(
         return
     require(format in ("packed", "gguf"), f"format={format!r}: choose one of huggingface, packed, gguf")
     tokenizer = find_tokenizer(path)
-    end = None if tokenizer is None else tokenizer.end_of_document
+    ends = list(find_ends(path, tokenizer))
     text = "" if tokenizer is None else tokenizer.backend.to_str(pretty=True)
     if format == "packed":
         stored: Any = dtype or "bfloat16"
         require(stored in ("bfloat16", "float32"), f"dtype={stored!r}: a packed folder has bfloat16 or float32")
-        save_packed(load_model(path), out, stored=stored, layout=layout, tokenizer_json=text, end=end)
+        save_packed(
+            load_model(path), out, stored=stored, layout=layout, tokenizer_json=text, end=ends, beside=text_files(path)
+        )
         return
     require(tokenizer is not None, f"the tokenizer of {path} is not known, and a GGUF file needs it")
     context = origin(path).positions or 2048
-    save_gguf(load_model(path), out, text, kind=type, end=end or 0, context=context)
+    save_gguf(load_model(path), out, text, kind=type, end=ends[0] if ends else 0, context=context)

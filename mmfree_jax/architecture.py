@@ -23,6 +23,10 @@ FAMILIES: dict[str, tuple[Mixer, Linear]] = {
 }
 
 
+# Fields of ModelConfig that are about the quantiser.
+ONLY_TERNARY = ("activation_bits", "gradient_bits", "weight_scale", "linear_norm", "dense_head", "joint_glu")
+
+
 class ConfigError(ValueError):
     """A config that cannot be run. The message says what to change."""
 
@@ -62,6 +66,8 @@ class ModelConfig:
     dense_head: bool = False  # keep the head of a ternary model dense (BitNet b1.58); MatMul-free's own is ternary
     linear_norm: bool = True  # "double norm": each ternary layer has an RMSNorm of its own, after that of the block
     sublayer_norm: bool = False  # BitNet b1.58: RMSNorm before the output and down projections
+    activation: Literal["silu", "relu2"] = "silu"  # of the GLU's gate; relu2: max(x, 0)^2 (BitNet b1.58 2B4T)
+    joint_glu: bool = True  # gate and up are one tensor to the quantiser (ternary layers only)
     output_gate: Literal["official", "paper"] = "official"  # which branch is normed (MLGRU only)
     lower_bounds: bool = True  # learned floors of the forget gate, cumulative over depth (MLGRU only)
     activation_bits: Literal[0, 4, 8] = 8  # 0: activations are not quantised (ternary layers only)
@@ -91,8 +97,7 @@ class ModelConfig:
             self._keeps_default("heads", "kv_heads", why=f"mixer={self.mixer} is element-wise and has no heads")
             self._keeps_default("rope_theta", why=f"mixer={self.mixer} has no rotary embeddings")
         if self.linear == "dense":
-            only_ternary = ("activation_bits", "gradient_bits", "weight_scale", "linear_norm", "dense_head")
-            self._keeps_default(*only_ternary, why="linear=dense has no quantiser")
+            self._keeps_default(*ONLY_TERNARY, why="linear=dense has no quantiser")
         if self.mixer != "mlgru":
             self._keeps_default("output_gate", "lower_bounds", why=f"mixer={self.mixer} has no such gate")
         self._check_parametrisation()

@@ -1,8 +1,4 @@
-"""Checkpoints of a run: written by Orbax, asynchronous and atomic; the latest few and every milestone are kept.
-
-A checkpoint is always restored into an abstract tree that was built from the config, never into what was saved, so it
-moves to any mesh. A small JSON object with everything else that a resumed run needs is stored with the state.
-"""
+"""Checkpoints of a run: written by Orbax, asynchronous and atomic; the latest few and every milestone are kept."""
 
 import glob
 import json
@@ -14,6 +10,9 @@ from typing import Any
 
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+
+# A checkpoint is always restored into an abstract tree that was built from the config, never into what was saved, so it
+# moves to any mesh. A small JSON object with everything else that a resumed run needs is stored with the state.
 
 LONGEST_REASON = 300  # characters of Orbax's message
 # What TensorStore and Orbax say about files that are missing or damaged.
@@ -107,6 +106,8 @@ def _load(
     if not steps or (step is not None and step not in steps):
         wanted = "" if step is None else f" of step {step}"
         raise CheckpointError(f"{folder} has no checkpoint{wanted} (it has: {steps or 'none'})")
+    # The abstract tree is built from the config: Orbax then reads every array into the shape, type and sharding that
+    # this run wants, whatever mesh saved it. What the file says of its own sharding is never used.
     chosen = steps[-1] if step is None else step
     try:
         found = orbax.load_checkpointables(chosen, abstract_checkpointables={"state": abstract_state, "meta": None})

@@ -1,8 +1,4 @@
-"""Typed command lines: a frozen dataclass in, one clear line out when the user's input is wrong.
-
-tyro turns the dataclass into flags and help. Its errors are panels of several lines; the hook that it offers hands us
-the same facts as objects (`tyro._errors`, private: pyproject.toml pins the versions that have it).
-"""
+"""Typed command lines: a frozen dataclass in, one clear line out when the user's input is wrong."""
 
 import dataclasses
 import difflib
@@ -14,6 +10,9 @@ import tyro
 from tyro import _errors as events
 
 from mmfree_jax.config import ConfigError
+
+# tyro turns the dataclass into flags and help. Its errors are panels of several lines; the hook that it offers hands us
+# the same facts as objects (`tyro._errors`, private: pyproject.toml pins the versions that have it).
 
 T = TypeVar("T")
 

@@ -299,6 +299,7 @@ class RunConfig:
 
         The place of the data does not count once their contents are filled in.
         """
+        # Where the data lie on this machine says nothing about what is computed; what they contain does.
         data = self.data
         if data.contents:
             anywhere = DataConfig()

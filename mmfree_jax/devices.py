@@ -19,7 +19,7 @@ GENERATOR = "threefry2x32"  # random number generator of initial weights, whatev
 # Settings of JAX that would change what a run computes. Another value would have to be part of the config.
 SETTINGS = {"jax_enable_x64": False, "jax_threefry_partitionable": True, "jax_default_matmul_precision": None}
 
-Platform = Literal["cuda", "tpu"]
+Platform = Literal["cuda", "tpu", "cpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +110,7 @@ def use_compile_cache(folder: Path) -> None:
     """Store compiled programs in `folder`, so that a resumed run or the next run of a sweep does not compile again."""
     import jax
 
+    # JAX keeps only programs that took a second to compile by default; a sweep of small runs has hundreds below that.
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

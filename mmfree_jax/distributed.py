@@ -1,8 +1,4 @@
-"""Several processes as one run: when that is intended, how they find each other, and how they agree.
-
-`jax.distributed.initialize` ends the process if another one does not start, without saying which. So there is a roll
-call before it: process 0 listens at the coordinator's address until every other process has reported its number.
-"""
+"""Several processes as one run: when that is intended, how they find each other, and how they agree."""
 
 import collections
 import contextlib
@@ -22,6 +18,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import require
+
+# `jax.distributed.initialize` ends the process if another one does not start, without saying which. So there is a roll
+# call before it: process 0 listens at the coordinator's address until every other process has reported its number.
 
 HEARTBEAT_SECONDS = 30  # after so long without a heartbeat a process counts as dead, and all others end
 SHUTDOWN_SECONDS = 10  # how long a process waits at its end for the others to end too
@@ -241,6 +240,7 @@ def sum_integers(numbers: Sequence[int]) -> list[int]:
     """Return the exact sums over processes of integers from 0 to 2^64 - 1."""
     if jax.process_count() == 1:
         return list(numbers)
+    # Counts of tokens pass 2^32 within hours, and without x64 JAX has no 64-bit integers.
     # In digits of 16 bits, because JAX exchanges numbers of 32 bits.
     # A sum of digits may exceed 16 bits; adding the shifted sums carries it over.
     digits = [[number >> shift & 0xFFFF for shift in DIGITS] for number in numbers]
@@ -280,6 +280,7 @@ def repeat(number: np.generic, sharding: NamedSharding) -> jax.Array:
 
     Device by device, because `jax.device_put` to all of them would compare the numbers of all processes.
     """
+    # A comparison would be a collective operation in every step.
     pieces = [jax.device_put(number, device) for device in sharding.addressable_devices]
     return jax.make_array_from_single_device_arrays((), sharding, pieces)
 

@@ -24,6 +24,7 @@ def is_explained(error: BaseException) -> bool:
 
 def _raised_by_us(trace: TracebackType | None) -> bool:
     """Whether a `raise` statement of these packages raised it, and not an expression such as `{}["optimizer"]`."""
+    # The last frame is where the exception began; its source line tells a deliberate `raise` from an accident.
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     if trace is None:
@@ -41,7 +42,7 @@ def sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def reported(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """Return an exception in one line, with the file of its traceback unless the message is written for users."""
     if is_explained(error):
         return sentence(error)

@@ -25,6 +25,7 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        # Without fsync before the rename some file systems show an empty file after a crash.
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
@@ -111,6 +112,8 @@ def locked(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
         while True:
             try:
+                # A lock of the system, not a file that says "locked": nobody has to clean up after a process that was
+                # killed.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:

@@ -92,6 +92,7 @@ def _ternary_head(config: ModelConfig) -> bool:
 
 def parameters(config: ModelConfig) -> Parameters:
     """Return exact parameter counts. Their total is the size of the initialised model."""
+    # Four matrices of D x D in every mixer: q, k, v, o; i, f, g, o; r, k, v, o. Grouped queries narrow two of them.
     D, L, V = config.width, config.depth, config.vocab
     mixer = {"attention": 2 * D * D + 2 * D * _kv_width(config)}.get(config.mixer, 4 * D * D)
     # Lower bounds of the MLGRU's forget gate; mixes, decays and bonuses of RWKV-4.
@@ -147,21 +148,12 @@ def train_flops(config: ModelConfig, positions: float, pairs: float) -> OpCounts
     return OpCounts(**{name: float(3 * count) for name, count in counts.items()})
 
 
-def flops_per_token(config: ModelConfig, sequence: int, *, causal: bool = True) -> OpCounts:
-    """Return forward operations per token, averaged over a window of `sequence` tokens that is one document.
-
-    Attention counts the visible pairs, (sequence + 1) / 2 a token; with `causal=False` all `sequence`, as computed by a
-    kernel that does not skip the masked half.
-    """
-    return forward_flops(config, 1, (sequence + 1) / 2 if causal else sequence)
-
-
-def train_flops_per_token(config: ModelConfig, sequence: int, *, causal: bool = True) -> OpCounts:
+def train_flops_per_token(config: ModelConfig, sequence: int) -> OpCounts:
     """Return operations per token of a training step (`train_flops`), if each window is one document.
 
     Plans use this. If documents are separate, a run needs less.
     """
-    return train_flops(config, 1, (sequence + 1) / 2 if causal else sequence)
+    return train_flops(config, 1, (sequence + 1) / 2)  # a token sees itself and, on average, half of the others
 
 
 def decode_state_bytes(config: ModelConfig, tokens: int, element_bytes: int = 2) -> int:

@@ -162,6 +162,8 @@ def _complete(kind: str, result: str, started: bool, members: int) -> tuple:
     arrays = [(dtype, _integers(sizes)) for dtype, sizes in _ARRAY.findall(result)]
     if kind == "collective-permute" and started:
         return tuple(arrays[:1])
+    # An asynchronous all-gather returns (operands, results); an asynchronous all-reduce only results, unless it
+    # combines several arrays, when its type is a tuple of tuples.
     both = started and (kind == "all-gather" or result.startswith("(("))
     operands, results = (arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]) if both else (None, arrays)
     if kind == "reduce-scatter":
@@ -175,21 +177,17 @@ def _groups(line: str) -> tuple[tuple[int, ...], ...]:
         return tuple(_integers(pair) for pair in re.findall(r"\{([\d,]+)", "{" + pairs[1].lstrip("{") + "}"))
     if listed := _LISTED.search(line):
         return tuple(_integers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+    arranged = lambda shape, order: np.arange(math.prod(shape)).reshape(shape).transpose(order or None)
     if iota := _IOTA.search(line):
-        devices = _turned(_integers(iota[2]), iota[3])
+        devices = arranged(_integers(iota[2]), _integers(iota[3] or ""))
         return tuple(map(tuple, devices.reshape(_integers(iota[1])).tolist()))
     if mesh := _MESH.search(line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        devices = _turned(_integers(mesh[2]) if mesh[2] else tuple(sizes.values()), mesh[3])
+        devices = arranged(_integers(mesh[2]) if mesh[2] else tuple(sizes.values()), _integers(mesh[3] or ""))
         axes = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh[4])]
         last = np.moveaxis(devices.reshape(tuple(sizes.values())), axes, range(-len(axes), 0))
         return tuple(map(tuple, last.reshape(-1, math.prod(last.shape[-len(axes) :])).tolist()))
     raise ValueError(f"device groups are not understood: {line.strip()[:300]}")
-
-
-def _turned(shape: tuple[int, ...], order: str | None) -> np.ndarray:
-    devices = np.arange(math.prod(shape)).reshape(shape)
-    return devices.transpose(_integers(order)) if order else devices
 
 
 def _integers(text: str) -> tuple[int, ...]:

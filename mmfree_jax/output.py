@@ -28,6 +28,7 @@ class Stream(io.FileIO):
         except OSError as error:
             if error.errno not in NO_READER:
                 raise
+            # Later writes, also those of other libraries to this descriptor, then go nowhere instead of failing again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return memoryview(data).nbytes
 

@@ -20,6 +20,7 @@ Role = Literal["matrix", "embedding", "head", "gain", "lower_bounds"]
 class Scales:
     """Factors of the forward pass and of initial values relative to the base model."""
 
+    output_depth: int  # L in the factor 1 / sqrt(2 L) on initial values of projections that write to the stream
     std: float = 1.0  # of the initial matrices of a block; the small Xavier of recurrent mixers includes it
     residual: float = 1.0  # on the output of a mixer or GLU, before it is added to the residual stream
     logits: float = 1.0
@@ -29,11 +30,15 @@ class Scales:
 def scales(config: ModelConfig) -> Scales:
     """Return the factors of a model; all 1 under the standard parametrisation."""
     if config.parametrisation == "standard":
-        return Scales()
+        return Scales(config.depth)
+    # A sum of `width` products has a variance in proportion to the width, so initial matrices shrink with its root.
+    # Logits shrink with the width itself, because in training the head's weights align with its input, and sums of
+    # aligned terms grow in proportion to their number.
     wider, deeper = ratios(config)
     head = config.width // config.heads
     scores = math.sqrt(config.base_head / head) if config.mixer == "attention" and config.base_head else 1.0
-    return Scales(std=1 / math.sqrt(wider), residual=1 / deeper, logits=1 / wider, scores=scores)
+    # The depth of the base, because the residual branch has a factor 1 / L of its own at every depth.
+    return Scales(config.base_depth, std=1 / math.sqrt(wider), residual=1 / deeper, logits=1 / wider, scores=scores)
 
 
 def ratios(config: ModelConfig) -> tuple[float, float]:
@@ -41,14 +46,6 @@ def ratios(config: ModelConfig) -> tuple[float, float]:
     if config.parametrisation == "standard":
         return 1.0, 1.0
     return config.width / config.base_width, config.depth / config.base_depth
-
-
-def output_depth(config: ModelConfig) -> int:
-    """Return the depth L in the factor 1 / sqrt(2 L) on initial values of output projections.
-
-    Under mup it is that of the base, because there is a factor 1 / L on the residual branch instead.
-    """
-    return config.depth if config.parametrisation == "standard" else config.base_depth
 
 
 def rate_factor(config: ModelConfig, role: Role, optimizer: Literal["adamw", "muon"] = "adamw") -> float:

@@ -16,14 +16,22 @@ SIZES = {
     "13b": (40, 5120),
     "70b": (86, 8192),
 }
-# Further architectures of a family. With a tied head llama.cpp loads a BitNet (docs/llama-cpp.md).
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"bitnet-tied": ("bitnet", {"tie_embeddings": True})}
-PRESETS = tuple(f"{family}-{size}" for family in (*FAMILIES, *VARIANTS) for size in SIZES)
+# Further architectures of a family. With a tied head llama.cpp loads a BitNet (docs/llama-cpp.md); b1.58 is what
+# Microsoft published as BitNet b1.58 2B4T (Ma et al. 2025, arXiv 2504.12285).
+B158 = {"activation": "relu2", "joint_glu": False, "rope_theta": 500_000.0, "norm_eps": 1e-5}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bitnet-tied": ("bitnet", {"tie_embeddings": True}),
+    "bitnet-b1.58": ("bitnet", {"tie_embeddings": True, **B158}),
+}
+OWN_SIZES = {"bitnet-b1.58": {"tiny": SIZES["tiny"], "2b4t": (30, 2560)}}
+QUERIES_OF_A_KEY, OWN_VOCAB = {"bitnet-b1.58": 4}, {"bitnet-b1.58-2b4t": 128_256}
+PRESETS = tuple(f"{family}-{size}" for family in (*FAMILIES, *VARIANTS) for size in OWN_SIZES.get(family, SIZES))
 
 # Peak learning rates and token budgets of Zhu et al. 2024, section 4; 7b to 70b continue their trend and are untested.
-RATES = {"370m": 4e-3, "1.3b": 2.5e-3, "2.7b": 1.5e-3, "7b": 1e-3, "13b": 7e-4, "70b": 3e-4}
+# 2b4t: of its report.
+RATES = {"370m": 4e-3, "1.3b": 2.5e-3, "2.7b": 1.5e-3, "7b": 1e-3, "13b": 7e-4, "70b": 3e-4, "2b4t": 1.5e-3}
 DENSE_RATE = 3e-4
-TOKENS = {"370m": 15e9, "1.3b": 100e9, "2.7b": 100e9, "7b": 100e9, "13b": 100e9, "70b": 100e9}
+TOKENS = {"370m": 15e9, "1.3b": 100e9, "2.7b": 100e9, "7b": 100e9, "13b": 100e9, "70b": 100e9, "2b4t": 4e12}
 TINY_RATES = {"dense": 2e-3, "ternary": 8e-3}  # experiments/results/quickstart_rates.csv
 
 
@@ -44,19 +52,20 @@ def model_preset(family: str, size: str) -> ModelConfig:
     Shape: GLU width 8/3 of the model width, rounded up to a multiple of 256 (64 for tiny), so that every family has
     4 D^2 + 3 D F weights a layer; attention heads of 128 channels (32 for tiny); vocabulary 32,000 (2,048).
     """
-    family, changes = VARIANTS.get(family, (family, {}))
-    depth, width = SIZES[size]
+    name, (family, changes) = family, VARIANTS.get(family, (family, {}))
+    depth, width = OWN_SIZES.get(name, SIZES)[size]
     mixer, linear = FAMILIES[family]
     tiny = size == "tiny"
     multiple, head = (64, 32) if tiny else (256, 128)
     return ModelConfig(
         mixer,
         linear,
-        vocab=2048 if tiny else 32000,
+        vocab=OWN_VOCAB.get(f"{name}-{size}", 2048 if tiny else 32000),
         width=width,
         depth=depth,
         glu_width=-(-width * 8 // (3 * multiple)) * multiple,
         heads=width // head if mixer == "attention" else 1,
+        kv_heads=width // head // QUERIES_OF_A_KEY[name] if name in QUERIES_OF_A_KEY else 0,
         linear_norm=family != "bitnet",  # BitNet b1.58 norms the input of each projection once and
         sublayer_norm=family == "bitnet",  # keeps its head dense (Ma et al. 2025, arXiv 2504.12285)
         dense_head=family == "bitnet",

@@ -179,6 +179,8 @@ def changes(config: RunConfig, folder: Path) -> str:
     path = folder / "config.json"
     if not path.exists():
         return ""
+    # A run is the same run if it would compute the same. So fields that only say how are free, and so are those that
+    # one side has not filled in yet.
     held, config, free = _anywhere(read_run(path)), _anywhere(config), set(HOW)
     free |= {"precision"} if "auto" in (held.precision, config.precision) else set()
     free |= {"model.tokenizer_vocab"} if 0 in (held.model.tokenizer_vocab, config.model.tokenizer_vocab) else set()

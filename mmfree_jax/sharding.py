@@ -5,6 +5,12 @@ are Auto, explicitly: the compiler places what is not constrained here, and test
 cannot shard, or would shard badly, runs on the shards of each device in `per_shard`.
 """
 
+# A dense matrix of a layer is w_DF with the logical axes ("embed", "mlp"): fsdp shards D, tensor shards F. Activations
+# are x_BTD with ("batch", "time", ...): data and fsdp shard B, sequence shards T. For a product, w is all-gathered over
+# fsdp (D becomes complete on every device) and stays sharded over tensor; its gradient, a sum over B and T, is
+# reduce-scattered back. So fsdp is a second data axis that also spreads the state, as in ZeRO-3 (Rajbhandari et al.
+# 2020, arXiv 1910.02054).
+
 import dataclasses
 import functools
 import math
@@ -83,12 +89,11 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[: config.devices])
 
 
-def left_idle(config: MeshConfig) -> str:
+def idle_devices(config: MeshConfig) -> str:
     """Return a sentence about devices that a mesh leaves idle; empty if it uses all."""
     have = len(jax.devices())
-    if config.devices >= have:
-        return ""
-    return f"{have - config.devices} of {have} devices stay idle: --mesh.data and --mesh.fsdp set how many are used"
+    idle = have - config.devices
+    return f"{idle} of {have} devices stay idle: --mesh.data and --mesh.fsdp set how many are used" if idle > 0 else ""
 
 
 def spec(*axes: Axes) -> P:
@@ -96,129 +101,142 @@ def spec(*axes: Axes) -> P:
     return P(*(RULES.axes(axis) or None for axis in axes))
 
 
-def whole(axes: Names) -> Names:
-    """Return the logical names of a weight's axes after the all-gather over fsdp, and of activations on either side."""
+def gathered_axes(axes: Names) -> Names:
+    """Return the logical names of a weight's axes after its all-gather over fsdp, where embed is not sharded.
+
+    The products' inputs and outputs have these names on their last axis.
+    """
     return tuple(None if name == "embed" else name for name in axes)
 
 
-def rows_of(ndim: int, last: Axes = None) -> Names:
+def activation_axes(ndim: int, last: Axes = None) -> Names:
     """Return the logical names of activations [B, T, ..., D]."""
     return (*("batch", "time", *(None,) * ndim)[: ndim - 1], last)
 
 
-def fitted(shape: tuple[int, ...], wanted: P, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> P:
+def divisible_spec(shape: tuple[int, ...], wanted: P, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> P:
     """Remove the mesh axes that do not divide their dimension from `wanted`: a vocabulary of 257 cannot be halved."""
-
-    def fit(size: int, axes: Axes) -> Axes:
+    kept = []
+    for size, axes in zip(shape, wanted, strict=False):
         names = (axes,) if isinstance(axes, str) else axes or ()
-        return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+        kept.append(axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
+    return P(*kept)
 
-    return P(*(fit(size, axes) for size, axes in zip(shape, wanted, strict=False)))
 
+def shard_count(name: Axes, size: int) -> int:
+    """Return the number of shards of an axis of this size and logical name: 1 if the mesh does not divide the size.
 
-def ways(name: Axes, size: int) -> int:
-    """Return the number of shards of an axis of this size and logical name.
-
-    1 outside a mesh, inside `per_shard`, and if the mesh does not divide the size.
+    1 also outside a mesh and inside `per_shard`, where an array is one device's shard already.
     """
-    mesh = _surrounding()
+    mesh = _context_mesh()
     parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES.axes(name))
     return parts if size % parts == 0 else 1
 
 
 def constrain(x: jax.Array, *axes: Axes) -> jax.Array:
     """Constrain the sharding of an array inside jit. Outside a mesh this returns x unchanged."""
-    mesh = _surrounding()
+    mesh = _context_mesh()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, fitted(x.shape, spec(*axes), mesh))
+    return jax.lax.with_sharding_constraint(x, divisible_spec(x.shape, spec(*axes), mesh))
 
 
-def unfilled(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Return an array whose values will be written later. On a mesh zeros, because XLA cannot shard an empty array."""
-    return jax.lax.empty(shape, dtype) if _surrounding() is None else jnp.zeros(shape, dtype)
+def uninitialised(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Return an array whose values will be written later."""
+    # XLA cannot shard an uninitialised array: every device would hold all of it.
+    return jax.lax.empty(shape, dtype) if _context_mesh() is None else jnp.zeros(shape, dtype)
 
 
-_packed: ContextVar[bool] = ContextVar("packed", default=False)
+packed_gathers: ContextVar[bool] = ContextVar("packed_gathers", default=False)  # ternary codes, four in a byte
 
 
-def packing(packed: bool) -> Any:
+def pack_before_gather(packed: bool) -> Any:
     """Pack ternary codes before they are all-gathered, in what is traced inside. Also a decorator."""
-    return during(_packed, packed)
+    return during(packed_gathers, packed)
 
 
-def packed_gathers() -> bool:
-    """Return whether ternary codes are all-gathered four in a byte."""
-    return _packed.get()
+_float32_sums: ContextVar[bool] = ContextVar("wide_sums", default=False)
 
 
-_wide_sums: ContextVar[bool] = ContextVar("wide_sums", default=False)
-
-
-def summing_wide(wide: bool) -> Any:
+def sum_in_float32(wide: bool) -> Any:
     """Sum gradients over devices in float32, whatever their type, in what is traced inside. Also a decorator.
 
     This doubles the bytes that devices exchange for gradients of the blocks' matrices (those of the embedding, the head
     and all vectors are float32 anyway), and the optimizer gets their sums without rounding.
     """
-    return during(_wide_sums, wide)
+    return during(_float32_sums, wide)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gathered(w: jax.Array, axes: Names) -> jax.Array:
+def gather_fsdp(w: jax.Array, axes: Names) -> jax.Array:
     """All-gather a weight over fsdp, in its own type; the gradient is sharded again.
 
     Other axes stay sharded. This needs a rule of its own, because the gradient of a sharding constraint has the same
     constraint: it would be replicated on every device.
     """
-    return constrain(constrain(w, *axes), *whole(axes))
+    return constrain(constrain(w, *axes), *gathered_axes(axes))
 
 
-gathered.defvjp(lambda w, axes: (gathered(w, axes), None), lambda axes, _, dw: (constrain(dw, *axes),))
+# The constraint before the gather is the weight's own place: without it the partitioner may compute the conversion of
+# the weight to the type of the activations after the gather, and move twice the bytes.
+gather_fsdp.defvjp(lambda w, axes: (gather_fsdp(w, axes), None), lambda axes, _, dw: (constrain(dw, *axes),))
 
 
-class Summed(NamedTuple):
-    """Names of a result of `per_shard` that has to be summed over batch and time, because each device has computed the
-    part of its own rows. An axis named embed is reduce-scattered: every fsdp shard receives only its piece."""
+class PartialSum(NamedTuple):
+    """Names of a result of `per_shard` that is a sum over the device's own rows: it is summed over batch and time.
+
+    An axis named embed is reduce-scattered: every fsdp shard receives only its piece.
+    """
 
     names: Names
 
 
 def per_shard(
-    f: Callable[..., tuple], inputs: Sequence[Names], outputs: Sequence[Names | Summed], *args: Any
+    f: Callable[..., tuple], inputs: Sequence[Names], outputs: Sequence[Names | PartialSum], *args: Any
 ) -> tuple[Any, ...]:
     """Compute f(*args) with every device working on its own shards.
 
     args[i] is sharded along the logical axes inputs[i]; the results of f, a tuple, are assembled along `outputs`. An
     argument or result may be a tree of arrays that share their names, or None. An axis that cannot be sharded evenly in
     every argument is sharded in none; one of size 1 is broadcast. f itself fetches what it needs from other devices,
-    along `axis_if_cut`.
+    along `sharding_axis`.
     """
-    if _surrounding() is None:
+    mesh = _context_mesh()
+    if mesh is None:
         return f(*args)
-    cut = _cut(inputs, args)
-    place = lambda names: spec(*(name if name in cut else None for name in names))
+    # A logical name is sharded if every array that has it can be: results could not be assembled otherwise.
+    sizes = [
+        (name, size)
+        for names, arg in zip(inputs, args, strict=True)
+        for leaf in jax.tree.leaves(arg)
+        for name, size in zip(names, leaf.shape, strict=True)
+        if size > 1
+    ]
+    sharded = {name for name, _ in sizes} - {name for name, size in sizes if shard_count(name, size) == 1}
+    place = lambda names: spec(*(name if name in sharded else None for name in names))
     long = lambda names, leaf: tuple(n if size > 1 else None for n, size in zip(names, leaf.shape, strict=True))
     in_specs = tuple(
         jax.tree.map(lambda leaf, names=names: place(long(names, leaf)), arg)
         for names, arg in zip(inputs, args, strict=True)
     )
-    rows, pieces = _several(tuple(name for name in ("batch", "time") if name in cut)), _several("embed")
+    # The mesh axes that partial sums are summed over, and those of them that may keep a piece of the sum each.
+    several = lambda names: tuple(axis for axis in RULES.axes(names) if mesh.shape[axis] > 1)
+    rows, pieces = several(tuple(name for name in ("batch", "time") if name in sharded)), several("embed")
     pieces = pieces if set(pieces) <= set(rows) else ()
 
     def local(*args: Any) -> tuple:
-        added = lambda out, result: jax.tree.map(lambda part: _added(out.names, part, rows, pieces), result)
+        added = lambda out, result: jax.tree.map(lambda part: _all_reduced(out.names, part, rows, pieces), result)
         pairs = zip(outputs, f(*args), strict=True)
-        return tuple(added(out, result) if isinstance(out, Summed) else result for out, result in pairs)
+        return tuple(added(out, result) if isinstance(out, PartialSum) else result for out, result in pairs)
 
-    cut |= {"embed"} if pieces else set()
-    out_specs = tuple(place(out.names if isinstance(out, Summed) else out) for out in outputs)
+    sharded |= {"embed"} if pieces else set()
+    out_specs = tuple(place(out.names if isinstance(out, PartialSum) else out) for out in outputs)
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
 
-def _added(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: tuple[str, ...]) -> jax.Array:
+def _all_reduced(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: tuple[str, ...]) -> jax.Array:
     """Sum parts over the mesh axes `rows`; over those in `pieces`, keep only this device's piece along embed."""
-    if _wide_sums.get() and rows and part.dtype.itemsize < 4:
+    if _float32_sums.get() and rows and part.dtype.itemsize < 4:
         part = part.astype(jnp.float32)
     if pieces and "embed" in names:
         part = jax.lax.psum_scatter(part, pieces, scatter_dimension=names.index("embed"), tiled=True)
@@ -229,29 +247,12 @@ def _added(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: tuple[s
     return jax.lax.psum(part, rows) if rows else part
 
 
-def _several(name: Axes) -> tuple[str, ...]:
-    """The mesh axes of a logical name that have more than one device."""
-    return tuple(axis for axis in RULES.axes(name) if jax.sharding.get_abstract_mesh().shape[axis] > 1)
-
-
-def _cut(inputs: Sequence[Names], args: Sequence[Any]) -> set[Axes]:
-    """The logical names along which `per_shard` shards these arguments."""
-    sized = [
-        (name, size)
-        for names, arg in zip(inputs, args, strict=True)
-        for leaf in jax.tree.leaves(arg)
-        for name, size in zip(names, leaf.shape, strict=True)
-        if size > 1
-    ]
-    return {name for name, _ in sized} - {name for name, size in sized if ways(name, size) == 1}
-
-
-def axis_if_cut(name: str, size: int) -> str | None:
+def sharding_axis(name: str, size: int) -> str | None:
     """Return the mesh axis along which `per_shard` shards an axis of this size; None if it is replicated."""
-    return RULES.axes(name)[0] if ways(name, size) > 1 else None
+    return RULES.axes(name)[0] if shard_count(name, size) > 1 else None
 
 
-def _surrounding() -> jax.sharding.AbstractMesh | None:
+def _context_mesh() -> jax.sharding.AbstractMesh | None:
     """The mesh of the context; None on one device, and inside `per_shard`, where every array is local."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
@@ -261,7 +262,7 @@ def shardings(mesh: jax.sharding.Mesh, shapes: Any) -> Any:
     """Return NamedShardings for abstract arrays with logical names. Without names, or if not divisible: replicated."""
     with nnx.logical_axis_rules(tuple(RULES.items())):
         specs = nnx.get_partition_spec(shapes)
-    return jax.tree.map(lambda a, s: NamedSharding(mesh, fitted(a.shape, s or P(), mesh)), shapes, specs)
+    return jax.tree.map(lambda a, s: NamedSharding(mesh, divisible_spec(a.shape, s or P(), mesh)), shapes, specs)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -269,36 +270,35 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(str(step.key) for step in path if isinstance(step, jax.tree_util.DictKey))
 
 
-def uncut(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shapes: Any) -> tuple[str, ...]:
+def replicated_parameters(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shapes: Any) -> tuple[str, ...]:
     """Return a sentence for each parameter that the mesh should shard but does not divide: it is replicated.
 
     Raises ConfigError if an axis that should shard parameters shards none: every device would hold all of them.
     """
     with nnx.logical_axis_rules(tuple(RULES.items())):
         specs = nnx.get_partition_spec(shapes)
-    said, cut, left = [], set[str](), dict[str, set[int]]()
+    messages, sharding, left = [], set[str](), dict[str, set[int]]()
     for (path, leaf), wanted in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(specs), strict=True):
         for size, axes in zip(leaf.shape, wanted, strict=False):
             names = (axes,) if isinstance(axes, str) else axes or ()
             parts = math.prod(mesh.shape[name] for name in names)
             if parts > 1 and size % parts == 0:
-                cut |= set(names)
+                sharding |= set(names)
             elif parts > 1:
                 along = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
-                said.append(
-                    f"{path_name(path)} {list(leaf.shape)} is whole along {along}: {size} is not divisible by {parts}"
-                )
+                name = f"{path_name(path)} {list(leaf.shape)}"
+                messages.append(f"{name} is replicated along {along}: {size} is not divisible by {parts}")
                 for name in names:
                     left.setdefault(name, set()).add(size)
     for axis in ("fsdp", "tensor"):
-        if mesh.shape[axis] > 1 and axis not in cut:
+        if mesh.shape[axis] > 1 and axis not in sharding:
             parts, sizes = mesh.shape[axis], sorted(left.get(axis, set()))
             fits = max((n for n in range(1, parts) if all(size % n == 0 for size in sizes)), default=1)
             raise ConfigError(
                 f"mesh.{axis}={parts} would shard no parameter, so each device would hold all of them: it divides none "
                 f"of the sizes {', '.join(map(str, sizes))}; use {axis}={fits}, or other sizes"
             )
-    return tuple(said)
+    return tuple(messages)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -52,6 +52,7 @@ def load_model(path: Path, dtype: str = "float32") -> LanguageModel:
     config = model_config(path)
     if _is_huggingface(path):
         return load_huggingface(path, dtype)
+    # The model is never initialised: its structure comes from an abstract evaluation, its arrays from the file.
     graph, shapes = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     here = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)
@@ -100,10 +101,10 @@ def with_initial_weights(run: RunConfig, preset: str, out: Path) -> RunConfig:
             asked in (getattr(usual, name), getattr(found, name)),
             f"model.{name}={asked!r}, but init={run.init} has {getattr(found, name)!r}: leave it out",
         )
-    return dataclasses.replace(run, init=str(Path(run.init).resolve()), model=trained_as(found, run.model))
+    return dataclasses.replace(run, init=str(Path(run.init).resolve()), model=with_choices_of(found, run.model))
 
 
-def trained_as(found: ModelConfig, model: ModelConfig) -> ModelConfig:
+def with_choices_of(found: ModelConfig, model: ModelConfig) -> ModelConfig:
     """The architecture `found` of some weights, with what a run of `model` may choose for itself."""
     return dataclasses.replace(found, **{name: getattr(model, name) for name in CHOICES_OF_RUN})
 

@@ -14,7 +14,7 @@ from mmfree_jax.hlo import collectives
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, quantise_kernel
 from mmfree_jax.ops.fast.products import gather_kernel
-from mmfree_jax.sharding import MESH_AXES, fitted, make_mesh, packing, shardings, spec
+from mmfree_jax.sharding import MESH_AXES, divisible_spec, make_mesh, pack_before_gather, shardings, spec
 from mmfree_jax.training.optim import Rates
 from mmfree_jax.training.step import make_program, program_key
 
@@ -84,8 +84,8 @@ def codes_everywhere() -> list:
         expected = jax.device_get(on_mesh((1, 1, 1, 1), quantise, w))
         for shape in ((1, 8, 1, 1), (1, 4, 2, 1), (2, 1, 4, 1)):
             mesh = make_mesh(MeshConfig(*shape))
-            placed = jax.device_put(w, NamedSharding(mesh, fitted(w.shape, spec(None, *recipe.axes), mesh)))
-            with jax.set_mesh(mesh), packing(shape == (1, 4, 2, 1)):
+            placed = jax.device_put(w, NamedSharding(mesh, divisible_spec(w.shape, spec(None, *recipe.axes), mesh)))
+            with jax.set_mesh(mesh), pack_before_gather(shape == (1, 4, 2, 1)):
                 found = jax.device_get(jax.jit(quantise)(placed))
             same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, expected)
             different += [] if all(jax.tree.leaves(same)) else [[name, shape]]

@@ -8,7 +8,7 @@ from jax.extend.core import jaxprs_in_params
 from models.families import CONFIGS
 
 from mmfree_jax.config import FAMILIES
-from mmfree_jax.flops import decode_state_bytes, flops_per_token, parameters, train_flops_per_token
+from mmfree_jax.flops import decode_state_bytes, forward_flops, parameters, train_flops, train_flops_per_token
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.presets import SIZES, model_preset
@@ -64,9 +64,9 @@ def test_products_are_those_of_the_traced_forward_and_training_programs(name, mo
     config = CONFIGS[name]
     loss, params, ids = abstract(config)
     forward, training = jax.make_jaxpr(loss)(params, ids), jax.make_jaxpr(jax.grad(loss))(params, ids)
-    per_token = flops_per_token(config, SEQUENCE, causal=False)
+    per_token = forward_flops(config, 1, SEQUENCE)
     assert dots(forward.jaxpr) == per_token.products * ids.size
-    assert dots(training.jaxpr) == train_flops_per_token(config, SEQUENCE, causal=False).products * ids.size
+    assert dots(training.jaxpr) == train_flops(config, 1, SEQUENCE).products * ids.size
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,15 +76,15 @@ def test_totals_agree_with_the_compilers_own_count(family, monkeypatch):
     config = CONFIGS[family].__class__(**{**vars(CONFIGS[family]), "width": 64, "glu_width": 192, "vocab": 512})
     loss, params, ids = abstract(config, unroll=config.depth)
     counted = jax.jit(loss).lower(params, ids).cost_analysis()["flops"] / ids.size
-    assert counted == pytest.approx(flops_per_token(config, SEQUENCE, causal=False).total, rel=0.12)
+    assert counted == pytest.approx(forward_flops(config, 1, SEQUENCE).total, rel=0.12)
 
 
 def test_causal_attention_counts_the_visible_pairs():
     config = model_preset("transformer++", "370m")
-    visible, square = (flops_per_token(config, 2048, causal=causal).attention for causal in (True, False))
-    assert square == 4 * 24 * 1024 * 2048
-    assert visible == pytest.approx(square / 2, rel=1e-3)
-    assert flops_per_token(model_preset("matmul-free", "370m"), 2048).attention == 0
+    square = 3 * forward_flops(config, 1, 2048).attention
+    assert square == 3 * 4 * 24 * 1024 * 2048
+    assert train_flops_per_token(config, 2048).attention == pytest.approx(square / 2, rel=1e-3)
+    assert train_flops_per_token(model_preset("matmul-free", "370m"), 2048).attention == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,7 +26,7 @@ def at(config: ModelConfig, width: int, depth: int, **changes) -> ModelConfig:
 def test_the_factors_are_those_of_the_table():
     """CompleteP's table 1 (alpha = 1) at 8 x the width and 3 x the depth; attention as in muP's table 8."""
     config = at(family("transformer++", width=64, depth=6, heads=4), 8, 2, base_head=4)
-    assert scales(config) == Scales(std=1 / math.sqrt(8), residual=1 / 3, logits=1 / 8, scores=0.5)
+    assert scales(config) == Scales(2, std=1 / math.sqrt(8), residual=1 / 3, logits=1 / 8, scores=0.5)
     assert rate_factor(config, "matrix") == 1 / 8
     assert rate_factor(config, "matrix", "muon") == 1 / math.sqrt(8)
     assert {rate_factor(config, role) for role in ("embedding", "head", "gain", "lower_bounds")} == {1.0}

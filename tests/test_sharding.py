@@ -9,7 +9,7 @@ import pytest
 
 from mmfree_jax.config import FAMILIES, ConfigError, MeshConfig, RunConfig
 from mmfree_jax.lowering.program import REMATERIALISED
-from mmfree_jax.sharding import MESH_AXES, left_idle, make_mesh
+from mmfree_jax.sharding import MESH_AXES, idle_devices, make_mesh
 from mmfree_jax.training.step import build_program, program_key
 from tests.conftest import tiny_model
 from tests.mesh_program import B, D, F, L, T, V
@@ -158,8 +158,8 @@ def test_a_mesh_larger_than_the_machine_is_refused():
 
 def test_devices_that_a_mesh_leaves_idle_are_said(monkeypatch):
     monkeypatch.setattr("jax.devices", lambda: [None] * 8)
-    assert left_idle(MeshConfig()).startswith("7 of 8 devices stay idle: --mesh.data")
-    assert left_idle(MeshConfig(data=2, fsdp=4)) == ""
+    assert idle_devices(MeshConfig()).startswith("7 of 8 devices stay idle: --mesh.data")
+    assert idle_devices(MeshConfig(data=2, fsdp=4)) == ""
 
 
 def abstract(mesh: MeshConfig) -> jax.sharding.AbstractMesh:
@@ -170,15 +170,15 @@ def abstract(mesh: MeshConfig) -> jax.sharding.AbstractMesh:
 def said_of(width: int, **mesh: int) -> tuple[str, ...]:
     """What is said of a model of this width, with a GLU of twice that and a vocabulary of 257, on a mesh."""
     config = RunConfig("r", tiny_model("matmul-free", width=width, glu_width=2 * width), mesh=MeshConfig(**mesh))
-    return build_program(program_key(config, None), abstract(config.mesh)).uncut
+    return build_program(program_key(config, None), abstract(config.mesh)).replicated
 
 
 def test_parameters_that_a_mesh_does_not_divide_are_named():
     assert said_of(16, data=4) == ()
     assert said_of(16, fsdp=8) == ()
     (embedding, head) = said_of(16, fsdp=2, tensor=4)
-    assert embedding == "embedding [257, 16] is whole along tensor=4: 257 is not divisible by 4"
-    assert head.startswith("head.kernel [16, 257] is whole")
+    assert embedding == "embedding [257, 16] is replicated along tensor=4: 257 is not divisible by 4"
+    assert head.startswith("head.kernel [16, 257] is replicated")
     twenty = said_of(20, tensor=8)  # which divides the GLU's 40 alone
     assert any("mixer" in line and "along tensor=8: 20 is not divisible by 8" in line for line in twenty)
     assert not any("glu" in line for line in twenty)

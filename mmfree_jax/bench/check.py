@@ -1,12 +1,10 @@
 """`launch.py bench --suite check`: every kernel at hundreds of shapes on this device, each against float64; whole
 ternary layers, also at widths that no kernel takes, against XLA on the CPU; and the gradients of whole small models of
-all families against XLA in float32.
-
-Processes share the device, since most of a check is compilation: lowering a kernel keeps one core busy.
-"""
+all families against XLA in float32."""
 
 import dataclasses
 import functools
+import itertools
 import math
 import multiprocessing
 import os
@@ -22,21 +20,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.config import FAMILIES, ConfigError, DataConfig, ModelConfig, RunConfig
-from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, rms_norm
 from mmfree_jax.ops.fast import checks
 from mmfree_jax.ops.fast.checks import Use
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.ops.fast.hopper import normed_codes
 from mmfree_jax.ops.fast.verification import kernels_assumed
 from mmfree_jax.ops.glu import glu
-from mmfree_jax.ops.stream import rms_norm
 from mmfree_jax.training import self_check
 from mmfree_jax.training.step import program_key
+
+# Processes share the device, since most of a check is compilation: lowering a kernel keeps one core busy.
 
 LIMIT_S = 430.0  # until a command begins its last checks, which may take 100 s; what is left is for the next command
 PROCESSES = 12  # at most, on one device
 MOST_VALUES = 2**26  # of one activation
 ROW_COUNTS = (1, 2, 3, 77, 127, 128, 129, 154, 255, 264, 265, 300, 528, 529, 1000, 4096, 8191, 16384, 39989)
+TYPES = ("bfloat16", "float32")
 STEPS = (1, 31, 32, 33, 77, 1000, 2048, 8193)
 LAYER_TOLERANCES = {"bfloat16": 0.1, "float32": 0.03}  # relative norm: codes on the edge of rounding fall either way
 
@@ -71,10 +71,6 @@ def _width(rng: np.random.Generator, attempt: int) -> int:
     return residue + 256 * int(np.exp(rng.uniform(0, math.log(33))) - 1) if residue >= 16 else residue + 256
 
 
-def _dtype(rng: np.random.Generator) -> str:
-    return str(rng.choice(["bfloat16", "float32"]))
-
-
 def _multiple(rng: np.random.Generator, of: int, most: int) -> int:
     return of * int(np.exp(rng.uniform(0, math.log(most // of + 1))))
 
@@ -84,23 +80,18 @@ def _draw_normed_codes(rng: np.random.Generator, attempt: int) -> Use:
     width, bits = 128 * (1 + attempt % 64), int(rng.choice([0, 8]))
     gains = int(rng.choice([1, 2, 3])) if kind == "norm" and width <= 2048 else 1
     products = gains if gains > 1 else int(rng.choice([1, 2, 3])) if kind == "norm" else 1
-    options = kind, gains, products, _dtype(rng), bits, kind == "norm" and bool(rng.integers(2))
+    options = kind, gains, products, str(rng.choice(TYPES)), bits, kind == "norm" and bool(rng.integers(2))
     use = Use("normed_codes", (_rows(rng, width), width), (*options, kind == "swiglu" and bits == 8))
-    return use if _fits(use) else _draw_normed_codes(rng, attempt)
-
-
-def _fits(use: Use) -> bool:
-    """Whether the kernel supports this use of `normed_codes`; a layer leaves other uses to XLA."""
-    (_, width), (kind, gains, products, dtype, _, residual, _) = use.sizes, use.options
-    sources = 1 if kind == "norm" else 2
-    return normed_codes.supports(
-        width, gains + (kind != "swiglu"), jnp.dtype(dtype), sources + products + residual, sources + gains
-    )
+    # What the kernel does not support, a layer leaves to XLA: as `choice.input_codes`.
+    sources, vectors = 1 if kind == "norm" else 2, gains + (kind != "swiglu")
+    arrays = sources + products + options[-1], sources + gains
+    fits = normed_codes.supports(width, vectors, jnp.dtype(options[3]), *arrays)
+    return use if fits else _draw_normed_codes(rng, attempt)
 
 
 def _draw_row_codes(rng: np.random.Generator, attempt: int) -> Use:
     width = 128 * (1 + attempt % 64)
-    return Use("row_codes", (_rows(rng, width), width), (_dtype(rng), bool(rng.integers(2))))
+    return Use("row_codes", (_rows(rng, width), width), (str(rng.choice(TYPES)), bool(rng.integers(2))))
 
 
 def _draw_int8_matmul(rng: np.random.Generator, attempt: int) -> Use:
@@ -117,7 +108,43 @@ def _draw_recurrence(rng: np.random.Generator, attempt: int) -> Use:
     time = int(rng.choice(STEPS)) if rng.uniform() < 0.7 else int(rng.integers(1, 4096))
     batch = int(np.exp(rng.uniform(0, math.log(max(1, min(64, 40_000 // time, MOST_VALUES // (time * width))) + 1))))
     chunk = time % 32 == 0 and width % 128 == 0
-    return Use("recurrence", (batch, time, width), (_dtype(rng), bool(rng.integers(2)), chunk))
+    return Use("recurrence", (batch, time, width), (str(rng.choice(TYPES)), bool(rng.integers(2)), chunk))
+
+
+def _draw_normed_product(rng: np.random.Generator, attempt: int) -> Use:
+    kind, width = str(rng.choice(["plain", "norm", "gated", "swiglu"])), 16 * (1 + attempt % 512)
+    products = int(rng.choice([1, 2, 3]))
+    gains = int(rng.choice([0, 1, products]) if kind == "plain" else rng.choice([1, products]))
+    added = kind == "norm" and bool(rng.integers(2))
+    sizes = int(rng.integers(1, 5)), width, min(_multiple(rng, 8, 16384), MOST_VALUES // width // 8 * 8)
+    return Use("normed_product", sizes, (kind, products, gains, str(rng.choice(TYPES)), bool(rng.integers(2)), added))
+
+
+def _draw_codes_product(rng: np.random.Generator, attempt: int) -> Use:
+    width = 128 * (1 + attempt % 64)
+    sizes = int(rng.integers(1, 257)), width, min(_multiple(rng, 32, 16384), MOST_VALUES // width // 32 * 32)
+    return Use("codes_product", sizes, (bool(rng.integers(2)),))
+
+
+def _draw_dense_product(rng: np.random.Generator, attempt: int) -> Use:
+    kind, width = str(rng.choice(["plain", "norm", "swiglu"])), 64 * (1 + attempt % 128)
+    added = kind == "norm" and bool(rng.integers(2))
+    sizes = int(rng.integers(1, 5)), width, min(_multiple(rng, 32, 16384), MOST_VALUES // width // 32 * 32)
+    return Use(
+        "dense_product", sizes, (kind, int(rng.choice([1, 2])), str(rng.choice(TYPES)), str(rng.choice(TYPES)), added)
+    )
+
+
+def _draw_decode_attention(rng: np.random.Generator, attempt: int) -> Use:
+    slots, width, keys = (
+        int(np.exp(rng.uniform(0, math.log(8192)))),
+        int(rng.choice([32, 64, 128, 256])),
+        attempt % 16 + 1,
+    )
+    rows = max(1, min(int(rng.integers(1, 65)), MOST_VALUES // (slots * width * keys)))
+    return Use(
+        "decode_attention", (rows, slots, keys * int(rng.integers(1, 9)), keys, width), (str(rng.choice(TYPES)),)
+    )
 
 
 def _draw_layer(rng: np.random.Generator, attempt: int) -> Use:
@@ -125,7 +152,7 @@ def _draw_layer(rng: np.random.Generator, attempt: int) -> Use:
     if attempt % 2:
         width, out = _multiple(rng, 128, 2304), _multiple(rng, 128, 2304)
     rows = min(_rows(rng, max(width, out)), 2048)  # the CPU computes it too
-    options = str(rng.choice(["linear", "unit"])), _dtype(rng), int(rng.choice([0, 8]))
+    options = str(rng.choice(["linear", "unit"])), str(rng.choice(TYPES)), int(rng.choice([0, 8]))
     return Use("layer", (rows, min(width, 2304), min(out, 2304)), options)
 
 
@@ -134,7 +161,7 @@ def _draw_model(rng: np.random.Generator, attempt: int) -> Use:
     width = _multiple(rng, 128, 1024) if rng.integers(2) else 4 * int(rng.integers(4, 200))
     sizes = int(rng.integers(1, 9)), int(rng.choice([31, 77, 128, 256, 1000])), width, 16 * int(rng.integers(2, 129))
     bits = int(rng.choice([0, 8])) if FAMILIES[family][1] == "ternary" else 0
-    return Use("model", sizes, (family, _dtype(rng), bits, bool(rng.integers(2))))
+    return Use("model", sizes, (family, str(rng.choice(TYPES)), bits, bool(rng.integers(2))))
 
 
 DRAWS: dict[str, Callable[[np.random.Generator, int], Use]] = {
@@ -143,6 +170,10 @@ DRAWS: dict[str, Callable[[np.random.Generator, int], Use]] = {
     "int8_matmul": _draw_int8_matmul,
     "transposed_codes": _draw_transposed_codes,
     "recurrence": _draw_recurrence,
+    "normed_product": _draw_normed_product,
+    "codes_product": _draw_codes_product,
+    "dense_product": _draw_dense_product,
+    "decode_attention": _draw_decode_attention,
     "layer": _draw_layer,
     "model": _draw_model,
 }
@@ -150,7 +181,7 @@ SHARES = {"layer": 4, "model": 8}  # their programs take far longer to compile t
 
 
 @dataclasses.dataclass(frozen=True)
-class Checked:
+class CheckRow:
     """A row of the table: a use, its largest deviation in tolerances, and that of which result."""
 
     use: str
@@ -160,15 +191,15 @@ class Checked:
     seconds: float
 
 
-def checked(use: Use) -> Checked:
+def run_check(use: Use) -> CheckRow:
     """Check one use and return its row. An exception becomes a row that did not pass, so that the suite goes on."""
     began = time.perf_counter()
     try:
         outcome = {"layer": _layer, "model": _model}.get(use.kernel, checks.check)(use)
     except Exception as error:  # the row says so, and the suite fails
-        return Checked(str(use), False, None, f"{type(error).__name__}: {error}"[:300], time.perf_counter() - began)
+        return CheckRow(str(use), False, None, f"{type(error).__name__}: {error}"[:300], time.perf_counter() - began)
     deviation = max(outcome.deviations.values(), key=lambda value: np.nan_to_num(value, nan=np.inf))
-    return Checked(str(use), outcome.passed, deviation, outcome.worst, time.perf_counter() - began)
+    return CheckRow(str(use), outcome.passed, deviation, outcome.worst, time.perf_counter() - began)
 
 
 def _layer(use: Use) -> checks.Outcome:
@@ -230,7 +261,7 @@ def _model(use: Use) -> checks.Outcome:
     return checks.Outcome({name: found / explained for name, (found, explained) in deviations.items()})
 
 
-def wanted(shard: str, seed: int, shapes: int, only: str) -> list[Use]:
+def uses_of_shard(shard: str, seed: int, shapes: int, only: str) -> list[Use]:
     """The uses of one shard, "i/n", whose names contain one of the words of `only` ("a|b").
 
     Raises ConfigError for a shard of another form, and where no use is left.
@@ -245,11 +276,13 @@ def wanted(shard: str, seed: int, shapes: int, only: str) -> list[Use]:
     return found
 
 
-def measure(wanted: list[Use], done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def measure(uses: list[Use], done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield a row for each use: first those already in `done`, then new checks until LIMIT_S is over."""
     known = {row["use"]: row for row in done}
-    yield from (known[str(use)] for use in wanted if str(use) in known)
-    yield from map(dataclasses.asdict, _beside(_limited([use for use in wanted if str(use) not in known])))
+    yield from (known[str(use)] for use in uses if str(use) in known)
+    until, new = time.monotonic() + LIMIT_S, (use for use in uses if str(use) not in known)
+    in_time = itertools.takewhile(lambda _: time.monotonic() <= until, new)
+    yield from map(dataclasses.asdict, _beside(in_time))
 
 
 def by_kernel(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -264,46 +297,35 @@ def by_kernel(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in found if row["shapes"]]
 
 
-def _limited(uses: list[Use]) -> Iterator[Use]:
-    """Yield uses in order until LIMIT_S is over."""
-    until = time.monotonic() + LIMIT_S
-    for use in uses:
-        if time.monotonic() > until:
-            return
-        yield use
-
-
-def _beside(uses: Iterator[Use]) -> Iterator[Checked]:
+def _beside(uses: Iterator[Use]) -> Iterator[CheckRow]:
     """Check uses in several processes; each gets its next use when it has finished one.
 
     A process that dies takes the others of its pool along. Each use that they were checking is then checked alone, in a
     process of its own: the one that kills it fails, and the suite goes on in a new pool.
     """
     workers = max(1, min(PROCESSES, (os.cpu_count() or 1) - 1))
+    # Processes are spawned, not forked: a fork would take over the GPU's context, which only one process can use.
+    pool_of = functools.partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
     while True:
         lost: list[Use] = []
-        with _pool(workers) as pool:
+        with pool_of(workers) as pool:
             yield from _in(pool, workers, uses, lost)
         for use in lost:
-            with _pool(1) as alone:
+            with pool_of(1) as alone:
                 try:
-                    yield alone.submit(checked, use).result()
+                    yield alone.submit(run_check, use).result()
                 except BrokenProcessPool:
-                    yield Checked(str(use), False, None, "the process that checked it died", 0.0)
+                    yield CheckRow(str(use), False, None, "the process that checked it died", 0.0)
         if not lost:
             return
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-
-
-def _in(pool: ProcessPoolExecutor, workers: int, uses: Iterator[Use], lost: list[Use]) -> Iterator[Checked]:
+def _in(pool: ProcessPoolExecutor, workers: int, uses: Iterator[Use], lost: list[Use]) -> Iterator[CheckRow]:
     """Rows of uses, from a pool. Once a process has died, those that were being checked are added to `lost`."""
-    running: dict[Future[Checked], Use] = {}
+    running: dict[Future[CheckRow], Use] = {}
     for use in uses:
         try:
-            running[pool.submit(checked, use)] = use
+            running[pool.submit(run_check, use)] = use
         except BrokenProcessPool:
             lost.append(use)
         if len(running) >= workers:
@@ -313,7 +335,7 @@ def _in(pool: ProcessPoolExecutor, workers: int, uses: Iterator[Use], lost: list
     yield from _ended(running, ALL_COMPLETED, lost)
 
 
-def _ended(running: dict[Future[Checked], Use], when: str, lost: list[Use]) -> Iterator[Checked]:
+def _ended(running: dict[Future[CheckRow], Use], when: str, lost: list[Use]) -> Iterator[CheckRow]:
     """Wait, and take the futures that have ended out of `running`."""
     for future in wait(running, return_when=when).done:
         use = running.pop(future)

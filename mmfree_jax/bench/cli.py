@@ -1,7 +1,6 @@
 """`mmfree bench`: tables for people, JSON for programs."""
 
 import dataclasses
-import functools
 import os
 import platform
 import tempfile
@@ -14,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from mmfree_jax.bench import check, first_step, operations, steps
+from mmfree_jax.bench import check, decode, first_step, operations, steps
 from mmfree_jax.bench.timing import ceilings
 from mmfree_jax.command_line import parse
 from mmfree_jax.config import ConfigError
@@ -22,15 +21,17 @@ from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.files import read_json, write_json
 from mmfree_jax.output import program
 from mmfree_jax.training.identity import code_version
+from mmfree_jax.training.step import make_program
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchArguments:
     """Time the operations, each checked against its reference first, and whole training steps on this machine."""
 
-    suite: Literal["all", "start", "kernels", "step", "memory", "check"] = "all"
+    suite: Literal["all", "start", "kernels", "step", "memory", "decode", "check"] = "all"
     """start: time until the first step, without and with the compile cache; kernels: the operations, with their
     variants; step: training steps of presets; memory: memory of steps with every remat policy, compiled but not run;
+    decode (not part of all): tokens of served models of random weights; on a CPU at full size too, without --small;
     check (not part of all): every kernel against float64 at many shapes. The exit status of check is 2 if a kernel is
     wrong, and 75 if time ran out (with --json, the same command continues)."""
     json: Path | None = None
@@ -76,7 +77,7 @@ def _about(arguments: list[str], device: str) -> dict[str, Any]:
 
 def _check(chosen: BenchArguments, console: Console, arguments: list[str]) -> int:
     about, rows = {**_about(arguments, jax.devices()[0].device_kind), "code": code_version()}, []
-    wanted = check.wanted(chosen.shard, chosen.seed, chosen.shapes, chosen.only)
+    wanted = check.uses_of_shard(chosen.shard, chosen.seed, chosen.shapes, chosen.only)
     # Checks that the same command has written, on the same device and with the same code, are not repeated.
     found = read_json(chosen.json) if chosen.json and chosen.json.exists() else {}
     done = found["check"] if found == {**about, "check": found.get("check")} else []
@@ -100,7 +101,7 @@ def _measure(chosen: BenchArguments, console: Console, arguments: list[str]) -> 
     console.print(f"{device}, jax {jax.__version__}: copy {copied:.3f} TB/s, bfloat16 products {products:.1f} TFLOP/s")
     found: dict[str, Any] = {**_about(arguments, device), "ceilings": limits}
     for suite in SUITES:
-        if chosen.suite in ("all", suite):
+        if chosen.suite == suite or (chosen.suite == "all" and suite != "decode"):
             found[suite] = []
             for row in _rows(suite, chosen, limits):
                 found[suite].append(row)
@@ -120,6 +121,7 @@ def _rows(suite: str, chosen: BenchArguments, limits: dict[str, float]) -> Itera
         "kernels": lambda: tuple(operations.cases(small)),
         "step": lambda: steps.SMALL if small else steps.FULL,
         "memory": lambda: steps.SMALL_MEMORY if small else steps.FULL_MEMORY,
+        "decode": lambda: decode.cases(chosen.small),
     }[suite]()
     cases = tuple(case for case in cases if any(name in case.name for name in names))
     if suite == "start":
@@ -127,12 +129,16 @@ def _rows(suite: str, chosen: BenchArguments, limits: dict[str, float]) -> Itera
             yield from first_step.measure(case)
     elif suite == "kernels":
         yield from operations.measure(cases, limits)
+    elif suite == "decode":
+        yield from decode.measure(cases)
     else:
-        measure = steps.memory if suite == "memory" else functools.partial(steps.measure, limits=limits)
-        yield from steps.each(cases, measure)
+        for case in cases:
+            yield steps.measure(case, limits if suite == "step" else None)
+            make_program.cache_clear()  # what one case held on the device is gone before the next
+            jax.clear_caches()
 
 
-SUITES = ("start", "kernels", "step", "memory")
+SUITES = ("start", "kernels", "step", "memory", "decode")
 CASE = ("preset", "batch", "sequence", "remat", "kernels", "gradient_bits", "unoptimised")
 SHOWN = {
     "start": ("preset", "batch", "sequence", "start", "start_s", "lower_s", "compile_s", "compiled"),
@@ -143,6 +149,10 @@ SHOWN = {
         *("of_bf16", "of_data_sheet", "total_gb", "temporary_gb", "compile_s"),
     ),
     "memory": (*CASE, "total_gb", "temporary_gb", "compile_s"),
+    "decode": (
+        *("preset", "batch", "context", "kernels", "ms", "tokens_per_s", "joules"),
+        *("resident_gb", "read_gb", "of_read", "compile_s"),
+    ),
     "check": ("kernel", "shapes", "wrong", "deviation", "most deviating"),
 }
 

@@ -1,8 +1,4 @@
-"""How long a training process waits before its first step: a cold start, and one that finds the programs of the first.
-
-Each start is a process of its own, as a user's are: within one process a kernel's name, and with it the key under which
-a program is kept, depends on what was compiled before.
-"""
+"""How long a training process waits before its first step: at a cold start, and where it finds compiled programs."""
 
 import argparse
 import json
@@ -22,6 +18,9 @@ from mmfree_jax.bench.steps import StepCase
 from mmfree_jax.devices import use_compile_cache
 from mmfree_jax.training.step import make_program, program_key
 
+# Each start is a process of its own, as a user's are: within one process a kernel's name, and with it the key under
+# which a program is kept, depends on what was compiled before.
+
 FULL = (StepCase("transformer++-1.3b", 8, 2048), StepCase("matmul-free-1.3b", 8, 2048))
 SMALL = (StepCase("transformer++-tiny", 2, 64), StepCase("matmul-free-tiny", 2, 64))
 
@@ -32,28 +31,19 @@ def measure(case: StepCase) -> Iterator[dict[str, Any]]:
     Seconds: `start_s` until the process has started and set up the model, `lower_s` traces the step and lowers it,
     `compile_s` compiles it or loads it. `compiled`: programs that were not found and had to be compiled.
     """
-    with tempfile.TemporaryDirectory() as cache:
-        for start in ("cold", "warm"):
-            shape = {"preset": case.preset, "batch": case.batch, "sequence": case.sequence}
-            yield {**shape, "start": start, **_start(case, cache)}
-
-
-def _start(case: StepCase, cache: str) -> dict[str, Any]:
-    before = _programs(cache)
-    shape = str(case.batch), str(case.sequence)
-    command = [sys.executable, "-m", __name__, case.preset, *shape, cache, str(time.time())]
+    shape = {"preset": case.preset, "batch": case.batch, "sequence": case.sequence}
     # What the caller holds of the device's memory is not there for another process to reserve.
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    )
-    if done.returncode:
-        raise RuntimeError(f"the first step of {case.preset}: {done.stderr.strip().splitlines()[-1:]}")
-    return {**json.loads(done.stdout.splitlines()[-1]), "compiled": _programs(cache) - before}
-
-
-def _programs(cache: str) -> int:
-    """How many compiled programs a cache holds."""
-    return sum(name.endswith("-cache") for name in os.listdir(cache))
+    env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    with tempfile.TemporaryDirectory() as cache:
+        programs = lambda: sum(name.endswith("-cache") for name in os.listdir(cache))
+        for start in ("cold", "warm"):
+            before = programs()
+            command = [sys.executable, "-m", __name__, *map(str, shape.values()), cache, str(time.time())]
+            done = subprocess.run(command, capture_output=True, text=True, env=env)
+            if done.returncode:
+                raise RuntimeError(f"the first step of {case.preset}: {done.stderr.strip().splitlines()[-1:]}")
+            seconds = json.loads(done.stdout.splitlines()[-1])
+            yield {**shape, "start": start, **seconds, "compiled": programs() - before}
 
 
 def main() -> None:

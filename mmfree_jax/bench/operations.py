@@ -12,15 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from mmfree_jax.bench.timing import applications, memory_bytes, repeated, time_calls
+from mmfree_jax.bench.timing import memory_bytes, repeat, repetitions, time_calls
 from mmfree_jax.ops.attention import causal_attention
-from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, rms_norm
 from mmfree_jax.ops.cross_entropy import Head
 from mmfree_jax.ops.fast.choice import available, kernels_allowed
 from mmfree_jax.ops.fast.cross_entropy import head_loss
 from mmfree_jax.ops.glu import swiglu
 from mmfree_jax.ops.recurrence import gated_recurrence, gates, recurrence
-from mmfree_jax.ops.stream import rms_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +76,17 @@ def recurrence_cases(sizes: Sequence[tuple[int, int]], D: int) -> Iterator[Case]
         f, *others = arrays(key, **options)
         return jax.nn.sigmoid(f), *others
 
+    def gates_first(c, f):
+        factor, x = (a.astype(c.dtype) for a in gates(c, f, None))
+        return recurrence(factor, x, dtype=c.dtype)
+
     plain = lambda f, x: recurrence(f, x, dtype=x.dtype)
     gated = lambda c, f: gated_recurrence(c, f, None)[0]
+    beaten = {"gates, then kernel": gates_first} if available() else {}  # what the kernel with gates has to beat
     forms: list[tuple[str, dict[str, Callable], Callable, float, float]] = []
     for name, make, functions, backward in (
         ("recurrence", factors, both(plain), 5),
-        ("gated recurrence", arrays, {**both(gated), **_gates_first()}, 6),
+        ("gated recurrence", arrays, {**both(gated), **beaten}, 6),
     ):
         gradients = {form: gradient_of(function, 2) for form, function in functions.items()}
         forms.append((name, functions, make, 1e-4, 3))
@@ -94,16 +98,6 @@ def recurrence_cases(sizes: Sequence[tuple[int, int]], D: int) -> Iterator[Case]
             moved, size = passes * 2 * B * T * D, f"B={B} T={T} D={D}"
             timed = functools.partial(make, B=B, T=T)
             yield Case(f"{name}, {size}", functions, timed, check, tolerance, moved=moved, tuned=False)
-
-
-def _gates_first() -> dict[str, Callable]:
-    """What the kernel with gates has to beat where there is one."""
-
-    def gates_first(c, f):
-        factor, x = (a.astype(c.dtype) for a in gates(c, f, None))
-        return recurrence(factor, x, dtype=c.dtype)
-
-    return {"gates, then kernel": gates_first} if available() else {}
 
 
 def bit_linear_cases(M: int, D: int, F: int) -> Iterator[Case]:
@@ -205,7 +199,7 @@ def worst_difference(found: Any, wanted: Any) -> float:
 def measure(cases: Sequence[Case], limits: dict[str, float]) -> Iterator[dict[str, Any]]:
     """A row for each variant. Raises ValueError when one does not compute what the reference does.
 
-    On accelerators, what is timed is one program that applies the operation several times (`timing.repeated`), and a
+    On accelerators, what is timed is one program that applies the operation several times (`timing.repeat`), and a
     time is that of the program divided by how many they are: it holds no gap between programs, which takes 10 us.
     `error` and `temporary_mb` are of one application.
 
@@ -235,12 +229,14 @@ class _Plan:
 
 
 def _plan(case: Case, limits: dict[str, float], built: Callable[..., Future]) -> _Plan:
+    # Inputs are drawn on the device by compiled programs: copying gigabytes of them there would take longer than the
+    # test.
     key = jax.eval_shape(lambda: jax.random.key(0))
     few, all_rows = (jax.eval_shape(make, key) for make in (case.check_arrays, case.arrays))
     results = jax.eval_shape(next(iter(case.variants.values())), *all_rows)
     result_bytes = sum(r.size * r.dtype.itemsize for r in jax.tree.leaves(results))
     least_s = max(case.moved / limits["copy_bytes_per_s"], case.flops / limits["bf16_flops"])
-    times = applications(least_s, result_bytes)
+    times = repetitions(least_s, result_bytes)
     checked = [name for name in case.variants if name != "dense bf16"]  # another function, there for its time
     return _Plan(
         built(case.check_arrays, 1, (key,), False),
@@ -257,7 +253,7 @@ def _build(function: Callable, times: int, shapes: tuple) -> tuple[jax.stages.Co
         return (jax.jit(function).lower(*shapes).compile(),) * 2
     allowed = [export.DisabledSafetyCheck.custom_call("ALL")]  # it is called in this process only
     once = export.export(jax.jit(function), disabled_checks=allowed)(*shapes).call
-    return jax.jit(once).lower(*shapes).compile(), jax.jit(repeated(once, times)).lower(*shapes).compile()
+    return jax.jit(once).lower(*shapes).compile(), jax.jit(repeat(once, times)).lower(*shapes).compile()
 
 
 def _rows(case: Case, plan: _Plan, limits: dict[str, float]) -> Iterator[dict[str, Any]]:

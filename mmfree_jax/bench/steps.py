@@ -4,7 +4,6 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -12,11 +11,12 @@ import numpy as np
 from flax import nnx
 
 from mmfree_jax import flops
-from mmfree_jax.bench import unoptimised
 from mmfree_jax.bench.timing import memory_bytes
 from mmfree_jax.config import RunConfig
 from mmfree_jax.devices import peak_flops
 from mmfree_jax.lowering.memory import policies
+from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.ops.fast.choice import definitions, kernels_allowed
 from mmfree_jax.presets import run_preset
 from mmfree_jax.training.optim import make_optimizer
 from mmfree_jax.training.step import Program, TrainState, make_program, program_key
@@ -35,7 +35,7 @@ class StepCase:
     remat: str = "none"
     kernels: str = "auto"
     gradient_bits: Literal[0, 8] = 0
-    unoptimised: Literal["", "bfloat16", "float32"] = ""  # the model of `bench.unoptimised` in this type
+    unoptimised: Literal["", "bfloat16", "float32"] = ""  # the model by its definitions (`defined_loss`) in this type
 
     @property
     def name(self) -> str:
@@ -90,31 +90,38 @@ SMALL_MEMORY = (
 )
 
 
-def measure(case: StepCase, limits: dict[str, float]) -> dict[str, Any]:
-    """Seconds a step, tokens a second, utilisation by exact products, memory and compile time of one case.
+def measure(case: StepCase, limits: dict[str, float] | None) -> dict[str, Any]:
+    """Measure memory and compile time of one case; with the `limits` of the device also its step's time and rates.
 
     `total_gb` is what the compiled step asks for at once: state, batch, temporaries. The memory that other cases left
     allocated does not count. `compile_s` traces, lowers and compiles. A step that asks for more than the device has is
     not run: it has no times.
     """
-    run, program, step = _step(case)
+    run = case.run()
+    program = make_program(program_key(run, end_of_document=None))
+    step = _unoptimised(run, program) if case.unoptimised else program.train_step
     shape = (case.batch, case.sequence + 1)
-    tokens = np.random.default_rng(0).integers(0, run.model.vocab, shape, dtype=np.int32)
     with jax.set_mesh(program.mesh):
-        state = program.init(jax.random.key(0))
-        batch, rate = program.place(tokens), program.repeat(np.float32(1e-4))
-        compile_s, compiled = _compiled(step, state, batch, rate)
-        memory = memory_bytes(compiled)
+        jax.clear_caches()  # or tracing would find what an earlier case has traced
+        began = time.perf_counter()
+        abstract = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct((), np.float32)
+        compiled = step.lower(program.abstract_state, *abstract).compile()
+        compile_s, memory = time.perf_counter() - began, memory_bytes(compiled)
         asked = {
             **dataclasses.asdict(case),
             "total_gb": memory["total"] / 1e9,
             "temporary_gb": memory["temporary"] / 1e9,
             "compile_s": compile_s,
         }
+        if limits is None:
+            return asked
         held = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
         if memory["total"] > held:
             return asked | dict.fromkeys(TIMES)
+        state, rate = program.init(jax.random.key(0)), program.repeat(np.float32(1e-4))
+        batch = program.place(np.random.default_rng(0).integers(0, run.model.vocab, shape, dtype=np.int32))
         seconds, loss = [], float("nan")
+        # Steps of a round are queued without waiting, as in training; the loss of the last one waits for all of them.
         for steps in [WARM, *[STEPS] * ROUNDS]:
             began = time.perf_counter()
             for _ in range(steps):
@@ -135,52 +142,27 @@ def measure(case: StepCase, limits: dict[str, float]) -> dict[str, Any]:
     return asked | dict(zip(TIMES, figures, strict=True))
 
 
-def memory(case: StepCase) -> dict[str, Any]:
-    """What the compiled step of one case asks for, without running it."""
-    _, program, step = _step(case)
-    tokens = jax.ShapeDtypeStruct((case.batch, case.sequence + 1), np.int32)
-    with jax.set_mesh(program.mesh):
-        compile_s, compiled = _compiled(step, program.abstract_state, tokens, jax.ShapeDtypeStruct((), np.float32))
-    found = memory_bytes(compiled)
-    return {
-        **dataclasses.asdict(case),
-        "total_gb": found["total"] / 1e9,
-        "temporary_gb": found["temporary"] / 1e9,
-        "compile_s": compile_s,
-    }
+def defined_loss(model: LanguageModel, tokens_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Compute the mean cross-entropy in nats of the model as a first version would be written.
 
-
-def _compiled(step: jax.stages.Wrapped, *arguments: Any) -> tuple[float, jax.stages.Compiled]:
-    """Seconds to trace, lower and compile a step, of which nothing is left in this process; and the step."""
-    jax.clear_caches()
-    began = time.perf_counter()
-    compiled = step.lower(*arguments).compile()
-    return time.perf_counter() - began, compiled
-
-
-def _step(case: StepCase) -> tuple[RunConfig, Program, jax.stages.Wrapped]:
-    run = case.run()
-    program = make_program(program_key(run, end_of_document=None))
-    return run, program, _unoptimised(run, program) if case.unoptimised else program.train_step
+    Fake quantisation with gradients by autodiff, all scores and logits at once, no recomputation: the model itself with
+    its ops by their definitions. Only the recurrence is a parallel prefix, as no first version on a GPU would go step
+    by step.
+    """
+    with definitions(but=("recurrence",)), kernels_allowed(False):
+        found = model.loss(tokens_BT, targets_BT)
+        return found.total / found.targets
 
 
 def _unoptimised(run: RunConfig, program: Program) -> jax.stages.Wrapped:
-    """`train_step` with the loss of `bench.unoptimised` in place of the model's own."""
+    """`train_step` with `defined_loss` in place of the model's own."""
     optimizer = make_optimizer(run.optim, run.model)
 
     def step(state: TrainState, tokens_BT: jax.Array, rate: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss = lambda params: unoptimised.loss(nnx.merge(program.graphdef, params), tokens_BT[:, :-1], tokens_BT[:, 1:])
+        loss = lambda params: defined_loss(nnx.merge(program.graphdef, params), tokens_BT[:, :-1], tokens_BT[:, 1:])
         value, grads = jax.value_and_grad(loss)(state.params)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         return TrainState(state.step + 1, params, opt), {"loss": value}
 
     return jax.jit(step, donate_argnums=0)
-
-
-def each(cases: tuple[StepCase, ...], measured: Callable[[StepCase], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each case in turn; what one held on the device is gone before the next."""
-    for case in cases:
-        yield measured(case)
-        make_program.cache_clear()
-        jax.clear_caches()

@@ -46,10 +46,10 @@ def time_calls(call: Callable[[], Any]) -> Timing:
     return Timing(statistics.median(rounds), min(rounds), max(rounds))
 
 
-def applications(least_s: float, result_bytes: int) -> int:
+def repetitions(least_s: float, result_bytes: int) -> int:
     """How often a program should repeat an operation of at least `least_s` whose results take `result_bytes`.
 
-    Once on a CPU: there is no gap to hide, and its compiler ignores the barriers of `repeated`.
+    Once on a CPU: there is no gap to hide, and its compiler ignores the barriers of `repeat`.
     """
     if jax.default_backend() == "cpu":
         return 1
@@ -57,7 +57,7 @@ def applications(least_s: float, result_bytes: int) -> int:
     return max(1, min(wanted, int(RESULT_BYTES / max(result_bytes, 1))))
 
 
-def repeated(function: Callable, times: int) -> Callable:
+def repeat(function: Callable, times: int) -> Callable:
     """A function of the same arguments that applies `function` that often, one after the other; returns all results.
 
     Each application waits for the one before: a barrier joins its arguments to those results. Both have to be used

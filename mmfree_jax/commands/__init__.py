@@ -11,6 +11,7 @@ VERBS = {
     "train": ("mmfree_jax.commands.train", "train", "train one preset, with overrides"),
     "evaluate": ("mmfree_jax.commands.models", "evaluate", "compute the held-out loss of a model"),
     "generate": ("mmfree_jax.commands.models", "generate", "complete prompts with a model"),
+    "serve": ("mmfree_jax.commands.models", "serve", "serve a model by HTTP, in the shape of OpenAI's API"),
     "import": ("mmfree_jax.commands.models", "import_model", "convert a Hugging Face folder into a model to train on"),
     "export": ("mmfree_jax.commands.models", "export_model", "write a model for others: Hugging Face, packed, GGUF"),
     "bench": ("mmfree_jax.bench.cli", "main", "time the operations and the training step on this machine"),
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"{name} {verb}: {importlib.import_module('mmfree_jax.errors').reported(error)}", file=sys.stderr)
+        print(f"{name} {verb}: {importlib.import_module('mmfree_jax.errors').describe(error)}", file=sys.stderr)
         return 1
 
 

@@ -1,7 +1,8 @@
-"""The verbs on trained models: `evaluate`, `generate`, `import`, `export`."""
+"""The verbs on trained models: `evaluate`, `generate`, `serve`, `import`, `export`."""
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,13 +12,14 @@ import tyro
 from mmfree_jax import api, distributed
 from mmfree_jax.command_line import parse
 from mmfree_jax.commands.train import Processes
-from mmfree_jax.config import MeshConfig, ModelConfig, require
+from mmfree_jax.config import ConfigError, MeshConfig, ModelConfig, require
+from mmfree_jax.data.reading.token_set import TOKENIZER
 from mmfree_jax.devices import use_compile_cache
 from mmfree_jax.evaluation.loss import score_lines
 from mmfree_jax.files import cache_folder
 from mmfree_jax.flops import parameters
 from mmfree_jax.inference.sampling import PLAIN, Sampling
-from mmfree_jax.inference.text import load_text_model
+from mmfree_jax.inference.text import load_text_model, text_files
 from mmfree_jax.interop.huggingface import load_huggingface, read_origin
 from mmfree_jax.output import program
 from mmfree_jax.weights import model_config, save_model
@@ -59,7 +61,7 @@ class GenerateArguments:
 
 @dataclasses.dataclass(frozen=True)
 class ImportArguments:
-    """Convert a Hugging Face folder (hgrn_bit or Llama) into a model for `train --init` and `evaluate`."""
+    """Convert a Hugging Face folder (hgrn_bit, BitNet or Llama) into a model for `train --init` and `evaluate`."""
 
     source: tyro.conf.Positional[Path]
     """Hugging Face folder: config.json and safetensors."""
@@ -102,6 +104,9 @@ def import_model(arguments: list[str]) -> int:
     chosen = parse(ImportArguments, arguments, f"{program()} import")
     model = load_huggingface(chosen.source)
     save_model(model, chosen.out, read_origin(chosen.source))
+    for file in [chosen.source / TOKENIZER, *text_files(chosen.source)]:
+        if file.is_file():
+            shutil.copyfile(file, chosen.out / file.name)
     print(f"{_size(model.config)} · {chosen.out}")
     return 0
 
@@ -124,6 +129,15 @@ def generate(arguments: list[str]) -> int:
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def serve(arguments: list[str]) -> int:
+    """Serve a model by HTTP."""
+    try:
+        from mmfree_jax.inference.serving import server
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"`serve` needs {error.name}: pip install 'mmfree-jax[serve]'") from None
+    return server.main(arguments)
 
 
 def export_model(arguments: list[str]) -> int:

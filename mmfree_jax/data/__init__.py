@@ -16,7 +16,7 @@ Importing this package imports neither JAX nor Grain.
 
 from mmfree_jax.data.corpora import resolve_corpus, resolve_data
 from mmfree_jax.data.reading.documents import Counts
-from mmfree_jax.data.reading.pipeline import Batches, batches, count_examples, evaluation_batches, evaluation_windows
+from mmfree_jax.data.reading.pipeline import Batches, batches, evaluation_windows
 from mmfree_jax.data.reading.token_set import Mixture, TokenSet, TokenSetError
 
 __all__ = [
@@ -26,8 +26,6 @@ __all__ = [
     "TokenSet",
     "TokenSetError",
     "batches",
-    "count_examples",
-    "evaluation_batches",
     "evaluation_windows",
     "resolve_corpus",
     "resolve_data",

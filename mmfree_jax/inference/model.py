@@ -18,6 +18,7 @@ from mmfree_jax.inference.packed import packed_tensors, read_packed, served_conf
 from mmfree_jax.models.language_model import Block, DecodeState, LanguageModel, context_after, state_after
 from mmfree_jax.models.layers import Projection, RMSNorm, recipe_of
 from mmfree_jax.ops.bit_linear import Recipe, linear
+from mmfree_jax.ops.fast.choice import forward_only
 from mmfree_jax.ops.packed import Layout, Packed, PackedWeights
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.parametrisation import scales
@@ -61,7 +62,7 @@ class ServedModel:
     def start(self, batch: int, capacity: int = 0) -> DecodeState:
         """Return the state before the first token of `batch` sequences; `capacity` as in `LanguageModel.start`."""
         mixers = tuple(block.mixer.start(batch, capacity, self.config, self.dtype) for block in self.blocks)
-        return DecodeState(mixers, jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32))
+        return DecodeState(mixers, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
     def extend(
         self,
@@ -72,6 +73,10 @@ class ServedModel:
         last_only: bool = False,
     ) -> tuple[jax.Array, DecodeState]:
         """Read on from a state: logits [B, T, V] in at least float32 and the state after; as `LanguageModel.extend`."""
+        with forward_only():
+            return self._extend(tokens_BT, state, segments_BT, last_only)
+
+    def _extend(self, tokens_BT: jax.Array, state: DecodeState, segments_BT: jax.Array | None, last_only: bool):
         context = context_after(state, tokens_BT, segments_BT, self.config, self.dtype)
         x_BTD, mixers = self.embedding[tokens_BT].astype(self.dtype), []
         for layer, (block, mixer) in enumerate(zip(self.blocks, state.mixers, strict=True)):
@@ -113,7 +118,9 @@ def served(config: ModelConfig, arrays: dict[str, np.ndarray], layout: Layout, d
     """Build a model of the arrays of `packed_tensors`."""
     kind = np.dtype(jnp.dtype(dtype))
     put = lambda name: jax.device_put(arrays[name])
-    blocks = tuple(_block(config, arrays, layer, layout) for layer in range(config.depth))
+    make = lambda: Block(config, jnp.zeros((), jnp.int32), rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    template = nnx.split(nnx.eval_shape(make))
+    blocks = tuple(_block(nnx.merge(*template), arrays, layer, layout) for layer in range(config.depth))
     floors = tuple(map(jax.device_put, arrays["floors"])) if "floors" in arrays else None
     norm = RMSNorm(config.width, config.norm_eps, jnp.float32)
     norm.gain[...] = put("norm.gain")
@@ -126,10 +133,8 @@ def served(config: ModelConfig, arrays: dict[str, np.ndarray], layout: Layout, d
     return ServedModel(config, kind, put("embedding"), blocks, floors, norm, head, gain)
 
 
-def _block(config: ModelConfig, arrays: dict[str, np.ndarray], layer: int, layout: Layout) -> Block:
-    """One layer: a block of `models/` whose ternary projections are packed."""
-    make = lambda: Block(config, jnp.zeros((), jnp.int32), rngs=nnx.Rngs(0), param_dtype=jnp.float32)
-    block = nnx.eval_shape(make)
+def _block(block: Block, arrays: dict[str, np.ndarray], layer: int, layout: Layout) -> Block:
+    """Fill a block of `models/` that has shapes only with one layer's arrays, its ternary projections packed."""
     for path, module in list(nnx.iter_modules(block)):
         for name, child in vars(module).items():
             if isinstance(child, Projection) and child.recipe.ternary:

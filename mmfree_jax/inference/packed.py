@@ -11,7 +11,8 @@ CPU computes with the mapped file itself: a model is there as soon as its pages 
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -129,17 +130,21 @@ def save_packed(
     stored: Stored = "bfloat16",
     layout: Layout = "planes",
     tokenizer_json: str = "",
-    end: int | None = None,
+    end: int | Sequence[int] | None = None,
+    beside: Iterable[Path] = (),
 ) -> None:
     """Write a model as a packed folder, which appears complete or not at all.
 
-    stored, layout: as `packed_tensors`. end: the token that separates documents, where it is known.
+    stored, layout: as `packed_tensors`. end: the token, or tokens, that end a document, where they are known. beside:
+    files to copy, such as a chat template.
     Raises FileExistsError if the folder exists and is not empty.
     """
     with new_folder(out) as folder:
         write_tensors(folder / TENSORS, list(packed_tensors(model, stored, layout)))
         if tokenizer_json:
             (folder / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+        for file in beside:
+            shutil.copyfile(file, folder / file.name)
         facts = {
             "version": VERSION,
             "model": json.loads(to_json(served_config(model.config))),

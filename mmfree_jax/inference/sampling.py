@@ -35,6 +35,7 @@ class Sampling:
         require(0 <= self.seed < 2**32, f"seed={self.seed}: must be from 0 to 2^32 - 1")
 
 
+FEW = 128  # tokens that are looked for without sorting all, where top_k asks for no more
 PLAIN, GREEDY = Sampling(), Sampling(temperature=0.0)
 
 
@@ -55,32 +56,67 @@ def choose(logits_BV: jax.Array, seen_BV: jax.Array, counts_B: jax.Array, settin
             only, not on what else is in the batch.
         settings: of `stacked`.
     """
-    column = {name: values[:, None] for name, values in settings.items()}
-    penalty = column["repetition_penalty"]
-    penalised = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    logits_BV = jnp.where(seen_BV, penalised, logits_BV)
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    temperature_B, top_k_B, top_p_B = (settings[name] for name in ("temperature", "top_k", "top_p"))
+    logits_BV = _penalised(logits_BV, seen_BV, settings["repetition_penalty"][:, None])
+    scaled_BV = logits_BV / jnp.where(temperature_B == 0, 1, temperature_B)[:, None]
+    keys_B = jax.vmap(lambda seed, count: jax.random.fold_in(jax.random.key(seed), count))(settings["seed"], counts_B)
 
-    def drawn() -> jax.Array:
-        scaled_BV = logits_BV / jnp.where(column["temperature"] == 0, 1, column["temperature"])
-        order_BV = jnp.argsort(-scaled_BV, axis=-1, stable=True)
-        sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
-        kept_BV = jnp.where(_keeps(sorted_BV, column), sorted_BV, -jnp.inf)
-        draw = lambda seed, count, row: jax.random.categorical(jax.random.fold_in(jax.random.key(seed), count), row)
-        ranks_B = jax.vmap(draw)(settings["seed"], counts_B, kept_BV)
-        drawn_B = jnp.take_along_axis(order_BV, ranks_B[:, None], axis=-1)[:, 0]
-        return jnp.where(settings["temperature"] == 0, greedy_B, drawn_B).astype(jnp.int32)
+    # Four ways to choose, each for the rows that need it. A batch pays only for those that one of its rows needs: to
+    # sort a vocabulary takes milliseconds on a CPU. Which way a row takes depends on its own settings alone.
+    sampled_B = temperature_B > 0
+    few_B = sampled_B & (top_k_B > 0) & (top_k_B <= min(FEW, logits_BV.shape[1]))
+    sorted_B = sampled_B & ~few_B & ((top_k_B > 0) | (top_p_B < 1))
+    chosen_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    for rows_B, way in (
+        (few_B, lambda: _among_most_likely(keys_B, scaled_BV, settings, min(FEW, logits_BV.shape[1]))),
+        (sorted_B, lambda: _among_most_likely(keys_B, scaled_BV, settings, logits_BV.shape[1])),
+        (sampled_B & ~few_B & ~sorted_B, lambda: _among_all(keys_B, scaled_BV, settings)),
+    ):
+        drawn_B = jax.lax.cond(jnp.any(rows_B), way, lambda: jnp.zeros_like(counts_B))
+        chosen_B = jnp.where(rows_B, drawn_B, chosen_B)
+    return chosen_B
 
-    # Sorting a vocabulary takes milliseconds on a CPU: not for a batch that needs no order.
-    return jax.lax.cond(jnp.all(settings["temperature"] == 0), lambda: greedy_B, drawn)
+
+def choose_greedily(
+    logits_BV: jax.Array, seen_BV: jax.Array, counts_B: jax.Array, settings: dict[str, jax.Array]
+) -> jax.Array:
+    """`choose` where every row has temperature 0."""
+    penalty_B1 = settings["repetition_penalty"][:, None]
+    return jnp.argmax(_penalised(logits_BV, seen_BV, penalty_B1), axis=-1).astype(jnp.int32)
 
 
-def _keeps(sorted_BV: jax.Array, column: dict[str, jax.Array]) -> jax.Array:
+def _penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B1: jax.Array) -> jax.Array:
+    lowered_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return jnp.where(seen_BV, lowered_BV, logits_BV)
+
+
+def _among_most_likely(
+    keys_B: jax.Array, scaled_BV: jax.Array, settings: dict[str, jax.Array], count: int
+) -> jax.Array:
+    """Draw from what all filters leave of the `count` most likely tokens."""
+    values_BN, tokens_BN = jax.lax.top_k(scaled_BV, count)
+    kept_BN = _keeps(values_BN, {name: values[:, None] for name, values in settings.items()})
+    ranks_B = _draw(keys_B, jnp.where(kept_BN, values_BN, -jnp.inf))
+    return jnp.take_along_axis(tokens_BN, ranks_B[:, None], axis=-1)[:, 0]
+
+
+def _among_all(keys_B: jax.Array, scaled_BV: jax.Array, settings: dict[str, jax.Array]) -> jax.Array:
+    """Draw from what min-p leaves of all tokens, in no order."""
+    largest_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True)
+    kept_BV = jnp.exp(scaled_BV - largest_B1) >= settings["min_p"][:, None]
+    return _draw(keys_B, jnp.where(kept_BV, scaled_BV, -jnp.inf))
+
+
+def _draw(keys_B: jax.Array, logits_BN: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BN).astype(jnp.int32)
+
+
+def _keeps(sorted_BN: jax.Array, column: dict[str, jax.Array]) -> jax.Array:
     """True for the ranks that the filters leave, the most likely token always among them."""
-    rank_V = jnp.arange(sorted_BV.shape[-1])
-    top_k = jnp.where(column["top_k"] == 0, sorted_BV.shape[-1], column["top_k"])
-    kept_BV = rank_V < top_k
-    shares_BV = jax.nn.softmax(jnp.where(kept_BV, sorted_BV, -jnp.inf), axis=-1)
-    before_BV = jnp.cumsum(shares_BV, axis=-1) - shares_BV
-    kept_BV &= (before_BV < column["top_p"]) | (rank_V == 0)
-    return kept_BV & (shares_BV >= column["min_p"] * shares_BV[:, :1])
+    rank_N = jnp.arange(sorted_BN.shape[-1])
+    top_k = jnp.where(column["top_k"] == 0, sorted_BN.shape[-1], column["top_k"])
+    kept_BN = rank_N < top_k
+    shares_BN = jax.nn.softmax(jnp.where(kept_BN, sorted_BN, -jnp.inf), axis=-1)
+    before_BN = jnp.cumsum(shares_BN, axis=-1) - shares_BN
+    kept_BN &= (before_BN < column["top_p"]) | (rank_N == 0)
+    return kept_BN & (shares_BN >= column["min_p"] * shares_BN[:, :1])

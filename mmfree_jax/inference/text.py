@@ -1,6 +1,7 @@
 """A model with its tokenizer: text in, text out."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,32 +13,24 @@ from mmfree_jax.config import ModelConfig, require
 from mmfree_jax.data.reading.token_set import TOKENIZER
 from mmfree_jax.data.tokenizers import tokenizer as tokenization
 from mmfree_jax.data.tokenizers.tokenizer import Tokenizer
-from mmfree_jax.inference.generate import generate_tokens
+from mmfree_jax.files import read_json
+from mmfree_jax.inference.completion import Completion, Reader
+from mmfree_jax.inference.engine import Engine, Request
+from mmfree_jax.inference.generate import TOP
 from mmfree_jax.inference.model import ServedModel, load_packed, serve_model
-from mmfree_jax.inference.packed import is_packed
+from mmfree_jax.inference.packed import PACKED, is_packed
 from mmfree_jax.inference.sampling import Sampling
 from mmfree_jax.run_folder import corpus_facts, known_corpora
-from mmfree_jax.weights import load_model
+from mmfree_jax.weights import load_model, origin
 
-UNFINISHED = "\ufffd"  # what a decoder gives for bytes that begin a character
-MOST_ROWS = 64  # of a batch; more prompts are more batches
+MOST_SLOTS = 64  # of an engine; more prompts wait for a slot
+CHUNK, STREAMED = 16, 8  # tokens that are decoded in a call; of a stream, which tells them at once
+ROOM = 256  # an attention cache holds a multiple of so many tokens, so that few programs are compiled
+
+# Of Hugging Face folders: special tokens by their role, the template of chats, the tokens that end a text.
+TOKENIZER_CONFIG, TEMPLATE, GENERATION = "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
 
 Prompt = str | Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What followed a prompt.
-
-    text: without the end of the document or the stop string (empty without a tokenizer). tokens, logprobs: what was
-    chosen, and the log-probability of each under the model, before temperature and filters. finish: "end" (the model
-    ended the document), "stop" (a stop string), or "length" (max_tokens).
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finish: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +38,13 @@ class TextModel:
     """A model that generates; calling it with tokens, int32 [B, T], gives logits [B, T, V].
 
     tokenizer: None where the model's folder does not say which; then prompts are token numbers.
-    end: the token that ends a document, where it is known.
+    ends: tokens that end a text, where they are known. begin: tokens that a text begins with.
     """
 
     served: ServedModel
     tokenizer: Tokenizer | None = None
-    end: int | None = None
+    ends: tuple[int, ...] = ()
+    begin: tuple[int, ...] = ()
 
     @property
     def config(self) -> ModelConfig:
@@ -68,41 +62,55 @@ class TextModel:
         *,
         max_tokens: int = 128,
         stop: str | Sequence[str] = (),
+        top: int = 0,
         **sampling: Any,
     ) -> list[Completion]:
-        """Complete one prompt or several, text or token numbers, in batches.
+        """Complete one prompt or several, text or token numbers, by continuous batching.
 
         sampling: the fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, seed. The prompt
-        number n of a call has the seed `seed + n`, whatever batch it is in. stop: strings at which a completion ends.
+        number n of a call has the seed `seed + n`. stop: strings at which a completion ends. top: how many of the most
+        likely tokens to report at each place, 20 at most.
         Raises ConfigError for settings that mean nothing, an empty prompt, and text where no tokenizer is known.
         """
         settings, stops = Sampling(**sampling), [stop] if isinstance(stop, str) else list(stop)
-        require(max_tokens >= 1, f"max_tokens={max_tokens}: must be at least 1")
-        require(not stops or self.tokenizer is not None, "stop strings need a tokenizer")
         rows = [self.encode(prompt) for prompt in _listed(prompts)]
-        seeds = [dataclasses.replace(settings, seed=(settings.seed + n) % 2**32) for n in range(len(rows))]
-        found: list[Completion] = []
-        for first in range(0, len(rows), MOST_ROWS):
-            part = slice(first, first + MOST_ROWS)
-            found += self._complete(rows[part], seeds[part], max_tokens, stops)
-        return found
+        engine = self._engine(rows, max_tokens, stops)
+        require(0 <= top <= TOP, f"top={top}: must be from 0 to {TOP}")
+        readers = [self.reader(stops) for _ in rows]
+        for n, (row, reader) in enumerate(zip(rows, readers, strict=True)):
+            own = dataclasses.replace(settings, seed=(settings.seed + n) % 2**32)
+            engine.submit(Request(row, max_tokens, own, reader, top))
+        engine.run()
+        return [reader.completion() for reader in readers]
 
     def stream(
         self, prompt: Prompt, *, max_tokens: int = 128, stop: Sequence[str] = (), **sampling: Any
     ) -> Iterator[str]:
         """Yield the text that follows a prompt, piece by piece, each of whole characters. Raises as `generate`."""
         require(self.tokenizer is not None, "text needs a tokenizer")
-        reader, told = _Reader(self, list(stop)), 0
-        for step in generate_tokens(self.served, [self.encode(prompt)], max_tokens, Sampling(**sampling), chunk=8):
-            reader.read(step.tokens[0], step.logprobs[0])
-            text = reader.certain()
-            if len(text) > told:
-                yield text[told:]
-                told = len(text)
-            if reader.finish:
-                return
-        if len(reader.text) > told:
-            yield reader.text[told:]
+        row, reader, told = self.encode(prompt), self.reader(list(stop)), 0
+        engine = self._engine([row], max_tokens, stop, STREAMED)
+        engine.submit(Request(row, max_tokens, Sampling(**sampling), reader))
+        while not reader.ended:
+            engine.step()
+            if piece := reader.certain()[told:]:
+                yield piece
+                told += len(piece)
+        reader.completion()
+
+    def reader(self, stops: Sequence[str] = ()) -> Reader:
+        """Return a listener that turns a request's tokens into text."""
+        return Reader(self.tokenizer, self.ends, stops)
+
+    def _engine(
+        self, rows: Sequence[Sequence[int]], max_tokens: int, stops: Sequence[str], chunk: int = CHUNK
+    ) -> Engine:
+        """An engine with a slot for each row, whose caches hold the longest one and what follows it."""
+        require(max_tokens >= 1, f"max_tokens={max_tokens}: must be at least 1")
+        require(not stops or self.tokenizer is not None, "stop strings need a tokenizer")
+        slots = min(MOST_SLOTS, 1 << max(0, len(rows) - 1).bit_length())
+        capacity = -(-(max(map(len, rows), default=0) + max_tokens) // ROOM) * ROOM
+        return Engine(self.served, slots, capacity, chunk=chunk, prompt_tokens=sys.maxsize)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the tokens of a prompt; an empty text begins a document."""
@@ -110,59 +118,7 @@ class TextModel:
             return [int(token) for token in prompt]
         require(self.tokenizer is not None, "this model's tokenizer is not known: give token numbers")
         assert self.tokenizer is not None
-        tokens = self.tokenizer.encode(prompt).tolist()
-        return tokens or [self.tokenizer.end_of_document]
-
-    def _complete(self, rows, seeds, max_tokens: int, stops: list[str]) -> list[Completion]:
-        readers = [_Reader(self, stops) for _ in rows]
-        for step in generate_tokens(self.served, rows, max_tokens, seeds):
-            for reader, tokens, logprobs in zip(readers, step.tokens, step.logprobs, strict=True):
-                reader.read(tokens, logprobs)
-            if all(reader.finish for reader in readers):
-                break
-        return [reader.completion() for reader in readers]
-
-
-class _Reader:
-    """The tokens of one row, until it ends."""
-
-    def __init__(self, model: TextModel, stops: list[str]):
-        self.model, self.stops, self.finish, self.text = model, stops, "", ""
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-
-    def read(self, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        """Take more tokens; those after the end are left out."""
-        for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
-            if self.finish:
-                break
-            if token == self.model.end:
-                self.finish = "end"
-                break
-            self.tokens.append(token)
-            self.logprobs.append(logprob)
-            if self.stops:
-                self._decode()
-        self._decode()
-
-    def _decode(self) -> None:
-        if self.model.tokenizer is None or self.finish == "stop":
-            return
-        self.text = self.model.tokenizer.decode(self.tokens)
-        places = [self.text.find(stop) for stop in self.stops if stop in self.text]
-        if places:
-            self.text, self.finish = self.text[: min(places)], "stop"
-
-    def certain(self) -> str:
-        """The text that no later token can change: without an unfinished character, or what may begin a stop string."""
-        if self.finish:
-            return self.text
-        text = self.text.rstrip(UNFINISHED)
-        longest = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        return text[: len(text) - longest]
-
-    def completion(self) -> Completion:
-        return Completion(self.text, self.tokens, self.logprobs, self.finish or "length")
+        return [*self.begin, *self.tokenizer.encode(prompt).tolist()] or [self.tokenizer.end_of_document]
 
 
 @jax.jit
@@ -184,7 +140,7 @@ def load_text_model(path: Path, dtype: str = "float32") -> TextModel:
     """
     served = load_packed(path, dtype) if is_packed(path) else serve_model(load_model(path), dtype=dtype)
     tokenizer = find_tokenizer(path)
-    return TextModel(served, tokenizer, None if tokenizer is None else tokenizer.end_of_document)
+    return TextModel(served, tokenizer, find_ends(path, tokenizer), find_begin(path, tokenizer))
 
 
 def find_tokenizer(path: Path) -> Tokenizer | None:
@@ -198,3 +154,26 @@ def find_tokenizer(path: Path) -> Tokenizer | None:
             if found.vocab_hash == trained_with:
                 return found
     return None
+
+
+def find_ends(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Return the tokens that end a text: those that the model's folder names, else the one between documents."""
+    if (path / GENERATION).is_file():
+        named = read_json(path / GENERATION).get("eos_token_id")
+    else:
+        named = read_json(path / PACKED)["end_of_document"] if is_packed(path) else origin(path).eos
+    if named is None:
+        return () if tokenizer is None else (tokenizer.end_of_document,)
+    return tuple(named) if isinstance(named, list) else (named,)
+
+
+def find_begin(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Return the tokens that a published tokenizer puts in front of a text. Models trained here had none there."""
+    if tokenizer is None or not (path / TOKENIZER_CONFIG).is_file():
+        return ()
+    return tuple(tokenizer.backend.encode("", add_special_tokens=True).ids[:1])
+
+
+def text_files(path: Path) -> list[Path]:
+    """Return the files of a folder that say how its model reads and writes text, apart from the tokenizer."""
+    return [path / name for name in (TOKENIZER_CONFIG, TEMPLATE, GENERATION) if (path / name).is_file()]

@@ -113,9 +113,9 @@ def check_expressible(config: ModelConfig) -> None:
         fixed |= {"tie_embeddings": True, "dense_head": True, "linear_norm": False, "sublayer_norm": True}
     if config.family == "matmul-free":
         fixed |= {"tie_embeddings": False, "dense_head": False, "linear_norm": True, "sublayer_norm": False}
-        fixed |= {"output_gate": "official"}
+        fixed |= {"output_gate": "official", "joint_glu": True, "activation": "silu"}
     if config.family == "transformer++":
-        fixed |= {"sublayer_norm": False}
+        fixed |= {"sublayer_norm": False, "activation": "silu"}
     for name, only in fixed.items():
         value = getattr(config, name)
         hint = ": take a preset bitnet-tied-*" if config.family == "bitnet" and name == "tie_embeddings" else ""
@@ -153,6 +153,8 @@ def write_metadata(writer: Any, config: ModelConfig, kind: str, context: int) ->
     writer.add_feed_forward_length(config.glu_width)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.tokenizer_vocab or config.vocab)
+    if config.activation == "relu2":  # of `bitnet` only; it is silu where the key is missing
+        writer.add_string("bitnet.hidden_activation", "relu2")
     if config.mixer == "attention":
         writer.add_head_count(config.heads)
         writer.add_head_count_kv(config.kv_heads or config.heads)

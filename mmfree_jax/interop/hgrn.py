@@ -11,6 +11,12 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")  # keys of config.jso
 # What the official code computes whatever its config says, or only with these values.
 FIXED = {"num_heads": 1, "expand_ratio": 1, "use_short_conv": False, "hidden_act": "swish"}
 
+# What a model must be to be written in this format: what the official code computes.
+ARCHITECTURE = {
+    "dense_head": False, "linear_norm": True, "sublayer_norm": False, "output_gate": "official", "joint_glu": True,
+    "activation": "silu", "activation_bits": 8, "weight_scale": "tensor", "parametrisation": "standard",
+}  # fmt: skip
+
 
 def model_config(values: dict[str, Any], file: Path) -> ModelConfig:
     """Return the architecture that a config.json describes."""

@@ -16,15 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mmfree_jax.architecture import ONLY_TERNARY
 from mmfree_jax.config import ModelConfig, require
 from mmfree_jax.files import new_folder, read_json
-from mmfree_jax.interop import hgrn, llama
+from mmfree_jax.interop import bitnet, hgrn, llama
 from mmfree_jax.interop.safetensors import Header, InteropError, Slot, check, open_file, write
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.sharding import path_name
 
-FORMATS: dict[str, ModuleType] = {"hgrn_bit": hgrn, "llama": llama}  # by model_type in config.json
-FORMAT_OF_FAMILY = {"matmul-free": "hgrn_bit", "transformer++": "llama"}
+FORMATS: dict[str, ModuleType] = {"hgrn_bit": hgrn, "llama": llama, "bitnet": bitnet}  # by model_type in config.json
+FORMAT_OF_FAMILY = {"matmul-free": "hgrn_bit", "transformer++": "llama", "bitnet": "bitnet"}
 SHARD_BYTES = 5 * 10**9
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 HEAD = "lm_head.weight"
@@ -133,10 +134,10 @@ def read_config(folder: Path) -> ModelConfig:
     """
     values, file = _read_values(folder), folder / "config.json"
     kind = values.get("model_type")
-    require(kind in FORMATS, f"{file}: model_type={kind!r}; only hgrn_bit and llama can be read")
+    require(kind in FORMATS, f"{file}: model_type={kind!r}; only {', '.join(FORMATS)} can be read")
     quantised = values.get("quantization_config")
     require(
-        not quantised,
+        not quantised or kind == "bitnet",
         f"{file}: quantization_config={quantised!r} says that weights are codes, which cannot be read: take the "
         "checkpoint in float32, bfloat16 or float16",
     )
@@ -188,24 +189,26 @@ def write_config(config: ModelConfig, dtype: str, origin: Origin = UNKNOWN) -> s
 
 
 def _format(config: ModelConfig) -> str:
-    """hgrn_bit or llama. Switches that change the computation must have the values of the official code."""
+    """The format of a family. Switches that change the computation must have the values that it stands for."""
     require(
         config.family in FORMAT_OF_FAMILY,
         f"family {config.family} has no Hugging Face format: only {' and '.join(FORMAT_OF_FAMILY)} can be exported",
     )
-    plain = ModelConfig()
-    for name in (
-        "dense_head", "linear_norm", "sublayer_norm", "output_gate", "activation_bits", "weight_scale",
-        "parametrisation",
-    ):  # fmt: skip
-        value, official = getattr(config, name), getattr(plain, name)
-        require(value == official, f"model.{name}={value!r} cannot be exported: the format has only {official!r}")
-    return FORMAT_OF_FAMILY[config.family]
+    name = FORMAT_OF_FAMILY[config.family]
+    if name == "llama" and config.sublayer_norm:  # a BitNet whose layers are dense
+        name = "bitnet"
+    for field, only in FORMATS[name].ARCHITECTURE.items():
+        value = getattr(config, field)
+        here = config.linear == "ternary" or field not in ONLY_TERNARY
+        require(not here or value == only, f"model.{field}={value!r} cannot be exported: the format has only {only!r}")
+    return name
 
 
 def _checked(folder: Path, config: ModelConfig) -> tuple[dict[str, Slot], dict[str, Header]]:
     """The tensors that a folder should hold, and where it holds each of them."""
-    table = slots(config)
+    values = _read_values(folder)
+    form, table = FORMATS[values["model_type"]], slots(config)
+    table = form.coded(values, table) if form is bitnet else table
     head = {HEAD: Slot("", (), (config.vocab, config.width))}
     return table, check(folder, table, head if config.tie_embeddings else {})
 
@@ -214,21 +217,29 @@ def _fill(table: dict[str, Slot], headers: dict[str, Header], shapes: Any) -> An
     """Our parameters in a tree like `shapes`, read tensor by tensor."""
     named = {path_name(path): a for path, a in jax.tree.leaves_with_path(shapes)}
     arrays = {name: np.full(a.shape, np.nan, a.dtype) for name, a in named.items()}  # a gap would show
+    scales = {slot.scale: _read(headers, slot.scale).item() for slot in table.values() if slot.scale}
     for file in sorted({headers[name].file for name in table}):
         with open_file(file) as reader:
-            for name in (name for name in table if headers[name].file == file):
+            for name in (name for name in table if headers[name].file == file and table[name].path):
                 slot, tensor = table[name], reader.get_tensor(name)
                 place = arrays[slot.path][slot.at]
+                if slot.scale:
+                    scale = 1 / scales[slot.scale] if slot.divides else scales[slot.scale]
+                    tensor = bitnet.latent(tensor, scale, slot.shape[0])
                 # A matrix may pack several of ours, such as gate and up: [G * out, in] becomes [G, in, out].
                 if slot.matrix:
                     *groups, rows, columns = place.shape
                     tensor = tensor.reshape(*groups, columns, rows).swapaxes(-1, -2)
                 place[...] = tensor
     if HEAD in headers and HEAD not in table:  # stored although it is tied: then it must be the embedding
-        with open_file(headers[HEAD].file) as reader:
-            same = np.array_equal(arrays["embedding"], reader.get_tensor(HEAD).astype(arrays["embedding"].dtype))
+        same = np.array_equal(arrays["embedding"], _read(headers, HEAD).astype(arrays["embedding"].dtype))
         if not same:
             raise InteropError(
                 f"{headers[HEAD].file}: {HEAD} is not the embedding, although config.json says so (tie_word_embeddings)"
             )
     return jax.tree.map_with_path(lambda path, _: arrays[path_name(path)], shapes)
+
+
+def _read(headers: dict[str, Header], name: str) -> np.ndarray:
+    with open_file(headers[name].file) as reader:
+        return reader.get_tensor(name)

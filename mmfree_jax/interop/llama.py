@@ -12,8 +12,17 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", 
 FIXED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 
 
+# What a model must be to be written in this format.
+ARCHITECTURE = {"sublayer_norm": False, "activation": "silu", "parametrisation": "standard"}
+
+
 def model_config(values: dict[str, Any], file: Path) -> ModelConfig:
     """Return the architecture that a config.json describes. Raises ConfigError for what our attention cannot do."""
+    return ModelConfig(**dense_fields(values, file))
+
+
+def dense_fields(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return the fields of a dense model with attention. Raises as `model_config`."""
     width, heads = values["hidden_size"], values["num_attention_heads"]
     kv_heads = values.get("num_key_value_heads") or heads
     head_dim = values.get("head_dim") or width // heads
@@ -23,28 +32,31 @@ def model_config(values: dict[str, Any], file: Path) -> ModelConfig:
     require(part == 1, f"{file}: partial_rotary_factor={part} is not supported, only 1")
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind == "default", f"{file}: rotary embeddings of type {kind!r} are not supported, only 'default'")
-    return ModelConfig(
-        mixer="attention",
-        linear="dense",
-        vocab=values["vocab_size"],
-        width=width,
-        depth=values["num_hidden_layers"],
-        glu_width=values["intermediate_size"],
-        heads=heads,
-        kv_heads=0 if kv_heads == heads else kv_heads,
-        tie_embeddings=values.get("tie_word_embeddings", False),
-        rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
-        norm_eps=values.get("rms_norm_eps", 1e-6),
-        init_std=values.get("initializer_range", 0.02),
-    )
+    return {
+        "mixer": "attention",
+        "linear": "dense",
+        "vocab": values["vocab_size"],
+        "width": width,
+        "depth": values["num_hidden_layers"],
+        "glu_width": values["intermediate_size"],
+        "heads": heads,
+        "kv_heads": 0 if kv_heads == heads else kv_heads,
+        "tie_embeddings": values.get("tie_word_embeddings", False),
+        "rope_theta": float(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
+        "norm_eps": values.get("rms_norm_eps", 1e-6),
+        "init_std": values.get("initializer_range", 0.02),
+    }
 
 
 def config_values(config: ModelConfig) -> dict[str, Any]:
     """Return what config.json has in this format only."""
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    return {**FIXED, **llama, **attention_values(config)}
+
+
+def attention_values(config: ModelConfig) -> dict[str, Any]:
+    """Return what config.json says of the attention."""
     return {
-        **FIXED,
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads or config.heads,
         "head_dim": config.width // config.heads,

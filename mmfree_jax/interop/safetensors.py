@@ -25,12 +25,16 @@ class InteropError(ValueError):
 
 
 class Slot(NamedTuple):
-    """The place of one tensor in our parameters: `parameters[path][at]`, transposed if it is a matrix."""
+    """The place of one tensor in our parameters: `parameters[path][at]`, transposed if it is a matrix; none without a
+    path."""
 
     path: str
     at: tuple[int, ...]
     shape: tuple[int, ...]  # in the checkpoint
     matrix: bool = False
+    packed: tuple[int, ...] | None = None  # the shape of codes four in a byte, where the tensor may hold them
+    scale: str = ""  # the tensor with the scale of codes
+    divides: bool = False  # whether codes are divided by it
 
 
 class Header(NamedTuple):
@@ -61,9 +65,10 @@ def check(folder: Path, table: dict[str, Slot], optional: dict[str, Slot]) -> di
             wrong.append(f"doubled {name}: in {' and '.join(one.file.name for one in headers)}")
         if name not in index:
             wrong.append(f"unlisted {name}: {header.file.name} holds it, but {INDEX} does not list it")
-        if header.shape != slot.shape:
+        packed = header.dtype == "U8" and slot.packed is not None
+        if header.shape != (slot.packed if packed else slot.shape) and not (header.shape == () and slot.shape == (1,)):
             wrong.append(f"misshaped {name}: {list(header.shape)}, expected {list(slot.shape)}")
-        if header.dtype not in READABLE:
+        if header.dtype not in READABLE and not packed:
             types = ", ".join(READABLE)
             wrong.append(f"quantised {name}: of type {header.dtype} in {header.file.name}; only {types} can be read")
     if wrong:

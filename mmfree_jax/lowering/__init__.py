@@ -4,5 +4,6 @@ program.py   the step, lowered for the platform and partitioned for the mesh on 
 memory.py    bytes that a device needs, from a model
 roofline.py  seconds that a step takes, from a model
 verdict.py   the verdict on a run, and the batch and remat policy that would fit
+serving.py   memory of a model that is served, and seconds of a token
 cli.py       the `lower` command
 """

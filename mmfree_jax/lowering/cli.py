@@ -13,6 +13,7 @@ from mmfree_jax import flops
 from mmfree_jax.command_line import parse
 from mmfree_jax.config import MeshConfig, RunConfig, require, suggestion
 from mmfree_jax.devices import DEVICES
+from mmfree_jax.lowering import serving
 from mmfree_jax.lowering.verdict import Verdict, judge
 from mmfree_jax.output import program
 from mmfree_jax.presets import PRESETS, run_preset
@@ -32,10 +33,13 @@ class LowerArguments:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the verdict on one run. Returns 0 if it fits, else 2."""
+    """Print the verdict on one run, or with --serve on a model that is served. Returns 0 if it fits, else 2."""
     name = f"{program()} lower"
+    if "--serve" in arguments:
+        return serving.main([argument for argument in arguments if argument != "--serve"])
     if not arguments or arguments[0].startswith("-"):
-        print(f"usage: {name} PRESET --mesh fsdp=64,tensor=8 [--device h200] [--json] [overrides as in train]\n")
+        print(f"usage: {name} PRESET --mesh fsdp=64,tensor=8 [--device h200] [--json] [overrides as in train]")
+        print(f"       {name} MODEL --serve --context 2048 --batch 1 [--device h200], for a preset or a folder\n")
         print(f"presets: {', '.join(PRESETS)}\n\n{name} PRESET --help lists what can be overridden")
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 1
     preset, *rest = arguments
@@ -95,7 +99,7 @@ def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
     console.print(_memory_table(verdict))
     console.print(_traffic_table(run, verdict))
     console.print(_time_table(run, verdict))
-    for line in verdict.report.uncut:
+    for line in verdict.report.replicated:
         console.print(line)
     if verdict.report.rematerialised:
         console.print(f"the partitioner replicates {verdict.report.rematerialised} arrays on every device")

@@ -3,10 +3,6 @@
 State is exact (from the shardings). The residuals of each layer, which the forward pass stores for the backward pass,
 are counted array by array, as compiled for an H200 (jax 0.11.2). The working set is a fit to those compilations. The
 total is right within 10 % (tests/lowering/test_memory.py).
-
-Why tables, and not the residuals of the traced step, `jax.eval_shape` of its vjp? That was measured on the same 45
-compilations. Without remat it counts 20.5 GB for four layers of transformer++-1.3b, where the compiler stores 4.8: most
-of what JAX hands over is recomputed in fusions, or shared. And our kernels cannot be traced without their GPU's stack.
 """
 
 import dataclasses
@@ -16,6 +12,11 @@ from mmfree_jax import flops
 from mmfree_jax.config import Remat, RunConfig
 from mmfree_jax.devices import Device
 from mmfree_jax.lowering.program import Report
+
+# Why tables, and not the residuals of the traced step, `jax.eval_shape` of its vjp? That was measured on the same 45
+# compilations. Without remat it counts 20.5 GB for four layers of transformer++-1.3b, where the compiler stores 4.8:
+# most of what JAX hands over is recomputed in fusions, or shared. And our kernels cannot be traced without their GPU's
+# stack.
 
 LOGITS = 2**26  # of a chunk of tokens in the loss (ops/cross_entropy.py)
 
@@ -152,6 +153,8 @@ def memory(run: RunConfig, report: Report, device: Device) -> Memory:
         return Memory(report.parameters, report.optimizer, residuals, gradients + summed, working)
     # Ternary layers turn codes into inputs again; dense layers recompute gate and up under `mixer`.
     half = 0.5 if model.linear == "dense" and run.remat != "mixer" else 1.0
+    # At the start of the backward pass all residuals are there, and no gradients but the head's; at its end all
+    # gradients, and of the residuals only the streams between blocks. The peak is the larger of the two.
     starting = max(half * backward + scores, logits) + gathered
     head = 4 * model.vocab * model.width / shards  # the loss computes the head's gradient already in its forward pass
     streams = model.depth * item * 2 * model.width

@@ -1,15 +1,6 @@
 """The training step of a run on a mesh that is not here: lowered for its platform, partitioned on simulated devices.
 
-XLA's partitioner is the same for all platforms, so the collectives of a step can be read from a program compiled for
-as many simulated CPU devices; nothing is allocated and nothing runs. This needs a process of its own, because the
-number of simulated devices is fixed when JAX starts.
-
-Compiled for eight H200s (jax 0.11.2, three layers of the 370m models of both main families, as in
-experiments/fsdp_bytes.py), the step has the same all-gathers and reduce-scatters, array for array. All-reduces differ:
-on GPUs XLA sums gradients to an input that several layers share before it sends them. So this counts 1.45 times
-(matmul-free) to 1.64 times (transformer++) as many bytes along `tensor`.
-
-    python -m mmfree_jax.lowering.program PLATFORM < config.json     # prints a Report as JSON
+python -m mmfree_jax.lowering.program PLATFORM < config.json     # prints a Report as JSON
 """
 
 import dataclasses
@@ -23,6 +14,15 @@ from typing import Any
 
 from mmfree_jax.config import MeshConfig, RunConfig, from_json, to_json
 from mmfree_jax.devices import Platform
+
+# XLA's partitioner is the same for all platforms, so the collectives of a step can be read from a program compiled for
+# as many simulated CPU devices; nothing is allocated and nothing runs. This needs a process of its own, because the
+# number of simulated devices is fixed when JAX starts.
+#
+# Compiled for eight H200s (jax 0.11.2, three layers of the 370m models of both main families, as in
+# experiments/fsdp_bytes.py), the step has the same all-gathers and reduce-scatters, array for array. All-reduces
+# differ: on GPUs XLA sums gradients to an input that several layers share before it sends them. So this counts 1.45
+# times (matmul-free) to 1.64 times (transformer++) as many bytes along `tensor`.
 
 # All-gathers of weights [G, D, F] and of keys or values [B, T, H, K], which are bfloat16 elsewhere. States [B, S, D] of
 # S chunks, and scales, are float32 everywhere.
@@ -51,7 +51,7 @@ class Report:
     sharded: float  # share of the parameters' bytes that fsdp and tensor shard completely
     traffic: tuple[Traffic, ...]
     rematerialised: int  # arrays that the partitioner replicates because it found no better way
-    uncut: tuple[str, ...] = ()  # one sentence for each parameter that the mesh does not divide
+    replicated: tuple[str, ...] = ()  # one sentence for each parameter that the mesh does not divide
 
 
 def inspect(run: RunConfig, platform: Platform) -> Report:
@@ -72,7 +72,9 @@ def inspect(run: RunConfig, platform: Platform) -> Report:
     found = json.loads(done.stdout.splitlines()[-1])
     traffic = tuple(Traffic(**{**one, "axes": tuple(one["axes"])}) for one in found.pop("traffic"))
     rematerialised = done.stderr.count(REMATERIALISED)
-    return Report(**{**found, "rematerialised": rematerialised, "uncut": tuple(found["uncut"])}, traffic=traffic)
+    return Report(
+        **{**found, "rematerialised": rematerialised, "replicated": tuple(found["replicated"])}, traffic=traffic
+    )
 
 
 def lower_for(run: RunConfig, platform: Platform) -> Any:
@@ -95,19 +97,25 @@ def partition(run: RunConfig, platform: Platform) -> Report:
     import jax
 
     from mmfree_jax.devices import traced_for
-    from mmfree_jax.sharding import make_mesh, uncut
+    from mmfree_jax.sharding import make_mesh, replicated_parameters
 
+    # Compiled for simulated CPU devices, traced as for the platform: choices that depend on it, such as unrolling or
+    # the form of attention, are those of the real program.
     mesh = make_mesh(run.mesh)
     with traced_for(platform):
         state, traced = _traced(run, mesh, jax.set_mesh)
         text = traced.lower().compile().as_text()
+    on_a_device = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape))  # elements
+    local_bytes = lambda tree: sum(on_a_device(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    parameters, shards = jax.tree.leaves(state.params), run.mesh.fsdp * run.mesh.tensor
+    completely = sum(leaf.size for leaf in parameters if on_a_device(leaf) * shards == leaf.size)
     return Report(
-        _local_bytes(state.params),
-        _local_bytes(state.opt),
-        sharded_share(state.params, run.mesh.fsdp * run.mesh.tensor),
+        local_bytes(state.params),
+        local_bytes(state.opt),
+        completely / sum(leaf.size for leaf in parameters),
         tuple(read_traffic(text if run.precision == "float32" else in_bfloat16(text), run.mesh)),
         0,
-        uncut(mesh, state.params),
+        replicated_parameters(mesh, state.params),
     )
 
 
@@ -126,21 +134,6 @@ def _traced(run: RunConfig, mesh: Any, entering: Any) -> tuple[Any, Any]:
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     with entering(mesh):
         return program.abstract_state, program.train_step.trace(program.abstract_state, tokens, Rates(rate, rate))
-
-
-def _local_bytes(tree: Any) -> float:
-    import jax
-
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def sharded_share(params: Any, ways: int) -> float:
-    """Return the share of the parameters' bytes that is sharded over `ways` devices."""
-    import jax
-
-    leaves = jax.tree.leaves(params)
-    cut = [leaf for leaf in leaves if math.prod(leaf.sharding.shard_shape(leaf.shape)) * ways == leaf.size]
-    return sum(leaf.size for leaf in cut) / sum(leaf.size for leaf in leaves)
 
 
 def in_bfloat16(text: str) -> str:

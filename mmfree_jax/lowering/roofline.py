@@ -56,7 +56,7 @@ class StepTime:
 def step_time(run: RunConfig, report: Report, device: Device) -> StepTime:
     """Return the time of one optimizer step of a run on a mesh of such devices."""
     model = run.model
-    per_token = flops.flops_per_token(model, run.data.sequence)
+    per_token = flops.forward_flops(model, 1, (run.data.sequence + 1) / 2)
     tokens = tokens_per_device(run) * run.optim.accumulate / run.mesh.tensor  # whose work one device does
     memory_rate, product_rate = COPY * device.bandwidth, PRODUCTS * device.bf16
     # With a tensor axis some of our kernels lack the entire rows that they need, and XLA computes the same.

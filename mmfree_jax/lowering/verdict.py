@@ -94,6 +94,7 @@ def _micro_batches(run: RunConfig, report: Report, device: Device) -> Proposal |
 
 def _largest(run: RunConfig, report: Report, device: Device) -> Proposal | None:
     """The largest batch, a power of two of rows on each data shard, that fits with some policy."""
+    # Memory grows with the batch under every policy, so the search can stop at the first batch that does not fit.
     shards, rows, found = run.mesh.batch_shards * run.optim.accumulate, 1, None
     while rows <= LARGEST:
         data = dataclasses.replace(run.data, batch=rows * shards)

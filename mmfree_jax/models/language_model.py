@@ -7,22 +7,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.architecture import ModelConfig, Remat
 from mmfree_jax.models.attention import Attention, rotary
-from mmfree_jax.models.layers import GLU, Context, Initializer, Projection, RMSNorm, gain_param, param, recipe_of
+from mmfree_jax.models.layers import GLU, Context, Initializer, Projection, RMSNorm, param, recipe_of
 from mmfree_jax.models.mlgru import MLGRU, floors
 from mmfree_jax.models.rwkv4 import RWKV4
 from mmfree_jax.ops.bit_linear import quantise_kernel
-from mmfree_jax.ops.cross_entropy import Head, Losses, head_logits, head_loss, head_nats, largest_logits
-from mmfree_jax.ops.stream import embed, residual
+from mmfree_jax.ops.cross_entropy import Head, Losses, embed, head_logits, head_loss, head_nats, largest_logits
+from mmfree_jax.ops.glu import residual
 from mmfree_jax.ops.ternary import Quantised, wide
 from mmfree_jax.parametrisation import scales
 
 # A family is a token mixer and a kind of linear layer (`config.FAMILIES`): a new mixer is one file and one line here.
 MIXERS: dict[str, Any] = {"mlgru": MLGRU, "attention": Attention, "rwkv4": RWKV4}
-KEPT: dict[str, tuple[str, ...]] = {  # names that ops and modules give to what they compute
+# What the backward pass keeps, by the names that ops and modules give to what they compute (`checkpoint_name`).
+RESIDUAL_NAMES: dict[str, tuple[str, ...]] = {
     "products": ("projection", "gate_up", "residual", "state", "codes", "per_token"),
     "mixer": ("projection", "residual", "state", "codes", "per_token"),
     "codes": ("residual", "state", "codes", "per_token"),
@@ -38,9 +38,11 @@ def remat_policy(remat: Remat) -> Callable[[Any], Any]:
     ternary layers keeps the integer codes of the inputs, and recomputes the products. full: keeps the residual stream
     at the block's start and recomputes everything else.
     """
+    # The policy goes by name, not by operation: JAX's own policies, such as `dots_saveable`, know dot_general only, and
+    # neither codes nor the state of a recurrence. Names mark residuals inside custom backward passes as well.
     if remat == "none":
         return lambda body: body
-    policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
+    policy = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES[remat])
     return lambda body: jax.checkpoint(body, policy=policy)
 
 
@@ -60,37 +62,31 @@ def document_starts(segments_BT: jax.Array, before_B: jax.Array | None = None) -
 class DecodeState:
     """All that decoding remembers of the tokens read so far.
 
-    `mixers`: each layer's state, stacked with layers in front. `position`: how many tokens, an int32 scalar.
-    `segment_B`: the document that each row's last token belongs to.
+    `mixers`: each layer's state, stacked with layers in front. `position_B`: how many tokens of each row, int32; rows
+    that begin with padding start below zero, so that their first token lies at zero. `segment_B`: the document that
+    each row's last token belongs to.
     """
 
     mixers: Any
-    position: jax.Array
+    position_B: jax.Array
     segment_B: jax.Array
-
-
-def rotary_of(config: ModelConfig, positions_T: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array] | None:
-    """Compute the rotary embedding of some positions; None for mixers without one."""
-    if config.mixer != "attention":
-        return None
-    return rotary(positions_T, config.width // config.heads, config.rope_theta, dtype)
 
 
 def context_after(
     state: DecodeState, tokens_BT: jax.Array, segments_BT: jax.Array | None, config: ModelConfig, dtype: Any
 ) -> Context:
     """Return what mixers may know about tokens that follow a state; without segments each row's document continues."""
-    B, T = tokens_BT.shape
     if segments_BT is None:
-        segments_BT = jnp.broadcast_to(state.segment_B[:, None], (B, T))
-    turn = rotary_of(config, state.position + jnp.arange(T), dtype)
-    return Context(document_starts(segments_BT, state.segment_B), segments_BT, turn, state.position)
+        segments_BT = jnp.broadcast_to(state.segment_B[:, None], tokens_BT.shape)
+    positions_BT = state.position_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    turn = rotary(config, positions_BT, dtype)
+    return Context(document_starts(segments_BT, state.segment_B), segments_BT, turn, positions_BT)
 
 
 def state_after(state: DecodeState, mixers: Any, context: Context) -> DecodeState:
     """Return the state after the tokens of a context, whose mixers' states are `mixers`."""
     assert context.segments_BT is not None
-    return DecodeState(mixers, state.position + context.segments_BT.shape[1], context.segments_BT[:, -1])
+    return DecodeState(mixers, state.position_B + context.segments_BT.shape[1], context.segments_BT[:, -1])
 
 
 class Block(nnx.Module):
@@ -98,6 +94,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: jax.Array, *, rngs: nnx.Rngs, param_dtype: Any):
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
+        # Under mup each branch is divided by the relative depth (CompleteP), else this is 1 and is not multiplied by.
         self.scale = scales(config).residual
         self.mixer_norm = RMSNorm(config.width, config.norm_eps, param_dtype)
         self.mixer = MIXERS[config.mixer](config, layer, **kwargs)
@@ -109,7 +106,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """[B, T, D] -> [B, T, D], and the mixer's state after the last token."""
         y_BTD, state = self.mixer(self.mixer_norm(x_BTD), context, floor_D, state)
-        x_BTD = checkpoint_name(residual(x_BTD, y_BTD, self.scale), "residual")
+        x_BTD = residual(x_BTD, y_BTD, self.scale, "residual")
         return residual(x_BTD, self.glu(self.glu_norm(x_BTD)), self.scale), state
 
 
@@ -137,16 +134,13 @@ class LanguageModel(nnx.Module):
         self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
         V, D, L = config.vocab, config.width, config.depth
         init = nnx.initializers.normal(config.init_std)
-        self.embedding = param(init, rngs.params(), (V, D), param_dtype, "vocab", "embed")
-        has_floors = config.mixer == "mlgru" and config.lower_bounds
-        floor = lambda: param(nnx.initializers.zeros, rngs.params(), (L, D), param_dtype, "layers", "norm")
-        self.lower_bounds = floor() if has_floors else None
-
+        self.embedding = param((V, D), param_dtype, "vocab", "embed", init=init, rngs=rngs)
+        bounds = lambda: param((L, D), param_dtype, "layers", "norm", init=nnx.initializers.zeros, rngs=rngs)
+        self.lower_bounds = bounds() if config.mixer == "mlgru" and config.lower_bounds else None
         # One block whose parameters have layers in front, not a list of blocks: the forward pass is a scan over them,
-        # and compiles as one block does, however deep the model is.
-        def block(rngs: nnx.Rngs, layer: jax.Array) -> Block:
-            return Block(config, layer, rngs=rngs, param_dtype=param_dtype)
-
+        # and compiles as one block does, however deep the model is. `transform_metadata` gives the parameters' new axis
+        # its logical name.
+        block = lambda rngs, layer: Block(config, layer, rngs=rngs, param_dtype=param_dtype)
         stacked = nnx.vmap(nnx.transform_metadata(block, partition="layers"))
         self.blocks = stacked(rngs.split(L), jnp.arange(L))
         self.norm = RMSNorm(D, config.norm_eps, param_dtype)
@@ -185,17 +179,17 @@ class LanguageModel(nnx.Module):
 
     def hidden(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         """Compute the normed output of the last block, [B, T, D] of `dtype`."""
-        return self.norm(self._stream(tokens_BT, segments_BT, lambda _: None)[0])
+        return self.norm(self._stream(tokens_BT, segments_BT)[0])
 
     def activations(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> dict[str, jax.Array]:
         """Describe a forward pass: root mean squares of the residual stream after the embedding (`embedding` []), each
         block (`blocks` [L]) and the last norm (`norm` []); and the largest logit's magnitude (`largest_logit` []).
         """
         rms = lambda x_BTD: jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(wide(x_BTD.dtype)))))
-        x_BTD, blocks_L = self._stream(tokens_BT, segments_BT, rms)
+        x_BTD, blocks_L, _ = self._stream(tokens_BT, segments_BT, describe=rms)
         normed_BTD = self.norm(x_BTD)
         return {
-            "embedding": rms(self._embed(tokens_BT)),
+            "embedding": rms(embed(self.embedding[...], tokens_BT, self.dtype)),
             "blocks": blocks_L,
             "norm": rms(normed_BTD),
             "largest_logit": jnp.max(largest_logits(*self.head(normed_BTD, self.embedding[...]))),
@@ -203,37 +197,53 @@ class LanguageModel(nnx.Module):
 
     def residuals(self, tokens_BT: jax.Array) -> jax.Array:
         """Compute the residual stream after the embedding and after each block, [L + 1, B, T, D]."""
-        blocks_LBTD = self._stream(tokens_BT, None, lambda x_BTD: x_BTD)[1]
-        return jnp.concatenate([self._embed(tokens_BT)[None], blocks_LBTD])
+        blocks_LBTD = self._stream(tokens_BT, describe=lambda x_BTD: x_BTD)[1]
+        return jnp.concatenate([embed(self.embedding[...], tokens_BT, self.dtype)[None], blocks_LBTD])
 
     def _stream(
-        self, tokens_BT: jax.Array, segments_BT: jax.Array | None, describe: Callable[[jax.Array], Any]
-    ) -> tuple[jax.Array, Any]:
-        """Output of the last block, before the norm, and `describe` of each block's output, stacked over layers."""
-        starts_BT = None if segments_BT is None else document_starts(segments_BT)
-        context = Context(starts_BT, segments_BT, self._rotary(jnp.arange(tokens_BT.shape[1])))
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        state: DecodeState | None = None,
+        describe: Callable[[jax.Array], Any] = lambda x_BTD: None,
+    ) -> tuple[jax.Array, Any, DecodeState | None]:
+        """Run embedding and blocks, on whole windows or on from a state.
 
-        # The residual stream is what the scan carries; parameters and floors of one layer come with each step.
+        Returns the last block's output before the norm, `describe` of each block's output, stacked over layers, and the
+        state after the tokens (None without one).
+        """
+        if state is None:
+            starts_BT = None if segments_BT is None else document_starts(segments_BT)
+            context = Context(starts_BT, segments_BT, rotary(self.config, jnp.arange(tokens_BT.shape[1]), self.dtype))
+        else:
+            context = context_after(state, tokens_BT, segments_BT, self.config, self.dtype)
+
+        # The residual stream is what the scan carries. With each step come the parameters, floor and state of one
+        # layer; stacked for the result are states and descriptions. None is a tree without leaves, which costs nothing.
         def body(x_BTD, layer):
-            block, floor_D = layer
-            x_BTD, _ = block(x_BTD, context, floor_D, None)
-            return x_BTD, describe(x_BTD)
+            block, floor_D, mixer_state = layer
+            x_BTD, after = block(x_BTD, context, floor_D, mixer_state)
+            return x_BTD, (describe(x_BTD), None if state is None else after)
 
-        body = remat_policy(self.remat)(body)
-        return jax.lax.scan(body, self._embed(tokens_BT), (self.blocks, self._floors()), unroll=self.unroll)
+        if state is None:  # decoding has no backward pass
+            body = remat_policy(self.remat)(body)
+        x_BTD = embed(self.embedding[...], tokens_BT, self.dtype)
+        floors_LD = None if self.lower_bounds is None else floors(self.lower_bounds[...])
+        layers = (self.blocks, floors_LD, None if state is None else state.mixers)
+        x_BTD, (described, mixers) = jax.lax.scan(body, x_BTD, layers, unroll=self.unroll)
+        return x_BTD, described, None if state is None else state_after(state, mixers, context)
 
     def make_codes(self) -> tuple:
         """Quantise all ternary weights, for `use_codes` of models with the same parameters."""
-        return tuple(layer.stacked_codes() for layer in self._projections()), self.head.make_codes(self.embedding[...])
+        projections = [module for _, module in nnx.iter_modules(self.blocks) if isinstance(module, Projection)]
+        return tuple(layer.stacked_codes() for layer in projections), self.head.make_codes(self.embedding[...])
 
     def use_codes(self, codes: tuple) -> None:
         """Take codes instead of quantising the weights at each use; gradients go to the weights all the same."""
+        projections = [module for _, module in nnx.iter_modules(self.blocks) if isinstance(module, Projection)]
         layers, self.head.codes = codes
-        for layer, own in zip(self._projections(), layers, strict=True):
+        for layer, own in zip(projections, layers, strict=True):
             layer.codes = nnx.data(own)
-
-    def _projections(self) -> list[Projection]:
-        return [module for _, module in nnx.iter_modules(self.blocks) if isinstance(module, Projection)]
 
     def start(self, batch: int, capacity: int = 0) -> DecodeState:
         """Return the state before the first token of `batch` sequences.
@@ -242,7 +252,7 @@ class LanguageModel(nnx.Module):
         """
         one = self.blocks.mixer.start(batch, capacity, self.config, self.dtype)
         mixers = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.config.depth, *a.shape)), one)
-        return DecodeState(mixers, jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32))
+        return DecodeState(mixers, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
     def extend(
         self, tokens_BT: jax.Array, state: DecodeState, *, segments_BT: jax.Array | None = None, last_only: bool = False
@@ -260,27 +270,11 @@ class LanguageModel(nnx.Module):
             logits [B, T, V] in at least float32 and the state after the tokens. Beyond the cache's capacity all
             logits are NaN.
         """
-        context = context_after(state, tokens_BT, segments_BT, self.config, self.dtype)
-
-        def body(x_BTD, layer):
-            block, floor_D, mixer_state = layer
-            return block(x_BTD, context, floor_D, mixer_state)
-
-        layers = (self.blocks, self._floors(), state.mixers)
-        # As in `_stream`, and each layer's state goes in and comes out beside its parameters.
-        x_BTD, mixers = jax.lax.scan(body, self._embed(tokens_BT), layers, unroll=self.unroll)
+        x_BTD, _, after = self._stream(tokens_BT, segments_BT, state)
+        assert after is not None
+        # A prompt needs the logits of its last token only; those of all would be the largest array of the program.
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
-        after = state_after(state, mixers, context)
         return head_logits(*self.head(x_BTD, self.embedding[...])), after
-
-    def _floors(self) -> jax.Array | None:
-        return None if self.lower_bounds is None else floors(self.lower_bounds[...])
-
-    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        return embed(self.embedding[...], tokens_BT, self.dtype)
-
-    def _rotary(self, positions_T: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-        return rotary_of(self.config, positions_T, self.dtype)
 
 
 class LMHead(nnx.Module):
@@ -292,8 +286,8 @@ class LMHead(nnx.Module):
         self.vocab, self.scale = config.tokenizer_vocab, scales(config).logits
         # Gradients to logits are small differences of probabilities: they are never quantised.
         self.recipe = recipe_of(config, axes)._replace(ternary=ternary, gradient_bits=0, columns=self.vocab)
-        self.kernel = None if config.tie_embeddings else param(init, rngs.params(), shape, param_dtype, *axes)
-        self.gain = gain_param((config.width,), param_dtype) if ternary and config.linear_norm else None
+        self.kernel = None if config.tie_embeddings else param(shape, param_dtype, *axes, init=init, rngs=rngs)
+        self.gain = param((config.width,), param_dtype, "norm") if ternary and config.linear_norm else None
         self.codes: Quantised | None = nnx.data(None)  # of the kernel, where quantised ahead of its use
 
     def __call__(self, x_BTD: jax.Array, table_VD: jax.Array) -> tuple[Head, jax.Array]:
@@ -302,14 +296,15 @@ class LMHead(nnx.Module):
         The factor on the logits goes where nothing undoes it: into the gain, or without a norm into the input. Absmax
         codes do not change with it.
         """
+        kernel_DV = table_VD.T if self.kernel is None else self.kernel[...]
         gain_D = None if self.gain is None else self.gain[...]
         if self.scale != 1:
             x_BTD, gain_D = (x_BTD * self.scale, None) if gain_D is None else (x_BTD, gain_D * self.scale)
-        return Head(self.recipe, self._kernel(table_VD), gain_D, self.codes, self.vocab), x_BTD
+        return Head(self.recipe, kernel_DV, gain_D, self.codes, self.vocab), x_BTD
 
     def make_codes(self, table_VD: jax.Array) -> Quantised | None:
         """Quantise the kernel, for `codes`; None for a dense head."""
-        return quantise_kernel(self.recipe, self._kernel(table_VD)[None])[0] if self.recipe.ternary else None
-
-    def _kernel(self, table_VD: jax.Array) -> jax.Array:
-        return table_VD.T if self.kernel is None else self.kernel[...]
+        if not self.recipe.ternary:
+            return None
+        kernel_DV = table_VD.T if self.kernel is None else self.kernel[...]
+        return quantise_kernel(self.recipe, kernel_DV[None])[0]

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.architecture import ModelConfig
-from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, quantise_kernel
+from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, quantise_kernel, rms_norm
 from mmfree_jax.ops.glu import glu
-from mmfree_jax.ops.stream import rms_norm
 from mmfree_jax.ops.ternary import Quantised
-from mmfree_jax.parametrisation import output_depth, scales
+from mmfree_jax.parametrisation import scales
 
 Initializer = Any  # (key, shape, dtype) -> array
 
@@ -25,52 +24,45 @@ nnx.use_eager_sharding(False)
 class Context(NamedTuple):
     """What a mixer may know about the tokens besides their activations; None where it does not apply.
 
-    `starts_BT`: true at the first token of a document. `segments_BT`: document ids. `rotary`: cosines and sines
-    [T, K/2] of the positions. `position`: how many tokens the decoding state already holds (an int32 scalar).
+    `starts_BT`: true at the first token of a document. `segments_BT`: document ids. `rotary`: cosines and sines of the
+    positions, [T, K/2] or [B, T, K/2]. `positions_BT`: the places of tokens that follow a decoding state.
     """
 
     starts_BT: jax.Array | None = None
     segments_BT: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
-    position: jax.Array | None = None
+    positions_BT: jax.Array | None = None
 
 
-def small_xavier() -> Initializer:
-    """Return Xavier-uniform with gain 2^-2.5 over the last two axes: the official code's choice for i, f, g and o.
+def initialisers(config: ModelConfig, sublayer: Literal["mixer", "glu"]) -> tuple[Initializer, Initializer]:
+    """Return the initialisers of a sublayer's input and output projections.
 
-    mmfreelm/models/hgrn_bit/modeling_hgrn_bit.py of github.com/ridgerchu/matmulfreellm; the gain is RetNet's (Sun et
-    al. 2023, arXiv 2307.08621).
+    GLU and attention: N(0, init_std) for what reads the residual stream, and that times 1 / sqrt(2 L) for what writes
+    to it (GPT-2, Radford et al. 2019, section 2.3); `parametrisation` says what width and depth change. Recurrent
+    mixers: Xavier-uniform with gain 2^-2.5 for both, never rescaled, as in the official code
+    (mmfreelm/models/hgrn_bit/modeling_hgrn_bit.py of github.com/ridgerchu/matmulfreellm, with the transformers version
+    of the paper's time); the gain is RetNet's (Sun et al. 2023, arXiv 2307.08621).
     """
+    if sublayer == "mixer" and config.mixer != "attention":
 
-    def init(key, shape, dtype):
-        bound = 2**-2.5 * math.sqrt(6 / (shape[-2] + shape[-1]))
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+        def small_xavier(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            # Only the last two axes are a matrix: those before them are groups of matrices, which no fan counts.
+            bound = 2**-2.5 * math.sqrt(6 / (shape[-2] + shape[-1]))
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return init
-
-
-def matrix_inits(config: ModelConfig) -> tuple[Initializer, Initializer]:
-    """Return N(0, init_std) for what reads the residual stream, and that times 1/sqrt(2 L) for what writes to it.
-
-    GPT-2, Radford et al. 2019, section 2.3; `parametrisation` says what width and depth change.
-    """
-    std = config.init_std * scales(config).std
-    return nnx.initializers.normal(std), nnx.initializers.normal(std / math.sqrt(2 * output_depth(config)))
-
-
-def mixer_inits(config: ModelConfig) -> tuple[Initializer, Initializer]:
-    """Return the initialisers of a mixer's input and output projections.
-
-    Recurrent mixers: `small_xavier` for both, never rescaled (the official code, with the transformers version of
-    the paper's time). Attention: `matrix_inits`.
-    """
-    return matrix_inits(config) if config.mixer == "attention" else (small_xavier(), small_xavier())
+        return small_xavier, small_xavier
+    # The residual stream is a sum of 2 L outputs, two a block: 1 / sqrt(2 L) keeps its variance that of one.
+    factors = scales(config)
+    std = config.init_std * factors.std
+    return nnx.initializers.normal(std), nnx.initializers.normal(std / math.sqrt(2 * factors.output_depth))
 
 
 def recipe_of(config: ModelConfig, axes: tuple[str, str], joint: bool = False) -> Recipe:
     """Return what a model's linear layers compute. joint: all matrices of a layer share one weight scale."""
     if config.linear == "dense":
         return Recipe(ternary=False, eps=config.norm_eps, axes=axes)
+    # A scale per matrix is the paper's. The quantiser divides by a mean of magnitudes, so the matrices of one tensor in
+    # the official checkpoints (gate and up) have to share it, or their codes would differ from the official ones.
     # Of [G, D, F]: a scale for each column, for each matrix, or for the matrices of the layer together.
     scale_axes: tuple[int, ...] = (-2,)
     if config.weight_scale == "tensor":
@@ -78,14 +70,21 @@ def recipe_of(config: ModelConfig, axes: tuple[str, str], joint: bool = False) -
     return Recipe(True, config.activation_bits, scale_axes, config.norm_eps, axes, config.gradient_bits)
 
 
-def param(init: Initializer, key: jax.Array | None, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> nnx.Param:
-    """Return a parameter whose axes carry logical names, by which `sharding.Rules` places it. Constants need no key."""
-    return nnx.Param(nnx.with_partitioning(init, axes)(jax.random.key(0) if key is None else key, shape, dtype))
+def param(
+    shape: tuple[int, ...],
+    dtype: Any,
+    *axes: str | None,
+    init: Initializer = nnx.initializers.ones,
+    rngs: nnx.Rngs | None = None,
+) -> nnx.Param:
+    """Return a parameter whose axes carry logical names, by which `sharding.Rules` places it.
 
-
-def gain_param(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
-    """Return the gains of one norm, [D], or of one norm a group, [G, D]; they start at one."""
-    return param(nnx.initializers.ones, None, shape, dtype, *(None,) * (len(shape) - 1), "norm")
+    By default the gain of a norm: ones. Only random initialisers need `rngs`.
+    """
+    # The names travel as metadata of the parameter: through `eval_shape`, `vmap` over layers (which adds its own) and
+    # into the sharding of the state. The array itself is made without a mesh.
+    key = jax.random.key(0) if rngs is None else rngs.params()
+    return nnx.Param(nnx.with_partitioning(init, axes)(key, shape, dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -93,7 +92,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, eps: float, param_dtype: Any):
         self.eps = eps
-        self.gain = gain_param((width,), param_dtype)
+        self.gain = param((width,), param_dtype, "norm")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise [..., D], in x's type."""
@@ -123,10 +122,15 @@ class Projection(nnx.Module):
         shape = (groups, inputs, outputs) if groups else (inputs, outputs)
         names = (None, *axes) if groups else axes
         self.groups, self.recipe = groups, recipe_of(config, axes, joint)
-        self.kernel = param(init, rngs.params(), shape, param_dtype, *names)
+        self.kernel = param(shape, param_dtype, *names, init=init, rngs=rngs)
         # The official checkpoints have a norm for each projection, though all of a layer read the same input.
-        own = (groups, inputs) if groups and not joint else (inputs,)
-        self.gain = gain_param(own, param_dtype) if self.recipe.ternary and config.linear_norm else None
+        own = groups > 0 and not joint
+        gain_shape, gain_axes = ((groups, inputs), (None, "norm")) if own else ((inputs,), ("norm",))
+        has_gain = self.recipe.ternary and config.linear_norm
+        self.gain = param(gain_shape, param_dtype, *gain_axes) if has_gain else None
+        # Data, not a parameter: with gradient accumulation the codes of a step are put here once
+        # (`LanguageModel.use_codes`) and live in the traced program only. `nnx.data` keeps NNX from freezing None into
+        # the module's static structure.
         self.codes: tuple[Quantised, ...] | None = nnx.data(None)  # of the kernel, where quantised ahead of its use
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
@@ -148,13 +152,15 @@ class Projection(nnx.Module):
 
 class GLU(nnx.Module):
     """down(silu(gate(x)) * up(x)), the channel mixer of every family (SwiGLU, Shazeer 2020, arXiv 2002.05202; Zhu et
-    al. 2024, section 3.3); gate and up are one tensor to the quantiser, as in the official checkpoints."""
+    al. 2024, section 3.3); gate and up are one tensor to the quantiser, as in the official checkpoints. Both are
+    switches: `config.activation` and `config.joint_glu`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Any):
         D, F = config.width, config.glu_width
-        into, out = matrix_inits(config)
+        into, out = initialisers(config, "glu")
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
-        self.gate_up = Projection(config, D, F, init=into, axes=("embed", "mlp"), groups=2, joint=True, **kwargs)
+        self.activation, joint = config.activation, config.joint_glu
+        self.gate_up = Projection(config, D, F, init=into, axes=("embed", "mlp"), groups=2, joint=joint, **kwargs)
         self.norm = RMSNorm(F, config.norm_eps, param_dtype) if config.sublayer_norm else None
         self.down = Projection(config, F, D, init=out, axes=("mlp", "embed"), **kwargs)
 
@@ -162,5 +168,5 @@ class GLU(nnx.Module):
         """Mix channels of normed activations: [B, T, D] -> [B, T, D]."""
         gate_up, down = self.gate_up, self.down
         gain_F = None if self.norm is None else self.norm.gain[...]
-        y_BTD = glu(gate_up.recipe, gate_up.weights(), down.recipe, down.weights(), u_BTD, gain_F)
+        y_BTD = glu(gate_up.recipe, gate_up.weights(), down.recipe, down.weights(), u_BTD, gain_F, self.activation)
         return checkpoint_name(y_BTD, "projection")

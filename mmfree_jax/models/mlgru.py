@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmfree_jax.architecture import ModelConfig
-from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits
+from mmfree_jax.models.layers import Context, Projection, RMSNorm, initialisers
 from mmfree_jax.ops.glu import gated_norm
 from mmfree_jax.ops.recurrence import gated_recurrence
 from mmfree_jax.ops.ternary import wide
@@ -33,7 +33,7 @@ class MLGRU(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: jax.Array, *, rngs: nnx.Rngs, param_dtype: Any):
         D = config.width
-        into, out = mixer_inits(config)
+        into, out = initialisers(config, "mixer")
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
         self.official = config.output_gate == "official"
         self.gates = Projection(config, D, D, init=into, axes=("embed", "heads"), groups=3, **kwargs)
@@ -57,6 +57,8 @@ class MLGRU(nnx.Module):
         """
         # Three projections of one input: candidate i, forget gate f, output gate g.
         i_BTD, f_BTD, g_BTD = self.gates(u_BTD)
+        # The candidate goes through silu inside this op, and is weighed by 1 - f: what the gate keeps of the past and
+        # what it takes of the present add up to one, so states stay bounded without a norm.
         h_BTD, state = gated_recurrence(i_BTD, f_BTD, floor_D, state, resets_BT=context.starts_BT)
         # The state is element-wise, so it never mixes channels: W_o, after the gate, is where they meet again.
         if self.official:

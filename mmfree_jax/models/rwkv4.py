@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmfree_jax.architecture import ModelConfig
-from mmfree_jax.models.layers import Context, Projection, RMSNorm, mixer_inits, param
-from mmfree_jax.ops.wkv import WKVState, empty, token_shift, wkv
+from mmfree_jax.models.layers import Context, Projection, RMSNorm, initialisers, param
+from mmfree_jax.ops.recurrence import WKVState, token_shift, wkv
 
 
 class TimeMixState(NamedTuple):
@@ -23,44 +23,36 @@ class TimeMixState(NamedTuple):
     wkv: WKVState
 
 
-def shifted(u_BTD: jax.Array, last_BD: jax.Array | None, starts_BT: jax.Array | None) -> jax.Array:
-    """Return each token's predecessor in its own document; zero where there is none."""
-    first_BD = jnp.zeros_like(u_BTD[:, 0]) if last_BD is None else last_BD.astype(u_BTD.dtype)
-    before_BTD = token_shift(u_BTD, first_BD)
-    return before_BTD if starts_BT is None else jnp.where(starts_BT[..., None], 0, before_BTD)
+def initial_vectors(width: int, depth: int, layer: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute the initial mix of r, k and v, [3, D], the decay [D] and the bonus [D] of a layer (paper, appendix D).
 
-
-def initial_mix(width: int, depth: int, layer: jax.Array) -> jax.Array:
-    """Return the current token's shares in r, k and v, [3, D]: more of the past in deeper layers and early channels."""
-    through = layer / max(depth - 1, 1)  # 0 in the first layer, 1 in the last
-    key_D = (jnp.arange(width) / width) ** (1 - layer / depth)
-    return jnp.stack([0.5 * key_D, key_D, key_D + 0.3 * through])
-
-
-def initial_decay(width: int, depth: int, layer: jax.Array) -> jax.Array:
-    """Return the log of the decay per step, from -5 to 3 over the channels."""
-    through = layer / max(depth - 1, 1)
-    return -5 + 8 * (jnp.arange(width) / max(width - 1, 1)) ** (0.7 + 1.3 * through)
-
-
-def initial_bonus(width: int) -> jax.Array:
-    """Return log 0.3, plus a zigzag of -0.5, 0, 0.5 over the channels."""
-    return math.log(0.3) + 0.5 * ((jnp.arange(width) + 1) % 3 - 1)
+    They are spread out instead of random, so that channels begin with time scales from one token to a hundred.
+    """
+    channel_D, through = jnp.arange(width), layer / max(depth - 1, 1)  # 0 in the first layer, 1 in the last
+    # The current token's share in r, k and v: more of the token before in deeper layers and early channels.
+    key_D = (channel_D / width) ** (1 - layer / depth)
+    mix_GD = jnp.stack([0.5 * key_D, key_D, key_D + 0.3 * through])
+    # The log of the decay per step, from -5 to 3: e^(-e^-5) forgets half in 100 tokens, e^(-e^3) all at once.
+    decay_D = -5 + 8 * (channel_D / max(width - 1, 1)) ** (0.7 + 1.3 * through)
+    # The current token counts 0.3 times what it will count as the last one; a zigzag makes neighbours differ.
+    bonus_D = math.log(0.3) + 0.5 * ((channel_D + 1) % 3 - 1)
+    return mix_GD, decay_D, bonus_D
 
 
 class RWKV4(nnx.Module):
     """r = W_r x_r, k = W_k x_k, v = W_v x_v of inputs mixed with the token before; W_o (sigmoid(r) * wkv(k, v))."""
 
     def __init__(self, config: ModelConfig, layer: jax.Array, *, rngs: nnx.Rngs, param_dtype: Any):
-        D, L = config.width, config.depth
-        into, out = mixer_inits(config)
+        D = config.width
+        into, out = initialisers(config, "mixer")
         project = lambda init, axes: Projection(config, D, D, init=init, axes=axes, rngs=rngs, param_dtype=param_dtype)
-        vector = lambda value, *axes: param(
-            lambda key, shape, dtype: value.astype(dtype), None, value.shape, param_dtype, *axes
+        constant = lambda value, *axes: param(
+            value.shape, param_dtype, *axes, init=lambda key, shape, dtype: value.astype(dtype)
         )
-        self.mix = vector(initial_mix(D, L, layer), None, "norm")
-        self.decay = vector(initial_decay(D, L, layer), "norm")
-        self.bonus = vector(initial_bonus(D), "norm")
+        mix_GD, decay_D, bonus_D = initial_vectors(D, config.depth, layer)
+        self.mix = constant(mix_GD, None, "norm")
+        self.decay = constant(decay_D, "norm")
+        self.bonus = constant(bonus_D, "norm")
         self.receptance, self.key, self.value = (project(into, ("embed", "heads")) for _ in range(3))
         self.norm = RMSNorm(D, config.norm_eps, param_dtype) if config.sublayer_norm else None
         self.out = project(out, ("heads", "embed"))
@@ -69,8 +61,11 @@ class RWKV4(nnx.Module):
         self, u_BTD: jax.Array, context: Context, floor_D: None, state: TimeMixState | None
     ) -> tuple[jax.Array, TimeMixState]:
         """Mix over time: [B, T, D] -> [B, T, D], and the state after the last token."""
-        # Token shift: r, k and v each read their own mixture of this token and the one before.
-        before_BTD = shifted(u_BTD, None if state is None else state.last_BD, context.starts_BT)
+        # Token shift: r, k and v each read their own mixture of this token and the one before it in its document.
+        last_BD = jnp.zeros_like(u_BTD[:, 0]) if state is None else state.last_BD.astype(u_BTD.dtype)
+        before_BTD = token_shift(u_BTD, last_BD)
+        if context.starts_BT is not None:
+            before_BTD = jnp.where(context.starts_BT[..., None], 0, before_BTD)
         r_BTD, k_BTD, v_BTD = (
             layer(u_BTD * share_D + before_BTD * (1 - share_D))[0]
             for layer, share_D in zip(
@@ -87,4 +82,4 @@ class RWKV4(nnx.Module):
     @staticmethod
     def start(batch: int, capacity: int, config: ModelConfig, dtype: Any) -> TimeMixState:
         """Return the state before the first token."""
-        return TimeMixState(jnp.zeros((batch, config.width), dtype), empty(batch, config.width, dtype))
+        return TimeMixState(jnp.zeros((batch, config.width), dtype), WKVState.empty(batch, config.width, dtype))

@@ -33,6 +33,7 @@ def visible(segments_BT: jax.Array | None, time: int) -> jax.Array:
     return causal_TT if segments_BT is None else causal_TT & (segments_BT[..., None] == segments_BT[..., None, :])
 
 
+@op
 def attend(q_BTHK: jax.Array, k_BSJK: jax.Array, v_BSJK: jax.Array, mask: jax.Array) -> jax.Array:
     """Attend under any mask, [T, S] or [B, T, S], true where visible; shapes as `causal_attention`."""
     # Each group of H // J queries shares the keys and values of one head.

@@ -1,5 +1,5 @@
-"""Linear layers: the dense one of the Transformer++, and BitLinear with ternary weights (Zhu et al. 2024, arXiv
-2406.02528, section 3.1 and Algorithm 1).
+"""RMSNorm and linear layers: the dense one of the Transformer++, and BitLinear with ternary weights (Zhu et al. 2024,
+arXiv 2406.02528, section 3.1 and Algorithm 1).
 
 BitLinear is RMSNorm -> integer activations -> product with ternary weights. Both quantisers are straight-through.
 Several products of one input go through one call: `w_GDF` holds G matrices.
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from mmfree_jax.ops.fast.choice import op
 from mmfree_jax.ops.packed import PackedWeights
-from mmfree_jax.ops.stream import rms_norm
 from mmfree_jax.ops.ternary import (
     Quantised,
     dequantise,
@@ -47,6 +46,17 @@ class Weights(NamedTuple):
     w_GDF: jax.Array
     gain: jax.Array | None = None
     codes: tuple[Quantised, ...] | None = None
+
+
+@op
+def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
+    """Normalise by the root mean square: x / rms(x) * gain (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    Shapes: x [..., D], gain [D]. Computed in at least float32, returned in x's type.
+    """
+    exact = x.astype(wide(x.dtype))
+    rstd = jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + eps)
+    return (exact * rstd * gain_D.astype(exact.dtype)).astype(x.dtype)
 
 
 @op
@@ -99,6 +109,8 @@ def quantise_kernel(recipe: Recipe, w_GDF: jax.Array) -> tuple[Quantised, ...]:
 
     Columns of padding have code zero and no part in a scale that columns share.
     """
+    # A padded vocabulary must not change the model: padding is made zero before the mean of magnitudes, and the mean is
+    # taken over the columns that exist.
     groups, _, columns = w_GDF.shape
     if recipe.columns:
         w_GDF = jnp.where(jnp.arange(columns) < recipe.columns, w_GDF, 0)

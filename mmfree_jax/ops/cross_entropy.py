@@ -1,9 +1,10 @@
-"""The language-model head and the cross-entropy of its logits."""
+"""The two ends of a language model: the embedding; the head and the cross-entropy of its logits."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
 from mmfree_jax.ops.fast.choice import op
@@ -31,6 +32,12 @@ class Losses(NamedTuple):
     total: jax.Array  # sum of the targets' cross-entropies, z-loss included: what is minimised
     targets: jax.Array  # how many there are, each counted by its weight
     z_loss: jax.Array  # the part of the total that it is; it has no gradient
+
+
+@op
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Look up token embeddings: rows of the table as `dtype`, [B, T, D]."""
+    return table_VD[tokens_BT].astype(dtype)
 
 
 def head_logits(head: Head, x_BTD: jax.Array) -> jax.Array:
@@ -68,6 +75,7 @@ def head_loss(
     # -log softmax(logits)[target] = logsumexp(logits) - logits[target]
     total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     hit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    # No max is subtracted here: `logsumexp` does so itself, and its gradient is the softmax.
     weights_BT = jnp.ones_like(total_BT) if mask_BT is None else jax.lax.stop_gradient(mask_BT.astype(total_BT.dtype))
     z = z_loss * jnp.sum(total_BT**2 * weights_BT)
     total = jnp.sum((total_BT - hit_BT) * weights_BT) + z

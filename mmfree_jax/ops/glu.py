@@ -1,17 +1,31 @@
-"""Gated units: SwiGLU, the channel mixer of every family, and the output gate of the MLGRU."""
+"""Gated units, SwiGLU as the channel mixer of every family and the output gate of the MLGRU; and the residual stream
+that their outputs are added to."""
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.ops.bit_linear import Recipe, Weights, linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, rms_norm
 from mmfree_jax.ops.fast.choice import op
 from mmfree_jax.ops.packed import PackedWeights
-from mmfree_jax.ops.stream import rms_norm
+
+
+@op
+def residual(x_BTD: jax.Array, y_BTD: jax.Array, scale: float = 1.0, name: str = "") -> jax.Array:
+    """Add a sublayer's output to the residual stream: x + scale * y, [B, T, D]; `name`: for policies of remat."""
+    x_BTD = x_BTD + (y_BTD if scale == 1 else y_BTD * scale)
+    return checkpoint_name(x_BTD, name) if name else x_BTD
 
 
 @op
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Gate one array by another: silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
     return jax.nn.silu(gate) * up
+
+
+def relu2_glu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Gate one array by another: max(gate, 0)^2 * up."""
+    return jnp.square(jax.nn.relu(gate)) * up
 
 
 @op
@@ -31,6 +45,7 @@ def glu(
     down: Weights | PackedWeights,
     x: jax.Array,
     gain_F: jax.Array | None = None,
+    activation: str = "silu",
 ) -> jax.Array:
     """Mix channels: down(silu(gate(x)) * up(x)), [..., D] -> [..., D] (Zhu et al. 2024, section 3.3).
 
@@ -39,8 +54,9 @@ def glu(
         out, down: what it takes for the second.
         x: input of every token.
         gain_F: of an RMSNorm before the second (BitNet b1.58); None for no norm.
+        activation: silu, or relu2 for max(x, 0)^2 in its place (So et al. 2021, arXiv 2109.08668).
     """
     gate, up = linear(into, x, gate_up)
-    y = swiglu(gate, up)
+    y = swiglu(gate, up) if activation == "silu" else relu2_glu(gate, up)
     (y,) = linear(out, y if gain_F is None else rms_norm(y, gain_F, out.eps), down)
     return y

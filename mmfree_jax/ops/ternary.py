@@ -38,6 +38,8 @@ def quantise_weights(w: jax.Array, axes: tuple[int, ...]) -> Quantised:
     Returns:
         int8 codes in {-1, 0, 1} of w's shape; scale m in `wide(w.dtype)`, reduced axes kept with size 1.
     """
+    # With the mean as unit, a weight becomes zero below half of it. For normal weights, whose mean magnitude is 0.8
+    # standard deviations, 31 % of the codes are zeros.
     scale = weight_scale(w, axes)
     return Quantised(ternary_codes(w, scale), scale)
 
@@ -65,6 +67,8 @@ def quantise_activations(x: jax.Array, bits: int) -> Quantised:
     """
     if bits == 0:
         return Quantised(x, None)
+    # One scale per token, because tokens differ in magnitude far more than the channels of one token do after a norm,
+    # and because it can be taken out of the product: the sum over channels is then one of integers.
     exact, top = x.astype(wide(x.dtype)), 2 ** (bits - 1) - 1
     largest = jnp.maximum(jnp.max(jnp.abs(exact), axis=-1, keepdims=True), SMALLEST)
     codes = jnp.clip(jnp.round(exact * (top / largest)), -top - 1, top)

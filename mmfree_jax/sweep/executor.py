@@ -1,9 +1,4 @@
-"""What all executors share: the interface, the worker's command, which chains are open, and when to give one up.
-
-A chain is a trunk and the decays that branch off it. It is one piece of work for one worker, which compiles once, finds
-the trunk's checkpoints where it left them and waits in a queue once. Running the decays in parallel would save little:
-with budgets that double and decays of a fifth they are 30 % of a chain's steps, more than half of it in the longest.
-"""
+"""What all executors share: the interface, the worker's command, which chains are open, and when to give one up."""
 
 import dataclasses
 import sys
@@ -15,6 +10,11 @@ from mmfree_jax.config import RunConfig, require
 from mmfree_jax.sweep.experiment import chains, run_flops
 from mmfree_jax.sweep.heartbeat import is_locked
 from mmfree_jax.sweep.status import can_begin, fail, run_folder, status
+
+# A chain is a trunk and the decays that branch off it. It is one piece of work for one worker, which compiles once,
+# finds the trunk's checkpoints where it left them and waits in a queue once. Running the decays in parallel would save
+# little: with budgets that double and decays of a fifth they are 30 % of a chain's steps, more than half of it in the
+# longest.
 
 WORKER = (sys.executable, "-m", "mmfree_jax.sweep.worker")
 RUN_FAILED = 1  # exit status of a worker: a run failed, and would fail again
@@ -41,6 +41,7 @@ def open_chains(out: Path, runs: Sequence[RunConfig], again: bool = False) -> li
     Diverged runs would diverge again, and branches whose checkpoint their trunk never reached cannot begin: both are
     left out unless `again`. The errors of all other runs are deleted, because the runs are tried again.
     """
+    # Longest first is the classic rule for few machines: a long job that begins last would run alone at the end.
     found = {run.name: status(run_folder(out, run), run) for run in runs}
     hopeless = set() if again else {name for name, s in found.items() if s.diverged}
     for run in runs:  # trunks come before their branches

@@ -103,6 +103,7 @@ def chains(runs: Iterable[RunConfig]) -> list[list[RunConfig]]:
 
     A branch of a branch belongs to the trunk of both.
     """
+    # Branches are listed after their trunks, so one pass finds the group of each.
     groups: dict[str, list[RunConfig]] = {}
     group_of: dict[str, list[RunConfig]] = {}
     for run in runs:

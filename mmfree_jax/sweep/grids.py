@@ -46,6 +46,7 @@ def repeats(base: RunConfig, seeds: Sequence[int]) -> list[RunConfig]:
 
 def chain(*parts: Iterable[RunConfig]) -> list[RunConfig]:
     """Return the runs of all parts in order. Raises ConfigError for two runs of one name."""
+    # Names are folders: two runs of one name would train in one.
     runs = list(itertools.chain(*parts))
     check_names(runs, "chain")
     return runs

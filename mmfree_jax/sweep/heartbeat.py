@@ -1,8 +1,4 @@
-"""Heartbeats: a file that a worker touches while it trains, for other machines, which may not see its lock.
-
-A shared file system may not share locks, and clocks differ. So nothing here compares the clocks of two machines: the
-age of a file is the difference of two time stamps that the file system itself gave.
-"""
+"""Heartbeats: a file that a worker touches while it trains, for other machines, which may not see its lock."""
 
 import contextlib
 import dataclasses
@@ -17,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmfree_jax.files import LockedError, read_json, write_json
+
+# A shared file system may not share locks, and clocks differ. So nothing here compares the clocks of two machines: the
+# age of a file is the difference of two time stamps that the file system itself gave.
 
 FILE = "heartbeat.json"
 BEAT_SECONDS = 5.0
@@ -125,6 +124,8 @@ def wait_until_free(folder: Path, patience_s: float = 120.0) -> None:
     Raises LockedError if the other process goes on: on this machine after `patience_s` (one that was told to stop may
     first have to finish compiling, a step or an evaluation), on another machine at its next heartbeat.
     """
+    # Two rules. A process of this machine holds a lock, which ends with it: wait for it. One elsewhere is known by its
+    # heartbeat only: if that moves on while we look, somebody works there.
     deadline, seen = time.monotonic() + patience_s, None
     while (beat := holder(folder)) is not None:
         here = beat.host in (socket.gethostname(), THIS_MACHINE)

@@ -1,8 +1,4 @@
-"""The local executor: a pool of workers over this machine's accelerators, or over its CPU cores.
-
-A run whose mesh has several devices takes as many GPUs; on CPUs its devices are simulated, one core each. Workers with
-small runs share a GPU (`sharing`).
-"""
+"""The local executor: a pool of workers over this machine's accelerators, or over its CPU cores."""
 
 import ctypes
 import dataclasses
@@ -27,7 +23,10 @@ from mmfree_jax.files import last_line
 from mmfree_jax.sweep import sharing
 from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, steps_done, worker_command
 from mmfree_jax.sweep.experiment import chains, machines
-from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED, STOP_SIGNALS, handled
+from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED, STOP_SIGNALS, handling
+
+# A run whose mesh has several devices takes as many GPUs; on CPUs its devices are simulated, one core each. Workers
+# with small runs share a GPU (`sharing`).
 
 STOP_SECONDS = 60.0  # time for workers to save themselves after a signal
 POLL_SECONDS = 0.25
@@ -121,6 +120,7 @@ def combine_slots(slots: Sequence[Slot], devices: int, sharers: int = 1) -> Slot
     """
     env = {name: value for slot in slots for name, value in slot.env.items()}
     if GPU in env:
+        # Names, not numbers counted anew: CUDA_VISIBLE_DEVICES of this process may already be a selection.
         env[GPU] = ",".join(slot.env[GPU] for slot in slots)
     elif TPU in env:
         env = one_chip(int(env[TPU])) if devices == 1 else {}  # libtpu takes all chips unless it is told not to
@@ -220,7 +220,7 @@ class Local:
         free, active = [Fraction(1) for _ in self.slots], list[Job]()
         stopped: list[int] = []
         # Handlers instead of KeyboardInterrupt, which would be swallowed if it were raised inside a destructor.
-        with handled(STOP_SIGNALS, stopped.append):
+        with handling(STOP_SIGNALS, stopped.append):
             try:
                 while (queue or active) and not stopped:
                     while queue and (place := self._place(queue[0], free)):
@@ -268,6 +268,7 @@ class Local:
 
 def _wait_for_one(processes: Sequence[subprocess.Popen], seconds: float) -> None:
     """Wait until one of the processes has ended, so that its slot is filled at once, or for `seconds`."""
+    # A file descriptor of each process becomes readable when it ends: one `select` waits for all, without polling.
     handles = [os.pidfd_open(process.pid) for process in processes if process.poll() is None]
     try:
         if len(handles) == len(processes):

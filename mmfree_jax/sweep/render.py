@@ -1,9 +1,4 @@
-"""A sweep as files for a cluster that is not here: SkyPilot tasks, or Kubernetes JobSets. Nothing is launched.
-
-Each chain of runs is one task, on as many devices as its mesh has. Tasks do not depend on each other. They run the
-command of every executor (`mmfree_jax.sweep.worker`), share one folder of runs, and may be stopped and started at any
-point: exit status 75 asks for another start, 1 for none.
-"""
+"""A sweep as files for a cluster that is not here: SkyPilot tasks, or Kubernetes JobSets. Nothing is launched."""
 
 import dataclasses
 import hashlib
@@ -21,6 +16,10 @@ from mmfree_jax.files import write_atomically
 from mmfree_jax.sweep.executor import RUN_FAILED
 from mmfree_jax.sweep.experiment import Study, chains, machines
 from mmfree_jax.training.interrupt import PREEMPTED
+
+# Each chain of runs is one task, on as many devices as its mesh has. Tasks do not depend on each other. They run the
+# command of every executor (`mmfree_jax.sweep.worker`), share one folder of runs, and may be stopped and started at any
+# point: exit status 75 asks for another start, 1 for none.
 
 Target = Literal["skypilot", "jobset"]
 RUNS = "/runs"  # where the shared folder is mounted
@@ -248,6 +247,9 @@ def jobset(task: Task, experiment: Path) -> dict:
     A pod that exits with 75, or loses its machine, starts again, and this does not count as a failure. One that exits
     with 1 ends the set, because its runs would fail again. After any other exit the entire set starts again.
     """
+    # Kubernetes counts restarts of a pod and of the set apart. Preemption must count for neither, an error of the run
+    # must end all at once, and anything else, such as a lost connection between hosts, needs a restart of every host
+    # together.
     cut, labels = task.shape, {"study": _plain(task.study.name)}
     job = {
         "parallelism": cut.hosts,

@@ -1,14 +1,13 @@
-"""The shape rule of small ladders: one model for each width, so that sizes differ in nothing else.
-
-At one N the loss hardly depends on depth to width, on the width of a head or on that of the feed-forward layer (Kaplan
-et al. 2020, arXiv 2001.08361, figure 5), so any rule that all families share is good enough.
-"""
+"""The shape rule of small ladders: one model for each width, so that sizes differ in nothing else."""
 
 import dataclasses
 
 from mmfree_jax import flops
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.presets import model_preset
+
+# At one N the loss hardly depends on depth to width, on the width of a head or on that of the feed-forward layer
+# (Kaplan et al. 2020, arXiv 2001.08361, figure 5), so any rule that all families share is good enough.
 
 HEAD = 32  # channels of an attention head
 GLU_MULTIPLE = 16

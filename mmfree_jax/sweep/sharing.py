@@ -1,9 +1,5 @@
 """How many workers share a GPU, and how much of it each one gets.
 
-A small model leaves a GPU idle most of the time: while its worker starts, while it compiles on the CPU, and between the
-few short kernels of a step. Several workers fill these gaps. Large models would only slow each other down; and on a
-shared device time, energy and memory of a single run cannot be measured.
-
 The rule: at most one worker for each chain, and at most
 
 - `MOST`;
@@ -21,6 +17,10 @@ from mmfree_jax.config import RunConfig, require
 from mmfree_jax.devices import DEVICES
 from mmfree_jax.lowering.memory import memory as peak_memory
 from mmfree_jax.lowering.program import Report
+
+# A small model leaves a GPU idle most of the time: while its worker starts, while it compiles on the CPU, and between
+# the few short kernels of a step. Several workers fill these gaps. Large models would only slow each other down; and on
+# a shared device time, energy and memory of a single run cannot be measured.
 
 MOST = 12
 WHOLE_STEP = 1e12  # FLOP: a millisecond of an H200's matrix units, several of a smaller GPU's
@@ -57,6 +57,8 @@ def fraction(memory: float | None, sharers: int) -> float:
 
     Raises ConfigError if the CUDA contexts of so many processes leave nothing.
     """
+    # XLA reserves its share when the process starts, so the shares and what CUDA takes outside them have to fit
+    # together.
     contexts = sharers * CONTEXT / memory if memory else 0.1
     each = (USABLE - contexts) / sharers
     have = f"a GPU of {memory / 1e9:.0f} GB" if memory else "one GPU"

@@ -1,12 +1,4 @@
-"""The SLURM executor: arrays of chains through submitit, watched with `squeue` and heartbeats; no accounting is needed.
-
-What is to be submitted is recorded in OUT/slurm before `sbatch` is called, under a label that becomes the name of the
-jobs. So a driver may be stopped or killed at any point: the next one finds the jobs by that name and submits none
-twice.
-
-A job replaces itself by the worker. When SLURM announces preemption or the end of the job's time (SIGUSR2), the worker
-saves its run and exits with 75, and the job puts itself back into the queue.
-"""
+"""The SLURM executor: arrays of chains through submitit, watched with `squeue` and heartbeats, without accounting."""
 
 import contextlib
 import dataclasses
@@ -31,7 +23,14 @@ from mmfree_jax.sweep.experiment import chains, machines
 from mmfree_jax.sweep.heartbeat import last_beat
 from mmfree_jax.sweep.local import KEEP_MEMORY
 from mmfree_jax.sweep.status import run_folder
-from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED, STOP_SIGNALS, handled
+from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED, STOP_SIGNALS, handling
+
+# What is to be submitted is recorded in OUT/slurm before `sbatch` is called, under a label that becomes the name of the
+# jobs. So a driver may be stopped or killed at any point: the next one finds the jobs by that name and submits none
+# twice.
+#
+# A job replaces itself by the worker. When SLURM announces preemption or the end of the job's time (SIGUSR2), the
+# worker saves its run and exits with 75, and the job puts itself back into the queue.
 
 NOTICE_SECONDS = 300  # this long before its time limit a job is told to save itself
 # When one process of a job has exited, the others get time to end as well. If SLURM killed them at once, as some
@@ -167,6 +166,7 @@ def live_tickets() -> dict[Ticket, Place]:
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%j"]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     found = {}
+    # The label is last, since it is the only part that could hold the separator.
     for line in text.splitlines():
         job, index, state, label = line.split("|", 3)
         number = int(index) if index.isdigit() else 0
@@ -174,13 +174,13 @@ def live_tickets() -> dict[Ticket, Place]:
     return found
 
 
-def submitted(out: Path) -> dict[Ticket, list[str]]:
+def tickets(out: Path) -> dict[Ticket, list[str]]:
     """Return every ticket of a sweep with the names of its runs."""
     records = [(path.stem, read_json(path)) for path in sorted((out / "slurm").glob("*.json"))]
     return {Ticket(label, i): names for label, record in records for i, names in enumerate(record["chains"])}
 
 
-def queued(out: Path) -> dict[str, Place]:
+def jobs_of_runs(out: Path) -> dict[str, Place]:
     """Return the job of each run that has one, by the run's name; empty if there is no SLURM, or none that answers."""
     if not (out / "slurm").is_dir() or shutil.which("squeue") is None:
         return {}
@@ -188,7 +188,7 @@ def queued(out: Path) -> dict[str, Place]:
         live = live_tickets()
     except (OSError, subprocess.SubprocessError):
         return {}
-    return {name: live[ticket] for ticket, names in submitted(out).items() if ticket in live for name in names}
+    return {name: live[ticket] for ticket, names in tickets(out).items() if ticket in live for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +259,7 @@ class Driver:
         """Loop until nothing is left. Returns 0, or 75 or 130 if this process was told to stop."""
         (self.out / "slurm").mkdir(exist_ok=True)
         # Only a flag: after a KeyboardInterrupt in the middle of sbatch nobody would know whether it has submitted.
-        with handled(STOP_SIGNALS, self._stop):
+        with handling(STOP_SIGNALS, self._stop):
             while self.tracked and not self.stopped:
                 live = self._look()
                 if live is not None:
@@ -293,7 +293,7 @@ class Driver:
     def _update(self, live: dict[Ticket, Place]) -> None:
         """Bring every chain up to date with what squeue says. Chains that are done are dropped."""
         # A chain is found by the names of its runs: an earlier driver may have submitted them in other chains.
-        jobs = {name: ticket for ticket, names in submitted(self.out).items() if ticket in live for name in names}
+        jobs = {name: ticket for ticket, names in tickets(self.out).items() if ticket in live for name in names}
         for one in self.tracked:
             names = [run.name for run in one.runs]
             ticket = next((jobs[name] for name in names if name in jobs), None)

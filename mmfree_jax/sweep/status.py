@@ -62,6 +62,7 @@ def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
         result = read_json(folder / "result.json")
         shown = result["loss"] if result["loss"] is not None else result["train_loss"]
         return RunStatus(run, "done", run.steps, shown, result=result)
+    # Only the end of the file is read: a status of a thousand runs must not read a thousand logs.
     rows = [json.loads(line) for line in last_lines(folder / "metrics.jsonl", 2)]
     row = rows[-1] if rows else {}
     saved = _saved_step(folder)

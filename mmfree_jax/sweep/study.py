@@ -16,7 +16,7 @@ from mmfree_jax.run_folder import changes, check_data, claim, known_corpora, wit
 from mmfree_jax.sweep.executor import Executor, open_chains
 from mmfree_jax.sweep.experiment import Study, run_flops
 from mmfree_jax.sweep.heartbeat import file_clock
-from mmfree_jax.sweep.slurm import queued
+from mmfree_jax.sweep.slurm import jobs_of_runs
 from mmfree_jax.sweep.status import collect, run_folder, status
 from mmfree_jax.sweep.view import View, describe
 
@@ -140,7 +140,7 @@ def plan_lines(study: Study, executor: Executor) -> list[str]:
 def status_lines(study: Study, out: Path) -> list[str]:
     """Describe each run in a line: state, step and loss, speed and time left, where it runs or waits (--status)."""
     require(out.is_dir(), f"{out}: no such sweep folder")
-    now, jobs = file_clock(out), queued(out)
+    now, jobs = file_clock(out), jobs_of_runs(out)
     lines = []
     for run in study.runs:
         found = status(run_folder(out, run), run, now)

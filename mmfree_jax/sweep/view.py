@@ -83,6 +83,7 @@ class View:
 
     def measure(self, now: float) -> None:
         """Record the time and the FLOPs done, if these have grown."""
+        # Work is measured in FLOPs, since a step of a large model takes as long as hundreds of a small one.
         done = self._flops_done()
         if done > (self.progress[-1][1] if self.progress else self.flops_before):
             self.progress = [*self.progress[:2], (now, done)]

@@ -102,6 +102,8 @@ def _train(config: RunConfig, folder: Path, resolve: Callable[..., TokenSet], li
     if first:
         wait_until_free(folder)
         (folder / "error.txt").unlink(missing_ok=True)
+    # Two limits: at the first the run is asked to save itself, at the second, from the heartbeat's thread, the process
+    # ends. A run that hangs in a collective operation does not run Python, so a signal's handler would never be called.
     deadline = time.monotonic() + limit_hours * 3600 + GRACE_SECONDS
 
     def end_if_hung() -> None:

@@ -1,9 +1,5 @@
 """Diagnostics of a run every `diagnose_every` steps: norms, activations and logits, histograms, flips of ternary codes.
 
-They go into the row of metrics.jsonl under `diagnostics` (`training.step` describes the entries) and into TensorBoard.
-A diagnosed step costs about one step more: `inspect` recomputes its gradient and a forward pass, and there is a pass
-over the weights and their codes. One more program has to be compiled.
-
 A run is the same to the last bit with and without diagnostics, so a loss spike can be diagnosed afterwards: copy the
 folder, remove result.json and every checkpoint after the spike, and run the same command on the copy with
 `--diagnose-every 1`.
@@ -23,6 +19,10 @@ from mmfree_jax.ops.ternary import Quantised, quantise_weights
 from mmfree_jax.training.metrics import Interval, Log
 from mmfree_jax.training.optim import Rates
 from mmfree_jax.training.step import Program, TrainState
+
+# Diagnostics go into the row of metrics.jsonl under `diagnostics` (`training.step` describes the entries) and into
+# TensorBoard. A diagnosed step costs about one step more: `inspect` recomputes its gradient and a forward pass, and
+# there is a pass over the weights and their codes. One more program has to be compiled.
 
 HISTOGRAM_SAMPLES = 20_000  # of a parameter's values: enough for a picture, small enough to fetch
 
@@ -44,6 +44,7 @@ class Diagnostics:
 
     def before(self, step: int, state: TrainState, tokens_BT: jax.Array, rates: Rates) -> None:
         """Inspect the next step, if it is due, before its state is donated. The clocks stand still meanwhile."""
+        # The codes of before are kept on the device, int8, to be compared after the step: a byte a ternary weight.
         if self._due(step):
             self.interval.pause()
             self.codes = {name: codes for name, (codes, _) in self.read(state.params).items()}

@@ -25,6 +25,8 @@ SILENT = frozenset("branch milestones evaluate log_every checkpoint_every keep_c
 def identity(config: RunConfig, token_set: TokenSet) -> dict[str, Any]:
     """Return the columns by name. `settings` lists every other field that changes numbers and is not at its default."""
     model, data = config.model, config.data
+    # Whatever is not at its default and has no column goes into `settings`, so a new field of the config tells rows
+    # apart from the day it exists: nobody has to remember to add a column.
     values, usual = (dict(leaves(json.loads(to_json(one)))) for one in (config, RunConfig("usual")))
     elsewhere = TOLD | SILENT | set(HOW)
     settings = [

@@ -22,11 +22,12 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a polit
 
 
 @contextlib.contextmanager
-def handled(signals: Iterable[int], handler: Callable[[int], None]) -> Iterator[None]:
+def handling(signals: Iterable[int], handler: Callable[[int], None]) -> Iterator[None]:
     """Call `handler` with the number of each of these signals that comes while the context is open.
 
     A SIGHUP that is ignored, as under `nohup`, stays ignored.
     """
+    # Python runs handlers in the main thread between two bytecodes: a handler that only sets a flag is safe anywhere.
     heard = [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     previous = {number: signal.signal(number, lambda number, _: handler(number)) for number in heard}
     try:
@@ -57,7 +58,7 @@ def stop_flag() -> Iterator[StopFlag]:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    with handled((*STOP_SIGNALS, signal.SIGUSR2, signal.SIGALRM), stop):
+    with handling((*STOP_SIGNALS, signal.SIGUSR2, signal.SIGALRM), stop):
         yield flag
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from mmfree_jax import distributed, flops
 from mmfree_jax.checkpoint import Checkpoints, restore
 from mmfree_jax.config import RunConfig, require, to_json
-from mmfree_jax.data import Batches, Counts, TokenSet, batches, count_examples
+from mmfree_jax.data import Batches, TokenSet, batches
 from mmfree_jax.devices import GENERATOR, check_settings, peak_memory_bytes
 from mmfree_jax.errors import logged
 from mmfree_jax.evaluation.loss import Scores, evaluate, score_lines
@@ -29,16 +29,16 @@ from mmfree_jax.run_folder import (
     with_corpus,
     with_saved_choices,
 )
-from mmfree_jax.sharding import batch_sharding, left_idle
+from mmfree_jax.sharding import batch_sharding, idle_devices
 from mmfree_jax.training.diagnostics import Diagnostics
 from mmfree_jax.training.identity import code_version, identity
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status, stop_flag
 from mmfree_jax.training.metrics import Interval, Log, Progress, RunLog, SilentLog
 from mmfree_jax.training.optim import rates
-from mmfree_jax.training.profiling import Profile, check_range
+from mmfree_jax.training.profiling import Profile
 from mmfree_jax.training.self_check import self_check
 from mmfree_jax.training.step import Program, TrainState, concrete, make_program, program_key
-from mmfree_jax.weights import load_params, model_config, trained_as
+from mmfree_jax.weights import load_params, model_config, with_choices_of
 
 
 def train(
@@ -56,7 +56,7 @@ def train(
     if (folder / "result.json").exists() and not changes(config, folder):
         return read_json(folder / "result.json")  # nothing is written, because the disk may be read-only by now
     check_data(config, token_set)
-    check_range(profile_steps, config.steps)
+    profile = Profile(folder / "profile", profile_steps, config.steps)
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
@@ -71,7 +71,7 @@ def train(
         if distributed.is_first():
             stack.enter_context(logged(folder / "log.txt", ignored=Interrupted))
         with stop_flag() as stop:
-            return _train(config, folder, token_set, stop, profile_steps, check_first)
+            return _train(config, folder, token_set, stop, profile, check_first)
 
 
 def completed_config(config: RunConfig, folder: Path, token_set: TokenSet) -> RunConfig:
@@ -84,7 +84,7 @@ def completed_config(config: RunConfig, folder: Path, token_set: TokenSet) -> Ru
 
 
 def _train(
-    config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag, profile_steps: range, check_first: bool
+    config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag, profile: Profile, check_first: bool
 ) -> dict[str, Any]:
     key = program_key(config, token_set.end_of_document)
     program = make_program(key)
@@ -93,6 +93,7 @@ def _train(
 
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         data = config.data
+        # The self-check compiles a two-layer copy of the step; the kernels' check compiles each new kernel.
         # Both checks come before the state is made, because they need the device's memory too.
         program.prepare((data.batch, data.sequence + 1), diagnosed=config.diagnose_every > 0)
         if check_first:
@@ -100,16 +101,14 @@ def _train(
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         rows = _batches(config, program, token_set, progress.data)  # continues at the example where the state stands
         agreed = distributed.AgreedStop(program.mesh)
-        trace = Profile(folder / "profile", profile_steps)
         log_of_process = RunLog(folder, marks) if distributed.is_first() else SilentLog()
-        with log_of_process as log, rows, jax.set_mesh(program.mesh), trace:
+        with log_of_process as log, rows, jax.set_mesh(program.mesh), profile:
             _describe(config, program, log, progress)
             kernels = verification.record()
             for use in kernels["served"]:
                 log.event(f"kernel serves: {use}")
             for use in kernels["refused"]:
                 log.event(f"kernel refused, XLA serves: {use}")
-            assert progress.counts is not None
             interval = Interval(config, progress, progress.counts, log)
             diagnostics = Diagnostics(config, program, log, interval)
             scores: Scores | None = None  # of the last step taken, if that was evaluated
@@ -120,10 +119,10 @@ def _train(
                 tokens_BT = interval.timed_next(rows)
                 now = jax.tree.map(np.float32, rates(config.optim, config.steps, step))
                 everywhere = program.repeat(now)
-                trace.before(step)
+                profile.before(step)
                 diagnostics.before(step, state, tokens_BT, everywhere)
                 state, metrics = program.train_step(state, tokens_BT, everywhere)
-                trace.after(step, metrics)
+                profile.after(step, metrics)
                 # Metrics are fetched only now, when this step is already queued: the device never waits for the host.
                 if config.log_every and step % config.log_every == 0:
                     interval.flush()
@@ -184,41 +183,31 @@ def _begin(
     config: RunConfig, folder: Path, program: Program, checkpoints: Checkpoints, token_set: TokenSet
 ) -> tuple[TrainState, Progress, dict[str, int]]:
     """Where to start. In this order: the folder's newest checkpoint, the branch point, `init`, random weights."""
+    if not checkpoints.steps and config.branch is None:
+        with jax.set_mesh(program.mesh):
+            state = program.init(jax.random.key(config.seed, impl=GENERATOR))
+        state = _with_weights(state, config, program) if config.init else state
+        return state, Progress(attempts=1), {}
     if checkpoints.steps:
-        state, meta = checkpoints.restore(program.abstract_state)
-        _check_corpus(meta, token_set, folder)
-        progress = _progress(config, meta, token_set)
-        progress.attempts += 1
-        return state, progress, meta["marks"]
-    if config.branch is not None:
-        trunk = folder.parent / config.branch.run / "checkpoints"
-        state, meta = restore(trunk, program.abstract_state, config.branch.step)
-        _check_corpus(meta, token_set, trunk)
-        return state, dataclasses.replace(_progress(config, meta, token_set), attempts=1), {}
-    with jax.set_mesh(program.mesh):
-        state = program.init(jax.random.key(config.seed, impl=GENERATOR))
-    state = _with_weights(state, config, program) if config.init else state
-    return state, Progress(attempts=1, counts=Counts()), {}
-
-
-def _progress(config: RunConfig, meta: dict[str, Any], token_set: TokenSet) -> Progress:
-    """The progress in a checkpoint. If an older version did not count the targets, the data are read again."""
-    progress, data = Progress(**meta["progress"]), config.data
-    if progress.counts is None:
-        progress.counts = count_examples(
-            token_set,
-            sequence=data.sequence,
-            seed=data.seed,
-            examples=progress.data,
-            separate=data.separate_documents,
-        )
-    return progress
+        where, (state, meta) = folder, checkpoints.restore(program.abstract_state)
+    else:
+        assert config.branch is not None
+        where = folder.parent / config.branch.run / "checkpoints"
+        state, meta = restore(where, program.abstract_state, config.branch.step)
+    require(
+        meta["corpus"] == token_set.fingerprint,
+        f"{where} was trained on corpus {meta['corpus']}, but this one is {token_set.fingerprint}: give that one (the "
+        "embedded corpus changes with the packages that it is made of), or start again in a new folder",
+    )
+    progress = Progress(**meta["progress"])
+    progress.attempts = progress.attempts + 1 if checkpoints.steps else 1
+    return state, progress, meta["marks"] if checkpoints.steps else {}
 
 
 def _with_weights(state: TrainState, config: RunConfig, program: Program) -> TrainState:
     """Replace the parameters of `state` by those of the model `config.init`."""
     path = Path(config.init)
-    found = trained_as(model_config(path), config.model)
+    found = with_choices_of(model_config(path), config.model)
     require(
         found == config.model,
         f"init={config.init} holds another architecture ({differences(found, config.model)})",
@@ -228,15 +217,8 @@ def _with_weights(state: TrainState, config: RunConfig, program: Program) -> Tra
     return dataclasses.replace(state, params=load_params(path, program.abstract_state.params))
 
 
-def _check_corpus(meta: dict[str, Any], token_set: TokenSet, where: Path) -> None:
-    require(
-        meta["corpus"] == token_set.fingerprint,
-        f"{where} was trained on corpus {meta['corpus']}, but this one is {token_set.fingerprint}: give that one (the "
-        "embedded corpus changes with the packages that it is made of), or start again in a new folder",
-    )
-
-
 def _meta(config: RunConfig, token_set: TokenSet, progress: Progress, log: Log) -> dict[str, Any]:
+    """What a checkpoint holds besides the state."""
     return {
         "config": json.loads(to_json(config)),
         "fingerprint": config.fingerprint(),
@@ -252,7 +234,7 @@ def _describe(config: RunConfig, program: Program, log: Log, progress: Progress)
         f"{'start' if progress.attempts == 1 else 'resume'} {config.name} at step {progress.step} of {config.steps} "
         f"on {config.mesh.devices} x {devices[0].device_kind} (jax {jax.__version__}, code {code_version()})"
     )
-    for line in filter(None, (left_idle(config.mesh), *program.uncut)):
+    for line in filter(None, (idle_devices(config.mesh), *program.replicated)):
         log.event(line)
     if progress.attempts == 1:
         log.describe("config", to_json(config))
@@ -265,7 +247,12 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
     """
     size, counts = flops.parameters(config.model), progress.counts
     data, optim = config.data, config.optim
-    assert counts is not None
+
+    def of_all_steps(measured: float | None) -> float | None:
+        # Steps that could not be timed count as the mean of the others. A run that shares its device has no times.
+        timed = progress.step - progress.uncounted
+        return None if measured is None or progress.shared or timed <= 0 else measured * progress.step / timed
+
     spent = flops.train_flops(config.model, config.positions, counts.pairs)
     return {
         "run_id": config.name,
@@ -302,8 +289,8 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "depth": config.model.depth,
         "precision": concrete(config.precision),
         "train_loss": progress.train_loss,
-        "seconds": progress.of_all_steps(progress.seconds),
-        "joules": progress.of_all_steps(progress.joules),
+        "seconds": of_all_steps(progress.seconds),
+        "joules": of_all_steps(progress.joules),
         "peak_memory_bytes": None if progress.shared else peak_memory_bytes(),
         "attempts": progress.attempts,
         "device": jax.devices()[0].device_kind,

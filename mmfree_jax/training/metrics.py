@@ -3,9 +3,6 @@
 In metrics.jsonl, `tokens` are the targets that carried a loss so far (at the end: D) and `flops` what had to be
 computed for them; `tokens_per_s` counts positions, padding included; `mfu` is `flops` per second over the devices'
 peak.
-
-Every file is append-only and its length is part of each checkpoint. A resumed run first cuts its logs back to the
-checkpoint, so no step is ever logged twice, however the run died.
 """
 
 import dataclasses
@@ -13,7 +10,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,9 @@ from mmfree_jax.config import RunConfig
 from mmfree_jax.data import Counts
 from mmfree_jax.devices import EnergyMeter, peak_flops
 from mmfree_jax.distributed import sum_integers, sum_or_none
+
+# Every file is append-only and its length is part of each checkpoint. A resumed run first cuts its logs back to the
+# checkpoint, so no step is ever logged twice, however the run died.
 
 
 class Diverged(RuntimeError):
@@ -43,27 +43,18 @@ class Progress:
 
     step: int = 0
     data: int = 0  # examples read so far, over all hosts
-    counts: Counts | None = None  # of these examples; None in checkpoints of before they were counted
+    counts: Counts = dataclasses.field(default_factory=Counts)  # of these examples
     seconds: float = 0.0
     joules: float | None = None
     uncounted: int = 0  # steps whose seconds and joules will be estimated from later ones
     shared: bool = False  # some of it was computed on a GPU with other runs: times and energy are not its own
     train_loss: float | None = None
     attempts: int = 0
-    held: list[Any] = dataclasses.field(default_factory=list)  # steps not logged yet (`Pending.to_json`)
+    held: list[Any] = dataclasses.field(default_factory=list)  # steps not logged yet (`Interval.hold`)
 
     def __post_init__(self) -> None:
         if isinstance(self.counts, dict):  # out of a checkpoint
             self.counts = Counts(**self.counts)
-
-    def of_all_steps(self, measured: float | None) -> float | None:
-        """Return `seconds` or `joules` of all steps, those of `uncounted` ones being the mean of the others.
-
-        None if the run shared its device, or if no step was measured.
-        """
-        if measured is None or self.shared or self.step <= self.uncounted:
-            return None
-        return measured * self.step / (self.step - self.uncounted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,34 +67,13 @@ class Pending:
     before: Counts  # when this process began, over all processes
     own: Counts  # what this process has counted since
 
-    def to_json(self, counts: Counts) -> dict[str, Any]:
-        """Return the entry in a checkpoint."""
-        metrics = {name: float(value) for name, value in self.metrics.items()}
-        return {"step": self.step, "rate": self.rate, "metrics": metrics, "counts": dataclasses.asdict(counts)}
-
-    @staticmethod
-    def from_json(entry: Any, counts: Counts) -> "Pending":
-        """Inverse of `to_json`. Older checkpoints have lists of step, loss, norm, rate and z-loss, without counts:
-        these get the counts of the checkpoint."""
-        if isinstance(entry, dict):
-            return Pending(entry["step"], entry["metrics"], entry["rate"], Counts(**entry["counts"]), Counts())
-        step, loss, norm, rate, *z = entry
-        metrics = dict(zip(("loss", "grad_norm", "z_loss"), (loss, norm, *z), strict=False))
-        return Pending(int(step), metrics, rate, counts, Counts())
-
-
-def totals(pending: Sequence[Pending]) -> list[Counts]:
-    """Return the counts of all steps up to each of these, over all processes. All processes must call it."""
-    numbers = iter(sum_integers([number for one in pending for number in dataclasses.astuple(one.own)]))
-    return [one.before + Counts(*itertools.islice(numbers, 3)) for one in pending]
-
 
 class RunLog:
     """Writes the logs of one run. `marks`, from the checkpoint being resumed, are the lengths to cut them back to."""
 
     def __init__(self, folder: Path, marks: dict[str, int]):
         self.folder = folder
-        for path in _log_files(folder):
+        for path in self._files():
             keep = marks.get(str(path.relative_to(folder)), 0)
             if keep == 0:  # begun after the checkpoint
                 path.unlink()
@@ -113,6 +83,10 @@ class RunLog:
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tb"), flush_secs=30)
+
+    def _files(self) -> list[Path]:
+        named = [self.folder / "metrics.jsonl", self.folder / "log.txt", *(self.folder / "tb").glob("events.*")]
+        return [path for path in named if path.exists()]
 
     def __enter__(self) -> "RunLog":
         return self
@@ -150,7 +124,7 @@ class RunLog:
             file.flush()
             os.fsync(file.fileno())
         self._board.flush()
-        return {str(path.relative_to(self.folder)): path.stat().st_size for path in _log_files(self.folder)}
+        return {str(path.relative_to(self.folder)): path.stat().st_size for path in self._files()}
 
 
 class SilentLog:
@@ -201,11 +175,6 @@ def _flat(tree: Any, name: str) -> Iterator[tuple[str, float]]:
         yield name, tree
 
 
-def _log_files(folder: Path) -> list[Path]:
-    named = [folder / "metrics.jsonl", folder / "log.txt", *(folder / "tb").glob("events.*")]
-    return [path for path in named if path.exists()]
-
-
 class Interval:
     """The steps since the last logged one. Keeps their metrics on the device, and logs their means when asked."""
 
@@ -219,7 +188,10 @@ class Interval:
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak = None if peak is None or progress.shared else peak * config.mesh.devices
         self.meter = EnergyMeter()
-        self.pending = [Pending.from_json(entry, counts) for entry in progress.held]
+        self.pending = [
+            Pending(one["step"], one["metrics"], one["rate"], Counts(**one["counts"]), Counts())
+            for one in progress.held
+        ]
         progress.held = []
         self.before = counts
         self.reached = progress.step, counts  # the step up to which FLOPs are in earlier rows, and counts up to it
@@ -282,15 +254,27 @@ class Interval:
     def hold(self) -> None:
         """Put what is not logged yet into the progress, so that a run stopped here logs the same rows in the end."""
         self.pause()
-        counts = totals(self.pending)
-        self.progress.held = [one.to_json(c) for one, c in zip(self._fetched(), counts, strict=True)]
+        metrics, counts = self._fetch()
+        self.progress.held = [
+            {
+                "step": one.step,
+                "rate": one.rate,
+                "metrics": {name: float(value) for name, value in values.items()},
+                "counts": dataclasses.asdict(up_to),
+            }
+            for one, values, up_to in zip(self.pending, metrics, counts, strict=True)
+        ]
         self.progress.counts = counts[-1] if counts else self.progress.counts
         self.pending.clear()
 
-    def _fetched(self) -> list[Pending]:
-        """The pending steps with their metrics as NumPy scalars."""
+    def _fetch(self) -> tuple[list[Mapping[str, Any]], list[Counts]]:
+        """The metrics of the pending steps as NumPy scalars, and the counts of all processes up to each of them.
+
+        All processes must call it.
+        """
         metrics = jax.device_get([one.metrics for one in self.pending])
-        return [dataclasses.replace(one, metrics=values) for one, values in zip(self.pending, metrics, strict=True)]
+        numbers = iter(sum_integers([number for one in self.pending for number in dataclasses.astuple(one.own)]))
+        return metrics, [one.before + Counts(*itertools.islice(numbers, 3)) for one in self.pending]
 
     def flush(self) -> None:
         """Wait for the steps taken so far and log their means.
@@ -300,16 +284,17 @@ class Interval:
         if not self.pending:
             return
         stopped = self.pause()
-        fetched, counts = self._fetched(), totals(self.pending)
-        steps = [one.step for one in fetched]
-        metrics = {name: np.array([one.metrics[name] for one in fetched], np.float64) for name in fetched[0].metrics}
+        fetched, counts = self._fetch()
+        steps = [one.step for one in self.pending]
+        metrics = {name: np.array([one[name] for one in fetched], np.float64) for name in fetched[0]}
+        # A diverged run still logs the steps before the first loss that is no number: they show how it got there.
         finite = np.isfinite(metrics["loss"] + metrics["grad_norm"])
         count = len(steps) if finite.all() else int(np.argmin(finite))
         notes = self.notes if count == len(steps) else {}
         means = {name: float(one[:count].mean()) for name, one in metrics.items() if count}
         if count:
             self.progress.counts = counts[count - 1]
-            self._log(steps[count - 1], means, fetched[count - 1].rate, notes)
+            self._log(steps[count - 1], means, self.pending[count - 1].rate, notes)
         if count < len(steps):
             if self.notes:
                 self.log.metrics({"step": steps[-1], **self.notes})
@@ -324,9 +309,10 @@ class Interval:
             self.resume()
 
     def _log(self, step: int, means: dict[str, float], rate: float, notes: dict[str, Any]) -> None:
+        # FLOPs of a step are the difference of two totals, as the number of visible pairs varies from batch to batch
+        # when documents are separate.
         own, steps_per_s = not self.progress.shared, self.timed / self.elapsed if self.elapsed else None
         counts, since = self.progress.counts, step - self.reached[0]
-        assert counts is not None
         done, before = (
             flops.train_flops(self.config.model, steps * self.config.data.tokens_per_step, so_far.pairs).products
             for steps, so_far in ((step, counts), self.reached)

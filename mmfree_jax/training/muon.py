@@ -1,8 +1,4 @@
-"""Muon: momentum, orthogonalised matrix by matrix (Jordan 2024, kellerjordan.github.io/posts/muon).
-
-Parameters of the blocks are stacks [layers, ..., D, F]. If they are sharded, complete matrices are moved to the
-devices, some of the layers to each, and orthogonalised there without further communication.
-"""
+"""Muon: momentum, orthogonalised matrix by matrix (Jordan 2024, kellerjordan.github.io/posts/muon)."""
 
 import math
 from typing import Any, NamedTuple
@@ -14,7 +10,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.devices import backend
-from mmfree_jax.sharding import RULES, fitted
+from mmfree_jax.sharding import RULES, divisible_spec
+
+# Parameters of the blocks are stacks [layers, ..., D, F]. If they are sharded, complete matrices are moved to the
+# devices, some of the layers to each, and orthogonalised there without further communication.
 
 # Five iterations of the quintic a x + b x^3 + c x^5 bring singular values in (0, 1] near 1: to about 0.7 .. 1.2.
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
@@ -50,6 +49,10 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+# The quintic maps a singular value s to a s + b s^3 + c s^5, and products of the whole matrix apply it to all singular
+# values at once: X (a + b X'X + c (X'X)^2). The coefficients are chosen for a steep start at zero, not for convergence
+# to 1: after five rounds values lie between 0.7 and 1.2, which is as good as 1 for a step, and rounding to bfloat16
+# does not matter.
 def newton_schulz(m_NDF: jax.Array) -> jax.Array:
     """Return the matrices' orthogonal factors, approximately: U S V' -> U S' V' with all of S' near 1; in m's type.
 
@@ -75,7 +78,7 @@ def layer_sharded(m_NDF: jax.Array, ends: tuple) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return newton_schulz(m_NDF)
-    home = fitted(m_NDF.shape, P(None, *ends), mesh)
+    home = divisible_spec(m_NDF.shape, P(None, *ends), mesh)
     moves, devices = _moves(len(m_NDF), home, dict(mesh.shape))
     padded = jnp.pad(m_NDF, ((0, -len(m_NDF) % devices), (0, 0), (0, 0)))  # a sharded axis must divide evenly
     for move in moves[1:]:

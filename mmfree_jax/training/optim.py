@@ -1,10 +1,7 @@
-"""Learning-rate schedules as plain functions of the step, and optimizers that contain no learning rate.
-
-Rate and weight decay are arguments of the compiled step, so that all runs of one shape share one program: trunks,
-decays and sweeps of the rate.
-"""
+"""Learning-rate schedules as plain functions of the step, and optimizers that contain no learning rate."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +11,9 @@ from flax import nnx
 from mmfree_jax.config import ModelConfig, OptimConfig
 from mmfree_jax.parametrisation import Role, gradient_factor, rate_factor
 from mmfree_jax.training.muon import scale_by_muon
+
+# Rate and weight decay are arguments of the compiled step, so that all runs of one shape share one program: trunks,
+# decays and sweeps of the rate.
 
 # Weight decay pulls to zero. Gains, lower bounds, decays and mixes are scales or gates, for which zero is not special.
 DECAYED: tuple[Role, ...] = ("matrix", "embedding", "head")
@@ -50,20 +50,15 @@ def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
         return config.lr * (cosine * (0.5 if config.schedule == "cosine-halving" and second_half else 1.0))
     if config.schedule == "two-stage":
         return config.lr * ((floor + (1 - floor) * (1 - progress)) * (SECOND_STAGE if second_half else 1.0))
+    # wsd, and constant, which is wsd without a decay: the rate depends on the steps left, so a decay branch needs
+    # nothing of its trunk but the state at the branch point.
     left = steps - step
     return config.lr if left >= config.decay_steps else config.lr * (floor + (1 - floor) * left / config.decay_steps)
 
 
-def roles(params: Any) -> Any:
-    """Return a tree of `Role`s, from the parameters' names."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _role(_names(path)), params)
-
-
-def _names(path: tuple) -> list[str]:
-    return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-
-
-def _role(names: list[str]) -> Role:
+def role_of(path: tuple[Any, ...]) -> Role:
+    """Return the role of a parameter, from its place in the model."""
+    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
     if "kernel" in names:
         return "head" if "head" in names else "matrix"
     if "embedding" in names:
@@ -82,16 +77,30 @@ def make_optimizer(config: OptimConfig, model: ModelConfig) -> optax.GradientTra
     # comes last, so that neither Adam nor the factors act on it.
     chain = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     if model.parametrisation == "mup":
-        in_block = lambda path: bool({"blocks", "lower_bounds"} & set(_names(path)))
-        chain.append(_scaled(lambda path, _: gradient_factor(model, in_block(path))))
+        # Every parameter of a block, and the floors, which stand outside because they are a softmax over layers.
+        in_block = lambda path: bool({"blocks", "lower_bounds"} & {str(getattr(key, "key", key)) for key in path})
+        chain.append(_scaled_by(lambda path: gradient_factor(model, in_block(path))))
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     chain.append(_by_role(scale_by_muon(config.momentum), adam) if config.optimizer == "muon" else adam)
     factors = role_factors(config, model)
     if any(factor != 1 for factor in factors.values()):
-        chain.append(_scaled(lambda path, _: factors[_role(_names(path))]))
+        chain.append(_scaled_by(lambda path: factors[role_of(path)]))
     if config.weight_decay:
-        chain.append(_decayed(config.weight_decay))
+
+        def add_decay(updates: Any, state: Any, params: Any = None, *, decay: Any = 1.0, **_: Any) -> tuple[Any, Any]:
+            def one(path: tuple, leaf: jax.Array, param: jax.Array) -> jax.Array:
+                return leaf + config.weight_decay * decay * param if role_of(path) in DECAYED else leaf
+
+            return jax.tree_util.tree_map_with_path(one, updates, params), state
+
+        chain.append(optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), add_decay))
     return optax.with_extra_args_support(optax.chain(*chain))
+
+
+def _scaled_by(factor: Callable[[tuple], float]) -> optax.GradientTransformation:
+    """Multiply each leaf by the factor of its path."""
+    scale = lambda path, leaf: leaf * factor(path)
+    return optax.stateless(lambda updates, params=None: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 def role_factors(config: OptimConfig, model: ModelConfig) -> dict[Role, float]:
@@ -114,8 +123,7 @@ def _by_role(
     States are split instead of masked (`optax.partition`), so that their sharding and checkpoints need no exceptions.
     """
 
-    def divide(tree: nnx.State) -> tuple[nnx.State, ...]:
-        return nnx.split_state(tree, lambda path, _: _role([str(name) for name in path]) == "matrix", ...)
+    divide = lambda tree: nnx.split_state(tree, lambda path, _: role_of(path) == "matrix", ...)
 
     def init(params: Any) -> tuple:
         mine, rest = divide(params)
@@ -128,24 +136,3 @@ def _by_role(
         return nnx.merge_state(mine, rest), (first, second)
 
     return optax.GradientTransformation(init, update)
-
-
-def _scaled(factor: Any) -> optax.GradientTransformation:
-    """Multiplies each leaf by factor(path, leaf)."""
-
-    def update(updates: Any, params: Any = None) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * factor(path, leaf), updates)
-
-    return optax.stateless(update)
-
-
-def _decayed(weight_decay: float) -> optax.GradientTransformationExtraArgs:
-    """Adds weight_decay x decay x parameter to the updates of `DECAYED` roles."""
-
-    def update(updates: Any, state: Any, params: Any = None, *, decay: Any = 1.0, **_: Any) -> tuple[Any, Any]:
-        def one(path: tuple, leaf: jax.Array, param: jax.Array) -> jax.Array:
-            return leaf + weight_decay * decay * param if _role(_names(path)) in DECAYED else leaf
-
-        return jax.tree_util.tree_map_with_path(one, updates, params), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -18,15 +18,12 @@ def step_range(text: str) -> range:
     return steps
 
 
-def check_range(steps: range, end: int) -> None:
-    """Raise ConfigError for steps that all come after the `end` of the run."""
-    require(not steps or steps.start < end, f"profile={steps.start}:{steps.stop}: the run has {end} steps")
-
-
 class Profile:
     """Writes a trace of `steps` to `folder`, for TensorBoard's profiler or Perfetto, also if the run ends before."""
 
-    def __init__(self, folder: Path, steps: range):
+    def __init__(self, folder: Path, steps: range, end: int):
+        """Raises ConfigError for steps that all come after the `end` of the run."""
+        require(not steps or steps.start < end, f"profile={steps.start}:{steps.stop}: the run has {end} steps")
         self.folder, self.steps, self._running = folder, steps, False
 
     def before(self, step: int) -> None:

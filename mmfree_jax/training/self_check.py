@@ -1,19 +1,8 @@
-"""A check before a run: does its step compute what the definitions say, on this device and mesh, at these shapes?
-
-A copy of the model with two layers and all other sizes unchanged takes a micro-batch (two where the step accumulates)
-through the step's own program and through the reference: XLA in float32 without integer gradients on one device (with
-several processes on the run's mesh), a row at a time. Kernels, compilers, meshes and orders of summation may round
-differently. How much of the deviation rounding explains is measured too: XLA in the step's own precision, with integer
-gradients where the step has them, is compared with the reference in the same way. A larger deviation stops the run.
-
-This costs two or three compilations of a two-layer step (docs/kernels.md has measurements), and only the first time:
-the outcome is kept beside the compiled programs.
-"""
+"""A check before a run: does its step compute what the definitions say, on this device and mesh, at these shapes?"""
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +20,16 @@ from mmfree_jax.files import sha256
 from mmfree_jax.ops.fast import verification
 from mmfree_jax.sharding import batch_sharding
 from mmfree_jax.training.step import ProgramKey, concrete, make_program
+
+# A copy of the model with two layers and all other sizes unchanged takes a micro-batch (two where the step accumulates)
+# through the step's own program and through the reference: XLA in float32 without integer gradients on one device (with
+# several processes on the run's mesh), a row at a time. Kernels, compilers, meshes and orders of summation may round
+# differently. How much of the deviation rounding explains is measured too: XLA in the step's own precision, with
+# integer gradients where the step has them, is compared with the reference in the same way. A larger deviation stops
+# the run.
+#
+# The check costs two or three compilations of a two-layer step (docs/kernels.md has measurements), and only the first
+# time: the outcome is kept beside the compiled programs.
 
 DEPTH = 2
 LOSS = "the loss"
@@ -54,12 +53,17 @@ def self_check(key: ProgramKey, batch: int, time: int, vocab: int) -> None:
     """
     parts = min(2, key.optim.accumulate)
     rows = batch // key.optim.accumulate * parts
-    name = _name(key, rows, time)
-    if _all_processes(name in _passed or _kept(name)):
+    small = dataclasses.replace(key, model=dataclasses.replace(key.model, depth=DEPTH))
+    depends = [repr(small), rows, time, _sources()]
+    outcome, name = verification.outcome_file("self_check", depends), json.dumps(depends)
+    known = np.array(name in _passed or (outcome is not None and outcome.exists()))
+    # The comparison is a program on the mesh, so all processes run it or none. Only some may have found an outcome.
+    if known if jax.process_count() == 1 else np.all(multihost_utils.process_allgather(known)):
         return
     deviations = compare(key, rows, parts, time, vocab)
-    worst, (found, explained) = max(deviations.items(), key=lambda item: float(_excess(*item[1])))
-    if not _excess(found, explained) <= 1:
+    excess = lambda found, explained: np.inf if np.isnan(found) else found / explained
+    worst, (found, explained) = max(deviations.items(), key=lambda item: float(excess(*item[1])))
+    if not excess(found, explained) <= 1:
         served = ", ".join(sorted({use.split()[0] for use in verification.record()["served"]})) or "none"
         raise SelfCheckError(
             f"self-check: {worst} deviates by {found:.3g} from the float32 reference, where rounding explains "
@@ -67,7 +71,7 @@ def self_check(key: ProgramKey, batch: int, time: int, vocab: int) -> None:
             "kernels='off'); `train --no-self-check` trains without this check"
         )
     _passed.add(name)
-    verification.store(_path(name), {"deviations": deviations})
+    verification.store(outcome, {"deviations": deviations})
 
 
 def compare(
@@ -84,6 +88,8 @@ def compare(
     small = dataclasses.replace(key.model, depth=DEPTH)
     unroll = min(key.unroll, DEPTH)
     own = dataclasses.replace(key, model=small, optim=in_parts(parts), unroll=unroll, precision=precision)
+    # The reference goes row by row: neither a mesh, nor a kernel's tile, nor the order of a sum over rows can be wrong
+    # in both.
     # One process cannot compute on a device alone while the others wait, so the reference is on the whole mesh then.
     mesh = MeshConfig() if jax.process_count() == 1 else key.mesh
     slow = dataclasses.replace(own, mesh=mesh, kernels="off", remat="none", gather="int8")
@@ -96,17 +102,18 @@ def compare(
     exactly = dataclasses.replace(slow, precision="float32", model=dataclasses.replace(small, gradient_bits=0))
     keys = (own, exactly) if slow == exactly else (own, exactly, slow)
     found, exact, *rounded = _results(keys, tokens, tuned)
-    floors = {name: LOSS_FLOORS if name == LOSS else FLOORS for name in exact}
-    errors = [_norms(one, exact) for one in (found, *rounded)]
-    sizes = {name: size for name, (_, size) in errors[0].items()}
-    total = np.sqrt(sum(sizes[name] ** 2 for name in exact if name != LOSS))
-
-    def judged(name: str) -> tuple[float, float]:
-        size = sizes[name] + (0 if name == LOSS else 1e-4 * total)  # some gradients are nearly zero
-        error, *explained = (float(one[name][0] / size) for one in errors)
-        return error, max([floors[name][precision], *(min(MOST, MARGIN * one) for one in explained)])
-
-    return {name: judged(name) for name in exact}
+    norm = lambda a: jnp.sqrt(jnp.sum(jnp.square(a.astype(jnp.float32))))
+    norms = jax.jit(lambda a, b: jax.tree.map(lambda a, b: (norm(a - b), norm(b)), a, b))
+    errors = [jax.device_get(norms(one, exact)) for one in (found, *rounded)]  # |found - exact| and |exact| of each
+    total = np.sqrt(sum(float(size) ** 2 for name, (_, size) in errors[0].items() if name != LOSS))
+    deviations = {}
+    for name, (_, size) in errors[0].items():
+        # Some gradients are nearly zero, and their relative errors mean nothing: they are measured against all.
+        unit = float(size) + (0 if name == LOSS else 1e-4 * total)
+        error, *rounding = (float(one[name][0]) / unit for one in errors)
+        floor = (LOSS_FLOORS if name == LOSS else FLOORS)[precision]
+        deviations[name] = error, max([floor, *(min(MOST, MARGIN * one) for one in rounding)])
+    return deviations
 
 
 def _results(keys: Sequence[ProgramKey], tokens: np.ndarray, tuned: bool) -> list[dict[str, jax.Array]]:
@@ -145,39 +152,6 @@ def _lowered(key: ProgramKey, shape: tuple[int, ...]) -> jax.stages.Lowered:
     with jax.set_mesh(program.mesh), precision:
         verification.prepare(lambda: jax.eval_shape(program.gradients, params, batch))
         return program.gradients.lower(params, batch)
-
-
-def _norms(found: dict[str, jax.Array], exact: dict[str, jax.Array]) -> dict[str, tuple[float, float]]:
-    """For each result |found - exact| and |exact|, Euclidean."""
-    norm = lambda a: jnp.sqrt(jnp.sum(jnp.square(a.astype(jnp.float32))))
-    both = jax.jit(lambda a, b: jax.tree.map(lambda a, b: (norm(a - b), norm(b)), a, b))(found, exact)
-    return {name: (float(error), float(size)) for name, (error, size) in both.items()}
-
-
-def _excess(found: float, explained: float) -> float:
-    """The error over what rounding explains; infinite for NaN."""
-    return np.inf if np.isnan(found) else found / explained
-
-
-def _all_processes(flag: bool) -> bool:
-    """Whether the flag is true in every process of the run. All must agree on whether to compare."""
-    return bool(np.all(multihost_utils.process_allgather(np.array(flag)))) if jax.process_count() > 1 else flag
-
-
-def _kept(name: str) -> bool:
-    path = _path(name)
-    return path is not None and path.exists()
-
-
-def _path(name: str) -> Path | None:
-    folder = verification.cache_folder()
-    return None if folder is None else folder / "self_check" / f"{name}.json"
-
-
-def _name(key: ProgramKey, rows: int, time: int) -> str:
-    """A digest of what the outcome depends on."""
-    depends = [repr(dataclasses.replace(key, model=dataclasses.replace(key.model, depth=DEPTH))), rows, time]
-    return hashlib.sha256(json.dumps([*depends, verification.environment(), _sources()]).encode()).hexdigest()[:24]
 
 
 @functools.cache

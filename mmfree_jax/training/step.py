@@ -1,8 +1,4 @@
-"""The compiled programs of a run: initialise, train one step, evaluate one batch, look at a step without taking it.
-
-A `Program` depends on the shape of a run only: not on its learning rate, schedule, length or seed. Runs that agree in
-`program_key` share one, so a sweep compiles once per (family, size).
-"""
+"""The compiled programs of a run: initialise, train one step, evaluate one batch, look at a step without taking it."""
 
 import dataclasses
 import functools
@@ -34,9 +30,20 @@ from mmfree_jax.distributed import put, repeat
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.ops.fast import verification
 from mmfree_jax.ops.fast.choice import kernels_allowed
-from mmfree_jax.parametrisation import Role
-from mmfree_jax.sharding import batch_sharding, make_mesh, packing, path_name, shardings, summing_wide, uncut, unfilled
-from mmfree_jax.training.optim import Rates, make_optimizer, roles
+from mmfree_jax.sharding import (
+    batch_sharding,
+    make_mesh,
+    pack_before_gather,
+    path_name,
+    replicated_parameters,
+    shardings,
+    sum_in_float32,
+    uninitialised,
+)
+from mmfree_jax.training.optim import Rates, make_optimizer, role_of
+
+# A `Program` depends on the shape of a run only: not on its learning rate, schedule, length or seed. Runs that agree in
+# `program_key` share one, so a sweep compiles once per (family, size).
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +85,7 @@ class Program:
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     # (TrainState, tokens_BT, Rates) -> a description of the next step; see `_inspect`
     inspect: Callable[[TrainState, jax.Array, Rates], dict[str, Any]]
-    uncut: tuple[str, ...] = ()  # one sentence for each parameter that the mesh does not divide
+    replicated: tuple[str, ...] = ()  # one sentence for each parameter that the mesh does not divide
 
     def place(self, array: Any) -> jax.Array:
         """Put a [B, ...] host array, which every process has in full, where the step expects it."""
@@ -118,11 +125,6 @@ def concrete(precision: Precision) -> Precision:
     return precision
 
 
-def compute_dtype(precision: Precision) -> jnp.dtype:
-    """Return the type of activations."""
-    return jnp.dtype(concrete(precision))
-
-
 @functools.cache
 def make_program(key: ProgramKey) -> Program:
     """Build the programs for a key. Each is compiled at its first call."""
@@ -132,9 +134,12 @@ def make_program(key: ProgramKey) -> Program:
 def build_program(key: ProgramKey, mesh: Any) -> Program:
     """Build the programs for a key on a Mesh, or on an AbstractMesh, where they can only be lowered.
 
-    Raises ConfigError for a mesh with an axis that would shard no parameter (`sharding.uncut`).
+    Raises ConfigError for a mesh with an axis that would shard no parameter (`sharding.replicated_parameters`).
     """
-    dtype = compute_dtype(key.precision)
+    # Parameters are float32 always; only activations have this type. A scan over layers saves compile time, but on GPUs
+    # each iteration copies the layer's weights out of the stack and gradients into it: a loop costs a sixth of the
+    # step.
+    dtype = jnp.dtype(concrete(key.precision))
     key = dataclasses.replace(key, unroll=key.unroll or (key.model.depth if backend() == "gpu" else 1))
     build = lambda rngs: LanguageModel(key.model, rngs=rngs, dtype=dtype, remat=key.remat, unroll=key.unroll)
     optimizer = make_optimizer(key.optim, key.model)
@@ -149,8 +154,10 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, P())
 
-    summing = summing_wide(key.reduction == "float32")
-    choosing = lambda f: kernels_allowed(key.kernels == "auto")(packing(key.gather == "packed")(summing(f)))
+    summing = sum_in_float32(key.reduction == "float32")
+    choosing = lambda f: kernels_allowed(key.kernels == "auto")(pack_before_gather(key.gather == "packed")(summing(f)))
+    # Donation lets the new state take the place of the old one: without it both would be in memory. `out_shardings` put
+    # the state where the next call expects it.
     train_step = jax.jit(
         choosing(functools.partial(_train_step, graphdef, optimizer, key)),
         donate_argnums=0,
@@ -175,7 +182,7 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
         out_shardings=scalar,
     )
     functions = start, train_step, gradients, evaluate, inspect
-    return Program(mesh, graphdef, abstract, *functions, uncut(mesh, shapes.params))
+    return Program(mesh, graphdef, abstract, *functions, replicated_parameters(mesh, shapes.params))
 
 
 def _documents(tokens_BT: jax.Array, separator: int | None) -> tuple[jax.Array | None, jax.Array | None]:
@@ -189,6 +196,8 @@ def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax
     """((loss, z-loss in it), gradient): means over the targets of a batch [B, T+1], as the optimizer takes them."""
     separator, accumulate = key.separator, key.optim.accumulate
     counted_BT = _documents(tokens_BT, separator)[1]
+    # With separate documents micro-batches have different numbers of targets. A mean of their means would weigh targets
+    # of short ones more.
     # The count over all micro-batches, so that each target has the same weight, whichever micro-batch it is in.
     count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
 
@@ -206,7 +215,7 @@ def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax
 
     losses, grads = _accumulated(jax.value_and_grad(mean_loss, has_aux=True), params, tokens_BT, accumulate)
     if accumulate == 1 and key.unroll >= key.model.depth:
-        grads = _stacked(grads, jnp.dtype("float32") if key.reduction == "float32" else compute_dtype(key.precision))
+        grads = _stacked(grads, jnp.dtype("float32" if key.reduction == "float32" else concrete(key.precision)))
     return losses, grads
 
 
@@ -256,15 +265,15 @@ def _stacked(grads: nnx.State, dtype: Any) -> nnx.State:
     a preallocated stack is three times as fast as the concatenation that XLA would make of jnp.stack.
     """
 
-    def one(role: Role, grad: jax.Array) -> jax.Array:
-        if role != "matrix":
+    def one(path: tuple, grad: jax.Array) -> jax.Array:
+        if role_of(path) != "matrix":
             return grad
-        stack = unfilled(grad.shape, dtype)
+        stack = uninitialised(grad.shape, dtype)
         for layer, index in enumerate(jax.lax.optimization_barrier(tuple(map(jnp.int32, range(len(grad)))))):
             stack = jax.lax.dynamic_update_index_in_dim(stack, grad[layer].astype(dtype), index, 0)
         return jax.lax.optimization_barrier(stack).astype(grad.dtype)
 
-    return jax.tree.map(one, roles(grads), grads)
+    return jax.tree_util.tree_map_with_path(one, grads)
 
 
 def _inspect(
@@ -293,13 +302,12 @@ def _inspect(
 
 def _norms(tree: Any) -> dict[str, jax.Array]:
     """Euclidean norms by name; one for each layer of stacked parameters."""
-
-    def one(name: str, leaf: jax.Array) -> jax.Array:
-        stacked = name.startswith(("blocks.", "lower_bounds"))
-        return jnp.sqrt(jnp.sum(jnp.square(leaf), axis=tuple(range(int(stacked), leaf.ndim))))
-
-    leaves = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
-    return {name: one(name, leaf) for name, leaf in leaves}
+    norms = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = path_name(path)
+        first = int(name.startswith(("blocks.", "lower_bounds")))  # their first axis is that of layers
+        norms[name] = jnp.sqrt(jnp.sum(jnp.square(leaf), axis=tuple(range(first, leaf.ndim))))
+    return norms
 
 
 def _evaluate(

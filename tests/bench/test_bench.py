@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 import launch
-from mmfree_jax.bench import operations, unoptimised
+from mmfree_jax.bench import operations
 from mmfree_jax.bench.operations import Case
-from mmfree_jax.bench.timing import Timing, applications, repeated
+from mmfree_jax.bench.steps import defined_loss
+from mmfree_jax.bench.timing import Timing, repeat, repetitions
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.presets import model_preset, run_preset
 from tests.in_process import called
@@ -81,13 +82,13 @@ def test_a_repeated_operation_runs_that_often_one_after_the_other():
         return jnp.tanh(x @ w), x @ w.T
 
     arguments = jax.random.normal(jax.random.key(0), (8, 8)), jnp.eye(8) * 0.5
-    results = jax.jit(repeated(function, 3))(*arguments)
+    results = jax.jit(repeat(function, 3))(*arguments)
     jax.effects_barrier()
     assert len(ran) == len(results) == 3
     for result in results:
         for found, wanted in zip(result, function(*arguments), strict=True):
             np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    steps = jax.make_jaxpr(repeated(function, 3))(*arguments)
+    steps = jax.make_jaxpr(repeat(function, 3))(*arguments)
     calls, barriers = steps.eqns[::2], steps.eqns[1::2]
     assert {e.primitive.name for e in barriers} == {"optimization_barrier"}
     for before, barrier, after in zip(calls, barriers, calls[1:], strict=False):
@@ -100,19 +101,19 @@ def test_a_repeated_operation_runs_that_often_one_after_the_other():
 @pytest.mark.skipif(jax.default_backend() == "cpu", reason="compilers for CPUs ignore barriers")
 def test_the_compiler_keeps_all_applications():
     x = jnp.ones((256, 256))
-    programs = [jax.jit(repeated(lambda x: x * x + 1, n)).lower(x).compile().as_text() for n in (1, 4)]
+    programs = [jax.jit(repeat(lambda x: x * x + 1, n)).lower(x).compile().as_text() for n in (1, 4)]
     assert [program.count(" fusion(") for program in programs] == [1, 4]
 
 
 def test_programs_repeat_short_operations_within_memory(monkeypatch):
-    assert applications(1e-4, 10**6) == 1  # on a CPU
+    assert repetitions(1e-4, 10**6) == 1  # on a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert [applications(least_s, 10**8) for least_s in (0, 7e-5, 2e-4, 1e-3, 5e-3)] == [16, 16, 10, 2, 1]
-    assert [applications(0, result_bytes) for result_bytes in (10**9, 10**10)] == [4, 1]
+    assert [repetitions(least_s, 10**8) for least_s in (0, 7e-5, 2e-4, 1e-3, 5e-3)] == [16, 16, 10, 2, 1]
+    assert [repetitions(0, result_bytes) for result_bytes in (10**9, 10**10)] == [4, 1]
 
 
 def test_times_are_of_one_application_and_the_same_check_is_built_once(monkeypatch):
-    monkeypatch.setattr(operations, "applications", lambda least_s, result_bytes: 4)
+    monkeypatch.setattr(operations, "repetitions", lambda least_s, result_bytes: 4)
     monkeypatch.setattr(operations, "time_calls", lambda call: Timing(4.0, 2.0, 8.0) if len(call()) == 4 else None)
     traced = []
 
@@ -139,7 +140,7 @@ def test_the_unoptimised_model_computes_the_same_loss_and_gradients():
         nats, count, _ = model.loss(tokens, targets)
         return nats / count
 
-    theirs = lambda model: unoptimised.loss(model, tokens, targets)
+    theirs = lambda model: defined_loss(model, tokens, targets)
     (a, da), (b, db) = (nnx.jit(nnx.value_and_grad(f))(model) for f in (ours, theirs))
     assert abs(a - b) < 2e-3  # a code that falls to the other side of a rounding changes the loss by about this
     flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])

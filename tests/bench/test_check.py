@@ -21,7 +21,7 @@ LAYERS = [use for use in check.uses(64, 0) if use.kernel == "layer" and max(use.
 @GPU
 @pytest.mark.parametrize("use", check.uses(6, 1), ids=str)
 def test_kernels_layers_and_models_on_a_gpu(use):
-    row = check.checked(use)
+    row = check.run_check(use)
     assert row.passed, row.worst
 
 
@@ -41,31 +41,31 @@ def test_every_kernel_is_drawn_and_every_residue_of_what_takes_any_width():
 
 def test_shards_share_the_uses_out():
     whole = set(check.uses(20, 0))
-    parts = [check.wanted(f"{i}/3", 0, 20, "") for i in range(3)]
+    parts = [check.uses_of_shard(f"{i}/3", 0, 20, "") for i in range(3)]
     assert set().union(*parts) == whole
     assert sum(map(len, parts)) == len(whole)
     for wrong in ("3/3", "1", "a/b", "-1/2"):
         with pytest.raises(ConfigError, match="shard"):
-            check.wanted(wrong, 0, 20, "")
+            check.uses_of_shard(wrong, 0, 20, "")
 
 
 @pytest.mark.parametrize("use", LAYERS, ids=str)
 def test_a_layer_passes_and_one_with_a_wrong_gradient_does_not(use, monkeypatch):
     """In place of a GPU: the type differs from the reference's, and the fault is in that type's path alone."""
-    assert check.checked(use).passed
+    assert check.run_check(use).passed
     right = products.outer
     monkeypatch.setattr(products, "outer", lambda x, dy, *a: right(x, dy, *a) * (1.5 if seen(x) else 1))
     calls = []
     seen = lambda x: calls.append(x) or len(calls) <= 3  # the first program's, not the reference's
     jax.clear_caches()
-    row = check.checked(use)
+    row = check.run_check(use)
     assert not row.passed
     assert "gradient to" in row.worst
 
 
 def test_an_exception_is_a_row_that_fails(monkeypatch):
     monkeypatch.setattr(check, "_layer", lambda use: 1 / 0)
-    row = check.checked(LAYERS[0])
+    row = check.run_check(LAYERS[0])
     assert not row.passed
     assert row.deviation is None
     assert row.worst.startswith("ZeroDivisionError")
@@ -77,10 +77,10 @@ def test_the_suite_resumes_and_says_what_is_wrong(tmp_path, monkeypatch):
     def beside(uses):
         for use in list(uses)[:2]:  # then time is over
             asked.append(use)
-            yield check.Checked(str(use), str(use) != str(bad), 0.5, "codes deviates by 3 times the tolerance", 0.1)
+            yield check.CheckRow(str(use), str(use) != str(bad), 0.5, "codes deviates by 3 times the tolerance", 0.1)
 
     monkeypatch.setattr(check, "_beside", beside)
-    uses = check.wanted("0/1", 0, 2, "row_codes|int8")
+    uses = check.uses_of_shard("0/1", 0, 2, "row_codes|int8")
     bad = uses[-1]
     command = ("--suite", "check", "--shapes", "2", "--only", "row_codes|int8", "--json", str(table))
     first = called(bench.main, *command)
@@ -97,11 +97,11 @@ def dies_at_three(use):
     """Stands in for a check; in a process of the suite."""
     if use.sizes == (3,):
         os._exit(1)
-    return check.Checked(str(use), True, 0.1, "all", 0.0)
+    return check.CheckRow(str(use), True, 0.1, "all", 0.0)
 
 
 def test_a_process_that_dies_fails_its_use_alone(monkeypatch):
-    monkeypatch.setattr(check, "checked", dies_at_three)
+    monkeypatch.setattr(check, "run_check", dies_at_three)
     monkeypatch.setattr(check, "PROCESSES", 2)
     uses = [checks.Use("layer", (n,)) for n in range(1, 6)]
     rows = {row.use: row for row in check._beside(iter(uses))}

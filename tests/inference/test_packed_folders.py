@@ -39,7 +39,8 @@ def test_a_packed_model_computes_what_the_model_computes(tmp_path, family, layou
         ("matmul-free", {"lower_bounds": False}),
         ("matmul-free", {"tie_embeddings": True}),
         ("matmul-free", {"parametrisation": "mup", "base_width": 32, "base_depth": 1}),
-        ("bitnet", {"tie_embeddings": True}),
+        ("bitnet", {"tie_embeddings": True, "activation": "relu2", "joint_glu": False}),
+        ("matmul-free", {"joint_glu": False}),
         ("transformer++", {"tie_embeddings": True}),
     ],
 )

@@ -159,6 +159,7 @@ def test_the_file_of_a_matmul_free_model_is_enough_to_compute_its_logits(tmp_pat
         ("bitnet", {"weight_scale": "channel"}, "weight_scale"),
         ("bitnet", {"glu_width": 320}, "glu_width=320"),
         ("matmul-free", {"output_gate": "paper"}, "output_gate"),
+        ("matmul-free", {"activation": "relu2"}, "activation"),
         ("hgrn", {}, "hgrn"),
     ],
 )
@@ -207,10 +208,21 @@ def served(path):
     yield ask
 
 
-@pytest.mark.parametrize(("family", "kind"), [case for case in CASES if case[0] != "matmul-free"])
-def test_llama_cpp_predicts_the_same(tmp_path, family, kind):
+def test_squared_relu_is_said_in_the_file(tmp_path):
+    """llama.cpp reads this key from October 2026 on; older ones compute silu whatever it says."""
+    for activation in ("silu", "relu2"):
+        path = written(tmp_path / activation, model("bitnet", activation=activation), "tq2_0")
+        field = gguf.GGUFReader(path).fields.get("bitnet.hidden_activation")
+        assert (field and field.contents()) == (None if activation == "silu" else "relu2")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "changes"),
+    [(*case, {}) for case in CASES if case[0] != "matmul-free"] + [("bitnet", "tq2_0", {"joint_glu": False})],
+)
+def test_llama_cpp_predicts_the_same(tmp_path, family, kind, changes):
     """Its logits, position by position, and its tokens of texts. It quantises bitnet's activations in other blocks."""
-    made, tokens = model(family), TOKENIZER.encode(TEXT)[:40].astype(np.int32)
+    made, tokens = model(family, **changes), TOKENIZER.encode(TEXT)[:40].astype(np.int32)
     logits = np.asarray(made(tokens[None]), np.float64)[0, :, : TOKENIZER.vocab_size]
     expected = np.asarray(jax.nn.log_softmax(logits, axis=-1))
     with served(written(tmp_path, made, kind)) as ask:

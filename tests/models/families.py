@@ -25,6 +25,8 @@ ABLATIONS = {
     "tied": ("matmul-free", {"tie_embeddings": True}),
     "tied-dense": ("transformer++", {"tie_embeddings": True}),
     "grouped-queries": ("transformer++", {"heads": 4, "kv_heads": 2}),
+    "squared-relu": ("bitnet", {"activation": "relu2"}),
+    "two-glu-scales": ("matmul-free", {"joint_glu": False}),
     "bitnet-double-norm": ("bitnet", {"linear_norm": True, "sublayer_norm": False}),
 }
 

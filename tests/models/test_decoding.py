@@ -1,5 +1,7 @@
 """Reading in pieces, packing documents and padding change no logit. In float64, where equal means equal."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ def read(built, ids, pieces, segments=None, capacity=32):
     for a, b in pieces:
         part, state = extend(built, ids[:, a:b], state, None if segments is None else segments[:, a:b])
         out.append(part)
-    assert state.position == pieces[-1][1]
+    assert state.position_B.tolist() == [pieces[-1][1]] * ids.shape[0]
     return jnp.concatenate(out, 1)
 
 
@@ -72,13 +74,17 @@ def test_no_gradient_crosses_a_document(name):
 
 
 @EVERY
-def test_left_padding_is_invisible(name):
-    """Two prompts of different lengths in one batch, then one more token each, as if each were alone."""
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_left_padding_is_invisible(name, in_cache):
+    """Two prompts of different lengths in one batch, then one more token each, as if each were alone; whether padding
+    takes room in the cache, or has positions below zero."""
     with jax.enable_x64(True):
         built = in_float64(CONFIGS[name])
         ids = tokens(built.config, time=9)
         segments = jnp.array([[0] * 4 + [1] * 4, [1] * 8], jnp.int32)
-        prompt, state = extend(built, ids[:, :8], built.start(2, 16), segments)
+        start = built.start(2, 16 if in_cache else 9)
+        start = start if in_cache else dataclasses.replace(start, position_B=jnp.array([-4, 0], jnp.int32))
+        prompt, state = extend(built, ids[:, :8], start, segments)
         after, _ = extend(built, ids[:, 8:], state)
         alone = logits(built, ids.at[0].set(jnp.roll(ids[0], -4)))
         np.testing.assert_allclose(prompt[0, 4:], alone[0, :4], atol=1e-10)

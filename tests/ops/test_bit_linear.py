@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, linear, quantise_kernel
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, linear, quantise_kernel, rms_norm
 from mmfree_jax.ops.fast.bit_linear import Fusion, quantise_input
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.ops.fast.ternary import column_codes
 from mmfree_jax.ops.fast.verification import kernels_assumed
-from mmfree_jax.ops.stream import rms_norm
 from mmfree_jax.ops.ternary import Quantised
 
 X = jax.random.normal(jax.random.key(0), (2, 9, 16))

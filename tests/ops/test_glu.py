@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, linear, rms_norm
 from mmfree_jax.ops.fast.origin import latest, origin
-from mmfree_jax.ops.glu import gated_norm, glu, swiglu
-from mmfree_jax.ops.stream import residual, rms_norm
+from mmfree_jax.ops.glu import gated_norm, glu, residual, swiglu
 
 X = jax.random.normal(jax.random.key(0), (2, 9, 16))
 GATE_UP, DOWN = jax.random.normal(jax.random.key(1), (2, 16, 24)), jax.random.normal(jax.random.key(2), (1, 24, 16))

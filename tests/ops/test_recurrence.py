@@ -7,8 +7,7 @@ import pytest
 
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast import recurrence as module
-from mmfree_jax.ops.recurrence import gated_recurrence, recurrence
-from mmfree_jax.ops.wkv import token_shift, wkv
+from mmfree_jax.ops.recurrence import gated_recurrence, recurrence, token_shift, wkv
 
 B, T, D = 2, 13, 5
 F = jax.nn.sigmoid(jax.random.normal(jax.random.key(0), (B, T, D)))

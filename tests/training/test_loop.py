@@ -18,7 +18,7 @@ from mmfree_jax.checkpoint import CheckpointError, Checkpoints
 from mmfree_jax.config import Branch, ConfigError, OptimConfig
 from mmfree_jax.data.building.token_writer import write_token_set
 from mmfree_jax.data.tokenizers.tokenizer import byte_tokenizer
-from mmfree_jax.errors import reported
+from mmfree_jax.errors import describe
 from mmfree_jax.files import read_json
 from mmfree_jax.run_folder import read_run, with_corpus
 from mmfree_jax.training import loop
@@ -181,7 +181,7 @@ def test_an_error_that_nobody_foresaw_leaves_its_traceback_in_the_log(token_set,
         train(tiny_run("matmul-free", token_set.path), tmp_path, token_set)
     log = (tmp_path / "log.txt").read_text()
     assert "ended by KeyError: 'optimizer'\nTraceback" in log
-    assert reported(failed.value) == f"KeyError: 'optimizer' (traceback: {tmp_path / 'log.txt'}; --debug shows it)"
+    assert describe(failed.value) == f"KeyError: 'optimizer' (traceback: {tmp_path / 'log.txt'}; --debug shows it)"
 
 
 def test_a_finished_run_is_returned_from_a_disk_that_cannot_be_written(token_set, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from flax import nnx
 from mmfree_jax.config import FAMILIES, ModelConfig, OptimConfig
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.presets import run_preset
-from mmfree_jax.training.optim import DECAYED, learning_rate, make_optimizer, rates, roles
+from mmfree_jax.training.optim import DECAYED, learning_rate, make_optimizer, rates, role_of
 from mmfree_jax.training.step import make_program, program_key
 
 
@@ -65,8 +65,8 @@ def test_every_parameter_has_its_role_and_only_matrices_embedding_and_head_decay
     mixer, linear = FAMILIES[family]
     config = ModelConfig(mixer=mixer, linear=linear, vocab=32, width=16, depth=2, glu_width=32)
     params = nnx.state(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))), nnx.Param)
-    leaves = jax.tree_util.tree_leaves_with_path(roles(params))
-    found = {tuple(str(k.key) for k in path if hasattr(k, "key")): role for path, role in leaves}
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    found = {tuple(str(k.key) for k in path if hasattr(k, "key")): role_of(path) for path in paths}
     assert {"matrix", "embedding", "head", "gain"} <= set(found.values())
     for names, role in found.items():
         module = names[-1] if names[-1] in EXPECTED_ROLES else names[-2]

@@ -1,6 +1,7 @@
 """Before its first step a run compares that step with the reference: nothing that rounds is refused, faults are."""
 
 import dataclasses
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ CHECK = self_check.self_check
 def fresh(monkeypatch):
     """Programs of a test hold its faults: none of them outlives it, and no outcome is found or kept."""
     monkeypatch.setattr(self_check, "_passed", set())
-    monkeypatch.setattr(self_check.verification, "cache_folder", lambda: None)
+    monkeypatch.setattr(self_check.verification, "outcome_file", lambda *_: None)
     make_program.cache_clear()
     yield
     make_program.cache_clear()
@@ -73,7 +74,8 @@ def test_a_gradient_that_is_no_number_is_refused(token_set, monkeypatch):
 
 
 def test_the_outcome_is_kept_beside_compiled_programs(token_set, tmp_path, monkeypatch):
-    monkeypatch.setattr(self_check.verification, "cache_folder", lambda: tmp_path)
+    place = lambda group, depends: tmp_path / group / f"{zlib.crc32(repr(depends).encode())}.json"
+    monkeypatch.setattr(self_check.verification, "outcome_file", place)
     run = run_of("hgrn", token_set, precision="float32")
     check(run)
     monkeypatch.setattr(self_check, "_passed", set())

@@ -1,15 +1,14 @@
-"""Boilerplate: licence notes, navigation, page footers. They are recognised because very many documents have them.
-
-Lines shared between pages are how CCNet removes navigation and notices from a web crawl (Wenzek et al. 2020, arXiv
-1911.00359, section 3.1). Exact deduplication of paragraphs would keep one copy of each, and would not find them inside
-paragraphs that differ otherwise.
-"""
+"""Boilerplate: licence notes, navigation, page footers. They are recognised because very many documents have them."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from mmfree_jax.data.building.dedup import text_key
+
+# Lines shared between pages are how CCNet removes navigation and notices from a web crawl (Wenzek et al. 2020, arXiv
+# 1911.00359, section 3.1). Exact deduplication of paragraphs would keep one copy of each, and would not find them
+# inside paragraphs that differ otherwise.
 
 SHORTEST = 40  # characters; shorter lines ("The default is true.") recur in ordinary language
 FEWEST, SHARE = 50, 1 / 2_000  # a line is boilerplate if at least this many, and this share, of documents have it
@@ -27,6 +26,7 @@ def recurring(documents: Sequence[Sequence[str]]) -> set[bytes]:
     counts: Counter[bytes] = Counter()
     for passages in documents:
         every = (line for passage in passages for line in lines(passage))
+        # A set for each document: a line that one page repeats a thousand times is no boilerplate of the corpus.
         counts.update({text_key(line) for line in every if len(line) >= SHORTEST})
     fewest = max(FEWEST, SHARE * len(documents))
     return {key for key, count in counts.items() if count >= fewest}

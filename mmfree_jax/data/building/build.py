@@ -53,6 +53,8 @@ def texts(unit: Unit, recipe: Recipe, documents: Documents) -> Iterator[tuple[st
 
 def split_by_lot(text: str, held_out: float) -> str:
     """Return "valid" for about a share `held_out` of all texts, else "train"; only the text decides."""
+    # The content decides, not the place: the split does not change when files are added, renamed or read in another
+    # order, and copies of a text cannot be in both.
     lot = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "valid" if int.from_bytes(lot, "big") < held_out * 2**64 else "train"
 
@@ -110,6 +112,7 @@ def unreadable(read: Sequence[Documents]) -> dict[str, Any]:
 
 def _identity(units: Sequence[Unit], recipe: Recipe, vocab_hash: str) -> dict[str, Any]:
     """What must be equal if a build is to continue another one."""
+    # Size and time of change stand for the content of files, which may be terabytes.
     files = sorted({file for unit in units for file in unit.files if Path(file).exists()})
     stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     everything = [[asdict(unit) for unit in units], asdict(recipe), stats]

@@ -39,6 +39,9 @@ _WEIGHTS = _odd_constants(_WORD_POSITIONS, 1_000)
 
 def _word_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Hash of every word of `texts`, uint64 [words], and the number of the text it is in, int64 [words]."""
+    # All words of all texts at once, without a loop in Python: bytes are classified by a table, words begin where a
+    # letter follows a separator, and a word's hash is the weighted sum of its bytes, found by `add.reduceat` over the
+    # whole array.
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
     data = _BYTES[np.frombuffer(b"\n".join([b"", *encoded, b""]), np.uint8)]
     is_start = (data != 0) & (np.concatenate(([0], data[:-1])) == 0)
@@ -125,6 +128,7 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> np.ndarray:
 
 def overlap(texts: Sequence[str], reference: Sequence[str], width: int = OVERLAP_WORDS) -> np.ndarray:
     """Share of each text's `width`-word runs that occur anywhere in `reference`, float64 [texts]; 0 without runs."""
+    # Prefix sums turn a flag for each run into counts for each text: a difference of two places.
     known = np.unique(shingles(reference, width)[0])
     hashes, offsets = shingles(texts, width)
     found = np.concatenate(([0], np.cumsum(np.isin(hashes, known, kind="sort"))))

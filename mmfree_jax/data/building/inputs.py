@@ -146,6 +146,7 @@ def _together(units: Sequence[Unit]) -> list[Unit]:
     merged: list[Unit] = []
     room: int | None = None  # bytes left in the last unit; None: it takes no more files, not even empty ones
     for unit in units:
+        # A folder of a million small files would be a million units, each a process and a shard.
         entire = unit.kind == "text" and unit.stop is None
         size = Path(unit.files[0]).stat().st_size if entire else 0
         if entire and room is not None and size <= room:
@@ -161,6 +162,8 @@ def _text_documents(pieces: Iterator[bytes], is_slice: bool) -> Iterator[bytes]:
     """One document; from a large file or a slice of one, documents of PART_BYTES, cut at blank lines."""
     held: list[bytes] = []
     size = 0
+    # Only the file's size tells whether it is one document, and a compressed file's is known at its end: hold lines
+    # back until it is too large to be one.
     while not is_slice and size <= LARGE_TEXT:
         line = next(pieces, None)
         if line is None:
@@ -182,6 +185,7 @@ def _text_documents(pieces: Iterator[bytes], is_slice: bool) -> Iterator[bytes]:
 
 def _slice_range(unit: Unit, whole_lines: bool) -> tuple[int, int]:
     """Where in the file the lines begin and end that start in the unit's range."""
+    # A line belongs to the unit in which it begins, so neighbours share a file without knowing of each other.
     assert unit.stop is not None
     with open(unit.files[0], "rb") as file:
         return line_start(file, unit.start, whole_lines), line_start(file, unit.stop, whole_lines)

@@ -41,6 +41,8 @@ def need(module: str, package: str, what: str) -> ModuleType:
 
 def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
     zstandard = need("zstandard", "zstandard", ".zst")
+    # A .zst file may be several frames after each other, as parallel compressors write it; the library stops at the end
+    # of the first. Window sizes above 128 MB have to be allowed.
     begin = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
     frame, started = begin(), False
     while block := file.read(BLOCK):
@@ -120,6 +122,8 @@ def lines(stream: Iterable[bytes], longest: int) -> Iterator[bytes]:
 
 def records(stream: Iterable[bytes], longest: int) -> Iterator[tuple[bytes | None, int]]:
     """Yield JSON lines and their length with the end. A line longer than `longest` is None and never in memory."""
+    # The rest of a line that is too long is dropped block by block and only counted, so that a broken file without line
+    # ends does not fill the memory.
     rest, passed = b"", 0
     for block in stream:
         *complete, rest = (rest + block).split(b"\n") if b"\n" in block else [rest + block]

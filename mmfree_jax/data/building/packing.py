@@ -3,11 +3,6 @@
 Best-fit packing (Ding et al. 2024, arXiv 2404.10830): documents that fit into a window are never truncated. The result
 is an ordinary token set whose windows of one length are the packed rows. Gaps are filled with end-of-document tokens;
 one more of them follows the last row.
-
-The last target of a window is the first token of the next row. If the window ends with an end of document, as almost
-always, that is the first token of a document, predicted from nothing, as at every other start of a document. A document
-longer than a row is cut, and its rest is in another row: two of its targets are wrong, the one after its last full row
-and the first of the rest.
 """
 
 from pathlib import Path
@@ -17,6 +12,11 @@ import numpy as np
 
 from mmfree_jax.data.building.token_writer import ShardWriter, finish, publish, split_entry
 from mmfree_jax.data.reading.token_set import PACKED, Split, TokenSet
+
+# The last target of a window is the first token of the next row. If the window ends with an end of document, as almost
+# always, that is the first token of a document, predicted from nothing, as at every other start of a document. A
+# document longer than a row is cut, and its rest is in another row: two of its targets are wrong, the one after its
+# last full row and the first of the rest.
 
 SHARD_ROWS_TOKENS = 1 << 27  # tokens in a shard, rounded down to a multiple of the row length
 
@@ -32,6 +32,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     spaces = 0  # bit s is set when a row has exactly s tokens free
+    # Longest first, because the short ones fill what the long ones leave; a stable sort makes the result independent of
+    # NumPy's choice of algorithm.
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
         fitting = spaces >> length

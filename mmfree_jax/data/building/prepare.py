@@ -1,8 +1,4 @@
-"""Turns documents with repetitions into a training and a held-out set that share nothing: the steps for every corpus.
-
-A document is a list of passages (documentation strings, paragraphs, pages). Repetitions are found passage by passage;
-training and held-out text are divided document by document.
-"""
+"""Turns documents with repetitions into a training and a held-out set that share nothing: steps for every corpus."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -13,6 +9,9 @@ import numpy as np
 from mmfree_jax.data.building import boilerplate
 from mmfree_jax.data.building.dedup import drop_repeated, near_duplicates, overlap
 from mmfree_jax.data.building.text import paragraphs
+
+# A document is a list of passages (documentation strings, paragraphs, pages). Repetitions are found passage by passage;
+# training and held-out text are divided document by document.
 
 STEPS = {
     "read": "what was read",
@@ -127,6 +126,9 @@ def prepare(
     shortest: characters a shortened passage must have; keep_boilerplate: for text that repeats lines by convention.
     The result depends on the arguments only.
     """
+    # The order matters. Boilerplate goes first, or pages that differ in nothing else would look alike. Documents are
+    # held out after duplicates are gone, and at last training text that shares runs of words with held-out text is
+    # removed: not the other way round, or the held-out text would shrink to what is unlike everything.
     cleaned = documents
     if not keep_boilerplate:
         keys = boilerplate.recurring([document.passages for document in documents])

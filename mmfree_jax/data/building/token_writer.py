@@ -110,6 +110,8 @@ def write_texts(
     row.
     """
     writers = {name: SplitWriter(folder, name + suffix, tokenizer) for name in splits}
+    # The tokenizer takes texts in batches, ahead of what it has given back. So split and size of each text wait in a
+    # queue until its tokens come, in the same order.
     waiting: deque[tuple[str, int]] = deque()
 
     def noted() -> Iterator[str]:

@@ -43,6 +43,8 @@ class _Pool:
         self.closed = False
 
     def call(self, number: int, module: str, name: str, argument: Any) -> Any:
+        # A program of its own instead of `multiprocessing`: a fork after JAX has started threads can hang, and spawn
+        # would run the caller's `__main__` again, which may be a notebook or a script without a guard.
         output, errors = self.folder / f"{number}", self.folder / f"{number}.err"
         root = str(Path(__file__).parents[3])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))

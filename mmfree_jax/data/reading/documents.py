@@ -18,6 +18,7 @@ def document_ids(tokens: Any, end_of_document: int) -> Any:
     An end-of-document token belongs to the document that it stands before: as an input it is all that this document's
     first token is predicted from, as a target it is predicted from the document that it ends.
     """
+    # Ids count from 0 in every row, which is all that masks and resets need: they compare ids within a row.
     return (tokens == end_of_document).cumsum(axis=-1).astype(np.int32)
 
 

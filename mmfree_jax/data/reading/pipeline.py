@@ -52,6 +52,8 @@ def examples(sources: Sequence[Windows], weights: Sequence[float], seed: int) ->
 
     # Each source gets a seed of its own, so that adding a source does not change the order of the others.
     def endless_windows(windows: Windows, seed: int) -> "grain.MapDataset":
+        # Grain shuffles by a permutation that is computed, not stored: example i of any epoch is found in constant time
+        # and memory. That makes the position in the data one integer, and resuming on any number of processes exact.
         shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat(None)
         return shuffled.map_with_index(lambda number, window: (window, number < len(windows)))
 
@@ -100,6 +102,7 @@ class Batches:
         return self
 
     def __next__(self) -> Any:
+        # The state counts what was handed out, not what the thread has prepared: a run saved now reads those again.
         tokens, counts = next(self._ahead)
         self.state += self.batch
         self.counts += counts
@@ -139,7 +142,7 @@ def batches(
     """
     rows = range(batch) if rows is None else rows
     return Batches(
-        _examples(token_set, sequence, seed, split),
+        examples([Windows(one.split(split), sequence) for one in token_set.sets], token_set.weights, seed),
         batch,
         start,
         rows,
@@ -148,19 +151,6 @@ def batches(
         rows if counting is None else counting,
         token_set.end_of_document if separate else None,
     )
-
-
-def count_examples(token_set: TokenSet, *, sequence: int, seed: int, examples: int, separate: bool) -> Counts:
-    """Count the first `examples` training examples by reading them, for a run that did not count them."""
-    dataset, total = _examples(token_set, sequence, seed, "train"), Counts()
-    for number in range(examples):
-        window, first = dataset[number]
-        total += count_windows(window[None], np.array([first]), token_set.end_of_document if separate else None)
-    return total
-
-
-def _examples(token_set: TokenSet, sequence: int, seed: int, split: str) -> "grain.MapDataset":
-    return examples([Windows(one.split(split), sequence) for one in token_set.sets], token_set.weights, seed)
 
 
 def evaluation_windows(
@@ -174,6 +164,7 @@ def evaluation_windows(
     targets = len(tokens) - 1
     if targets < 1 or sequence < 1 or batch < 1:
         raise ValueError(f"nothing to evaluate: {len(tokens)} tokens, sequence {sequence}, batch {batch}")
+    # Windows overlap by one token: the last target of one is the first input of the next.
     for first in range(0, targets, sequence * batch):
         chunk = tokens[first : first + sequence * batch + 1].astype(np.int32)
         padded = np.zeros(sequence * batch + 1, np.int32)
@@ -181,8 +172,3 @@ def evaluation_windows(
         starts = np.arange(batch)[:, None] * sequence
         mask = np.arange(sequence * batch).reshape(batch, sequence) < len(chunk) - 1
         yield padded[starts + np.arange(sequence + 1)], mask
-
-
-def evaluation_batches(token_set: TokenSet, sequence: int, batch: int, split: str = "valid") -> int:
-    """How many batches `evaluation_windows` yields."""
-    return -(-(len(token_set.split(split)) - 1) // (sequence * batch))

@@ -21,6 +21,7 @@ class Prefetched(Generic[T]):
         self._thread.start()
 
     def _put(self, item: T | None, error: BaseException | None) -> None:
+        # `put` without a limit would keep the thread, and with it the process, alive when the consumer has gone.
         while not self._stop.is_set():
             try:
                 return self._ready.put((item, error), timeout=0.1)

@@ -58,6 +58,8 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     expected = count * dtype.itemsize
     if path.stat().st_size != expected:
         raise TokenSetError(f"{path} has {path.stat().st_size} bytes instead of {expected}: build the token set again")
+    # Mapped, so that opening takes no time and only the pages that windows touch are read, once for all processes of a
+    # machine. NumPy cannot map an empty file.
     return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
 
 
@@ -91,6 +93,7 @@ class Split:
         start, stop, step = where.indices(len(self))
         if step != 1:
             raise ValueError("a split is read in runs: the step must be 1")
+        # Windows cross shards as if these were one file: the last window of a shard goes on in the next.
         first = int(np.searchsorted(self.bounds, start, side="right")) - 1
         pieces = []
         for part, low in zip(self.parts[first:], self.bounds[first:], strict=False):
@@ -196,5 +199,6 @@ class Mixture(TokenSet):
             if other.vocab_hash != self.vocab_hash:
                 raise TokenSetError(f"{self.path} and {other.path} have different vocabularies and cannot be mixed")
         self.sets, self.weights = tuple(sets), tuple(weights)
+        # Equal corpora in other shares are other data.
         parts = [[one.fingerprint, weight] for one, weight in zip(sets, weights, strict=True)]
         self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()

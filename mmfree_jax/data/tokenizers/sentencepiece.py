@@ -82,6 +82,8 @@ def _parse(data: bytes) -> _Model:
 
 def _merges(vocabulary: dict[str, int], pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
     """The merges that SentencePiece would make, best score first."""
+    # A SentencePiece file has no merges: any two pieces whose concatenation is a piece may merge, that with the best
+    # score first. `tokenizers` needs them as a list.
     found = []
     for text, score, kind in pieces:
         if kind in (_NORMAL, _USER_DEFINED):

@@ -4,6 +4,7 @@ A vocabulary is named by a hash of what decides token numbers, so that tokens, m
 against each other.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -26,6 +27,7 @@ BYTES_HASH = "4544468f257f5af27bcd74226af4d855f38a617c5540fb4ff28d413119a1db66" 
 PIECE = 65_536  # characters: a longer text is encoded in pieces, which bounds memory
 LONGEST_PIECE = 1_048_576  # characters without a line end after which a piece is cut anywhere
 BATCH = 4_000_000  # characters encoded in one call
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # a token for one byte, in SentencePiece's vocabularies
 _LINE_END = re.compile(r"(?<=\S)(?=\n)")  # GPT-2's rules have no token from a word into the white space after it
 
 
@@ -58,6 +60,12 @@ class Tokenizer:
     def dtype(self) -> np.dtype:
         """uint16 where every token fits, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 65_536 else np.uint32)
+
+    @functools.cached_property
+    def special(self) -> frozenset[int]:
+        """Tokens that `decode` leaves out."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
     def encode(self, text: str) -> np.ndarray:
         """Tokens of one text, `dtype` [tokens], without an end-of-document token."""
@@ -106,6 +114,21 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of `tokens`; end-of-document tokens are left out, incomplete UTF-8 becomes U+FFFD."""
         return self.backend.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token stands for inside a text; none for a number without a token."""
+        name = self.backend.id_to_token(token)
+        if name is None or token in self.backend.get_added_tokens_decoder():
+            return (name or "").encode()
+        if (byte := BYTE_TOKEN.fullmatch(name)) is not None:
+            return bytes([int(byte[1], 16)])
+        if '"ByteLevel"' in json.dumps(self._parts.get("decoder")):
+            return bytes(_BYTE_OF_NAME[character] for character in name)
+        return name.replace(sentencepiece.SPACE, " ").encode()
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, Any]:
+        return json.loads(self._json)
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json` that the `tokenizers` library, `transformers` and `load` read."""
@@ -168,12 +191,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, f"byte-level BPE, {vocab_size} tokens, digits split, trained on the training split")
 
 
+def _bytes_by_name() -> dict[str, int]:
+    """Bytes by the printable characters that GPT-2 calls them."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = [byte for byte in range(256) if byte not in kept]
+    return {chr(byte): byte for byte in kept} | {chr(256 + i): byte for i, byte in enumerate(moved)}
+
+
+_BYTE_OF_NAME = _bytes_by_name()
+
+
 def byte_tokenizer() -> Tokenizer:
     """Every byte a token: 0 is the end of a document, byte b is token b + 1."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's printable names for bytes
-    moved = [byte for byte in range(256) if byte not in kept]
-    names = {byte: chr(byte) for byte in kept} | {byte: chr(256 + i) for i, byte in enumerate(moved)}
-    vocabulary = {END_OF_DOCUMENT: 0} | {names[byte]: byte + 1 for byte in range(256)}
+    vocabulary = {END_OF_DOCUMENT: 0} | {name: byte + 1 for name, byte in _BYTE_OF_NAME.items()}
     backend = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
     backend.add_special_tokens([END_OF_DOCUMENT])
     return Tokenizer(backend, "bytes")

@@ -1,8 +1,4 @@
-"""Byte-level BPE four times as fast as the library, with the same tokens: every word is encoded once and remembered.
-
-The library spends its time on finding words, letter by letter, in every text. Here Python's regular expressions find
-them, for text made of characters on whose kind both agree; lines with any other character go to the library.
-"""
+"""Byte-level BPE four times as fast as the library, with the same tokens: every word is encoded once and remembered."""
 
 import json
 import re
@@ -11,6 +7,9 @@ from itertools import chain
 
 import numpy as np
 import tokenizers
+
+# The library spends its time on finding words, letter by letter, in every text. Here Python's regular expressions find
+# them, for text made of characters on whose kind both agree; lines with any other character go to the library.
 
 # Latin letters and common punctuation only: their Unicode classes leave no doubt. Left out are, for instance,
 # superscript and fraction digits, which the library takes for digits and Python for letters, and all blanks but the
@@ -73,6 +72,8 @@ class WordCache:
         yield self._words(held)
 
     def _words(self, words: list[str]) -> np.ndarray:
+        # Words follow Zipf's law: after a few megabytes nearly all of a text are known. Emptying the whole cache when
+        # it is full is as good as any cleverer rule, because the frequent words are back at once.
         known = self._known
         if len(known) > _LARGEST:
             known.clear()

@@ -5,13 +5,23 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.ops.attention import attend, visible
+from mmfree_jax.ops.attention import attend as defined_attend
+from mmfree_jax.ops.attention import visible
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.ternary import wide
-from mmfree_jax.sharding import axis_if_cut, constrain, per_shard, ways
+from mmfree_jax.sharding import constrain, per_shard, shard_count, sharding_axis
 
 QUERIES = 64  # queries in a block of the "rows" form: their scores against 256 keys and four heads fill 256 KiB
 HEADS = ("batch", "time", "heads", None)  # logical names of [B, T, H, K]
+
+
+def attend(q_BTHK: jax.Array, k_BSJK: jax.Array, v_BSJK: jax.Array, mask: jax.Array) -> jax.Array:
+    """`ops.attention.attend`; a kernel serves one query a row, as in decoding."""
+    if not choice.decode_attention(q_BTHK, k_BSJK, mask):
+        return defined_attend.definition(q_BTHK, k_BSJK, v_BSJK, mask)
+    from mmfree_jax.ops.fast.hopper.decode_attention import decode_attention
+
+    return decode_attention(q_BTHK[:, 0], k_BSJK, v_BSJK, mask[:, 0])[:, None]
 
 
 def causal_attention(
@@ -21,7 +31,7 @@ def causal_attention(
 
     A mesh cuts batch and heads freely; where it cuts time, keys and values are gathered and queries stay.
     """
-    axis, form = axis_if_cut("time", q_BTHK.shape[1]), form or choice.attention_form(q_BTHK, segments_BT)
+    axis, form = sharding_axis("time", q_BTHK.shape[1]), form or choice.attention_form(q_BTHK, segments_BT)
 
     def local(q_BTHK, k_BTJK, v_BTJK, segments_BT):
         if axis is not None:
@@ -29,7 +39,7 @@ def causal_attention(
         return (_whole(form, q_BTHK, k_BTJK, v_BTJK, segments_BT),)
 
     # Heads are cut only where each part has its own keys.
-    heads = "heads" if ways("heads", q_BTHK.shape[2]) == ways("heads", k_BTJK.shape[2]) else None
+    heads = "heads" if shard_count("heads", q_BTHK.shape[2]) == shard_count("heads", k_BTJK.shape[2]) else None
     names = ("batch", "time", heads, None)
     arguments = *(constrain(a, *HEADS) for a in (q_BTHK, k_BTJK, v_BTJK)), segments_BT
     return per_shard(local, [names, names, names, names[:2]], [names], *arguments)[0]
@@ -88,6 +98,8 @@ def _block(q_THK, k_SJK, v_SJK, mask_TS) -> jax.Array:
     """[H, T, K]: some queries of one row against the keys that they may see."""
     # The H // J heads that share keys are stacked in time: one product of J matrices, as large as it can be.
     T, H, K = q_THK.shape
+    # N = H / J * T queries share the keys of one head: the groups become rows of one product, where a batched product
+    # of H small ones would read each key H / J times.
     J = k_SJK.shape[1]
     exact = wide(q_THK.dtype)
     q_JNK = q_THK.swapaxes(0, 1).reshape(J, H // J * T, K)

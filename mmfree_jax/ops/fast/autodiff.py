@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 
+# Why own backward passes at all: autodiff through a quantiser would keep what it needs not (float copies of codes,
+# masks of the clips), and would compute the straight-through gradient as x + stop_gradient(q - x), an addition over the
+# whole array. A custom_vjp says what is kept, and in which type.
 def own_backward(forward: Callable, backward: Callable, static: tuple[int, ...] = ()) -> Callable:
     """Return the function whose value is the first result of `forward` and whose gradient is what `backward` returns.
 
@@ -35,6 +38,8 @@ def own_backward_of_used(forward: Callable, backward: Callable) -> Callable:
         dresults = jax.tree.map(full, dresults, is_leaf=is_zero)
         return backward(static, residuals, (dresults, None if is_zero(dcopy) else dcopy))
 
+    # With symbolic zeros JAX hands over a marker for a gradient that is zero by construction, instead of an array of
+    # zeros.
     function = jax.custom_vjp(lambda *args: forward(*args)[0], nondiff_argnums=(0,))
     function.defvjp(symbolic_forward, symbolic_backward, symbolic_zeros=True)
     return function

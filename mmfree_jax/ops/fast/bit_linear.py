@@ -1,11 +1,7 @@
-"""`ops.bit_linear` with a backward pass of its own, and fused with what makes its input.
-
-The backward pass treats rounding as the identity and scales as constants. It keeps what the input is made of, one
-number per token, and the integer codes unless a kernel makes them again; never a dequantised copy. Several products of
-one input share the norm's statistics, and the codes too where they share the gain.
-"""
+"""`ops.bit_linear` with a backward pass of its own, and fused with what makes its input."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 from mmfree_jax.ops.bit_linear import Recipe, Weights
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.autodiff import own_backward_of_used
-from mmfree_jax.ops.fast.combine import combine
+from mmfree_jax.ops.fast.combine import combine, reciprocal_rms, rms_norm, rms_norm_backward
 from mmfree_jax.ops.fast.dense import dense
-from mmfree_jax.ops.fast.origin import Kind, Origin, can_hand_on, hand_on, origin
+from mmfree_jax.ops.fast.origin import Kind, Origin, Sum, can_hand_on, hand_on, origin, sum_of
 from mmfree_jax.ops.fast.products import (
     GradientCodes,
     Unscaled,
@@ -33,13 +29,16 @@ from mmfree_jax.ops.fast.products import (
     quantise_kernel,
     weight_gradients,
 )
-from mmfree_jax.ops.fast.stream import reciprocal_rms, rms_norm_backward
 from mmfree_jax.ops.fast.ternary import quantise_normed
 from mmfree_jax.ops.packed import PackedWeights
 from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, wide
-from mmfree_jax.sharding import Names, Summed, constrain, per_shard, rows_of, whole
+from mmfree_jax.sharding import Names, PartialSum, activation_axes, constrain, gathered_axes, per_shard
 
-__all__ = ["bit_linear", "linear", "packed_linear", "quantise_kernel"]
+# The backward pass treats rounding as the identity and scales as constants. It keeps what the input is made of, one
+# number per token, and the integer codes unless a kernel makes them again; never a dequantised copy. Several products
+# of one input share the norm's statistics, and the codes too where they share the gain.
+
+__all__ = ["bit_linear", "linear", "packed_linear", "quantise_kernel", "rms_norm"]
 
 
 class Fusion(NamedTuple):
@@ -74,7 +73,16 @@ def linear(recipe: Recipe, x: jax.Array, weights: Weights | PackedWeights) -> tu
     """`ops.bit_linear.linear`."""
     if isinstance(weights, PackedWeights):
         return packed_linear(recipe, x, weights)
-    return bit_linear(recipe, x, weights) if recipe.ternary else dense(recipe.axes, x, weights.w_GDF)
+    if recipe.ternary:
+        return bit_linear(recipe, x, weights)
+    kind, sources, source_gain, _ = source(recipe, x)
+    added = sum_of(sources[0]) if kind == "norm" else None
+    if choice.dense_product(recipe, kind, sources[0], added is not None, weights.w_GDF):
+        from mmfree_jax.ops.fast.hopper.few_rows import dense_product
+
+        compute = lambda arrays, gain, *sum: dense_product(kind, arrays, gain, weights.w_GDF, recipe.eps, *sum)
+        return _few_rows(compute, sources, source_gain, added)
+    return dense(recipe.axes, x, weights.w_GDF)
 
 
 def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Array, ...]:
@@ -90,9 +98,36 @@ def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Arra
 def packed_linear(recipe: Recipe, x: jax.Array, weights: PackedWeights) -> tuple[jax.Array, ...]:
     """`ops.bit_linear.packed_linear`: the codes of the input are those of `bit_linear`, and so are the products."""
     kind, sources, source_gain, _ = source(recipe, x)
+    added = sum_of(sources[0]) if kind == "norm" else None
+    if choice.normed_product(recipe, kind, sources[0], added is not None, weights):
+        return _normed_product(recipe, kind, sources, source_gain, added, weights)
     codes = quantise_input(Fusion(recipe, kind), sources, source_gain, weights.gain, len(weights.codes)).codes
     pairs = zip(one_each(codes, weights.codes), weights.codes, strict=True)
     return tuple(packed_product(q, w, x.dtype) for q, w in pairs)
+
+
+def _normed_product(
+    recipe: Recipe, kind: Kind, sources, source_gain, added: Sum | None, weights: PackedWeights
+) -> tuple[jax.Array, ...]:
+    from mmfree_jax.ops.fast.hopper.few_rows import normed_product
+
+    gain = None if weights.gain is None else weights.gain.astype(jnp.float32)
+    codes = [w.bytes_FI for w in weights.codes]
+    scales = [w.scale.reshape(-1).astype(jnp.float32) for w in weights.codes]
+    compute = lambda arrays, inner, *sum: normed_product(kind, arrays, inner, gain, codes, scales, recipe.eps, *sum)
+    return _few_rows(compute, sources, source_gain, added)
+
+
+def _few_rows(compute: Callable, sources, source_gain, added: Sum | None) -> tuple[jax.Array, ...]:
+    """Call a kernel for a few rows, which also adds the residual that the stream is a sum of (`added`)."""
+    first, *others = sources
+    shape = first.shape
+    start, addend, factor = (first, None, 1.0) if added is None else added
+    (x, *others), gain, _ = _flat((start, *others), source_gain, None)
+    ys, total = compute([x, *others], gain, None if addend is None else addend.reshape(x.shape), factor)
+    if total is not None:
+        hand_on(first, total.reshape(shape))
+    return tuple(y.reshape(*shape[:-1], -1) for y in ys)
 
 
 def source(recipe: Recipe, x: jax.Array) -> Origin:
@@ -148,7 +183,7 @@ def _kernel_codes(fusion: Fusion, sources, source_gain, gain) -> tuple[Quantised
         pairs = zip(codes, scales, strict=True)
         return (tuple(Quantised(q.reshape(shape), s.reshape(*shape[:-1], 1)) for q, s in pairs),)
 
-    rows = rows_of(sources[0].ndim)
+    rows = activation_axes(sources[0].ndim)
     gains = (None,) * gain.ndim
     (inputs,) = per_shard(local, [rows, (None,), gains], [rows], sources, source_gain, gain)
     return tuple(map(_named, inputs))
@@ -184,8 +219,8 @@ def _kernel_input_backward(
 
     sources, source_gain, gain = saved.sources, saved.source_gain, saved.gain
     assert gain is not None
-    rows, gains = rows_of(sources[0].ndim), (None,) * gain.ndim
-    results: list[Names | Summed] = [rows, Summed((None,)), Summed((None, None)), rows]
+    rows, gains = activation_axes(sources[0].ndim), (None,) * gain.ndim
+    results: list[Names | PartialSum] = [rows, PartialSum((None,)), PartialSum((None, None)), rows]
     dys = tuple(d.values.astype(sources[0].dtype) for d in dinputs)
     present = [d.factor for d in dinputs if d.factor is not None]  # all of them, or none
     factors = jnp.stack(present) if present else None
@@ -209,6 +244,8 @@ def input_backward(fusion: Fusion, saved: Input, dys: list[jax.Array], dcopy: ja
 
 def _norm_backward(x: jax.Array, saved: Input, dys: list[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
     """Gradients to the value that is normalised and quantised, and to the gain of that norm."""
+    # The gradient of x * rstd(x) is that of a projection: what points along x_hat is taken out, because scaling x does
+    # not change its normed value. The quantiser passes gradients through unchanged.
     rstd, gain, count = saved.rstd, saved.gain, len(saved.codes)
     dys = [dy.astype(wide(dy.dtype)) for dy in dys]
     if rstd is None or gain is None:
@@ -232,8 +269,8 @@ def forward(
     recipe, w_GDF = fusion.recipe, weights.w_GDF
     saved = quantise_input(fusion, sources, source_gain, weights.gain, w_GDF.shape[0])
     shards = quantise_kernel(recipe, w_GDF) if weights.codes is None else weights.codes
-    axes, dtype = whole(recipe.axes), sources[0].dtype
-    kernel, rows = gather_kernel(recipe, shards), rows_of(sources[0].ndim, axes[1])
+    axes, dtype = gathered_axes(recipe.axes), sources[0].dtype
+    kernel, rows = gather_kernel(recipe, shards), activation_axes(sources[0].ndim, axes[1])
     ys = [product(q, w, dtype, dtype, axes) for q, w in zip(one_each(saved.codes, kernel), kernel, strict=True)]
     if saved.scales:
         saved = saved._replace(codes=())
@@ -261,7 +298,7 @@ def backward(
     # keeps gathered codes, which are gathered again. These have one of their own: they need not wait for dys.
     recipe, (saved, shards, typed) = fusion.recipe, residuals
     shards, (saved, dys) = jax.lax.optimization_barrier(shards), jax.lax.optimization_barrier((saved, dys))
-    kernel, axes = gather_kernel(recipe, shards), whole(recipe.axes)
+    kernel, axes = gather_kernel(recipe, shards), gathered_axes(recipe.axes)
     dtype, scales = saved.sources[0].dtype, _scales(saved)
     codes: list[GradientCodes] = []
     if recipe.gradient_bits:
@@ -271,7 +308,7 @@ def backward(
     else:
         out = dtype if saved.scales else None
         dinputs = [input_gradient(w, dy, out) for w, dy in zip(kernel, dys, strict=True)]
-    dinputs = [d._replace(values=constrain(d.values, *rows_of(d.values.ndim, axes[0]))) for d in dinputs]
+    dinputs = [d._replace(values=constrain(d.values, *activation_axes(d.values.ndim, axes[0]))) for d in dinputs]
     if saved.scales:  # the forward pass chose; the user's choice may not reach here
         gradients, inputs = _kernel_input_backward(fusion, saved, dinputs, row_factors, dcopy)
     else:

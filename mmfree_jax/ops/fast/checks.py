@@ -1,10 +1,4 @@
-"""Checks of the GPU kernels against NumPy in float64, on the device that they are to serve on.
-
-A check runs one kernel, forward and backward, at the shapes and in the type of one use. The reference is computed for
-at most ROWS distinct rows. The kernel gets these rows repeated until the use's number of rows is reached, so every row
-that it writes is compared; sums over rows are compared with weighted sums. ROWS is prime, so that repetitions do not
-line up with tiles.
-"""
+"""Checks of the GPU kernels against NumPy in float64, on the device that they are to serve on."""
 
 import functools
 import zlib
@@ -16,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.ops.fast.ternary import TINY, TOP, dither_phases
+from mmfree_jax.ops.packed import pack_planes
 from mmfree_jax.ops.ternary import SMALLEST
+
+# A check runs one kernel, forward and backward, at the shapes and in the type of one use. The reference is computed for
+# at most ROWS distinct rows. The kernel gets these rows repeated until the use's number of rows is reached, so every
+# row that it writes is compared; sums over rows are compared with weighted sums. ROWS is prime, so that repetitions do
+# not line up with tiles.
 
 ROWS = 509
 EPS = 1e-6  # of the norms
@@ -87,6 +87,9 @@ def check(use: Use, device: Any = None) -> Outcome:
     return Outcome(dict(zip(names, map(float, deviations(arrays, expected)), strict=True)))
 
 
+# The allowance of an element is relative to itself and to its row: results near zero are differences of terms as large
+# as the row's others, and carry their rounding. A tolerance per array would hide a wrong row among larger ones, since
+# rows differ by a factor of up to a thousand on purpose (`_draw`).
 def _deviation(found: jax.Array, expected: jax.Array, tolerance: float | None) -> jax.Array:
     """The largest of |found - expected| over its allowance: `tolerance` times the expected value's magnitude plus the
     root mean square of its row. Rows and columns of `found` repeat those expected.
@@ -283,7 +286,7 @@ def transposed_codes(rng: np.random.Generator, use: Use) -> Problem:
     Rescaled codes are rounded with a different dither at each place, so rows cannot repeat: at most ROWS of all rows
     are expected, the first and the last among them.
     """
-    from mmfree_jax.ops.fast.hopper.transposed_codes import transposed as kernel
+    from mmfree_jax.ops.fast.hopper.transposed_codes import transpose as kernel
 
     (M, D), (scaled,) = use.sizes, use.options
     R, _ = _sample(M)
@@ -339,6 +342,7 @@ def recurrence(rng: np.random.Generator, use: Use) -> Problem:
     else:
         del expected["decay"]
     tolerance = dict.fromkeys(expected, TOLERANCES[dtype])
+    # The gradient to f is dF (1 - floor) sigmoid'(f) with dF = g (h_{t-1} - silu(c)).
     # Its factor h - silu(c) may be small beside h, which is kept in the type of the states.
     tolerance["gradient to f"] *= 4
     return Problem(run, (c, f, floor, h, resets, dout, dlast), expected, tolerance)
@@ -373,10 +377,119 @@ def _recurrence(c, f, floor, h, resets, dout, dlast, counts) -> dict[str, np.nda
     return results
 
 
+def normed_product(rng: np.random.Generator, use: Use) -> Problem:
+    """A BitLinear of packed weights and a few rows.
+
+    sizes: rows, width, columns. options: kind of the input, products, gains, type, whether each column has its own
+    scale, whether the first source is a sum. The outputs are compared in codes: their unit is that of a code of the row
+    times the scale of the weights.
+    """
+    from mmfree_jax.ops.fast.hopper.few_rows import normed_product as kernel
+
+    (M, K, N), (kind, G, count, dtype, per_column, added) = use.sizes, use.options
+    sources = [_draw(rng, dtype, M, K) for _ in range(1 if kind in ("norm", "plain") else 2)]
+    inner = _single(rng.uniform(0.5, 2, K)) if kind in ("norm", "gated") else None
+    gain = _single(rng.uniform(0.5, 2, (count, K))) if count else None
+    codes = rng.integers(-1, 2, (G, N, K), dtype=np.int8)
+    scales = [_single(rng.uniform(0.5, 2, N if per_column else 1)) for _ in range(G)]
+    addend, factor = (_draw(rng, dtype, M, K), 0.5) if added else (None, 1.0)
+
+    def run(sources, inner, gain, weights, scales, addend, units):
+        ys, total = kernel(kind, sources, inner, gain, weights, scales, EPS, addend, factor)
+        found = {f"product {g} in codes": ys[g].astype(jnp.float32) / units[g] for g in range(G)}
+        return found if total is None else found | {"sum": total}
+
+    expected, units = {}, []
+    x, *others = map(_exact, sources)
+    if addend is not None:
+        x = expected["sum"] = _exact(np.asarray(x + factor * _exact(addend)).astype(jnp.dtype(dtype)))
+    normed = lambda a: a / np.sqrt((a**2).mean(axis=1, keepdims=True) + EPS)
+    u = x if inner is None else normed(x) * _exact(inner)
+    if kind in ("gated", "swiglu"):
+        first, second = (u, others[0]) if kind == "swiglu" else (others[0], u)
+        u = first * _sigmoid(first) * second
+    for g in range(G):
+        z = normed(u) * _exact(gain[g % count]) if gain is not None else u
+        step = np.maximum(np.abs(z).max(axis=1, keepdims=True), SMALLEST) / TOP
+        units.append(_single(step * _exact(scales[g])))
+        expected[f"product {g} in codes"] = np.rint(z / step) @ _exact(codes[g]).T
+    # Some codes fall the other way, each of which moves a product by one; results are rounded to their type.
+    rounding = {"float32": 2.0**-20, "bfloat16": 2.0**-8}[dtype]
+    tolerance = {name: rounding + 4 / np.sqrt(np.mean(values**2) + 1) for name, values in expected.items()}
+    tolerance |= {"sum": TOLERANCES[dtype]} if added else {}
+    weights = [pack_planes(c) for c in codes]
+    return Problem(run, (sources, inner, gain, weights, scales, addend, units), expected, tolerance)
+
+
+def dense_product(rng: np.random.Generator, use: Use) -> Problem:
+    """Dense layers of a few rows. sizes: rows, width, columns. options: kind of the input, products, type, type of the
+    weights, whether the first source is a sum."""
+    from mmfree_jax.ops.fast.hopper.few_rows import dense_product as kernel
+
+    (M, K, N), (kind, G, dtype, stored, added) = use.sizes, use.options
+    sources = [_draw(rng, dtype, M, K) for _ in range(2 if kind == "swiglu" else 1)]
+    inner = _single(rng.uniform(0.5, 2, K)) if kind == "norm" else None
+    weights = rng.standard_normal((G, K, N), np.float32).astype(jnp.dtype(stored))
+    addend, factor = (_draw(rng, dtype, M, K), 0.5) if added else (None, 1.0)
+
+    def run(sources, inner, weights, addend):
+        ys, total = kernel(kind, sources, inner, weights, EPS, addend, factor)
+        found = {f"product {g}": y for g, y in enumerate(ys)}
+        return found if total is None else found | {"sum": total}
+
+    expected: dict[str, np.ndarray] = {}
+    u, *others = map(_exact, sources)
+    if addend is not None:
+        u = expected["sum"] = _exact(np.asarray(u + factor * _exact(addend)).astype(jnp.dtype(dtype)))
+    if kind == "swiglu":
+        u = u * _sigmoid(u) * others[0]
+    elif inner is not None:
+        u = u / np.sqrt((u**2).mean(axis=1, keepdims=True) + EPS) * _exact(inner)
+    expected |= {f"product {g}": u @ _exact(weights[g]) for g in range(G)}
+    return Problem(run, (sources, inner, weights, addend), expected, dict.fromkeys(expected, TOLERANCES[dtype]))
+
+
+def codes_product(rng: np.random.Generator, use: Use) -> Problem:
+    """The product of codes with packed weights. sizes: rows, width, columns. options: whether each column has its own
+    scale."""
+    from mmfree_jax.ops.fast.hopper.few_rows import codes_product as kernel
+
+    (M, K, N), (per_column,) = use.sizes, use.options
+    x = rng.integers(-TOP - 1, TOP + 1, (M, K), dtype=np.int8)
+    w = rng.integers(-1, 2, (N, K), dtype=np.int8)
+    by_row, by_column = _single(rng.uniform(0.5, 2, M)), _single(rng.uniform(0.5, 2, N if per_column else 1))
+    run = lambda x, by_row, w, by_column: {"product": kernel(x, by_row, w, by_column, jnp.float32)}
+    expected = _exact(x) @ _exact(w).T * _exact(by_row)[:, None] * _exact(by_column)
+    return Problem(run, (x, by_row, pack_planes(w), by_column), {"product": expected}, {"product": 2.0**-20})
+
+
+def decode_attention(rng: np.random.Generator, use: Use) -> Problem:
+    """Attention of one query a row to a cache. sizes: rows, slots, heads, heads of keys, channels. options: type."""
+    from mmfree_jax.ops.fast.hopper.decode_attention import decode_attention as kernel
+
+    (B, S, H, J, K), (dtype,) = use.sizes, use.options
+    R = min(B, 8)
+    draw = lambda *shape: np.asarray(2 * rng.standard_normal(shape, np.float32)).astype(jnp.dtype(dtype))
+    q, k, v = draw(R, H, K), draw(R, S, J, K), draw(R, S, J, K)
+    mask = (rng.uniform(size=(R, S)) < 0.8) & (np.arange(S) < rng.integers(1, S + 1, (R, 1)))
+    mask[:, 0] = True
+    rows = functools.partial(_repeated, rows=B)
+    run = lambda *arrays: {"result": kernel(*map(rows, arrays))}
+    scores = np.einsum("bjgk,bsjk->bjgs", _exact(q).reshape(R, J, H // J, K), _exact(k)) / np.sqrt(K)
+    scores = np.where(mask[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    expected = np.einsum("bjgs,bsjk->bjgk", weights / weights.sum(axis=-1, keepdims=True), _exact(v)).reshape(R, H, K)
+    return Problem(run, (q, k, v, mask), {"result": expected}, {"result": TOLERANCES[dtype]})
+
+
 CHECKS: dict[str, Callable[[np.random.Generator, Use], Problem]] = {
     "normed_codes": normed_codes,
     "row_codes": row_codes,
     "int8_matmul": int8_matmul,
     "transposed_codes": transposed_codes,
     "recurrence": recurrence,
+    "normed_product": normed_product,
+    "codes_product": codes_product,
+    "dense_product": dense_product,
+    "decode_attention": decode_attention,
 }

@@ -1,11 +1,5 @@
 """Which implementation serves: the one place that decides between a definition, XLA and a kernel.
 
-A model calls the functions in `ops`. Each is decorated with `op` and calls the function of its name in `ops.fast`,
-which computes the same with a backward pass of its own. That function asks here, while a program is traced, which form
-to take: for this op, at these shapes and types, on this mesh and device. A kernel serves where it supports the shape
-and `verification` has found it right. All sizes are of one device's part: on a mesh a kernel runs inside
-`sharding.per_shard`, as the compiler cannot cut it.
-
 The user's own choices are contexts around what is traced: `kernels_allowed(False)` leaves all to XLA, `definitions()`
 leaves all to the definitions.
 """
@@ -23,8 +17,14 @@ import jax.numpy as jnp
 from mmfree_jax.devices import backend
 from mmfree_jax.ops.fast import verification
 from mmfree_jax.ops.fast.checks import Use
-from mmfree_jax.sharding import Names, axis_if_cut, rows_of, ways, whole
+from mmfree_jax.sharding import Names, activation_axes, gathered_axes, shard_count, sharding_axis
 from mmfree_jax.tracing import during
+
+# A model calls the functions in `ops`. Each is decorated with `op` and calls the function of its name in `ops.fast`,
+# which computes the same with a backward pass of its own. That function asks here, while a program is traced, which
+# form to take: for this op, at these shapes and types, on this mesh and device. A kernel serves where it supports the
+# shape and `verification` has found it right. All sizes are of one device's part: on a mesh a kernel runs inside
+# `sharding.per_shard`, as the compiler cannot cut it.
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +34,7 @@ LOGITS_PER_CHUNK = {"cpu": 2**19, "gpu": 2**26, "tpu": 2**26}  # 2 MiB stay in a
 MOST_ROWS = 2**31 // (128 * 127)  # whose products of int8 codes an int32 can sum
 
 _allowed: ContextVar[bool] = ContextVar("kernels_allowed", default=True)
+_forward_only: ContextVar[bool] = ContextVar("forward_only", default=False)
 _defined: ContextVar[tuple[str, ...] | None] = ContextVar("defined", default=None)
 
 
@@ -73,6 +74,11 @@ def kernels_allowed(allowed: bool) -> Any:
     return during(_allowed, allowed)
 
 
+def forward_only() -> Any:
+    """Promise that what is traced inside is not differentiated: kernels without a backward pass may serve."""
+    return during(_forward_only, True)
+
+
 def available() -> bool:
     """Whether kernels can run here and may."""
     return _allowed.get() and verification.possible()
@@ -80,7 +86,9 @@ def available() -> bool:
 
 def local_rows(x: jax.Array) -> int:
     """Count the rows of x [..., D] that lie on one device."""
-    return math.prod(size // ways(name, size) for name, size in zip(rows_of(x.ndim), x.shape[:-1], strict=False))
+    return math.prod(
+        size // shard_count(name, size) for name, size in zip(activation_axes(x.ndim), x.shape[:-1], strict=False)
+    )
 
 
 def input_codes(fusion: Any, sources: tuple[jax.Array, ...], source_gain: Any, gains: int, products: int) -> bool:
@@ -95,15 +103,67 @@ def input_codes(fusion: Any, sources: tuple[jax.Array, ...], source_gain: Any, g
 
     arrays = len(sources) + products + fusion.residual, len(sources) + gains
     fits = normed_codes.supports(width, (source_gain is not None) + gains, dtype, *arrays)
-    if ways(whole(recipe.axes)[0], width) > 1 or not fits:
+    if shard_count(gathered_axes(recipe.axes)[0], width) > 1 or not fits:
         return False
     options = fusion.kind, gains, products, str(dtype), recipe.gradient_bits, fusion.residual, fusion.onward
     return verification.serves(Use("normed_codes", (local_rows(sources[0]), width), options))
 
 
+def normed_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: Any) -> bool:
+    """Whether one kernel computes a BitLinear of packed weights, from the sources of its input on.
+
+    It takes the few rows of a decoding step, 8 bits, 2-bit weights and whole matrices.
+    """
+    first, rows, width = weights.codes[0], math.prod(x.shape[:-1]), x.shape[-1]
+    columns, planes = first.bytes_FI.shape[0], all(w.layout == "planes" for w in weights.codes)
+    if not available() or recipe.bits != 8 or not planes or x.dtype not in (jnp.bfloat16, jnp.float32):
+        return False
+    from mmfree_jax.ops.fast.hopper import few_rows
+
+    cut = shard_count("batch", x.shape[0]) * math.prod(map(shard_count, recipe.axes, (width, columns)))
+    if cut > 1 or not few_rows.supports(rows, width, columns):
+        return False
+    gains = 0 if weights.gain is None else math.prod(weights.gain.shape[:-1])
+    options = kind, len(weights.codes), gains, str(x.dtype), first.scale.size > 1, added
+    return verification.serves(Use("normed_product", (rows, width, columns), options))
+
+
+def dense_product(recipe: Any, kind: str, x: jax.Array, added: bool, w_GDF: jax.Array) -> bool:
+    """Whether one kernel computes dense layers, from the sources of their input on: for the few rows of decoding."""
+    (groups, width, columns), rows = w_GDF.shape, math.prod(x.shape[:-1])
+    if not available() or not _forward_only.get() or x.dtype not in (jnp.bfloat16, jnp.float32):
+        return False
+    from mmfree_jax.ops.fast.hopper import few_rows
+
+    cut = shard_count("batch", x.shape[0]) * math.prod(map(shard_count, recipe.axes, (width, columns)))
+    if cut > 1 or kind == "gated" or not few_rows.supports_dense(rows, width, columns):
+        return False
+    options = kind, groups, str(x.dtype), str(w_GDF.dtype), added
+    return verification.serves(Use("dense_product", (rows, width, columns), options))
+
+
+def packed_form(x: Any, w: Any) -> Literal["kernel", "cpu", "unpacked"]:
+    """The form of a product of codes [..., D] with a packed matrix [D, F].
+
+    "kernel" and "cpu" (C++) read the 2-bit weights as they lie in memory; "unpacked" makes codes of a byte of them
+    first, for XLA or a kernel of large tiles.
+    """
+    if x.scale is None or w.layout != "planes" or x.codes.dtype != jnp.int8 or not _allowed.get():
+        return "unpacked"
+    if not available():
+        return "cpu" if backend() == "cpu" else "unpacked"
+    from mmfree_jax.ops.fast.hopper import few_rows
+
+    rows, width, columns = math.prod(x.codes.shape[:-1]), x.codes.shape[-1], w.bytes_FI.shape[0]
+    if shard_count("batch", x.codes.shape[0]) > 1 or not few_rows.supports_codes(rows, width, columns):
+        return "unpacked"
+    use = Use("codes_product", (rows, width, columns), (w.scale.size > 1,))
+    return "kernel" if verification.serves(use) else "unpacked"
+
+
 def gradient_codes_onward(recipe: Any, columns: int, dtype: Any) -> bool:
     """Whether a kernel can make codes of gradients [..., columns]: 8 bits, rows whole on a device, in whole lanes."""
-    if not available() or recipe.gradient_bits != 8 or ways(whole(recipe.axes)[1], columns) > 1:
+    if not available() or recipe.gradient_bits != 8 or shard_count(gathered_axes(recipe.axes)[1], columns) > 1:
         return False
     from mmfree_jax.ops.fast.hopper import normed_codes
 
@@ -123,12 +183,12 @@ def integer_product(x: Any, w: Any, out: Any, axes: Names, transposed: bool) -> 
     """
     if x.scale is None or w.scale is None or w.scale.size != 1 or out != jnp.bfloat16 or not available():
         return False
-    if x.codes.dtype != jnp.int8 or ways(axes[transposed], w.codes.shape[transposed]) > 1:
+    if x.codes.dtype != jnp.int8 or shard_count(axes[transposed], w.codes.shape[transposed]) > 1:
         return False
     from mmfree_jax.ops.fast.hopper import int8_matmul, transposed_codes
 
     rows = local_rows(x.codes)
-    shape = [size // ways(name, size) for name, size in zip(axes, w.codes.shape, strict=True)]
+    shape = [size // shard_count(name, size) for name, size in zip(axes, w.codes.shape, strict=True)]
     inner, columns = reversed(shape) if transposed else shape
     if not (int8_matmul.supports(rows, inner, columns) and transposed_codes.supports(inner, columns)):
         return False
@@ -154,22 +214,19 @@ def recurrence_form(x_BTD: Any, dtype: Any, gated: bool) -> Literal["kernel", "w
     "kernel" is one pass over memory on Hopper GPUs, "walk" goes step by step, which is up to four times faster on a CPU
     than "prefix", a parallel prefix.
     """
-    if _recurrence_kernel(x_BTD, dtype, gated):
-        return "kernel"
-    return "walk" if backend() == "cpu" else "prefix"
-
-
-def _recurrence_kernel(x_BTD: Any, dtype: Any, gated: bool) -> bool:
-    if not available() or dtype not in (jnp.bfloat16, jnp.float32) or (x_BTD.shape[1] == 1 and not gated):
-        return False
+    other: Literal["walk", "prefix"] = "walk" if backend() == "cpu" else "prefix"
+    if not available() or dtype not in (jnp.bfloat16, jnp.float32) or x_BTD.shape[1] == 1:
+        return other
     from mmfree_jax.ops.fast.hopper.recurrence import LANES, ROWS
 
-    # What is filled up to whole tiles is cut evenly only if it was whole tiles on every device before.
-    cut = [ways(name, size) for name, size in zip(STEPS, x_BTD.shape, strict=True)]
-    B, T, D = (size // n for size, n in zip(x_BTD.shape, cut, strict=True))
-    if (cut[1] > 1 and T % ROWS) or (cut[2] > 1 and D % LANES):
-        return False
-    return verification.serves(Use("recurrence", (B, T, D), (str(jnp.dtype(dtype)), gated, cut[1] > 1)))
+    # The kernel's tiles are filled up with steps and channels that change nothing. On a mesh that would move every
+    # other part to another place, so there each device has to have whole tiles from the beginning.
+    parts = [shard_count(name, size) for name, size in zip(STEPS, x_BTD.shape, strict=True)]
+    B, T, D = (size // n for size, n in zip(x_BTD.shape, parts, strict=True))
+    if (parts[1] > 1 and T % ROWS) or (parts[2] > 1 and D % LANES):
+        return other
+    use = Use("recurrence", (B, T, D), (str(jnp.dtype(dtype)), gated, parts[1] > 1))
+    return "kernel" if verification.serves(use) else other
 
 
 def attention_form(q_BTHK: Any, segments_BT: Any) -> Literal["full", "rows", "cudnn"]:
@@ -179,12 +236,25 @@ def attention_form(q_BTHK: Any, segments_BT: Any) -> Literal["full", "rows", "cu
     faster on a CPU, where scores then stay in cache; "cudnn" is NVIDIA's fused kernel, which takes half precision, no
     documents and heads up to a width. Where a mesh cuts time, queries see more keys than there are queries: "full".
     """
-    if axis_if_cut("time", q_BTHK.shape[1]) is not None:
+    if sharding_axis("time", q_BTHK.shape[1]) is not None:
         return "full"
     if backend() == "cpu":
         return "rows"
     fused = q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and segments_BT is None
     return "cudnn" if fused and q_BTHK.shape[-1] <= widest_fused_head() else "full"
+
+
+def decode_attention(q_BTHK: Any, k_BSJK: Any, mask: Any) -> bool:
+    """Whether a kernel attends from one query a row to a cache, under a mask [B, 1, S]."""
+    (B, T, H, K), (S, J) = q_BTHK.shape, k_BSJK.shape[1:3]
+    if not available() or not _forward_only.get() or T != 1 or mask.ndim != 3:
+        return False
+    from mmfree_jax.ops.fast.hopper import decode_attention as kernel
+
+    cut = shard_count("batch", B) * shard_count("heads", J)
+    if cut > 1 or q_BTHK.dtype not in (jnp.bfloat16, jnp.float32) or not kernel.supports(H, J, K):
+        return False
+    return verification.serves(Use("decode_attention", (B, S, H, J, K), (str(q_BTHK.dtype),)))
 
 
 def widest_fused_head() -> int:

@@ -10,7 +10,7 @@ from mmfree_jax.sharding import Names
 STATE: Names = ("batch", "channels")  # logical names of a state [B, D]
 
 
-def carried(
+def segment_states(
     decay_BSD: jax.Array, end_BSD: jax.Array, h_BD: jax.Array, axis: str | None = None, reverse: bool = False
 ) -> jax.Array:
     """The state before each of S segments, [B, S, D]: a segment turns state h into decay * h + end.
@@ -23,6 +23,8 @@ def carried(
     S = decay_BSD.shape[1]
     if axis is not None:
         decay_BSD, end_BSD = (jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (decay_BSD, end_BSD))
+    # A state is small beside the activations, so all devices get all of them by one all-gather and chain them
+    # themselves: a prefix over devices would wait for its neighbours in every round.
     order = range(decay_BSD.shape[1])[:: -1 if reverse else 1]
     states = {order[0]: h_BD}
     for s, after in itertools.pairwise(order):

@@ -6,8 +6,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.ops.fast.autodiff import own_backward
 from mmfree_jax.ops.fast.choice import STEPS
-from mmfree_jax.ops.fast.chunks import STATE, carried
-from mmfree_jax.sharding import Names, Summed, axis_if_cut, per_shard
+from mmfree_jax.ops.fast.chunks import STATE, segment_states
+from mmfree_jax.sharding import Names, PartialSum, per_shard, sharding_axis
 
 OPEN = 40.0  # of a forget gate: its sigmoid is 1 in float32
 CHANNELS, WEIGHTS = ("channels",), ("batch", "time")  # logical names of floor and keep
@@ -42,7 +42,7 @@ def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
     # Imported here: only machines with such a GPU need to have what the kernel language needs.
     from mmfree_jax.ops.fast.hopper import recurrence as kernel
 
-    axis = axis_if_cut("time", c_BTD.shape[1])
+    axis = sharding_axis("time", c_BTD.shape[1])
 
     def local(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
         S = kernel.segments(*c_BTD.shape)
@@ -50,7 +50,7 @@ def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
         decay_BSD, starts_BSD = jnp.zeros((c_BTD.shape[0], S, c_BTD.shape[2])), h_BD[:, None]
         if S > 1 or axis is not None:
             decay_BSD, end_BSD = (_grouped(a, S) for a in kernel.segment_ends(c, f, floor_D, keep))
-            starts_BSD = carried(decay_BSD, end_BSD, h_BD, axis)
+            starts_BSD = segment_states(decay_BSD, end_BSD, h_BD, axis)
         out, last = kernel.forward(c, f, floor_D, starts_BSD.reshape(-1, starts_BSD.shape[-1]), keep)
         return out.reshape(c_BTD.shape), _grouped(last, S)[:, -1:], starts_BSD, decay_BSD
 
@@ -65,7 +65,7 @@ def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
 def _backward(saved, dresults):
     from mmfree_jax.ops.fast.hopper import recurrence as kernel
 
-    axis, gated = axis_if_cut("time", saved[1].shape[1]), saved[2] is not None
+    axis, gated = sharding_axis("time", saved[1].shape[1]), saved[2] is not None
 
     def local(c_BTD, f_BTD, floor_D, starts_BSD, decay_BSD, keep_BT, out_BTD, dout_BTD, dlast_BD):
         S = starts_BSD.shape[1]
@@ -74,14 +74,14 @@ def _backward(saved, dresults):
         dlast_BSD = dlast_BD[:, None]
         if S > 1 or axis is not None:
             dstart_BSD = _grouped(kernel.segment_starts(f, floor_D, keep, dout), S)
-            dlast_BSD = carried(decay_BSD, dstart_BSD, dlast_BD, axis, reverse=True)
+            dlast_BSD = segment_states(decay_BSD, dstart_BSD, dlast_BD, axis, reverse=True)
         flat = lambda a: a.reshape(-1, a.shape[-1])
         dc, df, dfloor, dh = kernel.backward(c, f, floor_D, flat(starts_BSD), keep, out, dout, flat(dlast_BSD))
         dfloor_D = dfloor.sum(axis=0) if gated else None
         return dc.reshape(f_BTD.shape), df.reshape(f_BTD.shape), dfloor_D, _grouped(dh, S)[:, :1]
 
     names = [STEPS, STEPS, CHANNELS, STEPS, STEPS, WEIGHTS, STEPS, STEPS, STATE]
-    results: list[Names | Summed] = [STEPS, STEPS, Summed(CHANNELS), STEPS]
+    results: list[Names | PartialSum] = [STEPS, STEPS, PartialSum(CHANNELS), STEPS]
     dc_BTD, df_BTD, dfloor_D, dh_BSD = per_shard(local, names, results, *saved, *dresults)
     return dc_BTD, df_BTD, dfloor_D, dh_BSD[:, 0], None
 

@@ -1,8 +1,4 @@
-"""`ops.glu` with backward passes of its own.
-
-A ternary GLU keeps what its two BitLinears keep. As one op it gains with `Recipe.gradient_bits`: the gradients to gate
-and up leave the kernel that computes them as integer codes, and are never written as values.
-"""
+"""`ops.glu` with backward passes of its own, and placed on a mesh."""
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -11,9 +7,22 @@ from mmfree_jax.ops.bit_linear import Recipe, Weights
 from mmfree_jax.ops.fast import combine
 from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.bit_linear import Fusion, Residuals, backward, codes_onward, forward, linear, source
-from mmfree_jax.ops.fast.origin import Origin, hand_on, note
-from mmfree_jax.ops.fast.stream import rms_norm
+from mmfree_jax.ops.fast.combine import rms_norm
+from mmfree_jax.ops.fast.origin import Origin, Sum, hand_on, latest, note
+from mmfree_jax.ops.glu import relu2_glu
 from mmfree_jax.ops.packed import PackedWeights
+from mmfree_jax.sharding import constrain
+
+# A ternary GLU keeps what its two BitLinears keep. As one op it gains with `Recipe.gradient_bits`: the gradients to
+# gate and up leave the kernel that computes them as integer codes, and are never written as values.
+
+
+def residual(x_BTD: jax.Array, y_BTD: jax.Array, scale: float = 1.0, name: str = "") -> jax.Array:
+    """`ops.glu.residual`; a BitLinear that has read the stream adds both gradients to it (`origin`)."""
+    x_BTD = latest(x_BTD, last=True)
+    scaled_BTD = y_BTD if scale == 1 else y_BTD * scale
+    total_BTD = constrain(x_BTD + scaled_BTD, "batch", "time", None)
+    return note(checkpoint_name(total_BTD, name) if name else total_BTD, Sum(x_BTD, y_BTD, scale))
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -33,11 +42,13 @@ def glu(
     down: Weights | PackedWeights,
     x: jax.Array,
     gain_F: jax.Array | None = None,
+    activation: str = "silu",
 ) -> jax.Array:
-    """`ops.glu.glu`; ternary and without a norm inside, one op, unless the weights are packed."""
+    """`ops.glu.glu`; ternary, with silu and without a norm inside, one op, unless the weights are packed."""
     packed = isinstance(gate_up, PackedWeights) or isinstance(down, PackedWeights)
-    if packed or not (into.ternary and out.ternary and gain_F is None):
-        y = swiglu(*(checkpoint_name(y, "gate_up") for y in linear(into, x, gate_up)))
+    if packed or not (into.ternary and out.ternary and gain_F is None and activation == "silu"):
+        gate, up = (checkpoint_name(y, "gate_up") for y in linear(into, x, gate_up))
+        y = swiglu(gate, up) if activation == "silu" else relu2_glu(gate, up)
         return linear(out, y if gain_F is None else rms_norm(y, gain_F, out.eps), down)[0]
     kind, sources, source_gain, _ = source(into, x)
     fusions = Fusion(into, kind, residual=kind == "norm"), Fusion(out, "swiglu")

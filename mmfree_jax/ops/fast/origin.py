@@ -39,17 +39,25 @@ class Origin(NamedTuple):
     eps: float | None = None
 
 
+class Sum(NamedTuple):
+    """What a residual stream was made of: stream + factor * addend."""
+
+    stream: jax.Array
+    addend: jax.Array
+    factor: float
+
+
 class _Stream(NamedTuple):
     read: weakref.ref  # the stream that a BitLinear has read
     copy: jax.Array  # what it returned of it
     trace: Any  # in which the copy may be used
 
 
-_notes: dict[int, tuple[weakref.ref, Origin]] = {}
+_notes: dict[int, tuple[weakref.ref, Origin | Sum]] = {}
 _stream: ContextVar[_Stream | None] = ContextVar("stream", default=None)
 
 
-def note(result: jax.Array, origin: Origin) -> jax.Array:
+def note(result: jax.Array, origin: Origin | Sum) -> jax.Array:
     """Note the origin of a result, and return the result."""
     if isinstance(result, jax.core.Tracer):
         key = id(result)
@@ -59,11 +67,25 @@ def note(result: jax.Array, origin: Origin) -> jax.Array:
 
 def origin(x: jax.Array) -> Origin:
     """Return what x was made of; x itself, plain, where that is not known."""
-    reference, found = _notes.get(id(x), (None, None))
-    if reference is None or found is None or reference() is not x:
+    found = _noted(x)
+    if not isinstance(found, Origin):
         return Origin("plain", (x,))
     first, *others = found.sources
     return found._replace(sources=(latest(first), *others))
+
+
+def sum_of(x: jax.Array) -> Sum | None:
+    """Return the residual stream and what was added to it to make x, if x was made so.
+
+    A kernel that reads x can then add both itself. In training nothing asks: the sum is kept for the backward pass.
+    """
+    found = _noted(x)
+    return found if isinstance(found, Sum) else None
+
+
+def _noted(x: jax.Array) -> Origin | Sum | None:
+    reference, found = _notes.get(id(x), (None, None))
+    return None if reference is None or reference() is not x else found
 
 
 def can_hand_on(x: jax.Array) -> bool:

@@ -18,7 +18,16 @@ from mmfree_jax.ops.fast.dense import outer
 from mmfree_jax.ops.fast.ternary import column_codes, column_scale, pack, quantise_gradients, unpack, weight_scale
 from mmfree_jax.ops.packed import Packed
 from mmfree_jax.ops.ternary import Quantised, dequantise, ternary_codes, wide
-from mmfree_jax.sharding import Names, Summed, constrain, packed_gathers, per_shard, rows_of, ways, whole
+from mmfree_jax.sharding import (
+    Names,
+    PartialSum,
+    activation_axes,
+    constrain,
+    gathered_axes,
+    packed_gathers,
+    per_shard,
+    shard_count,
+)
 
 # On a mesh, a layer's latent weights are cut over fsdp. Each device quantises its own part, and what travels is codes:
 # a quarter of the bytes of float32 weights, or a sixteenth packed. The product then needs the whole matrix of codes,
@@ -70,14 +79,14 @@ def gather_kernel(recipe: Recipe, kernel: tuple[Quantised, ...]) -> tuple[Quanti
     """
     # The constraint to the weights' own place comes first, or the partitioner gathers before it packs.
     gathered, shape = [], kernel[0].codes.shape
-    cut = {name: (size, ways(name, size)) for name, size in zip(recipe.axes, shape, strict=True)}
+    cut = {name: (size, shard_count(name, size)) for name, size in zip(recipe.axes, shape, strict=True)}
     rows, shards = cut[recipe.axes[0]]
-    packs = packed_gathers() and cut.get("embed", (0, 1))[1] > 1 and rows // shards % 4 == 0
+    packs = packed_gathers.get() and cut.get("embed", (0, 1))[1] > 1 and rows // shards % 4 == 0
     for q in kernel:
         codes = q.codes
         if packs:
-            codes = unpack(constrain(constrain(pack(codes), *recipe.axes), *whole(recipe.axes)))
-        gathered.append(q._replace(codes=constrain(codes, *whole(recipe.axes))))
+            codes = unpack(constrain(constrain(pack(codes), *recipe.axes), *gathered_axes(recipe.axes)))
+        gathered.append(q._replace(codes=constrain(codes, *gathered_axes(recipe.axes))))
     return tuple(gathered)
 
 
@@ -90,6 +99,8 @@ def product(
     carries them (`dtype`), nor on the integer units doing it. out: type of the result; None is `wide(dtype)`. axes: the
     logical names of w's axes.
     """
+    # The scales come after the sum: one multiplication a result instead of one an operand, and the sum stays exact. A
+    # sum of D products of 8-bit codes with signs is below 2^24 up to D = 131,072, so float32 holds it as well as int32.
     out = wide(dtype) if out is None else out
     if choice.integer_product(x, w, out, axes, transposed):
         return _integer_product(x, w, axes, transposed)
@@ -102,20 +113,32 @@ def product(
 
 def packed_product(x: Quantised, w: Packed, dtype: Any) -> jax.Array:
     """Multiply codes [..., D] by a packed matrix [D, F], then apply both scales: [..., F] of `dtype`, as `product`."""
-    width = x.codes.shape[-1]
-    if x.scale is None or w.layout != "planes":
-        return product(x, w.unpacked(width), dtype, dtype)
-    y = ternary_product(w.bytes_FI, x.codes.reshape(-1, width)).astype(wide(dtype))
+    form = choice.packed_form(x, w)
+    if form == "unpacked":
+        return product(x, w.unpacked(x.codes.shape[-1]), dtype, dtype)
+    if form == "kernel":
+        return _codes_product(x, w, dtype)
+    y = ternary_product(w.bytes_FI, x.codes.reshape(-1, x.codes.shape[-1])).astype(wide(dtype))
     y = y.reshape(*x.codes.shape[:-1], -1)
+    assert x.scale is not None
     for scale in (x.scale, w.scale):
         y = y * scale.astype(y.dtype)
     return y.astype(dtype)
 
 
+def _codes_product(x: Quantised, w: Packed, dtype: Any) -> jax.Array:
+    from mmfree_jax.ops.fast.hopper.few_rows import codes_product
+
+    assert x.scale is not None
+    rows = x.codes.reshape(-1, x.codes.shape[-1])
+    by_row, by_column = (a.reshape(-1).astype(jnp.float32) for a in (x.scale, w.scale))
+    return codes_product(rows, by_row, w.bytes_FI, by_column, dtype).reshape(*x.codes.shape[:-1], -1)
+
+
 def _integer_product(x: Quantised, w: Quantised, axes: Names, transposed: bool) -> jax.Array:
     """`product` by the integer units, which sum along the last axis of both operands."""
     from mmfree_jax.ops.fast.hopper.int8_matmul import int8_matmul
-    from mmfree_jax.ops.fast.hopper.transposed_codes import transposed as transpose
+    from mmfree_jax.ops.fast.hopper.transposed_codes import transpose
 
     def local(x_codes, x_scale, w_codes, w_scale):
         rows = x_codes.reshape(-1, x_codes.shape[-1])
@@ -123,7 +146,7 @@ def _integer_product(x: Quantised, w: Quantised, axes: Names, transposed: bool) 
         y = int8_matmul(rows, summed_last, x_scale.reshape(-1), w_scale.reshape(1))
         return (y.reshape(*x_codes.shape[:-1], -1),)
 
-    rows, columns = rows_of(x.codes.ndim), rows_of(x.codes.ndim, axes[not transposed])
+    rows, columns = activation_axes(x.codes.ndim), activation_axes(x.codes.ndim, axes[not transposed])
     return per_shard(local, [rows, rows, axes, (None, None)], [columns], x.codes, x.scale, w.codes, w.scale)[0]
 
 
@@ -169,7 +192,7 @@ def gradient_codes(
         found = codes(dy.reshape(-1, dy.shape[-1]), None if factors is None else factors.reshape(-1))
         return codes_of_rows(found, dy.shape)
 
-    rows = rows_of(dy.ndim)
+    rows = activation_axes(dy.ndim)
     return GradientCodes(*per_shard(local, [rows, rows], [rows, rows], dy, x_scale))
 
 
@@ -206,16 +229,18 @@ def _over_tokens(
 ) -> jax.Array:
     """[G, D, F]: for each matrix `one` [D, F] of an input, a gradient and a scale [1, F], of each device's rows, added
     up where the weights live. Inputs and gradients are arrays, or trees whose first leaf is one."""
+    # Each device multiplies its own rows, and `PartialSum` reduce-scatters the sums to the shards of the weights: what
+    # travels has the size of the weights, whatever the batch is.
     (into, out), x, dy = recipe.axes, jax.tree.leaves(inputs)[0], jax.tree.leaves(dys)[0]
-    into, out = (name if ways(name, a.shape[-1]) > 1 else None for name, a in ((into, x), (out, dy)))
-    of_input, of_output = whole((into, out))
-    names = [rows_of(dy.ndim, of_input), rows_of(dy.ndim, of_output), (None, of_output)]
+    into, out = (name if shard_count(name, a.shape[-1]) > 1 else None for name, a in ((into, x), (out, dy)))
+    of_input, of_output = gathered_axes((into, out))
+    names = [activation_axes(dy.ndim, of_input), activation_axes(dy.ndim, of_output), (None, of_output)]
 
     def local(inputs, dys, per_channel):
         operands = zip(one_each(inputs, dys), dys, per_channel, strict=True)
         return (jnp.stack([one(*operand) for operand in operands]),)
 
-    dw_GDF = per_shard(local, names, [Summed((None, into, out))], inputs, dys, per_channel)[0]
+    dw_GDF = per_shard(local, names, [PartialSum((None, into, out))], inputs, dys, per_channel)[0]
     return constrain(dw_GDF, None, *recipe.axes)
 
 
@@ -228,12 +253,12 @@ def _integer_outer(x: Quantised, dy: GradientCodes, per_channel: jax.Array | Non
     largest = None if dy.largest is None else dy.largest.reshape(-1)
     if largest is not None and dtype == jnp.bfloat16 and choice.integer_sum_over_rows(codes, rows.codes):
         from mmfree_jax.ops.fast.hopper.int8_matmul import int8_matmul
-        from mmfree_jax.ops.fast.hopper.transposed_codes import transposed
+        from mmfree_jax.ops.fast.hopper.transposed_codes import transpose
 
         scale = column_scale(largest)
-        dy_codes = transposed(rows.codes, (rows.scale * x_scale).reshape(-1), scale)
+        dy_codes = transpose(rows.codes, (rows.scale * x_scale).reshape(-1), scale)
         scale = scale if per_channel is None else scale / per_channel.reshape(-1)
-        return int8_matmul(transposed(codes), dy_codes, jnp.ones(codes.shape[-1]), scale)
+        return int8_matmul(transpose(codes), dy_codes, jnp.ones(codes.shape[-1]), scale)
     columns = column_codes(rows, x_scale, largest)
     sums = outer(codes.astype(dtype), columns.codes.astype(dtype), wide(dtype))
     return dequantise(Quantised(sums if per_channel is None else sums / per_channel, columns.scale), dtype)

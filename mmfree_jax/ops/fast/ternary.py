@@ -23,6 +23,9 @@ def weight_scale(w: jax.Array, axes: tuple[int, ...], names: Names = ()) -> jax.
     Each axis is summed in blocks that lie whole on a device; the sums of the blocks then travel, and every device adds
     them in the same order. `names` are the logical names of w's axes: those that are not summed stay where they are.
     """
+    # A sum of floats depends on its order, and a mesh changes the order: another last bit of the scale flips codes of
+    # weights that lie on the edge, and runs on two meshes would part. Hence sums in fixed blocks, added in a fixed
+    # order.
     magnitude, summed = jnp.abs(w.astype(wide(w.dtype))), sorted(axis % w.ndim for axis in axes)
     shape = [n for axis, size in enumerate(w.shape) for n in (_blocked(size) if axis in summed else (size,))]
     within = [axis + i + 1 for i, axis in enumerate(summed)]  # each summed axis is two: blocks, and what is in them
@@ -84,7 +87,7 @@ def column_codes(q: Quantised, row_factors: jax.Array, largest: jax.Array | None
     scale = column_scale(largest)
     rows, columns = dither_phases(*q.codes.shape)
     values = q.codes * factor.astype(jnp.float32) * (1 / scale).astype(jnp.float32)
-    return Quantised(dithered(values, rows[:, None] + columns), scale[None])
+    return Quantised(round_with_dither(values, rows[:, None] + columns), scale[None])
 
 
 def column_scale(largest: jax.Array) -> jax.Array:
@@ -92,6 +95,9 @@ def column_scale(largest: jax.Array) -> jax.Array:
     return jnp.maximum(largest, TINY) / TOP
 
 
+# Codes of gradients are summed over thousands of tokens. Rounding to nearest makes errors that do not average out,
+# since small gradients all become zero; random rounding does average out, and needs random numbers. A fixed sequence
+# whose values fill [0, 1) evenly, added before rounding, is as unbiased over any stretch of rows and costs an addition.
 def dither_phases(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
     """Return int32 [rows] and [columns] whose sums, modulo 1 in units of 2^-23, cover [0, 1) evenly in any rectangle.
 
@@ -103,7 +109,7 @@ def dither_phases(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
     return sequence(rows, steps[0]), sequence(columns, steps[1])
 
 
-def dithered(values: jax.Array, phases: jax.Array) -> jax.Array:
+def round_with_dither(values: jax.Array, phases: jax.Array) -> jax.Array:
     """Round float32 values in [-TOP, TOP] to int8: up where the fraction of a value and its phase together exceed 1.
 
     Phases become fractions, and sums whole numbers, by their bits: a GPU converts a quarter as fast as it adds.

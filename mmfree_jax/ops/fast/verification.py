@@ -1,12 +1,4 @@
-"""Verification: a kernel serves only where it has been checked.
-
-Its first use at a shape, in a type, on a kind of device compares it with float64 (`checks`). The outcome is stored in
-a folder, so that later processes do not check again. Where a kernel deviates or fails, XLA serves, a warning names the
-kernel, and `record` says so for the run's log and result.
-
-`prepare` traces a program once to find its uses and checks the new ones. The processes of a run then agree: what one of
-them refuses, all refuse. A use that was not prepared is checked when the trace reaches it.
-"""
+"""Verification: a kernel serves only where it has been checked."""
 
 import contextlib
 import functools
@@ -27,6 +19,13 @@ from mmfree_jax.files import read_json, sha256, write_json
 from mmfree_jax.ops.fast import checks
 from mmfree_jax.ops.fast.checks import Outcome, Use
 from mmfree_jax.tracing import during
+
+# The first use of a kernel at a shape, in a type, on a kind of device compares it with float64 (`checks`). The outcome
+# is stored in a folder, so that later processes do not check again. Where a kernel deviates or fails, XLA serves, a
+# warning names the kernel, and `record` says so for the run's log and result.
+#
+# `prepare` traces a program once to find its uses and checks the new ones. The processes of a run then agree: what one
+# of them refuses, all refuse. A use that was not prepared is checked when the trace reaches it.
 
 THREADS = 8  # checks at the same time: XLA and ptxas compile in parallel, lowering holds Python's lock
 CHECKED_SOURCES = ("ternary.py", "fused_recurrence.py", "checks.py")  # whose change makes outcomes void, with hopper/
@@ -77,6 +76,8 @@ def serves(use: Use) -> bool:
     return _passed(use)
 
 
+# Why a separate trace: a use that is met while the program is traced for good is checked there and then, alone, and in
+# that process only. `prepare` collects all uses first, checks them in parallel, and lets the processes agree.
 def prepare(trace: Callable[[], Any]) -> None:
     """Check all kernels that a program would use, before it is traced for good.
 
@@ -91,7 +92,12 @@ def prepare(trace: Callable[[], Any]) -> None:
             trace()
         new = sorted(use for use in uses if use not in _outcomes)
         _check(new)
-        _unite(new)
+        if jax.process_count() > 1 and new:
+            # All processes have to compile the same program: what any of them refuses, all refuse. They met the same
+            # uses, and in the same order, so the answers line up.
+            mine = np.array([not _outcomes[use].passed for use in new])
+            any_refuses = multihost_utils.process_allgather(mine).any(axis=0)
+            _refused_elsewhere.update(use for use, refused in zip(new, any_refuses, strict=True) if refused)
         if all(_passed(use) for use in uses):
             return
         # The cached trace contains refused kernels. A new one may ask for other kernels: check again.
@@ -100,18 +106,17 @@ def prepare(trace: Callable[[], Any]) -> None:
 
 def record() -> dict[str, list[str]]:
     """Return the uses that this process met, in words: served by a kernel, and refused, with the reason."""
-    served = sorted(str(use) for use in _outcomes if _passed(use))
-    refused = sorted(_words(use) for use in _outcomes if not _passed(use))
-    return {"served": served, "refused": refused}
+    served, refused = [], []
+    for use, outcome in _outcomes.items():
+        if _passed(use):
+            served.append(str(use))
+        else:
+            refused.append(f"{use}: " + ("refused by another process" if outcome.passed else outcome.worst))
+    return {"served": sorted(served), "refused": sorted(refused)}
 
 
 def _passed(use: Use) -> bool:
     return use not in _refused_elsewhere and _outcomes[use].passed
-
-
-def _words(use: Use) -> str:
-    outcome = _outcomes[use]
-    return f"{use}: " + (outcome.worst if not outcome.passed else "refused by another process")
 
 
 def _check(uses: Iterable[Use]) -> None:
@@ -125,7 +130,7 @@ def _check(uses: Iterable[Use]) -> None:
         return
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(_outcome, new))
-    with ThreadPoolExecutor(1) as pool:  # what failed beside others may only have lacked memory: again, alone
+    with ThreadPoolExecutor(1) as pool:  # a check that failed beside others may only have lacked memory: again, alone
         failed = [use for use, outcome in zip(new, found, strict=True) if outcome.error]
         again = dict(zip(failed, pool.map(_outcome, failed), strict=True))
     for use, outcome in (dict(zip(new, found, strict=True)) | again).items():
@@ -139,7 +144,7 @@ def _outcome(use: Use) -> Outcome:
 
     An exception refuses the kernel, but it is not kept: the next process tries again.
     """
-    path = _path(use)
+    path = outcome_file("kernels", [str(use), _sources()])
     if path is not None and path.exists():
         return Outcome({name: float(text) for name, text in read_json(path)["deviations"].items()})
     try:
@@ -152,19 +157,16 @@ def _outcome(use: Use) -> Outcome:
     return outcome
 
 
-def _path(use: Use) -> Path | None:
-    """The file that keeps the outcome of a use; None where no folder is set."""
-    folder = cache_folder()
-    if folder is None:
+def outcome_file(group: str, depends: list[Any]) -> Path | None:
+    """Return the file that keeps an outcome, beside the compiled programs; None where JAX keeps none.
+
+    Its name is a digest of what the outcome depends on, and of the environment.
+    """
+    folder = getattr(jax.config, "jax_compilation_cache_dir", None)  # `devices.use_compile_cache` sets it
+    if not folder:
         return None
-    key = hashlib.sha256(json.dumps([str(use), environment(), _sources()]).encode()).hexdigest()[:24]
-    return folder / "kernels" / f"{key}.json"
-
-
-def cache_folder() -> Path | None:
-    """Return the folder of compiled programs (`devices.use_compile_cache`), which has outcomes too; None without."""
-    folder = getattr(jax.config, "jax_compilation_cache_dir", None)
-    return Path(folder) if folder else None
+    key = hashlib.sha256(json.dumps([*depends, environment()]).encode()).hexdigest()[:24]
+    return Path(folder) / group / f"{key}.json"
 
 
 def store(path: Path | None, outcome: dict[str, Any]) -> None:
@@ -190,12 +192,3 @@ def _sources() -> str:
     """A digest of the source of kernels and checks."""
     fast = Path(__file__).parent
     return sha256([*sorted((fast / "hopper").glob("*.py")), *(fast / name for name in CHECKED_SOURCES)])
-
-
-def _unite(uses: list[Use]) -> None:
-    """Refuse in every process what any process of the run refuses."""
-    if jax.process_count() == 1 or not uses:
-        return
-    mine = np.array([not _outcomes[use].passed for use in uses])
-    any_refuses = multihost_utils.process_allgather(mine).any(axis=0)
-    _refused_elsewhere.update(use for use, refused in zip(uses, any_refuses, strict=True) if refused)

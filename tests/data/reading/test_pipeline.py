@@ -10,7 +10,7 @@ import pytest
 
 from mmfree_jax.data.building import token_writer
 from mmfree_jax.data.reading.bench import measure
-from mmfree_jax.data.reading.pipeline import batches, evaluation_batches, evaluation_windows
+from mmfree_jax.data.reading.pipeline import batches, evaluation_windows
 from mmfree_jax.data.reading.prefetch import Prefetched
 from mmfree_jax.data.reading.token_set import Mixture, TokenSet
 from mmfree_jax.data.tokenizers.tokenizer import Tokenizer, byte_tokenizer, train_bpe
@@ -163,7 +163,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(tokens: TokenSet, se
         count += 1
     np.testing.assert_array_equal(np.concatenate(targets), split[1:])
     np.testing.assert_array_equal(np.concatenate(inputs), split[:-1])
-    assert count == evaluation_batches(tokens, sequence, batch)
+    assert count == -(-(len(split) - 1) // (sequence * batch))
 
 
 def test_prefetching_works_ahead_but_not_further_than_asked() -> None:

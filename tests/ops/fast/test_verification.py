@@ -14,7 +14,7 @@ from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
 from mmfree_jax.ops.fast import checks, verification
 from mmfree_jax.ops.fast.checks import Use
 from mmfree_jax.ops.fast.hopper import int8_matmul, transposed_codes
-from mmfree_jax.ops.fast.ternary import column_scale, dither_phases, dithered
+from mmfree_jax.ops.fast.ternary import column_scale, dither_phases, round_with_dither
 
 X = np.random.default_rng(0).standard_normal((256, 128)).astype(jnp.bfloat16)
 W = np.random.default_rng(1).standard_normal((1, 128, 128)).astype(np.float32)
@@ -30,7 +30,7 @@ def turned(codes, by=None, scale=None):
     if by is None:
         return codes.T
     rows, columns = dither_phases(*codes.shape)
-    return dithered(codes * by[:, None] / scale, rows[:, None] + columns).T
+    return round_with_dither(codes * by[:, None] / scale, rows[:, None] + columns).T
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(verification, "_outcomes", {})
     monkeypatch.setattr(verification, "_refused_elsewhere", set())
     monkeypatch.setattr(int8_matmul, "int8_matmul", product)
-    monkeypatch.setattr(transposed_codes, "transposed", turned)
+    monkeypatch.setattr(transposed_codes, "transpose", turned)
     before = jax.config.jax_compilation_cache_dir
     use_compile_cache(tmp_path)
     jax.clear_caches()
@@ -169,12 +169,15 @@ def test_what_another_process_refuses_is_refused_here(gpu, monkeypatch):
 
 
 def test_the_outcome_depends_on_compiler_device_and_sources(gpu, monkeypatch):
-    path = verification._path(PRODUCT)
-    for name, value in (("environment", ["jax 1", "jaxlib 1", "H200", "cuda 13"]), ("_sources", "other")):
-        with monkeypatch.context() as changed:
-            changed.setattr(verification, name, lambda value=value: value)
-            assert verification._path(PRODUCT) != path
-    assert verification._path(TURN) != path
+    layer()
+    for number, (name, value) in enumerate(
+        (("environment", ["jax 1", "jaxlib 1", "H200", "cuda 13"]), ("_sources", "other"), ("_sources", "other"))
+    ):
+        monkeypatch.setattr(verification, name, lambda value=value: value)
+        monkeypatch.setattr(verification, "_outcomes", {})  # as in a new process
+        jax.clear_caches()
+        layer()
+        assert len(list((gpu / "kernels").iterdir())) == (4, 6, 6)[number]  # two uses; known the third time
 
 
 def test_a_result_that_is_no_number_does_not_pass():
@@ -196,7 +199,7 @@ def test_checks_see_a_fault_anywhere(gpu, monkeypatch, use, fault):
         return spoiled
 
     monkeypatch.setattr(int8_matmul, "int8_matmul", lambda *a: faulty(product(*a)).astype(jnp.bfloat16))
-    monkeypatch.setattr(transposed_codes, "transposed", lambda *a: faulty(turned(*a)).astype(jnp.int8))
+    monkeypatch.setattr(transposed_codes, "transpose", lambda *a: faulty(turned(*a)).astype(jnp.int8))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert checks.check(use).passed == (fault == "none")
@@ -206,6 +209,6 @@ def test_scaled_transposed_codes_have_a_rounding_for_each_place(gpu, monkeypatch
     use = Use("transposed_codes", (640, 128), (True,))  # more rows than are distinct
     assert checks.check(use).passed
     rows = lambda codes, by, scale: turned(codes, by, scale).at[:, -1].add(3)
-    monkeypatch.setattr(transposed_codes, "transposed", rows)
+    monkeypatch.setattr(transposed_codes, "transpose", rows)
     assert not checks.check(use).passed
     assert column_scale(jnp.float32(127)) == 1

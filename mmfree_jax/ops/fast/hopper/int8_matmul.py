@@ -1,11 +1,4 @@
-"""int8 x int8 product with both scales applied in registers (Pallas Mosaic GPU, Hopper's integer wgmma).
-
-XLA writes the int32 product to memory and reads it back to scale it, which costs what the integer units save. Here a
-block of 256 x 128 outputs is accumulated by two warpgroups while a third copies operands in ahead of them; the
-accumulators are scaled, rounded to the output type and stored once. Two neighbours share their rows: each copies half
-of them for both, so that a third less is read from the second-level cache. Copying goes on across outputs: while one
-is stored, operands of the next come in.
-"""
+"""int8 x int8 product with both scales applied in registers (Pallas Mosaic GPU, Hopper's integer wgmma)."""
 
 import functools
 from typing import Any
@@ -17,6 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmfree_jax.ops.fast.hopper.mosaic import broadcast
+
+# XLA writes the int32 product to memory and reads it back to scale it, which costs what the integer units save. Here a
+# block of 256 x 128 outputs is accumulated by two warpgroups while a third copies operands in ahead of them; the
+# accumulators are scaled, rounded to the output type and stored once. Two neighbours share their rows: each copies half
+# of them for both, so that a third less is read from the second-level cache. Copying goes on across outputs: while one
+# is stored, operands of the next come in.
 
 # Three warpgroups share a block, and each has one job. The first two multiply: each has 128 x 128 sums of int32 in its
 # registers and feeds the tensor cores from shared memory, K in steps of 128. The third only asks the copy engine for

@@ -1,11 +1,5 @@
 """Everything between a layer's stored activations and its integer codes in one pass over memory, and the way back
-(Pallas Mosaic GPU).
-
-A row (one token) stays in the registers of one warpgroup while it is combined, normalised and quantised, so each
-activation is read once forward and once backward, and neither normed values nor float copies of the codes reach memory.
-XLA makes three passes of the first and up to five of the second, because every mean or maximum over a row ends a
-fusion.
-"""
+(Pallas Mosaic GPU)."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +14,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mmfree_jax.ops.fast.hopper.mosaic import SHARED_BYTES, STREAMING, sigmoid
 from mmfree_jax.ops.fast.ternary import TINY, TOP, nearest_integer
 from mmfree_jax.ops.ternary import SMALLEST
+
+# A row (one token) stays in the registers of one warpgroup while it is combined, normalised and quantised, so each
+# activation is read once forward and once backward, and neither normed values nor float copies of the codes reach
+# memory. XLA makes three passes of the first and up to five of the second, because every mean or maximum over a row
+# ends a fusion.
 
 # How it works. A block of 128 threads owns a stretch of rows. The copy engine (TMA) brings the next rows into shared
 # memory while the block computes on the last ones, and takes results out from there. A row of D values is seen as [D

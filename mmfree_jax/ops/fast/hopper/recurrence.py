@@ -1,14 +1,6 @@
 """The linear recurrence in one pass over time, forward and backward, with the MLGRU's gates or without them (Pallas
 Mosaic GPU).
 
-A block owns 128 channels of one sequence and walks through time, ROWS steps a stage; stages are copied in ahead of
-their use by the tensor memory accelerator, so that the walk is bound by memory bandwidth, not by its latency. Gates are
-computed from the projections in registers and again in the backward pass: neither they nor the factors ever reach
-memory, and the carry stays float32. Reads 2 and writes 1 element a step forward; 4 (3 without gates) and 2 backward.
-
-Few sequences leave most of the processor idle. They are then cut in time into segments that look like more sequences,
-after a first walk (`segment_ends`, `segment_starts`) that only finds what each segment passes on.
-
 With a floor, c and f are projections and a step is h = keep F h + (1 - F) silu(c), F = floor + (1 - floor) sigmoid(f).
 Without one (None) they are input and factor themselves: h = keep f h + c.
 """
@@ -22,6 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmfree_jax.ops.fast.hopper.mosaic import SHARED_BYTES, STREAMING, sigmoid
+
+# A block owns 128 channels of one sequence and walks through time, ROWS steps a stage; stages are copied in ahead of
+# their use by the tensor memory accelerator, so that the walk is bound by memory bandwidth, not by its latency. Gates
+# are computed from the projections in registers and again in the backward pass: neither they nor the factors ever reach
+# memory, and the carry stays float32. Reads 2 and writes 1 element a step forward; 4 (3 without gates) and 2 backward.
+#
+# Few sequences leave most of the processor idle. They are then cut in time into segments that look like more sequences,
+# after a first walk (`segment_ends`, `segment_starts`) that only finds what each segment passes on.
 
 # The recurrence is a loop over time in which nothing can be reordered, but channels are independent: one thread takes
 # one channel, and 128 of them one warpgroup. A step is two floating-point operations, so all that counts is that the

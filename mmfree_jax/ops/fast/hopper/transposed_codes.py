@@ -1,10 +1,4 @@
-"""int8 codes [M, D] as [D, M], on the way brought to one scale a column (Pallas Mosaic GPU, Hopper).
-
-Hopper's integer units sum along the last axis of both operands; the gradient to weights sums over tokens, the first
-axis of both. A tile is transposed by those units themselves: its product with an identity is exact, and they leave each
-value in the register from which its place in the other order is written. XLA's transpositions of bytes reach a third
-of the memory's bandwidth.
-"""
+"""int8 codes [M, D] as [D, M], on the way brought to one scale a column (Pallas Mosaic GPU, Hopper)."""
 
 import functools
 
@@ -15,7 +9,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmfree_jax.ops.fast.hopper.mosaic import STREAMING, broadcast
-from mmfree_jax.ops.fast.ternary import dither_phases, dithered
+from mmfree_jax.ops.fast.ternary import dither_phases, round_with_dither
+
+# Hopper's integer units sum along the last axis of both operands; the gradient to weights sums over tokens, the first
+# axis of both. A tile is transposed by those units themselves: its product with an identity is exact, and they leave
+# each value in the register from which its place in the other order is written. XLA's transpositions of bytes reach a
+# third of the memory's bandwidth.
 
 # Why a product: each thread of a warpgroup holds scattered values of a tile, and moving bytes between threads goes
 # through shared memory, a byte at a time. The tensor cores read a tile of shared memory in either order at full speed,
@@ -34,10 +33,10 @@ def supports(rows: int, columns: int) -> bool:
 
 
 @jax.jit
-def transposed(
+def transpose(
     codes_MD: jax.Array, row_factors_M: jax.Array | None = None, scale_D: jax.Array | None = None
 ) -> jax.Array:
-    """Transpose int8 codes to [D, M]; with float32 factors, codes * row_factors_M / scale_D rounded by `dithered`."""
+    """Transpose int8 codes to [D, M]; with float32 factors, codes * row_factors_M / scale_D, rounded with dither."""
     M, D = codes_MD.shape
     columns, tiles = D // TILE, M // TILE
     # Blocks walk down a column of tiles, in whole waves of blocks and with few starts, which take the time of a tile.
@@ -73,7 +72,7 @@ def transposed(
                     values = tile[...]
                     if vectors:
                         (factor, row), (scale, column) = across, of_columns
-                        values = dithered(values.astype(jnp.float32) * factor * scale, row + column)
+                        values = round_with_dither(values.astype(jnp.float32) * factor * scale, row + column)
                     out_smem[half] = values.astype(jnp.int8)
 
             plgpu.commit_smem()

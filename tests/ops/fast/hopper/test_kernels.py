@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.models.language_model import Block
 from mmfree_jax.models.layers import Context
-from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, rms_norm
 from mmfree_jax.ops.fast.combine import combine
 from mmfree_jax.ops.fast.hopper import normed_codes, transposed_codes
 from mmfree_jax.ops.fast.hopper import recurrence as kernel
@@ -23,7 +23,6 @@ from mmfree_jax.ops.fast.recurrence import gated_recurrence, recurrence
 from mmfree_jax.ops.fast.ternary import column_codes
 from mmfree_jax.ops.fast.verification import kernels_assumed
 from mmfree_jax.ops.glu import glu, swiglu
-from mmfree_jax.ops.stream import rms_norm
 from mmfree_jax.ops.ternary import Quantised
 
 KERNELS = {f"{kind}_codes{way}" for kind in ("norm", "gated", "swiglu") for way in ("", "_backward")}
@@ -202,8 +201,8 @@ def test_transposed_codes(monkeypatch, rows, columns):
     codes, by = jnp.int8(rng.integers(-127, 128, (rows, columns))), jnp.asarray(rng.uniform(0.1, 2, rows), jnp.float32)
     wanted = column_codes(Quantised(codes, by[:, None]), jnp.ones((rows, 1)))
     with pretended_gpu():
-        turned = jax.jit(transposed_codes.transposed)(codes)
-        scaled = jax.jit(transposed_codes.transposed)(codes, by, wanted.scale[0])
+        turned = jax.jit(transposed_codes.transpose)(codes)
+        scaled = jax.jit(transposed_codes.transpose)(codes, by, wanted.scale[0])
     np.testing.assert_array_equal(turned, codes.T)
     np.testing.assert_array_equal(scaled, wanted.codes.T)
 

@@ -21,7 +21,8 @@ from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.ops.fast.verification import kernels_assumed
 from mmfree_jax.ops.glu import glu
 from mmfree_jax.ops.recurrence import gated_recurrence
-from mmfree_jax.ops.stream import residual, rms_norm
+from mmfree_jax.ops.glu import residual
+from mmfree_jax.ops.bit_linear import rms_norm
 from mmfree_jax.sharding import make_mesh
 
 # The interpreter's check at the end of a kernel sees the barriers of all devices, some of which are still at work.

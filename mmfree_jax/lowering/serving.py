@@ -1,0 +1,226 @@
+"""`mmfree lower MODEL --serve`: what a model needs to be served, and how long a token takes.
+
+Weights and state are exact, from the shapes of what a packed folder holds and of what decoding remembers. Temporaries
+and times come from a model: decoding reads every weight and every state once a step, and its kernels, which run one
+after another, each cost a launch.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from mmfree_jax import flops
+from mmfree_jax.command_line import parse
+from mmfree_jax.config import ModelConfig, require
+from mmfree_jax.devices import DEVICES, Device
+from mmfree_jax.inference.generate import PIECE, TOP
+from mmfree_jax.inference.packed import Stored, Tensor, is_packed, packed_tensors, read_packed, served_config
+from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.ops.packed import Layout
+from mmfree_jax.output import program
+from mmfree_jax.presets import model_preset, split_name
+from mmfree_jax.weights import model_config
+
+DOES_NOT_FIT = 2
+CPU_FLOPS = 2e11  # of a few cores' vector units; decoding few sequences does not come near
+USABLE = 0.92  # share of a device's memory; context, libraries and fragmentation take the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What decoding reaches of a kind of device's data sheet, and what a kernel costs besides."""
+
+    read: float  # share of the bandwidth
+    launch: float  # seconds from one kernel to the next
+    kernels: dict[str, int]  # of a layer, by linear layer
+
+
+RATES = {
+    "cuda": Rates(0.60, 2.4e-6, {"ternary": 8, "dense": 14}),
+    "tpu": Rates(0.60, 1.0e-6, {"ternary": 14, "dense": 14}),
+    "cpu": Rates(0.75, 6.0e-6, {"ternary": 14, "dense": 14}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingArguments:
+    """Predict for a model that is served: does it fit on a device, and how long does a token take?"""
+
+    model: tyro.conf.Positional[str]
+    """Preset, or folder of a model."""
+    context: int = 2048
+    """Tokens of a prompt and its completion together."""
+    batch: int = 1
+    """Sequences that decode together."""
+    device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v6e", "cpu"] = "h200"
+    """Type of the device; cpu is that of this machine, whose rate of reading is measured."""
+    stored: Stored = "bfloat16"
+    """Type of the embedding and of dense matrices."""
+    layout: Layout = "planes"
+    """Of ternary codes: planes take 2 bits, trits 1.6."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the activations and of the attention's cache."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print everything as one JSON object."""
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch"):
+            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingMemory:
+    """Bytes on the device."""
+
+    codes: float  # of ternary matrices, and their scales
+    matrices: float  # embedding, head and dense matrices
+    state: float  # of all sequences: recurrent states, or keys and values
+    working: float  # while a prompt is read or a token chosen
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTime:
+    """Seconds of a step, which gives every sequence a token."""
+
+    reading: float
+    arithmetic: float
+    launches: float
+
+    @property
+    def total(self) -> float:
+        """Reading and arithmetic overlap; launches do not."""
+        return max(self.reading, self.arithmetic) + self.launches
+
+
+def main(arguments: list[str]) -> int:
+    """Print the prediction. Returns 0 if the model fits, else 2."""
+    chosen = parse(ServingArguments, arguments, f"{program()} lower --serve")
+    config = find_config(chosen.model)
+    device = this_cpu() if chosen.device == "cpu" else DEVICES[chosen.device]
+    memory, time = serving_memory(config, chosen), token_time(config, chosen, device)
+    usable = USABLE * device.memory
+    fits = memory.total <= usable
+    if chosen.json:
+        found = {"memory": {**dataclasses.asdict(memory), "total": memory.total}}
+        found["time"] = {**dataclasses.asdict(time), "total": time.total}
+        print(json.dumps({**found, "tokens_per_s": chosen.batch / time.total, "usable": usable, "fits": fits}))
+    else:
+        width = None if Console().is_terminal else 120
+        show(config, chosen, memory, time, usable, Console(highlight=False, markup=False, emoji=False, width=width))
+    return 0 if fits else DOES_NOT_FIT
+
+
+def find_config(name: str) -> ModelConfig:
+    """Return the architecture of a preset or of a model's folder. Raises ConfigError if it is neither."""
+    path = Path(name)
+    if not path.exists():
+        return model_preset(*split_name(name))
+    return read_packed(path)[0]["model"] if is_packed(path) else served_config(model_config(path))
+
+
+def this_cpu() -> Device:
+    """Return this machine's CPU: its free memory, and the rate at which it reads."""
+    from mmfree_jax.ops.fast.cpu.ternary_product import read_rate
+
+    block = np.ones(2**25, np.uint64)  # 256 MB, more than caches hold
+    rate = max(read_rate(block, os.cpu_count() or 1) for _ in range(3))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device("cpu", free, rate, CPU_FLOPS, CPU_FLOPS, 0.0, 0.0, 1)
+
+
+def tensors_of(config: ModelConfig, stored: Stored, layout: Layout) -> list[Tensor]:
+    """Return the tensors of a packed folder of this architecture, without making them."""
+    found: list[Tensor] = []
+
+    def trace() -> jax.Array:
+        found.extend(packed_tensors(LanguageModel(config, rngs=nnx.Rngs(0)), stored, layout))
+        return jnp.zeros(())
+
+    jax.eval_shape(trace)
+    return found
+
+
+def serving_memory(config: ModelConfig, chosen: ServingArguments) -> ServingMemory:
+    """Return the bytes that serving needs at its peak."""
+    tensors = tensors_of(config, chosen.stored, chosen.layout)
+    codes = sum(one.size for one in tensors if one.name.endswith((".codes", ".scale")))
+    item, rows = jnp.dtype(chosen.dtype).itemsize, chosen.batch + 1  # a prompt is read into a state of its own
+    state = rows * flops.decode_state_bytes(config, chosen.context, item)
+    return ServingMemory(codes, sum(one.size for one in tensors) - codes, state, _working(config, chosen, item))
+
+
+def _working(config: ModelConfig, chosen: ServingArguments, item: int) -> float:
+    """Of reading a piece of a prompt, or of choosing tokens; whichever is more."""
+    piece, V = min(PIECE, chosen.context), config.vocab
+    widest = 2 * config.glu_width + 4 * config.width
+    unpacked = config.width * config.glu_width if config.linear == "ternary" else 0  # one matrix as int8
+    scores = 2 * 4 * piece * chosen.context * config.heads if config.mixer == "attention" else 0
+    reading = piece * widest * max(item, 4) + unpacked + scores + 4 * V
+    choosing = chosen.batch * (V * (4 + 1 + 3 * 4) + 8 * TOP + widest * max(item, 4))  # logits, seen, and their copies
+    return max(reading, choosing)
+
+
+def bytes_read(config: ModelConfig, chosen: ServingArguments) -> float:
+    """Return the bytes that a step of decoding reads and writes: each weight once, states, and logits."""
+    tensors = tensors_of(config, chosen.stored, chosen.layout)
+    item = jnp.dtype(chosen.dtype).itemsize
+    lookup = 0 if config.tie_embeddings else next(one.size for one in tensors if one.name == "embedding")
+    weights = sum(one.size for one in tensors) - lookup
+    state = flops.decode_state_bytes(config, chosen.context, item) * (1 if config.mixer == "attention" else 2)
+    return weights + chosen.batch * (state + 4 * 4 * config.vocab + config.width * item)
+
+
+def token_time(config: ModelConfig, chosen: ServingArguments, device: Device) -> TokenTime:
+    """Return the time of one step of decoding, with full caches."""
+    rates = RATES[device.platform]
+    operations = 2.0 * flops.parameters(config).N * chosen.batch
+    peak = device.int8 if config.linear == "ternary" else device.bf16
+    launches = rates.launch * (config.depth * rates.kernels[config.linear] + 4)
+    reading = bytes_read(config, chosen) / (rates.read * device.bandwidth)
+    return TokenTime(reading, operations / (0.5 * peak), launches)
+
+
+def show(
+    config: ModelConfig,
+    chosen: ServingArguments,
+    memory: ServingMemory,
+    time: TokenTime,
+    usable: float,
+    console: Console,
+) -> None:
+    """Print tables, and the verdict as the last line."""
+    console.print(
+        f"{chosen.model}: {flops.parameters(config).total / 1e9:.3g}B parameters on one {chosen.device}, "
+        f"{chosen.batch} x {chosen.context} tokens"
+    )
+    sizes = Table("memory", "GB", title_justify="left")
+    for name, value in dataclasses.asdict(memory).items():
+        sizes.add_row(name, f"{value / 1e9:.3f}")
+    sizes.add_row("total", f"{memory.total / 1e9:.3f}", style="bold")
+    console.print(sizes)
+    times = Table("time of a step", "ms")
+    for name, value in dataclasses.asdict(time).items():
+        times.add_row(name, f"{value * 1e3:.3f}")
+    times.add_row("total", f"{time.total * 1e3:.3f}", style="bold")
+    console.print(times)
+    console.print(f"{chosen.batch / time.total:,.0f} tokens/s")
+    fits = memory.total <= usable
+    console.print(
+        f"{'fits' if fits else 'does not fit'}: {memory.total / 1e9:.2f} GB {'<=' if fits else '>'} "
+        f"{usable / 1e9:.1f} GB usable"
+    )
