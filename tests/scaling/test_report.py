@@ -9,6 +9,7 @@ from conftest import ladder_rows
 
 from scaling import Runs
 from scaling.report.chart import Chart, Points
+from scaling.report.figures import look
 from scaling.report.plot import drawn
 from scaling.report.sections import parameter_table
 from scaling.report.write import write_report
@@ -91,6 +92,11 @@ def test_several_pairs_have_a_headline_each_and_the_rest_in_their_sections(tmp_p
     assert text.count("one decade beyond the runs, the frontier of") == 2
     assert text.count("do not say which of transformer++ and third leads.") == 2  # in the verdict and in its section
     assert "\nNor at " in text
+
+
+def test_no_two_of_eighty_families_look_alike():
+    assert len({look(k) for k in range(80)}) == 80
+    assert len({look(k)[0] for k in range(8)}) == 8
 
 
 def test_pictures_of_an_earlier_report_do_not_stay(tmp_path, brief_reports):
