@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scaling.ensemble.answers import Crossing, Difference
+from scaling.ensemble.backtest import HELD, MIN_HELD
 from scaling.fitting.fit import Gate, ladder_gate
 from scaling.tables.cells import matched_cells
 
@@ -216,7 +217,12 @@ def backtest_sentence(e: Ensemble) -> str:
         return f"No back-test is possible: {'; '.join(e.test.skipped)}."
     inside, far = sum(p.inside for p in points), max(p.decades for p in points)
     text = f"Back-test: {inside} of {len(points)} left-out losses and differences lay in their 95 % intervals"
-    earned = f"that validates {e.reach:.1f} decades" if e.reach else "that validates nothing beyond the runs"
+    if e.reach:
+        earned = f"that validates {e.reach:.1f} decades"
+    elif len(points) < MIN_HELD:
+        earned = f"too few to validate anything beyond the runs ({MIN_HELD} are needed)"
+    else:
+        earned = f"that validates nothing beyond the runs ({HELD:.0%} must lie inside at every distance)"
     return f"{text}, up to {far:.1f} decades beyond the runs fitted; {earned}."
 
 
