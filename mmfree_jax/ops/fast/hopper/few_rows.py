@@ -145,8 +145,7 @@ def _product(row_of: Callable[[], _Row], words_ref, scale_ref, y_ref, m, first, 
     def load(chunk: int) -> jax.Array:
         word = chunk * CHUNK + jnp.arange(CHUNK)
         mask = None if words % CHUNK == 0 else jnp.broadcast_to(word[None] < words, (block, CHUNK))
-        at = words_ref.at[column[:, None], jnp.minimum(word, words - 1)[None]]
-        return plt.load(at, mask=mask, other=None if mask is None else 0)
+        return plt.load(words_ref.at[column[:, None], word[None]], mask=mask, other=None if mask is None else 0)
 
     ahead = {chunk: load(chunk) for chunk in range(min(AHEAD, chunks))}
     row = row_of()
@@ -175,7 +174,7 @@ def _row(kind, source_refs, inner_ref, gain_row, addend_ref, factor, K: int, eps
         mask = None if piece % size == 0 else element < piece
         z.append([])
         for plane in range(4):
-            index = plane * piece + jnp.minimum(element, piece - 1)
+            index = plane * piece + element
             other = None if mask is None else 0.0
             vector = functools.partial(plt.load, mask=mask, other=other)
             value = lambda ref, index=index, vector=vector: vector(ref.at[m, index]).astype(jnp.float32)
@@ -183,8 +182,7 @@ def _row(kind, source_refs, inner_ref, gain_row, addend_ref, factor, K: int, eps
             if addend_ref is not None:
                 x = (x + factor * value(addend_ref)).astype(source_refs[0].dtype)
                 if sum_ref is not None:
-                    at = sum_ref.at[m, plane * piece + element]  # not `index`, which has its last element twice
-                    pl.when(writes)(functools.partial(plt.store, at, x, mask=mask))
+                    pl.when(writes)(functools.partial(plt.store, sum_ref.at[m, index], x, mask=mask))
                 x = x.astype(jnp.float32)
             if kind == "swiglu":
                 v = x * jax.nn.sigmoid(x) * value(source_refs[1])
