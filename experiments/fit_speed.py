@@ -21,11 +21,11 @@ import numpy as np
 import scipy
 from scipy.optimize import minimize
 
+from experiments.simulated_ladders import Ladder, Noise, draw
 from scaling import analyse
 from scaling.fitting.fit import Fit, bounds_of, fit, starts_of
 from scaling.fitting.solve import evaluate, gradient, multistart
 from scaling.report.write import write_report
-from scaling.simulate import Ladder, Noise, draw
 from scaling.tables.runs import Runs
 from scaling.verify import pair_bootstrap
 

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import brentq
 
+from experiments.simulated_ladders import BASELINE
 from experiments.workers import in_processes
 from scaling.ensemble.answers import interval
 from scaling.ensemble.crossing import HORIZON, crossing_of, overtakes
@@ -37,7 +38,6 @@ from scaling.ensemble.discrepancy import ADDITIVE
 from scaling.ensemble.ensemble import Ensemble
 from scaling.ensemble.posterior import posterior
 from scaling.ensemble.rows import rows_of
-from scaling.simulate import BASELINE
 from scaling.spec import Spec
 from scaling.tables.runs import Runs
 

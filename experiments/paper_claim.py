@@ -19,13 +19,13 @@ from matplotlib.figure import Figure
 from scipy.optimize import brentq
 from scipy.stats import t as student
 
+from experiments.simulated_ladders import BASELINE, Cells, Ladder, Noise, crossing_at, draw, optimal_loss
 from scaling import Ensemble, Runs, ScalingError, Spec, compare
 from scaling.ensemble.answers import interval
 from scaling.ensemble.frontier import SIX_N_D
 from scaling.plan import Plan, candidates, cheapest
 from scaling.report.chart import PALETTE
 from scaling.report.plot import SIZE, STYLE, save
-from scaling.simulate import BASELINE, Cells, Ladder, Noise, crossing_at, draw, optimal_loss
 
 # Zhu et al. 2024 (arXiv 2406.02528), figure 3, digitised: (FLOP, training loss in nats) where each
 # curve of 370M, 1.3B and 2.7B parameters ends, and the straight lines of loss in log10 FLOP drawn through their tails.

@@ -237,6 +237,8 @@ def greedy(pool: Pool, options: Sequence[Trunk], budget: float, target_sd: float
         spent = sum(t.flops for t in chosen)
         moves = [[*(x for x in chosen if x.n != t.n), t] for t in options if t not in chosen]
         extra = [sum(t.flops for t in move) - spent for move in moves]
+        # Per root of the cost: a spread falls as one over the root of the number of runs, so this compares dear trunks
+        # with cheap ones fairly.
         gains = [
             np.log(now / pool.spread(move)) / cost**0.5 if cost > 0 and spent + cost <= budget else -np.inf
             for move, cost in zip(moves, extra, strict=True)

@@ -21,7 +21,7 @@ ORIGINS = (2.0, 4.0, 10.0, 30.0)  # the early runs are those below C_max over ea
 SPARE_ROWS = 3  # rows beyond the number of parameters, below which an origin is left out
 DISTANCES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # decades at which the reach may end
 HELD, MIN_HELD = 0.85, 5  # share of left-out runs that must lie in their 95 % intervals, and how many there must be
-DRAWS, SAMPLES, MOST_LEFT_OUT = 400, 64, 40
+DRAWS, MOST_LEFT_OUT = 400, 40
 LOSS, DIFFERENCE = "loss", "difference"
 
 
@@ -89,7 +89,7 @@ def backtest(runs: Runs, families: Sequence[str], spec: Spec, of: Callable[..., 
         if reason:
             skipped.append(f"runs below 1/{q:g} of the largest compute: {reason}")
             continue
-        ensemble = of(early, families, quick, samples=SAMPLES)
+        ensemble = of(early, families, quick)
         left_out = runs.select(runs["flops"] > top / q)
         points += [p for f in families for p in losses(ensemble, left_out, f, q)]
         points += differences(ensemble, left_out, q) if len(families) > 1 else []

@@ -163,6 +163,8 @@ class Ensemble(Equal):
     def middle(self) -> np.ndarray:
         """(families, P) centred parameters at the mean of the draws, exponents by their geometric mean."""
         logged = self.law.logged
+        # Exponents are drawn as logarithms, so their mean is a geometric one; it is where the frontiers' paths are
+        # taken.
         theta = self.draws.theta
         mean = np.where(logged, np.log(np.where(logged, theta, 1.0)), theta).mean(axis=0)
         return np.where(logged, np.exp(np.where(logged, mean, 0.0)), mean)
@@ -359,6 +361,8 @@ class Ensemble(Equal):
         if not (spent > 0).all() or not self.law.has_allocation:
             return None
         wide = np.geomspace(flops / 100, flops * 100, 65)
+        # Draw by draw: what B must spend for A's loss. Both curves come from one draw, so that what they err by
+        # together does not count twice.
         goal = self.frontier(self.a, np.array([flops]))[:, 0]
         curve = np.minimum.accumulate(self.frontier(self.b, wide), axis=1)
         need = np.array([np.interp(-g, -row, np.log(wide), right=np.inf) for g, row in zip(goal, curve, strict=True)])

@@ -36,6 +36,8 @@ class Cost:
         log_n = np.log(runs["N"])
         ratio = np.log((runs["flops"] if spent is None else spent) / (runs["N"] * runs["D"]))
         sizes, middle = np.unique(log_n.round(6)), log_n.mean()
+        # Attention, head and element-wise work fall off relative to 6 N D in a smooth way, which a parabola in log N
+        # follows.
         smooth = np.polyfit(log_n - middle, ratio, min(COST_DEGREE, len(sizes) - 1))
         grid = np.linspace(sizes[0], sizes[-1], COST_POINTS if len(sizes) > 1 else 1)
         return cls(grid, np.polyval(smooth, grid - middle))
@@ -137,6 +139,8 @@ def frontier(
     def log_loss(log_n: np.ndarray) -> np.ndarray:
         return law.value(theta, law.features_at(log_n, cost.log_tokens(log_n, log_flops), centre, log_flops))
 
+    # Each step keeps one of the two inner points, as the golden ratio makes it an inner point of the shorter bracket
+    # too: one new loss a step for every draw and budget, and no derivative.
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     at_left, at_right = log_loss(left), log_loss(right)
     for _ in range(SEARCH_STEPS if near is None else NEAR_STEPS):

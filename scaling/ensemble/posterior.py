@@ -240,8 +240,8 @@ class Posterior:
             free = (self.covariance(self.h[[h]], self.scale[n]) - self.rows.near.covariance(self.h[[h]]))[0]
             root = np.linalg.cholesky(free)
             prior = rng.normal(size=(len(rows), features.shape[1]))
-            # Matheron's rule: prior draw + K* K^-1 (observed - what that draw, noise included, says at the rows) has the
-            # mean and covariance of the conditional process, and no covariance of the points asked for is needed.
+            # Matheron's rule: prior draw + K* K^-1 (observed - what that draw, noise included, says at the rows) has
+            # the mean and covariance of the conditional process; no covariance of the points asked for is needed.
             wrong = residual[rows] - prior @ features.T - rng.normal(size=(len(rows), len(free))) @ root.T
             parts.append((rows, prior + np.linalg.solve(features @ features.T + free, wrong.T).T @ features))
             bases.append(basis)

@@ -44,6 +44,8 @@ def shared(labels: np.ndarray) -> np.ndarray:
 
 def gathered(rows: Rows) -> Rows:
     """Means over runs of a family that lie close in every input: the misfit is smooth, so little is lost."""
+    # Cholesky factors cost the cube of the rows. Groups grow until few enough are left; a row that is the mean of k
+    # runs has a k-th of their noise variance (`count`), and no trunk or cell of its own.
     spots, step = np.concatenate([rows.x.T * LN10, rows.features[rows.x.shape[1] :]]), 0.01
     while True:
         keys = np.column_stack([rows.family, *np.round(spots / step)])

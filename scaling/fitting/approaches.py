@@ -71,6 +71,8 @@ def budget_labels(flops: np.ndarray) -> np.ndarray:
 
 def iso_curve(part: Runs) -> list[IsoCurve]:
     """The parabolas of one budget in log N and in log D; none without an interior minimum."""
+    # Loss along a budget is a sum of a falling and a rising exponential in log N: a parabola only near its minimum,
+    # which is why wide or off-centre grids shift the vertex.
     fits = [np.polyfit(np.log(part[name]), part["loss"], 2) for name in ("N", "D")]
     if min(f[0] for f in fits) <= 0:
         return []

@@ -236,6 +236,8 @@ def solve(
 
     On a large table both solvers work on a random subset of the rows, and their optimum is finished on all of them.
     """
+    # The place of the optimum hardly depends on thousands of further rows, its exact value does: search on some, finish
+    # on all.
     chosen = model.sample(LARGE_TABLE, seed)
     small, seen = (model.subset(chosen), loss[chosen]) if len(chosen) < len(loss) else (model, loss)
     weight, target = np.ones(len(seen)), objective.target(seen)
@@ -293,6 +295,7 @@ def certify(
     """Measures the returned vector itself, whatever the solver said about it."""
     weight, target = np.ones(len(loss)), objective.target(loss)
     value = float(evaluate(model, objective, theta[None], target, weight)[0])
+    # A fit that is exact to rounding has an objective of nothing, relative to which any gap would be infinite.
     floor = float(objective.rho(np.full((1, len(loss)), 1e-9), weight)[0])  # below this a fit is exact to rounding
     at_box = (theta <= box[0] + AT_BOUND) | (theta >= box[1] - AT_BOUND)
     size = free_gradient(model, objective, theta, target, weight, box)
@@ -320,6 +323,8 @@ def gaps(values: np.ndarray, best: float) -> tuple[float, ...]:
 def conditioning(model: Model, objective: Objective, theta: np.ndarray) -> tuple[float, float]:
     """Condition number of J'J and the largest correlation between two parameters that it implies."""
     _, jacobian = linearised(model, objective, theta[None])
+    # The inverse of J'J is the shape of the parameters' covariance under normal noise: off-diagonal entries near 1 say
+    # that two parameters can be changed against each other without the residuals noticing.
     normal = jacobian[0] @ jacobian[0].T
     scale = np.sqrt(np.diag(normal)) + 1e-300
     covariance = np.linalg.pinv(normal / np.outer(scale, scale), hermitian=True)

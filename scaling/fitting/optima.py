@@ -119,6 +119,7 @@ def parabolas(
         """Losses less the parabola, about the mean of their cell: so the levels are fitted without being searched."""
         *parts, curvature = np.split(x, ends)
         off = np.stack([settings[name] - part @ inputs[name] for name, part in zip(names, parts, strict=True)])
+        # L L' of a triangular root is never negative definite, so that the search cannot turn the bowl into a saddle.
         root = np.zeros((len(names), len(names)))
         root[triangle] = curvature
         left = y - ((root.T @ off) ** 2).sum(axis=0)
@@ -130,6 +131,8 @@ def parabolas(
 
 def sandwich(jacobian: np.ndarray, residual: np.ndarray, cell: np.ndarray) -> np.ndarray:
     """Covariance of a least-squares fit whose errors may depend on each other within a cell."""
+    # The bread alone would be right for independent errors of one size. Runs of a cell share what the parabola gets
+    # wrong there, so the scores (Jacobian times residual) are summed by cell before they are squared.
     bread, count = np.linalg.pinv(jacobian.T @ jacobian), cell.max() + 1
     scores = np.stack([np.bincount(cell, column * residual) for column in jacobian.T])
     return count / (count - 1) * bread @ (scores @ scores.T) @ bread

@@ -49,6 +49,8 @@ def lack_of_fit(fit: Fit) -> LackOfFit | None:
     residual, frame = least_squares_residuals(fit)
     place = cells(fit.runs)
     count = int(place.max()) + 1
+    # Runs about the mean of their cell tell of chance alone; cell means about the law, of chance and misfit. The law's
+    # own freedom is the rank of its tangent, which counts parameters that the design cannot tell apart once.
     pure_freedom, misfit_freedom = len(residual) - count, count - frame.shape[1]
     if pure_freedom < 1 or misfit_freedom < 1:
         return None
@@ -57,6 +59,7 @@ def lack_of_fit(fit: Fit) -> LackOfFit | None:
     if pure < pure_freedom * COPIES**2:
         return None
     misfit = float((residual**2).sum()) - pure
+    # F is 1 on average where the law holds, since both mean squares then estimate the variance of one run.
     ratio = (misfit / misfit_freedom) / (pure / pure_freedom)
     chance = float(fisher.sf(ratio, misfit_freedom, pure_freedom))
     # A cell of r runs lies off the law by its misfit and by 1 / sqrt(r) of a run's noise; the sum of squares over
@@ -78,5 +81,6 @@ def least_squares_residuals(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     theta, _ = minimise(fit.model, squares, log_loss, np.ones(len(log_loss)), fit.theta[None], box, 200)
     value, jacobian = linearised(fit.model, squares, theta)
     design = jacobian[0].T
+    # Columns of unit length, so that the rank does not depend on the units of the parameters.
     left, spectrum, _ = np.linalg.svd(design / (np.linalg.norm(design, axis=0) + 1e-300), full_matrices=False)
     return log_loss - value[0], left[:, spectrum > 1e-7 * spectrum[0]]

@@ -126,6 +126,8 @@ def first_slopes(model: Model, which: np.ndarray, loss: np.ndarray, mass: np.nda
         return np.empty(0)
     low, high = np.log(GRID_RANGE)
     grid = np.exp(low + (high - low) * qmc.Halton(len(which), seed=0).random(GRID_POINTS * len(which)))
+    # A coarse look over all exponents at once: for given ones the best coefficients are a linear problem, so that no
+    # start is needed for them.
     norms = [projected(model, slopes, which, loss, mass)[2] for slopes in grid]
     return grid[int(np.argmin(norms))]
 
@@ -150,6 +152,8 @@ def varpro_weights(objective: Objective, fitted: np.ndarray, loss: np.ndarray, w
     """Weights w with w (fitted - loss) = d objective / d fitted, so that a fixed point is stationary."""
     if not objective.log:
         return weight
+    # By the chain rule d rho(log(fitted / loss)) / d fitted = psi(residual) / fitted; written as weight times gap, the
+    # log objective becomes a weighted least-squares problem that is solved again until the weights stand still.
     residual = np.log(fitted / loss)
     gap = fitted - loss
     ratio = np.where(np.abs(gap) > 1e-9 * loss, residual / np.where(gap == 0, 1.0, gap), 1 / loss)

@@ -112,6 +112,7 @@ def influence(fitted: Fit) -> np.ndarray:
     residuals are left out; the others count as zero.
     """
     rows = np.sort(np.argsort(-np.abs(fitted.residuals()), kind="stable")[:MOST_LEFT_OUT])
+    # A weight of zero leaves a run out; all of them are refitted at once, from the optimum of all rows.
     weight = np.ones((len(rows), len(fitted.runs)))
     weight[np.arange(len(rows)), rows] = 0.0
     target = fitted.objective.target(fitted.runs["loss"])

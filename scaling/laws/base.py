@@ -226,6 +226,7 @@ class SumOfPowers(Law):
 
     def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(K, n) log loss and (K, P, n) derivatives: the softmax shares of the terms, times their features."""
+        # log of a sum of exponentials: its gradient is the softmax, each term's share of the loss.
         parts = self.parts(theta, features)
         total = np.broadcast_to(sum(parts), (len(theta), features.shape[-1]))
         scale = 1 / total
@@ -284,6 +285,7 @@ class SumOfPowers(Law):
     def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(count, P) random starts: exponents log-uniform over 0.05-1.5, the median loss split at random by term."""
         theta = np.empty((count, len(self.names)))
+        # Shares of the median loss that add up to it: every start predicts losses of the right size.
         split = rng.dirichlet(np.ones(len(self.terms)), count)
         for k, term in enumerate(self.terms):
             theta[:, term.intercept] = np.log(np.maximum(split[:, k], 1e-3)) + np.median(log_loss)

@@ -277,6 +277,7 @@ class BoundedRepetition(RepeatedData):
     def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         e, gap, a, b, c, alpha, beta, gamma, delta = (theta[:, [k]] for k in range(9))
         n, d, unique = features
+        # h is how far the model is from the floor on an odds scale: h / (1 + h) takes it to a share of the whole range.
         logs = np.stack([a - alpha * n, b - beta * d, c + gamma * n - delta * unique])
         log_h = logsumexp(logs, axis=0)
         above = gap + log_expit(log_h)  # log of h / (1 + h) of the range above the floor
@@ -379,6 +380,8 @@ class Annealed(ExtendedChinchilla):
 
     def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         value, own = self.base.value_jacobian(theta[:, :5], features[:2])
+        # Linear in the annealing, hence the only law here that subtracts: its Jacobian is that of the loss, over the
+        # loss.
         gain = np.exp(theta[:, [5]]) * features[2]
         loss = np.maximum(np.exp(value) - gain, 1e-3 * np.exp(value))  # a start may promise more than there is to lose
         jacobian = np.concatenate([own * np.exp(value)[:, None], -np.broadcast_to(gain, value.shape)[:, None]], axis=1)
@@ -401,6 +404,7 @@ class BrokenPower(Law):
         return self.value_jacobian(theta, features)[0]
 
     def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Slope c0 before the break at d1, c0 + c1 after it; f1 is the width of the bend in e-folds of compute.
         e, a, c0, c1, d, f = (theta[:, [k]] for k in range(6))
         width, x = np.exp(f), features[0]
         bend = (x - d) / width

@@ -165,6 +165,7 @@ def unasked(ledger: Sequence[Forecast], runs: Runs, earlier: Analysis, table: st
 
     They are dated as that analysis's own forecasts are: it was on disk before the runs were in the table.
     """
+    # Only a fit that was on disk before the runs came may claim to have forecast them.
     made = min((f.made for f in ledger if f.table == table), default=None)
     out = []
     for row in runs.records() if made else ():

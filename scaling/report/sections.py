@@ -20,6 +20,7 @@ from scaling.report.words import (
     backtest_sentence,
     chance,
     crossing_sentence,
+    frontier_sentences,
     matched_rows,
     matched_sentences,
     reach_sentence,
@@ -108,7 +109,7 @@ def cells_table(pair: Ensemble) -> tuple[Table, ...]:
 def frontier_section(found: Analysis, pair: Ensemble, tail: str) -> Section:
     """The difference of the frontiers on every cost axis, the crossing, and the price that would break even."""
     axes, same = axes_apart(pair, available_axes(pair.runs, found.spec.prices, pair.law))
-    parts: list[Any] = crossing_sentences(pair)
+    parts: list[Any] = crossing_sentences(pair) + frontier_sentences(pair) * (len(found.pairs) > 1)
     for axis in axes:
         name = f"difference{tail}" if axis == "flops" else f"difference-{axis}{tail}"
         parts += [figures.difference_chart(pair, name, axis), difference_table(pair, axis)]

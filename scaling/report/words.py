@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scaling.ensemble.answers import Crossing, Difference
+from scaling.ensemble.backtest import HELD, MIN_HELD
 from scaling.fitting.fit import Gate, ladder_gate
 from scaling.tables.cells import matched_cells
 
 if TYPE_CHECKING:
     from scaling.ensemble.ensemble import Ensemble
-
-CLEAR = 0.975  # P above which, or below one minus which, a difference at the largest runs is told without "may"
 
 
 def rounded(value: float, low: float, high: float, sign: str = "") -> str:
@@ -40,12 +39,10 @@ def verdict(e: Ensemble, failed: Sequence[Gate] = ()) -> list[str]:
 
 
 def pairs_verdict(pairs: Sequence[Ensemble], failed: Sequence[Gate]) -> list[str]:
-    """The answers for all pairs, each said to be its own where there are several."""
-    names = len(pairs) > 1
-    out = [f"{p.b} against {p.a}: " * names + headline(p, failed) for p in pairs]
-    for pair in pairs:
-        out += [f"{pair.b} against {pair.a}: " * names + line for line in carried(pair)]
-    return [*out, *shortfalls(failed), CONDITIONAL]
+    """The headline of every pair; what stands behind it too where there is one pair, for else nobody would read it."""
+    if len(pairs) > 1:
+        return [*(f"{p.b} against {p.a}: {headline(p, failed)}" for p in pairs), *shortfalls(failed), CONDITIONAL]
+    return [headline(pairs[0], failed), *carried(pairs[0]), *shortfalls(failed), CONDITIONAL]
 
 
 SKEWED = 5.0  # an interval whose ends are so many times apart is told on a logarithmic scale
@@ -89,8 +86,13 @@ def crossing_sentence(e: Ensemble, x: Crossing, along: str = "") -> str:
 
 def carried(e: Ensemble) -> list[str]:
     """What stands behind a pair's headline."""
+    return [*matched_sentences(e), *frontier_sentences(e), backtest_sentence(e)]
+
+
+def frontier_sentences(e: Ensemble) -> list[str]:
+    """What the frontiers of a pair say at the edge of the runs and a decade beyond, and what that rests on."""
     low, high = e.measured()
-    out = matched_sentences(e)
+    out = []
     if low > high:
         out.append(
             f"No compute was measured for both families: those of one end at {high:.1e} FLOP, the other's start at "
@@ -103,7 +105,7 @@ def carried(e: Ensemble) -> list[str]:
     price = e.break_even(high)
     if price:
         out.append(price_sentence(e, price.value, price.low, price.high, price.share, price.flops))
-    return [*(line for line in out if line), *outside_ladder(e), backtest_sentence(e)]
+    return [*(line for line in out if line), *outside_ladder(e)]
 
 
 def difference_sentence(e: Ensemble, d: Difference, where: str) -> str:
@@ -215,7 +217,12 @@ def backtest_sentence(e: Ensemble) -> str:
         return f"No back-test is possible: {'; '.join(e.test.skipped)}."
     inside, far = sum(p.inside for p in points), max(p.decades for p in points)
     text = f"Back-test: {inside} of {len(points)} left-out losses and differences lay in their 95 % intervals"
-    earned = f"that validates {e.reach:.1f} decades" if e.reach else "that validates nothing beyond the runs"
+    if e.reach:
+        earned = f"that validates {e.reach:.1f} decades"
+    elif len(points) < MIN_HELD:
+        earned = f"too few to validate anything beyond the runs ({MIN_HELD} are needed)"
+    else:
+        earned = f"that validates nothing beyond the runs ({HELD:.0%} must lie inside at every distance)"
     return f"{text}, up to {far:.1f} decades beyond the runs fitted; {earned}."
 
 

@@ -68,7 +68,7 @@ class Report:
             parts = [f"{p.name} {rounded(p.value, p.low, p.high)}" for p in found.own[family].parameters(family)]
             out += textwrap.wrap(f"{family}: {', '.join(parts)}", width, subsequent_indent="  ")
         out += ["", "VERDICT"]
-        for line in self.verdict[:SHOWN]:
+        for line in self.verdict[: max(SHOWN, len(found.pairs))]:
             out += textwrap.wrap(line, width)
         out += ["", "FORECASTS", *textwrap.wrap(ledger_sentence(self.ledger), width)]
         return "\n".join(line[:width] for line in out)
@@ -104,6 +104,7 @@ def write_report(
     found = runs if isinstance(runs, Analysis) else Analysis.of(runs, spec or Spec(**choices))
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    remove_pictures(out)
     ledger, block = updated_ledger(found, out), provenance_block(found, provenance or {})
     said = report_verdict(found)
     parts = sections(found, curves or {}, ledger, block)
@@ -116,6 +117,13 @@ def write_report(
     found.runs.write_csv(out / "runs.csv")
     write_ledger(out, ledger)
     return Report(out, title, found, tuple(said), tuple(ledger))
+
+
+def remove_pictures(out: Path) -> None:
+    """Removes the pictures that an earlier report in this folder names: this one may have no successor to them."""
+    old = out / "report.md"
+    for name in re.findall(r"\]\(([\w.-]+\.png)\)$", old.read_text(encoding="utf-8"), re.M) if old.is_file() else ():
+        (out / name).unlink(missing_ok=True)
 
 
 def templates(escape: bool) -> jinja2.Environment:
@@ -144,7 +152,7 @@ def html_page(found: Analysis, title: str, said: Sequence[str], parts: Sequence[
             title=title,
             counts=", ".join(f"{len(found.runs.family(f))} runs of {f}" for f in found.families),
             verdict=said,
-            shown=SHOWN,
+            shown=max(SHOWN, len(found.pairs)),
             sections=parts,
             charts=jinja2.utils.htmlsafe_json_dumps(plain(drawn)),
             library=packed,

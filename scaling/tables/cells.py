@@ -28,6 +28,7 @@ def cells(runs: Runs) -> np.ndarray:
     points, place = np.unique(
         np.column_stack([np.log(runs["N"]) + apart * kind, np.log(runs["D"])]), axis=0, return_inverse=True
     )
+    # Pairs that are near are edges of a graph, cells its connected parts: no order of the rows decides anything.
     near = cKDTree(points).query_pairs(SAME_CELL, p=np.inf, output_type="ndarray")
     links = coo_matrix((np.ones(len(near)), near.T), shape=(len(points), len(points)))
     return connected_components(links, directed=False)[1][place.ravel()]

@@ -1,6 +1,7 @@
 """Tables that no fit should accept, through the command line: one clear line or a gate, never a traceback."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -100,3 +101,14 @@ def test_a_million_rows_are_fitted(tmp_path, capsys):
     assert main(["fit", str(tmp_path / "runs.csv"), "--draws", "50"]) == 0
     assert "60000 rows" in capsys.readouterr().out
     assert main(["lint", str(tmp_path / "runs.csv")]) == 0
+
+
+@pytest.mark.parametrize("verb", ["lint", "fit", "compare", "backtest"])
+def test_no_warning_of_a_library_reaches_the_user(tmp_path, capsys, verb):
+    """Three sizes at nearly one budget: parabolas without rank, exponents that the design cannot give."""
+    rows = ladder_rows(sizes=(1e6, 1.0001e6, 4e7), ratios=(20, 20.001, 21), noise=0.002)
+    path = write_csv(tmp_path / "runs.csv", rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        main([verb, str(path), *(["--draws", "30"] if verb != "lint" else [])])
+    assert "Warning" not in capsys.readouterr().err

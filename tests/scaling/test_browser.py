@@ -72,7 +72,7 @@ def test_page_is_quiet_offline_and_readable(browser, page, width, scheme):
     assert browser.run(CONTRAST) >= READABLE
     assert browser.run(SMALLEST) >= 13
     figures = browser.run(DRAWN)
-    assert len(figures) >= 7
+    assert len(figures) >= 6
     assert all(traces > 0 and 0.8 * min(width, 1080) < wide <= width for traces, wide in figures)
 
 

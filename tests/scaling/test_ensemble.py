@@ -7,11 +7,11 @@ import pandas
 import pytest
 from conftest import TRUTH, ladder_rows, write_csv
 
+from experiments.simulated_ladders import crossing_at, optimal_loss
 from scaling import Runs, ScalingError, Spec, analyse, compare, fit
 from scaling.ensemble.answers import interval
 from scaling.ensemble.crossing import GIVEN, crossing_of, overtakes
 from scaling.ensemble.discrepancy import CELL, RHO
-from scaling.simulate import crossing_at, optimal_loss
 
 SIZES = tuple(np.geomspace(1e6, 1e9, 8))
 A, B = "transformer++", "matmul-free"
@@ -323,3 +323,10 @@ def test_a_new_runs_interval_holds_the_mean_curves_also_without_noise():
         p = e.predict(n, 20 * n)
         assert p.run_low <= p.low
         assert p.high <= p.run_high
+
+
+def test_the_sampling_error_of_the_held_out_text_is_no_weight(wide):
+    """All runs share that text, so `loss_se` is no noise of single runs."""
+    rows = [row | {"loss_se": 0.001 * (1 + k % 7)} for k, row in enumerate(wide.records())]
+    with_it, without = (analyse(table, draws=100).difference(1e19) for table in (Runs.from_rows(rows), wide))
+    assert with_it == without

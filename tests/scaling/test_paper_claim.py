@@ -8,7 +8,7 @@ from conftest import ROOT
 from scipy.stats import t as student
 
 from experiments import paper_claim as claim
-from scaling.simulate import optimal_loss
+from experiments.simulated_ladders import optimal_loss
 
 DOCS = ROOT / "docs"
 

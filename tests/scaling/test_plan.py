@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from conftest import ladder_rows, write_csv
 
+from experiments.simulated_ladders import Ladder, Noise, crossing_at, draw, optimal_loss
 from scaling import Runs, ScalingError, analyse
 from scaling.__main__ import main
 from scaling.experiment_file import write_experiment
 from scaling.plan import Pool, Trunk, candidates, cheapest, default_target, own_spread, power
-from scaling.simulate import Ladder, Noise, crossing_at, draw, optimal_loss
 from tests.in_process import called
 
 TRUTH = {"transformer++": (1.8, 180.0, 420.0, 0.34, 0.37), "matmul-free": (1.8, 320.0, 420.0, 0.365, 0.37)}

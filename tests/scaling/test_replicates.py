@@ -43,10 +43,10 @@ def test_the_size_of_the_misfit_is_told_as_it_is_however_many_seeds_there_are():
     assert lack_of_fit(fit(repeated(0.01))).misfit == pytest.approx(0.005, rel=0.25)
 
 
-@pytest.mark.parametrize("column", ["U", "precision", "width", "depth", "activation_bits"])
+@pytest.mark.parametrize("column", ["U", "precision", "width", "depth", "activation_bits", "sparsity", "annealing"])
 def test_runs_that_differ_in_what_is_recorded_are_no_repeats(column):
     runs = family()
-    values = ["bf16", "int8"] if column == "precision" else [1e5, 2e5]
+    values = {"precision": ["bf16", "int8"], "sparsity": [0.0, 0.5], "annealing": [0.2, 0.9]}.get(column, [1e5, 2e5])
     rows = [r | {"run_id": f"{r['run_id']}-{v}", column: v} for r in runs.records() for v in values]
     assert len(np.unique(cells(Runs.from_rows(rows)))) == 2 * len(runs)
     alike = [r | {column: values[0]} for r in rows]

@@ -9,6 +9,7 @@ from conftest import ladder_rows
 
 from scaling import Runs
 from scaling.report.chart import Chart, Points
+from scaling.report.figures import look
 from scaling.report.plot import drawn
 from scaling.report.sections import parameter_table
 from scaling.report.write import write_report
@@ -69,6 +70,43 @@ def test_each_failure_is_said_once(written):
     for gate in report.found.failed:
         assert said.count(gate.name) == 1
     assert f"{len(report.found.failed)} checks fail" in said
+
+
+def test_axes_on_which_nothing_differs_are_named_and_not_drawn(written):
+    """Joules and seconds are proportional to FLOP in that table; ternary operations cost another energy."""
+    text = (written[1][0] / "report.md").read_text()
+    assert "Proportional to FLOP in these runs" in text
+    assert "J measured, accelerator-seconds" in text
+    assert "](difference-energy.png)" in text
+    assert "](difference-joules.png)" not in text
+
+
+def test_several_pairs_have_a_headline_each_and_the_rest_in_their_sections(tmp_path, brief_reports):
+    """What is undecided along every path is said once for all of them."""
+    rows = ladder_rows(sizes=tuple(np.geomspace(1e6, 2.5e8, 6)), ratios=(5, 20, 80), noise=0.003)
+    rows += [row | {"family": "third", "run_id": f"3-{k}"} for k, row in enumerate(rows[:18])]
+    report = write_report(Runs.from_rows(rows), tmp_path, draws=50)
+    assert len([line for line in report.verdict if " against transformer++: " in line]) == 2
+    assert not any("one decade beyond the runs" in line for line in report.verdict)
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("one decade beyond the runs, the frontier of") == 2
+    assert text.count("do not say which of transformer++ and third leads.") == 2  # in the verdict and in its section
+    assert "\nNor at " in text
+
+
+def test_no_two_of_eighty_families_look_alike():
+    assert len({look(k) for k in range(80)}) == 80
+    assert len({look(k)[0] for k in range(8)}) == 8
+
+
+def test_pictures_of_an_earlier_report_do_not_stay(tmp_path, brief_reports):
+    runs = Runs.from_rows(ladder_rows(noise=0.003)).family("matmul-free")
+    (tmp_path / "report.md").write_text("![what was compared](difference.png)\n\nsee [a page](other.png) too\n")
+    for name in ("difference.png", "other.png"):
+        (tmp_path / name).write_bytes(b"old")
+    write_report(runs, tmp_path, draws=20)
+    assert not (tmp_path / "difference.png").exists()
+    assert (tmp_path / "other.png").exists()
 
 
 def test_the_pages_size_does_not_grow_with_the_table(tmp_path):

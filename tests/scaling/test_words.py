@@ -1,12 +1,15 @@
 """Numbers and sentences: no more digits than the interval carries, no more claim than the ensemble."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import ladder_rows
 
 from scaling import Runs, analyse
+from scaling.ensemble.backtest import BackTest, LeftOut
 from scaling.fitting.fit import Gate
-from scaling.report.words import chance, headline, rounded, short, verdict
+from scaling.report.words import backtest_sentence, chance, headline, rounded, short, verdict
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,11 @@ def test_numbers_have_the_digits_of_their_interval(numbers, said):
 
 def test_signs_are_kept_where_asked_for():
     assert rounded(-0.0131, -0.0204, 0.0012, "+") == "-0.013 (-0.020 to +0.001)"
+
+
+def test_what_rounds_to_nothing_has_no_sign():
+    assert rounded(-0.0002, -0.0081, 0.0042, "+") == "+0.000 (-0.008 to +0.004)"
+    assert rounded(-0.0002, -0.0081, 0.0042) == "0.000 (-0.008 to 0.004)"
 
 
 def test_a_chance_is_never_certain():
@@ -71,3 +79,12 @@ def test_a_family_of_other_sizes_has_no_matched_cells():
 def test_a_small_ladder_decides_nothing(wide):
     e = analyse(Runs.from_rows(ladder_rows(noise=0.003)), draws=50)
     assert e.verdict()[0].startswith("Not decided, as the ladder is too small (4 sizes over")
+
+
+@pytest.mark.parametrize(("inside", "said"), [(4, "too few to validate"), (3, "too few"), (6, "validates 0.3 decades")])
+def test_a_backtest_says_what_it_lacks(inside, said):
+    points = tuple(LeftOut("loss", 2.0, "a", str(k), 0.3, 2.0, 1.9, 2.1, 2.0) for k in range(inside))
+    test = BackTest(points)
+    assert said in backtest_sentence(SimpleNamespace(test=test, reach=test.reach))
+    outside = tuple(LeftOut("loss", 2.0, "a", str(k), 0.3, 2.0, 1.9, 2.1, 3.0) for k in range(6))
+    assert "85% must lie inside" in backtest_sentence(SimpleNamespace(test=BackTest(outside), reach=0.0))

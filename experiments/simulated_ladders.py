@@ -60,7 +60,6 @@ class Ladder:
 
 
 Truth = Sequence[float] | Callable[[np.ndarray, np.ndarray], np.ndarray]
-Truths = Mapping[str, Sequence[float]]
 AnyTruths = Mapping[str, Truth]
 
 
