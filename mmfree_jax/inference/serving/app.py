@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hmac
 import json
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable
@@ -168,8 +169,7 @@ def make_app(service: Service) -> Starlette:
             if answer.call.stream:
                 return Events(service, answer)
             with service.generating(answer):
-                found = await while_connected(request, answer.whole())
-            return JSONResponse(found)
+                return JSONResponse(await while_connected(request, whole(answer)))
 
         return endpoint
 
@@ -191,6 +191,20 @@ def make_app(service: Service) -> Starlette:
     return Starlette(routes=routes, exception_handlers=handlers, middleware=[gate])
 
 
+async def whole(answer: Answer) -> dict[str, Any]:
+    """Wait for an answer. Raises Refused where the engine fails: an exception that is not handled ends a connection."""
+    try:
+        return await answer.whole()
+    except Exception as error:
+        raise failure(error) from None
+
+
+def failure(error: Exception) -> Refused:
+    """Log what went wrong in the engine, and return what the client learns of it."""
+    logging.getLogger(__name__).error("a request failed", exc_info=error)
+    return Refused(f"the server failed: {error}", status=500)
+
+
 class Events(StreamingResponse):
     """An answer as server-sent events. The engine works on it while the client is there."""
 
@@ -209,7 +223,7 @@ class Events(StreamingResponse):
             async for one in self.answer.stream():
                 yield event(one)
         except Exception as error:  # the status is sent already
-            yield event(Refused(f"the server failed: {error}", status=500).as_json())
+            yield event(failure(error).as_json())
         yield "data: [DONE]\n\n"
 
 
