@@ -1,15 +1,15 @@
 """`mmfree lower MODEL --serve`: what a model needs to be served, and how long a token takes.
 
 Weights and state are exact, from the shapes of what a packed folder holds and of what decoding remembers. Temporaries
-and times come from a model: decoding reads every weight and every state once a step, and its kernels, which run one
-after another, each cost a launch.
+and times come from a model: a step of decoding reads every weight and every state once, and each layer costs something
+besides.
 """
 
 import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,19 +33,24 @@ CPU_FLOPS = 2e11  # of a few cores' vector units; decoding few sequences does no
 USABLE = 0.92  # share of a device's memory; context, libraries and fragmentation take the rest
 
 
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """What decoding reaches of a kind of device's data sheet, and what a kernel costs besides."""
+class Rates(NamedTuple):
+    """What decoding reaches on a kind of device, and what it costs besides."""
 
-    read: float  # share of the bandwidth
-    launch: float  # seconds from one kernel to the next
-    kernels: dict[str, int]  # of a layer, by linear layer
+    weights: float  # share of the bandwidth at which weights are read
+    state: float  # and states, caches and logits
+    operations: float  # share of the peak of products, when many sequences decode together
+    layer_s: float  # seconds of a layer in which neither goes on: launches, and kernels too small for a device
 
 
+# cuda: fitted to experiments/results/h200_decode.csv (tests/lowering/test_serving.py holds them to it). cpu: two cores.
+# tpu: not measured.
 RATES = {
-    "cuda": Rates(0.60, 2.4e-6, {"ternary": 8, "dense": 14}),
-    "tpu": Rates(0.60, 1.0e-6, {"ternary": 14, "dense": 14}),
-    "cpu": Rates(0.75, 6.0e-6, {"ternary": 14, "dense": 14}),
+    ("cuda", "ternary"): Rates(0.229, 0.82, 0.050, 18e-6),
+    ("cuda", "dense"): Rates(0.42, 0.82, 0.5, 103e-6),
+    ("tpu", "ternary"): Rates(0.4, 0.8, 0.2, 20e-6),
+    ("tpu", "dense"): Rates(0.6, 0.8, 0.5, 20e-6),
+    ("cpu", "ternary"): Rates(0.75, 0.75, 1.0, 30e-6),
+    ("cpu", "dense"): Rates(0.75, 0.75, 1.0, 30e-6),
 }
 
 
@@ -82,6 +87,7 @@ class ServingMemory:
     codes: float  # of ternary matrices, and their scales
     matrices: float  # embedding, head and dense matrices
     state: float  # of all sequences: recurrent states, or keys and values
+    prompt: float  # the state of a prompt that is read meanwhile
     working: float  # while a prompt is read or a token chosen
 
     @property
@@ -96,12 +102,12 @@ class TokenTime:
 
     reading: float
     arithmetic: float
-    launches: float
+    layers: float
 
     @property
     def total(self) -> float:
-        """Reading and arithmetic overlap; launches do not."""
-        return max(self.reading, self.arithmetic) + self.launches
+        """Reading and arithmetic overlap; what layers cost besides does not."""
+        return max(self.reading, self.arithmetic) + self.layers
 
 
 def main(arguments: list[str]) -> int:
@@ -144,9 +150,9 @@ def serving_memory(config: ModelConfig, chosen: ServingArguments) -> ServingMemo
     """Return the bytes that serving needs at its peak."""
     tensors = abstract_tensors(config, chosen.stored, chosen.layout)
     codes = sum(one.size for one in tensors if one.name.endswith((".codes", ".scale")))
-    item, rows = jnp.dtype(chosen.dtype).itemsize, chosen.batch + 1  # a prompt is read into a state of its own
-    state = rows * flops.decode_state_bytes(config, chosen.context, item)
-    return ServingMemory(codes, sum(one.size for one in tensors) - codes, state, _working(config, chosen, item))
+    item = jnp.dtype(chosen.dtype).itemsize
+    state, working = flops.decode_state_bytes(config, chosen.context, item), _working(config, chosen, item)
+    return ServingMemory(codes, sum(one.size for one in tensors) - codes, chosen.batch * state, state, working)
 
 
 def _working(config: ModelConfig, chosen: ServingArguments, item: int) -> float:
@@ -169,24 +175,23 @@ def _converted(config: ModelConfig, chosen: ServingArguments) -> float:
     return float(sum(one.size for one in matrices if one.name != "embedding" or config.tie_embeddings))
 
 
-def bytes_read(config: ModelConfig, chosen: ServingArguments) -> float:
-    """Return the bytes that a step of decoding reads and writes: each weight once, states, and logits."""
+def bytes_read(config: ModelConfig, chosen: ServingArguments) -> tuple[float, float]:
+    """Return what a step of decoding reads and writes: bytes of weights, each once, and of states and logits."""
     tensors = abstract_tensors(config, chosen.stored, chosen.layout)
     item = jnp.dtype(chosen.dtype).itemsize
     lookup = 0 if config.tie_embeddings else next(one.size for one in tensors if one.name == "embedding")
-    weights = sum(one.size for one in tensors) - lookup
+    weights = sum(one.size for one in tensors) - lookup + _converted(config, chosen)
     state = flops.decode_state_bytes(config, chosen.context, item) * (1 if config.mixer == "attention" else 2)
-    return weights + _converted(config, chosen) + chosen.batch * (state + 4 * 4 * config.vocab + config.width * item)
+    return weights, chosen.batch * (state + 4 * 4 * config.vocab + config.width * item)
 
 
 def token_time(config: ModelConfig, chosen: ServingArguments, device: Device) -> TokenTime:
     """Return the time of one step of decoding, with full caches."""
-    rates = RATES[device.platform]
+    rates, (weights, state) = RATES[device.platform, config.linear], bytes_read(config, chosen)
     operations = 2.0 * flops.parameters(config).N * chosen.batch
     peak = device.int8 if config.linear == "ternary" else device.bf16
-    launches = rates.launch * (config.depth * rates.kernels[config.linear] + 4)
-    reading = bytes_read(config, chosen) / (rates.read * device.bandwidth)
-    return TokenTime(reading, operations / (0.5 * peak), launches)
+    reading = (weights / rates.weights + state / rates.state) / device.bandwidth
+    return TokenTime(reading, operations / (rates.operations * peak), config.depth * rates.layer_s)
 
 
 def show(
