@@ -43,11 +43,13 @@ def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "packed_parity.csv")
-    out = parser.parse_args().out
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    chosen = parser.parse_args()
+    out = chosen.out
     with tempfile.TemporaryDirectory() as folder, out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for family in FAMILIES:
+        for family in chosen.families:
             for row in rows(family, Path(folder) / family):
                 writer.writerow(row)
                 file.flush()

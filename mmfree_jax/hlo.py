@@ -177,7 +177,9 @@ def _groups(line: str) -> tuple[tuple[int, ...], ...]:
         return tuple(_integers(pair) for pair in re.findall(r"\{([\d,]+)", "{" + pairs[1].lstrip("{") + "}"))
     if listed := _LISTED.search(line):
         return tuple(_integers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
-    arranged = lambda shape, order: np.arange(math.prod(shape)).reshape(shape).transpose(order or None)
+    # Devices are numbered along a shape, and its axes perhaps taken in another order.
+    numbered = lambda shape: np.arange(math.prod(shape)).reshape(shape)
+    arranged = lambda shape, order: numbered(shape).transpose(order) if order else numbered(shape)
     if iota := _IOTA.search(line):
         devices = arranged(_integers(iota[2]), _integers(iota[3] or ""))
         return tuple(map(tuple, devices.reshape(_integers(iota[1])).tolist()))

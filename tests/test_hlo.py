@@ -49,6 +49,7 @@ def module(instruction: str) -> str:
         ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}", ("fsdp",)),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", ("data", "tensor")),
         ("replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}", ("data", "tensor")),
+        ("replica_groups=mesh['a'=4,'b'=2] {'b'}", ("tensor",)),
         ("replica_groups=[1,8]<=[8]", ("data", "fsdp", "tensor")),
     ],
 )

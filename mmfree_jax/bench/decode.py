@@ -169,6 +169,8 @@ def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     if dtype == jnp.uint8:
         codes = jax.random.bits(key, shape, jnp.uint8)
         return codes & ~((codes & 0x55) << 1)  # no field is 3
+    if dtype == jnp.uint16:  # an embedding in bfloat16
+        return jax.lax.bitcast_convert_type(_random(key, shape, jnp.bfloat16), dtype)
     if len(shape) == 1 or 1 in shape:
         return jnp.full(shape, 0.5, dtype)
     return (0.02 * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)

@@ -52,7 +52,7 @@ class ServedModel:
 
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
-    embedding: jax.Array  # [V, D]
+    embedding: jax.Array  # [V, D]; on a CPU the bits of bfloat16 as uint16, or XLA would hold all of it in float32 too
     blocks: tuple[Block, ...]
     floors: tuple[jax.Array, ...] | None  # of each layer's forget gate
     norm: RMSNorm
@@ -78,7 +78,7 @@ class ServedModel:
 
     def _extend(self, tokens_BT: jax.Array, state: DecodeState, segments_BT: jax.Array | None, last_only: bool):
         context = context_after(state, tokens_BT, segments_BT, self.config, self.dtype)
-        x_BTD, mixers = self.embedding[tokens_BT].astype(self.dtype), []
+        x_BTD, mixers = _embedded(self.embedding, tokens_BT, self.dtype), []
         for layer, (block, mixer) in enumerate(zip(self.blocks, state.mixers, strict=True)):
             x_BTD, mixer = block(x_BTD, context, None if self.floors is None else self.floors[layer], mixer)
             mixers.append(mixer)
@@ -95,6 +95,14 @@ class ServedModel:
             return linear(recipe, x_BTD, PackedWeights((self.head,), gain_D))[0].astype(exact)
         w_VD = self.head.astype(x_BTD.dtype)
         return jnp.einsum("btd,vd->btv", x_BTD, w_VD, preferred_element_type=exact)
+
+
+def _embedded(table_VD: jax.Array, tokens_BT: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Look up rows of a table, [B, T, D] as `dtype`."""
+    rows_BTD = table_VD[tokens_BT]
+    if rows_BTD.dtype == jnp.uint16:
+        rows_BTD = jax.lax.bitcast_convert_type(rows_BTD, jnp.bfloat16)
+    return rows_BTD.astype(dtype)
 
 
 def load_packed(folder: Path, dtype: str = "float32") -> ServedModel:
@@ -130,7 +138,10 @@ def served(config: ModelConfig, arrays: dict[str, np.ndarray], layout: Layout, d
     else:
         head = put("embedding" if config.tie_embeddings else "head.kernel")
     gain = put("head.gain") if "head.gain" in arrays else None
-    return ServedModel(config, kind, put("embedding"), blocks, floors, norm, head, gain)
+    table_VD = arrays["embedding"]
+    if table_VD.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        table_VD = table_VD.view(np.uint16)
+    return ServedModel(config, kind, jax.device_put(table_VD), blocks, floors, norm, head, gain)
 
 
 def _block(block: Block, arrays: dict[str, np.ndarray], layer: int, layout: Layout) -> Block:

@@ -89,6 +89,18 @@ def packed_tensors(model: LanguageModel, stored: Stored = "bfloat16", layout: La
         yield from _code_tensors("head", (Quantised(codes.codes[None, :, :vocab], scale[None]),), layout)
 
 
+def abstract_tensors(config: ModelConfig, stored: Stored = "bfloat16", layout: Layout = "planes") -> list[Tensor]:
+    """Return the tensors of a packed folder of an architecture by name, shape and type; none of them can be made."""
+    found: list[Tensor] = []
+
+    def trace() -> tuple[()]:
+        found.extend(packed_tensors(LanguageModel(config, rngs=nnx.Rngs(0)), stored, layout))
+        return ()
+
+    jax.eval_shape(trace)
+    return found
+
+
 def _rows(array: jax.Array, count: int) -> jax.Array:
     return array[:count]
 

@@ -11,11 +11,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
@@ -24,8 +22,7 @@ from mmfree_jax.command_line import parse
 from mmfree_jax.config import ModelConfig, require
 from mmfree_jax.devices import DEVICES, Device
 from mmfree_jax.inference.generate import PIECE, TOP
-from mmfree_jax.inference.packed import Stored, Tensor, is_packed, packed_tensors, read_packed, served_config
-from mmfree_jax.models.language_model import LanguageModel
+from mmfree_jax.inference.packed import Stored, abstract_tensors, is_packed, read_packed, served_config
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.output import program
 from mmfree_jax.presets import model_preset, split_name
@@ -143,21 +140,9 @@ def this_cpu() -> Device:
     return Device("cpu", free, rate, CPU_FLOPS, CPU_FLOPS, 0.0, 0.0, 1)
 
 
-def tensors_of(config: ModelConfig, stored: Stored, layout: Layout) -> list[Tensor]:
-    """Return the tensors of a packed folder of this architecture, without making them."""
-    found: list[Tensor] = []
-
-    def trace() -> jax.Array:
-        found.extend(packed_tensors(LanguageModel(config, rngs=nnx.Rngs(0)), stored, layout))
-        return jnp.zeros(())
-
-    jax.eval_shape(trace)
-    return found
-
-
 def serving_memory(config: ModelConfig, chosen: ServingArguments) -> ServingMemory:
     """Return the bytes that serving needs at its peak."""
-    tensors = tensors_of(config, chosen.stored, chosen.layout)
+    tensors = abstract_tensors(config, chosen.stored, chosen.layout)
     codes = sum(one.size for one in tensors if one.name.endswith((".codes", ".scale")))
     item, rows = jnp.dtype(chosen.dtype).itemsize, chosen.batch + 1  # a prompt is read into a state of its own
     state = rows * flops.decode_state_bytes(config, chosen.context, item)
@@ -172,17 +157,26 @@ def _working(config: ModelConfig, chosen: ServingArguments, item: int) -> float:
     scores = 2 * 4 * piece * chosen.context * config.heads if config.mixer == "attention" else 0
     reading = piece * widest * max(item, 4) + unpacked + scores + 4 * V
     choosing = chosen.batch * (V * (4 + 1 + 3 * 4) + 8 * TOP + widest * max(item, 4))  # logits, seen, and their copies
-    return max(reading, choosing)
+    return max(reading, choosing) + 2 * _converted(config, chosen)
+
+
+def _converted(config: ModelConfig, chosen: ServingArguments) -> float:
+    """Bytes in bfloat16 of the matrices that XLA's CPU compiler, which has no such products, makes float32 of."""
+    if chosen.device != "cpu" or chosen.stored != "bfloat16":
+        return 0.0
+    tensors = abstract_tensors(config, chosen.stored, chosen.layout)
+    matrices = [one for one in tensors if one.dtype == jnp.bfloat16]
+    return float(sum(one.size for one in matrices if one.name != "embedding" or config.tie_embeddings))
 
 
 def bytes_read(config: ModelConfig, chosen: ServingArguments) -> float:
     """Return the bytes that a step of decoding reads and writes: each weight once, states, and logits."""
-    tensors = tensors_of(config, chosen.stored, chosen.layout)
+    tensors = abstract_tensors(config, chosen.stored, chosen.layout)
     item = jnp.dtype(chosen.dtype).itemsize
     lookup = 0 if config.tie_embeddings else next(one.size for one in tensors if one.name == "embedding")
     weights = sum(one.size for one in tensors) - lookup
     state = flops.decode_state_bytes(config, chosen.context, item) * (1 if config.mixer == "attention" else 2)
-    return weights + chosen.batch * (state + 4 * 4 * config.vocab + config.width * item)
+    return weights + _converted(config, chosen) + chosen.batch * (state + 4 * 4 * config.vocab + config.width * item)
 
 
 def token_time(config: ModelConfig, chosen: ServingArguments, device: Device) -> TokenTime:

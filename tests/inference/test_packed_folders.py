@@ -11,7 +11,9 @@ import pytest
 
 from mmfree_jax.config import FAMILIES
 from mmfree_jax.inference import packed
+from mmfree_jax.inference.generate import decode, start
 from mmfree_jax.inference.model import load_packed, serve_model
+from mmfree_jax.inference.sampling import GREEDY, stacked
 from tests.inference.small import logits, made
 
 safetensors = pytest.importorskip("safetensors.numpy")
@@ -93,6 +95,15 @@ def test_a_mapped_model_takes_no_memory_of_its_own(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "packed")], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 12e6
+
+
+def test_decoding_makes_no_copy_of_the_embedding(tmp_path):
+    """As XLA would of a bfloat16 table on a CPU."""
+    packed.save_packed(made("matmul-free", vocab=20_000, tokenizer_vocab=0), tmp_path / "packed")
+    model = load_packed(tmp_path / "packed")
+    arguments = model, start(model, 1, 0), stacked([GREEDY]), 4
+    found = decode.lower(*arguments, greedy=True).compile().memory_analysis()
+    assert found.temp_size_in_bytes < 20_000 * 96
 
 
 @pytest.mark.parametrize("fault", ["cut", "flipped", "header", "version", "missing", "nothing"])

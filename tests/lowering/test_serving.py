@@ -11,8 +11,8 @@ from mmfree_jax.config import FAMILIES
 from mmfree_jax.devices import DEVICES
 from mmfree_jax.inference.engine import Engine
 from mmfree_jax.inference.model import load_packed
-from mmfree_jax.inference.packed import map_tensors, save_packed
-from mmfree_jax.lowering.serving import ServingArguments, find_config, serving_memory, tensors_of, token_time
+from mmfree_jax.inference.packed import abstract_tensors, map_tensors, save_packed
+from mmfree_jax.lowering.serving import ServingArguments, find_config, serving_memory, token_time
 from tests.inference.small import made
 
 H200 = DEVICES["h200"]
@@ -24,7 +24,7 @@ def test_weights_and_state_are_those_of_the_model_itself(tmp_path, family, layou
     save_packed(made(family), tmp_path / "packed", layout=layout)
     config, chosen = find_config(str(tmp_path / "packed")), ServingArguments(str(tmp_path), 100, 3, layout=layout)
     held = {name: a.nbytes for name, a in map_tensors(tmp_path / "packed" / "model.safetensors").items()}
-    assert {one.name: one.size for one in tensors_of(config, "bfloat16", layout)} == held
+    assert {one.name: one.size for one in abstract_tensors(config, "bfloat16", layout)} == held
     memory = serving_memory(config, chosen)
     assert memory.codes + memory.matrices == sum(held.values())
     engine = Engine(load_packed(tmp_path / "packed", "bfloat16"), 4, 100)  # three and the one that is read

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-SLOTS = 32  # of a tile
+SLOTS = 64  # of a tile
 BLOCKS = 264  # at least, where there are slots enough: two for each multiprocessor of an H200
 MOST_QUERIES = 8  # heads of one key
 WIDTHS = (32, 64, 128, 256)

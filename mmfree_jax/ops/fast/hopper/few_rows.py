@@ -39,6 +39,7 @@ CHUNK = 128  # words of weights of one row that are multiplied at a time
 AHEAD = 3  # chunks of weights on their way while norm and codes are computed
 BLOCKS = 132  # at least, of a launch: one for each multiprocessor of an H200
 DENSE_ROWS = 64  # rows of dense weights in a tile
+DENSE_AHEAD = 16  # tiles on their way: 64 KiB a block, for what few blocks read has to be there when it is needed
 MOST_COLUMNS = 64  # of a block
 TOP = 127.0
 INTERPRET = False  # True where tests run the kernels on a CPU
@@ -144,8 +145,7 @@ def _product(row_of: Callable[[], _Row], words_ref, scale_ref, y_ref, m, first, 
     def load(chunk: int) -> jax.Array:
         word = chunk * CHUNK + jnp.arange(CHUNK)
         mask = None if words % CHUNK == 0 else jnp.broadcast_to(word[None] < words, (block, CHUNK))
-        at = words_ref.at[column[:, None], jnp.minimum(word, words - 1)[None]]
-        return plt.load(at, mask=mask, other=None if mask is None else 0)
+        return plt.load(words_ref.at[column[:, None], word[None]], mask=mask, other=None if mask is None else 0)
 
     ahead = {chunk: load(chunk) for chunk in range(min(AHEAD, chunks))}
     row = row_of()
@@ -174,7 +174,7 @@ def _row(kind, source_refs, inner_ref, gain_row, addend_ref, factor, K: int, eps
         mask = None if piece % size == 0 else element < piece
         z.append([])
         for plane in range(4):
-            index = plane * piece + jnp.minimum(element, piece - 1)
+            index = plane * piece + element
             other = None if mask is None else 0.0
             vector = functools.partial(plt.load, mask=mask, other=other)
             value = lambda ref, index=index, vector=vector: vector(ref.at[m, index]).astype(jnp.float32)
@@ -182,8 +182,7 @@ def _row(kind, source_refs, inner_ref, gain_row, addend_ref, factor, K: int, eps
             if addend_ref is not None:
                 x = (x + factor * value(addend_ref)).astype(source_refs[0].dtype)
                 if sum_ref is not None:
-                    at = sum_ref.at[m, plane * piece + element]  # not `index`, which has its last element twice
-                    pl.when(writes)(functools.partial(plt.store, at, x, mask=mask))
+                    pl.when(writes)(functools.partial(plt.store, sum_ref.at[m, index], x, mask=mask))
                 x = x.astype(jnp.float32)
             if kind == "swiglu":
                 v = x * jax.nn.sigmoid(x) * value(source_refs[1])
@@ -246,7 +245,7 @@ def dense_product(
     (M, K), (G, _, N), dtype = sources[0].shape, weights_GKN.shape, sources[0].dtype
     columns = 64 if N % 64 == 0 and G * N >= 64 * BLOCKS else 32
     steps = K // DENSE_ROWS
-    unrolled = next(count for count in (4, 2, 1) if steps % count == 0)  # tiles of weights on their way
+    unrolled = next(count for count in range(DENSE_AHEAD, 0, -1) if steps % count == 0)
     optional = [a for a in (addend, source_gain) if a is not None]
 
     def kernel(*refs):
@@ -273,9 +272,10 @@ def dense_product(
 
         def step(i, carry):
             total, squares = carry
-            for part in range(unrolled):
-                row = (i * unrolled + part) * DENSE_ROWS + jnp.arange(DENSE_ROWS)
-                tile = plt.load(weights_ref.at[g, row[:, None], column[None]])
+            rows = [(i * unrolled + part) * DENSE_ROWS + jnp.arange(DENSE_ROWS) for part in range(unrolled)]
+            # All tiles first: the exchange of values between threads is a barrier that no later load passes.
+            tiles = [plt.load(weights_ref.at[g, row[:, None], column[None]]) for row in rows]
+            for row, tile in zip(rows, tiles, strict=True):
                 v, x = value(row)
                 total, squares = total + v[:, None] * tile.astype(jnp.float32), squares + x * x
             return total, squares
