@@ -3,9 +3,9 @@
 A model of each family is trained on the embedded corpus and exported; at width 512, for llama.cpp quantises activations
 by blocks of 256, and one block a row would be too easy. A row is a family and a type of file. Teacher forced, at every
 position of stretches of held-out text: in which share the most likely token is the same, and the mean Kullback-Leibler
-divergence from the model here to llama.cpp, in nats. Greedy: of how many prompts of 64 tokens all 64 that follow are the
-same, with the prompt given as token numbers and as text. llama.cpp tells no probabilities where the token that it would
-choose ends within a character; such positions are left out and counted. Ten minutes on 2 CPU cores. The table is
+divergence from the model here to llama.cpp, in nats. Greedy: of how many prompts of 64 tokens all 64 that follow are
+the same, with the prompt given as token numbers and as text. llama.cpp tells no probabilities where the token that it
+would choose ends within a character; such positions are left out and counted. Ten minutes on 2 CPU cores. The table is
 results/gguf_parity.csv.
 """
 
