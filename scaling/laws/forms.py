@@ -253,7 +253,7 @@ class ExcessParameters(DataConstrained):
         """Of D as there; of N, since along a budget the best size has alpha A / N^alpha = beta B / D^beta."""
         _, u, v, alpha, beta = (theta[:, [k]] for k in range(5))
         best = (np.log(alpha / beta) + u - v + beta * features[2]) / alpha
-        over = np.maximum(features[0] - best, 0.0)
+        over = np.clip(features[0] - best, 0.0, 50.0)  # beyond exp(50) times the best size nothing changes any more
         gained, left, change = saturating(np.expm1(over), np.exp(theta[:, [6]]))
         # A larger U_N counts in full, and leaves fewer parameters in excess of it.
         moved = np.where(over > 0, (1 - left * np.exp(over) / (1 + gained)) / alpha, 0.0)
@@ -317,7 +317,7 @@ class Precision(EffectiveChinchilla):
         return of_each(values, bits_of)
 
     def effective(self, theta: np.ndarray, features: np.ndarray) -> Effective:
-        ratio = features[2] / np.exp(theta[:, [5]])
+        ratio = np.minimum(features[2] / np.exp(theta[:, [5]]), 500.0)
         return {0: (features[0] + np.log(-np.expm1(-ratio)), {5: -ratio / np.expm1(ratio)})}
 
 

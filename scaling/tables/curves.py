@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.signal import lfilter
@@ -56,16 +57,18 @@ def read_curve(log: Path) -> dict[str, np.ndarray]:
                 raise
             break
         if all(isinstance(row.get(name), (int, float)) for name in WANTED):
-            rows.append([float(row.get(name, np.nan)) for name in (*WANTED, *SCHEDULE)])
+            told = [row.get(name) for name in (*WANTED, *SCHEDULE)]
+            rows.append([float(x) if isinstance(x, (int, float)) else np.nan for x in told])
     table = np.array(rows).reshape(-1, len(WANTED) + len(SCHEDULE))
     return {name: table[:, i] for i, name in enumerate((*WANTED, *SCHEDULE))}
 
 
 def annealed(runs: Runs, curves: Mapping[str, Mapping[str, np.ndarray]]) -> Runs:
     """A table of points inside runs as the law `annealed` takes them, from the curves of those runs that have a
-    schedule: D is the effective tokens, `annealing` the share of it that has taken effect. The points of a run are its
-    cluster. Raises ScalingError where no curve has a step and a learning rate."""
-    rows = []
+    schedule: D is the effective tokens, `annealing` the share of it that has taken effect. The points keep
+    their run's cluster, and what several decays have of one trunk counts once. Raises ScalingError where no curve has a
+    step and a learning rate."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in runs.records():
         curve = curves.get(str(row["run_id"]), {})
         if "lr" not in curve or np.isnan(curve["lr"]).any() or len(curve["lr"]) < 2:
@@ -75,10 +78,11 @@ def annealed(runs: Runs, curves: Mapping[str, Mapping[str, np.ndarray]]) -> Runs
         wanted = np.geomspace(curve["tokens"][peak], curve["tokens"][-1], POINTS + 1)[1:]
         for k in np.unique(np.searchsorted(curve["tokens"], wanted).clip(peak, len(tokens) - 1)):
             point = {"D": tokens[k], "annealing": share[k], "loss": curve["loss"][k], "flops": curve["flops"][k]}
-            rows.append(row | point | {"run_id": f"{row['run_id']}@{k}", "cluster": row["run_id"], "ended": ""})
+            same = row["family"], row["N"], curve["tokens"][k], curve["loss"][k]
+            rows.setdefault(same, row | point | {"run_id": f"{row['run_id']}@{k}", "ended": ""})
     if not rows:
         raise ScalingError("no training curve tells its steps and learning rates")
-    return Runs.from_rows(rows)
+    return Runs.from_rows(list(rows.values()))
 
 
 def effort(step: np.ndarray, tokens: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

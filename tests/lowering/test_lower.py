@@ -36,6 +36,7 @@ def test_the_command_as_a_user_types_it(tmp_path):
     held = state_of(run)
     assert found["report"]["parameters"] == pytest.approx(held.parameters, rel=0.05)  # gains are on every device
     assert found["report"]["optimizer"] == pytest.approx(held.optimizer, rel=0.05)
+    assert 0.95 < found["report"]["sharded"] < 1  # all but the gains
     assert {one["kind"] for one in found["report"]["traffic"]} >= {"all-gather", "all-reduce", "reduce-scatter"}
     assert 0 < found["communication_share"] < 1
 

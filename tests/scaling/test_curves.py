@@ -87,6 +87,17 @@ def test_curves_of_one_schedule_foretell_the_end_of_another():
     assert np.abs(plain.predict(ends["N"], ends["D"]) / ends["loss"] - 1).max() > 0.02
 
 
+def test_what_decays_have_of_one_trunk_counts_once():
+    runs, curves = table(["cosine"], sizes=(1e7,))
+    twice = Runs.from_rows(
+        [row | {"run_id": name, "cluster": "trunk"} for row in runs.records() for name in ("a", "b")]
+    )
+    curves = dict.fromkeys("ab", curves["cosine-1e+07"])
+    points = annealed(twice, curves)
+    assert len(points) == len(np.unique(points["D"]))
+    assert set(points["cluster"]) == {"trunk"}
+
+
 def test_curves_without_a_schedule_are_refused():
     runs, curves = table(["cosine"], sizes=(1e7,))
     del curves["cosine-1e+07"]["lr"]

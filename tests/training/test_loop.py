@@ -127,6 +127,7 @@ def test_a_branch_equals_the_whole_run_it_stands_for(family, token_set, tmp_path
     found = train(branch, tmp_path / "branch", token_set)
     assert numbers(found) == numbers(expected)
     assert found["cluster"] == "trunk"
+    assert found["attempts"] == 1  # its own, not those of its trunk
     assert [row["step"] for row in read_metrics(tmp_path / "branch")] == [10, 12]
 
 
