@@ -12,16 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mmfree_jax.bench.timing import memory_bytes, time_calls
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.devices import EnergyMeter
 from mmfree_jax.inference.generate import Progress, decode, start
 from mmfree_jax.inference.model import ServedModel, served
-from mmfree_jax.inference.packed import packed_tensors, served_config
+from mmfree_jax.inference.packed import abstract_tensors, served_config
 from mmfree_jax.inference.sampling import GREEDY, stacked
-from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.presets import model_preset, split_name
 
@@ -146,15 +144,9 @@ def _after(model: ServedModel, batch: int, context: int) -> Progress:
 
 def random_model(config: ModelConfig, dtype: str) -> ServedModel:
     """Return a served model of random codes and matrices, made on the device; dense matrices are bfloat16."""
-    shapes: dict[str, np.ndarray] = {}
-
-    def find_shapes() -> tuple:
-        model = LanguageModel(config, rngs=nnx.Rngs(0))
-        for tensor in packed_tensors(model):
-            shapes[tensor.name] = np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)  # takes no memory
-        return ()
-
-    jax.eval_shape(find_shapes)
+    # Arrays of the right shapes that take no memory.
+    tensors = abstract_tensors(config)
+    shapes = {one.name: np.broadcast_to(np.zeros((), one.dtype), one.shape) for one in tensors}
     model = served(served_config(config), shapes, "planes", dtype)
     leaves, structure = jax.tree.flatten(model)
     del model
