@@ -115,11 +115,18 @@ class Law(ABC):
         return tuple(share)
 
     def features(self, runs: Runs, centre: np.ndarray) -> np.ndarray:
-        """(rows, n) features of a table's rows. Raises ScalingError where it lacks the column that stands beside."""
+        """(rows, n) features of a table's rows. Raises ScalingError where it lacks the column that stands beside, or a
+        row of it says nothing."""
         rows = self.logarithms(np.log(runs["N"]), np.log(runs["D"]), np.log(runs["flops"]), centre)
         if not self.beside:
             return rows
-        return np.concatenate([rows, [self.beside_row(runs[self.beside], rows, centre)]])
+        with np.errstate(all="ignore"):
+            beside = self.beside_row(runs[self.beside], rows, centre)
+        faulty = ~np.isfinite(beside)
+        if faulty.any():
+            what = f"column {self.beside!r} holds nothing that law {self.name!r} can use"
+            raise ScalingError(f"{what} in run {runs['run_id'][faulty][0]!r}: {runs[self.beside][faulty][0]!s:.40}")
+        return np.concatenate([rows, [beside]])
 
     def features_at(
         self, log_n: np.ndarray, log_d: np.ndarray, centre: np.ndarray, log_c: np.ndarray | None = None

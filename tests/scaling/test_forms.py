@@ -148,6 +148,14 @@ def test_columns_that_a_law_needs_are_asked_for():
         fit(Runs.of(N=N, D=D, loss=TRUTHS["chinchilla"][1]), law="data-constrained")
 
 
+@pytest.mark.parametrize("value", [1.0, 1.5, np.nan])
+def test_a_row_that_says_nothing_of_what_a_law_needs_is_named(value):
+    idle = IDLE.copy()
+    idle[3] = value
+    with pytest.raises(ScalingError, match=r"'sparsity' holds nothing .* in run 'all-4'"):
+        fit(Runs.of(N=N, D=D, loss=TRUTHS["sparse"][1], sparsity=idle), law="sparse")
+
+
 def test_bits_by_name():
     assert bits_of("ternary") == pytest.approx(1.585, abs=1e-3)
     assert bits_of("int8") == 8.0
