@@ -78,7 +78,7 @@ def linear(recipe: Recipe, x: jax.Array, weights: Weights | PackedWeights) -> tu
     kind, sources, source_gain, _ = source(recipe, x)
     added = sum_of(sources[0]) if kind == "norm" else None
     if choice.dense_product(recipe, kind, sources[0], added is not None, weights.w_GDF):
-        from mmfree_jax.ops.fast.hopper.few_rows import dense_product
+        from mmfree_jax.ops.fast.hopper.dense_product import dense_product
 
         compute = lambda arrays, gain, *sum: dense_product(kind, arrays, gain, weights.w_GDF, recipe.eps, *sum)
         return _few_rows(compute, sources, source_gain, added)
@@ -109,7 +109,7 @@ def packed_linear(recipe: Recipe, x: jax.Array, weights: PackedWeights) -> tuple
 def _normed_product(
     recipe: Recipe, kind: Kind, sources, source_gain, added: Sum | None, weights: PackedWeights
 ) -> tuple[jax.Array, ...]:
-    from mmfree_jax.ops.fast.hopper.few_rows import normed_product
+    from mmfree_jax.ops.fast.hopper.packed_product import normed_product
 
     gain = None if weights.gain is None else weights.gain.astype(jnp.float32)
     codes = [w.bytes_FI for w in weights.codes]

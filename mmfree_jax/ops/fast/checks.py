@@ -384,7 +384,7 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
     scale, whether the first source is a sum. The outputs are compared in codes: their unit is that of a code of the row
     times the scale of the weights.
     """
-    from mmfree_jax.ops.fast.hopper.few_rows import normed_product as kernel
+    from mmfree_jax.ops.fast.hopper.packed_product import normed_product as kernel
 
     (M, K, N), (kind, G, count, dtype, per_column, added) = use.sizes, use.options
     sources = [_draw(rng, dtype, M, K) for _ in range(1 if kind in ("norm", "plain") else 2)]
@@ -424,7 +424,7 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
 def dense_product(rng: np.random.Generator, use: Use) -> Problem:
     """Dense layers of a few rows. sizes: rows, width, columns. options: kind of the input, products, type, type of the
     weights, whether the first source is a sum."""
-    from mmfree_jax.ops.fast.hopper.few_rows import dense_product as kernel
+    from mmfree_jax.ops.fast.hopper.dense_product import dense_product as kernel
 
     (M, K, N), (kind, G, dtype, stored, added) = use.sizes, use.options
     sources = [_draw(rng, dtype, M, K) for _ in range(2 if kind == "swiglu" else 1)]
@@ -452,7 +452,7 @@ def dense_product(rng: np.random.Generator, use: Use) -> Problem:
 def codes_product(rng: np.random.Generator, use: Use) -> Problem:
     """The product of codes with packed weights. sizes: rows, width, columns. options: whether each column has its own
     scale."""
-    from mmfree_jax.ops.fast.hopper.few_rows import codes_product as kernel
+    from mmfree_jax.ops.fast.hopper.packed_product import codes_product as kernel
 
     (M, K, N), (per_column,) = use.sizes, use.options
     x = rng.integers(-TOP - 1, TOP + 1, (M, K), dtype=np.int8)

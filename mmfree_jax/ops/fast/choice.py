@@ -118,10 +118,10 @@ def normed_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: A
     columns, planes = first.bytes_FI.shape[0], all(w.layout == "planes" for w in weights.codes)
     if not available() or recipe.bits != 8 or not planes or x.dtype not in (jnp.bfloat16, jnp.float32):
         return False
-    from mmfree_jax.ops.fast.hopper import few_rows
+    from mmfree_jax.ops.fast.hopper import packed_product
 
     cut = shard_count("batch", x.shape[0]) * math.prod(map(shard_count, recipe.axes, (width, columns)))
-    if cut > 1 or not few_rows.supports(rows, width, columns):
+    if cut > 1 or not packed_product.supports(rows, width, columns):
         return False
     gains = 0 if weights.gain is None else math.prod(weights.gain.shape[:-1])
     options = kind, len(weights.codes), gains, str(x.dtype), first.scale.size > 1, added
@@ -133,10 +133,10 @@ def dense_product(recipe: Any, kind: str, x: jax.Array, added: bool, w_GDF: jax.
     (groups, width, columns), rows = w_GDF.shape, math.prod(x.shape[:-1])
     if not available() or not _forward_only.get() or x.dtype not in (jnp.bfloat16, jnp.float32):
         return False
-    from mmfree_jax.ops.fast.hopper import few_rows
+    from mmfree_jax.ops.fast.hopper import dense_product as kernel
 
     cut = shard_count("batch", x.shape[0]) * math.prod(map(shard_count, recipe.axes, (width, columns)))
-    if cut > 1 or kind == "gated" or not few_rows.supports_dense(rows, width, columns):
+    if cut > 1 or kind == "gated" or not kernel.supports(rows, width, columns):
         return False
     options = kind, groups, str(x.dtype), str(w_GDF.dtype), added
     return verification.serves(Use("dense_product", (rows, width, columns), options))
@@ -152,10 +152,10 @@ def packed_form(x: Any, w: Any) -> Literal["kernel", "cpu", "unpacked"]:
         return "unpacked"
     if not available():
         return "cpu" if backend() == "cpu" else "unpacked"
-    from mmfree_jax.ops.fast.hopper import few_rows
+    from mmfree_jax.ops.fast.hopper import packed_product
 
     rows, width, columns = math.prod(x.codes.shape[:-1]), x.codes.shape[-1], w.bytes_FI.shape[0]
-    if shard_count("batch", x.codes.shape[0]) > 1 or not few_rows.supports_codes(rows, width, columns):
+    if shard_count("batch", x.codes.shape[0]) > 1 or not packed_product.supports_codes(rows, width, columns):
         return "unpacked"
     use = Use("codes_product", (rows, width, columns), (w.scale.size > 1,))
     return "kernel" if verification.serves(use) else "unpacked"

@@ -127,7 +127,7 @@ def packed_product(x: Quantised, w: Packed, dtype: Any) -> jax.Array:
 
 
 def _codes_product(x: Quantised, w: Packed, dtype: Any) -> jax.Array:
-    from mmfree_jax.ops.fast.hopper.few_rows import codes_product
+    from mmfree_jax.ops.fast.hopper.packed_product import codes_product
 
     assert x.scale is not None
     rows = x.codes.reshape(-1, x.codes.shape[-1])

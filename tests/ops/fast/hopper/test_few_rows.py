@@ -7,7 +7,7 @@ import pytest
 
 from mmfree_jax.inference.model import serve_model
 from mmfree_jax.ops.fast.checks import Use, check
-from mmfree_jax.ops.fast.hopper import decode_attention, few_rows
+from mmfree_jax.ops.fast.hopper import decode_attention, dense_product, few_rows, packed_product
 from mmfree_jax.ops.fast.verification import kernels_assumed
 from mmfree_jax.ops.packed import pack_planes
 from tests.inference.small import made
@@ -59,7 +59,7 @@ def test_normed_product_is_the_bit_linear_of_its_sources(kind, M, K, N, G, gains
     scales = [rng.uniform(0.5, 2, N if g == 1 else 1).astype(np.float32) for g in range(G)]
     added = draw(M, K) if addend else None
 
-    ys, total = few_rows.normed_product(
+    ys, total = packed_product.normed_product(
         kind, sources, inner, outer, [pack_planes(c) for c in codes], scales, EPS, added, 0.5
     )
 
@@ -80,7 +80,7 @@ def test_normed_product_is_the_bit_linear_of_its_sources(kind, M, K, N, G, gains
 
 def test_a_row_of_zeros_gives_zeros():
     weights = [pack_planes(np.ones((8, 64), np.int8))]
-    ys, _ = few_rows.normed_product(
+    ys, _ = packed_product.normed_product(
         "norm",
         [np.zeros((1, 64), np.float32)],
         np.ones(64, np.float32),
@@ -98,7 +98,7 @@ def test_codes_product_is_exact(M, K, N):
     q = rng.integers(-128, 128, (M, K)).astype(np.int8)
     codes = rng.integers(-1, 2, (N, K)).astype(np.int8)
     by_row, by_column = np.exp2(rng.integers(-3, 3, M)).astype(np.float32), np.exp2(rng.integers(-3, 3, N))
-    y = few_rows.codes_product(q, by_row, pack_planes(codes), by_column.astype(np.float32), jnp.float32)
+    y = packed_product.codes_product(q, by_row, pack_planes(codes), by_column.astype(np.float32), jnp.float32)
     want = q.astype(np.int64) @ codes.T.astype(np.int64) * by_row[:, None] * by_column
     np.testing.assert_array_equal(y, want)
 
@@ -121,7 +121,8 @@ USES = [
 @pytest.mark.parametrize("use", USES, ids=str)
 def test_checks_pass_and_see_a_wrong_column(use, monkeypatch):
     assert check(use).passed, check(use).worst
-    module = decode_attention if use.kernel == "decode_attention" else few_rows
+    modules = {"decode_attention": decode_attention, "dense_product": dense_product}
+    module = modules.get(use.kernel, packed_product)
     kernel = getattr(module, use.kernel)
     if use.kernel in ("codes_product", "decode_attention"):
         broken = lambda *a: kernel(*a).at[:, -1].add(2.0)
@@ -151,10 +152,10 @@ def test_a_model_decodes_as_without_kernels(family, batch, products, sums, monke
 
     expected = logits()
     addends = []
-    for name, place in (("normed_product", 7), ("dense_product", 5)):
-        kernel = getattr(few_rows, name)
+    for module, name, place in ((packed_product, "normed_product", 7), (dense_product, "dense_product", 5)):
+        kernel = getattr(module, name)
         counted = lambda *a, kernel=kernel, place=place: addends.append(a[place]) or kernel(*a)
-        monkeypatch.setattr(few_rows, name, counted)
+        monkeypatch.setattr(module, name, counted)
     with kernels_assumed():
         jax.eval_shape(model.extend, tokens[:, :1], model.start(batch, 8))
         assert len(addends) == products

@@ -1,0 +1,252 @@
+"""Products of packed ternary weights with the few rows of a decoding step (Pallas Triton, Hopper).
+
+`normed_product` is a whole BitLinear for one to four tokens: norm or gate, quantiser and G products, and the addition
+of the residual before the norm. `codes_product` multiplies codes that exist, up to 256 rows of them, on tensor cores.
+Both read the 2-bit weights of `packed.pack_planes` as they lie in memory, once.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from mmfree_jax.ops.fast.hopper import few_rows
+from mmfree_jax.ops.fast.hopper.few_rows import Row, masked_load
+from mmfree_jax.ops.fast.origin import Kind
+from mmfree_jax.ops.ternary import SMALLEST
+
+# `few_rows` says why each block computes the whole row again. Codes need three sums of it: the two norms' squares and
+# the largest magnitude. With v = x * gain_1 and z = v * gain_2,
+#     r_1 = 1 / rms(x),  r_2 = 1 / rms(r_1 v),  max |r_1 r_2 z| = r_1 r_2 max |z|.
+#
+# The product works on words: a 32-bit word of weights holds 16 codes, four in each of its four planes, and `dp4a`
+# multiplies one plane (shifted and masked: codes + 1 in bytes) by a word of four int8 activations, and sums. What the
+# ones add is the sum of the activations, subtracted at the end.
+
+MOST_CODES = 256  # rows of `codes_product`: from there on it pays to unpack the weights for a product of large tiles
+CODES_IN_A_WORD = 16
+CHUNK = 128  # words of weights of one row that are multiplied at a time
+AHEAD = 3  # chunks of weights on their way while norm and codes are computed
+MOST_COLUMNS = 64  # of a block
+TOP = 127.0
+TO_INTEGER = 12582912.0  # 1.5 x 2^23: adding it rounds a float32 below 2^22 to an integer, half to even
+
+
+class _Scaled(NamedTuple):
+    """A row by chunk and plane, before the factors of its norms, and the factor that makes codes of it."""
+
+    z: list[list[jax.Array]]
+    to_codes: jax.Array
+    scale: jax.Array  # of the codes
+
+
+def supports(rows: int, width: int, columns: int) -> bool:
+    """Whether `normed_product` takes these sizes."""
+    return 1 <= rows <= few_rows.MOST_ROWS and width % CODES_IN_A_WORD == 0 and columns % 8 == 0
+
+
+def supports_codes(rows: int, width: int, columns: int) -> bool:
+    """Whether `codes_product` takes these sizes."""
+    return 1 <= rows <= MOST_CODES and width % 128 == 0 and columns % 32 == 0
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "eps", "factor"))
+def normed_product(
+    kind: Kind,
+    sources: list[jax.Array],
+    source_gain: jax.Array | None,
+    gain: jax.Array | None,
+    weights: list[jax.Array],
+    scales: list[jax.Array],
+    eps: float,
+    addend: jax.Array | None = None,
+    factor: float = 1.0,
+) -> tuple[list[jax.Array], jax.Array | None]:
+    """Compute G BitLinears of a few rows, from the sources of their input.
+
+    Args:
+        kind, sources, source_gain: what the input is made of (`origin.Origin`), [M, K] each; the gain is float32 [K].
+        gain: of the norm before the quantiser, float32: [K], [G, K] for one each, or None for no norm.
+        weights: uint8 [N, K / 4] of each product.
+        scales: of the weights, float32, [1] or [N] each.
+        addend: added to the first source, times `factor`, before anything else; the sum is returned too.
+
+    Returns:
+        [M, N] of each product in the sources' type, and the sum [M, K] (None without an addend).
+    """
+    (M, K), N, G, dtype = sources[0].shape, weights[0].shape[0], len(weights), sources[0].dtype
+    words = [lax.bitcast_convert_type(w.reshape(N, K // CODES_IN_A_WORD, 4), jnp.int32) for w in weights]
+    block = _columns(N, G)
+    gain = None if gain is None else gain.reshape(-1, K)
+    optional = [a for a in (addend, source_gain, gain) if a is not None]
+
+    def kernel(*refs):
+        taken = iter(refs)
+        take = lambda count: [next(taken) for _ in range(count)]
+        source_refs, addend_ref = take(len(sources)), next(taken) if addend is not None else None
+        inner_ref = next(taken) if source_gain is not None else None
+        gain_ref = next(taken) if gain is not None else None
+        word_refs, scale_refs, y_refs = take(G), take(G), take(G)
+        first, m, own = pl.program_id(0) * block, pl.program_id(1), pl.program_id(2)
+        row = Row(kind, m, source_refs, inner_ref, addend_ref, factor, next(taken, None), first == 0)
+        for g in range(G):
+
+            def product(g=g):
+                read = functools.partial(_scaled, row if g == 0 else row._replace(total=None), gain_ref, g, K, eps)
+                _product(read, word_refs[g], scale_refs[g], y_refs[g], m, first, K, block)
+
+            pl.when(own == g)(product) if G > 1 else product()
+
+    shapes = [jax.ShapeDtypeStruct((M, N), dtype)] * G + [jax.ShapeDtypeStruct((M, K), dtype)] * (addend is not None)
+    options = plt.CompilerParams(num_warps=8 if K > 4096 or block > 16 else 4, num_stages=1)
+    call = pl.pallas_call(
+        kernel,
+        grid=(N // block, M, G),
+        out_shape=shapes,
+        compiler_params=options,
+        interpret=few_rows.INTERPRET,
+        name="normed_product",
+    )
+    found = call(*sources, *optional, *words, *scales)
+    return list(found[:G]), found[G] if addend is not None else None
+
+
+def _columns(columns: int, products: int) -> int:
+    """Columns of a block: a power of two, so many that there are still enough blocks."""
+    block = 8
+    while block < MOST_COLUMNS and columns % (2 * block) == 0 and products * columns >= 2 * block * few_rows.BLOCKS:
+        block *= 2
+    return block
+
+
+def _product(read: Callable[[], _Scaled], words_ref, scale_ref, y_ref, m, first, K: int, block: int) -> None:
+    """One block: the columns from `first` on of row m of one product."""
+    words, chunks = K // CODES_IN_A_WORD, -(-K // (CODES_IN_A_WORD * CHUNK))
+    column = first + jnp.arange(block)
+
+    def load(chunk: int) -> jax.Array:
+        word = chunk * CHUNK + jnp.arange(CHUNK)
+        mask = None if words % CHUNK == 0 else jnp.broadcast_to(word[None] < words, (block, CHUNK))
+        return masked_load(words_ref.at[column[:, None], word[None]], mask)
+
+    ahead = {chunk: load(chunk) for chunk in range(min(AHEAD, chunks))}
+    row = read()
+    total, ones = jnp.zeros((block, CHUNK), jnp.int32), jnp.zeros(CHUNK, jnp.int32)
+    for chunk in range(chunks):
+        weights = ahead.pop(chunk, None)
+        weights = load(chunk) if weights is None else weights
+        for plane in range(4):
+            codes = _code_words(row.z[chunk][plane] * row.to_codes)
+            here = (weights >> (2 * plane)) & 0x03030303
+            total = _dot4(here, jnp.broadcast_to(codes[None], here.shape), total)
+            ones = _dot4(jnp.full(CHUNK, 0x01010101, jnp.int32), codes, ones)
+    y = (jnp.sum(total, axis=1) - jnp.sum(ones)).astype(jnp.float32) * row.scale
+    scale = scale_ref[0] if scale_ref.shape[0] == 1 else scale_ref[pl.ds(first, block)]
+    y_ref[m, pl.ds(first, block)] = (y * scale).astype(y_ref.dtype)
+
+
+def _scaled(row: Row, gain_ref, g: int, K: int, eps: float) -> _Scaled:
+    """Read a whole row, and compute what makes codes of it; `gain_ref` [1 or G, K] is of the norm before them."""
+    piece, size = K // 4, 4 * CHUNK
+    zero = jnp.zeros(size, jnp.float32)
+    first_squares, squares, largest = zero, zero, zero
+    z: list[list[jax.Array]] = []
+    for chunk in range(-(-piece // size)):
+        element = chunk * size + jnp.arange(size)
+        mask = None if piece % size == 0 else element < piece
+        z.append([])
+        for plane in range(4):
+            index = plane * piece + element
+            v, x = row.read(index, mask)
+            first_squares, squares = first_squares + x * x, squares + v * v
+            z[-1].append(v if gain_ref is None else v * masked_load(gain_ref.at[g % gain_ref.shape[0], index], mask))
+            largest = jnp.maximum(largest, jnp.abs(z[-1][-1]))
+    inner = lax.rsqrt(jnp.sum(first_squares) / K + eps) if row.has_norm else 1.0
+    outer = 1.0 if gain_ref is None else lax.rsqrt(inner * inner * jnp.sum(squares) / K + eps)
+    most = jnp.maximum(jnp.max(largest) * inner * outer, SMALLEST)
+    return _Scaled(z, inner * outer * (TOP / most), most * (1 / TOP))
+
+
+def _code_words(z: jax.Array) -> jax.Array:
+    """Round to int8 codes and pack four consecutive ones into a word: [4 W] -> int32 [W]."""
+    codes = lax.bitcast_convert_type(z + TO_INTEGER, jnp.int32).reshape(-1, 4)  # the lowest byte is the code
+    shifts = 8 * lax.broadcasted_iota(jnp.int32, codes.shape, 1)
+    return jnp.sum((codes & 0xFF) << shifts, axis=1)
+
+
+def _dot4(weights: jax.Array, codes: jax.Array, total: jax.Array) -> jax.Array:
+    """Add the product of four bytes each: total + sum_i weights_i codes_i, all int32."""
+    if few_rows.INTERPRET:  # the instruction, in words
+        for shift in (0, 8, 16, 24):
+            total = total + ((weights >> shift) & 0xFF) * ((codes << (24 - shift)) >> 24)
+        return total
+    shape = jax.ShapeDtypeStruct(total.shape, jnp.int32)
+    asm, constraints = "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r"
+    return plt.elementwise_inline_asm(
+        asm, args=[weights, codes, total], constraints=constraints, pack=1, result_shape_dtypes=[shape]
+    )[0]
+
+
+def codes_product(
+    codes_MK: jax.Array, scale_M: jax.Array, weights: jax.Array, scale: jax.Array, dtype: Any
+) -> jax.Array:
+    """Multiply int8 codes by packed weights, then apply both scales: [M, N] of `dtype`.
+
+    codes_MK and its float32 scales [M]; weights: uint8 [N, K / 4]; scale: float32 [1] or [N].
+    """
+    (M, K), N = codes_MK.shape, weights.shape[0]
+    piece = K // 4
+    rows = min(64, max(16, pl.next_power_of_2(M)))
+    columns = 64 if N % 64 == 0 and N >= 64 * few_rows.BLOCKS else 32
+    inner = next(size for size in (128, 64, 32) if piece % size == 0)
+
+    def kernel(codes_ref, scale_M_ref, weights_ref, scale_ref, y_ref):
+        column = pl.program_id(0) * columns + jnp.arange(columns)
+        target = pl.program_id(1) * rows + jnp.arange(rows)
+        row = jnp.minimum(target, M - 1)  # rows that are not there repeat the last, and are not written
+
+        def step(i, total):
+            at = i * inner + jnp.arange(inner)
+            packed = plt.load(weights_ref.at[column[:, None], at[None]])
+            for plane in range(4):
+                codes = plt.load(codes_ref.at[row[:, None], (plane * piece + at)[None]])
+                total += plt.dot(codes, _plane(packed, plane).T)
+            return total
+
+        total = lax.fori_loop(0, piece // inner, step, jnp.zeros((rows, columns), jnp.int32))
+        by_row = plt.load(scale_M_ref.at[row])
+        by_column = scale_ref[0] if scale_ref.shape[0] == 1 else plt.load(scale_ref.at[column])[None]
+        y = total.astype(jnp.float32) * by_row[:, None] * by_column
+        mask = jnp.broadcast_to((target < M)[:, None], (rows, columns))
+        plt.store(y_ref.at[target[:, None], column[None]], y.astype(dtype), mask=mask)
+
+    call = pl.pallas_call(
+        kernel,
+        grid=(N // columns, -(-M // rows)),
+        out_shape=jax.ShapeDtypeStruct((M, N), dtype),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        interpret=few_rows.INTERPRET,
+        name="codes_product",
+    )
+    return call(codes_MK, scale_M, weights, scale)
+
+
+def _plane(packed: jax.Array, plane: int) -> jax.Array:
+    """Unpack one plane of bytes: int8 codes.
+
+    Four bytes at a time: each then holds code + 1. To subtract 1 of each byte without a borrow from the next, its
+    highest bit is set before and flipped after.
+    """
+    if few_rows.INTERPRET:
+        return ((packed >> jnp.uint8(2 * plane)) & jnp.uint8(3)).astype(jnp.int8) - jnp.int8(1)
+    asm = (
+        f"{{ .reg .b32 t; shr.u32 t, $1, {2 * plane}; and.b32 t, t, 0x03030303; or.b32 t, t, 0x80808080; "
+        "sub.u32 t, t, 0x01010101; xor.b32 $0, t, 0x80808080; }"
+    )
+    shape = jax.ShapeDtypeStruct(packed.shape, jnp.int8)
+    return plt.elementwise_inline_asm(asm, args=[packed], constraints="=r,r", pack=4, result_shape_dtypes=[shape])[0]
