@@ -82,7 +82,8 @@ def _layer_gains(config: ModelConfig) -> int:
     D, F = config.width, config.glu_width
     gains = 2 * D + (D if config.mixer == "mlgru" else 0)
     if config.linear == "ternary" and config.linear_norm:
-        gains += (3 + 1 + 1) * D + F  # three inputs and the output of the mixer; gate and up share one; down
+        # Three inputs and the output of the mixer; gate and up, which may share one; down.
+        gains += (3 + 1 + (1 if config.joint_glu else 2)) * D + F
     return gains + (D + F if config.sublayer_norm else 0)
 
 
@@ -185,5 +186,7 @@ def _layer_norm_quant(config: ModelConfig) -> float:
     total = RMS * _layer_gains(config)
     if config.linear == "dense" or config.activation_bits == 0:
         return total
-    own_inputs = 3 if config.linear_norm or config.mixer == "rwkv4" else 1  # codes shared where the norm is
-    return total + QUANTISE * (own_inputs * D + D + D + F)
+    # Codes are shared where the norm is.
+    mixer_inputs = 3 if config.linear_norm or config.mixer == "rwkv4" else 1
+    glu_inputs = 1 if config.joint_glu or not config.linear_norm else 2
+    return total + QUANTISE * ((mixer_inputs + 1 + glu_inputs) * D + F)
