@@ -63,7 +63,11 @@ def main() -> None:
 def rows(family: str, kinds: tuple[str, ...], folder: Path, positions: int, prompts: int) -> Iterator[dict[str, Any]]:
     """Train a model of a family, and compare it with llama.cpp on a file of each type."""
     run = mmfree_jax.preset(f"{family}-tiny")
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **SIZES))
+    # The presets' rates are of width 128: a wider model wants a lower one.
+    rate = run.optim.lr * 128 / SIZES["width"]
+    run = dataclasses.replace(
+        run, model=dataclasses.replace(run.model, **SIZES), optim=dataclasses.replace(run.optim, lr=rate)
+    )
     loss = mmfree_jax.train(run, folder / "run")["loss"]
     model, tokenizer = load_model(folder / "run"), load_text_model(folder / "run").tokenizer
     assert tokenizer is not None
