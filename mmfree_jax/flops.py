@@ -82,8 +82,8 @@ def _layer_gains(config: ModelConfig) -> int:
     D, F = config.width, config.glu_width
     gains = 2 * D + (D if config.mixer == "mlgru" else 0)
     if config.linear == "ternary" and config.linear_norm:
-        # Three inputs and the output of the mixer; gate and up, which may share one; down.
-        gains += (3 + 1 + (1 if config.joint_glu else 2)) * D + F
+        into_mixer, into_glu = 3, 1 if config.joint_glu else 2
+        gains += (into_mixer + 1 + into_glu) * D + F  # and before the mixer's output projection and the GLU's
     return gains + (D + F if config.sublayer_norm else 0)
 
 
