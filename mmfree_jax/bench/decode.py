@@ -21,6 +21,7 @@ from mmfree_jax.inference.model import ServedModel, served
 from mmfree_jax.inference.packed import abstract_tensors, served_config
 from mmfree_jax.inference.sampling import GREEDY, stacked
 from mmfree_jax.ops.fast.choice import kernels_allowed
+from mmfree_jax.ops.fast.cpu.ternary_product import memory_rate
 from mmfree_jax.presets import model_preset, split_name
 
 STEPS = 32  # tokens of a program
@@ -176,16 +177,10 @@ def bytes_read(model: ServedModel, progress: Progress) -> int:
 
 
 def read_bytes_per_s() -> float:
-    """Measure how fast this device reads memory, by a sum over 2 GB (0.25 GB on a CPU, in C++ where it compiles)."""
+    """Measure how fast this device reads memory: a CPU by `memory_rate`, others by a sum over 2 GB."""
     if jax.default_backend() == "cpu":
-        from mmfree_jax.ops.fast.cpu.ternary_product import library, read_rate
-
-        if library() is not None:
-            import os
-
-            array = np.ones(2**25, np.uint64)
-            return max(read_rate(array, os.cpu_count() or 1) for _ in range(ROUNDS))
-    x = jnp.ones(2**30 if jax.default_backend() != "cpu" else 2**27, jnp.bfloat16)
+        return memory_rate()
+    x = jnp.ones(2**30, jnp.bfloat16)
     total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
     jax.block_until_ready(total(x))
     return x.nbytes / time_calls(lambda: total(x)).median_s

@@ -192,9 +192,7 @@ class Engine:
         requests = [request for request in self._slots if request is not None]
         with_top = any(request.top for request in requests)
         greedy = not with_top and all(request.sampling.temperature == 0 for request in requests)
-        self._progress, chosen = decode(
-            self.model, self._progress, self._settings, self.chunk, with_top and not greedy, greedy
-        )
+        self._progress, chosen = decode(self.model, self._progress, self._settings, self.chunk, with_top, greedy)
         chosen = jax.device_get(chosen)
         for slot, request in enumerate(self._slots):
             if request is None:

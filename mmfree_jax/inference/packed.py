@@ -13,7 +13,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -89,7 +89,8 @@ def packed_tensors(model: LanguageModel, stored: Stored = "bfloat16", layout: La
         yield from _code_tensors("head", (Quantised(codes.codes[None, :, :vocab], scale[None]),), layout)
 
 
-def abstract_tensors(config: ModelConfig, stored: Stored = "bfloat16", layout: Layout = "planes") -> list[Tensor]:
+@cache
+def abstract_tensors(config: ModelConfig, stored: Stored = "bfloat16", layout: Layout = "planes") -> tuple[Tensor, ...]:
     """Return the tensors of a packed folder of an architecture by name, shape and type; none of them can be made."""
     found: list[Tensor] = []
 
@@ -98,7 +99,7 @@ def abstract_tensors(config: ModelConfig, stored: Stored = "bfloat16", layout: L
         return ()
 
     jax.eval_shape(trace)
-    return found
+    return tuple(found)
 
 
 def _rows(array: jax.Array, count: int) -> jax.Array:

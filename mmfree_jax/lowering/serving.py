@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +22,7 @@ from mmfree_jax.config import ModelConfig, require
 from mmfree_jax.devices import DEVICES, Device
 from mmfree_jax.inference.generate import PIECE, TOP
 from mmfree_jax.inference.packed import Stored, abstract_tensors, is_packed, read_packed, served_config
+from mmfree_jax.ops.fast.cpu.ternary_product import memory_rate
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.output import program
 from mmfree_jax.presets import model_preset, split_name
@@ -138,12 +138,8 @@ def find_config(name: str) -> ModelConfig:
 
 def this_cpu() -> Device:
     """Return this machine's CPU: its free memory, and the rate at which it reads."""
-    from mmfree_jax.ops.fast.cpu.ternary_product import read_rate
-
-    block = np.ones(2**25, np.uint64)  # 256 MB, more than caches hold
-    rate = max(read_rate(block, os.cpu_count() or 1) for _ in range(3))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device("cpu", free, rate, CPU_FLOPS, CPU_FLOPS, 0.0, 0.0, 1)
+    return Device("cpu", free, memory_rate(), CPU_FLOPS, CPU_FLOPS, 0.0, 0.0, 1)
 
 
 def serving_memory(config: ModelConfig, chosen: ServingArguments) -> ServingMemory:

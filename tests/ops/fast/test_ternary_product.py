@@ -141,3 +141,10 @@ def test_read_rate_reads_every_word():
     data = np.ones(1 << 20, np.uint64)
     assert cpu.read_rate(data, 1) > 1e8
     assert isinstance(cpu.library(), ctypes.CDLL)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_rate_of_memory_is_measured_without_a_compiler_too(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(cpu, "library", lambda: None)
+    assert 1e8 < cpu.memory_rate() < 1e13

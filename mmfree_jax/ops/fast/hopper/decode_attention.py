@@ -13,12 +13,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from mmfree_jax.ops.fast.hopper import few_rows
+
 SLOTS = 64  # of a tile
 BLOCKS = 264  # at least, where there are slots enough: two for each multiprocessor of an H200
 MOST_QUERIES = 8  # heads of one key
 WIDTHS = (32, 64, 128, 256)
 LOWEST = -1e30  # a score that no key has; finite, so that differences of two are numbers
-INTERPRET = False  # True where tests run the kernel on a CPU
 
 
 def supports(heads: int, key_heads: int, width: int) -> bool:
@@ -64,7 +65,7 @@ def decode_attention(q_BHK: jax.Array, k_BSJK: jax.Array, v_BSJK: jax.Array, mas
         grid=(B, J, pieces),
         out_shape=[jax.ShapeDtypeStruct((B, J, G, pieces, K), jnp.float32), parts, parts],
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
-        interpret=INTERPRET,
+        interpret=few_rows.INTERPRET,
         name="decode_attention",
     )(q_BJGK, k_BSJK, v_BSJK, mask_BS.astype(jnp.int8))
     share = jnp.exp(most - jnp.max(most, axis=-1, keepdims=True))

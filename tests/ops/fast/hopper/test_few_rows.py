@@ -18,7 +18,6 @@ EPS = 1e-6
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     monkeypatch.setattr(few_rows, "INTERPRET", True)
-    monkeypatch.setattr(decode_attention, "INTERPRET", True)
 
 
 def sigmoid(x):
