@@ -377,6 +377,36 @@ def _recurrence(c, f, floor, h, resets, dout, dlast, counts) -> dict[str, np.nda
     return results
 
 
+class _FewRows(NamedTuple):
+    """What kernels for a few rows read, and in float64 the input that it makes and the sum that is written."""
+
+    sources: list[np.ndarray]
+    gain: np.ndarray | None  # of the norm in it
+    addend: np.ndarray | None
+    factor: float
+    exact: np.ndarray
+    sums: dict[str, np.ndarray]  # empty without an addend
+
+
+def _few_rows(rng: np.random.Generator, kind: str, dtype: str, rows: int, width: int, added: bool) -> _FewRows:
+    sources = [_draw(rng, dtype, rows, width) for _ in range(2 if kind in ("gated", "swiglu") else 1)]
+    gain = _single(rng.uniform(0.5, 2, width)) if kind in ("norm", "gated") else None
+    addend, factor = (_draw(rng, dtype, rows, width), 0.5) if added else (None, 1.0)
+    x, *others = map(_exact, sources)
+    if addend is not None:
+        x = _exact(np.asarray(x + factor * _exact(addend)).astype(jnp.dtype(dtype)))
+    u = x if gain is None else _normed(x) * _exact(gain)
+    if kind == "swiglu":
+        u = u * _sigmoid(u) * others[0]
+    elif kind == "gated":
+        u = u * others[0] * _sigmoid(others[0])
+    return _FewRows(sources, gain, addend, factor, u, {"sum": x} if added else {})
+
+
+def _normed(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + EPS)
+
+
 def normed_product(rng: np.random.Generator, use: Use) -> Problem:
     """A BitLinear of packed weights and a few rows.
 
@@ -387,29 +417,19 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
     from mmfree_jax.ops.fast.hopper.packed_product import normed_product as kernel
 
     (M, K, N), (kind, G, count, dtype, per_column, added) = use.sizes, use.options
-    sources = [_draw(rng, dtype, M, K) for _ in range(1 if kind in ("norm", "plain") else 2)]
-    inner = _single(rng.uniform(0.5, 2, K)) if kind in ("norm", "gated") else None
+    rows = _few_rows(rng, kind, dtype, M, K, added)
     gain = _single(rng.uniform(0.5, 2, (count, K))) if count else None
     codes = rng.integers(-1, 2, (G, N, K), dtype=np.int8)
     scales = [_single(rng.uniform(0.5, 2, N if per_column else 1)) for _ in range(G)]
-    addend, factor = (_draw(rng, dtype, M, K), 0.5) if added else (None, 1.0)
 
     def run(sources, inner, gain, weights, scales, addend, units):
-        ys, total = kernel(kind, sources, inner, gain, weights, scales, EPS, addend, factor)
+        ys, total = kernel(kind, sources, inner, gain, weights, scales, EPS, addend, rows.factor)
         found = {f"product {g} in codes": ys[g].astype(jnp.float32) / units[g] for g in range(G)}
         return found if total is None else found | {"sum": total}
 
-    expected, units = {}, []
-    x, *others = map(_exact, sources)
-    if addend is not None:
-        x = expected["sum"] = _exact(np.asarray(x + factor * _exact(addend)).astype(jnp.dtype(dtype)))
-    normed = lambda a: a / np.sqrt((a**2).mean(axis=1, keepdims=True) + EPS)
-    u = x if inner is None else normed(x) * _exact(inner)
-    if kind in ("gated", "swiglu"):
-        first, second = (u, others[0]) if kind == "swiglu" else (others[0], u)
-        u = first * _sigmoid(first) * second
+    expected, units = dict(rows.sums), []
     for g in range(G):
-        z = normed(u) * _exact(gain[g % count]) if gain is not None else u
+        z = _normed(rows.exact) * _exact(gain[g % count]) if gain is not None else rows.exact
         step = np.maximum(np.abs(z).max(axis=1, keepdims=True), SMALLEST) / TOP
         units.append(_single(step * _exact(scales[g])))
         expected[f"product {g} in codes"] = np.rint(z / step) @ _exact(codes[g]).T
@@ -418,7 +438,7 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
     tolerance = {name: rounding + 4 / np.sqrt(np.mean(values**2) + 1) for name, values in expected.items()}
     tolerance |= {"sum": TOLERANCES[dtype]} if added else {}
     weights = [pack_planes(c) for c in codes]
-    return Problem(run, (sources, inner, gain, weights, scales, addend, units), expected, tolerance)
+    return Problem(run, (rows.sources, rows.gain, gain, weights, scales, rows.addend, units), expected, tolerance)
 
 
 def dense_product(rng: np.random.Generator, use: Use) -> Problem:
@@ -427,26 +447,17 @@ def dense_product(rng: np.random.Generator, use: Use) -> Problem:
     from mmfree_jax.ops.fast.hopper.dense_product import dense_product as kernel
 
     (M, K, N), (kind, G, dtype, stored, added) = use.sizes, use.options
-    sources = [_draw(rng, dtype, M, K) for _ in range(2 if kind == "swiglu" else 1)]
-    inner = _single(rng.uniform(0.5, 2, K)) if kind == "norm" else None
+    rows = _few_rows(rng, kind, dtype, M, K, added)
     weights = rng.standard_normal((G, K, N), np.float32).astype(jnp.dtype(stored))
-    addend, factor = (_draw(rng, dtype, M, K), 0.5) if added else (None, 1.0)
 
     def run(sources, inner, weights, addend):
-        ys, total = kernel(kind, sources, inner, weights, EPS, addend, factor)
+        ys, total = kernel(kind, sources, inner, weights, EPS, addend, rows.factor)
         found = {f"product {g}": y for g, y in enumerate(ys)}
         return found if total is None else found | {"sum": total}
 
-    expected: dict[str, np.ndarray] = {}
-    u, *others = map(_exact, sources)
-    if addend is not None:
-        u = expected["sum"] = _exact(np.asarray(u + factor * _exact(addend)).astype(jnp.dtype(dtype)))
-    if kind == "swiglu":
-        u = u * _sigmoid(u) * others[0]
-    elif inner is not None:
-        u = u / np.sqrt((u**2).mean(axis=1, keepdims=True) + EPS) * _exact(inner)
-    expected |= {f"product {g}": u @ _exact(weights[g]) for g in range(G)}
-    return Problem(run, (sources, inner, weights, addend), expected, dict.fromkeys(expected, TOLERANCES[dtype]))
+    expected = rows.sums | {f"product {g}": rows.exact @ _exact(weights[g]) for g in range(G)}
+    tolerance = dict.fromkeys(expected, TOLERANCES[dtype])
+    return Problem(run, (rows.sources, rows.gain, weights, rows.addend), expected, tolerance)
 
 
 def codes_product(rng: np.random.Generator, use: Use) -> Problem:
