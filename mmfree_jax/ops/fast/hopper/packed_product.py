@@ -21,7 +21,7 @@ from mmfree_jax.ops.fast.hopper.few_rows import Row, masked_load
 from mmfree_jax.ops.fast.origin import Kind
 from mmfree_jax.ops.ternary import SMALLEST
 
-# `few_rows` says why each block computes the whole row again, and once for all its columns. Codes need three sums of it: the two norms' squares and
+# `few_rows` says why each block computes the whole row again. Codes need three sums of it: the two norms' squares and
 # the largest magnitude. With v = x * gain_1 and z = v * gain_2,
 #     r_1 = 1 / rms(x),  r_2 = 1 / rms(r_1 v),  max |r_1 r_2 z| = r_1 r_2 max |z|.
 #
