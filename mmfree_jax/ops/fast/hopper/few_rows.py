@@ -15,8 +15,8 @@ from mmfree_jax.ops.fast.origin import Kind
 # waits. What waits is the chain of small operations before each product: each would be a kernel of its own, and a
 # kernel takes two microseconds to start and end, as long as the product itself. So every block of a product repeats
 # that chain for the whole row: the row is some kilobytes that all blocks find in the second-level cache. A launch has
-# no more blocks than run at once, so that each computes its row once. A block asks for its first weights before it reads
-# the row, and for others while it multiplies (`pipelined`), so that memory is never idle.
+# no more blocks than run at once, so that each computes its row once. A block asks for its first weights before it
+# reads the row, and for others while it multiplies (`pipelined`), so that memory is never idle.
 #
 # No sum of the chain waits for another, because what a norm does is a factor of its whole row: blocks compute with the
 # row as it is before its norm, and multiply the result.
