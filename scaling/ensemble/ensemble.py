@@ -13,6 +13,7 @@ from scipy.interpolate import CubicSpline
 
 from scaling.costs import AXES, axis_cost, lacking
 from scaling.ensemble.answers import (
+    UNINFORMATIVE,
     Allocation,
     BreakEven,
     Crossing,
@@ -37,7 +38,6 @@ from scaling.tables.equal import Equal
 from scaling.tables.runs import Runs, ScalingError, check_comparable, frame_of
 
 POINTS_PER_DECADE = 8
-UNINFORMATIVE = 0.05  # an interval wider than this share of the loss says nothing that was not known
 FLOORS = 0.25  # posterior weight (half before any run) of equal floors below which they are not supported
 IDENTIFIED = 0.7  # posterior over prior spread above which the runs have told nothing of a parameter
 SPLINE_KNOTS = 14
@@ -409,7 +409,7 @@ class Ensemble(Equal):
         if len(self.families) < 2:
             return out
         gaps = self.gaps(budgets, axis)
-        low, middle, high = np.quantile(gaps, [0.025, 0.5, 0.975], axis=0)
+        low, middle, high = np.quantile(gaps, [0.025, 0.5, 0.975], axis=0, method="nearest")
         for k, row in enumerate(out):
             known = self.validated(row["budget"], axis)
             row |= {"difference": float(middle[k]), "low": float(low[k]), "high": float(high[k])}

@@ -384,7 +384,7 @@ def ladder_gate(runs: Runs, family: str) -> Gate:
     decades = float(np.log10(part["flops"].max() / part["flops"].min()))
     enough = sizes >= MIN_SIZES and decades >= MIN_DECADES
     need = "" if enough else f"; a claim needs at least {MIN_SIZES} sizes and {MIN_DECADES} decades"
-    return Gate(f"ladder [{family}]", enough, f"{sizes} sizes over {decades:.1f} decades of compute{need}")
+    return Gate(f"ladder [{family}]", enough, f"{sizes} sizes over {decades:.2f} decades of compute{need}")
 
 
 def count_sizes(N: np.ndarray) -> int:

@@ -273,7 +273,9 @@ class SumOfPowers(Law):
             for slope, feature in term.powers:
                 name = (*self.inputs, "beside")[feature]
                 median, spread = EXPONENT_PRIOR[name]
-                mean[[term.intercept, slope]] = lowest + TERM_SHARE, np.log(median)
+                # An exponent is drawn as its logarithm; one that may be negative is drawn as it is.
+                middle = np.log(median) if self.logged[slope] else median
+                mean[[term.intercept, slope]] = lowest + TERM_SHARE, middle
                 sd[[term.intercept, slope]] = TERM_SD, spread
                 apart[[term.intercept, slope]] = DATA_APART if name == "D" else TERM_APART, EXPONENT_APART
         return Prior(mean, sd, apart)

@@ -15,7 +15,7 @@ from scaling.tables.runs import Runs, ScalingError
 
 WANTED = ("tokens", "flops", "loss")
 SCHEDULE = ("step", "lr")  # of a curve whose points the law `annealed` can use; NaN where the log has none
-MOMENTUM = 0.999  # per step, of the annealing's delayed effect (Tissue et al. 2024, section 4.1)
+MOMENTUM = 0.999  # per step, of the annealing's delayed effect (lambda of Tissue et al. 2024)
 POINTS = 16  # taken from every run
 
 
