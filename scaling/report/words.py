@@ -70,7 +70,7 @@ def headline(e: Ensemble, failed: Sequence[Gate] = ()) -> str:
     said = crossing_sentence(e, e.crossing())
     if short:
         return f"Not decided, as the ladder is too small ({short[0]}). What it suggests: {said}"
-    return f"{said} Provisional: {how_many(failed)}." if failed else said
+    return f"{said} Provisional: some checks fail." if failed else said
 
 
 def crossing_sentence(e: Ensemble, x: Crossing, path: str = "") -> str:
@@ -234,17 +234,12 @@ def backtest_sentence(e: Ensemble) -> str:
     return f"{text}, up to {far:.1f} decades beyond the runs fitted; {earned}."
 
 
-def how_many(failed: Sequence[Gate]) -> str:
-    """How many checks fail, each counted once."""
-    count = len({gate.name for gate in failed})
-    return "1 check fails" if count == 1 else f"{count} checks fail"
-
-
 def shortfalls(failed: Sequence[Gate], all_of: str = "") -> list[str]:
     """Failed checks, each said once; all_of: what they make provisional, where no headline has said so."""
-    names = ", ".join(dict.fromkeys(gate.name for gate in failed))
-    start = f"{all_of} is provisional, as {how_many(failed)}" if all_of else "Checks that fail"
-    return [f"{start}: {names}."] if failed else []
+    names = list(dict.fromkeys(gate.name for gate in failed))
+    many = "1 check fails" if len(names) == 1 else f"{len(names)} checks fail"
+    start = f"{all_of} is provisional: {many}" if all_of else many
+    return [f"{start}: {', '.join(names)}."] if names else []
 
 
 def short(value: float) -> str:
