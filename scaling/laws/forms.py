@@ -179,6 +179,8 @@ class EffectiveChinchilla(ExtendedChinchilla):
         centred parameter that moves it."""
 
     def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # The chain rule: the law sees the effective amount where it would see N or D, and what moves the amount moves
+        # the loss through that term alone.
         amounts, seen = self.effective(theta, features), [features[0], features[1]]
         for place, (amount, _) in amounts.items():
             seen[place] = amount
@@ -252,6 +254,8 @@ class ExcessParameters(DataConstrained):
     def effective(self, theta: np.ndarray, features: np.ndarray) -> Effective:
         """Of D as there; of N, since along a budget the best size has alpha A / N^alpha = beta B / D^beta."""
         _, u, v, alpha, beta = (theta[:, [k]] for k in range(5))
+        # Along a budget 6 N D the optimum has alpha A / N^alpha = beta B / D^beta; at D = U this is U_N, in centred
+        # logs.
         best = (np.log(alpha / beta) + u - v + beta * features[2]) / alpha
         over = np.clip(features[0] - best, 0.0, 50.0)  # beyond exp(50) times the best size nothing changes any more
         gained, left, change = saturating(np.expm1(over), np.exp(theta[:, [6]]))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def rounded(value: float, low: float, high: float, sign: str = "") -> str:
     """`value (low to high)` with as many decimals as give the interval's width two digits."""
+    # The interval decides the digits: two of its width, so that 3.2614 in 2.1 to 3.5 is 3.3. Where the ends lie
+    # decades apart each gets two digits of its own.
     width = high - low
     form = f"{sign}.3g"
     if not sign and low > 0 and high > SKEWED * low:  # each to two digits of its own

@@ -191,3 +191,13 @@ def test_a_precision_is_read_as_its_bits(word, bits):
 def test_a_precision_that_names_no_bits_is_refused(word):
     with pytest.raises(ScalingError, match="names no number of bits"):
         bits_of(word)
+
+
+@pytest.mark.parametrize("name", ["chinchilla", "sparse", "mixture"])
+def test_priors_of_powers_lie_where_powers_do(name):
+    """An exponent is drawn as its logarithm, a power that may be negative as itself; both lie about 0.35."""
+    runs, law = table(name), LAWS[name]()
+    prior = law.prior(np.log(runs["loss"]), law.features(runs, centre_of(runs)))
+    middle = np.where(law.logged, np.exp(prior.mean), prior.mean)
+    slopes = [slope for term in law.terms for slope, _ in term.powers]
+    assert middle[slopes] == pytest.approx(0.35, abs=0.01)
