@@ -1,10 +1,13 @@
-"""The architecture of a model: families, and a frozen dataclass that is validated on construction. Needs no JAX.
+"""The architecture of a model: families, a frozen dataclass that is validated on construction, and the factors of muP.
+
+Needs no JAX.
 
 Shape letters used throughout the project: B batch, T time, D model width, F GLU width, V vocabulary, L layers,
 H heads, K head width.
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +24,6 @@ FAMILIES: dict[str, tuple[Mixer, Linear]] = {
     "matmul-free-rwkv4": ("rwkv4", "ternary"),
     "hgrn": ("mlgru", "dense"),
 }
-
 
 # Fields of ModelConfig that are about the quantiser.
 ONLY_TERNARY = ("activation_bits", "gradient_bits", "weight_scale", "linear_norm", "dense_head", "joint_glu")
@@ -134,7 +136,46 @@ class ModelConfig:
             require(value == defaults[name], f"model.{name}={value!r} would do nothing: {why}; leave it out")
 
     @property
+    def relative_size(self) -> tuple[float, float]:
+        """Width and depth relative to the base of muP; (1, 1) under the standard parametrisation."""
+        if self.parametrisation == "standard":
+            return 1.0, 1.0
+        return self.width / self.base_width, self.depth / self.base_depth
+
+    @property
     def family(self) -> str:
         """The family's name, or mixer+linear where it has none."""
         pair = (self.mixer, self.linear)
         return next((name for name, key in FAMILIES.items() if key == pair), f"{self.mixer}+{self.linear}")
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors of the forward pass and of initial values relative to the base model of muP.
+
+    standard: all are 1, and the learning rate has to be found again at every size. mup: maximal update parametrisation
+    (Yang et al. 2022, arXiv 2203.03466, table 8) with depth as in CompleteP (Dey et al. 2025, arXiv 2505.01618,
+    table 1, alpha = 1): rate, weight decay and initial values found at `base_width` and `base_depth` are right at every
+    size. At the base both are the same model. `training.optim` has the factors of rates and gradients;
+    docs/parametrisation.md derives what all this means for ternary layers.
+    """
+
+    output_depth: int  # L in the factor 1 / sqrt(2 L) on initial values of projections that write to the stream
+    std: float = 1.0  # of the initial matrices of a block; the small Xavier of recurrent mixers includes it
+    residual: float = 1.0  # on the output of a mixer or GLU, before it is added to the residual stream
+    logits: float = 1.0
+    scores: float = 1.0  # on attention scores, in addition to 1 / sqrt(K)
+
+
+def scales(config: ModelConfig) -> Scales:
+    """Return the factors of a model; all 1 under the standard parametrisation."""
+    if config.parametrisation == "standard":
+        return Scales(config.depth)
+    # A sum of `width` products has a variance in proportion to the width, so initial matrices shrink with its root.
+    # Logits shrink with the width itself, because in training the head's weights align with its input, and sums of
+    # aligned terms grow in proportion to their number.
+    wider, deeper = config.relative_size
+    head = config.width // config.heads
+    scores = math.sqrt(config.base_head / head) if config.mixer == "attention" and config.base_head else 1.0
+    # The depth of the base, because the residual branch has a factor 1 / L of its own at every depth.
+    return Scales(config.base_depth, std=1 / math.sqrt(wider), residual=1 / deeper, logits=1 / wider, scores=scores)

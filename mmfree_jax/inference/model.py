@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.architecture import ModelConfig, scales
 from mmfree_jax.inference.packed import packed_tensors, read_packed, served_config
 from mmfree_jax.models.language_model import Block, DecodeState, LanguageModel, context_after, state_after
 from mmfree_jax.models.layers import Projection, RMSNorm, recipe_of
@@ -21,7 +21,6 @@ from mmfree_jax.ops.bit_linear import Recipe, linear
 from mmfree_jax.ops.fast.choice import forward_only
 from mmfree_jax.ops.packed import Layout, Packed, PackedWeights
 from mmfree_jax.ops.ternary import wide
-from mmfree_jax.parametrisation import scales
 from mmfree_jax.sharding import path_name
 
 

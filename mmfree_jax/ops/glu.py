@@ -1,13 +1,14 @@
 """Gated units, SwiGLU as the channel mixer of every family and the output gate of the MLGRU; and the residual stream
 that their outputs are added to."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, rms_norm
+from mmfree_jax.ops.bit_linear import Recipe, linear, rms_norm
 from mmfree_jax.ops.fast.choice import op
-from mmfree_jax.ops.packed import PackedWeights
 
 
 @op
@@ -40,9 +41,9 @@ def gated_norm(g: jax.Array, h: jax.Array, gain_D: jax.Array, eps: float) -> jax
 @op
 def glu(
     into: Recipe,
-    gate_up: Weights | PackedWeights,
+    gate_up: Any,
     out: Recipe,
-    down: Weights | PackedWeights,
+    down: Any,
     x: jax.Array,
     gain_F: jax.Array | None = None,
     activation: str = "silu",

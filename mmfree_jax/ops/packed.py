@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.ops.ternary import Quantised
+from mmfree_jax.ops import bit_linear  # a module, not its names: checks of its kernels import this file first
+from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, wide
 
 Layout = Literal["planes", "trits"]
 PLANES, TRITS = 4, 5  # codes in a byte
@@ -51,6 +52,17 @@ class PackedWeights(NamedTuple):
 
     codes: tuple[Packed, ...]
     gain: jax.Array | None = None
+
+    def linear(self, recipe: "bit_linear.Recipe", x: jax.Array) -> tuple[jax.Array, ...]:
+        """Apply the layers to one input, as `ops.bit_linear.linear`: [..., D] -> G arrays [..., F] of x's type."""
+        exact, ys = wide(x.dtype), []
+        for g, packed in enumerate(self.codes):
+            u = x.astype(exact)
+            if self.gain is not None:
+                u = bit_linear.rms_norm(u, self.gain if self.gain.ndim == 1 else self.gain[g], recipe.eps)
+            u = dequantise(quantise_activations(u, recipe.bits), x.dtype)
+            ys.append(jnp.matmul(u, dequantise(packed.unpacked(x.shape[-1]), x.dtype)))
+        return tuple(ys)
 
 
 def pack(codes_NK: np.ndarray, layout: Layout) -> np.ndarray:

@@ -96,7 +96,7 @@ def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Arra
 
 
 def packed_linear(recipe: Recipe, x: jax.Array, weights: PackedWeights) -> tuple[jax.Array, ...]:
-    """`ops.bit_linear.packed_linear`: the codes of the input are those of `bit_linear`, and so are the products."""
+    """`ops.packed.PackedWeights.linear`: the codes of the input are those of `bit_linear`, and so are the products."""
     kind, sources, source_gain, _ = source(recipe, x)
     added = sum_of(sources[0]) if kind == "norm" else None
     if choice.normed_product(recipe, kind, sources[0], added is not None, weights):
