@@ -4,7 +4,7 @@ Each function does what the verb of that name does. Nothing here prints; `say` i
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,13 @@ from mmfree_jax.inference.text import TextModel, find_ends, find_tokenizer, load
 from mmfree_jax.interop.gguf import Kind, save_gguf
 from mmfree_jax.interop.huggingface import save_huggingface
 from mmfree_jax.ops.packed import Layout
+from mmfree_jax.output import Say, quiet
 from mmfree_jax.presets import run_preset
 from mmfree_jax.run_folder import check_held_out_text, held_out_corpus, known_corpora, with_padding
 from mmfree_jax.sharding import idle_devices, make_mesh
 from mmfree_jax.training import loop
 from mmfree_jax.training.step import make_program, program_key
 from mmfree_jax.weights import is_run, load_model, load_params, origin, run_config
-
-Say = Callable[[str], None]
-
-
-def quiet(line: str) -> None:
-    """Print nothing."""
 
 
 def preset(name: str, changes: Mapping[str, Any] | None = None) -> RunConfig:

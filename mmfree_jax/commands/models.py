@@ -12,7 +12,7 @@ import tyro
 from mmfree_jax import api, distributed
 from mmfree_jax.command_line import parse
 from mmfree_jax.commands.train import Processes
-from mmfree_jax.config import ConfigError, MeshConfig, ModelConfig, require
+from mmfree_jax.config import ConfigError, MeshConfig, require
 from mmfree_jax.data.reading.token_set import TOKENIZER
 from mmfree_jax.devices import use_compile_cache
 from mmfree_jax.evaluation.loss import score_lines
@@ -107,7 +107,7 @@ def import_model(arguments: list[str]) -> int:
     for file in [chosen.source / TOKENIZER, *text_files(chosen.source)]:
         if file.is_file():
             shutil.copyfile(file, chosen.out / file.name)
-    print(f"{_size(model.config)} · {chosen.out}")
+    print(f"{model.config.family}, {parameters(model.config).total:,} parameters · {chosen.out}")
     return 0
 
 
@@ -150,9 +150,6 @@ def export_model(arguments: list[str]) -> int:
     api.export(chosen.model, chosen.out, chosen.dtype, format=chosen.format, type=chosen.type, layout=chosen.layout)
     config = model_config(chosen.model)
     padding = config.vocab - config.tokenizer_vocab if config.tokenizer_vocab else 0
-    print(f"{_size(config)}{f', without {padding} tokens of padding' * (padding > 0)} · {chosen.out}")
+    left_out = f", without {padding} tokens of padding" if padding > 0 else ""
+    print(f"{config.family}, {parameters(config).total:,} parameters{left_out} · {chosen.out}")
     return 0
-
-
-def _size(config: ModelConfig) -> str:
-    return f"{config.family}, {parameters(config).total:,} parameters"

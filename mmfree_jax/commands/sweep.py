@@ -64,6 +64,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     modes = [name for name in ("dry_run", "status", "collect", "render") if getattr(chosen, name)]
     flags = " and ".join(f"--{name.replace('_', '-')}" for name in modes)
     require(len(modes) < 2, f"{flags} are asked for together: choose one")
+    require(chosen.limit_hours >= 0, f"--limit-hours {chosen.limit_hours:g}: must not be negative (0: no limit)")
     # A sweep meant for a cluster must not begin on this machine because a flag is missing.
     only_looks = chosen.status or chosen.collect
     unused = "would do nothing: it needs"

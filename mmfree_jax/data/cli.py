@@ -14,7 +14,7 @@ from mmfree_jax.data.building.embedded import EMBEDDED, build_embedded
 from mmfree_jax.data.building.foreign import convert
 from mmfree_jax.data.building.inputs import Reading, Unit, plan
 from mmfree_jax.data.building.packing import pack
-from mmfree_jax.data.building.prepare import STEPS, bytes_by_source, prepare
+from mmfree_jax.data.building.prepare import STEPS, prepare
 from mmfree_jax.data.building.spill import documents_of, spill
 from mmfree_jax.data.building.tiers import build_tier
 from mmfree_jax.data.corpora import NAMED, resolve_corpus, tier_folder
@@ -45,10 +45,8 @@ def _without_repetitions(
     documents, read = documents_of(units, reading, english=options.english, shortest=options.shortest)
     prepared = prepare(documents, held_out=options.held_out)
     spilled = spill(prepared, folder)
-    names = list(bytes_by_source(documents))
-    steps = {name: {step: left.get(name, 0) for step, left in prepared.left.items()} for name in names}
-    counts = {name: sum(d.source == name for d in prepared.train + prepared.valid) for name in names}
-    rows = [cards.source_row(name, "", "not stated", counts[name], steps[name]) for name in names]
+    sources = [(name, "", "not stated") for name in dict.fromkeys(document.source for document in documents)]
+    rows = cards.source_rows(sources, STEPS, prepared)
     return spilled, {"steps": STEPS, "sources": rows, **unreadable(read)}
 
 
@@ -113,7 +111,9 @@ def _build(options: argparse.Namespace) -> None:
     print(result.path)
 
 
-def _run(options: argparse.Namespace) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `corpus` with the given arguments. Raises ValueError for wrong usage, and what the verbs raise."""
+    options = _parser().parse_args(argv)
     if options.verb == "build":
         _build(options)
     elif options.verb == "info":
@@ -137,6 +137,7 @@ def _run(options: argparse.Namespace) -> None:
         sets = [TokenSet.open(path) for path in options.sets]
         for sequence, batch in ((128, 32), (512, 32), (2048, 8), (2048, 64)):
             print(measure(sets, sequence, batch, options.seconds))
+    return 0
 
 
 def _add_convert(verbs: argparse._SubParsersAction) -> None:
@@ -201,10 +202,3 @@ def _parser() -> _Parser:
     verb.add_argument("sets", type=Path, nargs="+", help="folders of token sets")
     verb.add_argument("--seconds", type=float, default=3.0, help="duration of each measurement [3]")
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `corpus` with the given arguments. Raises ValueError for wrong usage, and what the verbs raise."""
-    options = _parser().parse_args(argv)
-    _run(options)
-    return 0

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmfree_jax.config import DataConfig, require
-from mmfree_jax.data.building.build import Progress, quiet
 from mmfree_jax.data.building.distributions import TIERS
 from mmfree_jax.data.building.embedded import EMBEDDED, build_embedded, embedded_name
 from mmfree_jax.data.reading.token_set import Mixture, TokenSet
 from mmfree_jax.files import cache_folder, locked
+from mmfree_jax.output import Say, quiet
 
 NAMED = (EMBEDDED, *TIERS)
 WAIT_S = 600.0  # for another process that is building the same corpus
@@ -30,7 +30,7 @@ def tier_folder(tier: str, vocab_size: int, cache: Path | None = None) -> Path:
 
 
 def resolve_corpus(
-    name_or_path: str | Path, vocab_size: int = 2048, cache: Path | None = None, progress: Progress = quiet
+    name_or_path: str | Path, vocab_size: int = 2048, cache: Path | None = None, progress: Say = quiet
 ) -> TokenSet:
     """Open the corpus "embedded" (built on first use, in about half a minute), a tier, or the token set at a path.
 
@@ -58,7 +58,7 @@ def resolve_corpus(
     return TokenSet.open(path)
 
 
-def _corpus_of_run(name: str, vocab_size: int, progress: Progress, known: Known | None) -> TokenSet:
+def _corpus_of_run(name: str, vocab_size: int, progress: Say, known: Known | None) -> TokenSet:
     """Open the corpus of a name, or the one that the run found under this name before.
 
     The latter if the name is a path that does not exist here, or a named corpus whose content has changed.
@@ -91,7 +91,7 @@ def with_contents(data: DataConfig, token_set: TokenSet) -> DataConfig:
     return dataclasses.replace(data, corpus=corpus, mixture=tuple(mixture), contents=contents)
 
 
-def resolve_data(data: DataConfig, progress: Progress = quiet, known: tuple[Known, ...] = ()) -> TokenSet:
+def resolve_data(data: DataConfig, progress: Say = quiet, known: tuple[Known, ...] = ()) -> TokenSet:
     """Open what a run reads: its corpus, or a mixture of several. Raises as `resolve_corpus` and `Mixture` do.
 
     known: where a resumed run found its corpora before. These are used for a path that does not exist here, and for a

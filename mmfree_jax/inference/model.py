@@ -19,7 +19,8 @@ from mmfree_jax.models.language_model import Block, DecodeState, LanguageModel, 
 from mmfree_jax.models.layers import Projection, RMSNorm, recipe_of
 from mmfree_jax.ops.bit_linear import Recipe, linear
 from mmfree_jax.ops.fast.choice import forward_only
-from mmfree_jax.ops.packed import Layout, Packed, PackedWeights
+from mmfree_jax.ops.packed import Layout, Packed
+from mmfree_jax.ops.packed_linear import PackedWeights
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import path_name
 

@@ -12,14 +12,13 @@ Rows that do not fill their last bytes are filled up with zeros.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.ops import bit_linear  # a module, not its names: checks of its kernels import this file first
-from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, wide
+from mmfree_jax.ops.ternary import Quantised
 
 Layout = Literal["planes", "trits"]
 PLANES, TRITS = 4, 5  # codes in a byte
@@ -42,27 +41,6 @@ class Packed:
         """Return the matrix as codes [D, F] and their scale; `width` is D."""
         unpack = unpack_planes if self.layout == "planes" else unpack_trits
         return Quantised(unpack(self.bytes_FI, width).swapaxes(-1, -2), self.scale)
-
-
-class PackedWeights(NamedTuple):
-    """The arrays of G BitLinears with one input in a model that only has their codes: for inference.
-
-    gain: of the RMSNorm before the quantiser, [D] shared by the products, [G, D] one each, None for no norm.
-    """
-
-    codes: tuple[Packed, ...]
-    gain: jax.Array | None = None
-
-    def linear(self, recipe: "bit_linear.Recipe", x: jax.Array) -> tuple[jax.Array, ...]:
-        """Apply the layers to one input, as `ops.bit_linear.linear`: [..., D] -> G arrays [..., F] of x's type."""
-        exact, ys = wide(x.dtype), []
-        for g, packed in enumerate(self.codes):
-            u = x.astype(exact)
-            if self.gain is not None:
-                u = bit_linear.rms_norm(u, self.gain if self.gain.ndim == 1 else self.gain[g], recipe.eps)
-            u = dequantise(quantise_activations(u, recipe.bits), x.dtype)
-            ys.append(jnp.matmul(u, dequantise(packed.unpacked(x.shape[-1]), x.dtype)))
-        return tuple(ys)
 
 
 def pack(codes_NK: np.ndarray, layout: Layout) -> np.ndarray:

@@ -1,10 +1,11 @@
 """A sweep as files for a cluster that is not here: SkyPilot tasks, or Kubernetes JobSets. Nothing is launched."""
 
 import dataclasses
+import functools
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,17 @@ PORT = 61440  # of process 0 of a run that several processes share
 RESTARTS = 100  # of a task whose machines are taken away
 GRACE_SECONDS = 300  # time to save before a pod is killed; spot machines give less
 LONGEST_NAME = 44  # the pods' names, NAME-worker-0-HOST-xxxxx, may have 63 characters
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as a block."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+_yaml: Callable[[dict], str] = functools.partial(yaml.dump, Dumper=_Dumper, sort_keys=False, width=120)  # type: ignore[assignment]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +106,7 @@ class Task:
     shape: Shape
     cloud: Cloud
     limit_hours: float
+    environment: dict[str, str]
 
 
 def render(
@@ -106,15 +119,24 @@ def render(
     """
     _check_storage(target, cloud)
     names = [(_plain(f"{study.name}-{chain[0].name}"), chain) for chain in chains(study.runs)]
-    tasks = [Task(study, name, chain, shape(chain, cloud), cloud, limit_hours) for name, chain in names]
+    corpora = dict.fromkeys(name for run in study.runs for name in (run.data.corpus, *run.data.mixture))
+    tiers = [name for name in corpora if name in TIERS]  # which tasks cannot build themselves
+    environment = {"MMFREE_JAX_CACHE": CACHE} if tiers else {}
+    tasks = [Task(study, name, chain, shape(chain, cloud), cloud, limit_hours, environment) for name, chain in names]
     require(len(dict(names)) == len(names), f"study {study.name}: some names differ only in signs")
     folder = out / target
     folder.mkdir(parents=True, exist_ok=True)
+    vocab = study.runs[0].data.vocab
+    to_do = "".join(
+        f"# First, once: mmfree corpus build {name} --vocab {vocab}, and copy the folder tier-{name}-{vocab} of "
+        f"~/.cache/mmfree_jax into cache/ on {cloud.storage}.\n"
+        for name in tiers
+    )
     if target == "skypilot":
-        return _skypilot(tasks, experiment, folder)
+        return _skypilot(tasks, experiment, folder, to_do)
     documents = [experiment_map(study, experiment), *(jobset(task, experiment) for task in tasks)]
     path = folder / "jobsets.yaml"
-    write_atomically(path, _to_do(study, cloud) + "---\n".join(map(_yaml, documents)))
+    write_atomically(path, to_do + "---\n".join(map(_yaml, documents)))
     return [path]
 
 
@@ -127,26 +149,6 @@ def _check_storage(target: Target, cloud: Cloud) -> None:
     require(fits, f"--render {target} needs {what} that all machines see: --cloud.storage {example}")
     require(target != "jobset" or bool(cloud.image), "--render jobset needs an image with this package: --cloud.image")
     require(target != "skypilot" or not cloud.image, "--cloud.image is for JobSets: SkyPilot sends the working folder")
-
-
-def _to_do(study: Study, cloud: Cloud) -> str:
-    """A comment that tells the user which corpora to copy to the storage first; empty for none."""
-    vocab = study.runs[0].data.vocab
-    return "".join(
-        f"# First, once: mmfree corpus build {name} --vocab {vocab}, and copy the folder tier-{name}-{vocab} of "
-        f"~/.cache/mmfree_jax into cache/ on {cloud.storage}.\n"
-        for name in _tiers(study)
-    )
-
-
-def _tiers(study: Study) -> list[str]:
-    """The corpora of a study that its tasks cannot build themselves."""
-    names = dict.fromkeys(name for run in study.runs for name in (run.data.corpus, *run.data.mixture))
-    return [name for name in names if name in TIERS]
-
-
-def _environment(study: Study) -> dict[str, str]:
-    return {"MMFREE_JAX_CACHE": CACHE} if _tiers(study) else {}
 
 
 def _plain(name: str) -> str:
@@ -187,7 +189,7 @@ def skypilot(task: Task, experiment: Path) -> dict:
         },
         "num_nodes": 1 if device.is_tpu else cut.hosts,
         "workdir": ".",
-        "envs": _environment(task.study),
+        "envs": task.environment,
         "file_mounts": {RUNS: {"source": cloud.storage, "mode": _mount(task)}},
         # SkyPilot brings uv with it, and often a Python that is too old.
         "setup": 'export PATH="$HOME/.local/bin:$PATH"\n'
@@ -212,7 +214,7 @@ def _mount(task: Task) -> str:
     return "MOUNT"
 
 
-def _skypilot(tasks: Sequence[Task], experiment: Path, folder: Path) -> list[Path]:
+def _skypilot(tasks: Sequence[Task], experiment: Path, folder: Path, to_do: str) -> list[Path]:
     """Write a file for each task and a script that launches them all from the working folder, which SkyPilot sends."""
     here = Path.cwd()
     inside = experiment.resolve().is_relative_to(here)
@@ -226,7 +228,7 @@ def _skypilot(tasks: Sequence[Task], experiment: Path, folder: Path) -> list[Pat
     )
     script = folder / "launch.sh"
     go = f"cd {shlex.quote(str(here))}  # SkyPilot sends this folder to the machines"
-    write_atomically(script, f"#!/bin/sh\n{_to_do(tasks[0].study, tasks[0].cloud)}set -e\n{go}\n{launch}")
+    write_atomically(script, f"#!/bin/sh\n{to_do}set -e\n{go}\n{launch}")
     script.chmod(0o755)
     return [script, *made]
 
@@ -251,6 +253,7 @@ def jobset(task: Task, experiment: Path) -> dict:
     # must end all at once, and anything else, such as a lost connection between hosts, needs a restart of every host
     # together.
     cut, labels = task.shape, {"study": _plain(task.study.name)}
+    after = lambda status: {"onExitCodes": {"containerName": "worker", "operator": "In", "values": [status]}}
     job = {
         "parallelism": cut.hosts,
         "completions": cut.hosts,
@@ -258,9 +261,9 @@ def jobset(task: Task, experiment: Path) -> dict:
         "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [
-                _on_exit("Ignore", PREEMPTED),
+                {"action": "Ignore", **after(PREEMPTED)},
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                _on_exit("FailJob", RUN_FAILED),
+                {"action": "FailJob", **after(RUN_FAILED)},
             ]
         },
         "template": {"spec": _pod(task, worker_command(task, f"{SENT}/{experiment.name}"))},
@@ -282,10 +285,6 @@ def jobset(task: Task, experiment: Path) -> dict:
     }
 
 
-def _on_exit(action: str, status: int) -> dict:
-    return {"action": action, "onExitCodes": {"containerName": "worker", "operator": "In", "values": [status]}}
-
-
 def _pod(task: Task, command: str) -> dict:
     cut, cloud, device = task.shape, task.cloud, DEVICES[task.cloud.device]
     resource = "google.com/tpu" if device.is_tpu else "nvidia.com/gpu"
@@ -299,7 +298,7 @@ def _pod(task: Task, command: str) -> dict:
         {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{task.name}-worker-0-0.{task.name}:{PORT}"},
         {"name": "JAX_NUM_PROCESSES", "value": str(cut.hosts)},
         {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}},
-        *({"name": variable, "value": value} for variable, value in _environment(task.study).items()),
+        *({"name": variable, "value": value} for variable, value in task.environment.items()),
     ]
     container = {
         "name": "worker",
@@ -319,17 +318,3 @@ def _pod(task: Task, command: str) -> dict:
             {"name": "experiment", "configMap": {"name": f"{_plain(task.study.name)}-experiment"}},
         ],
     }
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as a block."""
-
-    def represent_text(self, text: str) -> yaml.Node:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)
-
-
-def _yaml(document: dict) -> str:
-    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=120)

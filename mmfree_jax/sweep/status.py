@@ -89,12 +89,6 @@ def _saved_step(folder: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)  # unfinished ones have other names
 
 
-def has_failed(out: Path, name: str) -> bool:
-    """Return whether a run has recorded an error and has not ended."""
-    folder = out / "runs" / name
-    return (folder / "error.txt").exists() and not (folder / "result.json").exists()
-
-
 def can_begin(out: Path, run: RunConfig) -> bool:
     """Return whether the checkpoint that a run branches off exists; always true for a run without a trunk.
 

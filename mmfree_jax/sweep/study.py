@@ -1,6 +1,5 @@
 """A study: corpus -> sweep -> runs table -> fit -> report, resumable at any point."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -110,20 +109,16 @@ def run_study(study: Study, out: Path, console: Console, executor: Executor, aga
 def provenance(study: Study) -> dict[str, Any]:
     """Return what the report says about the origin of its numbers."""
     data = study.runs[0].data
+    # One number, or the smallest and the largest of several.
+    span = lambda numbers: " to ".join(map(str, sorted({min(numbers), max(numbers)})))
     mixtures = dict.fromkeys(" + ".join([run.data.corpus, *run.data.mixture]) for run in study.runs)
     return {
         "study": study.name,
         "corpus": f"{' or '.join(mixtures)}, vocabulary {data.vocab}",
-        "sequence": f"{_span(run.data.sequence for run in study.runs)} tokens",
-        "batch": f"{_span(run.data.tokens_per_step for run in study.runs)} tokens a step",
+        "sequence": f"{span([run.data.sequence for run in study.runs])} tokens",
+        "batch": f"{span([run.data.tokens_per_step for run in study.runs])} tokens a step",
         **study.notes,
     }
-
-
-def _span(numbers: Iterable[int]) -> str:
-    """One number, or the smallest and the largest of several."""
-    ordered = sorted(set(numbers))
-    return " to ".join(map(str, ordered[:: max(1, len(ordered) - 1)]))
 
 
 def plan_lines(study: Study, executor: Executor) -> list[str]:

@@ -33,7 +33,7 @@ class View:
     def __post_init__(self) -> None:
         self.say = line_printer(self.console)
         self.began = self.read_at = self.shown_at = time.monotonic()
-        self.statuses = self._read({})
+        self.statuses = {run.name: status(folder, run) for run, folder in self.runs}
         self.flops_total = sum(run_flops(run) for run, _ in self.runs)
         self.flops_before = self._flops_done()
         # Time and FLOPs done of the first two observations of progress and of the last.
@@ -57,7 +57,9 @@ class View:
         if now - self.read_at < REFRESH_SECONDS:
             return
         before, self.read_at = self.statuses, now
-        self.statuses = self._read(before)
+        # A finished run does not change any more, so its folder is not read again.
+        read = lambda run, folder: before[run.name] if before[run.name].state == "done" else status(folder, run)
+        self.statuses = {run.name: read(run, folder) for run, folder in self.runs}
         self.measure(now)
         if self.live:
             self.live.update(self.render(), refresh=True)
@@ -68,11 +70,6 @@ class View:
         if now - self.shown_at >= PLAIN_SECONDS:
             self.say(self.summary())
             self.shown_at = now
-
-    def _read(self, known: dict[str, RunStatus]) -> dict[str, RunStatus]:
-        # A finished run does not change any more, so its folder is not read again.
-        done = {name: s for name, s in known.items() if s.state == "done"}
-        return {run.name: done.get(run.name) or status(folder, run) for run, folder in self.runs}
 
     def _flops_done(self) -> float:
         done = 0.0

@@ -34,8 +34,8 @@ from mmfree_jax.output import make_streams_tolerant
 from mmfree_jax.run_folder import known_corpora, read_run
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
-from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
-from mmfree_jax.sweep.status import can_begin, fail, has_failed
+from mmfree_jax.sweep.heartbeat import heartbeat, wait_until_free
+from mmfree_jax.sweep.status import can_begin, fail
 from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
@@ -68,9 +68,11 @@ def main(out: Path, names: list[str], experiment: Path | None = None, limit_hour
     for config in find_runs(out, names, experiment):
         folder = out / "runs" / config.name
         try:
-            trunk = config.branch.run if config.branch else ""
-            if not can_begin(out, config) and (trunk in failed or has_failed(out, trunk)):
-                raise TrunkFailed(f"its trunk {trunk} failed")
+            if config.branch and not can_begin(out, config):
+                trunk = out / "runs" / config.branch.run
+                gave_up = (trunk / "error.txt").exists() and not (trunk / "result.json").exists()
+                if gave_up or trunk.name in failed:
+                    raise TrunkFailed(f"its trunk {trunk.name} failed")
             _train(config, folder, resolve, limit_hours)
         except Interrupted as stop:
             return stop.status
@@ -113,7 +115,7 @@ def _train(config: RunConfig, folder: Path, resolve: Callable[..., TokenSet], li
 
     signal.setitimer(signal.ITIMER_REAL, limit_hours * 3600, 1.0)
     try:
-        with Heartbeat(folder, end_if_hung) if first else contextlib.nullcontext():
+        with heartbeat(folder, end_if_hung) if first else contextlib.nullcontext():
             train(config, folder, resolve(config.data, known=known_corpora(folder)))
     except Interrupted as stop:
         if stop.status == TIMED_OUT:
@@ -141,19 +143,14 @@ def _record(folder: Path, error: Exception) -> None:
         fail(folder, message)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse OUT RUN … and the options before them."""
+def start(arguments: list[str]) -> int:
+    """Parse OUT RUN … and the options before them, and run. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mmfree_jax.sweep.worker")
     parser.add_argument("--experiment", type=Path, help="take the runs from this file, not from their folders")
     parser.add_argument("--limit-hours", type=float, default=0.0, help="time limit of a run (0: no limit)")
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="+", metavar="run")
-    return parser.parse_args(arguments)
-
-
-def start(arguments: list[str]) -> int:
-    """Run the command; returns its exit status."""
-    chosen = parse(arguments)
+    chosen = parser.parse_args(arguments)
     group = distributed.find_group("", 0, -1)
     if group is not None:
         try:

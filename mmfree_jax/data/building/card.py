@@ -1,7 +1,10 @@
 """The data card: where the text comes from, under which licence, and what was removed."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from mmfree_jax.data.building.prepare import Prepared
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -10,15 +13,20 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def source_row(name: str, version: str, licence: str, documents: int, steps: Mapping[str, int]) -> dict[str, Any]:
-    """One source of the card. steps: what was left after each step, in bytes of UTF-8, in order."""
-    return {"source": name, "version": version, "licence": licence, "documents": documents, "bytes_after": dict(steps)}
+def source_rows(
+    sources: Iterable[tuple[str, str, str]], steps: Iterable[str], prepared: Prepared
+) -> list[dict[str, Any]]:
+    """Return a row of the card for each source (name, version, licence).
 
-
-def totals(sources: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Bytes left after each step over all sources."""
-    steps = list(sources[0]["bytes_after"]) if sources else []
-    return {step: sum(source["bytes_after"][step] for source in sources) for step in steps}
+    It has the source's documents in the set, and its bytes of UTF-8 left after each step of `prepared`, in order.
+    """
+    counts = Counter(document.source for document in prepared.train + prepared.valid)
+    rows: list[dict[str, Any]] = []
+    for name, version, licence in sources:
+        left = {step: prepared.left[step].get(name, 0) for step in steps}
+        row = {"source": name, "version": version, "licence": licence, "documents": counts[name], "bytes_after": left}
+        rows.append(row)
+    return rows
 
 
 def _flaws(card: Mapping[str, Any]) -> str:
@@ -39,8 +47,8 @@ def readable(card: Mapping[str, Any]) -> str:
         [s["source"], s["version"], s["licence"], s["documents"], *(s["bytes_after"][step] for step in steps)]
         for s in sources
     ]
-    summed = totals(sources)
-    rows.append(["total", "", "", sum(s["documents"] for s in sources), *summed.values()])
+    summed = [sum(s["bytes_after"][step] for s in sources) for step in steps]
+    rows.append(["total", "", "", sum(s["documents"] for s in sources), *summed])
     splits = [[name, s["tokens"], s["documents"], s["text_bytes"]] for name, s in card["splits"].items()]
     return f"""# {card["name"]}
 

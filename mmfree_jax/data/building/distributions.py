@@ -81,20 +81,17 @@ _LARGE = (
 TIERS = {"s": _SMALL, "m": _MEDIUM, "l": _LARGE}
 
 
-def _commands(source: Source) -> list[str]:
-    if source.client == "apt":
-        return ["apt-get", "-q", "download", source.package]
-    if source.client == "pip":
-        return [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", ".", source.package]
-    return ["npm", "pack", "--silent", source.package]
-
-
 def fetch(source: Source, folder: Path) -> Path:
     """Download a package into `folder`, which must be empty; returns the archive.
 
     Raises RuntimeError with the client's last words when it fails, FileNotFoundError when the client is not installed.
     """
-    command = _commands(source)
+    command = {
+        "apt": ["apt-get", "-q", "download"],
+        "pip": [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", "."],
+        "npm": ["npm", "pack", "--silent"],
+    }[source.client]
+    command.append(source.package)
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     found = sorted(folder.iterdir())
     if done.returncode != 0 or len(found) != 1:
@@ -124,18 +121,14 @@ def _tar_members(stream: BinaryIO, mode: str = "r|*") -> Iterator[tuple[str, byt
                 yield member.name.removeprefix("./"), file.read()
 
 
-def _deb_members(archive: Path) -> Iterator[tuple[str, bytes]]:
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        yield from _tar_members(io.BufferedReader(process.stdout))  # type: ignore[type-var]
-    if process.returncode != 0:
-        raise RuntimeError(f"{archive} is damaged: dpkg-deb ended with exit status {process.returncode}")
-
-
 def members(archive: Path) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the regular files of a .deb, wheel, zip or tar archive, tar archives inside included."""
     if archive.suffix == ".deb":
-        yield from _deb_members(archive)
+        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            yield from _tar_members(io.BufferedReader(process.stdout))  # type: ignore[type-var]
+        if process.returncode != 0:
+            raise RuntimeError(f"{archive} is damaged: dpkg-deb ended with exit status {process.returncode}")
     elif archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as wheel:
             for info in wheel.infolist():

@@ -18,17 +18,17 @@ import sysconfig
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmfree_jax.data.building import card as cards
-from mmfree_jax.data.building.build import Progress, quiet
-from mmfree_jax.data.building.prepare import Document, Prepared, prepare
+from mmfree_jax.data.building.prepare import Document, prepare
 from mmfree_jax.data.building.text import looks_english, normalise
 from mmfree_jax.data.building.token_writer import write_token_set
 from mmfree_jax.data.building.workers import available_cores, run_parts
 from mmfree_jax.data.reading.token_set import TokenSet
 from mmfree_jax.data.tokenizers.tokenizer import Tokenizer, train_bpe
+from mmfree_jax.output import Say, quiet
 
 EMBEDDED = "embedded"
 BUILDER = 2  # increase it when the same packages would give another corpus
@@ -74,14 +74,6 @@ class Package:
     files: tuple[tuple[str, str], ...]  # (name inside the package, path on this machine), sorted by name
 
 
-def _licence(metadata: importlib.metadata.PackageMetadata) -> str:
-    fields = metadata.json
-    expression = fields.get("license_expression")
-    classifiers = [c.rsplit(" :: ", 1)[-1] for c in fields.get("classifier", []) if c.startswith("License ::")]
-    first_line = str(fields.get("license", "")).strip().split("\n")[0][:80]
-    return str(expression or ", ".join(classifiers) or first_line or "not stated")
-
-
 def _installed(name: str) -> Package:
     distribution = importlib.metadata.distribution(name)
     if distribution.files is None:
@@ -89,7 +81,12 @@ def _installed(name: str) -> Package:
     sources = [file for file in distribution.files if file.suffix == ".py" and not file.is_absolute()]
     files = sorted((file.as_posix(), str(file.locate())) for file in sources if ".." not in file.parts)
     kept = tuple(file for file in files if not _SKIPPED_FOLDERS & set(file[0].split("/")[:-1]))
-    return Package(name, distribution.version, _licence(distribution.metadata), kept)
+    # Packages state their licence in one of three fields, of which the last may hold the entire text.
+    fields = distribution.metadata.json
+    classifiers = [c.rsplit(" :: ", 1)[-1] for c in fields.get("classifier", []) if c.startswith("License ::")]
+    first_line = str(fields.get("license", "")).strip().split("\n")[0][:80]
+    licence = fields.get("license_expression") or ", ".join(classifiers) or first_line or "not stated"
+    return Package(name, distribution.version, str(licence), kept)
 
 
 def _standard_library() -> Package:
@@ -211,17 +208,6 @@ def collect(
     return documents, left
 
 
-def embedded_card(packages: Sequence[Package], prepared: Prepared, left: dict[str, dict[str, int]]) -> dict:
-    """The data card of the embedded corpus, without what the writer adds."""
-    counts: dict[str, int] = {}
-    for document in prepared.train + prepared.valid:
-        counts[document.source] = counts.get(document.source, 0) + 1
-    every = left | prepared.left
-    steps = {p.name: {step: every[step].get(p.name, 0) for step in _STEPS} for p in packages}
-    rows = [cards.source_row(p.name, p.version, p.licence, counts.get(p.name, 0), steps[p.name]) for p in packages]
-    return {"name": EMBEDDED, "builder": BUILDER, "description": _DESCRIPTION, "steps": _STEPS, "sources": rows}
-
-
 def build_embedded(
     path: Path,
     vocab_size: int,
@@ -229,7 +215,7 @@ def build_embedded(
     packages: Sequence[Package] | None = None,
     tokenizer: Tokenizer | None = None,
     processes: int | None = None,
-    progress: Progress = quiet,
+    progress: Say = quiet,
 ) -> TokenSet:
     """Build the corpus of `packages` (the installed ones) at `path`, which must not exist.
 
@@ -247,7 +233,9 @@ def build_embedded(
         say(f"training a tokenizer of {vocab_size} tokens")
         tokenizer = train_bpe(train, vocab_size)
     say("writing tokens")
-    card = embedded_card(packages, prepared, left)
+    sources = [(package.name, package.version, package.licence) for package in packages]
+    rows = cards.source_rows(sources, _STEPS, replace(prepared, left=left | prepared.left))
+    card = {"name": EMBEDDED, "builder": BUILDER, "description": _DESCRIPTION, "steps": _STEPS, "sources": rows}
     result = write_token_set(path, {"train": train, "valid": valid}, tokenizer, card)
     say(f"{len(result.split('train')):,} training and {len(result.split('valid')):,} held-out tokens at {path}")
     return result

@@ -12,11 +12,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from mmfree_jax.data.building.text import decode, letters_share, normalise, stop_word_share
+from mmfree_jax.data.building.text import WORD, decode, looks_english, normalise
 
 SHORTEST, LONGEST = 60, 6_000  # characters of a paragraph; longer ones are cut at ends of sentences
 _CUT = 1_500  # characters of the parts of a paragraph that is too long
-_WORD = re.compile(r"[A-Za-z']+")
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _SPACES = re.compile(r"\s+")
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")
@@ -43,14 +42,13 @@ _TEXINFO_BRACES = re.compile(r"@\w+\{([^{}]*)\}")
 
 def is_prose(paragraph: str) -> bool:
     """Whether a paragraph is running English: long enough, mostly letters, a fifth function words, few identifiers."""
-    words = _WORD.findall(paragraph)
+    words = WORD.findall(paragraph)
     return (
         len(paragraph) >= SHORTEST
         and len(words) >= 9
-        and letters_share(paragraph, words) >= 0.8
-        and stop_word_share(paragraph, words) >= 0.2
         and len("".join(words)) <= 9 * len(words)
         and paragraph.count("_") + 2 * paragraph.count("::") <= 0.1 * len(words)
+        and looks_english(paragraph, letters=0.8, stop_words=0.2)
     )
 
 

@@ -101,19 +101,6 @@ def _megatron_blocks(path: Path, end: int) -> Iterator[tuple[np.ndarray, np.ndar
         yield np.concatenate(held), np.cumsum([0] + [len(one) for one in held[:-1]])
 
 
-def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of text that each token stands for, int64 [vocab_size]; 0 for special tokens."""
-    special = set(tokenizer.backend.get_added_tokens_decoder())
-    lengths = np.zeros(tokenizer.vocab_size, np.int64)
-    byte_level = "ByteLevel" in str(tokenizer.backend.decoder)
-    for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items():
-        if number not in special:
-            one_byte = token.startswith("<0x") and token.endswith(">")
-            plain = len(token) if byte_level else len(token.replace("\u2581", " ").encode())
-            lengths[number] = 1 if one_byte and not byte_level else plain
-    return lengths
-
-
 def _write_split(folder: Path, name: str, path: Path, tokenizer: Tokenizer, dtype: str) -> dict:
     end = tokenizer.end_of_document
     if path.with_suffix(".idx").exists():
@@ -122,7 +109,8 @@ def _write_split(folder: Path, name: str, path: Path, tokenizer: Tokenizer, dtyp
         numbers = _plain(path, dtype)
         _check_width(path, numbers, tokenizer.vocab_size)
         blocks = _plain_blocks(numbers, end)
-    lengths = token_bytes(tokenizer)
+    known = range(tokenizer.vocab_size)
+    lengths = np.array([0 if n in tokenizer.special else len(tokenizer.bytes_of(n)) for n in known])
     shards: list[Shard] = []
     size = 0
     for tokens, starts in blocks:
@@ -131,7 +119,7 @@ def _write_split(folder: Path, name: str, path: Path, tokenizer: Tokenizer, dtyp
                 f"{path} has tokens outside the vocabulary of {tokenizer.vocab_size}: another tokenizer or type?"
             )
         writer = ShardWriter(folder, f"{name}-{len(shards):05d}", tokenizer.dtype)
-        writer.add_many(tokens, starts)
+        writer.add(tokens, starts)
         shards.append(writer.close())
         size += int(lengths[tokens].sum())
     return split_entry(shards, size)

@@ -98,20 +98,17 @@ def _units_of_file(path: Path, kind: str) -> list[Unit]:
     return [Unit(kind, (str(path),))]
 
 
-def _hidden(path: Path) -> bool:
-    """Whether a path in a folder is hidden, such as the `._NAME` that macOS stores with each NAME."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
 def _files(path: Path, note: Callable[[str], None]) -> list[Path]:
+    # Hidden files are often no input, such as the `._NAME` that macOS stores with each NAME.
+    hidden = lambda file: any(p.startswith(".") or p == "__MACOSX" for p in file.relative_to(path).parts)
     if path.is_dir():
         every = sorted(file for file in path.rglob("*") if file.is_file())
-        found = [file for file in every if _kind(file, named=False) and not _hidden(file.relative_to(path))]
+        found = [file for file in every if _kind(file, named=False) and not hidden(file)]
         if not found:
             raise InputError(f"{path} holds no file that can be read: {_ENDINGS}")
         if len(found) < len(every):
             endings = Counter(
-                "hidden" if _hidden(file.relative_to(path)) else "".join(file.suffixes[-2:]) or file.name
+                "hidden" if hidden(file) else "".join(file.suffixes[-2:]) or file.name
                 for file in sorted(set(every) - set(found))
             )
             listed = ", ".join(f"{ending} ({count})" for ending, count in endings.most_common(9))
@@ -192,6 +189,9 @@ def _slice_range(unit: Unit, whole_lines: bool) -> tuple[int, int]:
 
 
 def _text_of(record: Any, key: str) -> str | bytes:
+    """Return the text in a row, or in bytes that hold one as JSON. Raises ValueError if there is none."""
+    if isinstance(record, bytes):  # what is not UTF-8 becomes surrogates, because it matters only in the text itself
+        record = json.loads(record.decode("utf-8-sig", "surrogateescape"))
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     if key not in record:
@@ -199,15 +199,6 @@ def _text_of(record: Any, key: str) -> str | bytes:
     if not isinstance(record[key], str | bytes):
         raise ValueError(f"field {key!r} is not text but of type {type(record[key]).__name__}")
     return record[key]
-
-
-def _parsed(data: bytes) -> Any:
-    """Parse JSON. Bytes that are not UTF-8 become surrogates, because they matter only in the text itself."""
-    return json.loads(data.decode("utf-8-sig", "surrogateescape"))
-
-
-def _is_spoilt(replaced: int, characters: int) -> bool:
-    return replaced > MOST_REPLACED * characters
 
 
 class Documents:
@@ -229,7 +220,7 @@ class Documents:
                 self._check_encoding(file, replaced, characters)
                 file, replaced, characters = found, 0, 0
             text, lost = repair(raw)
-            if self.reading.skip_bad and _is_spoilt(lost, len(text)):
+            if self.reading.skip_bad and lost > MOST_REPLACED * len(text):
                 self.bad.append(f"{found}{place}: {lost} of {len(text)} characters are not UTF-8")
                 continue
             replaced, characters = replaced + lost, characters + len(text)
@@ -238,7 +229,7 @@ class Documents:
         self._check_encoding(file, replaced, characters)
 
     def _check_encoding(self, file: str, replaced: int, characters: int) -> None:
-        if _is_spoilt(replaced, characters):
+        if replaced > MOST_REPLACED * characters:
             raise InputError(
                 f"{file} is not UTF-8: {replaced} of {characters} characters cannot be read; convert it (iconv), or "
                 "let --skip-bad leave out documents with such characters"
@@ -275,7 +266,7 @@ def _read_jsonl(unit: Unit, key: str, refuse: Refuse) -> Found:
                     f"a record of {size / 1e6:.0f} MB, more than {most}: such a document needs a text file"
                 )
             if line.strip():
-                text = _text_of(_parsed(line), key)
+                text = _text_of(line, key)
                 yield path, f", byte {offset}" if is_slice else f", line {number}", text
         except (ValueError, RecursionError) as error:
             refuse(f"{path}, line {line_number(path, offset) if is_slice else number}", error)
@@ -311,7 +302,7 @@ def _read_array_record(unit: Unit, key: str, refuse: Refuse) -> Found:
         except RuntimeError as error:
             raise InputError(f"{path} is damaged at record {number}: {error}") from None
         try:
-            text = _text_of(_parsed(record), key) if record.startswith(b"{") else record
+            text = _text_of(record, key) if record.startswith(b"{") else record
         except (ValueError, RecursionError) as error:
             refuse(f"{path}, record {number}", error)
         else:

@@ -42,18 +42,12 @@ class ShardWriter:
         self._sum = hashlib.sha256()
         self._file = self.path.open("wb")
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Append a document, which should end with an end-of-document token."""
-        self._starts.append(self.tokens)
-        self.extend(tokens)
+    def add(self, tokens: np.ndarray, starts: Sequence[int] | np.ndarray = (0,)) -> None:
+        """Append tokens, in which documents begin at `starts`; without any they belong to the last document.
 
-    def add_many(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """Append documents at once; `starts` says where in `tokens` they begin."""
-        self._starts += (starts + self.tokens).tolist()
-        self.extend(tokens)
-
-    def extend(self, tokens: np.ndarray) -> None:
-        """Append tokens to the last document."""
+        A document should end with an end-of-document token.
+        """
+        self._starts += [int(start) + self.tokens for start in starts]
         data = tokens.astype(self._dtype).tobytes()
         self._file.write(data)
         self._sum.update(data)
@@ -88,17 +82,13 @@ class SplitWriter:
         self._shard.add(np.append(tokens, self._tokenizer.end_of_document))
         self._text_bytes += text_bytes
         if self._shard.tokens >= SHARD_TOKENS:
-            self._close_shard()
-
-    def _close_shard(self) -> None:
-        if self._shard is not None:
             self._shards.append(self._shard.close())
             self._shard = None
 
     def close(self) -> dict[str, Any]:
         """The index entry of the finished split."""
-        self._close_shard()
-        return split_entry(self._shards, self._text_bytes)
+        last = [] if self._shard is None else [self._shard.close()]
+        return split_entry(self._shards + last, self._text_bytes)
 
 
 def write_texts(
@@ -124,13 +114,6 @@ def write_texts(
         split, size = waiting.popleft()
         writers[split].add(tokens, size)
     return {name: writer.close() for name, writer in writers.items()}
-
-
-def join_entries(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One index entry out of those of parts of a split, in order."""
-    shards = [shard for entry in entries for shard in entry["shards"]]
-    counts = {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "text_bytes")}
-    return {**counts, "shards": shards}
 
 
 def split_entry(shards: list[Shard], text_bytes: int) -> dict[str, Any]:

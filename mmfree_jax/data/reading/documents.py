@@ -49,14 +49,9 @@ def count_windows(windows: np.ndarray, first: np.ndarray, end_of_document: int |
     if end_of_document is None:
         targets, pairs = np.full(len(inputs), inputs.shape[1]), inputs.size * (inputs.shape[1] + 1) // 2
     else:
-        targets, pairs = is_target(windows, end_of_document).sum(axis=1), visible_pairs(inputs, end_of_document)
+        # A position sees itself and what came before it in its document, which begins with the end of the document
+        # before (`document_ids`). A running maximum carries the place of the last such end along the row.
+        place = np.arange(inputs.shape[1])
+        begins = np.maximum.accumulate(np.where(inputs == end_of_document, place, 0), axis=1)
+        targets, pairs = is_target(windows, end_of_document).sum(axis=1), int((place - begins + 1).sum())
     return Counts(int(targets.sum()), int(targets[first].sum()), pairs)
-
-
-def visible_pairs(inputs: np.ndarray, end_of_document: int) -> int:
-    """Pairs (query, key) of causal attention within the documents of rows, int32 [n, T]: a position sees itself and
-    what came before it in its document, which begins with the end of the document before (`document_ids`)."""
-    # A running maximum carries the place of the last end of document along the row: where the current document begins.
-    place = np.arange(inputs.shape[1])
-    begins = np.maximum.accumulate(np.where(inputs == end_of_document, place, 0), axis=1)
-    return int((place - begins + 1).sum())

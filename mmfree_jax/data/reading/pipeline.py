@@ -6,6 +6,7 @@ rows of any batch, and a run can be continued from the integer in any number of 
 read is counted (`data.reading.documents`).
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,18 +51,18 @@ def examples(sources: Sequence[Windows], weights: Sequence[float], seed: int) ->
     if any(weight <= 0 for weight in weights):
         raise ValueError(f"mixture weights must be positive, not {list(weights)}")
 
-    # Each source gets a seed of its own, so that adding a source does not change the order of the others.
-    def endless_windows(windows: Windows, seed: int) -> "grain.MapDataset":
-        # Grain shuffles by a permutation that is computed, not stored: example i of any epoch is found in constant time
-        # and memory. That makes the position in the data one integer, and resuming on any number of processes exact.
-        shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat(None)
-        return shuffled.map_with_index(lambda number, window: (window, number < len(windows)))
-
-    endless = [endless_windows(windows, seed + i) for i, windows in enumerate(sources)]
+    endless = []
+    for number, windows in enumerate(sources):
+        # Each source gets a seed of its own, so that adding a source does not change the order of the others. Grain
+        # shuffles by a permutation that is computed, not stored: example i of any epoch is found in constant time and
+        # memory. That makes the position in the data one integer, and resuming on any number of processes exact.
+        shuffled = grain.MapDataset.source(windows).seed(seed + number).shuffle().repeat(None)
+        first_epoch = len(windows)
+        endless.append(shuffled.map_with_index(lambda i, window, end=first_epoch: (window, i < end)))
     return endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, list(weights))
 
 
-class Batches:
+class Batches(Iterator[Any], contextlib.AbstractContextManager):
     """An endless iterator over `rows` of each batch, int32 [len(rows), sequence + 1].
 
     A thread makes them ahead of time and calls `put` on them. `state` is the number of examples that all processes
@@ -98,9 +99,6 @@ class Batches:
             yield self.put(windows), counts
             start += self.batch
 
-    def __iter__(self) -> "Batches":
-        return self
-
     def __next__(self) -> Any:
         # The state counts what was handed out, not what the thread has prepared: a run saved now reads those again.
         tokens, counts = next(self._ahead)
@@ -108,15 +106,11 @@ class Batches:
         self.counts += counts
         return tokens
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Stop working ahead. The iterator must not be used afterwards."""
         self._ahead.close()
 
-    def __enter__(self) -> "Batches":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close
 
 
 def batches(

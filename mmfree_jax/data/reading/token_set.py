@@ -172,19 +172,16 @@ class TokenSet:
         self.tokenizer()
         for split in self.splits.values():
             for shard, part in zip(split.shards, split.parts, strict=True):
-                self._check(shard.file, shard.sha256)
-                self._check(shard.starts_file, shard.starts_sha256)
+                for name, expected in ((shard.file, shard.sha256), (shard.starts_file, shard.starts_sha256)):
+                    with (self.path / name).open("rb") as stream:
+                        found = hashlib.file_digest(stream, "sha256").hexdigest()
+                    if found != expected:
+                        raise TokenSetError(f"{self.path / name} is damaged (wrong SHA-256): build the token set again")
                 if len(part) and int(part.max()) >= self.vocab_size:
                     raise TokenSetError(f"{self.path / shard.file} has a token outside the vocabulary")
         splits = self.index["splits"]
         if fingerprint(self.vocab_hash, self.index["dtype"], splits) != self.fingerprint:
             raise TokenSetError(f"{self.path / INDEX} does not match its own fingerprint")
-
-    def _check(self, file: str, expected: str) -> None:
-        with (self.path / file).open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != expected:
-            raise TokenSetError(f"{self.path / file} is damaged (wrong SHA-256): build the token set again")
 
 
 class Mixture(TokenSet):

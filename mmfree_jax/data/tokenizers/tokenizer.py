@@ -51,6 +51,7 @@ class Tokenizer:
         self.vocab_hash: str = vocabulary_hash(self._json)
         # SentencePiece puts a blank before every text; it must not come again before the pieces of a long one.
         self._prefix = backend.token_to_id(sentencepiece.SPACE) if "Prepend" in self._json else None
+        self._byte_level = "ByteLevel" in str(backend.decoder)
         self._cache = WordCache(backend, self.dtype) if fits(self._json) else None
         backend.encode_special_tokens = True
         backend.no_truncation()
@@ -120,15 +121,11 @@ class Tokenizer:
         name = self.backend.id_to_token(token)
         if name is None or token in self.backend.get_added_tokens_decoder():
             return (name or "").encode()
+        if self._byte_level:
+            return bytes(_BYTE_OF_NAME[character] for character in name)
         if (byte := BYTE_TOKEN.fullmatch(name)) is not None:
             return bytes([int(byte[1], 16)])
-        if '"ByteLevel"' in json.dumps(self._parts.get("decoder")):
-            return bytes(_BYTE_OF_NAME[character] for character in name)
         return name.replace(sentencepiece.SPACE, " ").encode()
-
-    @functools.cached_property
-    def _parts(self) -> dict[str, Any]:
-        return json.loads(self._json)
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json` that the `tokenizers` library, `transformers` and `load` read."""
@@ -191,14 +188,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, f"byte-level BPE, {vocab_size} tokens, digits split, trained on the training split")
 
 
-def _bytes_by_name() -> dict[str, int]:
-    """Bytes by the printable characters that GPT-2 calls them."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    moved = [byte for byte in range(256) if byte not in kept]
-    return {chr(byte): byte for byte in kept} | {chr(256 + i): byte for i, byte in enumerate(moved)}
-
-
-_BYTE_OF_NAME = _bytes_by_name()
+# Byte-level BPE writes each byte as a printable character (GPT-2): its own where it has one, else one from 256 on.
+_KEPT = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_MOVED = [byte for byte in range(256) if byte not in _KEPT]
+_BYTE_OF_NAME = {chr(byte): byte for byte in _KEPT} | {chr(256 + i): byte for i, byte in enumerate(_MOVED)}
 
 
 def byte_tokenizer() -> Tokenizer:
