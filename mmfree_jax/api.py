@@ -43,6 +43,8 @@ def prepare(run: RunConfig, out: Path, say: Say = quiet) -> tuple[RunConfig, Tok
     corpus does not fit the model, or an axis of the mesh divides no parameter.
     """
     check_platform()
+    # Cheap checks first: a missing device or a mesh that fits nothing is found before half a minute of building a
+    # corpus.
     make_mesh(run.mesh)  # before a corpus is prepared
     if idle := idle_devices(run.mesh):
         say(idle)
@@ -87,6 +89,7 @@ def evaluate(
     check_settings()
     check_platform()
     run = run_config(path)
+    # Only a run knows which corpus it was trained on, and with it which text was held out.
     known = bool(corpus) or is_run(path)
     require(known, f"{path} was not trained here: give the corpus to evaluate on with --corpus")
     devices = make_mesh(mesh)
@@ -98,6 +101,7 @@ def evaluate(
     token_set = held_out_corpus(path, run.data, corpus)
     check_held_out_text(token_set)
     run = dataclasses.replace(run, model=with_padding(run.model, token_set))
+    # The mesh of the evaluation takes the place of the run's: parameters are restored onto any mesh.
     program = make_program(dataclasses.replace(program_key(run, token_set.end_of_document), mesh=mesh))
     params = load_params(path, program.abstract_state.params)
     return held_out_loss(program.evaluate, devices, params, token_set, sequence)

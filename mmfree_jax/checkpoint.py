@@ -1,5 +1,6 @@
 """Checkpoints of a run: written by Orbax, asynchronous and atomic; the latest few and every milestone are kept."""
 
+import contextlib
 import glob
 import json
 import logging
@@ -45,7 +46,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing or cannot be read. The message names it."""
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoint folder of one run. Use it as a context manager, which waits for a save in progress at the end."""
 
     def __init__(self, folder: Path, keep: int = 1, milestones: tuple[int, ...] = ()):
@@ -55,9 +56,6 @@ class Checkpoints:
         self._orbax = ocp.training.Checkpointer(
             folder.resolve(), preservation_policy=_keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._orbax.close()

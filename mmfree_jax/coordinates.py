@@ -31,6 +31,7 @@ from mmfree_jax.output import program
 from mmfree_jax.sweep.shapes import ladder_model
 from mmfree_jax.training.step import make_program, program_key
 
+# Short windows of a small batch are enough: what is measured is how an update changes activations, not learning.
 PARAMETRISATIONS: tuple[Parametrisation, ...] = ("standard", "mup")
 DATA = DataConfig(vocab=257, sequence=32, batch=8)
 RATES = {"dense": 4e-3, "ternary": 8e-3}
@@ -60,8 +61,10 @@ def movement(model: ModelConfig, optim: OptimConfig, steps: int, seed: int = 0) 
 
     The tokens are random, but skewed as in text, and the same in each step.
     """
+    # Far longer than the few steps taken, so the schedule plays no part: each step is given its rate here.
     run = RunConfig("coordinates", model, dataclasses.replace(DATA, vocab=model.vocab), optim, steps=10**6)
     step = make_program(program_key(run, None))
+    # The third power of a uniform number makes small tokens frequent and large ones rare, as words are.
     uniform = np.random.default_rng(seed).random((DATA.batch, DATA.sequence + 1))
     tokens_BT = step.place((model.vocab * uniform**3).astype(np.int32))
 
@@ -70,6 +73,7 @@ def movement(model: ModelConfig, optim: OptimConfig, steps: int, seed: int = 0) 
         built = nnx.merge(step.graphdef, params)
         return [*built.residuals(tokens_BT[:, :-1]), built(tokens_BT[:, :-1])]
 
+    # The same tokens before and after, so the change is that of the weights alone.
     with jax.set_mesh(step.mesh):
         state = step.init(jax.random.key(seed))
         before = activations(state.params)
@@ -82,6 +86,7 @@ def movement(model: ModelConfig, optim: OptimConfig, steps: int, seed: int = 0) 
 def model_at(family: str, parametrisation: Parametrisation, width: int, base: int, depth: int) -> ModelConfig:
     """Return the family at a width, relative to a base width of the same depth."""
     model = ladder_model(family, width, DATA.vocab, depth)
+    # The depth of the base is that of every model, so only the width varies.
     if parametrisation == "standard":
         return model
     return dataclasses.replace(model, parametrisation="mup", base_width=base, base_depth=depth)

@@ -78,6 +78,7 @@ def read_json(path: Path) -> Any:
 
 def sha256(files: Iterable[Path]) -> str:
     """Return one SHA-256, in hexadecimal, of the content of several files in order."""
+    # Contents follow one another without a separator: the list of files is fixed where this is used.
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())

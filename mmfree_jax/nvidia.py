@@ -52,6 +52,7 @@ def _asked(question: Callable[[Any], Any]) -> Any:
 
     Drivers raise different things: their own errors, or missing functions. None of them may end a training run.
     """
+    # Initialising it again is cheap and allowed, so no state has to be kept between questions.
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
@@ -66,6 +67,7 @@ def _handle(nvml: Any, name: str) -> Any:
         return nvml.nvmlDeviceGetHandleByIndex(int(name))
     if name.startswith("MIG-"):
         return nvml.nvmlDeviceGetHandleByUUID(name)
+    # CUDA accepts the beginning of a UUID; NVML wants all of it.
     for number in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(number)
         if nvml.nvmlDeviceGetUUID(handle).startswith(name):

@@ -22,6 +22,8 @@ def check_data(config: RunConfig, token_set: TokenSet) -> None:
     Called before anything is compiled.
     """
     check_vocabulary(config.model, token_set)
+    # Packed rows are windows of one length, whose documents do not see each other: trained on in any other way they
+    # would be cut in the middle.
     for one in token_set.sets:
         data, have, packed = config.data, len(one.split("train")), one.packed_sequence
         require(
@@ -109,6 +111,7 @@ def saved_run(folder: Path) -> RunConfig | None:
 
 def note_corpus(config: RunConfig, token_set: TokenSet, folder: Path) -> None:
     """Write corpus.json: what the run reads, and where, so that later commands work from any working directory."""
+    # Absolute paths: a run may be started in one working directory and evaluated from another.
     names = (config.data.corpus, *config.data.mixture)
     sets = [
         Known(name, os.path.abspath(one.path), one.fingerprint) for name, one in zip(names, token_set.sets, strict=True)
@@ -159,6 +162,7 @@ def claim(config: RunConfig, folder: Path) -> None:
     """
     if why := changes(config, folder):
         raise ConfigError(f"{folder} holds another run ({why}): choose another folder")
+    # The file is rewritten only where it changes: a finished run may lie on a disk that is read-only by now.
     path, text = folder / "config.json", to_json(config) + "\n"
     ended = (folder / "result.json").exists()
     if not path.exists() or (not ended and path.read_text(encoding="utf-8") != text):

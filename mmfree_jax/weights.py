@@ -37,6 +37,7 @@ def model_config(path: Path) -> ModelConfig:
 def run_config(path: Path) -> RunConfig:
     """Return the config of the run that made a model, on one device; for other models a default with their
     architecture."""
+    # A run of eight GPUs is read on one device; other meshes and what only they can have are dropped.
     if is_run(path):
         here = {"mesh": {}, "gather": "int8", "reduction": "compute"}  # the last two need a mesh
         return from_json(RunConfig, json.dumps(read_json(path / "config.json") | here), str(path / "config.json"))

@@ -102,6 +102,7 @@ def evaluate(arguments: list[str]) -> int:
 def import_model(arguments: list[str]) -> int:
     """Convert a Hugging Face folder into one of ours."""
     chosen = parse(ImportArguments, arguments, f"{program()} import")
+    # The tokenizer goes with the weights, because `generate` and `export` look for it in the folder of the model.
     model = load_huggingface(chosen.source)
     save_model(model, chosen.out, read_origin(chosen.source))
     for file in [chosen.source / TOKENIZER, *text_files(chosen.source)]:
@@ -120,6 +121,7 @@ def generate(arguments: list[str]) -> int:
     model = load_text_model(chosen.model, chosen.dtype)
     how: dict[str, Any] = {"max_tokens": chosen.max_tokens, "stop": chosen.stop, **dataclasses.asdict(chosen.sampling)}
     if chosen.file:
+        # JSON, because prompts and completions may hold line ends of their own.
         prompts = chosen.file.read_text(encoding="utf-8").splitlines()
         for prompt, completion in zip(prompts, model.generate(prompts, **how), strict=True):
             print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}, ensure_ascii=False))
@@ -133,6 +135,7 @@ def generate(arguments: list[str]) -> int:
 
 def serve(arguments: list[str]) -> int:
     """Serve a model by HTTP."""
+    # Only this verb needs the packages of a web server, so they are an extra.
     try:
         from mmfree_jax.inference.serving import server
     except ModuleNotFoundError as error:
@@ -143,6 +146,7 @@ def serve(arguments: list[str]) -> int:
 def export_model(arguments: list[str]) -> int:
     """Convert a model into a Hugging Face folder, a packed folder or a GGUF file."""
     chosen = parse(ExportArguments, arguments, f"{program()} export")
+    # An option of another format would be ignored without a word, and the user would believe it had been heeded.
     for name, default, only in (("type", "auto", "gguf"), ("layout", "planes", "packed")):
         value = getattr(chosen, name)
         require(value == default or chosen.format == only, f"--{name} {value} is of --format {only}")

@@ -71,6 +71,8 @@ def _run(verb: str, arguments: list[str]) -> int:
     require(only_looks or chosen.executor == "slurm" or chosen.slurm == Slurm(), f"--slurm.… {unused} --executor slurm")
     require(only_looks or bool(chosen.render) or chosen.cloud == Cloud(), f"--cloud.… {unused} --render")
 
+    # --status, --collect and --render need no device and no executor: they work on a laptop while the sweep runs on a
+    # cluster.
     declared = load_study(chosen.experiment)
     if chosen.status:
         print("\n".join(flow.status_lines(declared, chosen.out)))

@@ -69,14 +69,17 @@ def train(arguments: list[str]) -> int:
         print(f"{program()} train PRESET --help lists what can be overridden")
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 1
     preset, *rest = arguments
+    # The preset is the default of every flag, so `train PRESET --help` shows the values that the run would have.
     default = TrainArguments(out=tyro.MISSING, run=run_preset(preset))
     chosen = parse(TrainArguments, rest, f"{program()} train {preset}", default)
     profile_steps = step_range(chosen.profile)
+    # Before anything asks JAX for its devices: afterwards a process can no longer join the others.
     if chosen.group.join():
         print(distributed.process_table(), flush=True)
     check_platform()
     out, run = chosen.out, with_initial_weights(chosen.run, preset, chosen.out)
 
+    # One process speaks for all; the others would print the same lines.
     console = Console(quiet=jax.process_index() > 0)
     say = line_printer(console)
     run, token_set = api.prepare(run, out, say)

@@ -97,6 +97,7 @@ def resolve_data(data: DataConfig, progress: Say = quiet, known: tuple[Known, ..
     known: where a resumed run found its corpora before. These are used for a path that does not exist here, and for a
     named corpus that has changed since.
     """
+    # A run that was moved finds its corpora where it found them last, as long as they hold the same.
     names = (data.corpus, *data.mixture)
     places = known if len(known) == len(names) else (None,) * len(names)
     sets = [_corpus_of_run(name, data.vocab, progress, place) for name, place in zip(names, places, strict=True)]

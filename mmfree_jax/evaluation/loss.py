@@ -46,6 +46,7 @@ def evaluate(score: Score, mesh: jax.sharding.Mesh, params: Any, token_set: Toke
     tokens_BT, mask_BT = (jax.ShapeDtypeStruct((batch, sequence + n), t) for n, t in ((1, np.int32), (0, bool)))
     with jax.set_mesh(mesh):
         verification.prepare(lambda: jax.eval_shape(score, params, tokens_BT, mask_BT))
+    # Sums stay on the device until the end, so batches follow one another without waiting for the host.
     rows = batch_sharding(mesh)
     sums = [
         score(params, put(tokens_BT, rows), put(mask_BT, rows))

@@ -116,6 +116,7 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
 
     Raises ConfigError when no format can express the architecture.
     """
+    # A table of names and places is both the reader and the writer: they cannot disagree.
     vocab, form = config.tokenizer_vocab or config.vocab, FORMATS[_format(config)]
     table = {"model.norm.weight": Slot("norm.gain", (), (config.width,)), **dict(form.tensors(config, vocab))}
     if not config.tie_embeddings:

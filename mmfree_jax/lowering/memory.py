@@ -78,8 +78,17 @@ HGRN = {
 }
 
 
+class Parts:
+    """Base of dataclasses whose fields are numbers that add up."""
+
+    @property
+    def total(self) -> float:
+        """The sum of all fields."""
+        return sum(dataclasses.astuple(self))  # type: ignore[call-overload]
+
+
 @dataclass(frozen=True)
-class Memory:
+class Memory(Parts):
     """Bytes of one device at the peak of a step."""
 
     parameters: float
@@ -87,11 +96,6 @@ class Memory:
     activations: float
     gradients: float
     working: float  # of one layer's backward pass and of the loss
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(dataclasses.astuple(self))
 
 
 def layer_residuals(run: RunConfig, device: Device) -> Residuals:

@@ -19,18 +19,18 @@ from rich.table import Table
 from mmfree_jax import flops
 from mmfree_jax.command_line import parse
 from mmfree_jax.config import ModelConfig, require
-from mmfree_jax.devices import DEVICES, Device
+from mmfree_jax.devices import DEVICES, USABLE, Device
 from mmfree_jax.inference.generate import PIECE, TOP
 from mmfree_jax.inference.packed import Stored, abstract_tensors, is_packed, read_packed, served_config
+from mmfree_jax.lowering.memory import Parts
 from mmfree_jax.ops.fast.cpu.ternary_product import memory_rate
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.output import program
 from mmfree_jax.presets import model_preset, split_name
 from mmfree_jax.weights import model_config
 
-DOES_NOT_FIT = 2
+DOES_NOT_FIT = 2  # exit status
 CPU_FLOPS = 2e11  # of a few cores' vector units; decoding few sequences does not come near
-USABLE = 0.92  # share of a device's memory; context, libraries and fragmentation take the rest
 
 
 class Rates(NamedTuple):
@@ -81,7 +81,7 @@ class ServingArguments:
 
 
 @dataclasses.dataclass(frozen=True)
-class ServingMemory:
+class ServingMemory(Parts):
     """Bytes on the device."""
 
     codes: float  # of ternary matrices, and their scales
@@ -89,11 +89,6 @@ class ServingMemory:
     state: float  # of all sequences: recurrent states, or keys and values
     prompt: float  # the state of a prompt that is read meanwhile
     working: float  # while a prompt is read or a token chosen
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(dataclasses.astuple(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +109,11 @@ def main(arguments: list[str]) -> int:
     """Print the prediction. Returns 0 if the model fits, else 2."""
     chosen = parse(ServingArguments, arguments, f"{program()} lower --serve")
     config = find_config(chosen.model)
-    device = this_cpu() if chosen.device == "cpu" else DEVICES[chosen.device]
+    if chosen.device == "cpu":  # this machine's: its free memory, and the rate at which it reads
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        device = Device("cpu", free, memory_rate(), CPU_FLOPS, CPU_FLOPS, 0.0, 0.0, 1)
+    else:
+        device = DEVICES[chosen.device]
     memory, time = serving_memory(config, chosen), token_time(config, chosen, device)
     usable = USABLE * device.memory
     fits = memory.total <= usable
@@ -134,12 +133,6 @@ def find_config(name: str) -> ModelConfig:
     if not path.exists():
         return model_preset(*split_name(name))
     return read_packed(path)[0]["model"] if is_packed(path) else served_config(model_config(path))
-
-
-def this_cpu() -> Device:
-    """Return this machine's CPU: its free memory, and the rate at which it reads."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device("cpu", free, memory_rate(), CPU_FLOPS, CPU_FLOPS, 0.0, 0.0, 1)
 
 
 def serving_memory(config: ModelConfig, chosen: ServingArguments) -> ServingMemory:

@@ -159,6 +159,7 @@ def wkv(
 
 def average(a: jax.Array, b: jax.Array, m: jax.Array, bonus: jax.Array, v: jax.Array) -> jax.Array:
     """Compute (a e^m + e^bonus v) / (b e^m + e^bonus), scaled by the larger exponent."""
+    # As in a softmax: relative to the largest exponent no term overflows, and the ratio is the same.
     top = jax.lax.stop_gradient(jnp.maximum(m, bonus))
     old, new = jnp.exp(m - top), jnp.exp(bonus - top)
     return (old * a + new * v) / (old * b + new)

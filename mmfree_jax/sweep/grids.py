@@ -16,6 +16,7 @@ def grid(base: RunConfig, values: Values) -> list[RunConfig]:
 
     Raises ConfigError for a field that does not exist, a value that is not of its kind, or an impossible run.
     """
+    # `product` varies its last argument fastest.
     return _varied(base, values, itertools.product(*values.values()))
 
 

@@ -53,6 +53,7 @@ def rungs(
         budgets = [max(10, round(ratio * N / data.tokens_per_step)) for ratio in ratios]
         lr = base.lr * rate_of_batch(data.tokens_per_step, base.batch_tokens)
         decay = weight_decay(lr, budgets[-1], ratios[-1])
+        # A tenth of the shortest budget, as all budgets of a size share the warm-up of their trunk.
         optim = OptimConfig(lr=lr, warmup_steps=max(1, budgets[0] // 10), weight_decay=decay)
         run = RunConfig(f"{family}-{N / 1e6:.3g}M", model, data, optim, steps=budgets[-1])
         runs += trunk_and_decays(run, budgets)
@@ -65,6 +66,7 @@ def batch_sequences(flop: float, sequence: int) -> int:
     `flop` is C, the compute of an entire run. Critical batch sizes also grow with the run, and with its tokens more
     than with the model (Zhang et al. 2024, arXiv 2410.21676).
     """
+    # A power of two, so that meshes of powers of two divide it.
     tokens = 0.2920 * flop**0.3271
     return 2 ** max(0, round(math.log2(tokens / sequence)))
 

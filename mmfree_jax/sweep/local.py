@@ -78,6 +78,7 @@ def this_machine(workers: int = 0, limit_hours: float = 0.0) -> "Local":
         f"workers on this machine need Linux, and this is {sys.platform}: use --executor slurm or --render, or train "
         "the runs one by one",
     )
+    # Each kind of device has its own rule for sharing: GPUs by size of the models, TPU chips never, cores one a worker.
     slots = find_slots()
     if any(GPU in slot.env for slot in slots):
         return Local(slots, limit_hours, workers)

@@ -84,26 +84,14 @@ class Cloud:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """The machines of one task: hosts, and devices on each."""
-
-    hosts: int
-    per_host: int
-
-    @property
-    def devices(self) -> int:
-        """Devices of all hosts together."""
-        return self.hosts * self.per_host
-
-
-@dataclasses.dataclass(frozen=True)
 class Task:
     """One chain of a study, on the machines of its mesh. A run may take `limit_hours` (0: no limit)."""
 
     study: Study
     name: str
     chain: Sequence[RunConfig]
-    shape: Shape
+    hosts: int
+    per_host: int  # devices of each
     cloud: Cloud
     limit_hours: float
     environment: dict[str, str]
@@ -118,12 +106,19 @@ def render(
     experiment file that the machines could not see, or two chains of one name.
     """
     _check_storage(target, cloud)
-    names = [(_plain(f"{study.name}-{chain[0].name}"), chain) for chain in chains(study.runs)]
     corpora = dict.fromkeys(name for run in study.runs for name in (run.data.corpus, *run.data.mixture))
     tiers = [name for name in corpora if name in TIERS]  # which tasks cannot build themselves
     environment = {"MMFREE_JAX_CACHE": CACHE} if tiers else {}
-    tasks = [Task(study, name, chain, shape(chain, cloud), cloud, limit_hours, environment) for name, chain in names]
-    require(len(dict(names)) == len(names), f"study {study.name}: some names differ only in signs")
+    # A chain is a task, so a machine that is taken away stops one chain and the others go on.
+    tasks, device = [], DEVICES[cloud.device]
+    for chain in chains(study.runs):
+        count, near = chain[0].mesh.devices, ", ".join(map(str, TOPOLOGIES))
+        possible = not device.is_tpu or count in TOPOLOGIES
+        require(possible, f"{chain[0].name}: no {cloud.device} slice has {count} chips: use one of {near}")
+        hosts, per_host = machines(chain, device.per_host, "host")
+        name = _plain(f"{study.name}-{chain[0].name}")
+        tasks.append(Task(study, name, chain, hosts, per_host, cloud, limit_hours, environment))
+    require(len({task.name for task in tasks}) == len(tasks), f"study {study.name}: some names differ only in signs")
     folder = out / target
     folder.mkdir(parents=True, exist_ok=True)
     vocab = study.runs[0].data.vocab
@@ -160,15 +155,6 @@ def _plain(name: str) -> str:
     return f"{plain[: LONGEST_NAME - 7].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
-def shape(chain: Sequence[RunConfig], cloud: Cloud) -> Shape:
-    """Return the machines for a chain's mesh. Raises ConfigError if there are none of that size."""
-    device, count = DEVICES[cloud.device], chain[0].mesh.devices
-    if device.is_tpu:
-        near = ", ".join(map(str, TOPOLOGIES))
-        require(count in TOPOLOGIES, f"{chain[0].name}: no {cloud.device} slice has {count} chips: use one of {near}")
-    return Shape(*machines(chain, device.per_host, "host"))
-
-
 def worker_command(task: Task, experiment: str | Path) -> str:
     """Return the worker's command for a machine that has the experiment file and the folder of runs."""
     limit = ["--limit-hours", f"{task.limit_hours:g}"] if task.limit_hours else []
@@ -178,8 +164,8 @@ def worker_command(task: Task, experiment: str | Path) -> str:
 
 def skypilot(task: Task, experiment: Path) -> dict:
     """Return a managed job (docs.skypilot.co, "SkyPilot YAML"). Of a TPU slice SkyPilot counts each host as a node."""
-    cut, cloud, device = task.shape, task.cloud, DEVICES[task.cloud.device]
-    accelerators = device.sky.format(n=cut.devices) if device.is_tpu else f"{device.sky}:{cut.per_host}"
+    cloud, device = task.cloud, DEVICES[task.cloud.device]
+    accelerators = device.sky.format(n=task.hosts * task.per_host) if device.is_tpu else f"{device.sky}:{task.per_host}"
     return {
         "name": task.name,
         "resources": {
@@ -187,7 +173,7 @@ def skypilot(task: Task, experiment: Path) -> dict:
             "use_spot": cloud.spot,
             "job_recovery": {"max_restarts_on_errors": 1, "recover_on_exit_codes": [PREEMPTED]},
         },
-        "num_nodes": 1 if device.is_tpu else cut.hosts,
+        "num_nodes": 1 if device.is_tpu else task.hosts,
         "workdir": ".",
         "envs": task.environment,
         "file_mounts": {RUNS: {"source": cloud.storage, "mode": _mount(task)}},
@@ -207,15 +193,16 @@ def _mount(task: Task) -> str:
     MOUNT_CACHED behaves like a disk, but a host sees the files of others late. Hosts that write one checkpoint together
     need MOUNT; and there only Google's buckets can rename folders and append to files.
     """
-    if task.shape.hosts == 1:
+    if task.hosts == 1:
         return "MOUNT_CACHED"
     shared = task.cloud.storage.startswith("gs://")
-    require(shared, f"{task.name}: its {task.shape.hosts} hosts can share a Google bucket only: --cloud.storage gs://…")
+    require(shared, f"{task.name}: its {task.hosts} hosts can share a Google bucket only: --cloud.storage gs://…")
     return "MOUNT"
 
 
 def _skypilot(tasks: Sequence[Task], experiment: Path, folder: Path, to_do: str) -> list[Path]:
     """Write a file for each task and a script that launches them all from the working folder, which SkyPilot sends."""
+    # Paths in the task are relative to that folder, because on the machine it has another name.
     here = Path.cwd()
     inside = experiment.resolve().is_relative_to(here)
     require(inside, f"{experiment}: SkyPilot sends the working folder, {here}: put the experiment file into it")
@@ -252,11 +239,11 @@ def jobset(task: Task, experiment: Path) -> dict:
     # Kubernetes counts restarts of a pod and of the set apart. Preemption must count for neither, an error of the run
     # must end all at once, and anything else, such as a lost connection between hosts, needs a restart of every host
     # together.
-    cut, labels = task.shape, {"study": _plain(task.study.name)}
+    labels = {"study": _plain(task.study.name)}
     after = lambda status: {"onExitCodes": {"containerName": "worker", "operator": "In", "values": [status]}}
     job = {
-        "parallelism": cut.hosts,
-        "completions": cut.hosts,
+        "parallelism": task.hosts,
+        "completions": task.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
         "podFailurePolicy": {
@@ -270,7 +257,7 @@ def jobset(task: Task, experiment: Path) -> dict:
     }
     # Otherwise the hosts of two runs may be spread over two slices, and neither run gets a complete one.
     exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    one_slice = {"annotations": exclusive} if DEVICES[task.cloud.device].is_tpu and cut.hosts > 1 else {}
+    one_slice = {"annotations": exclusive} if DEVICES[task.cloud.device].is_tpu and task.hosts > 1 else {}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -286,17 +273,17 @@ def jobset(task: Task, experiment: Path) -> dict:
 
 
 def _pod(task: Task, command: str) -> dict:
-    cut, cloud, device = task.shape, task.cloud, DEVICES[task.cloud.device]
+    cloud, device = task.cloud, DEVICES[task.cloud.device]
     resource = "google.com/tpu" if device.is_tpu else "nvidia.com/gpu"
     selector = {f"cloud.google.com/gke-{'tpu-' if device.is_tpu else ''}accelerator": device.gke}
     if device.is_tpu:
-        selector["cloud.google.com/gke-tpu-topology"] = TOPOLOGIES[cut.devices]
+        selector["cloud.google.com/gke-tpu-topology"] = TOPOLOGIES[task.hosts * task.per_host]
     if cloud.spot:
         selector["cloud.google.com/gke-spot"] = "true"
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     variables = [
         {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{task.name}-worker-0-0.{task.name}:{PORT}"},
-        {"name": "JAX_NUM_PROCESSES", "value": str(cut.hosts)},
+        {"name": "JAX_NUM_PROCESSES", "value": str(task.hosts)},
         {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}},
         *({"name": variable, "value": value} for variable, value in task.environment.items()),
     ]
@@ -305,7 +292,7 @@ def _pod(task: Task, command: str) -> dict:
         "image": cloud.image,
         "command": ["sh", "-c", f"exec python {command}"],
         "env": variables,
-        "resources": {"limits": {resource: cut.per_host}},
+        "resources": {"limits": {resource: task.per_host}},
         "volumeMounts": [{"name": "runs", "mountPath": RUNS}, {"name": "experiment", "mountPath": SENT}],
     }
     return {

@@ -159,6 +159,7 @@ class Tracked(Pending):
 
 def live_tickets() -> dict[Ticket, Place]:
     """Return this user's waiting and running jobs. Raises OSError or CalledProcessError if SLURM does not answer."""
+    # All jobs of the user in one question, however many chains there are: clusters limit how often squeue may be asked.
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%j"]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     found = {}
@@ -331,6 +332,7 @@ class Driver:
         idle = [one for one in self.tracked if one.ticket is None]
         if not idle or time.monotonic() < self.not_before:
             return
+        # One call of sbatch for an array, instead of one for each job.
         by_name = {one.runs[0].name: one for one in idle}
         for alike in _alike(self.options, [one.runs for one in idle]):
             for start in range(0, len(alike), self.largest):

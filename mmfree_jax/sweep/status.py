@@ -72,6 +72,7 @@ def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
         "tokens_per_s": row.get("tokens_per_s"),
         "steady": len(rows) == 2 and all(one.get("tokens_per_s") for one in rows),
     }
+    # A run that is being trained may have an old error.txt, of the attempt before this one.
     if beat := holder(folder, now):
         return RunStatus(run, "running", **known, holder=beat)
     with contextlib.suppress(FileNotFoundError):  # a driver that tries it again may be deleting the error now
@@ -117,6 +118,7 @@ def collect(out: Path, runs: Sequence[RunConfig]) -> Path:
         if (found := status(run_folder(out, run), run)).result and found.result["loss"] is not None
     ]
     text = io.StringIO()
+    # The first row decides the order of the columns; later rows may add some.
     columns = list(dict.fromkeys(name for row in rows for name in row)) or COLUMNS
     writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
     writer.writeheader()

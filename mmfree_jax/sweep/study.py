@@ -75,6 +75,7 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
         folder = run_folder(out, run)
         claim(with_saved_choices(run, folder), folder)
     write_json(out / "sweep.json", {"study": study.name, "runs": [run.name for run in study.runs]})
+    # The report names its sources, so the cards of all corpora lie beside it, also where the corpora do not.
     paths = dict.fromkeys(one.path for token_set in found.values() for one in token_set.sets)
     for number, path in enumerate(paths, 1):
         for ending in ("json", "md"):

@@ -115,6 +115,7 @@ class View:
         for name in ("run", "state", "step", "loss", "tok/s"):
             table.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=True)
         for s in shown:
+            # Of a finished run the held-out loss, else that of the last row of training.
             loss = "" if s.loss is None else f"{s.loss:.4f}"
             rate = f"{s.tokens_per_s:,.0f}" if s.tokens_per_s and s.state == "running" else ""
             table.add_row(Text(s.config.name), s.state, f"{s.step}/{s.config.steps}", loss, rate, style=STYLE[s.state])
@@ -126,6 +127,7 @@ class View:
 @contextlib.contextmanager
 def follow(config: RunConfig, folder: Path, console: Console) -> Iterator[None]:
     """Show the progress of a run that this process trains, from a thread."""
+    # From a thread, because the training loop must not wait for a terminal, and a compilation may take minutes.
     ended = threading.Event()
     with View([(config, folder)], console) as view:
 

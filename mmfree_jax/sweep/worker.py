@@ -143,14 +143,19 @@ def _record(folder: Path, error: Exception) -> None:
         fail(folder, message)
 
 
-def start(arguments: list[str]) -> int:
-    """Parse OUT RUN … and the options before them, and run. Returns the exit status."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse OUT RUN … and the options before them."""
     parser = argparse.ArgumentParser(prog="python -m mmfree_jax.sweep.worker")
     parser.add_argument("--experiment", type=Path, help="take the runs from this file, not from their folders")
     parser.add_argument("--limit-hours", type=float, default=0.0, help="time limit of a run (0: no limit)")
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="+", metavar="run")
-    chosen = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def start(arguments: list[str]) -> int:
+    """Run the command; returns its exit status."""
+    chosen = parse(arguments)
     group = distributed.find_group("", 0, -1)
     if group is not None:
         try:

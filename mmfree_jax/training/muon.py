@@ -29,9 +29,6 @@ class MuonState(NamedTuple):
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     """Nesterov momentum, then the nearest orthogonal matrix, times 0.2 sqrt(max(D, F)): the size of AdamW's update."""
 
-    def init(params: Any) -> MuonState:
-        return MuonState(jax.tree.map(jnp.zeros_like, params))
-
     def update(updates: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         buffers = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
         ahead = jax.tree.map(lambda m, g: momentum * m + g, buffers, updates)
@@ -46,7 +43,7 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
 
         return jax.tree.map(orthogonal, ahead, places), MuonState(buffers)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(lambda params: MuonState(jax.tree.map(jnp.zeros_like, params)), update)
 
 
 # The quintic maps a singular value s to a s + b s^3 + c s^5, and products of the whole matrix apply it to all singular

@@ -89,9 +89,8 @@ def make_optimizer(config: OptimConfig, model: ModelConfig) -> optax.GradientTra
     if config.weight_decay:
 
         def add_decay(updates: Any, state: Any, params: Any = None, *, decay: Any = 1.0, **_: Any) -> tuple[Any, Any]:
-            def one(path: tuple, leaf: jax.Array, param: jax.Array) -> jax.Array:
-                return leaf + config.weight_decay * decay * param if role_of(path) in DECAYED else leaf
-
+            decayed = lambda path, leaf, param: leaf + config.weight_decay * decay * param
+            one = lambda path, leaf, param: decayed(path, leaf, param) if role_of(path) in DECAYED else leaf
             return jax.tree_util.tree_map_with_path(one, updates, params), state
 
         chain.append(optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), add_decay))
@@ -150,9 +149,7 @@ def _by_role(
 
     divide = lambda tree: nnx.split_state(tree, lambda path, _: role_of(path) == "matrix", ...)
 
-    def init(params: Any) -> tuple:
-        mine, rest = divide(params)
-        return matrices.init(mine), others.init(rest)
+    init = lambda params: tuple(one.init(part) for one, part in zip((matrices, others), divide(params), strict=True))
 
     def update(updates: Any, state: tuple, params: Any = None) -> tuple[Any, tuple]:
         mine, rest = divide(updates)

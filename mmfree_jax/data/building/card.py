@@ -8,6 +8,7 @@ from mmfree_jax.data.building.prepare import Prepared
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    # Numbers are right-aligned; the first row tells which columns hold numbers.
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     lines = [head, ["---:" if row and isinstance(row, int) else "---" for row in (rows[0] if rows else head)], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -31,6 +32,7 @@ def source_rows(
 
 def _flaws(card: Mapping[str, Any]) -> str:
     """A section on input that is missing or changed in the set; empty if there is none."""
+    # What was left out belongs to the description of a corpus as much as what is in it.
     counts = [("bad_records", "records left out that could not be read")]
     counts += [("replaced_characters", "characters replaced by U+FFFD or dropped, because they were not UTF-8")]
     lines = [f"- {card[name]:,} {words}" for name, words in counts if card.get(name)]

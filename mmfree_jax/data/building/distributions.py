@@ -110,6 +110,7 @@ def version_of(archive: Path) -> str:
 
 
 def _tar_members(stream: BinaryIO, mode: str = "r|*") -> Iterator[tuple[str, bytes]]:
+    # As a stream, in the order of the archive: a package of a gigabyte is never in memory, nor on the disk unpacked.
     with tarfile.open(fileobj=stream, mode=mode) as archive:  # type: ignore[call-overload]
         for member in archive:
             file = archive.extractfile(member) if member.isreg() else None

@@ -139,6 +139,7 @@ def docstrings(source: bytes) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's source
         tree = ast.parse(source)
+    # `ast.walk` visits a definition in an `if` inside another twice; places in the source are unique.
     unique = {(node.lineno, node.col_offset): node.value for node in _documented(tree.body)}
     return [normalise(inspect.cleandoc(str(unique[place]))) for place in sorted(unique)]
 
@@ -180,6 +181,7 @@ def extract_files(paths: Sequence[str]) -> list[Extracted]:
 def extract_packages(packages: Sequence[Package], processes: int | None = None) -> list[list[Extracted]]:
     """What every file of every package gave, in the order of the packages and their files."""
     paths = [path for package in packages for _, path in package.files]
+    # Dealt out in turn, so that every process gets files of every package: large files lie together.
     count = max(1, min(processes or available_cores(), 8, len(paths)))
     parts = run_parts(__name__, "extract_files", [paths[i::count] for i in range(count)], count)
     flat = [parts[i % count][i // count] for i in range(len(paths))]

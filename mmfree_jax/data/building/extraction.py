@@ -16,6 +16,8 @@ from mmfree_jax.data.building.text import WORD, decode, looks_english, normalise
 
 SHORTEST, LONGEST = 60, 6_000  # characters of a paragraph; longer ones are cut at ends of sentences
 _CUT = 1_500  # characters of the parts of a paragraph that is too long
+# Expressions instead of parsers: packages hold every dialect and much broken markup, which a parser would refuse. A
+# paragraph that is cut wrongly does not read as prose and is left out (`is_prose`).
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _SPACES = re.compile(r"\s+")
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")
@@ -56,6 +58,7 @@ def _cut_long(paragraph: str) -> Iterator[str]:
     if len(paragraph) <= LONGEST:
         yield paragraph
         return
+    # Cut at sentences, so that the parts are text that somebody could have written.
     part: list[str] = []
     size = 0
     for sentence in _SENTENCE_END.split(paragraph):
@@ -83,6 +86,7 @@ def from_html(text: str) -> Iterator[str]:
 def from_rst(text: str) -> Iterator[str]:
     """Paragraphs of reStructuredText, without directives, fields and literal blocks."""
     for block in _BLANK_LINE.split(text):
+        # Indented blocks are listings, unless they begin with a capital: then they are the body of a directive.
         if not re.match(r"(?: {4}|\t)(?!\s*[A-Z])", block):
             lines = [line for line in block.split("\n") if not _RST_LINE.match(line)]
             yield _RST_ROLE.sub(r"\1", " ".join(lines)).replace("``", "").replace("`", "")
@@ -108,6 +112,7 @@ def from_man(text: str) -> Iterator[str]:
         verbatim = (verbatim or name in ("nf", "EX")) and name not in ("fi", "EE")
         if verbatim or name.startswith('\\"'):
             continue
+        # Macros that change the font are part of a sentence; all others end the paragraph.
         if macro and name not in ("B", "I", "BR", "IR", "RB", "RI", "BI", "IB", "Xr", "Ar", "Fl", "Em", "Pa", "Nm"):
             yield " ".join(held)
             held = []
@@ -119,6 +124,7 @@ def from_man(text: str) -> Iterator[str]:
 def from_texinfo(text: str) -> Iterator[str]:
     """Paragraphs of Texinfo."""
     text = re.sub(r"^@(?!itemx?\b).*$", "", text, flags=re.M)
+    # Commands such as @code{x} stand for their argument; line commands such as @node are not text.
     for _ in range(3):  # braces inside braces
         text = _TEXINFO_BRACES.sub(r"\1", text)
     yield from _BLANK_LINE.split(re.sub(r"@itemx? ?", "", text).replace("@@", "@"))
@@ -207,6 +213,7 @@ def _reader(name: str, comments: bool) -> Callable[[str], Iterable[str]] | None:
         return functools.partial(from_source, language="changelog")
     if ("/botocore/data/" in name and base == "service-2.json") or "/discovery_cache/documents/" in name:
         return from_api_description
+    # Comments of code are read only where a source is known for comments that explain (`Source.comments`).
     readers = _BY_ENDING | (_COMMENTED if comments else {})
     return next((reader for ending, reader in readers.items() if base.endswith(ending)), None)
 

@@ -19,6 +19,8 @@ _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 def _plain(path: Path, dtype: str) -> np.ndarray:
     """Tokens of a nanoGPT file (nothing but numbers, of `dtype`) or an llm.c one (256 int32 of header, then tokens)."""
+    # Files of llm.c begin with a magic number. The first two tokens of a nanoGPT file cannot look like one: its lower
+    # half is 55,432 or more, and GPT-2 has 50,257 tokens.
     with path.open("rb") as file:
         start = file.read(12)
     head = np.frombuffer(start if len(start) == 12 else bytes(12), "<i4")
@@ -39,6 +41,7 @@ def _check_width(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     """Check that 16-bit numbers are not halves of 32-bit ones, and can name the whole vocabulary. Raises ValueError."""
     if tokens.dtype.itemsize != 2:
         return
+    # Read as 16 bits, 32-bit tokens of a vocabulary below 65,536 are a token and a zero in turn.
     upper = tokens[1 : 2 * SHARD_TOKENS : 2]
     if len(tokens) % 2 == 0 and len(upper) >= _ENOUGH and int(upper.max()) <= (vocab_size - 1) >> 16:
         raise ValueError(
@@ -68,6 +71,8 @@ def _megatron_documents(path: Path) -> Iterator[np.ndarray]:
     index = path.with_suffix(".idx").read_bytes()
     if index[:9] != _MEGATRON_MAGIC:
         raise ValueError(f"{path.with_suffix('.idx')} is not an index of Megatron-LM")
+    # Then sizes (int32), byte offsets (int64) and the first sequence of each document (int64): a document is one
+    # sequence or several.
     version, code, sequences, bounds = struct.unpack_from("<QBQQ", index, 9)
     if version != 1 or code not in _MEGATRON_DTYPES:
         raise ValueError(f"{path.with_suffix('.idx')} has version {version} and type {code}, which are not known")

@@ -22,11 +22,11 @@ from mmfree_jax.data.building.lines import (
     line_number,
     line_start,
     lines,
-    need,
     range_blocks,
     records,
 )
 from mmfree_jax.data.building.text import repair
+from mmfree_jax.errors import need
 
 UNIT_BYTES = 64_000_000  # bytes of input in a unit: about ten seconds of work, a shard of about 40 MB
 LARGE_TEXT = 1_000_000  # a larger text file becomes several documents, so that some of it can be held out
@@ -289,7 +289,7 @@ def _read_parquet(unit: Unit, key: str, refuse: Refuse) -> Found:
                     why = f"column {key!r} holds {batch.schema.field(0).type}, which is not text"
                     refuse(f"{path}, row {number}", ValueError(why))
             row += batch.num_rows
-    except need("pyarrow", "pyarrow", "Parquet").ArrowException as error:
+    except need("pyarrow", "Parquet", "pyarrow").ArrowException as error:
         raise InputError(f"{path} is cut off or damaged: {error}") from None
 
 
@@ -332,7 +332,7 @@ READERS: dict[str, Callable[[Unit, str, Refuse], Found]] = {
 
 def _bytes_where_text(column: Any) -> Any:
     """Convert an Arrow array of text to bytes, which need not be UTF-8. Other types stay as they are."""
-    arrow = need("pyarrow", "pyarrow", "Parquet")
+    arrow = need("pyarrow", "Parquet", "pyarrow")
     if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     text = arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type)
@@ -340,15 +340,15 @@ def _bytes_where_text(column: Any) -> Any:
 
 
 def _parquet_file(path: str) -> Any:
-    module = need("pyarrow.parquet", "pyarrow", "Parquet")
+    module = need("pyarrow.parquet", "Parquet", "pyarrow")
     try:
         return module.ParquetFile(path)
-    except need("pyarrow", "pyarrow", "Parquet").ArrowException as error:
+    except need("pyarrow", "Parquet", "pyarrow").ArrowException as error:
         raise InputError(f"{path} is cut off or damaged: {error}") from None
 
 
 def _array_record(path: str) -> Any:
-    module = need("array_record.python.array_record_module", "array_record", "ArrayRecord")
+    module = need("array_record.python.array_record_module", "ArrayRecord", "array_record")
     reader = module.ArrayRecordReader(path)
     if not reader.ok():  # otherwise it would look like a file without records
         raise InputError(f"{path} is cut off, or no ArrayRecord file")
@@ -357,5 +357,5 @@ def _array_record(path: str) -> Any:
 
 def _dataset(name: str) -> Any:
     repository, _, config = name.partition(":")
-    module = need("datasets", "datasets", "a Hugging Face dataset")
+    module = need("datasets", "a Hugging Face dataset", "datasets")
     return module.load_dataset(repository, config or None, split="train", streaming=True)

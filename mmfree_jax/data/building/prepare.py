@@ -69,10 +69,6 @@ def _keep(documents: Sequence[Document], keep: np.ndarray) -> list[Document]:
     return [document for document in thinned if document.passages]
 
 
-def _passages(documents: Iterable[Document]) -> list[str]:
-    return [passage for document in documents for passage in document.passages]
-
-
 def drop_exact(documents: Iterable[Document], *, shortest: int = 0) -> list[Document]:
     """Remove passages, and long paragraphs of passages, that an earlier document has.
 
@@ -135,9 +131,10 @@ def prepare(
         thinned = [replace(d, passages=boilerplate.without(d.passages, keys)) for d in documents]
         cleaned = [document for document in thinned if document.passages]
     exact = drop_exact(cleaned, shortest=shortest)
-    unique = _keep(exact, ~near_duplicates(_passages(exact), SIMILARITY))
+    passages = lambda documents: [passage for document in documents for passage in document.passages]
+    unique = _keep(exact, ~near_duplicates(passages(exact), SIMILARITY))
     candidates, valid = hold_out(unique, held_out)
-    train = _keep(candidates, overlap(_passages(candidates), _passages(valid)) <= LARGEST_OVERLAP)
+    train = _keep(candidates, overlap(passages(candidates), passages(valid)) <= LARGEST_OVERLAP)
     steps = {"read": documents, "lines": cleaned, "exact": exact, "near": unique, "protected": train + valid}
     left = {step: bytes_by_source(some) for step, some in steps.items()}
     return Prepared(tuple(train), tuple(valid), left)

@@ -41,6 +41,7 @@ def repair(data: bytes | str) -> tuple[str, int]:
 def normalise(text: str) -> str:
     """Return a canonical form: NFC, `\\n` line ends, no control characters or trailing space, one blank line at
     most."""
+    # One form of what looks the same, or duplicates would differ in characters that nobody sees.
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ")
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)

@@ -54,6 +54,7 @@ def _file_name(source: Source) -> str:
 
 def _parts(name: str, paragraphs: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Documents of at most about DOCUMENT_BYTES."""
+    # Held-out text is chosen by document: one that is a large share of the corpus could not be held out at all.
     part: list[str] = []
     size = number = 0
     for i, paragraph in enumerate(paragraphs, 1):
@@ -81,6 +82,7 @@ def collect(task: Task) -> dict[str, Any]:
     """Download one package and write its documents. The file appears only when it is complete."""
     began = time.monotonic()
     path = Path(task.folder) / f"{_file_name(task.source)}.jsonl"
+    # Archives are read as streams and removed; only the text stays on the disk.
     with naming(path.parent), tempfile.TemporaryDirectory(dir=task.folder, prefix=_SCRATCH) as scratch:
         archive = Path(task.archive) if task.archive else fetch(task.source, Path(scratch))
         head = {"source": asdict(task.source), "version": version_of(archive)}

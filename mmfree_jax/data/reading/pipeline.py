@@ -27,6 +27,7 @@ class Windows:
 
     def __init__(self, split: Split, sequence: int):
         self.split, self.sequence = split, sequence
+        # The last tokens that fill no window are left out: a shorter one would need padding.
         if len(split) < sequence + 1:
             raise ValueError(
                 f"split {split.name!r} has {len(split)} tokens, fewer than one window of {sequence} + 1: "

@@ -48,6 +48,7 @@ class Shard:
 
 def fingerprint(vocab_hash: str, dtype: str, splits: dict[str, Any]) -> str:
     """SHA-256 of the content: vocabulary, dtype and the checksums of all shards in order."""
+    # File names and metadata do not count: equal tokens are equal data, wherever and by whomever they were written.
     sums = {name: [[s["sha256"], s["starts_sha256"]] for s in split["shards"]] for name, split in splits.items()}
     return hashlib.sha256(json.dumps([vocab_hash, dtype, sums], sort_keys=True).encode()).hexdigest()
 
@@ -192,6 +193,7 @@ class Mixture(TokenSet):
 
     def __init__(self, sets: Sequence[TokenSet], weights: Sequence[float]):
         super().__init__(sets[0].path, sets[0].index)
+        # A token must mean the same in all of them; the held-out text is one, so losses are comparable.
         for other in sets[1:]:
             if other.vocab_hash != self.vocab_hash:
                 raise TokenSetError(f"{self.path} and {other.path} have different vocabularies and cannot be mixed")

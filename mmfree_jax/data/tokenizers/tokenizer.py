@@ -53,6 +53,7 @@ class Tokenizer:
         self._prefix = backend.token_to_id(sentencepiece.SPACE) if "Prepend" in self._json else None
         self._byte_level = "ByteLevel" in str(backend.decoder)
         self._cache = WordCache(backend, self.dtype) if fits(self._json) else None
+        # Text is data here: a special token that somebody wrote out must not separate documents.
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -173,6 +174,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Token 0 is the end of a document, 1..256 are the bytes. The same texts in the same order give the same tokenizer in
     every process. Raises ValueError when `vocab_size` is under 257 or the text is too small to fill it.
     """
+    # With all bytes in the alphabet no text is unknown, whatever script it is in.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < 1 + len(alphabet):
         raise ValueError(f"vocab_size {vocab_size} is too small: a byte-level BPE needs at least {1 + len(alphabet)}")
