@@ -20,7 +20,7 @@ from mmfree_jax.interop.huggingface import save_huggingface
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.output import Say, quiet
 from mmfree_jax.presets import run_preset
-from mmfree_jax.run_folder import check_held_out_text, held_out_corpus, known_corpora, with_padding
+from mmfree_jax.run_folder import check_held_out_text, corpus_places, held_out_corpus, with_padding
 from mmfree_jax.sharding import idle_devices, make_mesh
 from mmfree_jax.training import loop
 from mmfree_jax.training.step import make_program, program_key
@@ -48,7 +48,7 @@ def prepare(run: RunConfig, out: Path, say: Say = quiet) -> tuple[RunConfig, Tok
     make_mesh(run.mesh)  # before a corpus is prepared
     if idle := idle_devices(run.mesh):
         say(idle)
-    token_set = resolve_data(run.data, say, known_corpora(out))
+    token_set = resolve_data(run.data, say, corpus_places(out))
     run = loop.completed_config(run, out, token_set)
     for line in make_program(program_key(run, token_set.end_of_document)).replicated:
         say(line)

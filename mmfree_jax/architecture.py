@@ -96,12 +96,12 @@ class ModelConfig:
         if self.mixer == "attention":
             self._check_attention()
         else:
-            self._keeps_default("heads", "kv_heads", why=f"mixer={self.mixer} is element-wise and has no heads")
-            self._keeps_default("rope_theta", why=f"mixer={self.mixer} has no rotary embeddings")
+            self._keeps_default("heads", "kv_heads", reason=f"mixer={self.mixer} is element-wise and has no heads")
+            self._keeps_default("rope_theta", reason=f"mixer={self.mixer} has no rotary embeddings")
         if self.linear == "dense":
-            self._keeps_default(*ONLY_TERNARY, why="linear=dense has no quantiser")
+            self._keeps_default(*ONLY_TERNARY, reason="linear=dense has no quantiser")
         if self.mixer != "mlgru":
-            self._keeps_default("output_gate", "lower_bounds", why=f"mixer={self.mixer} has no such gate")
+            self._keeps_default("output_gate", "lower_bounds", reason=f"mixer={self.mixer} has no such gate")
         self._check_parametrisation()
 
     def _check_attention(self) -> None:
@@ -121,19 +121,19 @@ class ModelConfig:
 
     def _check_parametrisation(self) -> None:
         if self.parametrisation == "standard":
-            self._keeps_default("base_width", "base_depth", "base_head", why="parametrisation=standard has no base")
+            self._keeps_default("base_width", "base_depth", "base_head", reason="parametrisation=standard has no base")
             return
         for name in ("base_width", "base_depth"):
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: parametrisation=mup needs it")
         require(self.base_head >= 0, f"model.base_head={self.base_head}: must not be negative")
         if self.mixer != "attention":
-            self._keeps_default("base_head", why=f"mixer={self.mixer} has no heads")
+            self._keeps_default("base_head", reason=f"mixer={self.mixer} has no heads")
 
-    def _keeps_default(self, *names: str, why: str) -> None:
+    def _keeps_default(self, *names: str, reason: str) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name in names:
             value = getattr(self, name)
-            require(value == defaults[name], f"model.{name}={value!r} would do nothing: {why}; leave it out")
+            require(value == defaults[name], f"model.{name}={value!r} would do nothing: {reason}; leave it out")
 
     @property
     def relative_size(self) -> tuple[float, float]:

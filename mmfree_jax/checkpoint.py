@@ -114,14 +114,14 @@ def _load(
     return found["state"], found["meta"]
 
 
-def _reason(error: Exception, steps: list[int], chosen: int) -> str:
+def _reason(error: Exception, steps: list[int], step: int) -> str:
     """Why a checkpoint cannot be read, and what to do if that is known. Only damaged ones should be removed."""
     cause = error.__cause__ or error
     why = " ".join(str(cause).split())[:LONGEST_REASON]
     if OTHER_TREE.search(why):
         return f"it holds other arrays than its run or model has now ({why})"
     if isinstance(cause, FileNotFoundError | json.JSONDecodeError) or DAMAGE.search(why):
-        before = [str(earlier) for earlier in steps if earlier < chosen][-1:]
+        before = [str(earlier) for earlier in steps if earlier < step][-1:]
         there = f"the one before it is of step {before[0]}" if before else "there is no earlier one"
         return f"{why}; it is damaged, remove it: {there}"
     return f"{type(cause).__name__}: {why}"

@@ -102,14 +102,14 @@ def exponents(widths: Sequence[int], moved: np.ndarray) -> np.ndarray:
 
 def main(arguments: list[str]) -> int:
     """Print a table for each parametrisation: for every layer its change at every width, and the exponent."""
-    chosen = parse(Arguments, arguments, f"{program()} coordinates")
+    options = parse(Arguments, arguments, f"{program()} coordinates")
     check_platform()
-    widths, depth = chosen.widths, chosen.depth
-    optim = OptimConfig(optimizer=chosen.optimizer, lr=chosen.lr or RATES[FAMILIES[chosen.family][1]])
+    widths, depth = options.widths, options.depth
+    optim = OptimConfig(optimizer=options.optimizer, lr=options.lr or RATES[FAMILIES[options.family][1]])
     layers = ["embedding", *(f"block {i + 1}" for i in range(depth)), "logits"]
     for parametrisation in PARAMETRISATIONS:
-        models = [model_at(chosen.family, parametrisation, width, widths[0], depth) for width in widths]
-        moved = np.stack([movement(model, optim, chosen.steps) for model in models])
+        models = [model_at(options.family, parametrisation, width, widths[0], depth) for width in widths]
+        moved = np.stack([movement(model, optim, options.steps) for model in models])
         columns = "".join(f"{f'width {width}':>12}" for width in widths)
         print(f"{parametrisation:<12}{columns}{'exponent':>12}")
         for name, changes, slope in zip(layers, moved.T, exponents(widths, moved), strict=True):

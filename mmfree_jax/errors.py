@@ -77,9 +77,9 @@ def logged(log: Path, ignored: type[Exception]) -> Iterator[None]:
         raise
 
 
-def need(module: str, what: str, install: str) -> ModuleType:
+def need(module: str, purpose: str, install: str) -> ModuleType:
     """Import an optional package. Raises ConfigError that says what needs it, and what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"{what} needs a package that is not installed ({error}): pip install {install}") from None
+        raise ConfigError(f"{purpose} needs a package that is not installed ({error}): pip install {install}") from None

@@ -27,7 +27,7 @@ def visible() -> list[str]:
     named = named_by_cuda()
     if named is not None:
         return named
-    return [str(number) for number in range(_asked(lambda nvml: nvml.nvmlDeviceGetCount()) or 0)]
+    return [str(number) for number in range(_ask(lambda nvml: nvml.nvmlDeviceGetCount()) or 0)]
 
 
 def is_shared() -> bool:
@@ -37,17 +37,17 @@ def is_shared() -> bool:
 
 def memory_bytes(name: str) -> int | None:
     """Return the memory of a GPU or MIG instance; None if NVML does not say."""
-    found = _asked(lambda nvml: nvml.nvmlDeviceGetMemoryInfo(_handle(nvml, name)).total)
+    found = _ask(lambda nvml: nvml.nvmlDeviceGetMemoryInfo(_handle(nvml, name)).total)
     return None if found is None else int(found)
 
 
 def joules(name: str) -> float | None:
     """Return the energy that a GPU has used since its driver was loaded; None if it has no counter (MIG instances)."""
-    found = _asked(lambda nvml: nvml.nvmlDeviceGetTotalEnergyConsumption(_handle(nvml, name)))
+    found = _ask(lambda nvml: nvml.nvmlDeviceGetTotalEnergyConsumption(_handle(nvml, name)))
     return None if found is None else found / 1e3  # it counts millijoules
 
 
-def _asked(question: Callable[[Any], Any]) -> Any:
+def _ask(question: Callable[[Any], Any]) -> Any:
     """Ask NVML a question; None if it does not answer, for any reason.
 
     Drivers raise different things: their own errors, or missing functions. None of them may end a training run.

@@ -123,7 +123,7 @@ def origin(path: Path) -> Origin:
     return read_origin(path)
 
 
-def save_model(model: LanguageModel, path: Path, known: Origin = UNKNOWN) -> None:
+def save_model(model: LanguageModel, path: Path, source: Origin = UNKNOWN) -> None:
     """Write parameters, architecture and what is known about the training text into a new folder.
 
     Raises ConfigError if the folder is not empty.
@@ -132,7 +132,7 @@ def save_model(model: LanguageModel, path: Path, known: Origin = UNKNOWN) -> Non
         raise ConfigError(f"{path} exists and is not an empty folder: choose another")
     with Checkpoints(path / "checkpoints") as checkpoints:
         checkpoints.save(nnx.state(model, nnx.Param), {"kind": "weights"}, 0)
-    write_json(path / ORIGIN, known._asdict())
+    write_json(path / ORIGIN, source._asdict())
     write_atomically(path / MODEL, to_json(model.config) + "\n")  # last: a folder without it is not a model
 
 

@@ -71,13 +71,13 @@ def train(arguments: list[str]) -> int:
     preset, *rest = arguments
     # The preset is the default of every flag, so `train PRESET --help` shows the values that the run would have.
     default = TrainArguments(out=tyro.MISSING, run=run_preset(preset))
-    chosen = parse(TrainArguments, rest, f"{program()} train {preset}", default)
-    profile_steps = step_range(chosen.profile)
+    options = parse(TrainArguments, rest, f"{program()} train {preset}", default)
+    profile_steps = step_range(options.profile)
     # Before anything asks JAX for its devices: afterwards a process can no longer join the others.
-    if chosen.group.join():
+    if options.group.join():
         print(distributed.process_table(), flush=True)
     check_platform()
-    out, run = chosen.out, with_initial_weights(chosen.run, preset, chosen.out)
+    out, run = options.out, with_initial_weights(options.run, preset, options.out)
 
     # One process speaks for all; the others would print the same lines.
     console = Console(quiet=jax.process_index() > 0)
@@ -86,7 +86,7 @@ def train(arguments: list[str]) -> int:
     use_compile_cache(cache_folder() / "compiled")
     try:
         with follow(run, out, console):
-            result = loop.train(run, out, token_set, profile_steps, not chosen.no_self_check)
+            result = loop.train(run, out, token_set, profile_steps, not options.no_self_check)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.status

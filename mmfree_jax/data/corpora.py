@@ -16,7 +16,7 @@ NAMED = (EMBEDDED, *TIERS)
 WAIT_S = 600.0  # for another process that is building the same corpus
 
 
-class Known(NamedTuple):
+class CorpusPlace(NamedTuple):
     """Where a run found one of its corpora."""
 
     name: str  # as in the run's config
@@ -58,23 +58,23 @@ def resolve_corpus(
     return TokenSet.open(path)
 
 
-def _corpus_of_run(name: str, vocab_size: int, progress: Say, known: Known | None) -> TokenSet:
+def _corpus_of_run(name: str, vocab_size: int, progress: Say, place: CorpusPlace | None) -> TokenSet:
     """Open the corpus of a name, or the one that the run found under this name before.
 
     The latter if the name is a path that does not exist here, or a named corpus whose content has changed.
     """
-    if known is None or Path(name).name != Path(known.name).name or (name not in NAMED and Path(name).exists()):
+    if place is None or Path(name).name != Path(place.name).name or (name not in NAMED and Path(name).exists()):
         return resolve_corpus(name, vocab_size, progress=progress)
     try:
-        found = TokenSet.open(known.path)
+        found = TokenSet.open(place.path)
     except FileNotFoundError:
         found = None
-    if found is not None and found.fingerprint == known.fingerprint:
+    if found is not None and found.fingerprint == place.fingerprint:
         return found
     try:
         return resolve_corpus(name, vocab_size, progress=progress)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; the run read it from {known.path}, which is gone") from None
+        raise FileNotFoundError(f"{error}; the run read it from {place.path}, which is gone") from None
 
 
 def with_contents(data: DataConfig, token_set: TokenSet) -> DataConfig:
@@ -91,14 +91,14 @@ def with_contents(data: DataConfig, token_set: TokenSet) -> DataConfig:
     return dataclasses.replace(data, corpus=corpus, mixture=tuple(mixture), contents=contents)
 
 
-def resolve_data(data: DataConfig, progress: Say = quiet, known: tuple[Known, ...] = ()) -> TokenSet:
+def resolve_data(data: DataConfig, progress: Say = quiet, places: tuple[CorpusPlace, ...] = ()) -> TokenSet:
     """Open what a run reads: its corpus, or a mixture of several. Raises as `resolve_corpus` and `Mixture` do.
 
-    known: where a resumed run found its corpora before. These are used for a path that does not exist here, and for a
+    places: where a resumed run found its corpora before. These are used for a path that does not exist here, and for a
     named corpus that has changed since.
     """
     # A run that was moved finds its corpora where it found them last, as long as they hold the same.
     names = (data.corpus, *data.mixture)
-    places = known if len(known) == len(names) else (None,) * len(names)
-    sets = [_corpus_of_run(name, data.vocab, progress, place) for name, place in zip(names, places, strict=True)]
+    found = places if len(places) == len(names) else (None,) * len(names)
+    sets = [_corpus_of_run(name, data.vocab, progress, place) for name, place in zip(names, found, strict=True)]
     return Mixture(sets, data.weights or [1.0] * len(sets)) if data.mixture else sets[0]

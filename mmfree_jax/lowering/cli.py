@@ -42,14 +42,14 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 1
     preset, *rest = arguments
     default = LowerArguments(run=run_preset(preset))
-    chosen = parse(LowerArguments, with_mesh(rest), f"{name} {preset}", default)
-    verdict = judge(chosen.run, chosen.device)
-    if chosen.json:
-        print(json.dumps(as_json(chosen.run, verdict), allow_nan=False))
+    options = parse(LowerArguments, with_mesh(rest), f"{name} {preset}", default)
+    verdict = judge(options.run, options.device)
+    if options.json:
+        print(json.dumps(as_json(options.run, verdict), allow_nan=False))
     else:
         # Where the output is a file there is no width to fit into; rich would assume 80 columns and cut cells.
         width = None if Console().is_terminal else 160
-        show(chosen.run, verdict, Console(highlight=False, markup=False, emoji=False, width=width))
+        show(options.run, verdict, Console(highlight=False, markup=False, emoji=False, width=width))
     return 0 if verdict.fits else serving.DOES_NOT_FIT
 
 

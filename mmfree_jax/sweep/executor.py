@@ -80,7 +80,7 @@ class Pending:
         self.runs, self.reached = left, reached
         self.vain = 0 if progress or not worked else self.vain + 1
 
-    def abandon(self, out: Path, why: str) -> None:
+    def abandon(self, out: Path, reason: str) -> None:
         """Record that the current run, the first one left, has failed, and so have branches that now cannot begin.
 
         Goes on with the runs that can still succeed and that no other process of this machine trains; for those that
@@ -88,7 +88,7 @@ class Pending:
         """
         first, *others = remaining(out, self.runs)
         if not is_locked(run_folder(out, first)):
-            fail(run_folder(out, first), why)
+            fail(run_folder(out, first), reason)
         lost = {first.name}
         for run in others:
             if run.branch is not None and run.branch.run in lost and not can_begin(out, run):

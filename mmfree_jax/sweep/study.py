@@ -8,10 +8,10 @@ from rich.text import Text
 
 from mmfree_jax.config import DataConfig, require
 from mmfree_jax.data import TokenSet, resolve_data
-from mmfree_jax.data.corpora import Known
+from mmfree_jax.data.corpora import CorpusPlace
 from mmfree_jax.files import locked, write_atomically, write_json
 from mmfree_jax.output import line_printer
-from mmfree_jax.run_folder import changes, check_data, claim, known_corpora, with_corpus, with_saved_choices
+from mmfree_jax.run_folder import changes, check_data, claim, corpus_places, with_corpus, with_saved_choices
 from mmfree_jax.sweep.executor import Executor, open_chains
 from mmfree_jax.sweep.experiment import Study, run_flops
 from mmfree_jax.sweep.heartbeat import file_clock
@@ -57,10 +57,10 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
         DataConfig(data.corpus, data.vocab, mixture=data.mixture, weights=data.weights)
         for data in (run.data for run in study.runs)
     ]
-    known: dict[DataConfig, tuple[Known, ...]] = {}
+    places: dict[DataConfig, tuple[CorpusPlace, ...]] = {}
     for run, one in zip(study.runs, parts, strict=True):
-        known[one] = known.get(one) or known_corpora(run_folder(out, run))  # of the first run that has begun
-    found = {one: resolve_data(one, say, known[one]) for one in dict.fromkeys(parts)}
+        places[one] = places.get(one) or corpus_places(run_folder(out, run))  # of the first run that has begun
+    found = {one: resolve_data(one, say, places[one]) for one in dict.fromkeys(parts)}
     runs = []
     for run, one in zip(study.runs, parts, strict=True):
         check_data(run, found[one])

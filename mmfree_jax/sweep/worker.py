@@ -31,7 +31,7 @@ from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.errors import is_explained
 from mmfree_jax.files import LockedError, cache_folder
 from mmfree_jax.output import make_streams_tolerant
-from mmfree_jax.run_folder import known_corpora, read_run
+from mmfree_jax.run_folder import corpus_places, read_run
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.heartbeat import heartbeat, wait_until_free
@@ -116,7 +116,7 @@ def _train(config: RunConfig, folder: Path, resolve: Callable[..., TokenSet], li
     signal.setitimer(signal.ITIMER_REAL, limit_hours * 3600, 1.0)
     try:
         with heartbeat(folder, end_if_hung) if first else contextlib.nullcontext():
-            train(config, folder, resolve(config.data, known=known_corpora(folder)))
+            train(config, folder, resolve(config.data, places=corpus_places(folder)))
     except Interrupted as stop:
         if stop.status == TIMED_OUT:
             raise TimedOut(f"{stop}; its limit of {limit_hours:g} hours is over: raise --limit-hours") from None
@@ -155,7 +155,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def start(arguments: list[str]) -> int:
     """Run the command; returns its exit status."""
-    chosen = parse(arguments)
+    options = parse(arguments)
     group = distributed.find_group("", 0, -1)
     if group is not None:
         try:
@@ -163,7 +163,7 @@ def start(arguments: list[str]) -> int:
         except distributed.MissingProcess as error:
             print(error, file=sys.stderr)
             return LEFT_ALONE
-    return main(chosen.out, chosen.names, chosen.experiment, chosen.limit_hours)
+    return main(options.out, options.names, options.experiment, options.limit_hours)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Pending:
     metrics: Mapping[str, Any]
     rate: float
     before: Counts  # when this process began, over all processes
-    own: Counts  # what this process has counted since
+    counted: Counts  # what this process has counted since
 
 
 class RunLog(contextlib.AbstractContextManager):
@@ -265,7 +265,7 @@ class Interval:
         All processes must call it.
         """
         metrics = jax.device_get([one.metrics for one in self.pending])
-        numbers = iter(sum_integers([number for one in self.pending for number in dataclasses.astuple(one.own)]))
+        numbers = iter(sum_integers([number for one in self.pending for number in dataclasses.astuple(one.counted)]))
         return metrics, [one.before + Counts(*itertools.islice(numbers, 3)) for one in self.pending]
 
     def flush(self) -> None:

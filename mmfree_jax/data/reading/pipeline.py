@@ -78,7 +78,7 @@ class Batches(Iterator[Any], contextlib.AbstractContextManager):
         batch: int,
         start: int,
         rows: Sequence[int],
-        ahead: int,
+        prefetch: int,
         put: Put,
         counting: Sequence[int],
         end_of_document: int | None,
@@ -91,7 +91,7 @@ class Batches(Iterator[Any], contextlib.AbstractContextManager):
         self.counts = Counts()
         self._rows, self._end_of_document = rows, end_of_document
         self._counting = np.isin(rows, list(counting))
-        self._ahead = Prefetched(self._generate(start), ahead)
+        self._prefetched = Prefetched(self._generate(start), prefetch)
 
     def _generate(self, start: int) -> Iterator[tuple[Any, Counts]]:
         while True:
@@ -102,14 +102,14 @@ class Batches(Iterator[Any], contextlib.AbstractContextManager):
 
     def __next__(self) -> Any:
         # The state counts what was handed out, not what the thread has prepared: a run saved now reads those again.
-        tokens, counts = next(self._ahead)
+        tokens, counts = next(self._prefetched)
         self.state += self.batch
         self.counts += counts
         return tokens
 
     def close(self, *_: object) -> None:
         """Stop working ahead. The iterator must not be used afterwards."""
-        self._ahead.close()
+        self._prefetched.close()
 
     __exit__ = close
 
@@ -123,7 +123,7 @@ def batches(
     start: int = 0,
     rows: Sequence[int] | None = None,
     split: str = "train",
-    ahead: int = 4,
+    prefetch: int = 4,
     put: Put = lambda rows: rows,
     counting: Sequence[int] | None = None,
     separate: bool = False,
@@ -131,7 +131,7 @@ def batches(
     """Return shuffled training batches of a token set or a `Mixture`.
 
     batch: windows of all processes together; `rows`: which of them this process wants, None for all. start: examples
-    consumed before (`Batches.state`). ahead: batches prepared in advance, at least 1. put: done to each batch ahead,
+    consumed before (`Batches.state`). prefetch: batches prepared in advance, at least 1. put: done to each batch ahead,
     such as the copy to a device. counting: which of its rows this process counts, None for all; each row is counted in
     one process. separate: count as documents are that do not see each other. Raises ValueError for impossible sizes.
     """
@@ -141,7 +141,7 @@ def batches(
         batch,
         start,
         rows,
-        ahead,
+        prefetch,
         put,
         rows if counting is None else counting,
         token_set.end_of_document if separate else None,

@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 
 class Prefetched(Iterator[T]):
-    """Iterates over the items of an iterator in order. A daemon thread prepares up to `ahead` of them in advance.
+    """Iterates over the items of an iterator in order. A daemon thread prepares up to `size` of them in advance.
 
     An exception of the iterator is raised to the consumer at its place. The thread ends with the items, or at `close`.
     """
 
-    def __init__(self, items: Iterator[T], ahead: int):
-        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=ahead)
+    def __init__(self, items: Iterator[T], size: int):
+        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=size)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(items,), name="data-prefetch", daemon=True)
         self._thread.start()

@@ -207,7 +207,7 @@ def test_batches_are_taken_to_the_device_ahead_of_use(tokens: TokenSet) -> None:
         placed.append(len(rows))
         return rows.tolist()
 
-    with batches(tokens, sequence=SEQUENCE, batch=BATCH, seed=5, ahead=3, put=put) as source:
+    with batches(tokens, sequence=SEQUENCE, batch=BATCH, seed=5, prefetch=3, put=put) as source:
         assert next(source) == take(1, tokens)[0].tolist()
         deadline = time.monotonic() + 60
         while len(placed) < 5 and time.monotonic() < deadline:
