@@ -17,20 +17,26 @@ class LockedError(RuntimeError):
     """Another process holds the folder. The message names it."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a sibling of `path` and rename it into place: a reader sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Write a file that appears complete or not at all: yield a sibling, and rename it to `path` afterwards."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # Without fsync before the rename some file systems show an empty file after a crash.
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
+        yield Path(partial)
+        os.chmod(partial, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(partial, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        Path(partial).unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, even after a crash."""
+    with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # before the rename, or some file systems show an empty file after a crash
 
 
 @contextlib.contextmanager

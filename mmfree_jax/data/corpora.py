@@ -24,14 +24,12 @@ class CorpusPlace(NamedTuple):
     fingerprint: str
 
 
-def tier_folder(tier: str, vocab_size: int, cache: Path | None = None) -> Path:
+def tier_folder(tier: str, vocab_size: int) -> Path:
     """Return the default folder of a tier, where runs look for it."""
-    return (cache or cache_folder()) / f"tier-{tier}-{vocab_size}"
+    return cache_folder() / f"tier-{tier}-{vocab_size}"
 
 
-def resolve_corpus(
-    name_or_path: str | Path, vocab_size: int = 2048, cache: Path | None = None, progress: Say = quiet
-) -> TokenSet:
+def resolve_corpus(name_or_path: str | Path, vocab_size: int = 2048, progress: Say = quiet) -> TokenSet:
     """Open the corpus "embedded" (built on first use, in about half a minute), a tier, or the token set at a path.
 
     vocab_size: of a named corpus; a token set at a path has its own. Raises FileNotFoundError for a path without a set,
@@ -40,13 +38,13 @@ def resolve_corpus(
     name = str(name_or_path)
     path = Path(name)
     if name == EMBEDDED:
-        path = (cache or cache_folder()) / embedded_name(vocab_size)
+        path = cache_folder() / embedded_name(vocab_size)
         if not path.exists():
             with locked(path.with_name(f"{path.name}.building"), WAIT_S):
                 if not path.exists():  # another process may have built it while this one waited
                     return build_embedded(path, vocab_size, progress=progress)
     elif name in TIERS:
-        path = tier_folder(name, vocab_size, cache)
+        path = tier_folder(name, vocab_size)
         if not path.exists():
             raise FileNotFoundError(
                 f"corpus {name!r} with {vocab_size} tokens has not been built here (there is no {path}): "

@@ -11,8 +11,6 @@ architecture would read is written too.
 
 import functools
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -24,6 +22,7 @@ from flax import nnx
 
 from mmfree_jax.config import ModelConfig, require
 from mmfree_jax.errors import need
+from mmfree_jax.files import new_file
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.models.layers import Projection
 from mmfree_jax.models.mlgru import floors
@@ -79,13 +78,11 @@ def save_gguf(
     check_kind(config, kind)
     gguf = need("gguf", *NEEDED)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling that is renamed: a program that watches the folder never loads half a model.
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    writer = gguf.GGUFWriter(partial, ARCHITECTURES[config.family])
-    try:
+    with new_file(path) as partial:
+        writer = gguf.GGUFWriter(partial, ARCHITECTURES[config.family])
         write_metadata(writer, config, kind, context)
         write_tokenizer(writer, tokenizer_json, config, end)
+        # The header comes first and says where everything lies, so each tensor is announced before any is made.
         tensors = list(model_tensors(model, kind))
         for tensor in tensors:
             _announce(writer, tensor)
@@ -96,11 +93,6 @@ def save_gguf(
             dtype = STORED.get(tensor.kind, np.uint8)
             writer.write_tensor_data(np.ascontiguousarray(tensor.make().astype(dtype, copy=False)))
         writer.close()
-        os.chmod(partial, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def check_expressible(config: ModelConfig) -> None:

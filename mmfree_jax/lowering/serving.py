@@ -196,16 +196,12 @@ def show(
         f"{options.model}: {flops.parameters(config).total / 1e9:.3g}B parameters on one {options.device}, "
         f"{options.batch} x {options.context} tokens"
     )
-    sizes = Table("memory", "GB", title_justify="left")
-    for name, value in dataclasses.asdict(memory).items():
-        sizes.add_row(name, f"{value / 1e9:.3f}")
-    sizes.add_row("total", f"{memory.total / 1e9:.3f}", style="bold")
-    console.print(sizes)
-    times = Table("time of a step", "ms")
-    for name, value in dataclasses.asdict(time).items():
-        times.add_row(name, f"{value * 1e3:.3f}")
-    times.add_row("total", f"{time.total * 1e3:.3f}", style="bold")
-    console.print(times)
+    for title, unit, factor, parts in (("memory", "GB", 1e-9, memory), ("time of a step", "ms", 1e3, time)):
+        table = Table(title, unit)
+        for name, value in dataclasses.asdict(parts).items():
+            table.add_row(name, f"{value * factor:.3f}")
+        table.add_row("total", f"{parts.total * factor:.3f}", style="bold")
+        console.print(table)
     console.print(f"{options.batch / time.total:,.0f} tokens/s")
     fits = memory.total <= usable
     console.print(

@@ -38,27 +38,40 @@ class Beat:
 
 
 @contextlib.contextmanager
-def heartbeat(folder: Path, also: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Touch the file in `folder` from a thread while the context is open, and call `also` each time."""
-    path, ended = folder / FILE, threading.Event()
+def repeated(action: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call `action` every so many seconds, from a thread, while the context is open."""
+    ended = threading.Event()
 
-    def beat() -> None:
-        while not ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # the shared file system may fail for a moment
-                os.utime(path)  # without a time, so that the server of a shared file system takes its own
-            also()
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            action()
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"host": socket.gethostname(), "pid": os.getpid(), "job": own_job()})
-    # A thread, and not the training loop: a step, a compilation or a save may take longer than the heartbeat's period.
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def heartbeat(folder: Path, also: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Touch the file in `folder` while the context is open, and call `also` each time."""
+
+    def beat() -> None:
+        with contextlib.suppress(OSError):  # the shared file system may fail for a moment
+            os.utime(folder / FILE)  # without a time, so that the server of a shared file system takes its own
+        also()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FILE, {"host": socket.gethostname(), "pid": os.getpid(), "job": own_job()})
+    # From a thread, not from the training loop: a step, a compilation or a save may take longer than the period.
+    try:
+        with repeated(beat, BEAT_SECONDS):
+            yield
+    finally:
+        (folder / FILE).unlink(missing_ok=True)
 
 
 def own_job() -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.text import Text
 from mmfree_jax.config import RunConfig
 from mmfree_jax.output import line_printer
 from mmfree_jax.sweep.experiment import run_flops
+from mmfree_jax.sweep.heartbeat import repeated
 from mmfree_jax.sweep.status import RunStatus, status
 
 REFRESH_SECONDS = 1.0
@@ -128,20 +128,8 @@ class View:
 def follow(config: RunConfig, folder: Path, console: Console) -> Iterator[None]:
     """Show the progress of a run that this process trains, from a thread."""
     # From a thread, because the training loop must not wait for a terminal, and a compilation may take minutes.
-    ended = threading.Event()
-    with View([(config, folder)], console) as view:
-
-        def watch() -> None:
-            while not ended.wait(REFRESH_SECONDS):
-                view.update()
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
+    with View([(config, folder)], console) as view, repeated(view.update, REFRESH_SECONDS):
+        yield
 
 
 def describe(s: RunStatus) -> str:

@@ -197,9 +197,8 @@ def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax
     """((loss, z-loss in it), gradient): means over the targets of a batch [B, T+1], as the optimizer takes them."""
     separator, accumulate = key.separator, key.optim.accumulate
     counted_BT = _documents(tokens_BT, separator)[1]
-    # With separate documents micro-batches have different numbers of targets. A mean of their means would weigh targets
-    # of short ones more.
-    # The count over all micro-batches, so that each target has the same weight, whichever micro-batch it is in.
+    # With separate documents micro-batches have different numbers of targets, and a mean of their means would weigh
+    # targets of short ones more. So sums are divided by the count over all micro-batches.
     count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
 
     # Codes are computed once a step instead of once a micro-batch. A single batch computes them layer by layer.

@@ -126,11 +126,11 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> np.ndarray:
     return drop
 
 
-def overlap(texts: Sequence[str], reference: Sequence[str], width: int = OVERLAP_WORDS) -> np.ndarray:
-    """Share of each text's `width`-word runs that occur anywhere in `reference`, float64 [texts]; 0 without runs."""
+def overlap(texts: Sequence[str], reference: Sequence[str]) -> np.ndarray:
+    """Share of each text's runs of OVERLAP_WORDS words that occur anywhere in `reference`, float64 [texts]; 0 without runs."""
     # Prefix sums turn a flag for each run into counts for each text: a difference of two places.
-    known = np.unique(shingles(reference, width)[0])
-    hashes, offsets = shingles(texts, width)
+    known = np.unique(shingles(reference, OVERLAP_WORDS)[0])
+    hashes, offsets = shingles(texts, OVERLAP_WORDS)
     found = np.concatenate(([0], np.cumsum(np.isin(hashes, known, kind="sort"))))
     return (found[offsets[1:]] - found[offsets[:-1]]) / np.maximum(np.diff(offsets), 1)
 

@@ -109,9 +109,9 @@ def version_of(archive: Path) -> str:
     return match.group(1) if match else archive.name
 
 
-def _tar_members(stream: BinaryIO, mode: str = "r|*") -> Iterator[tuple[str, bytes]]:
+def _tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
     # As a stream, in the order of the archive: a package of a gigabyte is never in memory, nor on the disk unpacked.
-    with tarfile.open(fileobj=stream, mode=mode) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=stream, mode="r|*") as archive:
         for member in archive:
             file = archive.extractfile(member) if member.isreg() else None
             if file is None:

@@ -148,14 +148,12 @@ def batches(
     )
 
 
-def evaluation_windows(
-    token_set: TokenSet, sequence: int, batch: int, split: str = "valid"
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the entire split once, in order: tokens int32 [batch, sequence + 1] and a mask bool [batch, sequence].
+def evaluation_windows(token_set: TokenSet, sequence: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the entire held-out split once, in order: tokens int32 [batch, sequence + 1] and a mask bool [batch, sequence].
 
     Every token except the first is a target (mask True) exactly once; what fills up the last batch is False.
     """
-    tokens = token_set.split(split)
+    tokens = token_set.split("valid")
     targets = len(tokens) - 1
     if targets < 1 or sequence < 1 or batch < 1:
         raise ValueError(f"nothing to evaluate: {len(tokens)} tokens, sequence {sequence}, batch {batch}")
