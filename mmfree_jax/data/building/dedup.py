@@ -127,7 +127,7 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> np.ndarray:
 
 
 def overlap(texts: Sequence[str], reference: Sequence[str]) -> np.ndarray:
-    """Share of each text's runs of OVERLAP_WORDS words that occur anywhere in `reference`, float64 [texts]; 0 without runs."""
+    """Share of each text's runs of OVERLAP_WORDS words that are in `reference` too, float64 [texts]; 0 without runs."""
     # Prefix sums turn a flag for each run into counts for each text: a difference of two places.
     known = np.unique(shingles(reference, OVERLAP_WORDS)[0])
     hashes, offsets = shingles(texts, OVERLAP_WORDS)

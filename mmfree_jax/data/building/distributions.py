@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 _NESTED = (".tar.xz", ".tar.gz", ".tar.bz2")
 
@@ -109,7 +109,7 @@ def version_of(archive: Path) -> str:
     return match.group(1) if match else archive.name
 
 
-def _tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
+def _tar_members(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     # As a stream, in the order of the archive: a package of a gigabyte is never in memory, nor on the disk unpacked.
     with tarfile.open(fileobj=stream, mode="r|*") as archive:
         for member in archive:

@@ -149,7 +149,7 @@ def batches(
 
 
 def evaluation_windows(token_set: TokenSet, sequence: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the entire held-out split once, in order: tokens int32 [batch, sequence + 1] and a mask bool [batch, sequence].
+    """Yield the held-out split once, in order: tokens int32 [batch, sequence + 1] and a mask bool [batch, sequence].
 
     Every token except the first is a target (mask True) exactly once; what fills up the last batch is False.
     """
