@@ -315,7 +315,7 @@ def to_json(config: Any) -> str:
 
 
 def from_json(cls: type, text: str, source: str = "") -> Any:
-    """Inverse of `to_json`.
+    """Build a config from its JSON text, the inverse of `to_json`.
 
     Raises ConfigError, naming the `source` of the text, for unknown keys (with the nearest one), wrong types and wrong
     values.

@@ -131,6 +131,6 @@ def locked(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """`$MMFREE_JAX_CACHE`, else `~/.cache/mmfree_jax`."""
+    """Return the folder of the cache: `$MMFREE_JAX_CACHE`, else `~/.cache/mmfree_jax`."""
     named = os.environ.get("MMFREE_JAX_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "mmfree_jax"

@@ -50,7 +50,7 @@ def make_streams_tolerant() -> None:
 
 
 def program() -> str:
-    """The name of the running command, for messages: `mmfree` if it is the installed one, else `launch.py`."""
+    """Return the name of the running command, for messages: `mmfree` if it is the installed one, else `launch.py`."""
     return "mmfree" if Path(sys.argv[0]).stem == "mmfree" else "launch.py"
 
 

@@ -106,7 +106,7 @@ def with_initial_weights(run: RunConfig, preset: str, out: Path) -> RunConfig:
 
 
 def with_choices_of(found: ModelConfig, model: ModelConfig) -> ModelConfig:
-    """The architecture `found` of some weights, with what a run of `model` may choose for itself."""
+    """Return the architecture `found` of some weights, with what a run of `model` may choose for itself."""
     return dataclasses.replace(found, **{name: getattr(model, name) for name in CHOICES_OF_RUN})
 
 

@@ -69,6 +69,6 @@ def main(arguments: list[str]) -> int:
 
 
 def command() -> int:
-    """The entry point of `mmfree`: run the verb that this process was started with."""
+    """Run the verb that this process was started with: the entry point of `mmfree`."""
     make_streams_tolerant()
     return main(sys.argv[1:])

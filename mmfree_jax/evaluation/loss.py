@@ -29,12 +29,12 @@ class Scores(TypedDict, total=False):
 
 
 def score_lines(scores: Scores) -> list[str]:
-    """The scores as lines, NAME VALUE."""
+    """Return the scores as lines, NAME VALUE."""
     return [f"{name} {value:.6g}" for name, value in scores.items() if isinstance(value, int | float)]
 
 
 def evaluate(score: Score, mesh: jax.sharding.Mesh, params: Any, token_set: TokenSet, sequence: int) -> Scores:
-    """Mean loss over the entire held-out split, every token except the first predicted once.
+    """Compute the mean loss over the entire held-out split, every token except the first predicted once.
 
     score: compiled for `mesh`; (params, tokens_BT int32 [B, T+1], mask_BT bool [B, T]) -> nats and targets of each row.
 

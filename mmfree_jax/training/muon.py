@@ -27,7 +27,7 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:
-    """Nesterov momentum, then the nearest orthogonal matrix, times 0.2 sqrt(max(D, F)): the size of AdamW's update."""
+    """Return Muon: Nesterov momentum, then the nearest orthogonal matrix, times 0.2 sqrt(max(D, F)) as AdamW's updates."""
 
     def update(updates: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         buffers = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
@@ -67,7 +67,7 @@ def newton_schulz(m_NDF: jax.Array) -> jax.Array:
 
 
 def layer_sharded(m_NDF: jax.Array, ends: tuple) -> jax.Array:
-    """`newton_schulz`, with the matrices distributed over the devices that hold shards of each.
+    """Compute `newton_schulz` with the matrices distributed over the devices that hold shards of each.
 
     `ends`: mesh axes that shard D and F. One axis moves at a time: each move is then an all-to-all, while both at once
     would gather the entire stack on every device. An axis that would leave devices without a matrix does not move.

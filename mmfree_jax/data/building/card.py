@@ -42,7 +42,7 @@ def _flaws(card: Mapping[str, Any]) -> str:
 
 
 def readable(card: Mapping[str, Any]) -> str:
-    """The card as Markdown."""
+    """Return the card as Markdown."""
     sources = card.get("sources", [])
     steps = list(sources[0]["bytes_after"]) if sources else []
     rows = [

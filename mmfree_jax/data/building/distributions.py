@@ -102,7 +102,7 @@ def fetch(source: Source, folder: Path) -> Path:
 
 
 def version_of(archive: Path) -> str:
-    """The version in the name of an archive: NAME_VERSION_ARCH.deb, NAME-VERSION-….whl, NAME-VERSION.tgz."""
+    """Return the version in the name of an archive: NAME_VERSION_ARCH.deb, NAME-VERSION-….whl, NAME-VERSION.tgz."""
     if archive.suffix == ".deb":
         return archive.name.split("_")[1].replace("%3a", ":")
     match = re.search(r"-(\d[^-]*?)(?:-.*\.whl|\.tar\.gz|\.tgz|\.zip)$", archive.name)
@@ -123,7 +123,7 @@ def _tar_members(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 def members(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files of a .deb, wheel, zip or tar archive, tar archives inside included."""
+    """Yield (name, content) of the regular files of a .deb, wheel, zip or tar archive, tar archives inside included."""
     if archive.suffix == ".deb":
         with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None

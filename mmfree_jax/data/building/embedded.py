@@ -116,7 +116,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def installed_packages() -> list[Package]:
-    """The packages of `installed_versions` in its order, with their licences and files."""
+    """Return the packages of `installed_versions` in its order, with their licences and files."""
     return [_installed(name) if name != STANDARD_LIBRARY else _standard_library() for name in installed_versions()]
 
 
@@ -132,7 +132,7 @@ def _documented(body: Sequence[ast.stmt]) -> Iterator[ast.Constant]:
 
 
 def docstrings(source: bytes) -> list[str]:
-    """The cleaned documentation strings of Python source, in source order, without regard to their length.
+    """Return the cleaned documentation strings of Python source, in source order, of any length.
 
     Raises SyntaxError, or ValueError for null bytes, when `source` is not Python 3.
     """
@@ -156,7 +156,7 @@ class Extracted:
 
 
 def extract(source: bytes) -> Extracted:
-    """The documentation strings of a source file that are long enough and read as English, and what was left out."""
+    """Return the documentation strings of a source file that are long and English, and what was left out."""
     if b'"""' not in source and b"'''" not in source:
         return Extracted((), 0, 0, 0, True)
     try:
@@ -170,7 +170,7 @@ def extract(source: bytes) -> Extracted:
 
 
 def extract_files(paths: Sequence[str]) -> list[Extracted]:
-    """`extract` for files; runs in a worker."""
+    """Call `extract` for files, in a worker."""
     gc.disable()  # syntax trees are many objects without cycles: looking for some would take a fifth of the time
     try:
         return [extract(Path(path).read_bytes()) for path in paths]
@@ -179,7 +179,7 @@ def extract_files(paths: Sequence[str]) -> list[Extracted]:
 
 
 def extract_packages(packages: Sequence[Package], processes: int | None = None) -> list[list[Extracted]]:
-    """What every file of every package gave, in the order of the packages and their files."""
+    """Extract every file of every package, in the order of the packages and their files."""
     paths = [path for package in packages for _, path in package.files]
     # Dealt out in turn, so that every process gets files of every package: large files lie together.
     count = max(1, min(processes or available_cores(), 8, len(paths)))
@@ -198,7 +198,7 @@ def embedded_name(vocab_size: int) -> str:
 def collect(
     packages: Sequence[Package], processes: int | None = None
 ) -> tuple[list[Document], dict[str, dict[str, int]]]:
-    """Documents of the packages, and bytes left per source after the steps `found` and `long`."""
+    """Return the documents of the packages, and bytes left per source after the steps `found` and `long`."""
     documents = []
     left: dict[str, dict[str, int]] = {"found": {}, "long": {}}
     for package, files in zip(packages, extract_packages(packages, processes), strict=True):

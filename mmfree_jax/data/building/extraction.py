@@ -43,7 +43,7 @@ _TEXINFO_BRACES = re.compile(r"@\w+\{([^{}]*)\}")
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph is running English: long enough, mostly letters, a fifth function words, few identifiers."""
+    """Tell whether a paragraph is running English: long, mostly letters, a fifth function words, few identifiers."""
     words = WORD.findall(paragraph)
     return (
         len(paragraph) >= SHORTEST
@@ -71,20 +71,20 @@ def _cut_long(paragraph: str) -> Iterator[str]:
 
 
 def prose(blocks: Iterable[str]) -> list[str]:
-    """The blocks that are prose, each on one line, those that are too long cut."""
+    """Return the blocks that are prose, each on one line; cut those that are too long."""
     lines = (_SPACES.sub(" ", normalise(block)).strip() for block in blocks)
     return [part for line in lines if len(line) >= SHORTEST for part in _cut_long(line) if is_prose(part)]
 
 
 def from_html(text: str) -> Iterator[str]:
-    """Blocks of HTML, XHTML, DocBook or OSIS; scripts, navigation and listings are left out."""
+    """Yield blocks of HTML, XHTML, DocBook or OSIS; scripts, navigation and listings are left out."""
     text = _HTML_HIDDEN.sub("\n\n", _HTML_COMMENT.sub(" ", text)).replace("\n", " ")
     text = _HTML_TAG.sub("", _HTML_BLOCK.sub("\n\n", text))
     yield from html.unescape(text).split("\n\n")
 
 
 def from_rst(text: str) -> Iterator[str]:
-    """Paragraphs of reStructuredText, without directives, fields and literal blocks."""
+    """Yield paragraphs of reStructuredText, without directives, fields and literal blocks."""
     for block in _BLANK_LINE.split(text):
         # Indented blocks are listings, unless they begin with a capital: then they are the body of a directive.
         if not re.match(r"(?: {4}|\t)(?!\s*[A-Z])", block):
@@ -93,7 +93,7 @@ def from_rst(text: str) -> Iterator[str]:
 
 
 def from_pod(text: str) -> Iterator[str]:
-    """Paragraphs of Perl documentation."""
+    """Yield paragraphs of Perl documentation."""
     inside = True
     for block in _BLANK_LINE.split(text):
         if block.startswith("="):
@@ -103,7 +103,7 @@ def from_pod(text: str) -> Iterator[str]:
 
 
 def from_man(text: str) -> Iterator[str]:
-    """Paragraphs of a manual page in troff."""
+    """Yield paragraphs of a manual page in troff."""
     held: list[str] = []
     verbatim = False
     for line in text.split("\n"):
@@ -122,7 +122,7 @@ def from_man(text: str) -> Iterator[str]:
 
 
 def from_texinfo(text: str) -> Iterator[str]:
-    """Paragraphs of Texinfo."""
+    """Yield paragraphs of Texinfo."""
     text = re.sub(r"^@(?!itemx?\b).*$", "", text, flags=re.M)
     # Commands such as @code{x} stand for their argument; line commands such as @node are not text.
     for _ in range(3):  # braces inside braces
@@ -131,8 +131,8 @@ def from_texinfo(text: str) -> Iterator[str]:
 
 
 def from_source(text: str, language: str) -> Iterator[str]:
-    """Paragraphs of the comments of "c" and its relatives or "ada", without licence headers; help texts of "kconfig";
-    entries of a GNU "changelog"."""
+    """Yield paragraphs of source text: comments of "c" and its relatives or of "ada", without licence headers; help texts
+    of "kconfig"; entries of a GNU "changelog"."""
     if language == "c":
         found = [_COMMENT_EDGE.sub("", m.group(1) or m.group(2) or "") for m in _COMMENT.finditer(text)]
     elif language == "ada":
@@ -160,13 +160,13 @@ def _strings(value: Any, keys: tuple[str, ...]) -> Iterator[str]:
 
 
 def from_api_description(text: str) -> Iterator[str]:
-    """The descriptions in a machine-readable API description (JSON), which may hold HTML."""
+    """Yield the descriptions in a machine-readable API description (JSON), which may hold HTML."""
     for description in _strings(json.loads(text), ("documentation", "description")):
         yield from from_html(description)
 
 
 def from_pdf(data: bytes) -> Iterator[str]:
-    """Paragraphs of a PDF, by `pdftotext`. Raises FileNotFoundError when that program is missing."""
+    """Yield paragraphs of a PDF, by `pdftotext`. Raises FileNotFoundError when that program is missing."""
     with tempfile.NamedTemporaryFile(suffix=".pdf") as file:
         file.write(data)
         file.flush()
@@ -177,7 +177,7 @@ def from_pdf(data: bytes) -> Iterator[str]:
 
 
 def from_sword(files: Mapping[str, bytes]) -> Iterator[tuple[str, list[str]]]:
-    """(name, paragraphs) of each block of a SWORD module: an index of (offset, size, full size) into zlib streams."""
+    """Yield (name, paragraphs) of each block of a SWORD module: (offset, size, full size) into zlib streams."""
     for name in sorted(files):
         if name.endswith((".bzs", ".czs", ".vzs")):
             for number, (offset, size, _) in enumerate(struct.iter_unpack("<III", files[name])):
@@ -219,7 +219,7 @@ def _reader(name: str, comments: bool) -> Callable[[str], Iterable[str]] | None:
 
 
 def paragraphs_of(name: str, data: bytes, *, comments: bool = False, pdf: bool = False) -> list[str]:
-    """The prose of one file, chosen by its name; [] for kinds of files that hold none.
+    """Return the prose of one file, read as its name says; [] for kinds of files that hold none.
 
     comments: read the comments of source code too; pdf: read PDFs. Compressed files (.gz, .dz) are opened.
     """

@@ -50,12 +50,12 @@ class Prepared:
 
 
 def utf8_bytes(texts: Iterable[str]) -> int:
-    """Total length of `texts` in UTF-8 bytes."""
+    """Return the total length of `texts` in UTF-8 bytes."""
     return sum(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 def bytes_by_source(documents: Iterable[Document]) -> dict[str, int]:
-    """UTF-8 bytes of the passages of each source."""
+    """Count the UTF-8 bytes of the passages of each source."""
     sizes: dict[str, int] = {}
     for document in documents:
         sizes[document.source] = sizes.get(document.source, 0) + utf8_bytes(document.passages)

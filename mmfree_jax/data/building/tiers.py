@@ -66,7 +66,7 @@ def _parts(name: str, paragraphs: Sequence[str]) -> Iterator[tuple[str, list[str
 
 
 def read_archive(source: Source, archive: Path) -> Iterator[tuple[str, list[str]]]:
-    """(name, paragraphs) of the documents in a package."""
+    """Yield (name, paragraphs) of the documents in a package."""
     if source.sword:
         for name, paragraphs in from_sword(dict(members(archive))):
             yield from _parts(name, paragraphs)

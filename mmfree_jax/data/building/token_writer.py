@@ -100,7 +100,7 @@ def write_texts(
 
 
 def split_entry(shards: list[Shard], text_bytes: int) -> dict[str, Any]:
-    """The index entry of a split."""
+    """Return the index entry of a split."""
     return {
         "tokens": sum(shard.tokens for shard in shards),
         "documents": sum(shard.documents for shard in shards),

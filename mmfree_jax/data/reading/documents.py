@@ -13,7 +13,7 @@ import numpy as np
 
 
 def document_ids(tokens: Any, end_of_document: int) -> Any:
-    """Which document of its row each input token belongs to: int32 like `tokens` ([..., T]), NumPy or JAX.
+    """Number the document of its row that each input token belongs to: int32 like `tokens` ([..., T]), NumPy or JAX.
 
     An end-of-document token belongs to the document that it stands before: as an input it is all that this document's
     first token is predicted from, as a target it is predicted from the document that it ends.
@@ -23,7 +23,7 @@ def document_ids(tokens: Any, end_of_document: int) -> Any:
 
 
 def is_target(tokens: Any, end_of_document: int) -> Any:
-    """Which targets of windows ([..., T + 1]) are text, bool [..., T]: all but an end of document after another."""
+    """Mark the targets of windows ([..., T + 1]) that are text, bool [..., T]: not an end of document after another."""
     ends = tokens == end_of_document
     return ~(ends[..., 1:] & ends[..., :-1])
 
@@ -41,7 +41,7 @@ class Counts:
 
 
 def count_windows(windows: np.ndarray, first: np.ndarray, end_of_document: int | None) -> Counts:
-    """Counts of windows, int32 [n, T + 1]; `first`, bool [n], is true where one was not read before.
+    """Count what is in windows, int32 [n, T + 1]; `first`, bool [n], is true where one was not read before.
 
     end_of_document: where documents are separate the token that ends one, None where they are joined.
     """

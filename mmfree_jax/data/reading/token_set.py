@@ -47,7 +47,7 @@ class Shard:
 
 
 def fingerprint(vocab_hash: str, dtype: str, splits: dict[str, Any]) -> str:
-    """SHA-256 of the content: vocabulary, dtype and the checksums of all shards in order."""
+    """Return the SHA-256 of the content: vocabulary, dtype and the checksums of all shards in order."""
     # File names and metadata do not count: equal tokens are equal data, wherever and by whomever they were written.
     sums = {name: [[s["sha256"], s["starts_sha256"]] for s in split["shards"]] for name, split in splits.items()}
     return hashlib.sha256(json.dumps([vocab_hash, dtype, sums], sort_keys=True).encode()).hexdigest()
@@ -85,7 +85,7 @@ class Split:
         return sum(shard.documents for shard in self.shards)
 
     def document_starts(self) -> np.ndarray:
-        """Index of the first token of every document, int64 [documents], increasing."""
+        """Return the index of the first token of every document, int64 [documents], increasing."""
         pieces = [s.astype(np.int64) + b for s, b in zip(self._starts, self.bounds, strict=False)]
         return np.concatenate([np.zeros(0, np.int64), *pieces])
 
@@ -143,21 +143,21 @@ class TokenSet:
             raise TokenSetError(f"{path / INDEX} has no {error}: build the token set again") from None
 
     def split(self, name: str) -> Split:
-        """The split `name`; KeyError names the splits there are."""
+        """Return the split `name`; KeyError names the splits there are."""
         if name not in self.splits:
             raise KeyError(f"{self.path} has no split {name!r}, only {', '.join(self.splits)}")
         return self.splits[name]
 
     def text_bytes(self, split: str) -> int:
-        """UTF-8 bytes of the text of a split, end-of-document tokens not counted."""
+        """Return the UTF-8 bytes of the text of a split, end-of-document tokens not counted."""
         return int(self.index["splits"][self.split(split).name]["text_bytes"])
 
     def bytes_per_token(self, split: str) -> float:
-        """Bytes of text a token stands for: bits per byte = nats per token / ln 2 / bytes_per_token."""
+        """Return the bytes of text that a token stands for: bits per byte = nats per token / ln 2 / bytes_per_token."""
         return self.text_bytes(split) / max(len(self.split(split)), 1)
 
     def tokenizer(self) -> tokenization.Tokenizer:
-        """The tokenizer of this set. Raises TokenSetError when the file is not the one the tokens were made with."""
+        """Load the tokenizer of this set. Raises TokenSetError for another one than made the tokens."""
         found = tokenization.load(self.path / TOKENIZER)
         if found.vocab_hash != self.vocab_hash:
             raise TokenSetError(f"{self.path / TOKENIZER} is not the tokenizer that made these tokens")

@@ -109,7 +109,7 @@ def _backend(model: _Model) -> tokenizers.Tokenizer:
 
 
 def load_backend(path: Path) -> tokenizers.Tokenizer:
-    """The backend for a SentencePiece `.model` file. Raises ValueError naming the file when it is not one.
+    """Build the backend for a SentencePiece `.model` file. Raises ValueError naming the file when it is not one.
 
     Tokens are those of the SentencePiece library, except that runs of many blanks may be cut in other places (as in the
     published conversions): all merges of a piece have one rank there, but not in `tokenizers`.

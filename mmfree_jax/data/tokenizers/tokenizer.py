@@ -70,11 +70,11 @@ class Tokenizer:
         return frozenset(number for number, token in added.items() if token.special)
 
     def encode(self, text: str) -> np.ndarray:
-        """Tokens of one text, `dtype` [tokens], without an end-of-document token."""
+        """Encode one text: tokens, `dtype` [tokens], without an end-of-document token."""
         return next(self.encode_stream([text]))
 
     def encode_stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Tokens of each text, `dtype` [tokens]; texts of any length, memory bounded by a few batches of 4 MB."""
+        """Encode each text: tokens, `dtype` [tokens]; texts of any length, memory bounded by a few batches of 4 MB."""
         # Long texts are cut into pieces and short ones collected, so that every batch has about the same size. `last`
         # says where texts end in a batch, and `held` has the tokens of a text that continues in the next one.
         pieces: list[str] = []
@@ -114,11 +114,11 @@ class Tokenizer:
             yield np.array(encoding.ids, self.dtype)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of `tokens`; end-of-document tokens are left out, incomplete UTF-8 becomes U+FFFD."""
+        """Decode `tokens`; end-of-document tokens are left out, incomplete UTF-8 becomes U+FFFD."""
         return self.backend.decode([int(token) for token in tokens], skip_special_tokens=True)
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes that a token stands for inside a text; none for a number without a token."""
+        """Return the bytes that a token stands for inside a text; none for a number without a token."""
         name = self.backend.id_to_token(token)
         if name is None or token in self.backend.get_added_tokens_decoder():
             return (name or "").encode()
@@ -134,7 +134,7 @@ class Tokenizer:
 
 
 def vocabulary_hash(tokenizer_json: str) -> str:
-    """SHA-256 of what decides token numbers in a `tokenizer.json`; its layout and library version do not count."""
+    """Return the SHA-256 of what decides token numbers in a `tokenizer.json`, without its layout and library version."""
     parsed = json.loads(tokenizer_json)
     model = parsed["model"]
     vocabulary = model["vocab"]
@@ -150,7 +150,7 @@ def vocabulary_hash(tokenizer_json: str) -> str:
 
 
 def split_long(text: str) -> list[str]:
-    """`text` in pieces that join to it again, cut at ends of lines where there are any; [text] when it is short."""
+    """Cut a long text into pieces that join to it again, at ends of lines where there are any."""
     pieces, start = [], 0
     while len(text) - start > 2 * PIECE:
         match = _LINE_END.search(text, start + PIECE, min(start + LONGEST_PIECE, len(text)))
@@ -169,7 +169,7 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016; bytes as in Radford et al. 2019), each digit a token of its own.
+    """Train a byte-level BPE (Sennrich et al. 2016; bytes as in Radford et al. 2019), each digit a token of its own.
 
     Token 0 is the end of a document, 1..256 are the bytes. The same texts in the same order give the same tokenizer in
     every process. Raises ValueError when `vocab_size` is under 257 or the text is too small to fill it.
@@ -197,7 +197,7 @@ _BYTE_OF_NAME = {chr(byte): byte for byte in _KEPT} | {chr(256 + i): byte for i,
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Every byte a token: 0 is the end of a document, byte b is token b + 1."""
+    """Return the tokenizer with a token for every byte: 0 is the end of a document, byte b is token b + 1."""
     vocabulary = {END_OF_DOCUMENT: 0} | {name: byte + 1 for name, byte in _BYTE_OF_NAME.items()}
     backend = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
     backend.add_special_tokens([END_OF_DOCUMENT])
@@ -205,7 +205,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def load(path: Path) -> Tokenizer:
-    """A tokenizer from a `tokenizer.json`, a folder that holds one, or a SentencePiece model (any other file name).
+    """Load a tokenizer from a `tokenizer.json`, a folder that holds one, or a SentencePiece model (any other name).
 
     Raises FileNotFoundError when there is none, ValueError when the file is not one or has no end-of-document token.
     """
@@ -223,7 +223,7 @@ def load(path: Path) -> Tokenizer:
 
 
 def named(name: str) -> Tokenizer:
-    """The tokenizer called "bytes" or "mistral" (32,000 tokens, from the package mistral-common), or the one at a path.
+    """Load the tokenizer called "bytes" or "mistral" (32,000 tokens, of the package mistral-common), or one at a path.
 
     Raises ModuleNotFoundError when mistral-common is not installed, and what `load` raises.
     """

@@ -29,7 +29,7 @@ _LARGEST = 500_000  # words remembered: about 100 MB
 
 
 def fits(tokenizer_json: str) -> bool:
-    """Whether a `tokenizer.json` is of the kind that this module encodes: byte-level BPE with digits split."""
+    """Tell whether a `tokenizer.json` is of the kind that this module encodes: byte-level BPE with digits split."""
     parsed = json.loads(tokenizer_json)
     steps = (parsed.get("pre_tokenizer") or {}).get("pretokenizers", [])
     plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -50,7 +50,7 @@ class WordCache:
         self._known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> np.ndarray:
-        """Tokens of one text, `dtype` [tokens]: those of the library."""
+        """Encode one text: tokens, `dtype` [tokens], those of the library."""
         if _STRANGE.search(text) is None:
             return self._words(_WORDS.findall(text))
         # Lines with strange characters through the library, the others by words. No token crosses from a word into the
