@@ -27,7 +27,7 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:
-    """Return Muon: Nesterov momentum, then the nearest orthogonal matrix, times 0.2 sqrt(max(D, F)) as AdamW's updates."""
+    """Return Muon: Nesterov momentum, then the nearest orthogonal matrix, scaled to the size of AdamW's update."""
 
     def update(updates: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         buffers = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)

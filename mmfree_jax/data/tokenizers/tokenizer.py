@@ -134,7 +134,7 @@ class Tokenizer:
 
 
 def vocabulary_hash(tokenizer_json: str) -> str:
-    """Return the SHA-256 of what decides token numbers in a `tokenizer.json`, without its layout and library version."""
+    """Return the SHA-256 of what decides token numbers in a `tokenizer.json`, not its layout and library version."""
     parsed = json.loads(tokenizer_json)
     model = parsed["model"]
     vocabulary = model["vocab"]
