@@ -27,7 +27,10 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:
-    """Return Muon: Nesterov momentum, then the nearest orthogonal matrix, scaled to the size of AdamW's update."""
+    """Return Muon: Nesterov momentum, then the nearest orthogonal matrix, scaled to the size of AdamW's update.
+
+    The scale is 0.2 sqrt(max(D, F)): an orthogonal matrix has the root mean square 1 / sqrt(max(D, F)).
+    """
 
     def update(updates: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         buffers = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)

@@ -131,8 +131,8 @@ def from_texinfo(text: str) -> Iterator[str]:
 
 
 def from_source(text: str, language: str) -> Iterator[str]:
-    """Yield paragraphs of comments in "c" and its relatives or "ada", without licence headers; of help texts of "kconfig";
-    of entries of a GNU "changelog"."""
+    """Yield paragraphs of the comments in "c" and its relatives or "ada", without licence headers; of help texts in
+    "kconfig"; of entries in a GNU "changelog"."""
     if language == "c":
         found = [_COMMENT_EDGE.sub("", m.group(1) or m.group(2) or "") for m in _COMMENT.finditer(text)]
     elif language == "ada":
