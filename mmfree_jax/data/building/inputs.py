@@ -1,4 +1,4 @@
-"""Documents out of files: plain text and JSON lines (also compressed), Parquet, ArrayRecord, Hugging Face datasets.
+"""Documents out of files: plain text and JSON lines (also compressed), Parquet, Hugging Face datasets.
 
 Input is cut into units that do not depend on how many processes read them. Every error names the file and the place.
 Text and JSON lines are read block by block: a long text file becomes documents of PART_BYTES, cut at blank lines, else
@@ -36,10 +36,9 @@ MOST_REPLACED = 1e-3  # largest share of a file's or document's characters that 
 _TEXT, _JSON = (".txt", ".md", ".rst", ".text"), (".jsonl", ".ndjson")
 _BARE_JSON = ".json"  # read as JSON lines if compressed or named; in folders such files mostly describe the others
 _ENDINGS = (
-    "use .txt, .md, .rst, .jsonl, .parquet or .array_record; text and JSON lines also with .gz, .zst, .xz or .bz2; a "
+    "use .txt, .md, .rst, .jsonl or .parquet; text and JSON lines also with .gz, .zst, .xz or .bz2; a "
     ".json file is read as JSON lines when it is named itself"
 )
-_PARQUET, _ARRAY_RECORD = (".parquet",), (".array_record", ".arrayrecord")
 HUGGING_FACE = "hf:"
 
 
@@ -47,7 +46,7 @@ HUGGING_FACE = "hf:"
 class Unit:
     """A part of the input that one worker reads: whole files, or [start, stop) of one.
 
-    The range counts bytes of JSON lines and of large plain text, row groups of Parquet, records of ArrayRecord, shards
+    The range counts bytes of JSON lines and of large plain text, row groups of Parquet, shards
     of a Hugging Face dataset.
     """
 
@@ -74,7 +73,7 @@ def _kind(path: Path, named: bool = True) -> str | None:
     last = suffixes[-2] if compressed else suffixes[-1] if suffixes else ""
     if last == _BARE_JSON and (compressed or named):
         return "jsonl"
-    kinds = {"text": _TEXT, "jsonl": _JSON, "parquet": _PARQUET, "arrayrecord": _ARRAY_RECORD}
+    kinds = {"text": _TEXT, "jsonl": _JSON, "parquet": (".parquet",)}
     return next((kind for kind, endings in kinds.items() if last in endings), None)
 
 
@@ -92,9 +91,6 @@ def _units_of_file(path: Path, kind: str) -> list[Unit]:
     if kind == "parquet":
         groups = _parquet_file(str(path)).metadata.num_row_groups
         return _slices(kind, str(path), groups, max(1, groups * UNIT_BYTES // max(size, 1)))
-    if kind == "arrayrecord":
-        count = _array_record(str(path)).num_records()
-        return _slices(kind, str(path), count, max(1, count * UNIT_BYTES // max(size, 1)))
     return [Unit(kind, (str(path),))]
 
 
@@ -293,22 +289,6 @@ def _read_parquet(unit: Unit, key: str, refuse: Refuse) -> Found:
         raise InputError(f"{path} is cut off or damaged: {error}") from None
 
 
-def _read_array_record(unit: Unit, key: str, refuse: Refuse) -> Found:
-    path = unit.files[0]
-    reader = _array_record(path)
-    for number in range(unit.start, unit.stop or reader.num_records()):
-        try:
-            record = reader.read([number])[0]
-        except RuntimeError as error:
-            raise InputError(f"{path} is damaged at record {number}: {error}") from None
-        try:
-            text = _text_of(record, key) if record.startswith(b"{") else record
-        except (ValueError, RecursionError) as error:
-            refuse(f"{path}, record {number}", error)
-        else:
-            yield path, f", record {number}", text
-
-
 def _read_dataset(unit: Unit, key: str, refuse: Refuse) -> Found:
     dataset = _dataset(unit.files[0])
     source = f"{HUGGING_FACE}{unit.files[0]}, shard {unit.start}"
@@ -325,7 +305,6 @@ READERS: dict[str, Callable[[Unit, str, Refuse], Found]] = {
     "text": _read_text,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
-    "arrayrecord": _read_array_record,
     "hf": _read_dataset,
 }
 
@@ -345,14 +324,6 @@ def _parquet_file(path: str) -> Any:
         return module.ParquetFile(path)
     except need("pyarrow", "Parquet", "pyarrow").ArrowException as error:
         raise InputError(f"{path} is cut off or damaged: {error}") from None
-
-
-def _array_record(path: str) -> Any:
-    module = need("array_record.python.array_record_module", "ArrayRecord", "array_record")
-    reader = module.ArrayRecordReader(path)
-    if not reader.ok():  # otherwise it would look like a file without records
-        raise InputError(f"{path} is cut off, or no ArrayRecord file")
-    return reader
 
 
 def _dataset(name: str) -> Any:

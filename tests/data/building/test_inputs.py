@@ -286,27 +286,6 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path: Path) -> None:
     assert read(tmp_path / ".git") == [LINES.decode()[:-1]]  # and so is a hidden folder
 
 
-def test_array_records_hold_text_or_json(tmp_path: Path) -> None:
-    module = pytest.importorskip("array_record.python.array_record_module")
-    file = tmp_path / "a.array_record"
-    writer = module.ArrayRecordWriter(str(file), "group_size:1")
-    for record in (b"plain text", json.dumps({"text": "from json"}).encode(), "naïve".encode()):
-        writer.write(record)
-    writer.close()
-    assert read(file) == ["plain text", "from json", "naïve"]
-    whole = file.read_bytes()
-    place = whole.index(b"plain text")
-    for broken, why in (
-        (b"", "is cut off"),
-        (whole[:-100], "is cut off"),
-        (whole[: place + 5], "is cut off"),
-        (whole[:place] + b"other text" + whole[place + 10 :], "is damaged at record 0"),
-    ):
-        file.write_bytes(broken)
-        with pytest.raises(InputError, match=rf"a\.array_record {why}"):
-            read(file)
-
-
 def test_hugging_face_datasets_are_streamed_by_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library itself, on datasets in local folders: Parquet, and JSON lines with a named configuration."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
