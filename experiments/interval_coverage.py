@@ -53,13 +53,14 @@ METHODS = ("tied", "untied", "headline", "oracle")
 
 @dataclass(frozen=True)
 class Case:
-    """crossing: log10 FLOP; misfit: rms; kind: assumed, power, drift, waves, floors or never."""
+    """crossing: log10 FLOP; misfit: rms; kind: assumed, power, drift, waves, floors or never; largest: parameters."""
 
     crossing: float
     misfit: float
     kind: str = "assumed"
     noise: float = 0.001
     sizes: int = 6
+    largest: float = 1e9
 
 
 def cases() -> dict[str, Case]:
@@ -160,7 +161,7 @@ class World:
         return options[self.log_loss(0, options, misfit=False).argmin()]
 
     def ladder(self, run: float, trunk: float, rng: np.random.Generator) -> Runs:
-        n = np.repeat(np.geomspace(1e7, 1e9, self.case.sizes), len(RATIOS))
+        n = np.repeat(np.geomspace(1e7, self.case.largest, self.case.sizes), len(RATIOS))
         d = n * np.tile(RATIOS, self.case.sizes)
         rows = []
         for f, family in enumerate("AB"):

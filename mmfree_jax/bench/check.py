@@ -129,7 +129,7 @@ def _draw_codes_product(rng: np.random.Generator, attempt: int) -> Use:
 def _draw_dense_product(rng: np.random.Generator, attempt: int) -> Use:
     kind, width = str(rng.choice(["plain", "norm", "swiglu"])), 64 * (1 + attempt % 128)
     added = kind == "norm" and bool(rng.integers(2))
-    sizes = int(rng.integers(1, 5)), width, min(_multiple(rng, 32, 16384), MOST_VALUES // width // 32 * 32)
+    sizes = int(rng.integers(1, 5)), width, min(_multiple(rng, 8, 16384), MOST_VALUES // width // 8 * 8)
     return Use(
         "dense_product", sizes, (kind, int(rng.choice([1, 2])), str(rng.choice(TYPES)), str(rng.choice(TYPES)), added)
     )

@@ -17,7 +17,7 @@ from mmfree_jax.architecture import ModelConfig, scales
 from mmfree_jax.inference.packed import packed_tensors, read_packed, served_config
 from mmfree_jax.models.language_model import Block, DecodeState, LanguageModel, context_after, state_after
 from mmfree_jax.models.layers import Projection, RMSNorm, recipe_of
-from mmfree_jax.ops.bit_linear import Recipe, linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, linear
 from mmfree_jax.ops.fast.choice import forward_only
 from mmfree_jax.ops.packed import Layout, Packed
 from mmfree_jax.ops.packed_linear import PackedWeights
@@ -40,6 +40,23 @@ class PackedProjection(nnx.Module):
     def weights(self) -> PackedWeights:
         """Return its arrays, as the ops take them."""
         return PackedWeights(self.codes, self.gain)
+
+
+class DenseProjection(nnx.Module):
+    """`models.layers.Projection` of dense layers, whose matrices lie in memory as in a file: a row for each output,
+    which is what few tokens are multiplied by fastest."""
+
+    def __init__(self, recipe: Recipe, kernel_GFD: jax.Array):
+        self.recipe = recipe
+        self.kernel_GFD = nnx.data(kernel_GFD)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """[..., D] -> one [..., F] for each group."""
+        return linear(self.recipe, x, self.weights())
+
+    def weights(self) -> Weights:
+        """Return its arrays, as the ops take them."""
+        return Weights(self.kernel_GFD.swapaxes(-1, -2))
 
 
 @jax.tree_util.register_dataclass
@@ -145,26 +162,23 @@ def served(config: ModelConfig, arrays: dict[str, np.ndarray], layout: Layout, d
 
 
 def _block(block: Block, arrays: dict[str, np.ndarray], layer: int, layout: Layout) -> Block:
-    """Fill a block of `models/` that has shapes only with one layer's arrays, its ternary projections packed."""
+    """Fill a block of `models/` that has shapes only with one layer's arrays; its projections become those above."""
     for path, module in list(nnx.iter_modules(block)):
         for name, child in vars(module).items():
-            if isinstance(child, Projection) and child.recipe.ternary:
+            if isinstance(child, Projection):
                 full = ".".join(["blocks", *map(str, path), name])
                 setattr(module, name, _projection(child, full, arrays, layer, layout))
     graph, state = nnx.split(block)
-    fill = lambda path, a: a if isinstance(a, jax.Array) else _layer_array(arrays, path_name(path), layer)
+    fill = lambda path, a: a if isinstance(a, jax.Array) else arrays[f"blocks.{path_name(path)}"][layer]
     return nnx.merge(graph, jax.device_put(jax.tree.map_with_path(fill, state)))
-
-
-def _layer_array(arrays: dict[str, np.ndarray], name: str, layer: int) -> np.ndarray:
-    """The array of one layer as a module holds it: dense matrices lie as [out, in] in a file."""
-    array = arrays[f"blocks.{name}"][layer]
-    return array.swapaxes(-1, -2) if name.endswith(".kernel") else array
 
 
 def _projection(
     module: Projection, name: str, arrays: dict[str, np.ndarray], layer: int, layout: Layout
-) -> PackedProjection:
+) -> PackedProjection | DenseProjection:
+    if not module.recipe.ternary:
+        kernel = arrays[f"{name}.kernel"][layer]
+        return DenseProjection(module.recipe, jax.device_put(kernel if module.groups else kernel[None]))
     codes_GFI, scale_GF = arrays[f"{name}.codes"][layer], arrays[f"{name}.scale"][layer]
     pairs = zip(codes_GFI, scale_GF, strict=True)
     codes = tuple(Packed(jax.device_put(q), jax.device_put(s[None]), layout) for q, s in pairs)

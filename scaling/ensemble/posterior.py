@@ -64,6 +64,11 @@ class Draws:
     noise: np.ndarray
     tail: np.ndarray
 
+    def part(self, picked: np.ndarray) -> Draws:
+        """Some of the draws, by their numbers."""
+        every = ("theta", "h", "base", "weights", "tie", "noise", "tail")
+        return replace(self, **{name: getattr(self, name)[picked] for name in every})
+
     def misfit(self, points: Points) -> np.ndarray:
         """(K, m) each draw's misfit at the points."""
         out = np.empty((len(self.theta), len(points.x)))

@@ -448,14 +448,14 @@ def dense_product(rng: np.random.Generator, use: Use) -> Problem:
 
     (M, K, N), (kind, G, dtype, stored, added) = use.sizes, use.options
     rows = _few_rows(rng, kind, dtype, M, K, added)
-    weights = rng.standard_normal((G, K, N), np.float32).astype(jnp.dtype(stored))
+    weights = rng.standard_normal((G, N, K), np.float32).astype(jnp.dtype(stored))
 
     def run(sources, inner, weights, addend):
         ys, total = kernel(kind, sources, inner, weights, EPS, addend, rows.factor)
         found = {f"product {g}": y for g, y in enumerate(ys)}
         return found if total is None else found | {"sum": total}
 
-    expected = rows.sums | {f"product {g}": rows.exact @ _exact(weights[g]) for g in range(G)}
+    expected = rows.sums | {f"product {g}": rows.exact @ _exact(weights[g]).T for g in range(G)}
     tolerance = dict.fromkeys(expected, TOLERANCES[dtype])
     return Problem(run, (rows.sources, rows.gain, weights, rows.addend), expected, tolerance)
 

@@ -6,6 +6,7 @@ Both read the 2-bit weights of `packed.pack_planes` as they lie in memory, once.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,9 +31,9 @@ from mmfree_jax.ops.ternary import SMALLEST
 
 MOST_CODES = 256  # rows of `codes_product`: from there on it pays to unpack the weights for a product of large tiles
 CODES_IN_A_WORD = 16
-CHUNK = 128  # words of weights of one row that are multiplied at a time
-AHEAD = 3  # chunks of weights on their way while norm and codes are computed
-MOST_COLUMNS = 64  # of a block
+CHUNK = 128  # words of one row of weights that are multiplied at a time
+MANY_COLUMNS = 40 * few_rows.PROCESSORS  # from there on two blocks share a multiprocessor
+BYTES_AHEAD = 2**15  # of weights that a block has asked for before it needs them
 TOP = 127.0
 TO_INTEGER = 12582912.0  # 1.5 x 2^23: adding it rounds a float32 below 2^22 to an integer, half to even
 
@@ -81,7 +82,9 @@ def normed_product(
     """
     (M, K), N, G, dtype = sources[0].shape, weights[0].shape[0], len(weights), sources[0].dtype
     words = [lax.bitcast_convert_type(w.reshape(N, K // CODES_IN_A_WORD, 4), jnp.int32) for w in weights]
-    block = _columns(N, G)
+    # Measured: many columns take two blocks, whose waits overlap; where there are few, a second row costs more.
+    warps, blocks, width = (4, 2, 16) if G * N >= MANY_COLUMNS else (8, 1, 8)
+    tiles = few_rows.tiles_of_a_block(-(-N // width), G * M, blocks)
     gain = None if gain is None else gain.reshape(-1, K)
     optional = [a for a in (addend, source_gain, gain) if a is not None]
 
@@ -92,23 +95,22 @@ def normed_product(
         inner_ref = next(taken) if source_gain is not None else None
         gain_ref = next(taken) if gain is not None else None
         word_refs, scale_refs, y_refs = take(G), take(G), take(G)
-        first, m, own = pl.program_id(0) * block, pl.program_id(1), pl.program_id(2)
-        row = Row(kind, m, source_refs, inner_ref, addend_ref, factor, next(taken, None), first == 0)
+        block, m, own = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        row = Row(kind, m, source_refs, inner_ref, addend_ref, factor, next(taken, None), block == 0)
         for g in range(G):
 
             def product(g=g):
                 read = functools.partial(_scaled, row if g == 0 else row._replace(total=None), gain_ref, g, K, eps)
-                _product(read, word_refs[g], scale_refs[g], y_refs[g], m, first, K, block)
+                _product(read, word_refs[g], scale_refs[g], y_refs[g], m, block * tiles, tiles, width)
 
             pl.when(own == g)(product) if G > 1 else product()
 
     shapes = [jax.ShapeDtypeStruct((M, N), dtype)] * G + [jax.ShapeDtypeStruct((M, K), dtype)] * (addend is not None)
-    options = plt.CompilerParams(num_warps=8 if K > 4096 or block > 16 else 4, num_stages=1)
     call = pl.pallas_call(
         kernel,
-        grid=(N // block, M, G),
+        grid=(-(-N // (width * tiles)), M, G),
         out_shape=shapes,
-        compiler_params=options,
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=few_rows.INTERPRET,
         name="normed_product",
     )
@@ -116,38 +118,38 @@ def normed_product(
     return list(found[:G]), found[G] if addend is not None else None
 
 
-def _columns(columns: int, products: int) -> int:
-    """Columns of a block: a power of two, so many that there are still enough blocks."""
-    block = 8
-    while block < MOST_COLUMNS and columns % (2 * block) == 0 and products * columns >= 2 * block * few_rows.BLOCKS:
-        block *= 2
-    return block
+def _product(read: Callable[[], _Scaled], words_ref, scale_ref, y_ref, m, first: Any, count: int, width: int) -> None:
+    """One block: `count` tiles of `width` columns, from tile `first` on, of row m of one product."""
+    N, words = words_ref.shape
 
+    def load(tile: Any) -> list[jax.Array]:
+        column, inside = few_rows.columns_of(first, tile, count, width, N)
+        chunks = []
+        for start in range(0, words, CHUNK):
+            word = start + jnp.arange(CHUNK)
+            mask = inside[:, None] & (word < words)[None]
+            chunks.append(masked_load(words_ref.at[column[:, None], word[None]], mask))
+        return chunks
 
-def _product(read: Callable[[], _Scaled], words_ref, scale_ref, y_ref, m, first, K: int, block: int) -> None:
-    """One block: the columns from `first` on of row m of one product."""
-    words, chunks = K // CODES_IN_A_WORD, -(-K // (CODES_IN_A_WORD * CHUNK))
-    column = first + jnp.arange(block)
+    def multiply(chunks: list[jax.Array]) -> jax.Array:
+        total = jnp.zeros((width, CHUNK), jnp.int32)
+        for weights, planes in zip(chunks, codes, strict=True):
+            for plane, codes_here in enumerate(planes):
+                here = (weights >> (2 * plane)) & 0x03030303
+                total = _dot4(here, jnp.broadcast_to(codes_here[None], here.shape), total)
+        return jnp.sum(total, axis=1)
 
-    def load(chunk: int) -> jax.Array:
-        word = chunk * CHUNK + jnp.arange(CHUNK)
-        mask = None if words % CHUNK == 0 else jnp.broadcast_to(word[None] < words, (block, CHUNK))
-        return masked_load(words_ref.at[column[:, None], word[None]], mask)
-
-    ahead = {chunk: load(chunk) for chunk in range(min(AHEAD, chunks))}
+    ahead = [load(tile) for tile in range(few_rows.tiles_ahead(count, 4 * width * words, BYTES_AHEAD))]
     row = read()
-    total, ones = jnp.zeros((block, CHUNK), jnp.int32), jnp.zeros(CHUNK, jnp.int32)
-    for chunk in range(chunks):
-        weights = ahead.pop(chunk, None)
-        weights = load(chunk) if weights is None else weights
-        for plane in range(4):
-            codes = _code_words(row.z[chunk][plane] * row.to_codes)
-            here = (weights >> (2 * plane)) & 0x03030303
-            total = _dot4(here, jnp.broadcast_to(codes[None], here.shape), total)
-            ones = _dot4(jnp.full(CHUNK, 0x01010101, jnp.int32), codes, ones)
-    y = (jnp.sum(total, axis=1) - jnp.sum(ones)).astype(jnp.float32) * row.scale
-    scale = scale_ref[0] if scale_ref.shape[0] == 1 else scale_ref[pl.ds(first, block)]
-    y_ref[m, pl.ds(first, block)] = (y * scale).astype(y_ref.dtype)
+    codes = [[_code_words(z * row.to_codes) for z in planes] for planes in row.z]
+    ones = jnp.zeros(CHUNK, jnp.int32)
+    for codes_here in itertools.chain(*codes):
+        ones = _dot4(jnp.full(CHUNK, 0x01010101, jnp.int32), codes_here, ones)
+    totals = few_rows.pipelined(count, ahead, load, multiply) - jnp.sum(ones)
+    column, inside = few_rows.all_columns(first, count, width, N)
+    scale = scale_ref[0] if scale_ref.shape[0] == 1 else masked_load(scale_ref.at[column], inside)
+    y = totals.astype(jnp.float32) * row.scale * scale
+    plt.store(y_ref.at[m, column], y.astype(y_ref.dtype), mask=inside)
 
 
 def _scaled(row: Row, gain_ref, g: int, K: int, eps: float) -> _Scaled:
@@ -202,7 +204,7 @@ def codes_product(
     (M, K), N = codes_MK.shape, weights.shape[0]
     piece = K // 4
     rows = min(64, max(16, pl.next_power_of_2(M)))
-    columns = 64 if N % 64 == 0 and N >= 64 * few_rows.BLOCKS else 32
+    columns = 64 if N % 64 == 0 and N >= 64 * few_rows.PROCESSORS else 32
     inner = next(size for size in (128, 64, 32) if piece % size == 0)
 
     def kernel(codes_ref, scale_M_ref, weights_ref, scale_ref, y_ref):

@@ -102,6 +102,23 @@ def test_codes_product_is_exact(M, K, N):
     np.testing.assert_array_equal(y, want)
 
 
+@pytest.mark.parametrize("kernel", ["normed_product", "dense_product"])
+@pytest.mark.parametrize(("processors", "ahead"), [(1, 1), (2, 4096), (3, 10**6)])
+@pytest.mark.parametrize("columns", [8, 40, 104])
+def test_blocks_of_many_tiles_compute_every_column_once(kernel, processors, ahead, columns, monkeypatch):
+    """However many tiles a block has, and are loaded ahead of it; the last tile of the last block may be half empty."""
+    module = {"normed_product": packed_product, "dense_product": dense_product}[kernel]
+    monkeypatch.setattr(few_rows, "PROCESSORS", processors)
+    monkeypatch.setattr(module, "BYTES_AHEAD", ahead)
+    monkeypatch.setattr(packed_product, "MANY_COLUMNS", 100)  # 104 columns in tiles of 16
+    dense, packed = ("norm", 2, "float32", "float32", True), ("norm", 2, 1, "float32", True, True)
+    use = Use(kernel, (2, 128, columns), dense if module is dense_product else packed)
+    jax.clear_caches()  # what is traced depends on the constants
+    found = check(use)
+    jax.clear_caches()
+    assert found.passed, found.worst
+
+
 USES = [
     Use("normed_product", (2, 48, 24), ("norm", 3, 3, "float32", True, True)),
     Use("normed_product", (1, 2080, 8), ("gated", 1, 1, "bfloat16", False, False)),
