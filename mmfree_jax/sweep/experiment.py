@@ -29,7 +29,9 @@ class Study:
 
     def __post_init__(self) -> None:
         require(bool(self.runs), f"study {self.name}: has no runs")
-        check_names(self.runs, f"study {self.name}")
+        # Names are folders: two runs of one name would train in one.
+        twice = sorted(name for name, count in Counter(run.name for run in self.runs).items() if count > 1)
+        require(not twice, f"study {self.name}: run names are used twice: {', '.join(twice)}")
         seen: dict[str, RunConfig] = {}
         for run in self.runs:
             if run.branch is not None:
@@ -40,12 +42,6 @@ class Study:
         # Runs of different corpora have losses on different text, which no law can relate.
         corpora = {(run.data.corpus, run.data.vocab) for run in self.runs}
         require(len(corpora) == 1, f"study {self.name}: its runs use several corpora: {sorted(corpora)}")
-
-
-def check_names(runs: Sequence[RunConfig], where: str) -> None:
-    """Raise ConfigError, whose message begins with `where`, for run names that are used twice."""
-    twice = sorted(name for name, count in Counter(run.name for run in runs).items() if count > 1)
-    require(not twice, f"{where}: run names are used twice: {', '.join(twice)}")
 
 
 def _check_branch(run: RunConfig, branch: Branch, trunk: RunConfig) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmfree_jax.config import RunConfig, require, with_changes
-from mmfree_jax.sweep.experiment import check_names
 
 Values = Mapping[str, Sequence[Any]]  # dotted field of RunConfig -> its values: {"optim.lr": (1e-3, 2e-3)}
 
@@ -43,14 +42,6 @@ def repeats(base: RunConfig, seeds: Sequence[int]) -> list[RunConfig]:
         )
         for seed in seeds
     ]
-
-
-def chain(*parts: Iterable[RunConfig]) -> list[RunConfig]:
-    """Return the runs of all parts in order. Raises ConfigError for two runs of one name."""
-    # Names are folders: two runs of one name would train in one.
-    runs = list(itertools.chain(*parts))
-    check_names(runs, "chain")
-    return runs
 
 
 def _varied(base: RunConfig, names: Iterable[str], rows: Iterable[Sequence[Any]]) -> list[RunConfig]:
