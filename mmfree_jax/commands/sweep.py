@@ -27,8 +27,9 @@ class SweepArguments:
     out: Path
     """Folder for the runs. A sweep that is already there is continued."""
     slots: int = 0
-    """Workers on each GPU (0: one, or several if the models are small). Without GPUs, workers in total (0: one for each
-    CPU core). Runs that shared a GPU have no seconds, joules, mfu or peak memory in their rows."""
+    """Workers on each GPU (0: one, or several if the models are small).
+    Without GPUs, workers in total (0: one for each CPU core).
+    Runs that shared a GPU have no seconds, joules, mfu or peak memory in their rows."""
     executor: Literal["local", "slurm"] = "local"
     """Workers on this machine (Linux only), or SLURM jobs."""
     slurm: Slurm = dataclasses.field(default_factory=Slurm)

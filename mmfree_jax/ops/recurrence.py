@@ -130,7 +130,7 @@ def wkv(
         w_D: decay of the exponents per step, positive.
         u_D: bonus of the current token.
         k_BTD, v_BTD: keys (exponents) and values.
-        state: to continue from; None starts anew.
+        state: to continue from; None starts from nothing.
         resets_BT: true where the state before the step is forgotten.
 
     Returns:

@@ -75,8 +75,8 @@ class Cloud:
     device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v6e"] = "h200"
     """Accelerator."""
     storage: str = ""
-    """Storage for the runs that all machines can see: a bucket for SkyPilot (s3://…; gs://… if a run spans hosts), a
-    volume claim for JobSet."""
+    """Storage for the runs that all machines can see.
+    SkyPilot: a bucket (s3://…; gs://… if a run spans hosts). JobSet: a volume claim."""
     spot: bool = True
     """Use spot machines: cheaper, and a run that loses its machine continues where it was."""
     image: str = ""
