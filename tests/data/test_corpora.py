@@ -69,6 +69,7 @@ def test_the_card_accounts_for_every_byte(built: TokenSet) -> None:
         assert left == sorted(left, reverse=True)
         assert (source["version"], source["licence"]) == ("1.0", "MIT")
     joined = sum(built.text_bytes(split) for split in ("train", "valid"))
+    assert sum(source["documents"] for source in card["sources"]) == sum(s.documents for s in built.splits.values())
     kept = sum(source["bytes_after"]["protected"] for source in card["sources"])
     assert kept <= joined <= 1.01 * kept  # blank lines between passages
     assert card["fingerprint"] == built.fingerprint
