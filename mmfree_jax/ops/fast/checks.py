@@ -475,22 +475,43 @@ def codes_product(rng: np.random.Generator, use: Use) -> Problem:
 
 
 def decode_attention(rng: np.random.Generator, use: Use) -> Problem:
-    """Attention of one query a row to a cache. sizes: rows, slots, heads, heads of keys, channels. options: type."""
+    """One new token a row attends to a cache. sizes: rows, slots, heads, heads of keys, channels. options: type."""
+    from mmfree_jax.ops.attention import Cache
     from mmfree_jax.ops.fast.hopper.decode_attention import decode_attention as kernel
 
     (B, S, H, J, K), (dtype,) = use.sizes, use.options
     R = min(B, 8)
     draw = lambda *shape: np.asarray(2 * rng.standard_normal(shape, np.float32)).astype(jnp.dtype(dtype))
-    q, k, v = draw(R, H, K), draw(R, S, J, K), draw(R, S, J, K)
-    mask = (rng.uniform(size=(R, S)) < 0.8) & (np.arange(S) < rng.integers(1, S + 1, (R, 1)))
-    mask[:, 0] = True
+    q, k, v, keys, values = draw(R, H, K), draw(R, J, K), draw(R, J, K), draw(R, S, J, K), draw(R, S, J, K)
+    angles = rng.uniform(0, 2 * np.pi, (R, K // 2))
+    cos, sin = _single(np.cos(angles)), _single(np.sin(angles))
+    position = rng.integers(0, S, R, dtype=np.int32)
+    position[0] = S - 1
+    segments = (rng.uniform(size=(R, S)) < 0.8).astype(np.int32)
     rows = functools.partial(_repeated, rows=B)
-    run = lambda *arrays: {"result": kernel(*map(rows, arrays))}
-    scores = np.einsum("bjgk,bsjk->bjgs", _exact(q).reshape(R, J, H // J, K), _exact(k)) / np.sqrt(K)
-    scores = np.where(mask[:, None, None], scores, -np.inf)
+
+    def run(*arrays):
+        *new, keys, values, segments = map(rows, arrays)
+        y, cache = kernel(*new, Cache(keys, values, segments))
+        return {"result": y, "keys": cache.k_BSJK, "values": cache.v_BSJK, "segments": cache.segments_BS}
+
+    def rotated(x):
+        a, b = np.split(_exact(x), 2, axis=-1)
+        c, s = _exact(cos)[:, None], _exact(sin)[:, None]
+        return _exact(np.concatenate([a * c - b * s, b * c + a * s], axis=-1).astype(jnp.dtype(dtype)))
+
+    at = np.arange(R), position
+    expected = {"keys": _exact(keys), "values": _exact(values), "segments": _exact(segments)}
+    for name, new in (("keys", rotated(k)), ("values", _exact(v)), ("segments", 1)):
+        expected[name][at] = new
+    scores = np.einsum("bjgk,bsjk->bjgs", rotated(q).reshape(R, J, H // J, K), expected["keys"]) / np.sqrt(K)
+    seen = (np.arange(S) <= position[:, None]) & (expected["segments"] == 1)
+    scores = np.where(seen[:, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    expected = np.einsum("bjgs,bsjk->bjgk", weights / weights.sum(axis=-1, keepdims=True), _exact(v)).reshape(R, H, K)
-    return Problem(run, (q, k, v, mask), {"result": expected}, {"result": TOLERANCES[dtype]})
+    weights /= weights.sum(axis=-1, keepdims=True)
+    expected["result"] = np.einsum("bjgs,bsjk->bjgk", weights, expected["values"]).reshape(R, H, K)
+    arrays = q, k, v, cos, sin, position, np.ones(R, np.int32), keys, values, segments
+    return Problem(run, arrays, expected, dict.fromkeys(expected, TOLERANCES[dtype]))
 
 
 CHECKS: dict[str, Callable[[np.random.Generator, Use], Problem]] = {

@@ -244,17 +244,17 @@ def attention_form(q_BTHK: Any, segments_BT: Any) -> Literal["full", "rows", "cu
     return "cudnn" if fused and q_BTHK.shape[-1] <= widest_fused_head() else "full"
 
 
-def decode_attention(q_BTHK: Any, k_BSJK: Any, mask: Any) -> bool:
-    """Whether a kernel attends from one query a row to a cache, under a mask [B, 1, S]."""
-    (B, T, H, K), (S, J) = q_BTHK.shape, k_BSJK.shape[1:3]
-    if not available() or not _forward_only.get() or T != 1 or mask.ndim != 3:
+def decode_attention(q_BTHK: Any, cache: Any) -> bool:
+    """Whether a kernel rotates, keeps and attends from one token a row to a cache."""
+    (B, T, H, K), (S, J), dtype = q_BTHK.shape, cache.k_BSJK.shape[1:3], q_BTHK.dtype
+    if not available() or not _forward_only.get() or T != 1 or dtype not in (jnp.bfloat16, jnp.float32):
         return False
     from mmfree_jax.ops.fast.hopper import decode_attention as kernel
 
     cut = shard_count("batch", B) * shard_count("heads", J)
-    if cut > 1 or q_BTHK.dtype not in (jnp.bfloat16, jnp.float32) or not kernel.supports(H, J, K):
+    if cut > 1 or cache.k_BSJK.dtype != dtype or not kernel.supports(H, J, K):
         return False
-    return verification.serves(Use("decode_attention", (B, S, H, J, K), (str(q_BTHK.dtype),)))
+    return verification.serves(Use("decode_attention", (B, S, H, J, K), (str(dtype),)))
 
 
 def widest_fused_head() -> int:

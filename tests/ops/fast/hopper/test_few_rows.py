@@ -140,8 +140,10 @@ def test_checks_pass_and_see_a_wrong_column(use, monkeypatch):
     modules = {"decode_attention": decode_attention, "dense_product": dense_product}
     module = modules.get(use.kernel, packed_product)
     kernel = getattr(module, use.kernel)
-    if use.kernel in ("codes_product", "decode_attention"):
+    if use.kernel == "codes_product":
         broken = lambda *a: kernel(*a).at[:, -1].add(2.0)
+    elif use.kernel == "decode_attention":
+        broken = lambda *a: (kernel(*a)[0].at[:, -1].add(2.0), kernel(*a)[1])
     else:
         broken = lambda *a: ([y.at[-1, -1].multiply(1.2) for y in kernel(*a)[0]], kernel(*a)[1])
     monkeypatch.setattr(module, use.kernel, broken)
