@@ -117,6 +117,8 @@ class Pool:
         n, ratio = np.array(cells).reshape(-1, 2).T
         log_n = np.concatenate([np.log(e.runs["N"][:own]), np.tile(np.log(n), 2)])
         log_d = np.concatenate([np.log(e.runs["D"][:own]), np.tile(np.log(n * ratio), 2)])
+        # One covariance holds the runs at hand and every run that could be made; a plan is a subset of its rows. So
+        # thousands of plans are compared by taking rows out of one matrix.
         known = (e.runs["family"][:own] == e.b).astype(int)
         family = np.concatenate([known, np.repeat([0, 1], len(cells))])
         _, trunk = np.unique(e.runs["cluster"][:own].astype(str), return_inverse=True)
@@ -133,6 +135,8 @@ class Pool:
         rows = np.concatenate([self.own, *(self.place[t] for t in trunks)]).astype(int)
         if not len(rows):
             return float(np.sqrt(self.asked))
+        # The variance of what is asked, less what the rows tell of it: conditioning of a normal distribution (Schur
+        # complement).
         told = self.with_asked[rows] @ np.linalg.solve(self.covariance[np.ix_(rows, rows)], self.with_asked[rows])
         return float(np.sqrt(max(self.asked - told, 0.0)))
 
@@ -242,6 +246,7 @@ def agreement(e: Ensemble, target: float) -> float:
 
 def greedy(pool: Pool, options: Sequence[Trunk], budget: float, target_sd: float) -> list[Trunk]:
     """Adds, or replaces at its size, the trunk that buys most log spread per root of its cost; then drops idle ones."""
+    # All subsets would be too many: a trunk at a time, one in the place of another of its size, idle ones dropped last.
     chosen: list[Trunk] = []
     now = pool.spread([])
     while now > target_sd:

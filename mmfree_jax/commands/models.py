@@ -57,6 +57,8 @@ class GenerateArguments:
     """Strings at which the text ends."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations."""
+    embedding: Literal["device", "host"] = "device"
+    """host: leave the embedding in the host's memory, or in the mapped file of a packed model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ def generate(arguments: list[str]) -> int:
     require(options.max_tokens >= 1, f"--max-tokens {options.max_tokens}: must be at least 1")
     require(not (options.prompt and options.file), "give --prompt or --file, not both")
     use_compile_cache(cache_folder() / "compiled")
-    model = load_text_model(options.model, options.dtype)
+    model = load_text_model(options.model, options.dtype, options.embedding)
     settings: dict[str, Any] = {
         "max_tokens": options.max_tokens,
         "stop": options.stop,

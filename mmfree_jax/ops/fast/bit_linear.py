@@ -116,7 +116,10 @@ def _normed_product(
     gain = None if weights.gain is None else weights.gain.astype(jnp.float32)
     codes = [w.bytes_FI for w in weights.codes]
     scales = [w.scale.reshape(-1).astype(jnp.float32) for w in weights.codes]
-    compute = lambda arrays, inner, *sum: normed_product(kind, arrays, inner, gain, codes, scales, recipe.eps, *sum)
+    layout = weights.codes[0].layout
+    compute = lambda arrays, inner, *sum: normed_product(
+        kind, arrays, inner, gain, codes, scales, recipe.eps, *sum, layout=layout
+    )
     return _few_rows(compute, sources, source_gain, added)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.ops.fast.ternary import TINY, TOP, dither_phases
-from mmfree_jax.ops.packed import pack_planes
+from mmfree_jax.ops.packed import aligned, pack, pack_planes
 from mmfree_jax.ops.ternary import SMALLEST
 
 # A check runs one kernel, forward and backward, at the shapes and in the type of one use. The reference is computed for
@@ -411,19 +411,19 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
     """A BitLinear of packed weights and a few rows.
 
     sizes: rows, width, columns. options: kind of the input, products, gains, type, whether each column has its own
-    scale, whether the first source is a sum. The outputs are compared in codes: their unit is that of a code of the row
-    times the scale of the weights.
+    scale, whether the first source is a sum, layout of the weights. The outputs are compared in codes: their unit is
+    that of a code of the row times the scale of the weights.
     """
     from mmfree_jax.ops.fast.hopper.packed_product import normed_product as kernel
 
-    (M, K, N), (kind, G, count, dtype, per_column, added) = use.sizes, use.options
+    (M, K, N), (kind, G, count, dtype, per_column, added, layout) = use.sizes, use.options
     rows = _few_rows(rng, kind, dtype, M, K, added)
     gain = _single(rng.uniform(0.5, 2, (count, K))) if count else None
     codes = rng.integers(-1, 2, (G, N, K), dtype=np.int8)
     scales = [_single(rng.uniform(0.5, 2, N if per_column else 1)) for _ in range(G)]
 
     def run(sources, inner, gain, weights, scales, addend, units):
-        ys, total = kernel(kind, sources, inner, gain, weights, scales, EPS, addend, rows.factor)
+        ys, total = kernel(kind, sources, inner, gain, weights, scales, EPS, addend, rows.factor, layout)
         found = {f"product {g} in codes": ys[g].astype(jnp.float32) / units[g] for g in range(G)}
         return found if total is None else found | {"sum": total}
 
@@ -437,7 +437,7 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
     rounding = {"float32": 2.0**-20, "bfloat16": 2.0**-8}[dtype]
     tolerance = {name: rounding + 4 / np.sqrt(np.mean(values**2) + 1) for name, values in expected.items()}
     tolerance |= {"sum": TOLERANCES[dtype]} if added else {}
-    weights = [pack_planes(c) for c in codes]
+    weights = [aligned(pack(c, layout)) for c in codes]
     return Problem(run, (rows.sources, rows.gain, gain, weights, scales, rows.addend, units), expected, tolerance)
 
 

@@ -112,19 +112,19 @@ def input_codes(fusion: Any, sources: tuple[jax.Array, ...], source_gain: Any, g
 def normed_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: Any) -> bool:
     """Whether one kernel computes a BitLinear of packed weights, from the sources of its input on.
 
-    It takes the few rows of a decoding step, 8 bits, 2-bit weights and whole matrices.
+    It takes the few rows of a decoding step, 8 bits and whole matrices.
     """
     first, rows, width = weights.codes[0], math.prod(x.shape[:-1]), x.shape[-1]
-    columns, planes = first.bytes_FI.shape[0], all(w.layout == "planes" for w in weights.codes)
-    if not available() or recipe.bits != 8 or not planes or x.dtype not in (jnp.bfloat16, jnp.float32):
+    columns, bytes_of_a_row = first.bytes_FI.shape
+    if not available() or recipe.bits != 8 or bytes_of_a_row % 4 or x.dtype not in (jnp.bfloat16, jnp.float32):
         return False
     from mmfree_jax.ops.fast.hopper import packed_product
 
     cut = shard_count("batch", x.shape[0]) * math.prod(map(shard_count, recipe.axes, (width, columns)))
-    if cut > 1 or not packed_product.supports(rows, width, columns):
+    if cut > 1 or not packed_product.supports(rows, width, columns, first.layout):
         return False
     gains = 0 if weights.gain is None else math.prod(weights.gain.shape[:-1])
-    options = kind, len(weights.codes), gains, str(x.dtype), first.scale.size > 1, added
+    options = kind, len(weights.codes), gains, str(x.dtype), first.scale.size > 1, added, first.layout
     return verification.serves(Use("normed_product", (rows, width, columns), options))
 
 

@@ -62,20 +62,23 @@ def dense_product(
 
         def load(tile: Any) -> list[jax.Array]:
             column, inside = few_rows.columns_of(block * tiles, tile, tiles, width, N)
-            mask = lambda place: inside[:, None] & (place < K)[None]
-            return [masked_load(weights_ref.at[g, column[:, None], p[None]], mask(p)) for p in places]
+            whole = jnp.broadcast_to(inside[:, None], (width, chunk))
+            masks = [whole if start + chunk <= K else whole & (start + jnp.arange(chunk) < K)[None] for start in starts]
+            at = [weights_ref.at[g, column[:, None], start + jnp.arange(chunk)[None]] for start in starts]
+            return [masked_load(*one) for one in zip(at, masks, strict=True)]
 
         def multiply(chunks: list[jax.Array]) -> jax.Array:
             products = [v[None] * weights.astype(jnp.float32) for v, weights in zip(values, chunks, strict=True)]
             return jnp.sum(sum(products[1:], products[0]), axis=1)
 
-        places = [start + jnp.arange(chunk) for start in range(0, K, chunk)]
+        starts = range(0, K, chunk)
         size = width * K * weights_GNK.dtype.itemsize
         ahead = [load(tile) for tile in range(few_rows.tiles_ahead(tiles, size, BYTES_AHEAD))]
         values: list[jax.Array] = []
         squares = jnp.zeros(chunk, jnp.float32)
-        for place in places:
-            v, x = row.read(place, None if K % chunk == 0 else place < K)
+        for start in starts:
+            place = start + jnp.arange(chunk)
+            v, x = row.read(place, None if start + chunk <= K else place < K)
             values.append(v)
             squares += x * x
         # The factor of a norm is one of the whole row, so it may as well be one of the result.

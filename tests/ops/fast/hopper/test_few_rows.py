@@ -111,7 +111,7 @@ def test_blocks_of_many_tiles_compute_every_column_once(kernel, processors, ahea
     monkeypatch.setattr(few_rows, "PROCESSORS", processors)
     monkeypatch.setattr(module, "BYTES_AHEAD", ahead)
     monkeypatch.setattr(packed_product, "MANY_COLUMNS", 100)  # 104 columns in tiles of 16
-    dense, packed = ("norm", 2, "float32", "float32", True), ("norm", 2, 1, "float32", True, True)
+    dense, packed = ("norm", 2, "float32", "float32", True), ("norm", 2, 1, "float32", True, True, "planes")
     use = Use(kernel, (2, 128, columns), dense if module is dense_product else packed)
     jax.clear_caches()  # what is traced depends on the constants
     found = check(use)
@@ -120,10 +120,12 @@ def test_blocks_of_many_tiles_compute_every_column_once(kernel, processors, ahea
 
 
 USES = [
-    Use("normed_product", (2, 48, 24), ("norm", 3, 3, "float32", True, True)),
-    Use("normed_product", (1, 2080, 8), ("gated", 1, 1, "bfloat16", False, False)),
-    Use("normed_product", (3, 128, 8), ("plain", 2, 0, "float32", False, False)),
-    Use("normed_product", (4, 64, 16), ("swiglu", 1, 1, "bfloat16", False, False)),
+    Use("normed_product", (2, 48, 24), ("norm", 3, 3, "float32", True, True, "planes")),
+    Use("normed_product", (2, 48, 24), ("norm", 3, 3, "float32", True, True, "trits")),
+    Use("normed_product", (1, 2603, 16), ("swiglu", 1, 1, "float32", False, False, "trits")),
+    Use("normed_product", (1, 2080, 8), ("gated", 1, 1, "bfloat16", False, False, "planes")),
+    Use("normed_product", (3, 128, 8), ("plain", 2, 0, "float32", False, False, "planes")),
+    Use("normed_product", (4, 64, 16), ("swiglu", 1, 1, "bfloat16", False, False, "planes")),
     Use("codes_product", (17, 128, 32), (True,)),
     Use("dense_product", (2, 192, 64), ("norm", 2, "float32", "bfloat16", True)),
     Use("dense_product", (1, 512, 32), ("swiglu", 1, "bfloat16", "bfloat16", False)),
