@@ -1,6 +1,4 @@
-"""The architecture of a model: families, a frozen dataclass that is validated on construction, and the factors of muP.
-
-Needs no JAX.
+"""The architecture of a model: families, a frozen and validated dataclass, the factors of muP. Needs no JAX.
 
 Shape letters used throughout the project: B batch, T time, D model width, F GLU width, V vocabulary, L layers,
 H heads, K head width.
@@ -153,11 +151,10 @@ class ModelConfig:
 class Scales:
     """Factors of the forward pass and of initial values relative to the base model of muP.
 
-    standard: all are 1, and the learning rate has to be found again at every size. mup: maximal update parametrisation
-    (Yang et al. 2022, arXiv 2203.03466, table 8) with depth as in CompleteP (Dey et al. 2025, arXiv 2505.01618,
-    table 1, alpha = 1): rate, weight decay and initial values found at `base_width` and `base_depth` are right at every
-    size. At the base both are the same model. `training.optim` has the factors of rates and gradients;
-    docs/parametrisation.md derives what all this means for ternary layers.
+    standard: all are 1, and the rate has to be found again at every size. mup (Yang et al. 2022, arXiv 2203.03466,
+    table 8) with depth as in CompleteP (Dey et al. 2025, arXiv 2505.01618, table 1, alpha = 1): rate, weight decay and
+    initial values found at `base_width` and `base_depth` are right at every size. `training.optim` has the factors of
+    rates and gradients; docs/parametrisation.md derives them for ternary layers.
     """
 
     output_depth: int  # L in the factor 1 / sqrt(2 L) on initial values of projections that write to the stream

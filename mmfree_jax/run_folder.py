@@ -136,6 +136,8 @@ def held_out_corpus(folder: Path, data: DataConfig, corpus: str) -> TokenSet:
 
     Raises ConfigError if the run's own has changed, and for a corpus of another tokenizer.
     """
+    # Vocabularies are compared by their hash: equal sizes say nothing, and a loss in other tokens would look like a
+    # result.
     facts = corpus_facts(folder)
     if corpus:
         found = resolve_corpus(corpus, data.vocab)

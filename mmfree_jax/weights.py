@@ -96,6 +96,8 @@ def with_initial_weights(run: RunConfig, preset: str, out: Path) -> RunConfig:
         f"init={run.init} holds a model of family {found.family}, and {preset} is of {usual.family}: take a preset of "
         f"{found.family}",
     )
+    # What the user has not overridden still has the preset's value; what differs from both was asked for, and cannot be
+    # had.
     for name in (field.name for field in dataclasses.fields(found) if field.name not in CHOICES_OF_RUN):
         asked = getattr(run.model, name)
         require(

@@ -94,6 +94,7 @@ def evaluate(arguments: list[str]) -> int:
     """Print the held-out loss of a model."""
     options = parse(EvaluateArguments, arguments, f"{program()} evaluate")
     options.group.join()
+    # Standard output is for the scores alone, so that other programs can read it.
     warn = lambda line: print(line, file=sys.stderr)
     scores = api.evaluate(options.model, options.corpus, sequence=options.sequence, mesh=options.mesh, say=warn)
     if distributed.is_first():
@@ -133,6 +134,7 @@ def generate(arguments: list[str]) -> int:
             print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}, ensure_ascii=False))
         return 0
     print(options.prompt, end="", flush=True)
+    # Piece by piece, flushed: a reader sees the first words while the last ones are being computed.
     for piece in model.stream(options.prompt, **settings):
         print(piece, end="", flush=True)
     print()

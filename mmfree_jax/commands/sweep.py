@@ -87,6 +87,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         target = declared, options.experiment, options.out, options.render
         print(*render(*target, options.cloud, options.limit_hours), sep="\n")
         return 0
+    # An executor is built before anything is trained: it refuses runs for which it has no machines.
     console = Console()
     executor: Executor
     if options.executor == "slurm":

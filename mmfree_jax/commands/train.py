@@ -90,6 +90,7 @@ def train(arguments: list[str]) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.status
+    # A trunk is not evaluated, so it ends without a held-out loss.
     loss = "done"
     if result["loss"] is not None:
         loss = f"held-out loss {result['loss']:.4f} nats a token, {result['bpb']:.4f} bits a byte"

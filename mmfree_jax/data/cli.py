@@ -99,6 +99,7 @@ def _build_named(options: argparse.Namespace) -> TokenSet:
 
 
 def _build(options: argparse.Namespace) -> None:
+    # A name stands alone: beside files, `s` would be a file of that name.
     named = len(options.what) == 1 and options.what[0] in NAMED
     if options.out is None and not named:
         raise ValueError("--out is required: the folder of the new token set")

@@ -218,6 +218,7 @@ def _fill(table: dict[str, Slot], headers: dict[str, Header], shapes: Any) -> An
     """Our parameters in a tree like `shapes`, read tensor by tensor."""
     named = {path_name(path): a for path, a in jax.tree.leaves_with_path(shapes)}
     arrays = {name: np.full(a.shape, np.nan, a.dtype) for name, a in named.items()}  # a gap would show
+    # File by file: a shard is opened once, and never more than one tensor is in memory besides the result.
     scales = {slot.scale: _read(headers, slot.scale).item() for slot in table.values() if slot.scale}
     for file in sorted({headers[name].file for name in table}):
         with open_file(file) as reader:

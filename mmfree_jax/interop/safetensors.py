@@ -78,6 +78,7 @@ def check(folder: Path, table: dict[str, Slot], optional: dict[str, Slot]) -> di
 
 def read_headers(files: Iterable[Path]) -> dict[str, list[Header]]:
     """Return every tensor that the files really hold, with each file that holds it."""
+    # Headers only: a checkpoint of a hundred gigabytes is checked before the first byte of a tensor is read.
     held: dict[str, list[Header]] = {}
     for file in sorted(set(files)):
         with open_file(file) as reader:

@@ -11,14 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.ops.fast.choice import op
-from mmfree_jax.ops.ternary import (
-    Quantised,
-    quantise_activations,
-    straight_through,
-    ternary_codes,
-    weight_scale,
-    wide,
-)
+from mmfree_jax.ops.ternary import Quantised, quantise_activations, straight_through, ternary_codes, weight_scale, wide
 
 
 class Recipe(NamedTuple):

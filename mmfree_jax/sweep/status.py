@@ -83,6 +83,7 @@ def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
 
 def _saved_step(folder: Path) -> int:
     """Step of the newest checkpoint, which may be later than the newest row of metrics; 0 if there is none."""
+    # Orbax renames a checkpoint to its number when it is complete.
     try:
         names = os.listdir(folder / "checkpoints")
     except FileNotFoundError:

@@ -58,6 +58,7 @@ def split_by_lot(text: str, held_out: float) -> str:
 
 def train_tokenizer(units: Sequence[Unit], recipe: Recipe, vocab_size: int) -> Tokenizer:
     """Train a BPE on the beginning of every unit, an equal share of each, training documents only, 80 MB in total."""
+    # From the beginning of every unit, not of the input: files that follow one another are alike.
     share = TRAINING_SAMPLE // max(len(units), 1)
 
     def sample() -> Iterator[str]:
@@ -126,6 +127,7 @@ def _begin(folder: Path, identity: dict[str, Any], tokenizer: Tokenizer, progres
 
 
 def _tokenise_all(jobs: Sequence[Job], processes: int, progress: Say) -> list[dict[str, Any]]:
+    # A unit with a record is complete: an interrupted build goes on with the others, in any number of processes.
     began, size = time.monotonic(), 0
     records = {job.number: Path(job.folder) / RECORD.format(job.number) for job in jobs}
     todo = [job for job in jobs if not records[job.number].exists()]

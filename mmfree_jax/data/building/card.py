@@ -21,6 +21,7 @@ def source_rows(
 
     It has the source's documents in the set, and its bytes of UTF-8 left after each step of `prepared`, in order.
     """
+    # A source of which nothing is left is listed all the same, with zeros.
     counts = Counter(document.source for document in prepared.train + prepared.valid)
     rows: list[dict[str, Any]] = []
     for name, version, licence in sources:

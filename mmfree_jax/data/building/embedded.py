@@ -78,6 +78,7 @@ def _installed(name: str) -> Package:
     distribution = importlib.metadata.distribution(name)
     if distribution.files is None:
         raise ValueError(f"{name} was installed without a list of its files; reinstall it with pip")
+    # What pip has recorded, not what lies in the folder: caches and generated files differ between machines.
     sources = [file for file in distribution.files if file.suffix == ".py" and not file.is_absolute()]
     files = sorted((file.as_posix(), str(file.locate())) for file in sources if ".." not in file.parts)
     kept = tuple(file for file in files if not _SKIPPED_FOLDERS & set(file[0].split("/")[:-1]))

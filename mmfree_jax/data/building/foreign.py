@@ -119,6 +119,7 @@ def _write_split(folder: Path, name: str, path: Path, tokenizer: Tokenizer, dtyp
     shards: list[Shard] = []
     size = 0
     for tokens, starts in blocks:
+        # Checked block by block: another tokenizer or type shows in the first block, long before the end.
         if int(tokens.max()) >= tokenizer.vocab_size or int(tokens.min()) < 0:
             raise ValueError(
                 f"{path} has tokens outside the vocabulary of {tokenizer.vocab_size}: another tokenizer or type?"

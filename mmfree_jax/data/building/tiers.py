@@ -71,6 +71,7 @@ def read_archive(source: Source, archive: Path) -> Iterator[tuple[str, list[str]
         for name, paragraphs in from_sword(dict(members(archive))):
             yield from _parts(name, paragraphs)
         return
+    # A slash in front lets an expression name the beginning of a path.
     wanted = re.compile(source.only)
     for name, data in members(archive):
         if wanted.search(f"/{name}") and not _SKIPPED.search(f"/{name}"):

@@ -135,6 +135,7 @@ class Tokenizer:
 
 def vocabulary_hash(tokenizer_json: str) -> str:
     """Return the SHA-256 of what decides token numbers in a `tokenizer.json`, not its layout and library version."""
+    # Versions of the library write the same tokenizer in different ways: merges as pairs or as text, keys in any order.
     parsed = json.loads(tokenizer_json)
     model = parsed["model"]
     vocabulary = model["vocab"]
