@@ -17,6 +17,7 @@ from typing import Any
 __all__ = ["evaluate", "export", "load", "preset", "train"]
 
 
+# PEP 562: called for a name that the module does not have yet.
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(importlib.import_module("mmfree_jax.api"), name)

@@ -4,7 +4,7 @@ Each function does what the verb of that name does. Nothing here prints; `say` i
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,13 @@ from mmfree_jax.inference.text import TextModel, find_ends, find_tokenizer, load
 from mmfree_jax.interop.gguf import Kind, save_gguf
 from mmfree_jax.interop.huggingface import save_huggingface
 from mmfree_jax.ops.packed import Layout
+from mmfree_jax.output import Say, quiet
 from mmfree_jax.presets import run_preset
-from mmfree_jax.run_folder import check_held_out_text, held_out_corpus, known_corpora, with_padding
+from mmfree_jax.run_folder import check_held_out_text, corpus_places, held_out_corpus, with_padding
 from mmfree_jax.sharding import idle_devices, make_mesh
 from mmfree_jax.training import loop
 from mmfree_jax.training.step import make_program, program_key
 from mmfree_jax.weights import is_run, load_model, load_params, origin, run_config
-
-Say = Callable[[str], None]
-
-
-def quiet(line: str) -> None:
-    """Print nothing."""
 
 
 def preset(name: str, changes: Mapping[str, Any] | None = None) -> RunConfig:
@@ -49,10 +44,12 @@ def prepare(run: RunConfig, out: Path, say: Say = quiet) -> tuple[RunConfig, Tok
     corpus does not fit the model, or an axis of the mesh divides no parameter.
     """
     check_platform()
+    # Cheap checks first: a missing device or a mesh that fits nothing is found before half a minute of building a
+    # corpus.
     make_mesh(run.mesh)  # before a corpus is prepared
     if idle := idle_devices(run.mesh):
         say(idle)
-    token_set = resolve_data(run.data, say, known_corpora(out))
+    token_set = resolve_data(run.data, say, corpus_places(out))
     run = loop.completed_config(run, out, token_set)
     for line in make_program(program_key(run, token_set.end_of_document)).replicated:
         say(line)
@@ -94,6 +91,7 @@ def evaluate(
     check_settings()
     check_platform()
     run = run_config(path)
+    # Only a run knows which corpus it was trained on, and with it which text was held out.
     known = bool(corpus) or is_run(path)
     require(known, f"{path} was not trained here: give the corpus to evaluate on with --corpus")
     devices = make_mesh(mesh)
@@ -105,6 +103,7 @@ def evaluate(
     token_set = held_out_corpus(path, run.data, corpus)
     check_held_out_text(token_set)
     run = dataclasses.replace(run, model=with_padding(run.model, token_set))
+    # The mesh of the evaluation takes the place of the run's: parameters are restored onto any mesh.
     program = make_program(dataclasses.replace(program_key(run, token_set.end_of_document), mesh=mesh))
     params = load_params(path, program.abstract_state.params)
     return held_out_loss(program.evaluate, devices, params, token_set, sequence)

@@ -1,10 +1,11 @@
-"""The architecture of a model: families, and a frozen dataclass that is validated on construction. Needs no JAX.
+"""The architecture of a model: families, a frozen and validated dataclass, the factors of muP. Needs no JAX.
 
 Shape letters used throughout the project: B batch, T time, D model width, F GLU width, V vocabulary, L layers,
 H heads, K head width.
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,6 @@ FAMILIES: dict[str, tuple[Mixer, Linear]] = {
     "matmul-free-rwkv4": ("rwkv4", "ternary"),
     "hgrn": ("mlgru", "dense"),
 }
-
 
 # Fields of ModelConfig that are about the quantiser.
 ONLY_TERNARY = ("activation_bits", "gradient_bits", "weight_scale", "linear_norm", "dense_head", "joint_glu")
@@ -94,12 +94,12 @@ class ModelConfig:
         if self.mixer == "attention":
             self._check_attention()
         else:
-            self._keeps_default("heads", "kv_heads", why=f"mixer={self.mixer} is element-wise and has no heads")
-            self._keeps_default("rope_theta", why=f"mixer={self.mixer} has no rotary embeddings")
+            self._keeps_default("heads", "kv_heads", reason=f"mixer={self.mixer} is element-wise and has no heads")
+            self._keeps_default("rope_theta", reason=f"mixer={self.mixer} has no rotary embeddings")
         if self.linear == "dense":
-            self._keeps_default(*ONLY_TERNARY, why="linear=dense has no quantiser")
+            self._keeps_default(*ONLY_TERNARY, reason="linear=dense has no quantiser")
         if self.mixer != "mlgru":
-            self._keeps_default("output_gate", "lower_bounds", why=f"mixer={self.mixer} has no such gate")
+            self._keeps_default("output_gate", "lower_bounds", reason=f"mixer={self.mixer} has no such gate")
         self._check_parametrisation()
 
     def _check_attention(self) -> None:
@@ -119,22 +119,60 @@ class ModelConfig:
 
     def _check_parametrisation(self) -> None:
         if self.parametrisation == "standard":
-            self._keeps_default("base_width", "base_depth", "base_head", why="parametrisation=standard has no base")
+            self._keeps_default("base_width", "base_depth", "base_head", reason="parametrisation=standard has no base")
             return
         for name in ("base_width", "base_depth"):
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: parametrisation=mup needs it")
         require(self.base_head >= 0, f"model.base_head={self.base_head}: must not be negative")
         if self.mixer != "attention":
-            self._keeps_default("base_head", why=f"mixer={self.mixer} has no heads")
+            self._keeps_default("base_head", reason=f"mixer={self.mixer} has no heads")
 
-    def _keeps_default(self, *names: str, why: str) -> None:
+    def _keeps_default(self, *names: str, reason: str) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name in names:
             value = getattr(self, name)
-            require(value == defaults[name], f"model.{name}={value!r} would do nothing: {why}; leave it out")
+            require(value == defaults[name], f"model.{name}={value!r} would do nothing: {reason}; leave it out")
+
+    @property
+    def relative_size(self) -> tuple[float, float]:
+        """Width and depth relative to the base of muP; (1, 1) under the standard parametrisation."""
+        if self.parametrisation == "standard":
+            return 1.0, 1.0
+        return self.width / self.base_width, self.depth / self.base_depth
 
     @property
     def family(self) -> str:
         """The family's name, or mixer+linear where it has none."""
         pair = (self.mixer, self.linear)
         return next((name for name, key in FAMILIES.items() if key == pair), f"{self.mixer}+{self.linear}")
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors of the forward pass and of initial values relative to the base model of muP.
+
+    standard: all are 1, and the rate has to be found again at every size. mup (Yang et al. 2022, arXiv 2203.03466,
+    table 8) with depth as in CompleteP (Dey et al. 2025, arXiv 2505.01618, table 1, alpha = 1): rate, weight decay and
+    initial values found at `base_width` and `base_depth` are right at every size. `training.optim` has the factors of
+    rates and gradients; docs/parametrisation.md derives them for ternary layers.
+    """
+
+    output_depth: int  # L in the factor 1 / sqrt(2 L) on initial values of projections that write to the stream
+    std: float = 1.0  # of the initial matrices of a block; the small Xavier of recurrent mixers includes it
+    residual: float = 1.0  # on the output of a mixer or GLU, before it is added to the residual stream
+    logits: float = 1.0
+    scores: float = 1.0  # on attention scores, in addition to 1 / sqrt(K)
+
+
+def scales(config: ModelConfig) -> Scales:
+    """Return the factors of a model; all 1 under the standard parametrisation."""
+    if config.parametrisation == "standard":
+        return Scales(config.depth)
+    # A sum of `width` products has a variance in proportion to the width, so initial matrices shrink with its root.
+    # Logits shrink with the width itself, because in training the head's weights align with its input, and sums of
+    # aligned terms grow in proportion to their number.
+    wider, deeper = config.relative_size
+    head = config.width // config.heads
+    scores = math.sqrt(config.base_head / head) if config.mixer == "attention" and config.base_head else 1.0
+    # The depth of the base, because the residual branch has a factor 1 / L of its own at every depth.
+    return Scales(config.base_depth, std=1 / math.sqrt(wider), residual=1 / deeper, logits=1 / wider, scores=scores)

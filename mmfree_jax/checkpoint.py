@@ -1,5 +1,6 @@
 """Checkpoints of a run: written by Orbax, asynchronous and atomic; the latest few and every milestone are kept."""
 
+import contextlib
 import glob
 import json
 import logging
@@ -45,7 +46,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing or cannot be read. The message names it."""
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoint folder of one run. Use it as a context manager, which waits for a save in progress at the end."""
 
     def __init__(self, folder: Path, keep: int = 1, milestones: tuple[int, ...] = ()):
@@ -55,9 +56,6 @@ class Checkpoints:
         self._orbax = ocp.training.Checkpointer(
             folder.resolve(), preservation_policy=_keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._orbax.close()
@@ -116,14 +114,14 @@ def _load(
     return found["state"], found["meta"]
 
 
-def _reason(error: Exception, steps: list[int], chosen: int) -> str:
+def _reason(error: Exception, steps: list[int], step: int) -> str:
     """Why a checkpoint cannot be read, and what to do if that is known. Only damaged ones should be removed."""
     cause = error.__cause__ or error
     why = " ".join(str(cause).split())[:LONGEST_REASON]
     if OTHER_TREE.search(why):
         return f"it holds other arrays than its run or model has now ({why})"
     if isinstance(cause, FileNotFoundError | json.JSONDecodeError) or DAMAGE.search(why):
-        before = [str(earlier) for earlier in steps if earlier < chosen][-1:]
+        before = [str(earlier) for earlier in steps if earlier < step][-1:]
         there = f"the one before it is of step {before[0]}" if before else "there is no earlier one"
         return f"{why}; it is damaged, remove it: {there}"
     return f"{type(cause).__name__}: {why}"

@@ -54,7 +54,7 @@ def explain(event: events.ParseErrorEvent, prog: str, known: Sequence[str]) -> s
 
 
 def flags(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Every flag of a command, such as `--optim.warmup-steps`."""
+    """Yield every flag of a command, such as `--optim.warmup-steps`."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         marks = getattr(hint, "__metadata__", ())
         inner = typing.get_args(hint)[0] if marks else hint

@@ -193,7 +193,7 @@ class RunConfig:
     init: str = ""  # folder of a model whose weights to start from, with a new optimizer state, instead of random ones
     milestones: tuple[int, ...] = ()
     precision: Precision = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU; weights are float32
-    remat: Remat = "none"  # what the backward pass recomputes (`models.language_model.remat_policy`)
+    remat: Remat = "none"  # what the backward pass recomputes (`models.language_model.RESIDUAL_NAMES`)
     kernels: Kernels = "auto"  # use our own kernels if they pass their checks; off: only the compiler's
     gather: Gather = "int8"  # form in which ternary codes are all-gathered over fsdp shards; packed: four in a byte
     reduction: Reduction = "compute"  # type in which gradients of matrices are summed over devices (`sharding`)
@@ -315,7 +315,7 @@ def to_json(config: Any) -> str:
 
 
 def from_json(cls: type, text: str, source: str = "") -> Any:
-    """Inverse of `to_json`.
+    """Build a config from its JSON text, the inverse of `to_json`.
 
     Raises ConfigError, naming the `source` of the text, for unknown keys (with the nearest one), wrong types and wrong
     values.

@@ -31,6 +31,7 @@ from mmfree_jax.output import program
 from mmfree_jax.sweep.shapes import ladder_model
 from mmfree_jax.training.step import make_program, program_key
 
+# Short windows of a small batch are enough: what is measured is how an update changes activations, not learning.
 PARAMETRISATIONS: tuple[Parametrisation, ...] = ("standard", "mup")
 DATA = DataConfig(vocab=257, sequence=32, batch=8)
 RATES = {"dense": 4e-3, "ternary": 8e-3}
@@ -55,14 +56,16 @@ class Arguments:
         require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
 
 
-def movement(model: ModelConfig, optim: OptimConfig, steps: int, seed: int = 0) -> np.ndarray:
+def movement(model: ModelConfig, optim: OptimConfig, steps: int) -> np.ndarray:
     """Return the root mean square change of embedding, residual stream after each block, and logits in `steps` steps.
 
     The tokens are random, but skewed as in text, and the same in each step.
     """
+    # Far longer than the few steps taken, so the schedule plays no part: each step is given its rate here.
     run = RunConfig("coordinates", model, dataclasses.replace(DATA, vocab=model.vocab), optim, steps=10**6)
     step = make_program(program_key(run, None))
-    uniform = np.random.default_rng(seed).random((DATA.batch, DATA.sequence + 1))
+    # The third power of a uniform number makes small tokens frequent and large ones rare, as words are.
+    uniform = np.random.default_rng(0).random((DATA.batch, DATA.sequence + 1))
     tokens_BT = step.place((model.vocab * uniform**3).astype(np.int32))
 
     @jax.jit
@@ -70,8 +73,9 @@ def movement(model: ModelConfig, optim: OptimConfig, steps: int, seed: int = 0) 
         built = nnx.merge(step.graphdef, params)
         return [*built.residuals(tokens_BT[:, :-1]), built(tokens_BT[:, :-1])]
 
+    # The same tokens before and after, so the change is that of the weights alone.
     with jax.set_mesh(step.mesh):
-        state = step.init(jax.random.key(seed))
+        state = step.init(jax.random.key(0))
         before = activations(state.params)
         for _ in range(steps):
             state, _ = step.train_step(state, tokens_BT, step.repeat(np.float32(optim.lr)))
@@ -82,6 +86,7 @@ def movement(model: ModelConfig, optim: OptimConfig, steps: int, seed: int = 0) 
 def model_at(family: str, parametrisation: Parametrisation, width: int, base: int, depth: int) -> ModelConfig:
     """Return the family at a width, relative to a base width of the same depth."""
     model = ladder_model(family, width, DATA.vocab, depth)
+    # The depth of the base is that of every model, so only the width varies.
     if parametrisation == "standard":
         return model
     return dataclasses.replace(model, parametrisation="mup", base_width=base, base_depth=depth)
@@ -97,14 +102,14 @@ def exponents(widths: Sequence[int], moved: np.ndarray) -> np.ndarray:
 
 def main(arguments: list[str]) -> int:
     """Print a table for each parametrisation: for every layer its change at every width, and the exponent."""
-    chosen = parse(Arguments, arguments, f"{program()} coordinates")
+    options = parse(Arguments, arguments, f"{program()} coordinates")
     check_platform()
-    widths, depth = chosen.widths, chosen.depth
-    optim = OptimConfig(optimizer=chosen.optimizer, lr=chosen.lr or RATES[FAMILIES[chosen.family][1]])
+    widths, depth = options.widths, options.depth
+    optim = OptimConfig(optimizer=options.optimizer, lr=options.lr or RATES[FAMILIES[options.family][1]])
     layers = ["embedding", *(f"block {i + 1}" for i in range(depth)), "logits"]
     for parametrisation in PARAMETRISATIONS:
-        models = [model_at(chosen.family, parametrisation, width, widths[0], depth) for width in widths]
-        moved = np.stack([movement(model, optim, chosen.steps) for model in models])
+        models = [model_at(options.family, parametrisation, width, widths[0], depth) for width in widths]
+        moved = np.stack([movement(model, optim, options.steps) for model in models])
         columns = "".join(f"{f'width {width}':>12}" for width in widths)
         print(f"{parametrisation:<12}{columns}{'exponent':>12}")
         for name, changes, slope in zip(layers, moved.T, exponents(widths, moved), strict=True):

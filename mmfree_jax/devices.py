@@ -19,6 +19,7 @@ GENERATOR = "threefry2x32"  # random number generator of initial weights, whatev
 # Settings of JAX that would change what a run computes. Another value would have to be part of the config.
 SETTINGS = {"jax_enable_x64": False, "jax_threefry_partitionable": True, "jax_default_matmul_precision": None}
 
+USABLE = 0.92  # share of a device's memory; context, libraries and fragmentation take the rest
 Platform = Literal["cuda", "tpu", "cpu"]
 
 

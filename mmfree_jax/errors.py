@@ -1,12 +1,15 @@
 """How a command reports an exception: its message, if it is written for users; else also a traceback, in a file."""
 
 import contextlib
+import importlib
 import linecache
 import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
+
+from mmfree_jax.config import ConfigError
 
 OURS = Path(__file__).parents[1]
 PACKAGES = ("mmfree_jax", "scaling", "launch")
@@ -46,6 +49,7 @@ def describe(error: Exception) -> str:
     """Return an exception in one line, with the file of its traceback unless the message is written for users."""
     if is_explained(error):
         return sentence(error)
+    # The log of a run has it already (`logged`); a second file would only be another place to look.
     place = getattr(error, "written_to", None)
     if place is None:
         with tempfile.NamedTemporaryFile("w", prefix="mmfree-", suffix=".log", delete=False, encoding="utf-8") as file:
@@ -71,3 +75,11 @@ def logged(log: Path, ignored: type[Exception]) -> Iterator[None]:
                 file.write("".join(traceback.format_exception(error)))
                 error.written_to = log  # type: ignore[attr-defined]
         raise
+
+
+def need(module: str, purpose: str, install: str) -> ModuleType:
+    """Import an optional package. Raises ConfigError that says what needs it, and what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{purpose} needs a package that is not installed ({error}): pip install {install}") from None

@@ -17,20 +17,26 @@ class LockedError(RuntimeError):
     """Another process holds the folder. The message names it."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a sibling of `path` and rename it into place: a reader sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Write a file that appears complete or not at all: yield a sibling, and rename it to `path` afterwards."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # Without fsync before the rename some file systems show an empty file after a crash.
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
+        yield Path(partial)
+        os.chmod(partial, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(partial, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        Path(partial).unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, even after a crash."""
+    with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # before the rename, or some file systems show an empty file after a crash
 
 
 @contextlib.contextmanager
@@ -78,6 +84,7 @@ def read_json(path: Path) -> Any:
 
 def sha256(files: Iterable[Path]) -> str:
     """Return one SHA-256, in hexadecimal, of the content of several files in order."""
+    # Contents follow one another without a separator: the list of files is fixed where this is used.
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
@@ -124,6 +131,6 @@ def locked(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """`$MMFREE_JAX_CACHE`, else `~/.cache/mmfree_jax`."""
+    """Return the folder of the cache: `$MMFREE_JAX_CACHE`, else `~/.cache/mmfree_jax`."""
     named = os.environ.get("MMFREE_JAX_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "mmfree_jax"

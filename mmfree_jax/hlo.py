@@ -105,6 +105,7 @@ def total(found: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, float
 
     Arrays instead of instructions, because compilers combine any number of arrays in one instruction.
     """
+    # A combined instruction is one message, but each of its arrays has a type of its own.
     count: Counter[tuple[str, str]] = Counter()
     sent: defaultdict[tuple[str, str], float] = defaultdict(float)
     for one in found:

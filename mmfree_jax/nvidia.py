@@ -27,7 +27,7 @@ def visible() -> list[str]:
     named = named_by_cuda()
     if named is not None:
         return named
-    return [str(number) for number in range(_asked(lambda nvml: nvml.nvmlDeviceGetCount()) or 0)]
+    return [str(number) for number in range(_ask(lambda nvml: nvml.nvmlDeviceGetCount()) or 0)]
 
 
 def is_shared() -> bool:
@@ -37,21 +37,22 @@ def is_shared() -> bool:
 
 def memory_bytes(name: str) -> int | None:
     """Return the memory of a GPU or MIG instance; None if NVML does not say."""
-    found = _asked(lambda nvml: nvml.nvmlDeviceGetMemoryInfo(_handle(nvml, name)).total)
+    found = _ask(lambda nvml: nvml.nvmlDeviceGetMemoryInfo(_handle(nvml, name)).total)
     return None if found is None else int(found)
 
 
 def joules(name: str) -> float | None:
     """Return the energy that a GPU has used since its driver was loaded; None if it has no counter (MIG instances)."""
-    found = _asked(lambda nvml: nvml.nvmlDeviceGetTotalEnergyConsumption(_handle(nvml, name)))
+    found = _ask(lambda nvml: nvml.nvmlDeviceGetTotalEnergyConsumption(_handle(nvml, name)))
     return None if found is None else found / 1e3  # it counts millijoules
 
 
-def _asked(question: Callable[[Any], Any]) -> Any:
+def _ask(question: Callable[[Any], Any]) -> Any:
     """Ask NVML a question; None if it does not answer, for any reason.
 
     Drivers raise different things: their own errors, or missing functions. None of them may end a training run.
     """
+    # Initialising it again is cheap and allowed, so no state has to be kept between questions.
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
@@ -66,6 +67,7 @@ def _handle(nvml: Any, name: str) -> Any:
         return nvml.nvmlDeviceGetHandleByIndex(int(name))
     if name.startswith("MIG-"):
         return nvml.nvmlDeviceGetHandleByUUID(name)
+    # CUDA accepts the beginning of a UUID; NVML wants all of it.
     for number in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(number)
         if nvml.nvmlDeviceGetUUID(handle).startswith(name):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+Say = Callable[[str], None]  # takes lines of progress
 NO_READER = (errno.EPIPE, errno.EIO)  # a pipe without a reader, as after `… | head`; a terminal that was closed
 
 
@@ -49,8 +50,12 @@ def make_streams_tolerant() -> None:
 
 
 def program() -> str:
-    """The name of the running command, for messages: `mmfree` if it is the installed one, else `launch.py`."""
+    """Return the name of the running command, for messages: `mmfree` if it is the installed one, else `launch.py`."""
     return "mmfree" if Path(sys.argv[0]).stem == "mmfree" else "launch.py"
+
+
+def quiet(line: str) -> None:
+    """Print nothing."""
 
 
 def line_printer(console: Console) -> Callable[[str | Text], None]:

@@ -82,6 +82,7 @@ def run_preset(preset: str) -> RunConfig:
     """
     family, size = split_name(preset)
     model = model_preset(family, size)
+    # Small enough for a first try on a laptop, with diagnostics on to show what there is to see.
     if size == "tiny":
         data = DataConfig(vocab=model.vocab, sequence=128, batch=16)
         optim = OptimConfig(lr=TINY_RATES[model.linear], warmup_steps=20, decay_steps=40)

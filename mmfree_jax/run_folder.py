@@ -9,7 +9,7 @@ from typing import Any
 
 from mmfree_jax.config import PLACES, ConfigError, DataConfig, ModelConfig, RunConfig, from_json, require, to_json
 from mmfree_jax.data import TokenSet
-from mmfree_jax.data.corpora import NAMED, Known, resolve_corpus, resolve_data, with_contents
+from mmfree_jax.data.corpora import NAMED, CorpusPlace, resolve_corpus, resolve_data, with_contents
 from mmfree_jax.files import read_json, write_atomically, write_json
 
 CORPUS = "corpus.json"  # what the run reads, and where that was found last
@@ -22,6 +22,8 @@ def check_data(config: RunConfig, token_set: TokenSet) -> None:
     Called before anything is compiled.
     """
     check_vocabulary(config.model, token_set)
+    # Packed rows are windows of one length, whose documents do not see each other: trained on in any other way they
+    # would be cut in the middle.
     for one in token_set.sets:
         data, have, packed = config.data, len(one.split("train")), one.packed_sequence
         require(
@@ -109,9 +111,11 @@ def saved_run(folder: Path) -> RunConfig | None:
 
 def note_corpus(config: RunConfig, token_set: TokenSet, folder: Path) -> None:
     """Write corpus.json: what the run reads, and where, so that later commands work from any working directory."""
+    # Absolute paths: a run may be started in one working directory and evaluated from another.
     names = (config.data.corpus, *config.data.mixture)
     sets = [
-        Known(name, os.path.abspath(one.path), one.fingerprint) for name, one in zip(names, token_set.sets, strict=True)
+        CorpusPlace(name, os.path.abspath(one.path), one.fingerprint)
+        for name, one in zip(names, token_set.sets, strict=True)
     ]
     facts = {name: getattr(token_set, name) for name in ("vocab_size", "vocab_hash", "end_of_document")}
     write_json(folder / CORPUS, {"sets": [one._asdict() for one in sets], **facts})
@@ -122,9 +126,9 @@ def corpus_facts(folder: Path) -> dict[str, Any]:
     return read_json(folder / CORPUS) if (folder / CORPUS).exists() else {}
 
 
-def known_corpora(folder: Path) -> tuple[Known, ...]:
+def corpus_places(folder: Path) -> tuple[CorpusPlace, ...]:
     """Return where a run found its corpora."""
-    return tuple(Known(**one) for one in corpus_facts(folder).get("sets", ()))
+    return tuple(CorpusPlace(**one) for one in corpus_facts(folder).get("sets", ()))
 
 
 def held_out_corpus(folder: Path, data: DataConfig, corpus: str) -> TokenSet:
@@ -132,12 +136,14 @@ def held_out_corpus(folder: Path, data: DataConfig, corpus: str) -> TokenSet:
 
     Raises ConfigError if the run's own has changed, and for a corpus of another tokenizer.
     """
+    # Vocabularies are compared by their hash: equal sizes say nothing, and a loss in other tokens would look like a
+    # result.
     facts = corpus_facts(folder)
     if corpus:
         found = resolve_corpus(corpus, data.vocab)
     else:
         own = dataclasses.replace(data, mixture=(), weights=(), contents=())
-        found = resolve_data(own, known=known_corpora(folder)[:1])
+        found = resolve_data(own, places=corpus_places(folder)[:1])
         trained_on = data.contents[0] if data.contents else found.fingerprint
         require(
             found.fingerprint == trained_on,
@@ -159,6 +165,7 @@ def claim(config: RunConfig, folder: Path) -> None:
     """
     if why := changes(config, folder):
         raise ConfigError(f"{folder} holds another run ({why}): choose another folder")
+    # The file is rewritten only where it changes: a finished run may lie on a disk that is read-only by now.
     path, text = folder / "config.json", to_json(config) + "\n"
     ended = (folder / "result.json").exists()
     if not path.exists() or (not ended and path.read_text(encoding="utf-8") != text):
@@ -205,9 +212,9 @@ def _anywhere(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=dataclasses.replace(data, corpus=corpus, mixture=tuple(mixture)), init=init)
 
 
-def differences(held: Any, wanted: Any, free: Collection[str] = ()) -> str:
+def differences(saved: Any, requested: Any, free: Collection[str] = ()) -> str:
     """Describe the first four fields in which two configs differ. Fields in `free` may differ."""
-    old, new = (dict(leaves(json.loads(to_json(c)))) for c in (held, wanted))
+    old, new = (dict(leaves(json.loads(to_json(c)))) for c in (saved, requested))
     bound = [key for key in old.keys() | new.keys() if key not in free and key.partition(".")[0] not in free]
     changed = [key for key in bound if old.get(key) != new.get(key)]
     return ", ".join(f"{key} is {old.get(key)}, not {new.get(key)}" for key in sorted(changed)[:4])

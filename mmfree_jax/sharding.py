@@ -27,7 +27,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import ConfigError, MeshConfig
-from mmfree_jax.tracing import during
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 Axes = str | tuple[str, ...] | None
@@ -147,24 +146,11 @@ def uninitialised(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.lax.empty(shape, dtype) if _context_mesh() is None else jnp.zeros(shape, dtype)
 
 
-packed_gathers: ContextVar[bool] = ContextVar("packed_gathers", default=False)  # ternary codes, four in a byte
-
-
-def pack_before_gather(packed: bool) -> Any:
-    """Pack ternary codes before they are all-gathered, in what is traced inside. Also a decorator."""
-    return during(packed_gathers, packed)
-
-
-_float32_sums: ContextVar[bool] = ContextVar("wide_sums", default=False)
-
-
-def sum_in_float32(wide: bool) -> Any:
-    """Sum gradients over devices in float32, whatever their type, in what is traced inside. Also a decorator.
-
-    This doubles the bytes that devices exchange for gradients of the blocks' matrices (those of the embedding, the head
-    and all vectors are float32 anyway), and the optimizer gets their sums without rounding.
-    """
-    return during(_float32_sums, wide)
+# Settings for what is traced (`tracing.during`). Sums in float32 double the bytes that devices exchange for gradients
+# of the blocks' matrices (those of the embedding, the head and all vectors are float32 anyway), and the optimizer gets
+# their sums without rounding.
+packed_gathers: ContextVar[bool] = ContextVar("packed_gathers", default=False)  # gather ternary codes four in a byte
+float32_sums: ContextVar[bool] = ContextVar("float32_sums", default=False)  # sum gradients over devices in float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -236,7 +222,7 @@ def per_shard(
 
 def _all_reduced(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: tuple[str, ...]) -> jax.Array:
     """Sum parts over the mesh axes `rows`; over those in `pieces`, keep only this device's piece along embed."""
-    if _float32_sums.get() and rows and part.dtype.itemsize < 4:
+    if float32_sums.get() and rows and part.dtype.itemsize < 4:
         part = part.astype(jnp.float32)
     if pieces and "embed" in names:
         part = jax.lax.psum_scatter(part, pieces, scatter_dimension=names.index("embed"), tiled=True)

@@ -37,6 +37,7 @@ def model_config(path: Path) -> ModelConfig:
 def run_config(path: Path) -> RunConfig:
     """Return the config of the run that made a model, on one device; for other models a default with their
     architecture."""
+    # A run of eight GPUs is read on one device; other meshes and what only they can have are dropped.
     if is_run(path):
         here = {"mesh": {}, "gather": "int8", "reduction": "compute"}  # the last two need a mesh
         return from_json(RunConfig, json.dumps(read_json(path / "config.json") | here), str(path / "config.json"))
@@ -95,6 +96,8 @@ def with_initial_weights(run: RunConfig, preset: str, out: Path) -> RunConfig:
         f"init={run.init} holds a model of family {found.family}, and {preset} is of {usual.family}: take a preset of "
         f"{found.family}",
     )
+    # What the user has not overridden still has the preset's value; what differs from both was asked for, and cannot be
+    # had.
     for name in (field.name for field in dataclasses.fields(found) if field.name not in CHOICES_OF_RUN):
         asked = getattr(run.model, name)
         require(
@@ -105,7 +108,7 @@ def with_initial_weights(run: RunConfig, preset: str, out: Path) -> RunConfig:
 
 
 def with_choices_of(found: ModelConfig, model: ModelConfig) -> ModelConfig:
-    """The architecture `found` of some weights, with what a run of `model` may choose for itself."""
+    """Return the architecture `found` of some weights, with what a run of `model` may choose for itself."""
     return dataclasses.replace(found, **{name: getattr(model, name) for name in CHOICES_OF_RUN})
 
 
@@ -122,7 +125,7 @@ def origin(path: Path) -> Origin:
     return read_origin(path)
 
 
-def save_model(model: LanguageModel, path: Path, known: Origin = UNKNOWN) -> None:
+def save_model(model: LanguageModel, path: Path, source: Origin = UNKNOWN) -> None:
     """Write parameters, architecture and what is known about the training text into a new folder.
 
     Raises ConfigError if the folder is not empty.
@@ -131,7 +134,7 @@ def save_model(model: LanguageModel, path: Path, known: Origin = UNKNOWN) -> Non
         raise ConfigError(f"{path} exists and is not an empty folder: choose another")
     with Checkpoints(path / "checkpoints") as checkpoints:
         checkpoints.save(nnx.state(model, nnx.Param), {"kind": "weights"}, 0)
-    write_json(path / ORIGIN, known._asdict())
+    write_json(path / ORIGIN, source._asdict())
     write_atomically(path / MODEL, to_json(model.config) + "\n")  # last: a folder without it is not a model
 
 

@@ -56,7 +56,7 @@ def exactly(path: Path, tokens: list[int]) -> TokenSet:
 
     def fill(folder: Path) -> None:
         writer = token_writer.ShardWriter(folder, "train-00000", np.dtype(np.uint16))
-        writer.extend(np.array(tokens))
+        writer.add(np.array(tokens), starts=())
         token_writer.finish(folder, {"train": token_writer.split_entry([writer.close()], 0)}, byte_tokenizer(), CARD)
 
     return token_writer.publish(path, fill)

@@ -14,7 +14,8 @@ from mmfree_jax.hlo import collectives
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, quantise_kernel
 from mmfree_jax.ops.fast.products import gather_kernel
-from mmfree_jax.sharding import MESH_AXES, divisible_spec, make_mesh, pack_before_gather, shardings, spec
+from mmfree_jax.sharding import MESH_AXES, divisible_spec, make_mesh, packed_gathers, shardings, spec
+from mmfree_jax.tracing import during
 from mmfree_jax.training.optim import Rates
 from mmfree_jax.training.step import make_program, program_key
 
@@ -85,7 +86,7 @@ def codes_everywhere() -> list:
         for shape in ((1, 8, 1, 1), (1, 4, 2, 1), (2, 1, 4, 1)):
             mesh = make_mesh(MeshConfig(*shape))
             placed = jax.device_put(w, NamedSharding(mesh, divisible_spec(w.shape, spec(None, *recipe.axes), mesh)))
-            with jax.set_mesh(mesh), pack_before_gather(shape == (1, 4, 2, 1)):
+            with jax.set_mesh(mesh), during(packed_gathers, shape == (1, 4, 2, 1)):
                 found = jax.device_get(jax.jit(quantise)(placed))
             same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, expected)
             different += [] if all(jax.tree.leaves(same)) else [[name, shape]]

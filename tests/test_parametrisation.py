@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmfree_jax.architecture import Scales, scales
 from mmfree_jax.config import FAMILIES, ConfigError, ModelConfig, OptimConfig
 from mmfree_jax.coordinates import exponents, model_at, movement
 from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear
 from mmfree_jax.ops.ternary import quantise_weights
-from mmfree_jax.parametrisation import Scales, gradient_factor, rate_factor, scales
+from mmfree_jax.training.optim import gradient_factor, rate_factor
 from tests.models.families import CONFIGS, family, logits, plain_model, tokens
 
 

@@ -5,6 +5,8 @@ import sys
 
 from mmfree_jax.output import make_streams_tolerant, program
 
+# A verb names its module, which is imported when the verb runs: `--help`, a misspelt verb and the verbs of `scaling`
+# answer at once, without waiting for JAX.
 VERBS = {
     "study": ("mmfree_jax.commands.sweep", "study", "train a sweep, fit it, compare the families, write the report"),
     "sweep": ("mmfree_jax.commands.sweep", "sweep", "train every run of an experiment"),
@@ -17,7 +19,7 @@ VERBS = {
     "bench": ("mmfree_jax.bench.cli", "main", "time the operations and the training step on this machine"),
     "coordinates": ("mmfree_jax.coordinates", "main", "measure how far activations move in a few steps, by width"),
     "lower": ("mmfree_jax.lowering.cli", "main", "predict memory and time of a run on a machine that is not here"),
-    "corpus": ("mmfree_jax.data.cli", "main", "build, check, pack and measure token sets"),
+    "corpus": ("mmfree_jax.data.cli", "main", "build, check, pack and convert token sets"),
 }
 SCALING = {
     "fit": "fit a scaling law to each family of a runs table",
@@ -49,6 +51,8 @@ def main(arguments: list[str]) -> int:
     if verb not in VERBS and verb not in SCALING:
         print(f"{name}: no verb {verb!r}; one of {', '.join([*VERBS, *SCALING])}", file=sys.stderr)
         return 1
+    # Everything that a user can mend ends in one line here; whatever else was raised leaves its traceback in a file
+    # that the line names (`errors.describe`).
     try:
         if verb in SCALING:
             return importlib.import_module("scaling.__main__").main([verb, *rest, *(["--debug"] if debug else [])])
@@ -65,6 +69,6 @@ def main(arguments: list[str]) -> int:
 
 
 def command() -> int:
-    """The entry point of `mmfree`: run the verb that this process was started with."""
+    """Run the verb that this process was started with: the entry point of `mmfree`."""
     make_streams_tolerant()
     return main(sys.argv[1:])

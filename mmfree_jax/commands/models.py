@@ -12,7 +12,7 @@ import tyro
 from mmfree_jax import api, distributed
 from mmfree_jax.command_line import parse
 from mmfree_jax.commands.train import Processes
-from mmfree_jax.config import ConfigError, MeshConfig, ModelConfig, require
+from mmfree_jax.config import ConfigError, MeshConfig, require
 from mmfree_jax.data.reading.token_set import TOKENIZER
 from mmfree_jax.devices import use_compile_cache
 from mmfree_jax.evaluation.loss import score_lines
@@ -92,10 +92,11 @@ class ExportArguments:
 
 def evaluate(arguments: list[str]) -> int:
     """Print the held-out loss of a model."""
-    chosen = parse(EvaluateArguments, arguments, f"{program()} evaluate")
-    chosen.group.join()
+    options = parse(EvaluateArguments, arguments, f"{program()} evaluate")
+    options.group.join()
+    # Standard output is for the scores alone, so that other programs can read it.
     warn = lambda line: print(line, file=sys.stderr)
-    scores = api.evaluate(chosen.model, chosen.corpus, sequence=chosen.sequence, mesh=chosen.mesh, say=warn)
+    scores = api.evaluate(options.model, options.corpus, sequence=options.sequence, mesh=options.mesh, say=warn)
     if distributed.is_first():
         print("\n".join(score_lines(scores)))
     return 0
@@ -103,31 +104,38 @@ def evaluate(arguments: list[str]) -> int:
 
 def import_model(arguments: list[str]) -> int:
     """Convert a Hugging Face folder into one of ours."""
-    chosen = parse(ImportArguments, arguments, f"{program()} import")
-    model = load_huggingface(chosen.source)
-    save_model(model, chosen.out, read_origin(chosen.source))
-    for file in [chosen.source / TOKENIZER, *text_files(chosen.source)]:
+    options = parse(ImportArguments, arguments, f"{program()} import")
+    # The tokenizer goes with the weights, because `generate` and `export` look for it in the folder of the model.
+    model = load_huggingface(options.source)
+    save_model(model, options.out, read_origin(options.source))
+    for file in [options.source / TOKENIZER, *text_files(options.source)]:
         if file.is_file():
-            shutil.copyfile(file, chosen.out / file.name)
-    print(f"{_size(model.config)} · {chosen.out}")
+            shutil.copyfile(file, options.out / file.name)
+    print(f"{model.config.family}, {parameters(model.config).total:,} parameters · {options.out}")
     return 0
 
 
 def generate(arguments: list[str]) -> int:
     """Print what a model makes of prompts: the text of one as it comes, those of a file as JSON."""
-    chosen = parse(GenerateArguments, arguments, f"{program()} generate")
-    require(chosen.max_tokens >= 1, f"--max-tokens {chosen.max_tokens}: must be at least 1")
-    require(not (chosen.prompt and chosen.file), "give --prompt or --file, not both")
+    options = parse(GenerateArguments, arguments, f"{program()} generate")
+    require(options.max_tokens >= 1, f"--max-tokens {options.max_tokens}: must be at least 1")
+    require(not (options.prompt and options.file), "give --prompt or --file, not both")
     use_compile_cache(cache_folder() / "compiled")
-    model = load_text_model(chosen.model, chosen.dtype, chosen.embedding)
-    how: dict[str, Any] = {"max_tokens": chosen.max_tokens, "stop": chosen.stop, **dataclasses.asdict(chosen.sampling)}
-    if chosen.file:
-        prompts = chosen.file.read_text(encoding="utf-8").splitlines()
-        for prompt, completion in zip(prompts, model.generate(prompts, **how), strict=True):
+    model = load_text_model(options.model, options.dtype, options.embedding)
+    settings: dict[str, Any] = {
+        "max_tokens": options.max_tokens,
+        "stop": options.stop,
+        **dataclasses.asdict(options.sampling),
+    }
+    if options.file:
+        # JSON, because prompts and completions may hold line ends of their own.
+        prompts = options.file.read_text(encoding="utf-8").splitlines()
+        for prompt, completion in zip(prompts, model.generate(prompts, **settings), strict=True):
             print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}, ensure_ascii=False))
         return 0
-    print(chosen.prompt, end="", flush=True)
-    for piece in model.stream(chosen.prompt, **how):
+    print(options.prompt, end="", flush=True)
+    # Piece by piece, flushed: a reader sees the first words while the last ones are being computed.
+    for piece in model.stream(options.prompt, **settings):
         print(piece, end="", flush=True)
     print()
     return 0
@@ -135,6 +143,7 @@ def generate(arguments: list[str]) -> int:
 
 def serve(arguments: list[str]) -> int:
     """Serve a model by HTTP."""
+    # Only this verb needs the packages of a web server, so they are an extra.
     try:
         from mmfree_jax.inference.serving import server
     except ModuleNotFoundError as error:
@@ -144,17 +153,17 @@ def serve(arguments: list[str]) -> int:
 
 def export_model(arguments: list[str]) -> int:
     """Convert a model into a Hugging Face folder, a packed folder or a GGUF file."""
-    chosen = parse(ExportArguments, arguments, f"{program()} export")
+    options = parse(ExportArguments, arguments, f"{program()} export")
+    # An option of another format would be ignored without a word, and the user would believe it had been heeded.
     for name, default, only in (("type", "auto", "gguf"), ("layout", "planes", "packed")):
-        value = getattr(chosen, name)
-        require(value == default or chosen.format == only, f"--{name} {value} is of --format {only}")
-    require(chosen.dtype is None or chosen.format != "gguf", "--format gguf has --type, not --dtype")
-    api.export(chosen.model, chosen.out, chosen.dtype, format=chosen.format, type=chosen.type, layout=chosen.layout)
-    config = model_config(chosen.model)
+        value = getattr(options, name)
+        require(value == default or options.format == only, f"--{name} {value} is of --format {only}")
+    require(options.dtype is None or options.format != "gguf", "--format gguf has --type, not --dtype")
+    api.export(
+        options.model, options.out, options.dtype, format=options.format, type=options.type, layout=options.layout
+    )
+    config = model_config(options.model)
     padding = config.vocab - config.tokenizer_vocab if config.tokenizer_vocab else 0
-    print(f"{_size(config)}{f', without {padding} tokens of padding' * (padding > 0)} · {chosen.out}")
+    left_out = f", without {padding} tokens of padding" if padding > 0 else ""
+    print(f"{config.family}, {parameters(config).total:,} parameters{left_out} · {options.out}")
     return 0
-
-
-def _size(config: ModelConfig) -> str:
-    return f"{config.family}, {parameters(config).total:,} parameters"

@@ -27,8 +27,9 @@ class SweepArguments:
     out: Path
     """Folder for the runs. A sweep that is already there is continued."""
     slots: int = 0
-    """Workers on each GPU (0: one, or several if the models are small). Without GPUs, workers in total (0: one for each
-    CPU core). Runs that shared a GPU have no seconds, joules, mfu or peak memory in their rows."""
+    """Workers on each GPU (0: one, or several if the models are small).
+    Without GPUs, workers in total (0: one for each CPU core).
+    Runs that shared a GPU have no seconds, joules, mfu or peak memory in their rows."""
     executor: Literal["local", "slurm"] = "local"
     """Workers on this machine (Linux only), or SLURM jobs."""
     slurm: Slurm = dataclasses.field(default_factory=Slurm)
@@ -60,36 +61,42 @@ def sweep(arguments: list[str]) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    chosen = parse(SweepArguments, arguments, f"{program()} {verb}")
-    modes = [name for name in ("dry_run", "status", "collect", "render") if getattr(chosen, name)]
+    options = parse(SweepArguments, arguments, f"{program()} {verb}")
+    modes = [name for name in ("dry_run", "status", "collect", "render") if getattr(options, name)]
     flags = " and ".join(f"--{name.replace('_', '-')}" for name in modes)
     require(len(modes) < 2, f"{flags} are asked for together: choose one")
+    require(options.limit_hours >= 0, f"--limit-hours {options.limit_hours:g}: must not be negative (0: no limit)")
     # A sweep meant for a cluster must not begin on this machine because a flag is missing.
-    only_looks = chosen.status or chosen.collect
+    only_looks = options.status or options.collect
     unused = "would do nothing: it needs"
-    require(only_looks or chosen.executor == "slurm" or chosen.slurm == Slurm(), f"--slurm.… {unused} --executor slurm")
-    require(only_looks or bool(chosen.render) or chosen.cloud == Cloud(), f"--cloud.… {unused} --render")
+    require(
+        only_looks or options.executor == "slurm" or options.slurm == Slurm(), f"--slurm.… {unused} --executor slurm"
+    )
+    require(only_looks or bool(options.render) or options.cloud == Cloud(), f"--cloud.… {unused} --render")
 
-    declared = load_study(chosen.experiment)
-    if chosen.status:
-        print("\n".join(flow.status_lines(declared, chosen.out)))
+    # --status, --collect and --render need no device and no executor: they work on a laptop while the sweep runs on a
+    # cluster.
+    declared = load_study(options.experiment)
+    if options.status:
+        print("\n".join(flow.status_lines(declared, options.out)))
         return 0
-    if chosen.collect:
-        print(f"runs table: {flow.collect(chosen.out, declared.runs)}")
+    if options.collect:
+        print(f"runs table: {flow.collect(options.out, declared.runs)}")
         return 0
-    if chosen.render:
-        target = declared, chosen.experiment, chosen.out, chosen.render
-        print(*render(*target, chosen.cloud, chosen.limit_hours), sep="\n")
+    if options.render:
+        target = declared, options.experiment, options.out, options.render
+        print(*render(*target, options.cloud, options.limit_hours), sep="\n")
         return 0
+    # An executor is built before anything is trained: it refuses runs for which it has no machines.
     console = Console()
     executor: Executor
-    if chosen.executor == "slurm":
-        require(chosen.slots == 0, "--slots is for workers of this machine: with SLURM use --slurm.parallel")
-        executor = SlurmExecutor(chosen.slurm, chosen.limit_hours, line_printer(console))
+    if options.executor == "slurm":
+        require(options.slots == 0, "--slots is for workers of this machine: with SLURM use --slurm.parallel")
+        executor = SlurmExecutor(options.slurm, options.limit_hours, line_printer(console))
     else:
-        executor = this_machine(chosen.slots, chosen.limit_hours)
-    if chosen.dry_run:
+        executor = this_machine(options.slots, options.limit_hours)
+    if options.dry_run:
         print("\n".join(flow.plan_lines(declared, executor)))
         return 0
     run = flow.run_study if verb == "study" else flow.sweep
-    return run(declared, chosen.out, console, executor, chosen.again)
+    return run(declared, options.out, console, executor, options.again)

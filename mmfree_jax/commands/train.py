@@ -69,24 +69,28 @@ def train(arguments: list[str]) -> int:
         print(f"{program()} train PRESET --help lists what can be overridden")
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 1
     preset, *rest = arguments
+    # The preset is the default of every flag, so `train PRESET --help` shows the values that the run would have.
     default = TrainArguments(out=tyro.MISSING, run=run_preset(preset))
-    chosen = parse(TrainArguments, rest, f"{program()} train {preset}", default)
-    profile_steps = step_range(chosen.profile)
-    if chosen.group.join():
+    options = parse(TrainArguments, rest, f"{program()} train {preset}", default)
+    profile_steps = step_range(options.profile)
+    # Before anything asks JAX for its devices: afterwards a process can no longer join the others.
+    if options.group.join():
         print(distributed.process_table(), flush=True)
     check_platform()
-    out, run = chosen.out, with_initial_weights(chosen.run, preset, chosen.out)
+    out, run = options.out, with_initial_weights(options.run, preset, options.out)
 
+    # One process speaks for all; the others would print the same lines.
     console = Console(quiet=jax.process_index() > 0)
     say = line_printer(console)
     run, token_set = api.prepare(run, out, say)
     use_compile_cache(cache_folder() / "compiled")
     try:
         with follow(run, out, console):
-            result = loop.train(run, out, token_set, profile_steps, not chosen.no_self_check)
+            result = loop.train(run, out, token_set, profile_steps, not options.no_self_check)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.status
+    # A trunk is not evaluated, so it ends without a held-out loss.
     loss = "done"
     if result["loss"] is not None:
         loss = f"held-out loss {result['loss']:.4f} nats a token, {result['bpb']:.4f} bits a byte"

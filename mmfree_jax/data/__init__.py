@@ -2,7 +2,7 @@
 
 tokenizers/  bytes, byte-level BPE and SentencePiece; word_cache.py makes BPE fast
 reading/     what training reads: token_set.py (the on-disk format), documents.py (targets and counts in a window),
-             pipeline.py (shuffled batches whose state is one integer), prefetch.py, bench.py
+             pipeline.py (shuffled batches whose state is one integer), prefetch.py
 building/    what makes token sets:
              sources       inputs.py and lines.py (files, datasets), embedded.py (docstrings of installed packages),
                            tiers.py, distributions.py and extraction.py (tiers S, M and L), foreign.py (.bin files)

@@ -1,4 +1,4 @@
-"""`mmfree corpus`: build, show, check, pack and measure token sets."""
+"""`mmfree corpus`: build, show, check and pack token sets, and convert those of other programs."""
 
 import argparse
 import shutil
@@ -14,11 +14,10 @@ from mmfree_jax.data.building.embedded import EMBEDDED, build_embedded
 from mmfree_jax.data.building.foreign import convert
 from mmfree_jax.data.building.inputs import Reading, Unit, plan
 from mmfree_jax.data.building.packing import pack
-from mmfree_jax.data.building.prepare import STEPS, bytes_by_source, prepare
+from mmfree_jax.data.building.prepare import STEPS, prepare
 from mmfree_jax.data.building.spill import documents_of, spill
 from mmfree_jax.data.building.tiers import build_tier
 from mmfree_jax.data.corpora import NAMED, resolve_corpus, tier_folder
-from mmfree_jax.data.reading.bench import measure
 from mmfree_jax.data.reading.token_set import READABLE_CARD, TokenSet
 from mmfree_jax.data.tokenizers import tokenizer as tokenization
 from mmfree_jax.output import program
@@ -29,6 +28,7 @@ _OWN_INPUT = ("key", "skip_bad", "raw", "english", "shortest", "dedup", "held_ou
 class _Parser(argparse.ArgumentParser):
     """Reports wrong usage in one line, like every other error."""
 
+    # argparse prints a usage of ten lines and exits with 2, which is the status of a gate here.
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
 
@@ -45,10 +45,8 @@ def _without_repetitions(
     documents, read = documents_of(units, reading, english=options.english, shortest=options.shortest)
     prepared = prepare(documents, held_out=options.held_out)
     spilled = spill(prepared, folder)
-    names = list(bytes_by_source(documents))
-    steps = {name: {step: left.get(name, 0) for step, left in prepared.left.items()} for name in names}
-    counts = {name: sum(d.source == name for d in prepared.train + prepared.valid) for name in names}
-    rows = [cards.source_row(name, "", "not stated", counts[name], steps[name]) for name in names]
+    sources = [(name, "", "not stated") for name in dict.fromkeys(document.source for document in documents)]
+    rows = cards.source_rows(sources, STEPS, prepared)
     return spilled, {"steps": STEPS, "sources": rows, **unreadable(read)}
 
 
@@ -63,6 +61,7 @@ def _build_input(options: argparse.Namespace) -> TokenSet:
         _say(line)
     card = {"name": options.out.name, "description": f"Built from {', '.join(options.what)}.", "sources": []}
     card["left_out"] = left_out
+    # In a folder beside the set: an interrupted build finds it there, and only a finished one removes it.
     documents = options.out.with_name(f".{options.out.name}.documents")  # without repetitions, until tokenised
     if options.dedup:
         units, more = _without_repetitions(options, units, reading, documents)
@@ -83,6 +82,7 @@ def _build_input(options: argparse.Namespace) -> TokenSet:
 
 def _build_named(options: argparse.Namespace) -> TokenSet:
     name, out = options.what[0], options.out
+    # A named corpus is the same everywhere because nobody can change how it is made.
     given = [f"--{key.replace('_', '-')}" for key in _OWN_INPUT if getattr(options, key) != options.default(key)]
     if given:
         raise ValueError(f"{', '.join(given)}: for input of your own; how corpus {name!r} is prepared is fixed")
@@ -99,6 +99,7 @@ def _build_named(options: argparse.Namespace) -> TokenSet:
 
 
 def _build(options: argparse.Namespace) -> None:
+    # A name stands alone: beside files, `s` would be a file of that name.
     named = len(options.what) == 1 and options.what[0] in NAMED
     if options.out is None and not named:
         raise ValueError("--out is required: the folder of the new token set")
@@ -113,7 +114,9 @@ def _build(options: argparse.Namespace) -> None:
     print(result.path)
 
 
-def _run(options: argparse.Namespace) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `corpus` with the given arguments. Raises ValueError for wrong usage, and what the verbs raise."""
+    options = _parser().parse_args(argv)
     if options.verb == "build":
         _build(options)
     elif options.verb == "info":
@@ -128,15 +131,12 @@ def _run(options: argparse.Namespace) -> None:
         padding = 1 - len(loose.split("train")) / (rows * sequence)
         print(f"{rows:,} rows of {sequence} tokens, {padding:.2%} of them padding, at {out}")
         print(f"train on it with --data.corpus {out} --data.sequence {sequence} --data.separate-documents")
-    elif options.verb == "convert":
+    else:
         files = {"train": options.train} | ({"valid": options.valid} if options.valid else {})
         result = convert(files, tokenization.named(options.tokenizer), options.out, options.dtype)
         for name, split in result.splits.items():
             print(f"{name}: {len(split):,} tokens, {split.documents:,} documents")
-    else:
-        sets = [TokenSet.open(path) for path in options.sets]
-        for sequence, batch in ((128, 32), (512, 32), (2048, 8), (2048, 64)):
-            print(measure(sets, sequence, batch, options.seconds))
+    return 0
 
 
 def _add_convert(verbs: argparse._SubParsersAction) -> None:
@@ -186,7 +186,7 @@ def _add_build(verbs: argparse._SubParsersAction) -> None:
 
 def _parser() -> _Parser:
     parser = _Parser(prog=f"{program()} corpus", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="bench|build|convert|info|verify|pack")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="build|convert|info|verify|pack")
     _add_build(verbs)
     _add_convert(verbs)
     for name, text in (("info", "show the data card"), ("verify", "read all of it and compare checksums")):
@@ -195,16 +195,4 @@ def _parser() -> _Parser:
     verb.add_argument("set", type=Path, help="folder of a token set")
     verb.add_argument("--sequence", type=int, required=True, help="tokens in a window")
     verb.add_argument("--out", type=Path, required=True, help="new folder for the packed set")
-    verb = verbs.add_parser(
-        "bench", help="measure how fast batches are read from token sets, shuffled and mixed equally"
-    )
-    verb.add_argument("sets", type=Path, nargs="+", help="folders of token sets")
-    verb.add_argument("--seconds", type=float, default=3.0, help="duration of each measurement [3]")
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `corpus` with the given arguments. Raises ValueError for wrong usage, and what the verbs raise."""
-    options = _parser().parse_args(argv)
-    _run(options)
-    return 0

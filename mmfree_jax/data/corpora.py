@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmfree_jax.config import DataConfig, require
-from mmfree_jax.data.building.build import Progress, quiet
 from mmfree_jax.data.building.distributions import TIERS
 from mmfree_jax.data.building.embedded import EMBEDDED, build_embedded, embedded_name
 from mmfree_jax.data.reading.token_set import Mixture, TokenSet
 from mmfree_jax.files import cache_folder, locked
+from mmfree_jax.output import Say, quiet
 
 NAMED = (EMBEDDED, *TIERS)
 WAIT_S = 600.0  # for another process that is building the same corpus
 
 
-class Known(NamedTuple):
+class CorpusPlace(NamedTuple):
     """Where a run found one of its corpora."""
 
     name: str  # as in the run's config
@@ -24,14 +24,12 @@ class Known(NamedTuple):
     fingerprint: str
 
 
-def tier_folder(tier: str, vocab_size: int, cache: Path | None = None) -> Path:
+def tier_folder(tier: str, vocab_size: int) -> Path:
     """Return the default folder of a tier, where runs look for it."""
-    return (cache or cache_folder()) / f"tier-{tier}-{vocab_size}"
+    return cache_folder() / f"tier-{tier}-{vocab_size}"
 
 
-def resolve_corpus(
-    name_or_path: str | Path, vocab_size: int = 2048, cache: Path | None = None, progress: Progress = quiet
-) -> TokenSet:
+def resolve_corpus(name_or_path: str | Path, vocab_size: int = 2048, progress: Say = quiet) -> TokenSet:
     """Open the corpus "embedded" (built on first use, in about half a minute), a tier, or the token set at a path.
 
     vocab_size: of a named corpus; a token set at a path has its own. Raises FileNotFoundError for a path without a set,
@@ -40,13 +38,13 @@ def resolve_corpus(
     name = str(name_or_path)
     path = Path(name)
     if name == EMBEDDED:
-        path = (cache or cache_folder()) / embedded_name(vocab_size)
+        path = cache_folder() / embedded_name(vocab_size)
         if not path.exists():
             with locked(path.with_name(f"{path.name}.building"), WAIT_S):
                 if not path.exists():  # another process may have built it while this one waited
                     return build_embedded(path, vocab_size, progress=progress)
     elif name in TIERS:
-        path = tier_folder(name, vocab_size, cache)
+        path = tier_folder(name, vocab_size)
         if not path.exists():
             raise FileNotFoundError(
                 f"corpus {name!r} with {vocab_size} tokens has not been built here (there is no {path}): "
@@ -58,23 +56,23 @@ def resolve_corpus(
     return TokenSet.open(path)
 
 
-def _corpus_of_run(name: str, vocab_size: int, progress: Progress, known: Known | None) -> TokenSet:
+def _corpus_of_run(name: str, vocab_size: int, progress: Say, place: CorpusPlace | None) -> TokenSet:
     """Open the corpus of a name, or the one that the run found under this name before.
 
     The latter if the name is a path that does not exist here, or a named corpus whose content has changed.
     """
-    if known is None or Path(name).name != Path(known.name).name or (name not in NAMED and Path(name).exists()):
+    if place is None or Path(name).name != Path(place.name).name or (name not in NAMED and Path(name).exists()):
         return resolve_corpus(name, vocab_size, progress=progress)
     try:
-        found = TokenSet.open(known.path)
+        found = TokenSet.open(place.path)
     except FileNotFoundError:
         found = None
-    if found is not None and found.fingerprint == known.fingerprint:
+    if found is not None and found.fingerprint == place.fingerprint:
         return found
     try:
         return resolve_corpus(name, vocab_size, progress=progress)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; the run read it from {known.path}, which is gone") from None
+        raise FileNotFoundError(f"{error}; the run read it from {place.path}, which is gone") from None
 
 
 def with_contents(data: DataConfig, token_set: TokenSet) -> DataConfig:
@@ -91,13 +89,14 @@ def with_contents(data: DataConfig, token_set: TokenSet) -> DataConfig:
     return dataclasses.replace(data, corpus=corpus, mixture=tuple(mixture), contents=contents)
 
 
-def resolve_data(data: DataConfig, progress: Progress = quiet, known: tuple[Known, ...] = ()) -> TokenSet:
+def resolve_data(data: DataConfig, progress: Say = quiet, places: tuple[CorpusPlace, ...] = ()) -> TokenSet:
     """Open what a run reads: its corpus, or a mixture of several. Raises as `resolve_corpus` and `Mixture` do.
 
-    known: where a resumed run found its corpora before. These are used for a path that does not exist here, and for a
+    places: where a resumed run found its corpora before. These are used for a path that does not exist here, and for a
     named corpus that has changed since.
     """
+    # A run that was moved finds its corpora where it found them last, as long as they hold the same.
     names = (data.corpus, *data.mixture)
-    places = known if len(known) == len(names) else (None,) * len(names)
-    sets = [_corpus_of_run(name, data.vocab, progress, place) for name, place in zip(names, places, strict=True)]
+    found = places if len(places) == len(names) else (None,) * len(names)
+    sets = [_corpus_of_run(name, data.vocab, progress, place) for name, place in zip(names, found, strict=True)]
     return Mixture(sets, data.weights or [1.0] * len(sets)) if data.mixture else sets[0]

@@ -29,12 +29,12 @@ class Scores(TypedDict, total=False):
 
 
 def score_lines(scores: Scores) -> list[str]:
-    """The scores as lines, NAME VALUE."""
+    """Return the scores as lines, NAME VALUE."""
     return [f"{name} {value:.6g}" for name, value in scores.items() if isinstance(value, int | float)]
 
 
 def evaluate(score: Score, mesh: jax.sharding.Mesh, params: Any, token_set: TokenSet, sequence: int) -> Scores:
-    """Mean loss over the entire held-out split, every token except the first predicted once.
+    """Compute the mean loss over the entire held-out split, every token except the first predicted once.
 
     score: compiled for `mesh`; (params, tokens_BT int32 [B, T+1], mask_BT bool [B, T]) -> nats and targets of each row.
 
@@ -46,6 +46,7 @@ def evaluate(score: Score, mesh: jax.sharding.Mesh, params: Any, token_set: Toke
     tokens_BT, mask_BT = (jax.ShapeDtypeStruct((batch, sequence + n), t) for n, t in ((1, np.int32), (0, bool)))
     with jax.set_mesh(mesh):
         verification.prepare(lambda: jax.eval_shape(score, params, tokens_BT, mask_BT))
+    # Sums stay on the device until the end, so batches follow one another without waiting for the host.
     rows = batch_sharding(mesh)
     sums = [
         score(params, put(tokens_BT, rows), put(mask_BT, rows))

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig, require
+from mmfree_jax.architecture import ModelConfig, require, scales
 from mmfree_jax.inference.packed import packed_tensors, read_packed, served_config
 from mmfree_jax.models.language_model import Block, DecodeState, LanguageModel, context_after, state_after
 from mmfree_jax.models.layers import Projection, RMSNorm, recipe_of
 from mmfree_jax.ops.bit_linear import Recipe, Weights, linear
 from mmfree_jax.ops.fast.choice import forward_only
-from mmfree_jax.ops.packed import Layout, Packed, PackedWeights, aligned
+from mmfree_jax.ops.packed import Layout, Packed, aligned
+from mmfree_jax.ops.packed_linear import PackedWeights
 from mmfree_jax.ops.ternary import wide
-from mmfree_jax.parametrisation import scales
 from mmfree_jax.sharding import path_name
 
 

@@ -20,7 +20,7 @@ from mmfree_jax.inference.generate import TOP
 from mmfree_jax.inference.model import Place, ServedModel, load_packed, serve_model
 from mmfree_jax.inference.packed import PACKED, is_packed
 from mmfree_jax.inference.sampling import Sampling
-from mmfree_jax.run_folder import corpus_facts, known_corpora
+from mmfree_jax.run_folder import corpus_facts, corpus_places
 from mmfree_jax.weights import load_model, origin
 
 MOST_SLOTS = 64  # of an engine; more prompts wait for a slot
@@ -151,7 +151,7 @@ def find_tokenizer(path: Path) -> Tokenizer | None:
     if (path / TOKENIZER).is_file():
         return tokenization.load(path)
     trained_with = corpus_facts(path).get("vocab_hash")
-    for known in known_corpora(path):
+    for known in corpus_places(path):
         if (Path(known.path) / TOKENIZER).is_file():
             found = tokenization.load(Path(known.path))
             if found.vocab_hash == trained_with:

@@ -41,6 +41,7 @@ def model_config(values: dict[str, Any], file: Path) -> ModelConfig:
 
 def _check(quantised: Any, file: Path) -> None:
     """Raise ConfigError for a quantiser that is not ours."""
+    # What is missing is accepted: `coded` knows the defaults of transformers.
     known = {
         "quant_method": ("bitnet",),
         "linear_class": ("autobitlinear", "bitlinear"),
@@ -83,6 +84,7 @@ def coded(values: dict[str, Any], table: dict[str, Slot]) -> dict[str, Slot]:
     Beside each matrix there is its scale, which has no place in our parameters.
     """
     quantised = values.get("quantization_config") or {}
+    # `bitlinear` stores the inverse of the scale, `autobitlinear` the scale.
     divides = quantised.get("linear_class", "bitlinear") == "bitlinear"
     if not quantised or (not divides and quantised.get("quantization_mode", "offline") == "online"):
         return table

@@ -10,11 +10,9 @@ architecture would read is written too.
 """
 
 import functools
-import importlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +20,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mmfree_jax.config import ConfigError, ModelConfig, require
+from mmfree_jax.config import ModelConfig, require
+from mmfree_jax.errors import need
+from mmfree_jax.files import new_file
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.models.layers import Projection
 from mmfree_jax.models.mlgru import floors
@@ -38,6 +38,7 @@ WORD_RULES = {
     '[{"type": "Digits"}, {"type": "ByteLevel"}]': "smollm",
     '[{"type": "ByteLevel"}]': "gpt-2",
 }
+NEEDED = "a GGUF file", "'mmfree-jax[gguf]'"
 NORMAL, CONTROL = 1, 3  # llama.cpp's kinds of tokens
 
 
@@ -75,14 +76,13 @@ def save_gguf(
     check_expressible(config)
     kind = default_kind(config) if kind == "auto" else kind
     check_kind(config, kind)
-    gguf = _package()
+    gguf = need("gguf", *NEEDED)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    writer = gguf.GGUFWriter(partial, ARCHITECTURES[config.family])
-    try:
+    with new_file(path) as partial:
+        writer = gguf.GGUFWriter(partial, ARCHITECTURES[config.family])
         write_metadata(writer, config, kind, context)
         write_tokenizer(writer, tokenizer_json, config, end)
+        # The header comes first and says where everything lies, so each tensor is announced before any is made.
         tensors = list(model_tensors(model, kind))
         for tensor in tensors:
             _announce(writer, tensor)
@@ -93,11 +93,6 @@ def save_gguf(
             dtype = STORED.get(tensor.kind, np.uint8)
             writer.write_tensor_data(np.ascontiguousarray(tensor.make().astype(dtype, copy=False)))
         writer.close()
-        os.chmod(partial, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def check_expressible(config: ModelConfig) -> None:
@@ -144,6 +139,7 @@ def check_kind(config: ModelConfig, kind: str) -> None:
 
 def write_metadata(writer: Any, config: ModelConfig, kind: str, context: int) -> None:
     """Write the sizes of the architecture, under llama.cpp's keys."""
+    # The writer's methods add the name of the architecture to their keys, as in llama.block_count.
     file_types = {"f32": 0, "f16": 1, "tq1_0": 36, "tq2_0": 37}
     if kind in file_types:
         writer.add_file_type(file_types[kind])
@@ -198,16 +194,20 @@ def word_rule(tokenizer: dict[str, Any]) -> str:
 
 def model_tensors(model: LanguageModel, kind: str) -> Iterator[Tensor]:
     """Yield all tensors of a model, in the order in which they are written."""
-    config, arrays = model.config, _arrays(model)
-    matrices = functools.cache(lambda path: _matrices(_module(model.blocks, path)))  # of all layers, quantised once
+    config, leaves = model.config, jax.tree.leaves_with_path(nnx.state(model, nnx.Param))
+    arrays = {path_name(path): np.asarray(leaf) for path, leaf in leaves}
+    matrices = functools.cache(lambda path: _matrices(attrgetter(path)(model.blocks)))  # of all layers, quantised once
     vocab, plain = config.tokenizer_vocab or config.vocab, "f32" if kind == "f32" else "f16"
     D = config.width
     yield Tensor("token_embd.weight", (vocab, D), plain, lambda: arrays["embedding"][:vocab])
     yield Tensor("output_norm.weight", (D,), "f32", lambda: arrays["norm.gain"])
     if config.family == "matmul-free":
-        codes = model.head.make_codes(model.embedding[...])
+        head = model.head.make_codes(model.embedding[...])
+        assert head is not None
+        assert head.scale is not None
+        matrix = Matrix(np.asarray(head.codes).T[:vocab], float(head.scale.item()))
         yield Tensor("output_sub_norm.weight", (D,), "f32", lambda: arrays["head.gain"])
-        yield from _matrix_tensors("output", (vocab, D), kind, lambda: _matrix(codes, slice(0, vocab)))
+        yield from _matrix_tensors("output", (vocab, D), kind, lambda: matrix)
     elif not config.tie_embeddings:
         yield Tensor("output.weight", (vocab, D), plain, lambda: arrays["head.kernel"].T[:vocab])
     for layer in range(config.depth):
@@ -231,9 +231,8 @@ def _block_tensors(
         floor = np.zeros(config.width, np.float32) if bounds is None else np.asarray(floors(bounds[...]))[layer]
         yield Tensor(f"blk.{layer}.mixer_floor.weight", floor.shape, "f32", lambda: floor)
     for name, (path, group) in block_matrices(config).items():
-        module = _module(model.blocks, path)
-        inputs, outputs = module.kernel.shape[-2:]
-        make = functools.partial(_block_matrix, matrices, path, layer, group, name, config)
+        inputs, outputs = attrgetter(path)(model.blocks).kernel.shape[-2:]
+        make = lambda name=name, path=path, group=group: _permuted(matrices(path)[group][layer], name, config)
         yield from _matrix_tensors(f"blk.{layer}.{name}", (outputs, inputs), kind, make)
 
 
@@ -260,13 +259,6 @@ def block_matrices(config: ModelConfig) -> dict[str, tuple[str, int]]:
     return {"attn_q": ("mixer.query", 0)} | keys | {"attn_output": ("mixer.out", 0)} | glu
 
 
-def _block_matrix(
-    matrices: Callable[[str], list[list[Matrix]]], path: str, layer: int, group: int, name: str, config: ModelConfig
-) -> Matrix:
-    """One matrix of one layer, as [F, D], with its rows in the file's order."""
-    return _permuted(matrices(path)[group][layer], name, config)
-
-
 def _matrices(module: Projection) -> list[list[Matrix]]:
     """The matrices of a projection as [F, D], by group and layer."""
     quantised = module.stacked_codes()
@@ -276,10 +268,6 @@ def _matrices(module: Projection) -> list[list[Matrix]]:
         return [[Matrix(w_DF.T, None) for w_DF in kernel_LGDF[:, g]] for g in range(kernel_LGDF.shape[1])]
     layers = [zip(np.asarray(q.codes), np.asarray(q.scale), strict=True) for q in quantised]
     return [[Matrix(codes.T, float(scale.item())) for codes, scale in group] for group in layers]
-
-
-def _matrix(q: Any, rows: slice) -> Matrix:
-    return Matrix(np.asarray(q.codes).T[rows], float(np.asarray(q.scale).reshape(())))
 
 
 def _permuted(matrix: Matrix, name: str, config: ModelConfig) -> Matrix:
@@ -294,28 +282,26 @@ def _permuted(matrix: Matrix, name: str, config: ModelConfig) -> Matrix:
 
 def _matrix_tensors(name: str, shape: tuple[int, int], kind: str, make: Callable[[], Matrix]) -> Iterator[Tensor]:
     """A matrix and, where it is stored as codes, its scale."""
-    if kind not in TERNARY:
-        yield Tensor(f"{name}.weight", shape, kind, lambda: _values(make()))
+    if kind in TERNARY:
+        yield Tensor(f"{name}.weight", shape, kind, lambda: encode(make().values, kind))
+        yield Tensor(f"{name}.scale", (1,), "f32", lambda: np.array([make().scale], np.float32))
         return
-    yield Tensor(f"{name}.weight", shape, kind, lambda: encode(make().values, kind))
-    yield Tensor(f"{name}.scale", (1,), "f32", lambda: np.array([make().scale], np.float32))
-
-
-def _values(matrix: Matrix) -> np.ndarray:
-    return matrix.values if matrix.scale is None else matrix.values.astype(np.float32) * np.float32(matrix.scale)
+    values = lambda q: q.values if q.scale is None else q.values.astype(np.float32) * np.float32(q.scale)
+    yield Tensor(f"{name}.weight", shape, kind, lambda: values(make()))
 
 
 def encode(codes: np.ndarray, kind: str) -> np.ndarray:
     """Encode ternary codes [F, D] in a type of blocks, whose scales are 1: uint8 [F, bytes of a row]."""
     if kind == "q2_0":
         return _q2_0(codes)
-    gguf = _package()
+    gguf = need("gguf", *NEEDED)
     return gguf.quants.quantize(codes.astype(np.float32), gguf.GGMLQuantizationType[kind.upper()])
 
 
 def _q2_0(codes: np.ndarray) -> np.ndarray:
     """Blocks of 64: a float16 scale, then 2 bits a code, code + 1, four consecutive ones in a byte."""
     rows, columns = codes.shape
+    # Codes are stored plus 1, as two bits have no sign.
     fields = (codes.reshape(rows, columns // 64, 16, 4) + 1).astype(np.uint8)
     packed = np.bitwise_or.reduce([fields[..., i] << 2 * i for i in range(4)])
     scales = np.broadcast_to(np.frombuffer(np.float16(1).tobytes(), np.uint8), (rows, columns // 64, 2))
@@ -326,27 +312,10 @@ def _announce(writer: Any, tensor: Tensor) -> None:
     """Tell the writer name, shape and type of a tensor, whose content comes later."""
     rows, columns = (1, *tensor.shape)[-2:]
     if tensor.kind in TERNARY:
-        gguf = _package()
+        gguf = need("gguf", *NEEDED)
         number = Q2_0 if tensor.kind == "q2_0" else gguf.GGMLQuantizationType[tensor.kind.upper()]
         size = {"tq2_0": 66 / 256, "tq1_0": 54 / 256, "q2_0": 18 / 64}[tensor.kind]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), int(rows * columns * size), number)
         return
     dtype = np.dtype(STORED[tensor.kind])
     writer.add_tensor_info(tensor.name, tensor.shape, dtype, rows * columns * dtype.itemsize)
-
-
-def _arrays(model: LanguageModel) -> dict[str, np.ndarray]:
-    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(nnx.state(model, nnx.Param))}
-
-
-def _module(root: Any, path: str) -> Any:
-    for name in path.split("."):
-        root = getattr(root, name)
-    return root
-
-
-def _package() -> Any:
-    try:
-        return importlib.import_module("gguf")
-    except ImportError:
-        raise ConfigError("GGUF files need the package gguf: pip install 'mmfree-jax[gguf]'") from None

@@ -20,6 +20,7 @@ ARCHITECTURE = {
 
 def model_config(values: dict[str, Any], file: Path) -> ModelConfig:
     """Return the architecture that a config.json describes."""
+    # The official code rounds the GLU's width up to a multiple of 256 where the config gives a ratio.
     width = values["hidden_size"]
     rounded = -(-int(width * values.get("hidden_ratio", 4) * 2 / 3) // 256) * 256
     return ModelConfig(

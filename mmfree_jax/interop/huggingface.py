@@ -116,6 +116,7 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
 
     Raises ConfigError when no format can express the architecture.
     """
+    # A table of names and places is both the reader and the writer: they cannot disagree.
     vocab, form = config.tokenizer_vocab or config.vocab, FORMATS[_format(config)]
     table = {"model.norm.weight": Slot("norm.gain", (), (config.width,)), **dict(form.tensors(config, vocab))}
     if not config.tie_embeddings:
@@ -217,6 +218,7 @@ def _fill(table: dict[str, Slot], headers: dict[str, Header], shapes: Any) -> An
     """Our parameters in a tree like `shapes`, read tensor by tensor."""
     named = {path_name(path): a for path, a in jax.tree.leaves_with_path(shapes)}
     arrays = {name: np.full(a.shape, np.nan, a.dtype) for name, a in named.items()}  # a gap would show
+    # File by file: a shard is opened once, and never more than one tensor is in memory besides the result.
     scales = {slot.scale: _read(headers, slot.scale).item() for slot in table.values() if slot.scale}
     for file in sorted({headers[name].file for name in table}):
         with open_file(file) as reader:

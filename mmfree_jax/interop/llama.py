@@ -27,6 +27,7 @@ def dense_fields(values: dict[str, Any], file: Path) -> dict[str, Any]:
     kv_heads = values.get("num_key_value_heads") or heads
     head_dim = values.get("head_dim") or width // heads
     require(head_dim * heads == width, f"{file}: head_dim={head_dim} is not supported, only hidden_size / heads")
+    # Older checkpoints have rope_theta at the top and rope_scaling beside it; newer ones have both in rope_parameters.
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1
     require(part == 1, f"{file}: partial_rotary_factor={part} is not supported, only 1")

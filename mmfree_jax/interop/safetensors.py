@@ -3,7 +3,6 @@
 What a folder holds is what the headers of its files say; an index that says something else is refused.
 """
 
-import importlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -12,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmfree_jax.config import ConfigError
+from mmfree_jax.errors import need
 from mmfree_jax.files import read_json
 
 INDEX = "model.safetensors.index.json"
+NEEDED = "a Hugging Face folder", "'mmfree-jax[huggingface]'"
 BUFFERS = ("rotary_emb.inv_freq",)  # not parameters: old Llama checkpoints hold them
 READABLE = ("F32", "BF16", "F16", "F64")  # safetensors' names of the types that can be read
 
@@ -78,6 +78,7 @@ def check(folder: Path, table: dict[str, Slot], optional: dict[str, Slot]) -> di
 
 def read_headers(files: Iterable[Path]) -> dict[str, list[Header]]:
     """Return every tensor that the files really hold, with each file that holds it."""
+    # Headers only: a checkpoint of a hundred gigabytes is checked before the first byte of a tensor is read.
     held: dict[str, list[Header]] = {}
     for file in sorted(set(files)):
         with open_file(file) as reader:
@@ -108,7 +109,7 @@ def read_index(folder: Path) -> dict[str, Path]:
 
 def open_file(file: Path) -> Any:
     """Open one file for reading. Raises InteropError if it is damaged."""
-    module = _package("safetensors")
+    module = need("safetensors", *NEEDED)
     try:
         return module.safe_open(str(file), framework="numpy")
     except module.SafetensorError as error:
@@ -117,7 +118,8 @@ def open_file(file: Path) -> Any:
 
 def write(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
     """Write shards as they fill up. A single one gets no index."""
-    save = _package("safetensors.numpy").save_file
+    # Parts are numbered before anybody knows how many there are, and named when the last one is written.
+    save = need("safetensors.numpy", *NEEDED).save_file
     weight_map: dict[str, int] = {}
     shard: dict[str, np.ndarray] = {}
     size, total, count = 0, 0, 1
@@ -135,10 +137,3 @@ def write(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: 
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {k: files[n] for k, n in weight_map.items()}}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _package(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ConfigError("Hugging Face files need safetensors: pip install 'mmfree-jax[huggingface]'") from None

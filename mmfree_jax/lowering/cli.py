@@ -18,8 +18,6 @@ from mmfree_jax.lowering.verdict import Verdict, judge
 from mmfree_jax.output import program
 from mmfree_jax.presets import PRESETS, run_preset
 
-DOES_NOT_FIT = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class LowerArguments:
@@ -44,18 +42,20 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 1
     preset, *rest = arguments
     default = LowerArguments(run=run_preset(preset))
-    chosen = parse(LowerArguments, with_mesh(rest), f"{name} {preset}", default)
-    verdict = judge(chosen.run, chosen.device)
-    if chosen.json:
-        print(json.dumps(as_json(chosen.run, verdict), allow_nan=False))
+    options = parse(LowerArguments, with_mesh(rest), f"{name} {preset}", default)
+    verdict = judge(options.run, options.device)
+    if options.json:
+        print(json.dumps(as_json(options.run, verdict), allow_nan=False))
     else:
+        # Where the output is a file there is no width to fit into; rich would assume 80 columns and cut cells.
         width = None if Console().is_terminal else 160
-        show(chosen.run, verdict, Console(highlight=False, markup=False, emoji=False, width=width))
-    return 0 if verdict.fits else DOES_NOT_FIT
+        show(options.run, verdict, Console(highlight=False, markup=False, emoji=False, width=width))
+    return 0 if verdict.fits else serving.DOES_NOT_FIT
 
 
 def with_mesh(arguments: list[str]) -> list[str]:
     """Turn `--mesh fsdp=64,tensor=8` into `--mesh.fsdp 64 --mesh.tensor 8`. Raises ConfigError for anything else."""
+    # tyro knows one flag for each field. This form is shorter to write, and is what people call a mesh.
     split = lambda argument: argument.split("=", 1) if argument.startswith("--mesh=") else [argument]
     arguments = [part for argument in arguments for part in split(argument)]
     if "--mesh" not in arguments:
@@ -126,6 +126,7 @@ def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
 
 def _memory_table(verdict: Verdict) -> Table:
     table = Table("memory of one device", "GB", "from", title_justify="left")
+    # What is exact and what comes from a model must not look alike.
     origin = {"parameters": "shardings", "optimizer": "shardings"}
     for name, value in dataclasses.asdict(verdict.memory).items():
         table.add_row(name, f"{value / 1e9:.2f}", origin.get(name, "model"))

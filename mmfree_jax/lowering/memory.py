@@ -78,8 +78,17 @@ HGRN = {
 }
 
 
+class Parts:
+    """Base of dataclasses whose fields are numbers that add up."""
+
+    @property
+    def total(self) -> float:
+        """The sum of all fields."""
+        return sum(dataclasses.astuple(self))  # type: ignore[call-overload]
+
+
 @dataclass(frozen=True)
-class Memory:
+class Memory(Parts):
     """Bytes of one device at the peak of a step."""
 
     parameters: float
@@ -87,11 +96,6 @@ class Memory:
     activations: float
     gradients: float
     working: float  # of one layer's backward pass and of the loss
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(dataclasses.astuple(self))
 
 
 def layer_residuals(run: RunConfig, device: Device) -> Residuals:
@@ -133,7 +137,7 @@ def memory(run: RunConfig, report: Report, device: Device) -> Memory:
     """
     model, mesh, size = run.model, run.mesh, flops.parameters(run.model)
     shards, item = mesh.fsdp * mesh.tensor, _item(run)
-    residuals, gradients = stored(run, device), 4 * size.total / shards
+    residuals, gradients = all_residuals(run, device), 4 * size.total / shards
     summed = gradients if run.optim.accumulate > 1 else 0.0
 
     # The working set: of one layer's backward pass or of a chunk of the loss (logits, exponentials and their gradient).
@@ -162,7 +166,7 @@ def memory(run: RunConfig, report: Report, device: Device) -> Memory:
     return Memory(report.parameters, report.optimizer, *max(at_start, at_end, key=sum))
 
 
-def stored(run: RunConfig, device: Device) -> float:
+def all_residuals(run: RunConfig, device: Device) -> float:
     """Return the residuals of all layers."""
     residuals, shards = layer_residuals(run, device), run.mesh.fsdp * run.mesh.tensor
     weights = residuals.weights * flops.parameters(run.model).N_nonemb / shards

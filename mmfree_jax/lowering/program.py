@@ -164,12 +164,7 @@ def read_traffic(text: str, mesh: MeshConfig) -> list[Traffic]:
     ]
 
 
-def main(platform: Platform) -> None:
-    """Read a run from standard input and print its report."""
-    run = from_json(RunConfig, sys.stdin.read())
-    lower_for(run, platform)
-    print(json.dumps(dataclasses.asdict(partition(run, platform))))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])  # type: ignore[arg-type]
+    described, wanted = from_json(RunConfig, sys.stdin.read()), sys.argv[1]
+    lower_for(described, wanted)  # type: ignore[arg-type]
+    print(json.dumps(dataclasses.asdict(partition(described, wanted))))  # type: ignore[arg-type]

@@ -5,14 +5,13 @@ operation is bound by arithmetic or by memory, and neither operations nor commun
 25 % of measured steps (tests/lowering/test_memory.py).
 """
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mmfree_jax import flops
 from mmfree_jax.config import RunConfig
 from mmfree_jax.devices import Device
-from mmfree_jax.lowering.memory import tokens_per_device, whole_scores
+from mmfree_jax.lowering.memory import Parts, tokens_per_device, whole_scores
 from mmfree_jax.lowering.program import Report, Traffic
 
 PRODUCTS, COPY = 0.70, 0.69  # shares of the data sheet: 691 of 989 TFLOP/s, 3.31 of 4.8 TB/s
@@ -38,19 +37,14 @@ SCORES = 24  # bytes for each score that is stored: float32 out and in, softmax,
 
 
 @dataclass(frozen=True)
-class StepTime:
-    """Seconds of one optimizer step."""
+class StepTime(Parts):
+    """Seconds of one optimizer step, in parts that do not overlap."""
 
     products: float
     attention: float
     elementwise: float
     optimizer: float
     communication: float
-
-    @property
-    def total(self) -> float:
-        """Sum of all parts, which do not overlap."""
-        return sum(dataclasses.astuple(self))
 
 
 def step_time(run: RunConfig, report: Report, device: Device) -> StepTime:

@@ -19,19 +19,19 @@ from rich.table import Table
 from mmfree_jax import flops
 from mmfree_jax.command_line import parse
 from mmfree_jax.config import ModelConfig, require
-from mmfree_jax.devices import DEVICES, Device
+from mmfree_jax.devices import DEVICES, USABLE, Device
 from mmfree_jax.inference.generate import PIECE, TOP
 from mmfree_jax.inference.model import Place
 from mmfree_jax.inference.packed import Stored, abstract_tensors, is_packed, read_packed, served_config
+from mmfree_jax.lowering.memory import Parts
 from mmfree_jax.ops.fast.cpu.ternary_product import memory_rate
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.output import program
 from mmfree_jax.presets import model_preset, split_name
 from mmfree_jax.weights import model_config
 
-DOES_NOT_FIT = 2
+DOES_NOT_FIT = 2  # exit status
 CPU_FLOPS = 2e11  # of a few cores' vector units; decoding few sequences does not come near
-USABLE = 0.92  # share of a device's memory; context, libraries and fragmentation take the rest
 
 
 class Rates(NamedTuple):
@@ -85,19 +85,14 @@ class ServingArguments:
 
 
 @dataclasses.dataclass(frozen=True)
-class ServingMemory:
+class ServingMemory(Parts):
     """Bytes on the device."""
 
     codes: float  # of ternary matrices, and their scales
     matrices: float  # embedding, head and dense matrices
     state: float  # of all sequences: recurrent states, or keys and values
     prompt: float  # the state of a prompt that is read meanwhile
-    working: float  # while a prompt is read or a token chosen
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(dataclasses.astuple(self))
+    working: float  # while a prompt is read or a token is chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,19 +111,23 @@ class TokenTime:
 
 def main(arguments: list[str]) -> int:
     """Print the prediction. Returns 0 if the model fits, else 2."""
-    chosen = parse(ServingArguments, arguments, f"{program()} lower --serve")
-    config = find_config(chosen.model)
-    device = this_cpu() if chosen.device == "cpu" else DEVICES[chosen.device]
-    memory, time = serving_memory(config, chosen), token_time(config, chosen, device)
+    options = parse(ServingArguments, arguments, f"{program()} lower --serve")
+    config = find_config(options.model)
+    if options.device == "cpu":  # this machine's: its free memory, and the rate at which it reads
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        device = Device("cpu", free, memory_rate(), CPU_FLOPS, CPU_FLOPS, 0.0, 0.0, 1)
+    else:
+        device = DEVICES[options.device]
+    memory, time = serving_memory(config, options), token_time(config, options, device)
     usable = USABLE * device.memory
     fits = memory.total <= usable
-    if chosen.json:
+    if options.json:
         found = {"memory": {**dataclasses.asdict(memory), "total": memory.total}}
         found["time"] = {**dataclasses.asdict(time), "total": time.total}
-        print(json.dumps({**found, "tokens_per_s": chosen.batch / time.total, "usable": usable, "fits": fits}))
+        print(json.dumps({**found, "tokens_per_s": options.batch / time.total, "usable": usable, "fits": fits}))
     else:
         width = None if Console().is_terminal else 120
-        show(config, chosen, memory, time, usable, Console(highlight=False, markup=False, emoji=False, width=width))
+        show(config, options, memory, time, usable, Console(highlight=False, markup=False, emoji=False, width=width))
     return 0 if fits else DOES_NOT_FIT
 
 
@@ -140,65 +139,59 @@ def find_config(name: str) -> ModelConfig:
     return read_packed(path)[0]["model"] if is_packed(path) else served_config(model_config(path))
 
 
-def this_cpu() -> Device:
-    """Return this machine's CPU: its free memory, and the rate at which it reads."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device("cpu", free, memory_rate(), CPU_FLOPS, CPU_FLOPS, 0.0, 0.0, 1)
-
-
-def serving_memory(config: ModelConfig, chosen: ServingArguments) -> ServingMemory:
+def serving_memory(config: ModelConfig, options: ServingArguments) -> ServingMemory:
     """Return the bytes that serving needs at its peak."""
-    tensors = abstract_tensors(config, chosen.stored, chosen.layout)
-    tensors = [one for one in tensors if one.name != "embedding" or chosen.embedding == "device"]
+    on_device = lambda one: one.name != "embedding" or options.embedding == "device"
+    tensors = list(filter(on_device, abstract_tensors(config, options.stored, options.layout)))
     codes = sum(one.size for one in tensors if one.name.endswith((".codes", ".scale")))
-    item = jnp.dtype(chosen.dtype).itemsize
-    state, working = flops.decode_state_bytes(config, chosen.context, item), _working(config, chosen, item)
-    return ServingMemory(codes, sum(one.size for one in tensors) - codes, chosen.batch * state, state, working)
+    item = jnp.dtype(options.dtype).itemsize
+    state, working = flops.decode_state_bytes(config, options.context, item), _working(config, options, item)
+    return ServingMemory(codes, sum(one.size for one in tensors) - codes, options.batch * state, state, working)
 
 
-def _working(config: ModelConfig, chosen: ServingArguments, item: int) -> float:
+def _working(config: ModelConfig, options: ServingArguments, item: int) -> float:
     """Of reading a piece of a prompt, or of choosing tokens; whichever is more."""
-    piece, V = min(PIECE, chosen.context), config.vocab
+    piece, V = min(PIECE, options.context), config.vocab
     widest = 2 * config.glu_width + 4 * config.width
     unpacked = config.width * config.glu_width if config.linear == "ternary" else 0  # one matrix as int8
-    scores = 2 * 4 * piece * chosen.context * config.heads if config.mixer == "attention" else 0
+    scores = 2 * 4 * piece * options.context * config.heads if config.mixer == "attention" else 0
     reading = piece * widest * max(item, 4) + unpacked + scores + 4 * V
-    choosing = chosen.batch * (V * (4 + 1 + 3 * 4) + 8 * TOP + widest * max(item, 4))  # logits, seen, and their copies
-    return max(reading, choosing) + 2 * _converted(config, chosen)
+    choosing = options.batch * (V * (4 + 1 + 3 * 4) + 8 * TOP + widest * max(item, 4))  # logits, seen, and their copies
+    return max(reading, choosing) + 2 * _converted(config, options)
 
 
-def _converted(config: ModelConfig, chosen: ServingArguments) -> float:
+def _converted(config: ModelConfig, options: ServingArguments) -> float:
     """Bytes in bfloat16 of the matrices that XLA's CPU compiler, which has no such products, makes float32 of."""
-    if chosen.device != "cpu" or chosen.stored != "bfloat16":
+    if options.device != "cpu" or options.stored != "bfloat16":
         return 0.0
-    tensors = abstract_tensors(config, chosen.stored, chosen.layout)
+    tensors = abstract_tensors(config, options.stored, options.layout)
     matrices = [one for one in tensors if one.dtype == jnp.bfloat16]
     return float(sum(one.size for one in matrices if one.name != "embedding" or config.tie_embeddings))
 
 
-def bytes_read(config: ModelConfig, chosen: ServingArguments) -> tuple[float, float]:
+def bytes_read(config: ModelConfig, options: ServingArguments) -> tuple[float, float]:
     """Return what a step of decoding reads and writes: bytes of weights, each once, and of states and logits."""
-    tensors = abstract_tensors(config, chosen.stored, chosen.layout)
-    item = jnp.dtype(chosen.dtype).itemsize
+    tensors = abstract_tensors(config, options.stored, options.layout)
+    item = jnp.dtype(options.dtype).itemsize
     lookup = 0 if config.tie_embeddings else next(one.size for one in tensors if one.name == "embedding")
-    weights = sum(one.size for one in tensors) - lookup + _converted(config, chosen)
-    state = flops.decode_state_bytes(config, chosen.context, item) * (1 if config.mixer == "attention" else 2)
-    return weights, chosen.batch * (state + 4 * 4 * config.vocab + config.width * item)
+    weights = sum(one.size for one in tensors) - lookup + _converted(config, options)
+    state = flops.decode_state_bytes(config, options.context, item) * (1 if config.mixer == "attention" else 2)
+    return weights, options.batch * (state + 4 * 4 * config.vocab + config.width * item)
 
 
-def token_time(config: ModelConfig, chosen: ServingArguments, device: Device) -> TokenTime:
+def token_time(config: ModelConfig, options: ServingArguments, device: Device) -> TokenTime:
     """Return the time of one step of decoding, with full caches."""
-    rates, (weights, state) = RATES[device.platform, config.linear], bytes_read(config, chosen)
-    operations = 2.0 * flops.parameters(config).N * chosen.batch
+    rates, (weights, state) = RATES[device.platform, config.linear], bytes_read(config, options)
+    operations = 2.0 * flops.parameters(config).N * options.batch
     peak = device.int8 if config.linear == "ternary" else device.bf16
-    rate = rates.weights * (TRITS if chosen.layout == "trits" and config.linear == "ternary" else 1)
+    rate = rates.weights * (TRITS if options.layout == "trits" and config.linear == "ternary" else 1)
     reading = (weights / rate + state / rates.state) / device.bandwidth
     return TokenTime(reading, operations / (rates.operations * peak), config.depth * rates.layer_s)
 
 
 def show(
     config: ModelConfig,
-    chosen: ServingArguments,
+    options: ServingArguments,
     memory: ServingMemory,
     time: TokenTime,
     usable: float,
@@ -206,20 +199,16 @@ def show(
 ) -> None:
     """Print tables, and the verdict as the last line."""
     console.print(
-        f"{chosen.model}: {flops.parameters(config).total / 1e9:.3g}B parameters on one {chosen.device}, "
-        f"{chosen.batch} x {chosen.context} tokens"
+        f"{options.model}: {flops.parameters(config).total / 1e9:.3g}B parameters on one {options.device}, "
+        f"{options.batch} x {options.context} tokens"
     )
-    sizes = Table("memory", "GB", title_justify="left")
-    for name, value in dataclasses.asdict(memory).items():
-        sizes.add_row(name, f"{value / 1e9:.3f}")
-    sizes.add_row("total", f"{memory.total / 1e9:.3f}", style="bold")
-    console.print(sizes)
-    times = Table("time of a step", "ms")
-    for name, value in dataclasses.asdict(time).items():
-        times.add_row(name, f"{value * 1e3:.3f}")
-    times.add_row("total", f"{time.total * 1e3:.3f}", style="bold")
-    console.print(times)
-    console.print(f"{chosen.batch / time.total:,.0f} tokens/s")
+    for title, unit, factor, parts in (("memory", "GB", 1e-9, memory), ("time of a step", "ms", 1e3, time)):
+        table = Table(title, unit)
+        for name, value in dataclasses.asdict(parts).items():
+            table.add_row(name, f"{value * factor:.3f}")
+        table.add_row("total", f"{parts.total * factor:.3f}", style="bold")
+        console.print(table)
+    console.print(f"{options.batch / time.total:,.0f} tokens/s")
     fits = memory.total <= usable
     console.print(
         f"{'fits' if fits else 'does not fit'}: {memory.total / 1e9:.2f} GB {'<=' if fits else '>'} "

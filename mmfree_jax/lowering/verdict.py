@@ -4,12 +4,11 @@ import dataclasses
 from dataclasses import dataclass
 
 from mmfree_jax.config import Remat, RunConfig
-from mmfree_jax.devices import DEVICES, Device
+from mmfree_jax.devices import DEVICES, USABLE, Device
 from mmfree_jax.lowering.memory import Memory, memory, policies
 from mmfree_jax.lowering.program import Report, inspect
 from mmfree_jax.lowering.roofline import StepTime, step_time
 
-USABLE = 0.92  # share of a device's memory; context, libraries and fragmentation take the rest
 LARGEST = 2**14  # largest number of rows on each data shard that is tried
 
 

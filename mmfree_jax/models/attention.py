@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.architecture import ModelConfig
+from mmfree_jax.architecture import ModelConfig, scales
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, initialisers
 from mmfree_jax.ops.attention import Cache, attend_to_cache, causal_attention, rotate
 from mmfree_jax.ops.ternary import wide
-from mmfree_jax.parametrisation import scales
 
 
 def rotary(config: ModelConfig, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array] | None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmfree_jax.architecture import ModelConfig, Remat
+from mmfree_jax.architecture import ModelConfig, Remat, scales
 from mmfree_jax.models.attention import Attention, rotary
 from mmfree_jax.models.layers import GLU, Context, Initializer, Projection, RMSNorm, param, recipe_of
 from mmfree_jax.models.mlgru import MLGRU, floors
@@ -17,33 +17,22 @@ from mmfree_jax.ops.bit_linear import quantise_kernel
 from mmfree_jax.ops.cross_entropy import Head, Losses, embed, head_logits, head_loss, head_nats, largest_logits
 from mmfree_jax.ops.glu import residual
 from mmfree_jax.ops.ternary import Quantised, wide
-from mmfree_jax.parametrisation import scales
 
 # A family is a token mixer and a kind of linear layer (`config.FAMILIES`): a new mixer is one file and one line here.
 MIXERS: dict[str, Any] = {"mlgru": MLGRU, "attention": Attention, "rwkv4": RWKV4}
-# What the backward pass keeps, by the names that ops and modules give to what they compute (`checkpoint_name`).
+# What the backward pass keeps of a block under each policy of `remat`, by the names that ops and modules give to what
+# they compute (`checkpoint_name`); "none" keeps whatever autodiff needs. Policies go by name, not by operation: JAX's
+# own, such as `dots_saveable`, know dot_general only, and neither codes nor the state of a recurrence.
 RESIDUAL_NAMES: dict[str, tuple[str, ...]] = {
+    # recomputes norms, gates and attention, but no matmul or recurrence
     "products": ("projection", "gate_up", "residual", "state", "codes", "per_token"),
+    # also recomputes the GLU's gate and up, the widest arrays of a block
     "mixer": ("projection", "residual", "state", "codes", "per_token"),
+    # keeps the integer codes of the inputs of ternary layers, and recomputes the products
     "codes": ("residual", "state", "codes", "per_token"),
+    # keeps the residual stream at the block's start, and recomputes everything else
     "full": (),
 }
-
-
-def remat_policy(remat: Remat) -> Callable[[Any], Any]:
-    """Return a wrapper for the body of the scan over layers, which says what the backward pass recomputes of a block.
-
-    none: nothing; it keeps whatever autodiff needs. products: recomputes norms, gates and attention, but no matmul or
-    recurrence. mixer: as products, and recomputes the GLU's gate and up, the widest arrays of a block. codes: of
-    ternary layers keeps the integer codes of the inputs, and recomputes the products. full: keeps the residual stream
-    at the block's start and recomputes everything else.
-    """
-    # The policy goes by name, not by operation: JAX's own policies, such as `dots_saveable`, know dot_general only, and
-    # neither codes nor the state of a recurrence. Names mark residuals inside custom backward passes as well.
-    if remat == "none":
-        return lambda body: body
-    policy = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES[remat])
-    return lambda body: jax.checkpoint(body, policy=policy)
 
 
 def document_starts(segments_BT: jax.Array, before_B: jax.Array | None = None) -> jax.Array:
@@ -90,7 +79,7 @@ def state_after(state: DecodeState, mixers: Any, context: Context) -> DecodeStat
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: x + c mixer(norm(x)), then x + c glu(norm(x)), with c of `parametrisation`."""
+    """Pre-norm residual block: x + c mixer(norm(x)), then x + c glu(norm(x)), with c of `architecture.Scales`."""
 
     def __init__(self, config: ModelConfig, layer: jax.Array, *, rngs: nnx.Rngs, param_dtype: Any):
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
@@ -117,8 +106,8 @@ class LanguageModel(nnx.Module):
     Leaves named `kernel` and `embedding` are matrices, all others gains and floors. Activations are `dtype`; norms,
     quantisers, recurrences and the loss compute in at least float32.
 
-    `remat` is what the backward pass keeps of a block (`remat_policy`), `unroll` how many blocks one iteration of the
-    scan holds.
+    `remat` says what the backward pass keeps of a block (`RESIDUAL_NAMES`), `unroll` how many blocks one iteration of
+    the scan holds.
     """
 
     def __init__(
@@ -225,8 +214,9 @@ class LanguageModel(nnx.Module):
             x_BTD, after = block(x_BTD, context, floor_D, mixer_state)
             return x_BTD, (describe(x_BTD), None if state is None else after)
 
-        if state is None:  # decoding has no backward pass
-            body = remat_policy(self.remat)(body)
+        if state is None and self.remat != "none":  # decoding has no backward pass
+            kept = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES[self.remat])
+            body = jax.checkpoint(body, policy=kept)
         x_BTD = embed(self.embedding[...], tokens_BT, self.dtype)
         floors_LD = None if self.lower_bounds is None else floors(self.lower_bounds[...])
         layers = (self.blocks, floors_LD, None if state is None else state.mixers)

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.architecture import ModelConfig
+from mmfree_jax.architecture import ModelConfig, scales
 from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, quantise_kernel, rms_norm
 from mmfree_jax.ops.glu import glu
 from mmfree_jax.ops.ternary import Quantised
-from mmfree_jax.parametrisation import scales
 
 Initializer = Any  # (key, shape, dtype) -> array
 
@@ -38,7 +37,7 @@ def initialisers(config: ModelConfig, sublayer: Literal["mixer", "glu"]) -> tupl
     """Return the initialisers of a sublayer's input and output projections.
 
     GLU and attention: N(0, init_std) for what reads the residual stream, and that times 1 / sqrt(2 L) for what writes
-    to it (GPT-2, Radford et al. 2019, section 2.3); `parametrisation` says what width and depth change. Recurrent
+    to it (GPT-2, Radford et al. 2019, section 2.3); `architecture.Scales` says what width and depth change. Recurrent
     mixers: Xavier-uniform with gain 2^-2.5 for both, never rescaled, as in the official code
     (mmfreelm/models/hgrn_bit/modeling_hgrn_bit.py of github.com/ridgerchu/matmulfreellm, with the transformers version
     of the paper's time); the gain is RetNet's (Sun et al. 2023, arXiv 2307.08621).

@@ -42,6 +42,7 @@ def attend(q_BTHK: jax.Array, k_BSJK: jax.Array, v_BSJK: jax.Array, mask: jax.Ar
     exact = wide(q_BTHK.dtype)
     q_BTJGK = q_BTHK.reshape(B, T, J, H // J, K)
     scores = jnp.einsum("btjgk,bsjk->bjgts", q_BTJGK, k_BSJK, preferred_element_type=exact) / math.sqrt(K)
+    # The lowest finite number and not -inf: a row that sees nothing would be NaN, and so would its gradient.
     seen = mask if mask.ndim == 2 else mask[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(exact).min), axis=-1).astype(v_BSJK.dtype)
     y = jnp.einsum("bjgts,bsjk->btjgk", weights, v_BSJK, preferred_element_type=exact)

@@ -5,22 +5,13 @@ BitLinear is RMSNorm -> integer activations -> product with ternary weights. Bot
 Several products of one input go through one call: `w_GDF` holds G matrices.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mmfree_jax.ops.fast.choice import op
-from mmfree_jax.ops.packed import PackedWeights
-from mmfree_jax.ops.ternary import (
-    Quantised,
-    dequantise,
-    quantise_activations,
-    straight_through,
-    ternary_codes,
-    weight_scale,
-    wide,
-)
+from mmfree_jax.ops.ternary import Quantised, quantise_activations, straight_through, ternary_codes, weight_scale, wide
 
 
 class Recipe(NamedTuple):
@@ -60,10 +51,13 @@ def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
 
 
 @op
-def linear(recipe: Recipe, x: jax.Array, weights: Weights | PackedWeights) -> tuple[jax.Array, ...]:
-    """Apply G linear layers, ternary or dense, to one input: [..., D] -> G arrays [..., F] of x's type."""
-    if isinstance(weights, PackedWeights):
-        return packed_linear(recipe, x, weights)
+def linear(recipe: Recipe, x: jax.Array, weights: Any) -> tuple[jax.Array, ...]:
+    """Apply G linear layers, ternary or dense, to one input: [..., D] -> G arrays [..., F] of x's type.
+
+    weights: `Weights`, or another form that has a `linear` of its own (`ops.packed_linear.PackedWeights`).
+    """
+    if not isinstance(weights, Weights):
+        return weights.linear(recipe, x)
     if recipe.ternary:
         return bit_linear(recipe, x, weights)
     return tuple(jnp.matmul(x, w_DF) for w_DF in weights.w_GDF.astype(x.dtype))
@@ -87,19 +81,6 @@ def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Arra
         # t = round(W / mean |W|) in {-1, 0, 1}: the product has no multiplications, only signs.
         w_DF = straight_through(w_GDF[g].astype(exact), kernel)
         ys.append(jnp.matmul(u.astype(x.dtype), w_DF.astype(x.dtype)))
-    return tuple(ys)
-
-
-@op
-def packed_linear(recipe: Recipe, x: jax.Array, weights: PackedWeights) -> tuple[jax.Array, ...]:
-    """Apply G BitLinear layers whose weights are packed codes, for inference: [..., D] -> G arrays [..., F]."""
-    exact, ys = wide(x.dtype), []
-    for g, packed in enumerate(weights.codes):
-        u = x.astype(exact)
-        if weights.gain is not None:
-            u = rms_norm(u, weights.gain if weights.gain.ndim == 1 else weights.gain[g], recipe.eps)
-        u = dequantise(quantise_activations(u, recipe.bits), x.dtype)
-        ys.append(jnp.matmul(u, dequantise(packed.unpacked(x.shape[-1]), x.dtype)))
     return tuple(ys)
 
 

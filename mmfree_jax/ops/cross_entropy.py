@@ -42,6 +42,7 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: DTypeLike) -> jax.Ar
 
 def head_logits(head: Head, x_BTD: jax.Array) -> jax.Array:
     """Compute logits [B, T, V] in at least float32; those of padding are the lowest finite number."""
+    # Logits are sums over the whole width: they are accumulated in float32, even where activations are bfloat16.
     recipe, w_DV, gain_D, codes, vocab = head
     if recipe.ternary:
         (logits_BTV,) = bit_linear(recipe, x_BTD, Weights(w_DV[None], gain_D, None if codes is None else (codes,)))

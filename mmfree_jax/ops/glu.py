@@ -1,13 +1,14 @@
 """Gated units, SwiGLU as the channel mixer of every family and the output gate of the MLGRU; and the residual stream
 that their outputs are added to."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, rms_norm
+from mmfree_jax.ops.bit_linear import Recipe, linear, rms_norm
 from mmfree_jax.ops.fast.choice import op
-from mmfree_jax.ops.packed import PackedWeights
 
 
 @op
@@ -23,11 +24,6 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def relu2_glu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Gate one array by another: max(gate, 0)^2 * up."""
-    return jnp.square(jax.nn.relu(gate)) * up
-
-
 @op
 def gated_norm(g: jax.Array, h: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
     """Normalise g and gate it by h: RMSNorm(g) * silu(h), the MLGRU's output gate.
@@ -40,9 +36,9 @@ def gated_norm(g: jax.Array, h: jax.Array, gain_D: jax.Array, eps: float) -> jax
 @op
 def glu(
     into: Recipe,
-    gate_up: Weights | PackedWeights,
+    gate_up: Any,
     out: Recipe,
-    down: Weights | PackedWeights,
+    down: Any,
     x: jax.Array,
     gain_F: jax.Array | None = None,
     activation: str = "silu",
@@ -56,7 +52,8 @@ def glu(
         gain_F: of an RMSNorm before the second (BitNet b1.58); None for no norm.
         activation: silu, or relu2 for max(x, 0)^2 in its place (So et al. 2021, arXiv 2109.08668).
     """
+    # Two matrices of one input: the wide hidden layer is gated element by element, then a third one leads back.
     gate, up = linear(into, x, gate_up)
-    y = swiglu(gate, up) if activation == "silu" else relu2_glu(gate, up)
+    y = swiglu(gate, up) if activation == "silu" else jnp.square(jax.nn.relu(gate)) * up
     (y,) = linear(out, y if gain_F is None else rms_norm(y, gain_F, out.eps), down)
     return y

@@ -12,7 +12,7 @@ Rows that do not fill their last bytes are filled up with zeros.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,16 +41,6 @@ class Packed:
         """Return the matrix as codes [D, F] and their scale; `width` is D."""
         unpack = unpack_planes if self.layout == "planes" else unpack_trits
         return Quantised(unpack(self.bytes_FI, width).swapaxes(-1, -2), self.scale)
-
-
-class PackedWeights(NamedTuple):
-    """The arrays of G BitLinears with one input in a model that only has their codes: for inference.
-
-    gain: of the RMSNorm before the quantiser, [D] shared by the products, [G, D] one each, None for no norm.
-    """
-
-    codes: tuple[Packed, ...]
-    gain: jax.Array | None = None
 
 
 def pack(codes_NK: np.ndarray, layout: Layout) -> np.ndarray:

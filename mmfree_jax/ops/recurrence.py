@@ -130,7 +130,7 @@ def wkv(
         w_D: decay of the exponents per step, positive.
         u_D: bonus of the current token.
         k_BTD, v_BTD: keys (exponents) and values.
-        state: to continue from; None starts anew.
+        state: to continue from; None starts from nothing.
         resets_BT: true where the state before the step is forgotten.
 
     Returns:
@@ -159,6 +159,7 @@ def wkv(
 
 def average(a: jax.Array, b: jax.Array, m: jax.Array, bonus: jax.Array, v: jax.Array) -> jax.Array:
     """Compute (a e^m + e^bonus v) / (b e^m + e^bonus), scaled by the larger exponent."""
+    # As in a softmax: relative to the largest exponent no term overflows, and the ratio is the same.
     top = jax.lax.stop_gradient(jnp.maximum(m, bonus))
     old, new = jnp.exp(m - top), jnp.exp(bonus - top)
     return (old * a + new * v) / (old * b + new)

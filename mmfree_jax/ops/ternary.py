@@ -23,7 +23,7 @@ class Quantised(NamedTuple):
 
 
 def wide(dtype: DTypeLike) -> jnp.dtype:
-    """The type in which norms and quantisers compute: at least float32, float64 for a float64 model."""
+    """Return the type in which norms and quantisers compute: at least float32, float64 for a float64 model."""
     return jnp.promote_types(dtype, jnp.float32)
 
 

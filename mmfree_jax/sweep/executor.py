@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from mmfree_jax.config import RunConfig, require
+from mmfree_jax.config import RunConfig
 from mmfree_jax.sweep.experiment import chains, run_flops
 from mmfree_jax.sweep.heartbeat import is_locked
 from mmfree_jax.sweep.status import can_begin, fail, run_folder, status
@@ -80,30 +80,21 @@ class Pending:
         self.runs, self.reached = left, reached
         self.vain = 0 if progress or not worked else self.vain + 1
 
-    def abandon(self, out: Path, why: str) -> None:
-        """Give up the current run, and go on with those that can still succeed and that nobody else trains."""
-        give_up(out, self.runs, why)
+    def abandon(self, out: Path, reason: str) -> None:
+        """Record that the current run, the first one left, has failed, and so have branches that now cannot begin.
+
+        Goes on with the runs that can still succeed and that no other process of this machine trains; for those that
+        one trains nothing is recorded.
+        """
+        first, *others = remaining(out, self.runs)
+        if not is_locked(run_folder(out, first)):
+            fail(run_folder(out, first), reason)
+        lost = {first.name}
+        for run in others:
+            if run.branch is not None and run.branch.run in lost and not can_begin(out, run):
+                lost.add(run.name)
+                fail(run_folder(out, run), f"not started: its trunk {run.branch.run} failed")
         self.runs, self.vain = [run for run in remaining(out, self.runs) if not is_locked(run_folder(out, run))], 0
-
-
-def give_up(out: Path, chain: Sequence[RunConfig], why: str) -> None:
-    """Record that the current run, the first one left, has failed, and so have branches that now cannot begin.
-
-    Nothing is written for a run that another process of this machine trains.
-    """
-    first, *others = remaining(out, chain)
-    if not is_locked(run_folder(out, first)):
-        fail(run_folder(out, first), why)
-    lost = {first.name}
-    for run in others:
-        if run.branch is not None and run.branch.run in lost and not can_begin(out, run):
-            lost.add(run.name)
-            fail(run_folder(out, run), f"not started: its trunk {run.branch.run} failed")
-
-
-def check_limit(hours: float) -> None:
-    """Raise ConfigError for a negative time limit."""
-    require(hours >= 0, f"--limit-hours {hours:g}: must not be negative (0: no limit)")
 
 
 def worker_command(out: Path, chain: Sequence[RunConfig], limit_hours: float) -> list[str]:

@@ -29,7 +29,9 @@ class Study:
 
     def __post_init__(self) -> None:
         require(bool(self.runs), f"study {self.name}: has no runs")
-        check_names(self.runs, f"study {self.name}")
+        # Names are folders: two runs of one name would train in one.
+        twice = sorted(name for name, count in Counter(run.name for run in self.runs).items() if count > 1)
+        require(not twice, f"study {self.name}: run names are used twice: {', '.join(twice)}")
         seen: dict[str, RunConfig] = {}
         for run in self.runs:
             if run.branch is not None:
@@ -37,14 +39,9 @@ class Study:
                 require(trunk is not None, f"{run.name}: its trunk {run.branch.run} is not listed before it")
                 _check_branch(run, run.branch, seen[run.branch.run])
             seen[run.name] = run
+        # Runs of different corpora have losses on different text, which no law can relate.
         corpora = {(run.data.corpus, run.data.vocab) for run in self.runs}
         require(len(corpora) == 1, f"study {self.name}: its runs use several corpora: {sorted(corpora)}")
-
-
-def check_names(runs: Sequence[RunConfig], where: str) -> None:
-    """Raise ConfigError, whose message begins with `where`, for run names that are used twice."""
-    twice = sorted(name for name, count in Counter(run.name for run in runs).items() if count > 1)
-    require(not twice, f"{where}: run names are used twice: {', '.join(twice)}")
 
 
 def _check_branch(run: RunConfig, branch: Branch, trunk: RunConfig) -> None:
@@ -55,6 +52,7 @@ def _check_branch(run: RunConfig, branch: Branch, trunk: RunConfig) -> None:
     )
     for name in ("model", "data", "seed", "precision"):
         require(getattr(run, name) == getattr(trunk, name), f"{run.name}: its {name} differs from its trunk's")
+    # Both must be at the constant rate at the branch point, or the branch would not be the run that it stands for.
     for config in (run, trunk):
         schedule = config.optim.schedule
         require(schedule in STEADY, f"{config.name}: schedule={schedule} has no constant rate to branch off: use wsd")
@@ -75,6 +73,7 @@ def trunk_and_decays(base: RunConfig, budgets: Sequence[int], decay: float = 0.2
     trunk is named NAME-trunk, the branches NAME-TOKENS, after their positions.
     """
     require(0 < decay < 1, f"decay={decay}: must be a fraction in (0, 1)")
+    # Decays of a fixed share: the loss of an end point then depends on its budget, and not on how long it decayed.
     lengths = {steps: max(1, round(steps * decay)) for steps in sorted(budgets)}
     stems = [steps - tail for steps, tail in lengths.items()]
     steady = dataclasses.replace(base.optim, schedule="wsd", decay_steps=0, final_lr=0.0)
@@ -137,6 +136,7 @@ def load_study(path: Path) -> Study:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such experiment file")
+    # By path, not by name: an experiment file need not lie in a package, nor in the working directory.
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path}: not a Python file")

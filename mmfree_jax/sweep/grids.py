@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmfree_jax.config import RunConfig, require, with_changes
-from mmfree_jax.sweep.experiment import check_names
 
 Values = Mapping[str, Sequence[Any]]  # dotted field of RunConfig -> its values: {"optim.lr": (1e-3, 2e-3)}
 
@@ -16,7 +15,8 @@ def grid(base: RunConfig, values: Values) -> list[RunConfig]:
 
     Raises ConfigError for a field that does not exist, a value that is not of its kind, or an impossible run.
     """
-    return [_varied(base, dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
+    # `product` varies its last argument fastest.
+    return _varied(base, values, itertools.product(*values.values()))
 
 
 def zipped(base: RunConfig, values: Values) -> list[RunConfig]:
@@ -27,7 +27,7 @@ def zipped(base: RunConfig, values: Values) -> list[RunConfig]:
     """
     counts = {name: len(column) for name, column in values.items()}
     require(len(set(counts.values())) <= 1, f"zipped: fields have different numbers of values: {counts}")
-    return [_varied(base, dict(zip(values, chosen, strict=True))) for chosen in zip(*values.values(), strict=True)]
+    return _varied(base, values, zip(*values.values(), strict=True))
 
 
 def repeats(base: RunConfig, seeds: Sequence[int]) -> list[RunConfig]:
@@ -44,18 +44,14 @@ def repeats(base: RunConfig, seeds: Sequence[int]) -> list[RunConfig]:
     ]
 
 
-def chain(*parts: Iterable[RunConfig]) -> list[RunConfig]:
-    """Return the runs of all parts in order. Raises ConfigError for two runs of one name."""
-    # Names are folders: two runs of one name would train in one.
-    runs = list(itertools.chain(*parts))
-    check_names(runs, "chain")
+def _varied(base: RunConfig, names: Iterable[str], rows: Iterable[Sequence[Any]]) -> list[RunConfig]:
+    """One run for each row of values, which its name shows."""
+    runs = []
+    for row in rows:
+        chosen = dict(zip(names, row, strict=True))
+        parts = [base.name, *(f"{name.rpartition('.')[2]}{_shown(value)}" for name, value in chosen.items())]
+        runs.append(dataclasses.replace(with_changes(base, chosen), name="-".join(parts)))
     return runs
-
-
-def _varied(base: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
-    run = with_changes(base, chosen)
-    parts = [base.name, *(f"{name.rpartition('.')[2]}{_shown(value)}" for name, value in chosen.items())]
-    return dataclasses.replace(run, name="-".join(parts))
 
 
 def _shown(value: Any) -> str:

@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmfree_jax.files import LockedError, read_json, write_json
@@ -37,29 +37,41 @@ class Beat:
         return f"job {self.job} on {self.host}" if self.job else f"process {self.pid} on {self.host}"
 
 
-class Heartbeat:
-    """Touches the file in `folder` from a thread while the context is open, and calls `also` each time."""
+@contextlib.contextmanager
+def repeated(action: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call `action` every so many seconds, from a thread, while the context is open."""
+    ended = threading.Event()
 
-    def __init__(self, folder: Path, also: Callable[[], None] = lambda: None):
-        self._path, self._also, self._ended = folder / FILE, also, threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            action()
 
-    def __enter__(self) -> "Heartbeat":
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._path, {"host": socket.gethostname(), "pid": os.getpid(), "job": own_job()})
-        self._thread.start()
-        return self
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._path.unlink(missing_ok=True)
 
-    def _run(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # the shared file system may fail for a moment
-                os.utime(self._path)  # without a time, so that the server of a shared file system takes its own
-            self._also()
+@contextlib.contextmanager
+def heartbeat(folder: Path, also: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Touch the file in `folder` while the context is open, and call `also` each time."""
+
+    def beat() -> None:
+        with contextlib.suppress(OSError):  # the shared file system may fail for a moment
+            os.utime(folder / FILE)  # without a time, so that the server of a shared file system takes its own
+        also()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FILE, {"host": socket.gethostname(), "pid": os.getpid(), "job": own_job()})
+    # From a thread, not from the training loop: a step, a compilation or a save may take longer than the period.
+    try:
+        with repeated(beat, BEAT_SECONDS):
+            yield
+    finally:
+        (folder / FILE).unlink(missing_ok=True)
 
 
 def own_job() -> str:

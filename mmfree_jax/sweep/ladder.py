@@ -4,7 +4,7 @@ horizon.
 Shape: `mmfree_jax.sweep.shapes`. Batch, rate and weight decay: the functions below. Horizon: `ratios` of `rungs`.
 
 Every formula was measured by somebody, at other sizes and on other data than yours: use them to begin with. The rate
-transfers between widths and depths by muP (`mmfree_jax.parametrisation`), so it is measured once, at the base.
+transfers between widths and depths by muP (`architecture.Scales`), so it is measured once, at the base.
 """
 
 import dataclasses
@@ -42,24 +42,22 @@ def rungs(
     Raises ConfigError for no sizes or ratios.
     """
     require(bool(sizes) and bool(ratios), "a ladder needs at least one size and one ratio")
-    return [run for size in sizes for run in _rung(family, base, size, sorted(ratios), data)]
-
-
-def _rung(family: str, base: Base, size: float, ratios: Sequence[float], data: DataConfig) -> list[RunConfig]:
-    model = nearest_model(family, size, data.vocab)
-    model = dataclasses.replace(model, parametrisation="mup", base_width=base.width, base_depth=base.depth)
-    N = flops.parameters(model).N
-    # The batch follows from the longest run of a size, because a trunk and its decays must share it.
-    longest = ratios[-1] * N
-    batch = batch_sequences(6 * N * longest, data.sequence)  # 6 N D, not exact: families of one size share a batch
-    data = dataclasses.replace(data, batch=batch)
-    budgets = [max(10, round(ratio * N / data.tokens_per_step)) for ratio in ratios]
-    lr = base.lr * rate_of_batch(data.tokens_per_step, base.batch_tokens)
-    optim = OptimConfig(
-        lr=lr, warmup_steps=max(1, budgets[0] // 10), weight_decay=weight_decay(lr, budgets[-1], ratios[-1])
-    )
-    run = RunConfig(f"{family}-{N / 1e6:.3g}M", model, data, optim, steps=budgets[-1])
-    return trunk_and_decays(run, budgets)
+    runs, ratios = [], sorted(ratios)
+    for size in sizes:
+        model = nearest_model(family, size, data.vocab)
+        model = dataclasses.replace(model, parametrisation="mup", base_width=base.width, base_depth=base.depth)
+        N = flops.parameters(model).N
+        # The batch follows from the longest run of a size, because a trunk and its decays must share it. 6 N D is not
+        # exact, but the same for families of one size.
+        data = dataclasses.replace(data, batch=batch_sequences(6 * N * ratios[-1] * N, data.sequence))
+        budgets = [max(10, round(ratio * N / data.tokens_per_step)) for ratio in ratios]
+        lr = base.lr * rate_of_batch(data.tokens_per_step, base.batch_tokens)
+        decay = weight_decay(lr, budgets[-1], ratios[-1])
+        # A tenth of the shortest budget, as all budgets of a size share the warm-up of their trunk.
+        optim = OptimConfig(lr=lr, warmup_steps=max(1, budgets[0] // 10), weight_decay=decay)
+        run = RunConfig(f"{family}-{N / 1e6:.3g}M", model, data, optim, steps=budgets[-1])
+        runs += trunk_and_decays(run, budgets)
+    return runs
 
 
 def batch_sequences(flop: float, sequence: int) -> int:
@@ -68,6 +66,7 @@ def batch_sequences(flop: float, sequence: int) -> int:
     `flop` is C, the compute of an entire run. Critical batch sizes also grow with the run, and with its tokens more
     than with the model (Zhang et al. 2024, arXiv 2410.21676).
     """
+    # A power of two, so that meshes of powers of two divide it.
     tokens = 0.2920 * flop**0.3271
     return 2 ** max(0, round(math.log2(tokens / sequence)))
 

@@ -21,7 +21,7 @@ from mmfree_jax import nvidia
 from mmfree_jax.config import RunConfig, require
 from mmfree_jax.files import last_line
 from mmfree_jax.sweep import sharing
-from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, steps_done, worker_command
+from mmfree_jax.sweep.executor import ATTEMPTS, Pending, steps_done, worker_command
 from mmfree_jax.sweep.experiment import chains, machines
 from mmfree_jax.training.interrupt import INTERRUPTED, PREEMPTED, STOP_SIGNALS, handling
 
@@ -61,9 +61,9 @@ class Slot:
 class Job(Pending):
     """A chain, its worker, and the slots that the worker takes: entire ones, or a share of one."""
 
-    name: str = ""
     slots: list[int] = dataclasses.field(default_factory=list)
     share: Fraction = Fraction(1)
+    log: Path = Path()  # what the worker prints
     process: subprocess.Popen | None = None
 
 
@@ -78,6 +78,7 @@ def this_machine(workers: int = 0, limit_hours: float = 0.0) -> "Local":
         f"workers on this machine need Linux, and this is {sys.platform}: use --executor slurm or --render, or train "
         "the runs one by one",
     )
+    # Each kind of device has its own rule for sharing: GPUs by size of the models, TPU chips never, cores one a worker.
     slots = find_slots()
     if any(GPU in slot.env for slot in slots):
         return Local(slots, limit_hours, workers)
@@ -160,7 +161,6 @@ class Local:
     sharers: int = 0
 
     def __post_init__(self) -> None:
-        check_limit(self.limit_hours)
         require(self.sharers >= 0, f"--slots {self.sharers}: must not be negative (0: by the size of the models)")
         for slot in self.slots if self.sharers > 1 else ():
             sharing.fraction(slot.memory, self.sharers)
@@ -213,9 +213,10 @@ class Local:
 
         SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the workers, which save themselves; then 130 or 75 is returned.
         """
-        queue = [Job(chain, name=chain[0].name, reached=steps_done(out, chain)) for chain in work]
-        for job in queue:
-            job.share = Fraction(1, self.crowd(job.runs, len(work)))
+        queue = []
+        for chain in work:
+            share, log = Fraction(1, self.crowd(chain, len(work))), out / "workers" / f"{chain[0].name}.log"
+            queue.append(Job(chain, reached=steps_done(out, chain), share=share, log=log))
         # Shares are fractions, so that three workers with a third of a GPU each fill it exactly.
         free, active = [Fraction(1) for _ in self.slots], list[Job]()
         stopped: list[int] = []
@@ -223,13 +224,8 @@ class Local:
         with handling(STOP_SIGNALS, stopped.append):
             try:
                 while (queue or active) and not stopped:
-                    while queue and (place := self._place(queue[0], free)):
-                        job = queue.pop(0)
-                        job.slots = place
-                        for slot in place:
-                            free[slot] -= job.share
-                        self._start(out, job)
-                        active.append(job)
+                    while queue and self._start(out, queue[0], free):
+                        active.append(queue.pop(0))
                     _wait_for_one([job.process for job in active if job.process], POLL_SECONDS)
                     for job in [job for job in active if job.process and job.process.poll() is not None]:
                         active.remove(job)
@@ -243,17 +239,19 @@ class Local:
         watch()
         return 0 if not stopped else INTERRUPTED if stopped[0] == signal.SIGINT else PREEMPTED
 
-    def _place(self, job: Job, free: Sequence[Fraction]) -> list[int]:
-        """Indices of the slots with most room for a job; none while it does not fit."""
+    def _start(self, out: Path, job: Job, free: list[Fraction]) -> bool:
+        """Start a worker on the slots with most room, and take its share of them. Returns False if it does not fit."""
         fitting = [slot for slot, share in enumerate(free) if share >= job.share]
         room = self.room(job.runs)
-        return sorted(fitting, key=lambda slot: -free[slot])[:room] if len(fitting) >= room else []
-
-    def _start(self, out: Path, job: Job) -> None:
-        slots = [self.slots[slot] for slot in job.slots]
-        slot, path = combine_slots(slots, job.runs[0].mesh.devices, job.share.denominator), _worker_log(out, job)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as log:
+        if len(fitting) < room:
+            return False
+        job.slots = sorted(fitting, key=lambda slot: -free[slot])[:room]
+        for number in job.slots:
+            free[number] -= job.share
+        taken = [self.slots[number] for number in job.slots]
+        slot = combine_slots(taken, job.runs[0].mesh.devices, job.share.denominator)
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("ab") as log:
             job.process = subprocess.Popen(
                 worker_command(out, job.runs, self.limit_hours),
                 env={**os.environ, **slot.env},
@@ -264,6 +262,7 @@ class Local:
                 start_new_session=True,
                 preexec_fn=functools.partial(_prepare_child, slot, os.getpid()),
             )
+        return True
 
 
 def _wait_for_one(processes: Sequence[subprocess.Popen], seconds: float) -> None:
@@ -295,13 +294,9 @@ def _needs_another_worker(out: Path, job: Job) -> bool:
     if job.runs and job.vain == ATTEMPTS and job.process is not None:
         code = job.process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        said = last_line(_worker_log(out, job)) or "nothing"
+        said = last_line(job.log) or "nothing"
         job.abandon(out, f"its worker {how}; its last words: {said}")
     return bool(job.runs)
-
-
-def _worker_log(out: Path, job: Job) -> Path:
-    return out / "workers" / f"{job.name}.log"
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:

@@ -1,10 +1,11 @@
 """A sweep as files for a cluster that is not here: SkyPilot tasks, or Kubernetes JobSets. Nothing is launched."""
 
 import dataclasses
+import functools
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,17 @@ PORT = 61440  # of process 0 of a run that several processes share
 RESTARTS = 100  # of a task whose machines are taken away
 GRACE_SECONDS = 300  # time to save before a pod is killed; spot machines give less
 LONGEST_NAME = 44  # the pods' names, NAME-worker-0-HOST-xxxxx, may have 63 characters
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as a block."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+_yaml: Callable[[dict], str] = functools.partial(yaml.dump, Dumper=_Dumper, sort_keys=False, width=120)  # type: ignore[assignment]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,25 +75,12 @@ class Cloud:
     device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v6e"] = "h200"
     """Accelerator."""
     storage: str = ""
-    """Storage for the runs that all machines can see: a bucket for SkyPilot (s3://…; gs://… if a run spans hosts), a
-    volume claim for JobSet."""
+    """Storage for the runs that all machines can see.
+    SkyPilot: a bucket (s3://…; gs://… if a run spans hosts). JobSet: a volume claim."""
     spot: bool = True
     """Use spot machines: cheaper, and a run that loses its machine continues where it was."""
     image: str = ""
     """Container image with this package and JAX for the device (JobSet only; SkyPilot sends the working folder)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The machines of one task: hosts, and devices on each."""
-
-    hosts: int
-    per_host: int
-
-    @property
-    def devices(self) -> int:
-        """Devices of all hosts together."""
-        return self.hosts * self.per_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +90,11 @@ class Task:
     study: Study
     name: str
     chain: Sequence[RunConfig]
-    shape: Shape
+    hosts: int
+    per_host: int  # devices of each
     cloud: Cloud
     limit_hours: float
+    environment: dict[str, str]
 
 
 def render(
@@ -105,16 +106,32 @@ def render(
     experiment file that the machines could not see, or two chains of one name.
     """
     _check_storage(target, cloud)
-    names = [(_plain(f"{study.name}-{chain[0].name}"), chain) for chain in chains(study.runs)]
-    tasks = [Task(study, name, chain, shape(chain, cloud), cloud, limit_hours) for name, chain in names]
-    require(len(dict(names)) == len(names), f"study {study.name}: some names differ only in signs")
+    corpora = dict.fromkeys(name for run in study.runs for name in (run.data.corpus, *run.data.mixture))
+    tiers = [name for name in corpora if name in TIERS]  # which tasks cannot build themselves
+    environment = {"MMFREE_JAX_CACHE": CACHE} if tiers else {}
+    # A chain is a task, so a machine that is taken away stops one chain and the others go on.
+    tasks, device = [], DEVICES[cloud.device]
+    for chain in chains(study.runs):
+        count, near = chain[0].mesh.devices, ", ".join(map(str, TOPOLOGIES))
+        possible = not device.is_tpu or count in TOPOLOGIES
+        require(possible, f"{chain[0].name}: no {cloud.device} slice has {count} chips: use one of {near}")
+        hosts, per_host = machines(chain, device.per_host, "host")
+        name = _plain(f"{study.name}-{chain[0].name}")
+        tasks.append(Task(study, name, chain, hosts, per_host, cloud, limit_hours, environment))
+    require(len({task.name for task in tasks}) == len(tasks), f"study {study.name}: some names differ only in signs")
     folder = out / target
     folder.mkdir(parents=True, exist_ok=True)
+    vocab = study.runs[0].data.vocab
+    to_do = "".join(
+        f"# First, once: mmfree corpus build {name} --vocab {vocab}, and copy the folder tier-{name}-{vocab} of "
+        f"~/.cache/mmfree_jax into cache/ on {cloud.storage}.\n"
+        for name in tiers
+    )
     if target == "skypilot":
-        return _skypilot(tasks, experiment, folder)
+        return _skypilot(tasks, experiment, folder, to_do)
     documents = [experiment_map(study, experiment), *(jobset(task, experiment) for task in tasks)]
     path = folder / "jobsets.yaml"
-    write_atomically(path, _to_do(study, cloud) + "---\n".join(map(_yaml, documents)))
+    write_atomically(path, to_do + "---\n".join(map(_yaml, documents)))
     return [path]
 
 
@@ -129,26 +146,6 @@ def _check_storage(target: Target, cloud: Cloud) -> None:
     require(target != "skypilot" or not cloud.image, "--cloud.image is for JobSets: SkyPilot sends the working folder")
 
 
-def _to_do(study: Study, cloud: Cloud) -> str:
-    """A comment that tells the user which corpora to copy to the storage first; empty for none."""
-    vocab = study.runs[0].data.vocab
-    return "".join(
-        f"# First, once: mmfree corpus build {name} --vocab {vocab}, and copy the folder tier-{name}-{vocab} of "
-        f"~/.cache/mmfree_jax into cache/ on {cloud.storage}.\n"
-        for name in _tiers(study)
-    )
-
-
-def _tiers(study: Study) -> list[str]:
-    """The corpora of a study that its tasks cannot build themselves."""
-    names = dict.fromkeys(name for run in study.runs for name in (run.data.corpus, *run.data.mixture))
-    return [name for name in names if name in TIERS]
-
-
-def _environment(study: Study) -> dict[str, str]:
-    return {"MMFREE_JAX_CACHE": CACHE} if _tiers(study) else {}
-
-
 def _plain(name: str) -> str:
     """A name that Kubernetes and SkyPilot accept: letters, digits and dashes. A long one is cut and gets a digest."""
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -156,15 +153,6 @@ def _plain(name: str) -> str:
     if len(plain) <= LONGEST_NAME:
         return plain
     return f"{plain[: LONGEST_NAME - 7].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-
-
-def shape(chain: Sequence[RunConfig], cloud: Cloud) -> Shape:
-    """Return the machines for a chain's mesh. Raises ConfigError if there are none of that size."""
-    device, count = DEVICES[cloud.device], chain[0].mesh.devices
-    if device.is_tpu:
-        near = ", ".join(map(str, TOPOLOGIES))
-        require(count in TOPOLOGIES, f"{chain[0].name}: no {cloud.device} slice has {count} chips: use one of {near}")
-    return Shape(*machines(chain, device.per_host, "host"))
 
 
 def worker_command(task: Task, experiment: str | Path) -> str:
@@ -176,8 +164,8 @@ def worker_command(task: Task, experiment: str | Path) -> str:
 
 def skypilot(task: Task, experiment: Path) -> dict:
     """Return a managed job (docs.skypilot.co, "SkyPilot YAML"). Of a TPU slice SkyPilot counts each host as a node."""
-    cut, cloud, device = task.shape, task.cloud, DEVICES[task.cloud.device]
-    accelerators = device.sky.format(n=cut.devices) if device.is_tpu else f"{device.sky}:{cut.per_host}"
+    cloud, device = task.cloud, DEVICES[task.cloud.device]
+    accelerators = device.sky.format(n=task.hosts * task.per_host) if device.is_tpu else f"{device.sky}:{task.per_host}"
     return {
         "name": task.name,
         "resources": {
@@ -185,9 +173,9 @@ def skypilot(task: Task, experiment: Path) -> dict:
             "use_spot": cloud.spot,
             "job_recovery": {"max_restarts_on_errors": 1, "recover_on_exit_codes": [PREEMPTED]},
         },
-        "num_nodes": 1 if device.is_tpu else cut.hosts,
+        "num_nodes": 1 if device.is_tpu else task.hosts,
         "workdir": ".",
-        "envs": _environment(task.study),
+        "envs": task.environment,
         "file_mounts": {RUNS: {"source": cloud.storage, "mode": _mount(task)}},
         # SkyPilot brings uv with it, and often a Python that is too old.
         "setup": 'export PATH="$HOME/.local/bin:$PATH"\n'
@@ -205,15 +193,16 @@ def _mount(task: Task) -> str:
     MOUNT_CACHED behaves like a disk, but a host sees the files of others late. Hosts that write one checkpoint together
     need MOUNT; and there only Google's buckets can rename folders and append to files.
     """
-    if task.shape.hosts == 1:
+    if task.hosts == 1:
         return "MOUNT_CACHED"
     shared = task.cloud.storage.startswith("gs://")
-    require(shared, f"{task.name}: its {task.shape.hosts} hosts can share a Google bucket only: --cloud.storage gs://…")
+    require(shared, f"{task.name}: its {task.hosts} hosts can share a Google bucket only: --cloud.storage gs://…")
     return "MOUNT"
 
 
-def _skypilot(tasks: Sequence[Task], experiment: Path, folder: Path) -> list[Path]:
+def _skypilot(tasks: Sequence[Task], experiment: Path, folder: Path, to_do: str) -> list[Path]:
     """Write a file for each task and a script that launches them all from the working folder, which SkyPilot sends."""
+    # Paths in the task are relative to that folder, because on the machine it has another name.
     here = Path.cwd()
     inside = experiment.resolve().is_relative_to(here)
     require(inside, f"{experiment}: SkyPilot sends the working folder, {here}: put the experiment file into it")
@@ -226,7 +215,7 @@ def _skypilot(tasks: Sequence[Task], experiment: Path, folder: Path) -> list[Pat
     )
     script = folder / "launch.sh"
     go = f"cd {shlex.quote(str(here))}  # SkyPilot sends this folder to the machines"
-    write_atomically(script, f"#!/bin/sh\n{_to_do(tasks[0].study, tasks[0].cloud)}set -e\n{go}\n{launch}")
+    write_atomically(script, f"#!/bin/sh\n{to_do}set -e\n{go}\n{launch}")
     script.chmod(0o755)
     return [script, *made]
 
@@ -250,24 +239,25 @@ def jobset(task: Task, experiment: Path) -> dict:
     # Kubernetes counts restarts of a pod and of the set apart. Preemption must count for neither, an error of the run
     # must end all at once, and anything else, such as a lost connection between hosts, needs a restart of every host
     # together.
-    cut, labels = task.shape, {"study": _plain(task.study.name)}
+    labels = {"study": _plain(task.study.name)}
+    after = lambda status: {"onExitCodes": {"containerName": "worker", "operator": "In", "values": [status]}}
     job = {
-        "parallelism": cut.hosts,
-        "completions": cut.hosts,
+        "parallelism": task.hosts,
+        "completions": task.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [
-                _on_exit("Ignore", PREEMPTED),
+                {"action": "Ignore", **after(PREEMPTED)},
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                _on_exit("FailJob", RUN_FAILED),
+                {"action": "FailJob", **after(RUN_FAILED)},
             ]
         },
         "template": {"spec": _pod(task, worker_command(task, f"{SENT}/{experiment.name}"))},
     }
     # Otherwise the hosts of two runs may be spread over two slices, and neither run gets a complete one.
     exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    one_slice = {"annotations": exclusive} if DEVICES[task.cloud.device].is_tpu and cut.hosts > 1 else {}
+    one_slice = {"annotations": exclusive} if DEVICES[task.cloud.device].is_tpu and task.hosts > 1 else {}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -282,31 +272,27 @@ def jobset(task: Task, experiment: Path) -> dict:
     }
 
 
-def _on_exit(action: str, status: int) -> dict:
-    return {"action": action, "onExitCodes": {"containerName": "worker", "operator": "In", "values": [status]}}
-
-
 def _pod(task: Task, command: str) -> dict:
-    cut, cloud, device = task.shape, task.cloud, DEVICES[task.cloud.device]
+    cloud, device = task.cloud, DEVICES[task.cloud.device]
     resource = "google.com/tpu" if device.is_tpu else "nvidia.com/gpu"
     selector = {f"cloud.google.com/gke-{'tpu-' if device.is_tpu else ''}accelerator": device.gke}
     if device.is_tpu:
-        selector["cloud.google.com/gke-tpu-topology"] = TOPOLOGIES[cut.devices]
+        selector["cloud.google.com/gke-tpu-topology"] = TOPOLOGIES[task.hosts * task.per_host]
     if cloud.spot:
         selector["cloud.google.com/gke-spot"] = "true"
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     variables = [
         {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{task.name}-worker-0-0.{task.name}:{PORT}"},
-        {"name": "JAX_NUM_PROCESSES", "value": str(cut.hosts)},
+        {"name": "JAX_NUM_PROCESSES", "value": str(task.hosts)},
         {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}},
-        *({"name": variable, "value": value} for variable, value in _environment(task.study).items()),
+        *({"name": variable, "value": value} for variable, value in task.environment.items()),
     ]
     container = {
         "name": "worker",
         "image": cloud.image,
         "command": ["sh", "-c", f"exec python {command}"],
         "env": variables,
-        "resources": {"limits": {resource: cut.per_host}},
+        "resources": {"limits": {resource: task.per_host}},
         "volumeMounts": [{"name": "runs", "mountPath": RUNS}, {"name": "experiment", "mountPath": SENT}],
     }
     return {
@@ -319,17 +305,3 @@ def _pod(task: Task, command: str) -> dict:
             {"name": "experiment", "configMap": {"name": f"{_plain(task.study.name)}-experiment"}},
         ],
     }
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as a block."""
-
-    def represent_text(self, text: str) -> yaml.Node:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)
-
-
-def _yaml(document: dict) -> str:
-    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=120)

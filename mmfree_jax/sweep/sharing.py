@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from mmfree_jax import flops
 from mmfree_jax.config import RunConfig, require
-from mmfree_jax.devices import DEVICES
+from mmfree_jax.devices import DEVICES, USABLE
 from mmfree_jax.lowering.memory import memory as peak_memory
 from mmfree_jax.lowering.program import Report
 
@@ -27,7 +27,6 @@ WHOLE_STEP = 1e12  # FLOP: a millisecond of an H200's matrix units, several of a
 SPARE = 2.0  # evaluation, workspaces and autotuning come on top of a step
 LEAST = 1e9  # bytes of GPU memory that any worker gets
 CONTEXT = 1e9  # bytes that CUDA and its libraries hold of a GPU for each process, outside XLA's pool
-USABLE = 0.92  # of a GPU's memory
 HOST = 3e9  # bytes of the host's memory for each worker: jaxlib, CUDA, a compilation
 
 
@@ -36,6 +35,7 @@ def workers(chain: Sequence[RunConfig], memory: float | None, cores: float, host
 
     `cores` and `host` (bytes) are what the machine has for each of its GPUs.
     """
+    # Runs over several devices communicate in every step: a neighbour that delays one of them delays all.
     if memory is None or any(run.mesh.devices > 1 for run in chain):
         return 1
     step = max(

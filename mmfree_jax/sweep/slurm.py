@@ -18,7 +18,8 @@ from typing import Any
 
 from mmfree_jax.config import ConfigError, RunConfig, require
 from mmfree_jax.files import last_line, read_json, write_json
-from mmfree_jax.sweep.executor import ATTEMPTS, Pending, check_limit, steps_done, worker_command
+from mmfree_jax.output import Say
+from mmfree_jax.sweep.executor import ATTEMPTS, Pending, steps_done, worker_command
 from mmfree_jax.sweep.experiment import chains, machines
 from mmfree_jax.sweep.heartbeat import last_beat
 from mmfree_jax.sweep.local import KEEP_MEMORY
@@ -40,7 +41,6 @@ LONGEST_ARRAY = 1000  # SLURM's own default for MaxArraySize
 LONGEST_PAUSE = 300.0  # between two attempts to submit to a full queue
 WATCH_SECONDS = 0.25
 FULL = re.compile(r"limit|temporarily|unable to contact|timed out|array specification", re.IGNORECASE)
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +78,9 @@ class Slurm:
         for name in ("gpus_per_node", "memory_gb"):
             require(getattr(self, name) >= 0, f"slurm.{name}={getattr(self, name)}: must not be negative")
 
-    def shape(self, chain: Sequence[RunConfig]) -> tuple[int, int]:
-        """Return nodes, and processes on each, for the mesh of a chain. Raises ConfigError for part of a node."""
-        return machines(chain, self.gpus_per_node, "node")
-
     def parameters(self, chain: Sequence[RunConfig]) -> dict[str, Any]:
-        """Return what the job of a chain asks for, under submitit's names."""
-        nodes, tasks = self.shape(chain)
+        """Return what the job of a chain asks for, under submitit's names. Raises ConfigError for part of a node."""
+        nodes, tasks = machines(chain, self.gpus_per_node, "node")
         extra = {name: value if equals else True for name, equals, value in (o.partition("=") for o in self.extra)}
         minutes = max(1, round(self.hours * 60))
         # --gpus-per-node: with --gpus-per-task the processes of a node do not see each other's devices, and NCCL fails.
@@ -163,6 +159,7 @@ class Tracked(Pending):
 
 def live_tickets() -> dict[Ticket, Place]:
     """Return this user's waiting and running jobs. Raises OSError or CalledProcessError if SLURM does not answer."""
+    # All jobs of the user in one question, however many chains there are: clusters limit how often squeue may be asked.
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%j"]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     found = {}
@@ -200,9 +197,6 @@ class SlurmExecutor:
     limit_hours: float = 0.0
     say: Say = print
 
-    def __post_init__(self) -> None:
-        check_limit(self.limit_hours)
-
     def plan(self, runs: Sequence[RunConfig]) -> list[str]:
         """Describe the arrays that would be submitted, and what each of their jobs asks for."""
         lines = []
@@ -230,7 +224,7 @@ def _alike(options: Slurm, work: Sequence[list[RunConfig]]) -> list[list[list[Ru
     """Group chains that ask for the same machines: each group can be one array."""
     groups = defaultdict(list)
     for chain in work:
-        groups[options.shape(chain)].append(chain)
+        groups[machines(chain, options.gpus_per_node, "node")].append(chain)
     return list(groups.values())
 
 
@@ -338,6 +332,7 @@ class Driver:
         idle = [one for one in self.tracked if one.ticket is None]
         if not idle or time.monotonic() < self.not_before:
             return
+        # One call of sbatch for an array, instead of one for each job.
         by_name = {one.runs[0].name: one for one in idle}
         for alike in _alike(self.options, [one.runs for one in idle]):
             for start in range(0, len(alike), self.largest):

@@ -72,6 +72,7 @@ def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
         "tokens_per_s": row.get("tokens_per_s"),
         "steady": len(rows) == 2 and all(one.get("tokens_per_s") for one in rows),
     }
+    # A run that is being trained may have an old error.txt, of the attempt before this one.
     if beat := holder(folder, now):
         return RunStatus(run, "running", **known, holder=beat)
     with contextlib.suppress(FileNotFoundError):  # a driver that tries it again may be deleting the error now
@@ -82,17 +83,12 @@ def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
 
 def _saved_step(folder: Path) -> int:
     """Step of the newest checkpoint, which may be later than the newest row of metrics; 0 if there is none."""
+    # Orbax renames a checkpoint to its number when it is complete.
     try:
         names = os.listdir(folder / "checkpoints")
     except FileNotFoundError:
         return 0
     return max((int(name) for name in names if name.isdigit()), default=0)  # unfinished ones have other names
-
-
-def has_failed(out: Path, name: str) -> bool:
-    """Return whether a run has recorded an error and has not ended."""
-    folder = out / "runs" / name
-    return (folder / "error.txt").exists() and not (folder / "result.json").exists()
 
 
 def can_begin(out: Path, run: RunConfig) -> bool:
@@ -123,6 +119,7 @@ def collect(out: Path, runs: Sequence[RunConfig]) -> Path:
         if (found := status(run_folder(out, run), run)).result and found.result["loss"] is not None
     ]
     text = io.StringIO()
+    # The first row decides the order of the columns; later rows may add some.
     columns = list(dict.fromkeys(name for row in rows for name in row)) or COLUMNS
     writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
     writer.writeheader()

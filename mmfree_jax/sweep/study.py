@@ -1,6 +1,5 @@
 """A study: corpus -> sweep -> runs table -> fit -> report, resumable at any point."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,10 @@ from rich.text import Text
 
 from mmfree_jax.config import DataConfig, require
 from mmfree_jax.data import TokenSet, resolve_data
-from mmfree_jax.data.corpora import Known
+from mmfree_jax.data.corpora import CorpusPlace
 from mmfree_jax.files import locked, write_atomically, write_json
 from mmfree_jax.output import line_printer
-from mmfree_jax.run_folder import changes, check_data, claim, known_corpora, with_corpus, with_saved_choices
+from mmfree_jax.run_folder import changes, check_data, claim, corpus_places, with_corpus, with_saved_choices
 from mmfree_jax.sweep.executor import Executor, open_chains
 from mmfree_jax.sweep.experiment import Study, run_flops
 from mmfree_jax.sweep.heartbeat import file_clock
@@ -58,10 +57,10 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
         DataConfig(data.corpus, data.vocab, mixture=data.mixture, weights=data.weights)
         for data in (run.data for run in study.runs)
     ]
-    known: dict[DataConfig, tuple[Known, ...]] = {}
+    places: dict[DataConfig, tuple[CorpusPlace, ...]] = {}
     for run, one in zip(study.runs, parts, strict=True):
-        known[one] = known.get(one) or known_corpora(run_folder(out, run))  # of the first run that has begun
-    found = {one: resolve_data(one, say, known[one]) for one in dict.fromkeys(parts)}
+        places[one] = places.get(one) or corpus_places(run_folder(out, run))  # of the first run that has begun
+    found = {one: resolve_data(one, say, places[one]) for one in dict.fromkeys(parts)}
     runs = []
     for run, one in zip(study.runs, parts, strict=True):
         check_data(run, found[one])
@@ -76,6 +75,7 @@ def prepare(study: Study, out: Path, console: Console) -> TokenSet:
         folder = run_folder(out, run)
         claim(with_saved_choices(run, folder), folder)
     write_json(out / "sweep.json", {"study": study.name, "runs": [run.name for run in study.runs]})
+    # The report names its sources, so the cards of all corpora lie beside it, also where the corpora do not.
     paths = dict.fromkeys(one.path for token_set in found.values() for one in token_set.sets)
     for number, path in enumerate(paths, 1):
         for ending in ("json", "md"):
@@ -110,20 +110,16 @@ def run_study(study: Study, out: Path, console: Console, executor: Executor, aga
 def provenance(study: Study) -> dict[str, Any]:
     """Return what the report says about the origin of its numbers."""
     data = study.runs[0].data
+    # One number, or the smallest and the largest of several.
+    span = lambda numbers: " to ".join(map(str, sorted({min(numbers), max(numbers)})))
     mixtures = dict.fromkeys(" + ".join([run.data.corpus, *run.data.mixture]) for run in study.runs)
     return {
         "study": study.name,
         "corpus": f"{' or '.join(mixtures)}, vocabulary {data.vocab}",
-        "sequence": f"{_span(run.data.sequence for run in study.runs)} tokens",
-        "batch": f"{_span(run.data.tokens_per_step for run in study.runs)} tokens a step",
+        "sequence": f"{span([run.data.sequence for run in study.runs])} tokens",
+        "batch": f"{span([run.data.tokens_per_step for run in study.runs])} tokens a step",
         **study.notes,
     }
-
-
-def _span(numbers: Iterable[int]) -> str:
-    """One number, or the smallest and the largest of several."""
-    ordered = sorted(set(numbers))
-    return " to ".join(map(str, ordered[:: max(1, len(ordered) - 1)]))
 
 
 def plan_lines(study: Study, executor: Executor) -> list[str]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.text import Text
 from mmfree_jax.config import RunConfig
 from mmfree_jax.output import line_printer
 from mmfree_jax.sweep.experiment import run_flops
+from mmfree_jax.sweep.heartbeat import repeated
 from mmfree_jax.sweep.status import RunStatus, status
 
 REFRESH_SECONDS = 1.0
@@ -33,7 +33,7 @@ class View:
     def __post_init__(self) -> None:
         self.say = line_printer(self.console)
         self.began = self.read_at = self.shown_at = time.monotonic()
-        self.statuses = self._read({})
+        self.statuses = {run.name: status(folder, run) for run, folder in self.runs}
         self.flops_total = sum(run_flops(run) for run, _ in self.runs)
         self.flops_before = self._flops_done()
         # Time and FLOPs done of the first two observations of progress and of the last.
@@ -57,7 +57,9 @@ class View:
         if now - self.read_at < REFRESH_SECONDS:
             return
         before, self.read_at = self.statuses, now
-        self.statuses = self._read(before)
+        # A finished run does not change any more, so its folder is not read again.
+        read = lambda run, folder: before[run.name] if before[run.name].state == "done" else status(folder, run)
+        self.statuses = {run.name: read(run, folder) for run, folder in self.runs}
         self.measure(now)
         if self.live:
             self.live.update(self.render(), refresh=True)
@@ -68,11 +70,6 @@ class View:
         if now - self.shown_at >= PLAIN_SECONDS:
             self.say(self.summary())
             self.shown_at = now
-
-    def _read(self, known: dict[str, RunStatus]) -> dict[str, RunStatus]:
-        # A finished run does not change any more, so its folder is not read again.
-        done = {name: s for name, s in known.items() if s.state == "done"}
-        return {run.name: done.get(run.name) or status(folder, run) for run, folder in self.runs}
 
     def _flops_done(self) -> float:
         done = 0.0
@@ -118,6 +115,7 @@ class View:
         for name in ("run", "state", "step", "loss", "tok/s"):
             table.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=True)
         for s in shown:
+            # Of a finished run the held-out loss, else that of the last row of training.
             loss = "" if s.loss is None else f"{s.loss:.4f}"
             rate = f"{s.tokens_per_s:,.0f}" if s.tokens_per_s and s.state == "running" else ""
             table.add_row(Text(s.config.name), s.state, f"{s.step}/{s.config.steps}", loss, rate, style=STYLE[s.state])
@@ -129,20 +127,9 @@ class View:
 @contextlib.contextmanager
 def follow(config: RunConfig, folder: Path, console: Console) -> Iterator[None]:
     """Show the progress of a run that this process trains, from a thread."""
-    ended = threading.Event()
-    with View([(config, folder)], console) as view:
-
-        def watch() -> None:
-            while not ended.wait(REFRESH_SECONDS):
-                view.update()
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
+    # From a thread, because the training loop must not wait for a terminal, and a compilation may take minutes.
+    with View([(config, folder)], console) as view, repeated(view.update, REFRESH_SECONDS):
+        yield
 
 
 def describe(s: RunStatus) -> str:

@@ -31,11 +31,11 @@ from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.errors import is_explained
 from mmfree_jax.files import LockedError, cache_folder
 from mmfree_jax.output import make_streams_tolerant
-from mmfree_jax.run_folder import known_corpora, read_run
+from mmfree_jax.run_folder import corpus_places, read_run
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
 from mmfree_jax.sweep.experiment import load_study
-from mmfree_jax.sweep.heartbeat import Heartbeat, wait_until_free
-from mmfree_jax.sweep.status import can_begin, fail, has_failed
+from mmfree_jax.sweep.heartbeat import heartbeat, wait_until_free
+from mmfree_jax.sweep.status import can_begin, fail
 from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
@@ -68,9 +68,11 @@ def main(out: Path, names: list[str], experiment: Path | None = None, limit_hour
     for config in find_runs(out, names, experiment):
         folder = out / "runs" / config.name
         try:
-            trunk = config.branch.run if config.branch else ""
-            if not can_begin(out, config) and (trunk in failed or has_failed(out, trunk)):
-                raise TrunkFailed(f"its trunk {trunk} failed")
+            if config.branch and not can_begin(out, config):
+                trunk = out / "runs" / config.branch.run
+                gave_up = (trunk / "error.txt").exists() and not (trunk / "result.json").exists()
+                if gave_up or trunk.name in failed:
+                    raise TrunkFailed(f"its trunk {trunk.name} failed")
             _train(config, folder, resolve, limit_hours)
         except Interrupted as stop:
             return stop.status
@@ -113,8 +115,8 @@ def _train(config: RunConfig, folder: Path, resolve: Callable[..., TokenSet], li
 
     signal.setitimer(signal.ITIMER_REAL, limit_hours * 3600, 1.0)
     try:
-        with Heartbeat(folder, end_if_hung) if first else contextlib.nullcontext():
-            train(config, folder, resolve(config.data, known=known_corpora(folder)))
+        with heartbeat(folder, end_if_hung) if first else contextlib.nullcontext():
+            train(config, folder, resolve(config.data, places=corpus_places(folder)))
     except Interrupted as stop:
         if stop.status == TIMED_OUT:
             raise TimedOut(f"{stop}; its limit of {limit_hours:g} hours is over: raise --limit-hours") from None
@@ -153,7 +155,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def start(arguments: list[str]) -> int:
     """Run the command; returns its exit status."""
-    chosen = parse(arguments)
+    options = parse(arguments)
     group = distributed.find_group("", 0, -1)
     if group is not None:
         try:
@@ -161,7 +163,7 @@ def start(arguments: list[str]) -> int:
         except distributed.MissingProcess as error:
             print(error, file=sys.stderr)
             return LEFT_ALONE
-    return main(chosen.out, chosen.names, chosen.experiment, chosen.limit_hours)
+    return main(options.out, options.names, options.experiment, options.limit_hours)
 
 
 if __name__ == "__main__":

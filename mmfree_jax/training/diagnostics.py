@@ -40,12 +40,12 @@ class Diagnostics:
         some = lambda a: a.reshape(-1)[:: max(1, a.size // HISTOGRAM_SAMPLES)]  # always the same subset of the values
         self.sample = jax.jit(lambda params: jax.tree.map(some, params), out_shardings=NamedSharding(program.mesh, P()))
         self.codes: dict[str, jax.Array] = {}
-        self.seen: dict[str, Any] = {}
+        self.seen: dict[str, Any] = {}  # of the step under way; empty if it is not diagnosed
 
     def before(self, step: int, state: TrainState, tokens_BT: jax.Array, rates: Rates) -> None:
         """Inspect the next step, if it is due, before its state is donated. The clocks stand still meanwhile."""
         # The codes of before are kept on the device, int8, to be compared after the step: a byte a ternary weight.
-        if self._due(step):
+        if self.every and (step + 1) % self.every == 0:
             self.interval.pause()
             self.codes = {name: codes for name, (codes, _) in self.read(state.params).items()}
             self.seen = jax.device_get(self.inspect(state, tokens_BT, rates))
@@ -56,7 +56,7 @@ class Diagnostics:
 
         Returns whether the step was due; if it was, the clocks stand still.
         """
-        if not self._due(step):
+        if not self.seen:
             return False
         self.interval.pause()
         scalars: dict[str, float] = {}
@@ -65,14 +65,11 @@ class Diagnostics:
             scalars[f"flips/{name}"] = float(jnp.mean(codes != self.codes[name]))
             scalars[f"scale/{name}"] = float(jnp.mean(scale))
         self.interval.note(diagnostics=self.seen)
-        self.codes = {}
+        self.codes, self.seen = {}, {}
         values, _ = jax.tree_util.tree_flatten_with_path(self.sample(state.params))
         name = lambda path: "weights" + jax.tree_util.keystr(path, simple=True, separator="/")
         self.log.diagnostics(step + 1, scalars, {name(path): np.asarray(leaf) for path, leaf in values})
         return True
-
-    def _due(self, step: int) -> bool:
-        return self.every > 0 and (step + 1) % self.every == 0
 
 
 def ternary_codes(model: nnx.Module) -> dict[str, Quantised]:

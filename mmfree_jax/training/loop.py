@@ -14,7 +14,7 @@ import numpy as np
 from mmfree_jax import distributed, flops
 from mmfree_jax.checkpoint import Checkpoints, restore
 from mmfree_jax.config import RunConfig, require, to_json
-from mmfree_jax.data import Batches, TokenSet, batches
+from mmfree_jax.data import Batches, Counts, TokenSet, batches
 from mmfree_jax.devices import GENERATOR, check_settings, peak_memory_bytes
 from mmfree_jax.errors import logged
 from mmfree_jax.evaluation.loss import Scores, evaluate, score_lines
@@ -199,7 +199,7 @@ def _begin(
         f"{where} was trained on corpus {meta['corpus']}, but this one is {token_set.fingerprint}: give that one (the "
         "embedded corpus changes with the packages that it is made of), or start again in a new folder",
     )
-    progress = Progress(**meta["progress"])
+    progress = Progress(**meta["progress"] | {"counts": Counts(**meta["progress"]["counts"])})
     progress.attempts = progress.attempts + 1 if checkpoints.steps else 1
     return state, progress, meta["marks"] if checkpoints.steps else {}
 

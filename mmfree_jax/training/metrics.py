@@ -5,6 +5,7 @@ computed for them; `tokens_per_s` counts positions, padding included; `mfu` is `
 peak.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -52,10 +53,6 @@ class Progress:
     attempts: int = 0
     held: list[Any] = dataclasses.field(default_factory=list)  # steps not logged yet (`Interval.hold`)
 
-    def __post_init__(self) -> None:
-        if isinstance(self.counts, dict):  # out of a checkpoint
-            self.counts = Counts(**self.counts)
-
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
@@ -65,10 +62,10 @@ class Pending:
     metrics: Mapping[str, Any]
     rate: float
     before: Counts  # when this process began, over all processes
-    own: Counts  # what this process has counted since
+    counted: Counts  # what this process has counted since
 
 
-class RunLog:
+class RunLog(contextlib.AbstractContextManager):
     """Writes the logs of one run. `marks`, from the checkpoint being resumed, are the lengths to cut them back to."""
 
     def __init__(self, folder: Path, marks: dict[str, int]):
@@ -87,9 +84,6 @@ class RunLog:
     def _files(self) -> list[Path]:
         named = [self.folder / "metrics.jsonl", self.folder / "log.txt", *(self.folder / "tb").glob("events.*")]
         return [path for path in named if path.exists()]
-
-    def __enter__(self) -> "RunLog":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.mark()
@@ -127,17 +121,15 @@ class RunLog:
         return {str(path.relative_to(self.folder)): path.stat().st_size for path in self._files()}
 
 
-class SilentLog:
+class SilentLog(contextlib.AbstractContextManager):
     """The log of all processes except the first, which alone writes."""
 
     def ignore(self, *_: Any) -> dict[str, int]:
         """Write nothing. Checkpoints take the lengths from the first process."""
         return {}
 
-    event = describe = metrics = diagnostics = mark = __exit__ = ignore
-
-    def __enter__(self) -> "SilentLog":
-        return self
+    event = describe = metrics = diagnostics = mark = ignore
+    __exit__ = ignore  # type: ignore[assignment]
 
 
 Log = RunLog | SilentLog
@@ -273,7 +265,7 @@ class Interval:
         All processes must call it.
         """
         metrics = jax.device_get([one.metrics for one in self.pending])
-        numbers = iter(sum_integers([number for one in self.pending for number in dataclasses.astuple(one.own)]))
+        numbers = iter(sum_integers([number for one in self.pending for number in dataclasses.astuple(one.counted)]))
         return metrics, [one.before + Counts(*itertools.islice(numbers, 3)) for one in self.pending]
 
     def flush(self) -> None:

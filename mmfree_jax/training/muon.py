@@ -27,10 +27,10 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:
-    """Nesterov momentum, then the nearest orthogonal matrix, times 0.2 sqrt(max(D, F)): the size of AdamW's update."""
+    """Return Muon: Nesterov momentum, then the nearest orthogonal matrix, scaled to the size of AdamW's update.
 
-    def init(params: Any) -> MuonState:
-        return MuonState(jax.tree.map(jnp.zeros_like, params))
+    The scale is 0.2 sqrt(max(D, F)): an orthogonal matrix has the root mean square 1 / sqrt(max(D, F)).
+    """
 
     def update(updates: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         buffers = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
@@ -46,7 +46,7 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
 
         return jax.tree.map(orthogonal, ahead, places), MuonState(buffers)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(lambda params: MuonState(jax.tree.map(jnp.zeros_like, params)), update)
 
 
 # The quintic maps a singular value s to a s + b s^3 + c s^5, and products of the whole matrix apply it to all singular
@@ -70,7 +70,7 @@ def newton_schulz(m_NDF: jax.Array) -> jax.Array:
 
 
 def layer_sharded(m_NDF: jax.Array, ends: tuple) -> jax.Array:
-    """`newton_schulz`, with the matrices distributed over the devices that hold shards of each.
+    """Compute `newton_schulz` with the matrices distributed over the devices that hold shards of each.
 
     `ends`: mesh axes that shard D and F. One axis moves at a time: each move is then an all-to-all, while both at once
     would gather the entire stack on every device. An axis that would leave devices without a matrix does not move.

@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig, OptimConfig
-from mmfree_jax.parametrisation import Role, gradient_factor, rate_factor
+from mmfree_jax.config import ModelConfig, OptimConfig, Optimizer
 from mmfree_jax.training.muon import scale_by_muon
 
 # Rate and weight decay are arguments of the compiled step, so that all runs of one shape share one program: trunks,
 # decays and sweeps of the rate.
 
+# matrix: between hidden layers, latent ternary ones included; gain: norms' gains and every other vector of a block.
+Role = Literal["matrix", "embedding", "head", "gain", "lower_bounds"]
 # Weight decay pulls to zero. Gains, lower bounds, decays and mixes are scales or gates, for which zero is not special.
 DECAYED: tuple[Role, ...] = ("matrix", "embedding", "head")
 SECOND_STAGE = 2 / 3  # factor on the rate: from 1.2e-3 to 8e-4 in the recipe of BitNet b1.58
@@ -88,9 +89,8 @@ def make_optimizer(config: OptimConfig, model: ModelConfig) -> optax.GradientTra
     if config.weight_decay:
 
         def add_decay(updates: Any, state: Any, params: Any = None, *, decay: Any = 1.0, **_: Any) -> tuple[Any, Any]:
-            def one(path: tuple, leaf: jax.Array, param: jax.Array) -> jax.Array:
-                return leaf + config.weight_decay * decay * param if role_of(path) in DECAYED else leaf
-
+            decayed = lambda path, leaf, param: leaf + config.weight_decay * decay * param
+            one = lambda path, leaf, param: decayed(path, leaf, param) if role_of(path) in DECAYED else leaf
             return jax.tree_util.tree_map_with_path(one, updates, params), state
 
         chain.append(optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), add_decay))
@@ -115,6 +115,30 @@ def role_factors(config: OptimConfig, model: ModelConfig) -> dict[Role, float]:
     return {role: own * rate_factor(model, role, config.optimizer) for role, own in chosen.items()}
 
 
+def rate_factor(config: ModelConfig, role: Role, optimizer: Optimizer = "adamw") -> float:
+    """Return the factor of muP (`architecture.Scales`) on the learning rate of parameters with this role.
+
+    It is not 1 only for matrices between hidden layers. Adam's updates have entries of size 1 and the rank of a batch,
+    so their effect grows with the width, which 1 / width compensates. Muon's are orthogonal; with root mean square 1
+    their spectral norm is the root of the width (Yang et al. 2023, arXiv 2310.17813, condition 1).
+    """
+    wider, _ = config.relative_size
+    if role != "matrix":
+        return 1.0
+    return 1 / wider if optimizer == "adamw" else 1 / math.sqrt(wider)
+
+
+def gradient_factor(config: ModelConfig, in_block: bool) -> float:
+    """Return the factor that gives a gradient its size at the base, so that Adam's epsilon means the same at every
+    size.
+
+    Gradients fall as 1 / width, inside blocks also as 1 / depth. Multiplying them by the inverse is the same as scaling
+    epsilon by 1 / width / depth, as CompleteP does: m / (sqrt(v) + c eps) = (m / c) / (sqrt(v) / c + eps).
+    """
+    wider, deeper = config.relative_size
+    return wider * deeper if in_block else wider
+
+
 def _by_role(
     matrices: optax.GradientTransformation, others: optax.GradientTransformation
 ) -> optax.GradientTransformation:
@@ -125,9 +149,7 @@ def _by_role(
 
     divide = lambda tree: nnx.split_state(tree, lambda path, _: role_of(path) == "matrix", ...)
 
-    def init(params: Any) -> tuple:
-        mine, rest = divide(params)
-        return matrices.init(mine), others.init(rest)
+    init = lambda params: tuple(one.init(part) for one, part in zip((matrices, others), divide(params), strict=True))
 
     def update(updates: Any, state: tuple, params: Any = None) -> tuple[Any, tuple]:
         mine, rest = divide(updates)

@@ -1,5 +1,6 @@
 """Profiler traces of some steps of a run: `train --profile FROM:TO`."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def step_range(text: str) -> range:
     return steps
 
 
-class Profile:
+class Profile(contextlib.AbstractContextManager):
     """Writes a trace of `steps` to `folder`, for TensorBoard's profiler or Perfetto, also if the run ends before."""
 
     def __init__(self, folder: Path, steps: range, end: int):
@@ -34,12 +35,10 @@ class Profile:
 
     def after(self, step: int, results: Any) -> None:
         """Stop once the last of the steps has been computed."""
+        # Steps are only queued by the host: without waiting, the trace would end before the device has computed them.
         if self._running and step + 1 >= self.steps.stop:
             jax.block_until_ready(results)
             self.__exit__()
-
-    def __enter__(self) -> "Profile":
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._running:

@@ -163,7 +163,7 @@ def _sources() -> str:
         "ops/**/*.py",
         "training/*.py",
         "data/reading/documents.py",
-        "parametrisation.py",
+        "architecture.py",
         "sharding.py",
     )
     return sha256(file for pattern in patterns for file in sorted(root.glob(pattern)))

@@ -32,14 +32,15 @@ from mmfree_jax.ops.fast import verification
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.sharding import (
     batch_sharding,
+    float32_sums,
     make_mesh,
-    pack_before_gather,
+    packed_gathers,
     path_name,
     replicated_parameters,
     shardings,
-    sum_in_float32,
     uninitialised,
 )
+from mmfree_jax.tracing import during
 from mmfree_jax.training.optim import Rates, make_optimizer, role_of
 
 # A `Program` depends on the shape of a run only: not on its learning rate, schedule, length or seed. Runs that agree in
@@ -154,8 +155,8 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, P())
 
-    summing = sum_in_float32(key.reduction == "float32")
-    choosing = lambda f: kernels_allowed(key.kernels == "auto")(pack_before_gather(key.gather == "packed")(summing(f)))
+    packing, summing = during(packed_gathers, key.gather == "packed"), during(float32_sums, key.reduction == "float32")
+    choosing = lambda f: kernels_allowed(key.kernels == "auto")(packing(summing(f)))
     # Donation lets the new state take the place of the old one: without it both would be in memory. `out_shardings` put
     # the state where the next call expects it.
     train_step = jax.jit(
@@ -196,9 +197,8 @@ def _gradients(graphdef: Any, key: ProgramKey, params: nnx.State, tokens_BT: jax
     """((loss, z-loss in it), gradient): means over the targets of a batch [B, T+1], as the optimizer takes them."""
     separator, accumulate = key.separator, key.optim.accumulate
     counted_BT = _documents(tokens_BT, separator)[1]
-    # With separate documents micro-batches have different numbers of targets. A mean of their means would weigh targets
-    # of short ones more.
-    # The count over all micro-batches, so that each target has the same weight, whichever micro-batch it is in.
+    # With separate documents micro-batches have different numbers of targets, and a mean of their means would weigh
+    # targets of short ones more. So sums are divided by the count over all micro-batches.
     count = tokens_BT[:, 1:].size if counted_BT is None else jnp.sum(counted_BT)
 
     # Codes are computed once a step instead of once a micro-batch. A single batch computes them layer by layer.

@@ -16,6 +16,7 @@ from tests.data.building.test_dedup import jaccard, word_runs
 from tests.data.made_up import ROOT, made_up_packages, run_python
 
 BUILD = """if True:
+    import os
     import sys
     from pathlib import Path
     from tests.data.made_up import made_up_packages
@@ -24,7 +25,8 @@ BUILD = """if True:
     packages = made_up_packages(Path(sys.argv[1]))
     embedded.installed_packages = lambda: packages
     embedded.installed_versions = lambda: {p.name: p.version for p in packages}
-    built = corpora.resolve_corpus("embedded", 500, Path(sys.argv[2]), lambda line: print(line, flush=True))
+    os.environ["MMFREE_JAX_CACHE"] = sys.argv[2]
+    built = corpora.resolve_corpus("embedded", 500, lambda line: print(line, flush=True))
     print(built.fingerprint, built.path)
 """
 
@@ -67,6 +69,7 @@ def test_the_card_accounts_for_every_byte(built: TokenSet) -> None:
         assert left == sorted(left, reverse=True)
         assert (source["version"], source["licence"]) == ("1.0", "MIT")
     joined = sum(built.text_bytes(split) for split in ("train", "valid"))
+    assert sum(source["documents"] for source in card["sources"]) == sum(s.documents for s in built.splits.values())
     kept = sum(source["bytes_after"]["protected"] for source in card["sources"])
     assert kept <= joined <= 1.01 * kept  # blank lines between passages
     assert card["fingerprint"] == built.fingerprint
@@ -131,11 +134,12 @@ def test_an_unknown_corpus_is_answered_with_what_there_is(tmp_path: Path) -> Non
         corpora.resolve_corpus(tmp_path / "nothing")
 
 
-def test_a_tier_is_found_by_name_once_it_is_built(built: TokenSet, tmp_path: Path) -> None:
+def test_a_tier_is_found_by_name_once_it_is_built(built: TokenSet, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"mmfree corpus build m --vocab 500"):
-        corpora.resolve_corpus("m", 500, tmp_path)
-    corpora.tier_folder("m", 500, tmp_path).symlink_to(built.path)
-    assert corpora.resolve_corpus("m", 500, tmp_path).fingerprint == built.fingerprint
+        corpora.resolve_corpus("m", 500)
+    corpora.tier_folder("m", 500).symlink_to(built.path)
+    assert corpora.resolve_corpus("m", 500).fingerprint == built.fingerprint
 
 
 def test_importing_the_package_is_cheap_and_brings_no_jax() -> None:

@@ -108,9 +108,9 @@ def test_a_study_that_cannot_be_run_is_refused(runs, says):
 LISTED = """
 from mmfree_jax.presets import run_preset
 from mmfree_jax.sweep.experiment import Study
-from mmfree_jax.sweep.grids import chain, grid
+from mmfree_jax.sweep.grids import grid
 families = ("transformer++", "hgrn")
-runs = chain(*(grid(run_preset(f"{family}-tiny"), {"optim.lr": (1e-3, 2e-3)}) for family in families))
+runs = [run for name in families for run in grid(run_preset(f"{name}-tiny"), {"optim.lr": (1e-3, 2e-3)})]
 """
 
 

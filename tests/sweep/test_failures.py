@@ -22,9 +22,9 @@ from mmfree_jax.data.tokenizers.tokenizer import byte_tokenizer
 from mmfree_jax.files import LockedError
 from mmfree_jax.run_folder import claim
 from mmfree_jax.sweep import worker
-from mmfree_jax.sweep.executor import give_up, open_chains, remaining
+from mmfree_jax.sweep.executor import Pending, open_chains, remaining
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
-from mmfree_jax.sweep.heartbeat import STALE_SECONDS, Heartbeat, file_clock, holder, last_beat, wait_until_free
+from mmfree_jax.sweep.heartbeat import STALE_SECONDS, file_clock, heartbeat, holder, last_beat, wait_until_free
 from mmfree_jax.sweep.status import fail, run_folder, status
 from mmfree_jax.sweep.study import prepare, provenance
 from mmfree_jax.training.metrics import Diverged
@@ -159,7 +159,7 @@ def test_branches_that_a_trunk_got_to_before_it_diverged_are_trained(token_set, 
     assert open_chains(tmp_path, runs) == [[early]]
     for run in runs:
         (run_folder(tmp_path, run) / "error.txt").unlink(missing_ok=True)
-    give_up(tmp_path, runs, "its worker was killed by SIGKILL")
+    Pending(runs).abandon(tmp_path, "its worker was killed by SIGKILL")
     assert remaining(tmp_path, runs) == [early]
 
 
@@ -203,7 +203,7 @@ def test_a_run_that_another_machine_goes_on_with_is_not_taken(tmp_path, monkeypa
 def test_a_heartbeat_beats_and_is_gone_afterwards(tmp_path, monkeypatch):
     monkeypatch.setattr("mmfree_jax.sweep.heartbeat.BEAT_SECONDS", 0.05)
     called = threading.Event()
-    with Heartbeat(tmp_path / "run", called.set):
+    with heartbeat(tmp_path / "run", called.set):
         first = last_beat(tmp_path / "run")
         assert called.wait(60)
         assert last_beat(tmp_path / "run").at > first.at

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from mmfree_jax.config import ConfigError
-from mmfree_jax.sweep.grids import chain, grid, repeats, zipped
+from mmfree_jax.sweep.grids import grid, repeats, zipped
 from tests.conftest import MAIN_FAMILIES, tiny_run
 
 
@@ -15,13 +15,10 @@ def test_a_grid_has_every_combination_and_names_it(family):
     assert len({run.fingerprint() for run in runs}) == 6
 
 
-def test_zipped_takes_values_together_and_chain_puts_parts_in_a_row():
+def test_zipped_takes_values_together():
     base = tiny_run("matmul-free", Path("c"))
     runs = zipped(base, {"model.width": (16, 32), "optim.lr": (1e-2, 5e-3)})
     assert [(run.model.width, run.optim.lr) for run in runs] == [(16, 1e-2), (32, 5e-3)]
-    assert [run.name for run in chain([base], runs)] == [base.name, *(run.name for run in runs)]
-    with pytest.raises(ConfigError, match="used twice: matmul-free-tiny"):
-        chain([base], [base])
     with pytest.raises(ConfigError, match="different numbers of values"):
         zipped(base, {"seed": (1, 2), "steps": (30,)})
 

@@ -7,8 +7,8 @@ import pytest
 from experiments import ladder as experiment
 from mmfree_jax import flops
 from mmfree_jax.config import ConfigError, DataConfig
-from mmfree_jax.parametrisation import rate_factor
 from mmfree_jax.sweep.ladder import Base, batch_sequences, rate_of_batch, rungs, weight_decay
+from mmfree_jax.training.optim import rate_factor
 
 BASE = Base(lr=4e-3, width=64, depth=2, batch_tokens=4096)
 DATA = DataConfig(corpus="embedded", vocab=2048, sequence=128)

@@ -275,9 +275,10 @@ def test_a_mesh_becomes_nodes_and_processes():
     asked = Slurm(extra=("constraint=h100", "exclusive"), hours=0.5).parameters([run])
     assert (asked["nodes"], asked["ntasks_per_node"], asked["gpus_per_node"], asked["time"]) == (2, 8, 8, 30)
     assert asked["additional_parameters"] == {"requeue": True, "constraint": "h100", "exclusive": True}
-    assert Slurm(gpus_per_node=0).shape([run]) == (1, 16)
+    asked = Slurm(gpus_per_node=0).parameters([run])
+    assert (asked["nodes"], asked["ntasks_per_node"]) == (1, 16)
     with pytest.raises(ConfigError, match="16 devices do not fill nodes of 6"):
-        Slurm(gpus_per_node=6).shape([run])
+        Slurm(gpus_per_node=6).parameters([run])
 
 
 def test_without_slurm_the_message_says_so(tmp_path, monkeypatch):

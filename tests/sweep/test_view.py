@@ -26,7 +26,7 @@ def test_the_time_left_is_that_of_steady_steps_not_of_compilation(token_set, tmp
     for seconds, step in ((1, 0), (3600, 2), (3601, 4), (3601.5, 4), (3602, 6), (3603, 8)):
         (folder / "metrics.jsonl").write_text("".join(row(n) for n in range(2, step + 1, 2)))
         view.read_at = -1e9
-        view.statuses = view._read({})
+        view.statuses = {run.name: status(folder, run)}
         view.read_at = begun + seconds
         view.measure(begun + seconds)
         said.append(view.eta_seconds())

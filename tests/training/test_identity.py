@@ -16,7 +16,7 @@ from mmfree_jax.data import Counts, resolve_data
 from mmfree_jax.data.building.token_writer import write_token_set
 from mmfree_jax.data.tokenizers.tokenizer import byte_tokenizer
 from mmfree_jax.files import read_json
-from mmfree_jax.run_folder import HOW, changes, claim, known_corpora, read_run, with_corpus, with_saved_choices
+from mmfree_jax.run_folder import HOW, changes, claim, corpus_places, read_run, with_corpus, with_saved_choices
 from mmfree_jax.sweep.status import collect
 from mmfree_jax.training import identity as identities
 from mmfree_jax.training.identity import SILENT, identity
@@ -47,7 +47,7 @@ def test_every_way_to_name_a_corpus_is_the_same_run(corpus, tmp_path, monkeypatc
     for place, where in (("c/", "."), ("./c", "."), (str(corpus), "."), ("../c", "elsewhere"), ("c", "elsewhere")):
         monkeypatch.chdir(tmp_path / where)
         again = run_on(place, steps=6)
-        token_set = resolve_data(again.data, known=known_corpora(folder))
+        token_set = resolve_data(again.data, places=corpus_places(folder))
         begun = with_saved_choices(with_corpus(again, token_set), folder)
         assert begun.fingerprint() == read_run(folder / "config.json").fingerprint()
         assert result["fingerprint"] == read_run(folder / "config.json").fingerprint()
@@ -61,15 +61,15 @@ def test_a_moved_corpus_is_accepted_for_what_it_holds_and_another_in_its_place_i
     shutil.rmtree(folder / "checkpoints" / "6")
     shutil.move(corpus, tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match=r"no corpus 'c'.*the run read it from .*/c, which is gone"):
-        resolve_data(run.data, known=known_corpora(folder))
+        resolve_data(run.data, places=corpus_places(folder))
     moved = run_on("moved", steps=6, checkpoint_every=3)
-    assert train(moved, folder, resolve_data(moved.data, known=known_corpora(folder)))["loss"] == result["loss"]
+    assert train(moved, folder, resolve_data(moved.data, places=corpus_places(folder)))["loss"] == result["loss"]
     assert read_run(folder / "config.json").data.corpus == str(tmp_path / "moved")  # where it is looked for from now on
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert resolve_data(moved.data, known=known_corpora(folder)).path == tmp_path / "moved"
+    assert resolve_data(moved.data, places=corpus_places(folder)).path == tmp_path / "moved"
     texts = {"train": sentences(250, 2), "valid": sentences(25, 3)}
     write_token_set(corpus, texts, byte_tokenizer(), {"name": "c", "description": "other", "sources": []})
-    other = resolve_data(run_on(str(corpus)).data, known=known_corpora(folder))
+    other = resolve_data(run_on(str(corpus)).data, places=corpus_places(folder))
     with pytest.raises(
         ConfigError, match=r"holds another run \(its data are .*/moved \(\w{16}\), not .*/c \(\w{16}\)\)"
     ):
@@ -85,10 +85,10 @@ def test_a_named_corpus_is_the_one_that_the_run_began_with(token_set, tmp_path, 
     (tmp_path / "tier-s-257").rename(tmp_path / "old")
     texts = {"train": sentences(250, 2), "valid": sentences(25, 3)}
     write_token_set(tmp_path / "tier-s-257", texts, byte_tokenizer(), {"name": "s", "description": "", "sources": []})
-    known = known_corpora(tmp_path / "run")
-    assert resolve_data(run.data, known=known).fingerprint != token_set.fingerprint  # what lies there now
+    known = corpus_places(tmp_path / "run")
+    assert resolve_data(run.data, places=known).fingerprint != token_set.fingerprint  # what lies there now
     kept = [one._replace(path=str(tmp_path / "old")) for one in known]
-    assert resolve_data(run.data, known=tuple(kept)).fingerprint == token_set.fingerprint
+    assert resolve_data(run.data, places=tuple(kept)).fingerprint == token_set.fingerprint
     with pytest.raises(ConfigError, match=r"its data are s \(\w{16}\), not s \(\w{16}\)"):
         train(run, tmp_path / "run", resolve_data(run.data))
 

@@ -5,27 +5,24 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmfree_jax.data.building.inputs import Documents, Reading, Unit
 from mmfree_jax.data.building.text import looks_english, normalise
-from mmfree_jax.data.building.token_writer import finish, join_entries, write_texts
+from mmfree_jax.data.building.token_writer import finish, write_texts
 from mmfree_jax.data.building.workers import available_cores, run_parts
 from mmfree_jax.data.reading.token_set import TOKENIZER, TokenSet
 from mmfree_jax.data.tokenizers.tokenizer import Tokenizer, load, train_bpe
 from mmfree_jax.files import locked, naming, read_json, write_json
+from mmfree_jax.output import Say
 
 TRAINING_SAMPLE = 80_000_000  # largest number of characters that a tokenizer is trained on
 SPLITS = ("train", "valid")
 PLAN = "plan.json"
-Progress = Callable[[str], None]
-
-
-def quiet(message: str) -> None:
-    """Progress that nobody watches."""
+RECORD = "unit-{:05d}.json"  # that the shards of a unit are complete
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,7 @@ def split_by_lot(text: str, held_out: float) -> str:
 
 def train_tokenizer(units: Sequence[Unit], recipe: Recipe, vocab_size: int) -> Tokenizer:
     """Train a BPE on the beginning of every unit, an equal share of each, training documents only, 80 MB in total."""
+    # From the beginning of every unit, not of the input: files that follow one another are alike.
     share = TRAINING_SAMPLE // max(len(units), 1)
 
     def sample() -> Iterator[str]:
@@ -86,10 +84,6 @@ class Job:
     recipe: Recipe
 
 
-def _record_path(folder: Path, number: int) -> Path:
-    return folder / f"unit-{number:05d}.json"
-
-
 def tokenise(job: Job) -> dict[str, Any]:
     """Write the shards of a unit and then the record that they are complete. Runs in a worker."""
     folder = Path(job.folder)
@@ -99,7 +93,7 @@ def tokenise(job: Job) -> dict[str, Any]:
     with naming(folder):
         splits = write_texts(folder, labelled, tokenizer, SPLITS, suffix=f"-{job.number:05d}")
         record = {"splits": splits, **unreadable([documents])}
-        write_json(_record_path(folder, job.number), record)
+        write_json(folder / RECORD.format(job.number), record)
     return record
 
 
@@ -120,7 +114,7 @@ def _identity(units: Sequence[Unit], recipe: Recipe, vocab_hash: str) -> dict[st
     return {"input": digest, "vocab_hash": vocab_hash}
 
 
-def _begin(folder: Path, identity: dict[str, Any], tokenizer: Tokenizer, progress: Progress) -> None:
+def _begin(folder: Path, identity: dict[str, Any], tokenizer: Tokenizer, progress: Say) -> None:
     """Prepare the building folder: an empty one, or that of an interrupted build of the same input."""
     plan = folder / PLAN
     if plan.exists() and read_json(plan) == identity:
@@ -132,9 +126,10 @@ def _begin(folder: Path, identity: dict[str, Any], tokenizer: Tokenizer, progres
     write_json(plan, identity)
 
 
-def _tokenise_all(jobs: Sequence[Job], processes: int, progress: Progress) -> list[dict[str, Any]]:
+def _tokenise_all(jobs: Sequence[Job], processes: int, progress: Say) -> list[dict[str, Any]]:
+    # A unit with a record is complete: an interrupted build goes on with the others, in any number of processes.
     began, size = time.monotonic(), 0
-    records = {job.number: _record_path(Path(job.folder), job.number) for job in jobs}
+    records = {job.number: Path(job.folder) / RECORD.format(job.number) for job in jobs}
     todo = [job for job in jobs if not records[job.number].exists()]
     finished = len(jobs) - len(todo)
 
@@ -151,12 +146,17 @@ def _tokenise_all(jobs: Sequence[Job], processes: int, progress: Progress) -> li
 
 def _publish(folder: Path, path: Path, records: Sequence[dict[str, Any]], card: Mapping[str, Any]) -> None:
     """Complete the set in `folder`: write the index, delete the records of the build, rename."""
-    splits = {name: join_entries([record["splits"][name] for record in records]) for name in SPLITS}
+    splits: dict[str, dict[str, Any]] = {}
+    for name in SPLITS:
+        entries = [record["splits"][name] for record in records]
+        splits[name] = {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "text_bytes")}
+        splits[name]["shards"] = [shard for entry in entries for shard in entry["shards"]]
     known = [card, *records]  # the card counts what was found before the units were written
     counts = {name: sum(one.get(name, 0) for one in known) for name in ("bad_records", "replaced_characters")}
     examples = [example for one in known for example in one.get("bad_record_examples", ())][:20]
     finish(folder, splits, load(folder / TOKENIZER), {**card, **counts, "bad_record_examples": examples})
-    for file in [folder / PLAN, *folder.glob("unit-*.json")]:  # only now, so that a failure before costs nothing
+    # The records go only now, so that a failure before costs nothing.
+    for file in [folder / PLAN, *folder.glob(RECORD.replace("{:05d}", "*"))]:
         file.unlink()
     os.rename(folder, path)
 
@@ -169,7 +169,7 @@ def build(
     card: Mapping[str, Any],
     *,
     processes: int | None = None,
-    progress: Progress = print,
+    progress: Say = print,
 ) -> TokenSet:
     """Tokenise `units` into a token set at `path`. Called again after an interruption, it does only what is left.
 

@@ -1,28 +1,39 @@
 """The data card: where the text comes from, under which licence, and what was removed."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from mmfree_jax.data.building.prepare import Prepared
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    # Numbers are right-aligned; the first row tells which columns hold numbers.
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     lines = [head, ["---:" if row and isinstance(row, int) else "---" for row in (rows[0] if rows else head)], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def source_row(name: str, version: str, licence: str, documents: int, steps: Mapping[str, int]) -> dict[str, Any]:
-    """One source of the card. steps: what was left after each step, in bytes of UTF-8, in order."""
-    return {"source": name, "version": version, "licence": licence, "documents": documents, "bytes_after": dict(steps)}
+def source_rows(
+    sources: Iterable[tuple[str, str, str]], steps: Iterable[str], prepared: Prepared
+) -> list[dict[str, Any]]:
+    """Return a row of the card for each source (name, version, licence).
 
-
-def totals(sources: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Bytes left after each step over all sources."""
-    steps = list(sources[0]["bytes_after"]) if sources else []
-    return {step: sum(source["bytes_after"][step] for source in sources) for step in steps}
+    It has the source's documents in the set, and its bytes of UTF-8 left after each step of `prepared`, in order.
+    """
+    # A source of which nothing is left is listed all the same, with zeros.
+    counts = Counter(document.source for document in prepared.train + prepared.valid)
+    rows: list[dict[str, Any]] = []
+    for name, version, licence in sources:
+        left = {step: prepared.left[step].get(name, 0) for step in steps}
+        row = {"source": name, "version": version, "licence": licence, "documents": counts[name], "bytes_after": left}
+        rows.append(row)
+    return rows
 
 
 def _flaws(card: Mapping[str, Any]) -> str:
     """A section on input that is missing or changed in the set; empty if there is none."""
+    # What was left out belongs to the description of a corpus as much as what is in it.
     counts = [("bad_records", "records left out that could not be read")]
     counts += [("replaced_characters", "characters replaced by U+FFFD or dropped, because they were not UTF-8")]
     lines = [f"- {card[name]:,} {words}" for name, words in counts if card.get(name)]
@@ -32,15 +43,15 @@ def _flaws(card: Mapping[str, Any]) -> str:
 
 
 def readable(card: Mapping[str, Any]) -> str:
-    """The card as Markdown."""
+    """Return the card as Markdown."""
     sources = card.get("sources", [])
     steps = list(sources[0]["bytes_after"]) if sources else []
     rows = [
         [s["source"], s["version"], s["licence"], s["documents"], *(s["bytes_after"][step] for step in steps)]
         for s in sources
     ]
-    summed = totals(sources)
-    rows.append(["total", "", "", sum(s["documents"] for s in sources), *summed.values()])
+    summed = [sum(s["bytes_after"][step] for s in sources) for step in steps]
+    rows.append(["total", "", "", sum(s["documents"] for s in sources), *summed])
     splits = [[name, s["tokens"], s["documents"], s["text_bytes"]] for name, s in card["splits"].items()]
     return f"""# {card["name"]}
 

@@ -67,7 +67,7 @@ def _chunks(texts: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def shingles(texts: Sequence[str], width: int = SHINGLE_WORDS) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the runs of `width` words inside each text; case, punctuation and layout do not count.
+    """Hash the runs of `width` words inside each text; case, punctuation and layout do not count.
 
     Returns hashes uint64 [shingles] in text order and offsets int64 [len(texts) + 1]: text i owns
     `hashes[offsets[i]:offsets[i + 1]]`. A text with fewer words than `width` owns none.
@@ -89,7 +89,7 @@ def shingles(texts: Sequence[str], width: int = SHINGLE_WORDS) -> tuple[np.ndarr
 
 
 def signatures(hashes: np.ndarray, offsets: np.ndarray, size: int = BANDS * ROWS) -> np.ndarray:
-    """MinHash signatures, uint32 [texts, size]: the share of equal places estimates the Jaccard similarity."""
+    """Compute MinHash signatures, uint32 [texts, size]: the share of equal places estimates the Jaccard similarity."""
     # Multiplying by an odd constant permutes the hashes. The smallest one after a random permutation is equally likely
     # to be any shingle, so two texts share it with a probability equal to their Jaccard similarity.
     texts = len(offsets) - 1
@@ -103,7 +103,7 @@ def signatures(hashes: np.ndarray, offsets: np.ndarray, size: int = BANDS * ROWS
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> np.ndarray:
-    """Which texts nearly repeat an earlier one (Jaccard similarity about `threshold` or more), bool [texts].
+    """Find the texts that nearly repeat an earlier one (Jaccard similarity about `threshold` or more), bool [texts].
 
     Chains are cut at their first member: a text like one that was itself dropped is dropped too.
     """
@@ -126,17 +126,17 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> np.ndarray:
     return drop
 
 
-def overlap(texts: Sequence[str], reference: Sequence[str], width: int = OVERLAP_WORDS) -> np.ndarray:
-    """Share of each text's `width`-word runs that occur anywhere in `reference`, float64 [texts]; 0 without runs."""
+def overlap(texts: Sequence[str], reference: Sequence[str]) -> np.ndarray:
+    """Return the share of each text's runs of OVERLAP_WORDS words that `reference` has too, float64 [texts]."""
     # Prefix sums turn a flag for each run into counts for each text: a difference of two places.
-    known = np.unique(shingles(reference, width)[0])
-    hashes, offsets = shingles(texts, width)
+    known = np.unique(shingles(reference, OVERLAP_WORDS)[0])
+    hashes, offsets = shingles(texts, OVERLAP_WORDS)
     found = np.concatenate(([0], np.cumsum(np.isin(hashes, known, kind="sort"))))
     return (found[offsets[1:]] - found[offsets[:-1]]) / np.maximum(np.diff(offsets), 1)
 
 
 def text_key(text: str) -> bytes:
-    """A key shared by texts with the same ASCII letters in order; case, digits, markup and layout do not count.
+    """Return a key shared by texts with the same ASCII letters in order; case, digits, markup and layout do not count.
 
     A text with hardly any ASCII letters (another script, a table of numbers) is keyed by all its characters.
     """
@@ -146,7 +146,7 @@ def text_key(text: str) -> bytes:
 
 
 def drop_repeated(blocks: Sequence[str], seen: set[bytes], *, shortest: int = 0) -> list[str]:
-    """The blocks whose key is not in `seen`; keys are added. Blocks under `shortest` characters are always kept."""
+    """Return the blocks whose key is not in `seen`, and add the keys. Blocks under `shortest` characters stay."""
     kept = []
     for block in blocks:
         key = text_key(block) if len(block) >= shortest else None

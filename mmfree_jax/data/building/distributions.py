@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 _NESTED = (".tar.xz", ".tar.gz", ".tar.bz2")
 
@@ -81,20 +81,17 @@ _LARGE = (
 TIERS = {"s": _SMALL, "m": _MEDIUM, "l": _LARGE}
 
 
-def _commands(source: Source) -> list[str]:
-    if source.client == "apt":
-        return ["apt-get", "-q", "download", source.package]
-    if source.client == "pip":
-        return [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", ".", source.package]
-    return ["npm", "pack", "--silent", source.package]
-
-
 def fetch(source: Source, folder: Path) -> Path:
     """Download a package into `folder`, which must be empty; returns the archive.
 
     Raises RuntimeError with the client's last words when it fails, FileNotFoundError when the client is not installed.
     """
-    command = _commands(source)
+    command = {
+        "apt": ["apt-get", "-q", "download"],
+        "pip": [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", "."],
+        "npm": ["npm", "pack", "--silent"],
+    }[source.client]
+    command.append(source.package)
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     found = sorted(folder.iterdir())
     if done.returncode != 0 or len(found) != 1:
@@ -105,15 +102,16 @@ def fetch(source: Source, folder: Path) -> Path:
 
 
 def version_of(archive: Path) -> str:
-    """The version in the name of an archive: NAME_VERSION_ARCH.deb, NAME-VERSION-….whl, NAME-VERSION.tgz."""
+    """Return the version in the name of an archive: NAME_VERSION_ARCH.deb, NAME-VERSION-….whl, NAME-VERSION.tgz."""
     if archive.suffix == ".deb":
         return archive.name.split("_")[1].replace("%3a", ":")
     match = re.search(r"-(\d[^-]*?)(?:-.*\.whl|\.tar\.gz|\.tgz|\.zip)$", archive.name)
     return match.group(1) if match else archive.name
 
 
-def _tar_members(stream: BinaryIO, mode: str = "r|*") -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=stream, mode=mode) as archive:  # type: ignore[call-overload]
+def _tar_members(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    # As a stream, in the order of the archive: a package of a gigabyte is never in memory, nor on the disk unpacked.
+    with tarfile.open(fileobj=stream, mode="r|*") as archive:
         for member in archive:
             file = archive.extractfile(member) if member.isreg() else None
             if file is None:
@@ -124,18 +122,14 @@ def _tar_members(stream: BinaryIO, mode: str = "r|*") -> Iterator[tuple[str, byt
                 yield member.name.removeprefix("./"), file.read()
 
 
-def _deb_members(archive: Path) -> Iterator[tuple[str, bytes]]:
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        yield from _tar_members(io.BufferedReader(process.stdout))  # type: ignore[type-var]
-    if process.returncode != 0:
-        raise RuntimeError(f"{archive} is damaged: dpkg-deb ended with exit status {process.returncode}")
-
-
 def members(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files of a .deb, wheel, zip or tar archive, tar archives inside included."""
+    """Yield (name, content) of the regular files of a .deb, wheel, zip or tar archive, tar archives inside included."""
     if archive.suffix == ".deb":
-        yield from _deb_members(archive)
+        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            yield from _tar_members(io.BufferedReader(process.stdout))  # type: ignore[type-var]
+        if process.returncode != 0:
+            raise RuntimeError(f"{archive} is damaged: dpkg-deb ended with exit status {process.returncode}")
     elif archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as wheel:
             for info in wheel.infolist():

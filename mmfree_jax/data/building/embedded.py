@@ -18,17 +18,17 @@ import sysconfig
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmfree_jax.data.building import card as cards
-from mmfree_jax.data.building.build import Progress, quiet
-from mmfree_jax.data.building.prepare import Document, Prepared, prepare
+from mmfree_jax.data.building.prepare import Document, prepare
 from mmfree_jax.data.building.text import looks_english, normalise
 from mmfree_jax.data.building.token_writer import write_token_set
 from mmfree_jax.data.building.workers import available_cores, run_parts
 from mmfree_jax.data.reading.token_set import TokenSet
 from mmfree_jax.data.tokenizers.tokenizer import Tokenizer, train_bpe
+from mmfree_jax.output import Say, quiet
 
 EMBEDDED = "embedded"
 BUILDER = 2  # increase it when the same packages would give another corpus
@@ -74,22 +74,20 @@ class Package:
     files: tuple[tuple[str, str], ...]  # (name inside the package, path on this machine), sorted by name
 
 
-def _licence(metadata: importlib.metadata.PackageMetadata) -> str:
-    fields = metadata.json
-    expression = fields.get("license_expression")
-    classifiers = [c.rsplit(" :: ", 1)[-1] for c in fields.get("classifier", []) if c.startswith("License ::")]
-    first_line = str(fields.get("license", "")).strip().split("\n")[0][:80]
-    return str(expression or ", ".join(classifiers) or first_line or "not stated")
-
-
 def _installed(name: str) -> Package:
     distribution = importlib.metadata.distribution(name)
     if distribution.files is None:
         raise ValueError(f"{name} was installed without a list of its files; reinstall it with pip")
+    # What pip has recorded, not what lies in the folder: caches and generated files differ between machines.
     sources = [file for file in distribution.files if file.suffix == ".py" and not file.is_absolute()]
     files = sorted((file.as_posix(), str(file.locate())) for file in sources if ".." not in file.parts)
     kept = tuple(file for file in files if not _SKIPPED_FOLDERS & set(file[0].split("/")[:-1]))
-    return Package(name, distribution.version, _licence(distribution.metadata), kept)
+    # Packages state their licence in one of three fields, of which the last may hold the entire text.
+    fields = distribution.metadata.json
+    classifiers = [c.rsplit(" :: ", 1)[-1] for c in fields.get("classifier", []) if c.startswith("License ::")]
+    first_line = str(fields.get("license", "")).strip().split("\n")[0][:80]
+    licence = fields.get("license_expression") or ", ".join(classifiers) or first_line or "not stated"
+    return Package(name, distribution.version, str(licence), kept)
 
 
 def _standard_library() -> Package:
@@ -119,7 +117,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def installed_packages() -> list[Package]:
-    """The packages of `installed_versions` in its order, with their licences and files."""
+    """Return the packages of `installed_versions` in its order, with their licences and files."""
     return [_installed(name) if name != STANDARD_LIBRARY else _standard_library() for name in installed_versions()]
 
 
@@ -135,13 +133,14 @@ def _documented(body: Sequence[ast.stmt]) -> Iterator[ast.Constant]:
 
 
 def docstrings(source: bytes) -> list[str]:
-    """The cleaned documentation strings of Python source, in source order, without regard to their length.
+    """Return the cleaned documentation strings of Python source, in source order, of any length.
 
     Raises SyntaxError, or ValueError for null bytes, when `source` is not Python 3.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's source
         tree = ast.parse(source)
+    # `ast.walk` visits a definition in an `if` inside another twice; places in the source are unique.
     unique = {(node.lineno, node.col_offset): node.value for node in _documented(tree.body)}
     return [normalise(inspect.cleandoc(str(unique[place]))) for place in sorted(unique)]
 
@@ -158,7 +157,7 @@ class Extracted:
 
 
 def extract(source: bytes) -> Extracted:
-    """The documentation strings of a source file that are long enough and read as English, and what was left out."""
+    """Return the documentation strings of a source file that are long and English, and what was left out."""
     if b'"""' not in source and b"'''" not in source:
         return Extracted((), 0, 0, 0, True)
     try:
@@ -172,7 +171,7 @@ def extract(source: bytes) -> Extracted:
 
 
 def extract_files(paths: Sequence[str]) -> list[Extracted]:
-    """`extract` for files; runs in a worker."""
+    """Call `extract` for files, in a worker."""
     gc.disable()  # syntax trees are many objects without cycles: looking for some would take a fifth of the time
     try:
         return [extract(Path(path).read_bytes()) for path in paths]
@@ -181,8 +180,9 @@ def extract_files(paths: Sequence[str]) -> list[Extracted]:
 
 
 def extract_packages(packages: Sequence[Package], processes: int | None = None) -> list[list[Extracted]]:
-    """What every file of every package gave, in the order of the packages and their files."""
+    """Extract every file of every package, in the order of the packages and their files."""
     paths = [path for package in packages for _, path in package.files]
+    # Dealt out in turn, so that every process gets files of every package: large files lie together.
     count = max(1, min(processes or available_cores(), 8, len(paths)))
     parts = run_parts(__name__, "extract_files", [paths[i::count] for i in range(count)], count)
     flat = [parts[i % count][i // count] for i in range(len(paths))]
@@ -199,7 +199,7 @@ def embedded_name(vocab_size: int) -> str:
 def collect(
     packages: Sequence[Package], processes: int | None = None
 ) -> tuple[list[Document], dict[str, dict[str, int]]]:
-    """Documents of the packages, and bytes left per source after the steps `found` and `long`."""
+    """Return the documents of the packages, and bytes left per source after the steps `found` and `long`."""
     documents = []
     left: dict[str, dict[str, int]] = {"found": {}, "long": {}}
     for package, files in zip(packages, extract_packages(packages, processes), strict=True):
@@ -211,17 +211,6 @@ def collect(
     return documents, left
 
 
-def embedded_card(packages: Sequence[Package], prepared: Prepared, left: dict[str, dict[str, int]]) -> dict:
-    """The data card of the embedded corpus, without what the writer adds."""
-    counts: dict[str, int] = {}
-    for document in prepared.train + prepared.valid:
-        counts[document.source] = counts.get(document.source, 0) + 1
-    every = left | prepared.left
-    steps = {p.name: {step: every[step].get(p.name, 0) for step in _STEPS} for p in packages}
-    rows = [cards.source_row(p.name, p.version, p.licence, counts.get(p.name, 0), steps[p.name]) for p in packages]
-    return {"name": EMBEDDED, "builder": BUILDER, "description": _DESCRIPTION, "steps": _STEPS, "sources": rows}
-
-
 def build_embedded(
     path: Path,
     vocab_size: int,
@@ -229,7 +218,7 @@ def build_embedded(
     packages: Sequence[Package] | None = None,
     tokenizer: Tokenizer | None = None,
     processes: int | None = None,
-    progress: Progress = quiet,
+    progress: Say = quiet,
 ) -> TokenSet:
     """Build the corpus of `packages` (the installed ones) at `path`, which must not exist.
 
@@ -247,7 +236,9 @@ def build_embedded(
         say(f"training a tokenizer of {vocab_size} tokens")
         tokenizer = train_bpe(train, vocab_size)
     say("writing tokens")
-    card = embedded_card(packages, prepared, left)
+    sources = [(package.name, package.version, package.licence) for package in packages]
+    rows = cards.source_rows(sources, _STEPS, replace(prepared, left=left | prepared.left))
+    card = {"name": EMBEDDED, "builder": BUILDER, "description": _DESCRIPTION, "steps": _STEPS, "sources": rows}
     result = write_token_set(path, {"train": train, "valid": valid}, tokenizer, card)
     say(f"{len(result.split('train')):,} training and {len(result.split('valid')):,} held-out tokens at {path}")
     return result

@@ -12,11 +12,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from mmfree_jax.data.building.text import decode, letters_share, normalise, stop_word_share
+from mmfree_jax.data.building.text import WORD, decode, looks_english, normalise
 
 SHORTEST, LONGEST = 60, 6_000  # characters of a paragraph; longer ones are cut at ends of sentences
 _CUT = 1_500  # characters of the parts of a paragraph that is too long
-_WORD = re.compile(r"[A-Za-z']+")
+# Expressions instead of parsers: packages hold every dialect and much broken markup, which a parser would refuse. A
+# paragraph that is cut wrongly does not read as prose and is left out (`is_prose`).
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _SPACES = re.compile(r"\s+")
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")
@@ -42,15 +43,14 @@ _TEXINFO_BRACES = re.compile(r"@\w+\{([^{}]*)\}")
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph is running English: long enough, mostly letters, a fifth function words, few identifiers."""
-    words = _WORD.findall(paragraph)
+    """Tell whether a paragraph is running English: long, mostly letters, a fifth function words, few identifiers."""
+    words = WORD.findall(paragraph)
     return (
         len(paragraph) >= SHORTEST
         and len(words) >= 9
-        and letters_share(paragraph, words) >= 0.8
-        and stop_word_share(paragraph, words) >= 0.2
         and len("".join(words)) <= 9 * len(words)
         and paragraph.count("_") + 2 * paragraph.count("::") <= 0.1 * len(words)
+        and looks_english(paragraph, letters=0.8, stop_words=0.2)
     )
 
 
@@ -58,6 +58,7 @@ def _cut_long(paragraph: str) -> Iterator[str]:
     if len(paragraph) <= LONGEST:
         yield paragraph
         return
+    # Cut at sentences, so that the parts are text that somebody could have written.
     part: list[str] = []
     size = 0
     for sentence in _SENTENCE_END.split(paragraph):
@@ -70,28 +71,29 @@ def _cut_long(paragraph: str) -> Iterator[str]:
 
 
 def prose(blocks: Iterable[str]) -> list[str]:
-    """The blocks that are prose, each on one line, those that are too long cut."""
+    """Return the blocks that are prose, each on one line; cut those that are too long."""
     lines = (_SPACES.sub(" ", normalise(block)).strip() for block in blocks)
     return [part for line in lines if len(line) >= SHORTEST for part in _cut_long(line) if is_prose(part)]
 
 
 def from_html(text: str) -> Iterator[str]:
-    """Blocks of HTML, XHTML, DocBook or OSIS; scripts, navigation and listings are left out."""
+    """Yield blocks of HTML, XHTML, DocBook or OSIS; scripts, navigation and listings are left out."""
     text = _HTML_HIDDEN.sub("\n\n", _HTML_COMMENT.sub(" ", text)).replace("\n", " ")
     text = _HTML_TAG.sub("", _HTML_BLOCK.sub("\n\n", text))
     yield from html.unescape(text).split("\n\n")
 
 
 def from_rst(text: str) -> Iterator[str]:
-    """Paragraphs of reStructuredText, without directives, fields and literal blocks."""
+    """Yield paragraphs of reStructuredText, without directives, fields and literal blocks."""
     for block in _BLANK_LINE.split(text):
+        # Indented blocks are listings, unless they begin with a capital: then they are the body of a directive.
         if not re.match(r"(?: {4}|\t)(?!\s*[A-Z])", block):
             lines = [line for line in block.split("\n") if not _RST_LINE.match(line)]
             yield _RST_ROLE.sub(r"\1", " ".join(lines)).replace("``", "").replace("`", "")
 
 
 def from_pod(text: str) -> Iterator[str]:
-    """Paragraphs of Perl documentation."""
+    """Yield paragraphs of Perl documentation."""
     inside = True
     for block in _BLANK_LINE.split(text):
         if block.startswith("="):
@@ -101,7 +103,7 @@ def from_pod(text: str) -> Iterator[str]:
 
 
 def from_man(text: str) -> Iterator[str]:
-    """Paragraphs of a manual page in troff."""
+    """Yield paragraphs of a manual page in troff."""
     held: list[str] = []
     verbatim = False
     for line in text.split("\n"):
@@ -110,6 +112,7 @@ def from_man(text: str) -> Iterator[str]:
         verbatim = (verbatim or name in ("nf", "EX")) and name not in ("fi", "EE")
         if verbatim or name.startswith('\\"'):
             continue
+        # Macros that change the font are part of a sentence; all others end the paragraph.
         if macro and name not in ("B", "I", "BR", "IR", "RB", "RI", "BI", "IB", "Xr", "Ar", "Fl", "Em", "Pa", "Nm"):
             yield " ".join(held)
             held = []
@@ -119,16 +122,17 @@ def from_man(text: str) -> Iterator[str]:
 
 
 def from_texinfo(text: str) -> Iterator[str]:
-    """Paragraphs of Texinfo."""
+    """Yield paragraphs of Texinfo."""
     text = re.sub(r"^@(?!itemx?\b).*$", "", text, flags=re.M)
+    # Commands such as @code{x} stand for their argument; line commands such as @node are not text.
     for _ in range(3):  # braces inside braces
         text = _TEXINFO_BRACES.sub(r"\1", text)
     yield from _BLANK_LINE.split(re.sub(r"@itemx? ?", "", text).replace("@@", "@"))
 
 
 def from_source(text: str, language: str) -> Iterator[str]:
-    """Paragraphs of the comments of "c" and its relatives or "ada", without licence headers; help texts of "kconfig";
-    entries of a GNU "changelog"."""
+    """Yield paragraphs of the comments in "c" and its relatives or "ada", without licence headers; of help texts in
+    "kconfig"; of entries in a GNU "changelog"."""
     if language == "c":
         found = [_COMMENT_EDGE.sub("", m.group(1) or m.group(2) or "") for m in _COMMENT.finditer(text)]
     elif language == "ada":
@@ -156,13 +160,13 @@ def _strings(value: Any, keys: tuple[str, ...]) -> Iterator[str]:
 
 
 def from_api_description(text: str) -> Iterator[str]:
-    """The descriptions in a machine-readable API description (JSON), which may hold HTML."""
+    """Yield the descriptions in a machine-readable API description (JSON), which may hold HTML."""
     for description in _strings(json.loads(text), ("documentation", "description")):
         yield from from_html(description)
 
 
 def from_pdf(data: bytes) -> Iterator[str]:
-    """Paragraphs of a PDF, by `pdftotext`. Raises FileNotFoundError when that program is missing."""
+    """Yield paragraphs of a PDF, by `pdftotext`. Raises FileNotFoundError when that program is missing."""
     with tempfile.NamedTemporaryFile(suffix=".pdf") as file:
         file.write(data)
         file.flush()
@@ -173,7 +177,7 @@ def from_pdf(data: bytes) -> Iterator[str]:
 
 
 def from_sword(files: Mapping[str, bytes]) -> Iterator[tuple[str, list[str]]]:
-    """(name, paragraphs) of each block of a SWORD module: an index of (offset, size, full size) into zlib streams."""
+    """Yield (name, paragraphs) of each block of a SWORD module: (offset, size, full size) into zlib streams."""
     for name in sorted(files):
         if name.endswith((".bzs", ".czs", ".vzs")):
             for number, (offset, size, _) in enumerate(struct.iter_unpack("<III", files[name])):
@@ -209,12 +213,13 @@ def _reader(name: str, comments: bool) -> Callable[[str], Iterable[str]] | None:
         return functools.partial(from_source, language="changelog")
     if ("/botocore/data/" in name and base == "service-2.json") or "/discovery_cache/documents/" in name:
         return from_api_description
+    # Comments of code are read only where a source is known for comments that explain (`Source.comments`).
     readers = _BY_ENDING | (_COMMENTED if comments else {})
     return next((reader for ending, reader in readers.items() if base.endswith(ending)), None)
 
 
 def paragraphs_of(name: str, data: bytes, *, comments: bool = False, pdf: bool = False) -> list[str]:
-    """The prose of one file, chosen by its name; [] for kinds of files that hold none.
+    """Return the prose of one file, read as its name says; [] for kinds of files that hold none.
 
     comments: read the comments of source code too; pdf: read PDFs. Compressed files (.gz, .dz) are opened.
     """

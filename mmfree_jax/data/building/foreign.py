@@ -19,6 +19,8 @@ _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 def _plain(path: Path, dtype: str) -> np.ndarray:
     """Tokens of a nanoGPT file (nothing but numbers, of `dtype`) or an llm.c one (256 int32 of header, then tokens)."""
+    # Files of llm.c begin with a magic number. The first two tokens of a nanoGPT file cannot look like one: its lower
+    # half is 55,432 or more, and GPT-2 has 50,257 tokens.
     with path.open("rb") as file:
         start = file.read(12)
     head = np.frombuffer(start if len(start) == 12 else bytes(12), "<i4")
@@ -39,6 +41,7 @@ def _check_width(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     """Check that 16-bit numbers are not halves of 32-bit ones, and can name the whole vocabulary. Raises ValueError."""
     if tokens.dtype.itemsize != 2:
         return
+    # Read as 16 bits, 32-bit tokens of a vocabulary below 65,536 are a token and a zero in turn.
     upper = tokens[1 : 2 * SHARD_TOKENS : 2]
     if len(tokens) % 2 == 0 and len(upper) >= _ENOUGH and int(upper.max()) <= (vocab_size - 1) >> 16:
         raise ValueError(
@@ -68,6 +71,8 @@ def _megatron_documents(path: Path) -> Iterator[np.ndarray]:
     index = path.with_suffix(".idx").read_bytes()
     if index[:9] != _MEGATRON_MAGIC:
         raise ValueError(f"{path.with_suffix('.idx')} is not an index of Megatron-LM")
+    # Then sizes (int32), byte offsets (int64) and the first sequence of each document (int64): a document is one
+    # sequence or several.
     version, code, sequences, bounds = struct.unpack_from("<QBQQ", index, 9)
     if version != 1 or code not in _MEGATRON_DTYPES:
         raise ValueError(f"{path.with_suffix('.idx')} has version {version} and type {code}, which are not known")
@@ -101,19 +106,6 @@ def _megatron_blocks(path: Path, end: int) -> Iterator[tuple[np.ndarray, np.ndar
         yield np.concatenate(held), np.cumsum([0] + [len(one) for one in held[:-1]])
 
 
-def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of text that each token stands for, int64 [vocab_size]; 0 for special tokens."""
-    special = set(tokenizer.backend.get_added_tokens_decoder())
-    lengths = np.zeros(tokenizer.vocab_size, np.int64)
-    byte_level = "ByteLevel" in str(tokenizer.backend.decoder)
-    for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items():
-        if number not in special:
-            one_byte = token.startswith("<0x") and token.endswith(">")
-            plain = len(token) if byte_level else len(token.replace("\u2581", " ").encode())
-            lengths[number] = 1 if one_byte and not byte_level else plain
-    return lengths
-
-
 def _write_split(folder: Path, name: str, path: Path, tokenizer: Tokenizer, dtype: str) -> dict:
     end = tokenizer.end_of_document
     if path.with_suffix(".idx").exists():
@@ -122,16 +114,18 @@ def _write_split(folder: Path, name: str, path: Path, tokenizer: Tokenizer, dtyp
         numbers = _plain(path, dtype)
         _check_width(path, numbers, tokenizer.vocab_size)
         blocks = _plain_blocks(numbers, end)
-    lengths = token_bytes(tokenizer)
+    known = range(tokenizer.vocab_size)
+    lengths = np.array([0 if n in tokenizer.special else len(tokenizer.bytes_of(n)) for n in known])
     shards: list[Shard] = []
     size = 0
     for tokens, starts in blocks:
+        # Checked block by block: another tokenizer or type shows in the first block, long before the end.
         if int(tokens.max()) >= tokenizer.vocab_size or int(tokens.min()) < 0:
             raise ValueError(
                 f"{path} has tokens outside the vocabulary of {tokenizer.vocab_size}: another tokenizer or type?"
             )
         writer = ShardWriter(folder, f"{name}-{len(shards):05d}", tokenizer.dtype)
-        writer.add_many(tokens, starts)
+        writer.add(tokens, starts)
         shards.append(writer.close())
         size += int(lengths[tokens].sum())
     return split_entry(shards, size)

@@ -1,4 +1,4 @@
-"""Documents out of files: plain text and JSON lines (also compressed), Parquet, ArrayRecord, Hugging Face datasets.
+"""Documents out of files: plain text and JSON lines (also compressed), Parquet, Hugging Face datasets.
 
 Input is cut into units that do not depend on how many processes read them. Every error names the file and the place.
 Text and JSON lines are read block by block: a long text file becomes documents of PART_BYTES, cut at blank lines, else
@@ -22,11 +22,11 @@ from mmfree_jax.data.building.lines import (
     line_number,
     line_start,
     lines,
-    need,
     range_blocks,
     records,
 )
 from mmfree_jax.data.building.text import repair
+from mmfree_jax.errors import need
 
 UNIT_BYTES = 64_000_000  # bytes of input in a unit: about ten seconds of work, a shard of about 40 MB
 LARGE_TEXT = 1_000_000  # a larger text file becomes several documents, so that some of it can be held out
@@ -36,10 +36,9 @@ MOST_REPLACED = 1e-3  # largest share of a file's or document's characters that 
 _TEXT, _JSON = (".txt", ".md", ".rst", ".text"), (".jsonl", ".ndjson")
 _BARE_JSON = ".json"  # read as JSON lines if compressed or named; in folders such files mostly describe the others
 _ENDINGS = (
-    "use .txt, .md, .rst, .jsonl, .parquet or .array_record; text and JSON lines also with .gz, .zst, .xz or .bz2; a "
+    "use .txt, .md, .rst, .jsonl or .parquet; text and JSON lines also with .gz, .zst, .xz or .bz2; a "
     ".json file is read as JSON lines when it is named itself"
 )
-_PARQUET, _ARRAY_RECORD = (".parquet",), (".array_record", ".arrayrecord")
 HUGGING_FACE = "hf:"
 
 
@@ -47,7 +46,7 @@ HUGGING_FACE = "hf:"
 class Unit:
     """A part of the input that one worker reads: whole files, or [start, stop) of one.
 
-    The range counts bytes of JSON lines and of large plain text, row groups of Parquet, records of ArrayRecord, shards
+    The range counts bytes of JSON lines and of large plain text, row groups of Parquet, shards
     of a Hugging Face dataset.
     """
 
@@ -74,7 +73,7 @@ def _kind(path: Path, named: bool = True) -> str | None:
     last = suffixes[-2] if compressed else suffixes[-1] if suffixes else ""
     if last == _BARE_JSON and (compressed or named):
         return "jsonl"
-    kinds = {"text": _TEXT, "jsonl": _JSON, "parquet": _PARQUET, "arrayrecord": _ARRAY_RECORD}
+    kinds = {"text": _TEXT, "jsonl": _JSON, "parquet": (".parquet",)}
     return next((kind for kind, endings in kinds.items() if last in endings), None)
 
 
@@ -92,26 +91,20 @@ def _units_of_file(path: Path, kind: str) -> list[Unit]:
     if kind == "parquet":
         groups = _parquet_file(str(path)).metadata.num_row_groups
         return _slices(kind, str(path), groups, max(1, groups * UNIT_BYTES // max(size, 1)))
-    if kind == "arrayrecord":
-        count = _array_record(str(path)).num_records()
-        return _slices(kind, str(path), count, max(1, count * UNIT_BYTES // max(size, 1)))
     return [Unit(kind, (str(path),))]
 
 
-def _hidden(path: Path) -> bool:
-    """Whether a path in a folder is hidden, such as the `._NAME` that macOS stores with each NAME."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
 def _files(path: Path, note: Callable[[str], None]) -> list[Path]:
+    # Hidden files are often no input, such as the `._NAME` that macOS stores with each NAME.
+    hidden = lambda file: any(p.startswith(".") or p == "__MACOSX" for p in file.relative_to(path).parts)
     if path.is_dir():
         every = sorted(file for file in path.rglob("*") if file.is_file())
-        found = [file for file in every if _kind(file, named=False) and not _hidden(file.relative_to(path))]
+        found = [file for file in every if _kind(file, named=False) and not hidden(file)]
         if not found:
             raise InputError(f"{path} holds no file that can be read: {_ENDINGS}")
         if len(found) < len(every):
             endings = Counter(
-                "hidden" if _hidden(file.relative_to(path)) else "".join(file.suffixes[-2:]) or file.name
+                "hidden" if hidden(file) else "".join(file.suffixes[-2:]) or file.name
                 for file in sorted(set(every) - set(found))
             )
             listed = ", ".join(f"{ending} ({count})" for ending, count in endings.most_common(9))
@@ -192,6 +185,9 @@ def _slice_range(unit: Unit, whole_lines: bool) -> tuple[int, int]:
 
 
 def _text_of(record: Any, key: str) -> str | bytes:
+    """Return the text in a row, or in bytes that hold one as JSON. Raises ValueError if there is none."""
+    if isinstance(record, bytes):  # what is not UTF-8 becomes surrogates, because it matters only in the text itself
+        record = json.loads(record.decode("utf-8-sig", "surrogateescape"))
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     if key not in record:
@@ -199,15 +195,6 @@ def _text_of(record: Any, key: str) -> str | bytes:
     if not isinstance(record[key], str | bytes):
         raise ValueError(f"field {key!r} is not text but of type {type(record[key]).__name__}")
     return record[key]
-
-
-def _parsed(data: bytes) -> Any:
-    """Parse JSON. Bytes that are not UTF-8 become surrogates, because they matter only in the text itself."""
-    return json.loads(data.decode("utf-8-sig", "surrogateescape"))
-
-
-def _is_spoilt(replaced: int, characters: int) -> bool:
-    return replaced > MOST_REPLACED * characters
 
 
 class Documents:
@@ -229,7 +216,7 @@ class Documents:
                 self._check_encoding(file, replaced, characters)
                 file, replaced, characters = found, 0, 0
             text, lost = repair(raw)
-            if self.reading.skip_bad and _is_spoilt(lost, len(text)):
+            if self.reading.skip_bad and lost > MOST_REPLACED * len(text):
                 self.bad.append(f"{found}{place}: {lost} of {len(text)} characters are not UTF-8")
                 continue
             replaced, characters = replaced + lost, characters + len(text)
@@ -238,7 +225,7 @@ class Documents:
         self._check_encoding(file, replaced, characters)
 
     def _check_encoding(self, file: str, replaced: int, characters: int) -> None:
-        if _is_spoilt(replaced, characters):
+        if replaced > MOST_REPLACED * characters:
             raise InputError(
                 f"{file} is not UTF-8: {replaced} of {characters} characters cannot be read; convert it (iconv), or "
                 "let --skip-bad leave out documents with such characters"
@@ -275,7 +262,7 @@ def _read_jsonl(unit: Unit, key: str, refuse: Refuse) -> Found:
                     f"a record of {size / 1e6:.0f} MB, more than {most}: such a document needs a text file"
                 )
             if line.strip():
-                text = _text_of(_parsed(line), key)
+                text = _text_of(line, key)
                 yield path, f", byte {offset}" if is_slice else f", line {number}", text
         except (ValueError, RecursionError) as error:
             refuse(f"{path}, line {line_number(path, offset) if is_slice else number}", error)
@@ -298,24 +285,8 @@ def _read_parquet(unit: Unit, key: str, refuse: Refuse) -> Found:
                     why = f"column {key!r} holds {batch.schema.field(0).type}, which is not text"
                     refuse(f"{path}, row {number}", ValueError(why))
             row += batch.num_rows
-    except need("pyarrow", "pyarrow", "Parquet").ArrowException as error:
+    except need("pyarrow", "Parquet", "pyarrow").ArrowException as error:
         raise InputError(f"{path} is cut off or damaged: {error}") from None
-
-
-def _read_array_record(unit: Unit, key: str, refuse: Refuse) -> Found:
-    path = unit.files[0]
-    reader = _array_record(path)
-    for number in range(unit.start, unit.stop or reader.num_records()):
-        try:
-            record = reader.read([number])[0]
-        except RuntimeError as error:
-            raise InputError(f"{path} is damaged at record {number}: {error}") from None
-        try:
-            text = _text_of(_parsed(record), key) if record.startswith(b"{") else record
-        except (ValueError, RecursionError) as error:
-            refuse(f"{path}, record {number}", error)
-        else:
-            yield path, f", record {number}", text
 
 
 def _read_dataset(unit: Unit, key: str, refuse: Refuse) -> Found:
@@ -334,14 +305,13 @@ READERS: dict[str, Callable[[Unit, str, Refuse], Found]] = {
     "text": _read_text,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
-    "arrayrecord": _read_array_record,
     "hf": _read_dataset,
 }
 
 
 def _bytes_where_text(column: Any) -> Any:
     """Convert an Arrow array of text to bytes, which need not be UTF-8. Other types stay as they are."""
-    arrow = need("pyarrow", "pyarrow", "Parquet")
+    arrow = need("pyarrow", "Parquet", "pyarrow")
     if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     text = arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type)
@@ -349,22 +319,14 @@ def _bytes_where_text(column: Any) -> Any:
 
 
 def _parquet_file(path: str) -> Any:
-    module = need("pyarrow.parquet", "pyarrow", "Parquet")
+    module = need("pyarrow.parquet", "Parquet", "pyarrow")
     try:
         return module.ParquetFile(path)
-    except need("pyarrow", "pyarrow", "Parquet").ArrowException as error:
+    except need("pyarrow", "Parquet", "pyarrow").ArrowException as error:
         raise InputError(f"{path} is cut off or damaged: {error}") from None
-
-
-def _array_record(path: str) -> Any:
-    module = need("array_record.python.array_record_module", "array_record", "ArrayRecord")
-    reader = module.ArrayRecordReader(path)
-    if not reader.ok():  # otherwise it would look like a file without records
-        raise InputError(f"{path} is cut off, or no ArrayRecord file")
-    return reader
 
 
 def _dataset(name: str) -> Any:
     repository, _, config = name.partition(":")
-    module = need("datasets", "datasets", "a Hugging Face dataset")
+    module = need("datasets", "a Hugging Face dataset", "datasets")
     return module.load_dataset(repository, config or None, split="train", streaming=True)

@@ -3,14 +3,14 @@
 import bz2
 import codecs
 import gzip
-import importlib
 import itertools
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO
+
+from mmfree_jax.errors import need
 
 BLOCK = 1 << 20  # bytes read at once
 _READERS: dict[str, Callable[[BinaryIO], Any]] = {
@@ -31,16 +31,8 @@ class InputError(ValueError):
     """Input that cannot be read; the message names the file and the place in it."""
 
 
-def need(module: str, package: str, what: str) -> ModuleType:
-    """Import an optional package. Raises InputError that says what to install."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise InputError(f"{what} needs the package {package}: pip install {package} ({error})") from None
-
-
 def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
-    zstandard = need("zstandard", "zstandard", ".zst")
+    zstandard = need("zstandard", "a .zst file", "zstandard")
     # A .zst file may be several frames after each other, as parallel compressors write it; the library stops at the end
     # of the first. Window sizes above 128 MB have to be allowed.
     begin = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
@@ -164,5 +156,6 @@ def range_blocks(path: str, start: int, stop: int) -> Iterator[bytes]:
 
 def line_number(path: str, offset: int) -> int:
     """Return the number, from 1, of the line that begins at byte `offset`."""
+    # Counted only for an error message: a slice of a file knows its bytes, and a person looks for a line.
     with open(path, "rb") as file:
         return 1 + sum(file.read(min(BLOCK, offset - at)).count(b"\n") for at in range(0, offset, BLOCK))

@@ -74,9 +74,9 @@ def _write(folder: Path, token_set: TokenSet, name: str, sequence: int) -> dict[
         for row in rows[first : first + per_shard]:
             for item in row:
                 writer.add(split[int(starts[item]) : int(starts[item] + lengths[item])])
-            writer.extend(np.full(sequence - int(lengths[row].sum()), token_set.end_of_document))
+            writer.add(np.full(sequence - int(lengths[row].sum()), token_set.end_of_document), starts=())
         if first + per_shard >= len(rows):  # the target of the last row's last token: without it the row is no window
-            writer.extend(np.full(1, token_set.end_of_document))
+            writer.add(np.full(1, token_set.end_of_document), starts=())
         shards.append(writer.close())
     return split_entry(shards, token_set.text_bytes(name))
 

@@ -50,12 +50,12 @@ class Prepared:
 
 
 def utf8_bytes(texts: Iterable[str]) -> int:
-    """Total length of `texts` in UTF-8 bytes."""
+    """Return the total length of `texts` in UTF-8 bytes."""
     return sum(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 def bytes_by_source(documents: Iterable[Document]) -> dict[str, int]:
-    """UTF-8 bytes of the passages of each source."""
+    """Count the UTF-8 bytes of the passages of each source."""
     sizes: dict[str, int] = {}
     for document in documents:
         sizes[document.source] = sizes.get(document.source, 0) + utf8_bytes(document.passages)
@@ -67,10 +67,6 @@ def _keep(documents: Sequence[Document], keep: np.ndarray) -> list[Document]:
     flags = iter(keep.tolist())
     thinned = [replace(d, passages=tuple(p for p in d.passages if next(flags))) for d in documents]
     return [document for document in thinned if document.passages]
-
-
-def _passages(documents: Iterable[Document]) -> list[str]:
-    return [passage for document in documents for passage in document.passages]
 
 
 def drop_exact(documents: Iterable[Document], *, shortest: int = 0) -> list[Document]:
@@ -135,9 +131,10 @@ def prepare(
         thinned = [replace(d, passages=boilerplate.without(d.passages, keys)) for d in documents]
         cleaned = [document for document in thinned if document.passages]
     exact = drop_exact(cleaned, shortest=shortest)
-    unique = _keep(exact, ~near_duplicates(_passages(exact), SIMILARITY))
+    passages = lambda documents: [passage for document in documents for passage in document.passages]
+    unique = _keep(exact, ~near_duplicates(passages(exact), SIMILARITY))
     candidates, valid = hold_out(unique, held_out)
-    train = _keep(candidates, overlap(_passages(candidates), _passages(valid)) <= LARGEST_OVERLAP)
+    train = _keep(candidates, overlap(passages(candidates), passages(valid)) <= LARGEST_OVERLAP)
     steps = {"read": documents, "lines": cleaned, "exact": exact, "near": unique, "protected": train + valid}
     left = {step: bytes_by_source(some) for step, some in steps.items()}
     return Prepared(tuple(train), tuple(valid), left)

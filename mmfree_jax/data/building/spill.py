@@ -18,6 +18,7 @@ def documents_of(
 
     Also returns the readers, which know what they could not read.
     """
+    # Names are places in the input: the same on every machine, and stable while files are added behind.
     result, every = [], [Documents(unit, reading) for unit in units]
     for unit, documents in zip(units, every, strict=True):
         source = Path(unit.files[0]).name

@@ -14,7 +14,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b\ufeff\ufffe\uffff]")
 _TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n{3,}")
 _PARAGRAPH_BREAK = re.compile(r"\n[ \t]*\n\s*?(?=[ \t]*\S)")
-_WORD = re.compile(r"[A-Za-z']+")
+WORD = re.compile(r"[A-Za-z']+")
 
 
 def decode(data: bytes) -> str:
@@ -41,6 +41,7 @@ def repair(data: bytes | str) -> tuple[str, int]:
 def normalise(text: str) -> str:
     """Return a canonical form: NFC, `\\n` line ends, no control characters or trailing space, one blank line at
     most."""
+    # One form of what looks the same, or duplicates would differ in characters that nobody sees.
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ")
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
@@ -54,20 +55,13 @@ def paragraphs(text: str) -> list[str]:
     return [block for block in _PARAGRAPH_BREAK.split(text) if block.strip()]
 
 
-def letters_share(text: str, words: list[str] | None = None) -> float:
-    """Share of the characters that are ASCII letters or white space, in [0, 1]; 0 for empty text."""
-    found = _WORD.findall(text) if words is None else words
-    plain = len("".join(found)) + text.count(" ") + text.count("\n")
-    return plain / max(len(text), 1)
-
-
-def stop_word_share(text: str, words: list[str] | None = None) -> float:
-    """Share of the words that are English function words, in [0, 1]; 0 for text without words."""
-    found = _WORD.findall(text) if words is None else words
-    return sum(map(STOP_WORDS.__contains__, map(str.lower, found))) / max(len(found), 1)
-
-
 def looks_english(text: str, *, letters: float = 0.6, stop_words: float = 0.1) -> bool:
-    """Return whether `text` is English, possibly with code in it, and not a table, data or another language."""
-    words = _WORD.findall(text)
-    return letters_share(text, words) >= letters and stop_word_share(text, words) >= stop_words
+    """Return whether `text` is English, possibly with code in it, and not a table, data or another language.
+
+    letters: least share of the characters that are ASCII letters or white space. stop_words: least share of the words
+    that are English function words.
+    """
+    words = WORD.findall(text)
+    plain = len("".join(words)) + text.count(" ") + text.count("\n")
+    function_words = sum(map(STOP_WORDS.__contains__, map(str.lower, words)))
+    return plain / max(len(text), 1) >= letters and function_words / max(len(words), 1) >= stop_words

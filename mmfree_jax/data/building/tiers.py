@@ -6,22 +6,23 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mmfree_jax.data.building import card as cards
-from mmfree_jax.data.building.build import Progress, Recipe, build, train_tokenizer
+from mmfree_jax.data.building.build import Recipe, build, train_tokenizer
 from mmfree_jax.data.building.distributions import TIERS, Source, fetch, members, version_of
 from mmfree_jax.data.building.extraction import from_sword, paragraphs_of
 from mmfree_jax.data.building.inputs import Unit
-from mmfree_jax.data.building.prepare import STEPS, Document, Prepared, prepare
+from mmfree_jax.data.building.prepare import STEPS, Document, prepare
 from mmfree_jax.data.building.spill import spill
 from mmfree_jax.data.building.workers import available_cores, run_parts
 from mmfree_jax.data.reading.token_set import TokenSet
 from mmfree_jax.data.tokenizers.tokenizer import Tokenizer
 from mmfree_jax.files import locked, naming, read_json, write_atomically
+from mmfree_jax.output import Say
 
 HELD_OUT = 0.01  # of the bytes
 DOCUMENT_BYTES = 65_536  # a longer file (a dictionary, an entire book) becomes several documents
@@ -53,6 +54,7 @@ def _file_name(source: Source) -> str:
 
 def _parts(name: str, paragraphs: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Documents of at most about DOCUMENT_BYTES."""
+    # Held-out text is chosen by document: one that is a large share of the corpus could not be held out at all.
     part: list[str] = []
     size = number = 0
     for i, paragraph in enumerate(paragraphs, 1):
@@ -64,11 +66,12 @@ def _parts(name: str, paragraphs: Sequence[str]) -> Iterator[tuple[str, list[str
 
 
 def read_archive(source: Source, archive: Path) -> Iterator[tuple[str, list[str]]]:
-    """(name, paragraphs) of the documents in a package."""
+    """Yield (name, paragraphs) of the documents in a package."""
     if source.sword:
         for name, paragraphs in from_sword(dict(members(archive))):
             yield from _parts(name, paragraphs)
         return
+    # A slash in front lets an expression name the beginning of a path.
     wanted = re.compile(source.only)
     for name, data in members(archive):
         if wanted.search(f"/{name}") and not _SKIPPED.search(f"/{name}"):
@@ -80,6 +83,7 @@ def collect(task: Task) -> dict[str, Any]:
     """Download one package and write its documents. The file appears only when it is complete."""
     began = time.monotonic()
     path = Path(task.folder) / f"{_file_name(task.source)}.jsonl"
+    # Archives are read as streams and removed; only the text stays on the disk.
     with naming(path.parent), tempfile.TemporaryDirectory(dir=task.folder, prefix=_SCRATCH) as scratch:
         archive = Path(task.archive) if task.archive else fetch(task.source, Path(scratch))
         head = {"source": asdict(task.source), "version": version_of(archive)}
@@ -100,7 +104,7 @@ def _need_programs(sources: Sequence[Source]) -> None:
         raise RuntimeError(f"not installed: {', '.join(missing)} (pdftotext is in poppler-utils)")
 
 
-def _collect_all(sources: Sequence[Source], folder: Path, processes: int | None, progress: Progress) -> None:
+def _collect_all(sources: Sequence[Source], folder: Path, processes: int | None, progress: Say) -> None:
     for scratch in folder.glob(f"{_SCRATCH}*"):  # of a process that was killed
         shutil.rmtree(scratch)
     todo = [source for source in sources if not (folder / f"{_file_name(source)}.jsonl").exists()]
@@ -124,20 +128,7 @@ def _read(sources: Sequence[Source], folder: Path) -> tuple[list[Document], list
     return documents, heads
 
 
-def _card(tier: str, heads: Iterable[dict[str, Any]], prepared: Prepared) -> dict[str, Any]:
-    counts: dict[str, int] = {}
-    for document in prepared.train + prepared.valid:
-        counts[document.source] = counts.get(document.source, 0) + 1
-    rows = []
-    for head in heads:
-        name, licence = head["source"]["package"], head["source"]["licence"]
-        steps = {step: prepared.left[step].get(name, 0) for step in _STEPS}
-        rows.append(cards.source_row(name, head["version"], licence, counts.get(name, 0), steps))
-    description = _DESCRIPTION.format(tier=tier.upper())
-    return {"name": f"tier {tier.upper()}", "description": description, "steps": _STEPS, "sources": rows}
-
-
-def _prepared(tier: str, work: Path, processes: int, progress: Progress) -> tuple[list[Unit], dict[str, Any]]:
+def _prepared(tier: str, work: Path, processes: int, progress: Say) -> tuple[list[Unit], dict[str, Any]]:
     """Units and card of a tier. What an earlier call has done is not done again."""
     record = work / "prepared.json"
     if not record.exists():
@@ -146,7 +137,14 @@ def _prepared(tier: str, work: Path, processes: int, progress: Progress) -> tupl
         progress(f"removing repetitions from {len(documents)} documents")
         prepared = prepare(documents, held_out=HELD_OUT)
         units = spill(prepared, work / "prepared")
-        work_done = {"units": [asdict(unit) for unit in units], "card": _card(tier, heads, prepared)}
+        sources = [(head["source"]["package"], head["version"], head["source"]["licence"]) for head in heads]
+        card = {
+            "name": f"tier {tier.upper()}",
+            "description": _DESCRIPTION.format(tier=tier.upper()),
+            "steps": _STEPS,
+            "sources": cards.source_rows(sources, _STEPS, prepared),
+        }
+        work_done = {"units": [asdict(unit) for unit in units], "card": card}
         write_atomically(record, json.dumps(work_done))
     known = read_json(record)
     return [Unit(**{**unit, "files": tuple(unit["files"])}) for unit in known["units"]], known["card"]
@@ -159,7 +157,7 @@ def build_tier(
     *,
     tokenizer: Tokenizer | None = None,
     processes: int | None = None,
-    progress: Progress = print,
+    progress: Say = print,
 ) -> TokenSet:
     """Build tier "s", "m" or "l" at `path`. Downloads are stored beside it, so that a second call can continue.
 
@@ -175,7 +173,7 @@ def build_tier(
         units, card = _prepared(tier, work, processes, progress)
         recipe = Recipe(clean=False)
         if tokenizer is None:
-            size = cards.totals(card["sources"])["protected"] / 1e6
+            size = sum(source["bytes_after"]["protected"] for source in card["sources"]) / 1e6
             progress(f"training a tokenizer of {vocab_size} tokens on {size:.0f} MB of text")
             tokenizer = train_tokenizer(units, recipe, vocab_size)
         result = build(path, units, tokenizer, recipe, card, processes=processes, progress=progress)

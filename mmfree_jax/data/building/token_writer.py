@@ -42,18 +42,13 @@ class ShardWriter:
         self._sum = hashlib.sha256()
         self._file = self.path.open("wb")
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Append a document, which should end with an end-of-document token."""
-        self._starts.append(self.tokens)
-        self.extend(tokens)
+    def add(self, tokens: np.ndarray, starts: Sequence[int] | np.ndarray = (0,)) -> None:
+        """Append tokens, in which documents begin at `starts`; without any they belong to the last document.
 
-    def add_many(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """Append documents at once; `starts` says where in `tokens` they begin."""
-        self._starts += (starts + self.tokens).tolist()
-        self.extend(tokens)
-
-    def extend(self, tokens: np.ndarray) -> None:
-        """Append tokens to the last document."""
+        A document should end with an end-of-document token.
+        """
+        self._starts += [int(start) + self.tokens for start in starts]
+        # The checksum grows with the file, which is never read again to be checked.
         data = tokens.astype(self._dtype).tobytes()
         self._file.write(data)
         self._sum.update(data)
@@ -71,36 +66,6 @@ class ShardWriter:
         return Shard(self.path.name, self.tokens, len(self._starts), *sums)
 
 
-class SplitWriter:
-    """A split under construction: shards that follow one another as they fill up, named `name`-00000.bin and so on."""
-
-    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer):
-        self._folder, self._name, self._tokenizer = folder, name, tokenizer
-        self._shard: ShardWriter | None = None
-        self._shards: list[Shard] = []
-        self._text_bytes = 0
-
-    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """Append one document of `text_bytes` bytes; the end-of-document token is added here."""
-        if self._shard is None:
-            name = f"{self._name}-{len(self._shards):05d}"
-            self._shard = ShardWriter(self._folder, name, self._tokenizer.dtype)
-        self._shard.add(np.append(tokens, self._tokenizer.end_of_document))
-        self._text_bytes += text_bytes
-        if self._shard.tokens >= SHARD_TOKENS:
-            self._close_shard()
-
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            self._shards.append(self._shard.close())
-            self._shard = None
-
-    def close(self) -> dict[str, Any]:
-        """The index entry of the finished split."""
-        self._close_shard()
-        return split_entry(self._shards, self._text_bytes)
-
-
 def write_texts(
     folder: Path, texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, splits: Iterable[str], suffix: str = ""
 ) -> dict[str, dict[str, Any]]:
@@ -109,7 +74,8 @@ def write_texts(
     Returns the index entry of each of `splits`. Empty documents are left out: they would be end-of-document tokens in a
     row.
     """
-    writers = {name: SplitWriter(folder, name + suffix, tokenizer) for name in splits}
+    shards: dict[str, list[Shard]] = {name: [] for name in splits}
+    sizes, writers = dict.fromkeys(shards, 0), dict[str, ShardWriter]()
     # The tokenizer takes texts in batches, ahead of what it has given back. So split and size of each text wait in a
     # queue until its tokens come, in the same order.
     waiting: deque[tuple[str, int]] = deque()
@@ -122,19 +88,19 @@ def write_texts(
 
     for tokens in tokenizer.encode_stream(noted()):
         split, size = waiting.popleft()
-        writers[split].add(tokens, size)
-    return {name: writer.close() for name, writer in writers.items()}
-
-
-def join_entries(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One index entry out of those of parts of a split, in order."""
-    shards = [shard for entry in entries for shard in entry["shards"]]
-    counts = {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "text_bytes")}
-    return {**counts, "shards": shards}
+        if split not in writers:
+            writers[split] = ShardWriter(folder, f"{split}{suffix}-{len(shards[split]):05d}", tokenizer.dtype)
+        writers[split].add(np.append(tokens, tokenizer.end_of_document))
+        sizes[split] += size
+        if writers[split].tokens >= SHARD_TOKENS:
+            shards[split].append(writers.pop(split).close())
+    for split, writer in writers.items():
+        shards[split].append(writer.close())
+    return {name: split_entry(shards[name], sizes[name]) for name in shards}
 
 
 def split_entry(shards: list[Shard], text_bytes: int) -> dict[str, Any]:
-    """The index entry of a split."""
+    """Return the index entry of a split."""
     return {
         "tokens": sum(shard.tokens for shard in shards),
         "documents": sum(shard.documents for shard in shards),
@@ -162,6 +128,7 @@ def finish(
     index = {"format": FORMAT, "version": VERSION, **identity, "end_of_document": tokenizer.end_of_document}
     index |= {"tokenizer": TOKENIZER, "splits": dict(splits), **(extra or {})}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    # Before the rename: after a crash a folder with the final name must have all of its content.
     for file in sorted(folder.iterdir()):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -182,6 +149,7 @@ def publish(path: Path, fill: Callable[[Path], None]) -> TokenSet:
         folder.mkdir()
         try:
             fill(folder)
+            # Opened as a reader would, so that a fault of the writer cannot become a set.
             TokenSet.open(folder)
             os.rename(folder, path)
         finally:

@@ -30,50 +30,39 @@ class WorkerError(RuntimeError):
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Pool:
-    """Worker processes, each for one call; `close` kills those that still run."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.running: set[subprocess.Popen] = set()
-        self.closed = False
-
-    def call(self, number: int, module: str, name: str, argument: Any) -> Any:
-        # A program of its own instead of `multiprocessing`: a fork after JAX has started threads can hang, and spawn
-        # would run the caller's `__main__` again, which may be a notebook or a script without a guard.
-        output, errors = self.folder / f"{number}", self.folder / f"{number}.err"
-        root = str(Path(__file__).parents[3])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        with errors.open("wb") as sink:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(output)],
-                stdin=subprocess.PIPE,
-                stderr=sink,
-                env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
-            )
-        self.running.add(process)
-        try:
-            assert process.stdin is not None
-            with process.stdin as pipe:
-                pickle.dump((module, name, argument), pipe, protocol=5)
-                pipe.flush()
-                status = process.wait()
-        except BrokenPipeError:  # it died before it had read everything: its own message says why
+def _call(folder: Path, running: set[subprocess.Popen], number: int, module: str, name: str, argument: Any) -> Any:
+    """Call a function in a process of its own, which is in `running` meanwhile, and return its result."""
+    # A program of its own instead of `multiprocessing`: a fork after JAX has started threads can hang, and spawn
+    # would run the caller's `__main__` again, which may be a notebook or a script without a guard.
+    output, errors = folder / f"{number}", folder / f"{number}.err"
+    root = str(Path(__file__).parents[3])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    with errors.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, str(output)],
+            stdin=subprocess.PIPE,
+            stderr=sink,
+            env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+        )
+    running.add(process)
+    try:
+        assert process.stdin is not None
+        with process.stdin as pipe:
+            pickle.dump((module, name, argument), pipe, protocol=5)
+            pipe.flush()
             status = process.wait()
-        finally:
-            self.running.discard(process)
-        if status != 0:
-            lines = errors.read_text("utf-8", "replace").strip().splitlines()
-            raise WorkerError(lines[-1] if lines else f"a data worker ended with exit status {status}")
-        return pickle.loads(output.read_bytes())
-
-    def close(self) -> None:
-        for process in list(self.running):
-            process.kill()
+    except BrokenPipeError:  # it died before it had read everything: its own message says why
+        status = process.wait()
+    finally:
+        running.discard(process)
+    if status != 0:
+        lines = errors.read_text("utf-8", "replace").strip().splitlines()
+        raise WorkerError(lines[-1] if lines else f"a data worker ended with exit status {status}")
+    return pickle.loads(output.read_bytes())
 
 
 def run_parts(
@@ -95,8 +84,9 @@ def run_parts(
         return [result]
     results: list[Any] = [None] * len(parts)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes or available_cores()) as threads:
-        pool = _Pool(Path(folder))
-        waiting = {threads.submit(pool.call, i, module, name, part): i for i, part in enumerate(parts)}
+        running: set[subprocess.Popen] = set()
+        submit = lambda i, part: threads.submit(_call, Path(folder), running, i, module, name, part)
+        waiting = {submit(i, part): i for i, part in enumerate(parts)}
         try:
             for future in as_completed(waiting):
                 number = waiting[future]
@@ -104,6 +94,7 @@ def run_parts(
                 done(number, results[number])
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
-            pool.close()
+            for process in list(running):
+                process.kill()
             raise
     return results

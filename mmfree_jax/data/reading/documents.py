@@ -13,7 +13,7 @@ import numpy as np
 
 
 def document_ids(tokens: Any, end_of_document: int) -> Any:
-    """Which document of its row each input token belongs to: int32 like `tokens` ([..., T]), NumPy or JAX.
+    """Number the document of its row that each input token belongs to: int32 like `tokens` ([..., T]), NumPy or JAX.
 
     An end-of-document token belongs to the document that it stands before: as an input it is all that this document's
     first token is predicted from, as a target it is predicted from the document that it ends.
@@ -23,7 +23,7 @@ def document_ids(tokens: Any, end_of_document: int) -> Any:
 
 
 def is_target(tokens: Any, end_of_document: int) -> Any:
-    """Which targets of windows ([..., T + 1]) are text, bool [..., T]: all but an end of document after another."""
+    """Mark the targets of windows ([..., T + 1]) that are text, bool [..., T]: not an end of document after another."""
     ends = tokens == end_of_document
     return ~(ends[..., 1:] & ends[..., :-1])
 
@@ -41,7 +41,7 @@ class Counts:
 
 
 def count_windows(windows: np.ndarray, first: np.ndarray, end_of_document: int | None) -> Counts:
-    """Counts of windows, int32 [n, T + 1]; `first`, bool [n], is true where one was not read before.
+    """Count what is in windows, int32 [n, T + 1]; `first`, bool [n], is true where one was not read before.
 
     end_of_document: where documents are separate the token that ends one, None where they are joined.
     """
@@ -49,14 +49,9 @@ def count_windows(windows: np.ndarray, first: np.ndarray, end_of_document: int |
     if end_of_document is None:
         targets, pairs = np.full(len(inputs), inputs.shape[1]), inputs.size * (inputs.shape[1] + 1) // 2
     else:
-        targets, pairs = is_target(windows, end_of_document).sum(axis=1), visible_pairs(inputs, end_of_document)
+        # A position sees itself and what came before it in its document, which begins with the end of the document
+        # before (`document_ids`). A running maximum carries the place of the last such end along the row.
+        place = np.arange(inputs.shape[1])
+        begins = np.maximum.accumulate(np.where(inputs == end_of_document, place, 0), axis=1)
+        targets, pairs = is_target(windows, end_of_document).sum(axis=1), int((place - begins + 1).sum())
     return Counts(int(targets.sum()), int(targets[first].sum()), pairs)
-
-
-def visible_pairs(inputs: np.ndarray, end_of_document: int) -> int:
-    """Pairs (query, key) of causal attention within the documents of rows, int32 [n, T]: a position sees itself and
-    what came before it in its document, which begins with the end of the document before (`document_ids`)."""
-    # A running maximum carries the place of the last end of document along the row: where the current document begins.
-    place = np.arange(inputs.shape[1])
-    begins = np.maximum.accumulate(np.where(inputs == end_of_document, place, 0), axis=1)
-    return int((place - begins + 1).sum())

@@ -6,6 +6,7 @@ rows of any batch, and a run can be continued from the integer in any number of 
 read is counted (`data.reading.documents`).
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ class Windows:
 
     def __init__(self, split: Split, sequence: int):
         self.split, self.sequence = split, sequence
+        # The last tokens that fill no window are left out: a shorter one would need padding.
         if len(split) < sequence + 1:
             raise ValueError(
                 f"split {split.name!r} has {len(split)} tokens, fewer than one window of {sequence} + 1: "
@@ -50,18 +52,18 @@ def examples(sources: Sequence[Windows], weights: Sequence[float], seed: int) ->
     if any(weight <= 0 for weight in weights):
         raise ValueError(f"mixture weights must be positive, not {list(weights)}")
 
-    # Each source gets a seed of its own, so that adding a source does not change the order of the others.
-    def endless_windows(windows: Windows, seed: int) -> "grain.MapDataset":
-        # Grain shuffles by a permutation that is computed, not stored: example i of any epoch is found in constant time
-        # and memory. That makes the position in the data one integer, and resuming on any number of processes exact.
-        shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat(None)
-        return shuffled.map_with_index(lambda number, window: (window, number < len(windows)))
-
-    endless = [endless_windows(windows, seed + i) for i, windows in enumerate(sources)]
+    endless = []
+    for number, windows in enumerate(sources):
+        # Each source gets a seed of its own, so that adding a source does not change the order of the others. Grain
+        # shuffles by a permutation that is computed, not stored: example i of any epoch is found in constant time and
+        # memory. That makes the position in the data one integer, and resuming on any number of processes exact.
+        shuffled = grain.MapDataset.source(windows).seed(seed + number).shuffle().repeat(None)
+        first_epoch = len(windows)
+        endless.append(shuffled.map_with_index(lambda i, window, end=first_epoch: (window, i < end)))
     return endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, list(weights))
 
 
-class Batches:
+class Batches(Iterator[Any], contextlib.AbstractContextManager):
     """An endless iterator over `rows` of each batch, int32 [len(rows), sequence + 1].
 
     A thread makes them ahead of time and calls `put` on them. `state` is the number of examples that all processes
@@ -76,7 +78,7 @@ class Batches:
         batch: int,
         start: int,
         rows: Sequence[int],
-        ahead: int,
+        prefetch: int,
         put: Put,
         counting: Sequence[int],
         end_of_document: int | None,
@@ -89,7 +91,7 @@ class Batches:
         self.counts = Counts()
         self._rows, self._end_of_document = rows, end_of_document
         self._counting = np.isin(rows, list(counting))
-        self._ahead = Prefetched(self._generate(start), ahead)
+        self._prefetched = Prefetched(self._generate(start), prefetch)
 
     def _generate(self, start: int) -> Iterator[tuple[Any, Counts]]:
         while True:
@@ -98,25 +100,18 @@ class Batches:
             yield self.put(windows), counts
             start += self.batch
 
-    def __iter__(self) -> "Batches":
-        return self
-
     def __next__(self) -> Any:
         # The state counts what was handed out, not what the thread has prepared: a run saved now reads those again.
-        tokens, counts = next(self._ahead)
+        tokens, counts = next(self._prefetched)
         self.state += self.batch
         self.counts += counts
         return tokens
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Stop working ahead. The iterator must not be used afterwards."""
-        self._ahead.close()
+        self._prefetched.close()
 
-    def __enter__(self) -> "Batches":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close
 
 
 def batches(
@@ -128,7 +123,7 @@ def batches(
     start: int = 0,
     rows: Sequence[int] | None = None,
     split: str = "train",
-    ahead: int = 4,
+    prefetch: int = 4,
     put: Put = lambda rows: rows,
     counting: Sequence[int] | None = None,
     separate: bool = False,
@@ -136,7 +131,7 @@ def batches(
     """Return shuffled training batches of a token set or a `Mixture`.
 
     batch: windows of all processes together; `rows`: which of them this process wants, None for all. start: examples
-    consumed before (`Batches.state`). ahead: batches prepared in advance, at least 1. put: done to each batch ahead,
+    consumed before (`Batches.state`). prefetch: batches prepared in advance, at least 1. put: done to each batch ahead,
     such as the copy to a device. counting: which of its rows this process counts, None for all; each row is counted in
     one process. separate: count as documents are that do not see each other. Raises ValueError for impossible sizes.
     """
@@ -146,21 +141,19 @@ def batches(
         batch,
         start,
         rows,
-        ahead,
+        prefetch,
         put,
         rows if counting is None else counting,
         token_set.end_of_document if separate else None,
     )
 
 
-def evaluation_windows(
-    token_set: TokenSet, sequence: int, batch: int, split: str = "valid"
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the entire split once, in order: tokens int32 [batch, sequence + 1] and a mask bool [batch, sequence].
+def evaluation_windows(token_set: TokenSet, sequence: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the held-out split once, in order: tokens int32 [batch, sequence + 1] and a mask bool [batch, sequence].
 
     Every token except the first is a target (mask True) exactly once; what fills up the last batch is False.
     """
-    tokens = token_set.split(split)
+    tokens = token_set.split("valid")
     targets = len(tokens) - 1
     if targets < 1 or sequence < 1 or batch < 1:
         raise ValueError(f"nothing to evaluate: {len(tokens)} tokens, sequence {sequence}, batch {batch}")

@@ -3,19 +3,19 @@
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-class Prefetched(Generic[T]):
-    """Iterates over the items of an iterator in order. A daemon thread prepares up to `ahead` of them in advance.
+class Prefetched(Iterator[T]):
+    """Iterates over the items of an iterator in order. A daemon thread prepares up to `size` of them in advance.
 
     An exception of the iterator is raised to the consumer at its place. The thread ends with the items, or at `close`.
     """
 
-    def __init__(self, items: Iterator[T], ahead: int):
-        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=ahead)
+    def __init__(self, items: Iterator[T], size: int):
+        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=size)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(items,), name="data-prefetch", daemon=True)
         self._thread.start()
@@ -37,9 +37,6 @@ class Prefetched(Generic[T]):
             self._put(None, StopIteration())
         except BaseException as error:
             self._put(None, error)
-
-    def __iter__(self) -> "Prefetched[T]":
-        return self
 
     def __next__(self) -> T:
         item, error = self._ready.get()

@@ -47,7 +47,8 @@ class Shard:
 
 
 def fingerprint(vocab_hash: str, dtype: str, splits: dict[str, Any]) -> str:
-    """SHA-256 of the content: vocabulary, dtype and the checksums of all shards in order."""
+    """Return the SHA-256 of the content: vocabulary, dtype and the checksums of all shards in order."""
+    # File names and metadata do not count: equal tokens are equal data, wherever and by whomever they were written.
     sums = {name: [[s["sha256"], s["starts_sha256"]] for s in split["shards"]] for name, split in splits.items()}
     return hashlib.sha256(json.dumps([vocab_hash, dtype, sums], sort_keys=True).encode()).hexdigest()
 
@@ -84,7 +85,7 @@ class Split:
         return sum(shard.documents for shard in self.shards)
 
     def document_starts(self) -> np.ndarray:
-        """Index of the first token of every document, int64 [documents], increasing."""
+        """Return the index of the first token of every document, int64 [documents], increasing."""
         pieces = [s.astype(np.int64) + b for s, b in zip(self._starts, self.bounds, strict=False)]
         return np.concatenate([np.zeros(0, np.int64), *pieces])
 
@@ -142,21 +143,21 @@ class TokenSet:
             raise TokenSetError(f"{path / INDEX} has no {error}: build the token set again") from None
 
     def split(self, name: str) -> Split:
-        """The split `name`; KeyError names the splits there are."""
+        """Return the split `name`; KeyError names the splits there are."""
         if name not in self.splits:
             raise KeyError(f"{self.path} has no split {name!r}, only {', '.join(self.splits)}")
         return self.splits[name]
 
     def text_bytes(self, split: str) -> int:
-        """UTF-8 bytes of the text of a split, end-of-document tokens not counted."""
+        """Return the UTF-8 bytes of the text of a split, end-of-document tokens not counted."""
         return int(self.index["splits"][self.split(split).name]["text_bytes"])
 
     def bytes_per_token(self, split: str) -> float:
-        """Bytes of text a token stands for: bits per byte = nats per token / ln 2 / bytes_per_token."""
+        """Return the bytes of text that a token stands for: bits per byte = nats per token / ln 2 / bytes_per_token."""
         return self.text_bytes(split) / max(len(self.split(split)), 1)
 
     def tokenizer(self) -> tokenization.Tokenizer:
-        """The tokenizer of this set. Raises TokenSetError when the file is not the one the tokens were made with."""
+        """Load the tokenizer of this set. Raises TokenSetError for another one than made the tokens."""
         found = tokenization.load(self.path / TOKENIZER)
         if found.vocab_hash != self.vocab_hash:
             raise TokenSetError(f"{self.path / TOKENIZER} is not the tokenizer that made these tokens")
@@ -172,19 +173,16 @@ class TokenSet:
         self.tokenizer()
         for split in self.splits.values():
             for shard, part in zip(split.shards, split.parts, strict=True):
-                self._check(shard.file, shard.sha256)
-                self._check(shard.starts_file, shard.starts_sha256)
+                for name, expected in ((shard.file, shard.sha256), (shard.starts_file, shard.starts_sha256)):
+                    with (self.path / name).open("rb") as stream:
+                        found = hashlib.file_digest(stream, "sha256").hexdigest()
+                    if found != expected:
+                        raise TokenSetError(f"{self.path / name} is damaged (wrong SHA-256): build the token set again")
                 if len(part) and int(part.max()) >= self.vocab_size:
                     raise TokenSetError(f"{self.path / shard.file} has a token outside the vocabulary")
         splits = self.index["splits"]
         if fingerprint(self.vocab_hash, self.index["dtype"], splits) != self.fingerprint:
             raise TokenSetError(f"{self.path / INDEX} does not match its own fingerprint")
-
-    def _check(self, file: str, expected: str) -> None:
-        with (self.path / file).open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != expected:
-            raise TokenSetError(f"{self.path / file} is damaged (wrong SHA-256): build the token set again")
 
 
 class Mixture(TokenSet):
@@ -195,6 +193,7 @@ class Mixture(TokenSet):
 
     def __init__(self, sets: Sequence[TokenSet], weights: Sequence[float]):
         super().__init__(sets[0].path, sets[0].index)
+        # A token must mean the same in all of them; the held-out text is one, so losses are comparable.
         for other in sets[1:]:
             if other.vocab_hash != self.vocab_hash:
                 raise TokenSetError(f"{self.path} and {other.path} have different vocabularies and cannot be mixed")

@@ -38,6 +38,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(number, value) of the fields of a protocol buffer message: integers, or bytes for everything else."""
+    # A message is a row of fields: a key with number and wire type, then the value; 0 is a variable-length integer, 2
+    # has its length in front.
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -109,7 +111,7 @@ def _backend(model: _Model) -> tokenizers.Tokenizer:
 
 
 def load_backend(path: Path) -> tokenizers.Tokenizer:
-    """The backend for a SentencePiece `.model` file. Raises ValueError naming the file when it is not one.
+    """Build the backend for a SentencePiece `.model` file. Raises ValueError naming the file when it is not one.
 
     Tokens are those of the SentencePiece library, except that runs of many blanks may be cut in other places (as in the
     published conversions): all merges of a piece have one rank there, but not in `tokenizers`.

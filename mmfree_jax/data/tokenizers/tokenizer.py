@@ -51,7 +51,9 @@ class Tokenizer:
         self.vocab_hash: str = vocabulary_hash(self._json)
         # SentencePiece puts a blank before every text; it must not come again before the pieces of a long one.
         self._prefix = backend.token_to_id(sentencepiece.SPACE) if "Prepend" in self._json else None
+        self._byte_level = "ByteLevel" in str(backend.decoder)
         self._cache = WordCache(backend, self.dtype) if fits(self._json) else None
+        # Text is data here: a special token that somebody wrote out must not separate documents.
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -68,11 +70,11 @@ class Tokenizer:
         return frozenset(number for number, token in added.items() if token.special)
 
     def encode(self, text: str) -> np.ndarray:
-        """Tokens of one text, `dtype` [tokens], without an end-of-document token."""
+        """Encode one text: tokens, `dtype` [tokens], without an end-of-document token."""
         return next(self.encode_stream([text]))
 
     def encode_stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Tokens of each text, `dtype` [tokens]; texts of any length, memory bounded by a few batches of 4 MB."""
+        """Encode each text: tokens, `dtype` [tokens]; texts of any length, memory bounded by a few batches of 4 MB."""
         # Long texts are cut into pieces and short ones collected, so that every batch has about the same size. `last`
         # says where texts end in a batch, and `held` has the tokens of a text that continues in the next one.
         pieces: list[str] = []
@@ -112,23 +114,19 @@ class Tokenizer:
             yield np.array(encoding.ids, self.dtype)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of `tokens`; end-of-document tokens are left out, incomplete UTF-8 becomes U+FFFD."""
+        """Decode `tokens`; end-of-document tokens are left out, incomplete UTF-8 becomes U+FFFD."""
         return self.backend.decode([int(token) for token in tokens], skip_special_tokens=True)
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes that a token stands for inside a text; none for a number without a token."""
+        """Return the bytes that a token stands for inside a text; none for a number without a token."""
         name = self.backend.id_to_token(token)
         if name is None or token in self.backend.get_added_tokens_decoder():
             return (name or "").encode()
+        if self._byte_level:
+            return bytes(_BYTE_OF_NAME[character] for character in name)
         if (byte := BYTE_TOKEN.fullmatch(name)) is not None:
             return bytes([int(byte[1], 16)])
-        if '"ByteLevel"' in json.dumps(self._parts.get("decoder")):
-            return bytes(_BYTE_OF_NAME[character] for character in name)
         return name.replace(sentencepiece.SPACE, " ").encode()
-
-    @functools.cached_property
-    def _parts(self) -> dict[str, Any]:
-        return json.loads(self._json)
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json` that the `tokenizers` library, `transformers` and `load` read."""
@@ -136,7 +134,8 @@ class Tokenizer:
 
 
 def vocabulary_hash(tokenizer_json: str) -> str:
-    """SHA-256 of what decides token numbers in a `tokenizer.json`; its layout and library version do not count."""
+    """Return the SHA-256 of what decides token numbers in a `tokenizer.json`, not its layout and library version."""
+    # Versions of the library write the same tokenizer in different ways: merges as pairs or as text, keys in any order.
     parsed = json.loads(tokenizer_json)
     model = parsed["model"]
     vocabulary = model["vocab"]
@@ -152,7 +151,7 @@ def vocabulary_hash(tokenizer_json: str) -> str:
 
 
 def split_long(text: str) -> list[str]:
-    """`text` in pieces that join to it again, cut at ends of lines where there are any; [text] when it is short."""
+    """Cut a long text into pieces that join to it again, at ends of lines where there are any."""
     pieces, start = [], 0
     while len(text) - start > 2 * PIECE:
         match = _LINE_END.search(text, start + PIECE, min(start + LONGEST_PIECE, len(text)))
@@ -171,11 +170,12 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016; bytes as in Radford et al. 2019), each digit a token of its own.
+    """Train a byte-level BPE (Sennrich et al. 2016; bytes as in Radford et al. 2019), each digit a token of its own.
 
     Token 0 is the end of a document, 1..256 are the bytes. The same texts in the same order give the same tokenizer in
     every process. Raises ValueError when `vocab_size` is under 257 or the text is too small to fill it.
     """
+    # With all bytes in the alphabet no text is unknown, whatever script it is in.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < 1 + len(alphabet):
         raise ValueError(f"vocab_size {vocab_size} is too small: a byte-level BPE needs at least {1 + len(alphabet)}")
@@ -191,18 +191,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, f"byte-level BPE, {vocab_size} tokens, digits split, trained on the training split")
 
 
-def _bytes_by_name() -> dict[str, int]:
-    """Bytes by the printable characters that GPT-2 calls them."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    moved = [byte for byte in range(256) if byte not in kept]
-    return {chr(byte): byte for byte in kept} | {chr(256 + i): byte for i, byte in enumerate(moved)}
-
-
-_BYTE_OF_NAME = _bytes_by_name()
+# Byte-level BPE writes each byte as a printable character (GPT-2): its own where it has one, else one from 256 on.
+_KEPT = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_MOVED = [byte for byte in range(256) if byte not in _KEPT]
+_BYTE_OF_NAME = {chr(byte): byte for byte in _KEPT} | {chr(256 + i): byte for i, byte in enumerate(_MOVED)}
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Every byte a token: 0 is the end of a document, byte b is token b + 1."""
+    """Return the tokenizer with a token for every byte: 0 is the end of a document, byte b is token b + 1."""
     vocabulary = {END_OF_DOCUMENT: 0} | {name: byte + 1 for name, byte in _BYTE_OF_NAME.items()}
     backend = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
     backend.add_special_tokens([END_OF_DOCUMENT])
@@ -210,7 +206,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def load(path: Path) -> Tokenizer:
-    """A tokenizer from a `tokenizer.json`, a folder that holds one, or a SentencePiece model (any other file name).
+    """Load a tokenizer from a `tokenizer.json`, a folder that holds one, or a SentencePiece model (any other name).
 
     Raises FileNotFoundError when there is none, ValueError when the file is not one or has no end-of-document token.
     """
@@ -228,7 +224,7 @@ def load(path: Path) -> Tokenizer:
 
 
 def named(name: str) -> Tokenizer:
-    """The tokenizer called "bytes" or "mistral" (32,000 tokens, from the package mistral-common), or the one at a path.
+    """Load the tokenizer called "bytes" or "mistral" (32,000 tokens, of the package mistral-common), or one at a path.
 
     Raises ModuleNotFoundError when mistral-common is not installed, and what `load` raises.
     """

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from itertools import chain
 
 import numpy as np
@@ -30,7 +29,7 @@ _LARGEST = 500_000  # words remembered: about 100 MB
 
 
 def fits(tokenizer_json: str) -> bool:
-    """Whether a `tokenizer.json` is of the kind that this module encodes: byte-level BPE with digits split."""
+    """Tell whether a `tokenizer.json` is of the kind that this module encodes: byte-level BPE with digits split."""
     parsed = json.loads(tokenizer_json)
     steps = (parsed.get("pre_tokenizer") or {}).get("pretokenizers", [])
     plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -51,25 +50,21 @@ class WordCache:
         self._known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> np.ndarray:
-        """Tokens of one text, `dtype` [tokens]: those of the library."""
+        """Encode one text: tokens, `dtype` [tokens], those of the library."""
         if _STRANGE.search(text) is None:
             return self._words(_WORDS.findall(text))
-        return np.concatenate([np.zeros(0, self._dtype), *self._by_lines(text)])
-
-    def _by_lines(self, text: str) -> Iterator[np.ndarray]:
-        """Lines with strange characters through the library, the others by words.
-
-        No token crosses from a word into the line end after it, so the pieces can be encoded apart.
-        """
+        # Lines with strange characters through the library, the others by words. No token crosses from a word into the
+        # line end after it, so the pieces can be encoded apart.
+        pieces: list[np.ndarray] = []
         held: list[str] = []
         for line in _LINE_ENDS.split(text):
             if _STRANGE.search(line) is None:
                 held += _WORDS.findall(line)
             else:
-                yield self._words(held)
+                ids = self._backend.encode(line, add_special_tokens=False).ids
+                pieces += [self._words(held), np.array(ids, self._dtype)]
                 held = []
-                yield np.array(self._backend.encode(line, add_special_tokens=False).ids, self._dtype)
-        yield self._words(held)
+        return np.concatenate([*pieces, self._words(held)])
 
     def _words(self, words: list[str]) -> np.ndarray:
         # Words follow Zipf's law: after a few megabytes nearly all of a text are known. Emptying the whole cache when

@@ -30,7 +30,7 @@ from mmfree_jax.ops.fast.products import (
     weight_gradients,
 )
 from mmfree_jax.ops.fast.ternary import quantise_normed
-from mmfree_jax.ops.packed import PackedWeights
+from mmfree_jax.ops.packed_linear import PackedWeights
 from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, wide
 from mmfree_jax.sharding import Names, PartialSum, activation_axes, constrain, gathered_axes, per_shard
 
@@ -98,7 +98,7 @@ def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Arra
 
 
 def packed_linear(recipe: Recipe, x: jax.Array, weights: PackedWeights) -> tuple[jax.Array, ...]:
-    """`ops.bit_linear.packed_linear`: the codes of the input are those of `bit_linear`, and so are the products."""
+    """`ops.packed_linear.PackedWeights.linear`, with the codes and the products of `bit_linear`."""
     kind, sources, source_gain, _ = source(recipe, x)
     added = sum_of(sources[0]) if kind == "norm" else None
     if choice.normed_product(recipe, kind, sources[0], added is not None, weights):

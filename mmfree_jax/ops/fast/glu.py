@@ -1,6 +1,7 @@
 """`ops.glu` with backward passes of its own, and placed on a mesh."""
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mmfree_jax.ops.bit_linear import Recipe, Weights
@@ -9,8 +10,7 @@ from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.bit_linear import Fusion, Residuals, backward, codes_onward, forward, linear, source
 from mmfree_jax.ops.fast.combine import rms_norm
 from mmfree_jax.ops.fast.origin import Origin, Sum, hand_on, latest, note
-from mmfree_jax.ops.glu import relu2_glu
-from mmfree_jax.ops.packed import PackedWeights
+from mmfree_jax.ops.packed_linear import PackedWeights
 from mmfree_jax.sharding import constrain
 
 # A ternary GLU keeps what its two BitLinears keep. As one op it gains with `Recipe.gradient_bits`: the gradients to
@@ -48,7 +48,7 @@ def glu(
     packed = isinstance(gate_up, PackedWeights) or isinstance(down, PackedWeights)
     if packed or not (into.ternary and out.ternary and gain_F is None and activation == "silu"):
         gate, up = (checkpoint_name(y, "gate_up") for y in linear(into, x, gate_up))
-        y = swiglu(gate, up) if activation == "silu" else relu2_glu(gate, up)
+        y = swiglu(gate, up) if activation == "silu" else jnp.square(jax.nn.relu(gate)) * up
         return linear(out, y if gain_F is None else rms_norm(y, gain_F, out.eps), down)[0]
     kind, sources, source_gain, _ = source(into, x)
     fusions = Fusion(into, kind, residual=kind == "norm"), Fusion(out, "swiglu")

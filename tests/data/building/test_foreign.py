@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmfree_jax.data.building import foreign
-from mmfree_jax.data.building.foreign import convert, token_bytes
+from mmfree_jax.data.building.foreign import convert
 from mmfree_jax.data.cli import main
 from mmfree_jax.data.reading.token_set import TokenSet
 from mmfree_jax.data.tokenizers.tokenizer import Tokenizer, byte_tokenizer, train_bpe
@@ -117,11 +117,12 @@ def test_wrong_types_and_tokenizers_are_noticed(tokenizer: Tokenizer, tmp_path: 
     assert not (tmp_path / "set").exists()
 
 
-def test_token_lengths_add_up_to_the_bytes_of_the_text(tokenizer: Tokenizer) -> None:
-    lengths = token_bytes(tokenizer)
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for text in made_up_texts():
-        assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
-    assert lengths[tokenizer.end_of_document] == 0
+        assert b"".join(map(tokenizer.bytes_of, tokenizer.encode(text).tolist())) == text.encode()
+    np.concatenate(tokens_of(tokenizer)).astype("<u2").tofile(tmp_path / "train.bin")
+    made = convert({"train": tmp_path / "train.bin"}, tokenizer, tmp_path / "set")
+    assert made.text_bytes("train") == sum(len(text.encode()) for text in made_up_texts())
 
 
 def test_the_command_converts(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,0 +1,31 @@
+"""BitLinear for inference, in a model that holds no weights but packed codes of them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmfree_jax.ops.bit_linear import Recipe, rms_norm
+from mmfree_jax.ops.packed import Packed
+from mmfree_jax.ops.ternary import dequantise, quantise_activations, wide
+
+
+class PackedWeights(NamedTuple):
+    """The arrays of G BitLinears with one input in a model that only has their codes: for inference.
+
+    gain: of the RMSNorm before the quantiser, [D] shared by the products, [G, D] one each, None for no norm.
+    """
+
+    codes: tuple[Packed, ...]
+    gain: jax.Array | None = None
+
+    def linear(self, recipe: Recipe, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Apply the layers to one input, as `ops.bit_linear.linear`: [..., D] -> G arrays [..., F] of x's type."""
+        exact, ys = wide(x.dtype), []
+        for g, packed in enumerate(self.codes):
+            u = x.astype(exact)
+            if self.gain is not None:
+                u = rms_norm(u, self.gain if self.gain.ndim == 1 else self.gain[g], recipe.eps)
+            u = dequantise(quantise_activations(u, recipe.bits), x.dtype)
+            ys.append(jnp.matmul(u, dequantise(packed.unpacked(x.shape[-1]), x.dtype)))
+        return tuple(ys)
