@@ -97,7 +97,7 @@ SHORT = 8  # bits of an exponent in an instruction
 VECTOR_FIELDS = {
     "op": 2, "a": 2, "b": 3, "c": 2, "d": 2, "sum": 2, "floating": 1,
     "a_slot": 4, "b_slot": 4, "c_slot": 4, "d_slot": 4,
-    "exponent": -SHORT, "stream_exponent": -SHORT, "count": 16, "depth": 16, "address": 32,
+    "exponent": -SHORT, "stream_exponent": -SHORT, "beats": 16, "groups": 16, "depth": 16, "address": 32,
 }  # fmt: skip
 NORM_FIELDS = {
     "op": 2, "inner": 1, "eps": 17, "eps_exponent": -SHORT, "floor": 17, "floor_exponent": -SHORT,
@@ -218,14 +218,19 @@ class CoreShape:
         return [*(i * narrow for i in range(7)), shared, shared + wide, shared + max(5 * narrow, 2 * wide)]
 
 
-def encode(instruction: Instruction) -> int:
-    """Return an instruction as an integer of `WIDTH` bits."""
+def encode(instruction: Instruction, shape: CoreShape) -> int:
+    """Return an instruction as an integer of `WIDTH` bits, for cores of a shape.
+
+    Counts become numbers of beats and of groups of rows. The address of LOGITS is the number of tokens.
+    """
     if isinstance(instruction, Vector):
-        return _fields(VECTOR_FIELDS, dataclasses.asdict(instruction))
+        values = dataclasses.asdict(instruction)
+        values |= {"beats": shape.beats(instruction.count), "groups": shape.groups(instruction.count)}
+        values |= {"address": instruction.count} if instruction.d == D.LOGITS else {}
+        return _fields(VECTOR_FIELDS, values)
     floats = {name: getattr(instruction, name) for name in ("eps", "floor", "weight")}
-    values = {"op": instruction.op, "inner": instruction.inner}
-    values |= {name: int(x.mantissa) for name, x in floats.items()}
-    values |= {f"{name}_exponent": int(x.exponent) for name, x in floats.items()}
+    values = {"op": instruction.op, "inner": instruction.inner, **{name: x.mantissa for name, x in floats.items()}}
+    values |= {f"{name}_exponent": x.exponent for name, x in floats.items()}
     return _fields(NORM_FIELDS, values)
 
 
