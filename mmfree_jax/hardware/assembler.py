@@ -5,6 +5,7 @@ in the order in which a token needs it: that the memory is read in one sequence 
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mmfree_jax.ops.packed import Packed
 from mmfree_jax.parametrisation import scales
 
 RESIDUAL = -16  # exponent of the residual stream and of the logits: magnitudes up to 32,768
-HALF = 2**15 - 1  # largest 16-bit integer
+LARGEST = 2**15 - 1  # largest 16-bit integer
 LARGEST_CODE = 127
 
 
@@ -37,11 +38,7 @@ def assemble(folder: Path, shape: CoreShape) -> tuple[Program, bytes]:
         f"{shape.glu_width}",
     )
     build = _Builder(shape, config)
-    build.embedding(np.asarray(tensors["embedding"], np.float64))
-    for layer in range(config.depth):
-        build.block(_Layer(tensors, layer, config, facts["layout"]))
-    build.head(tensors, facts["layout"])
-    program = build.program()
+    program = build.model(_Tensors(tensors, config, facts["layout"]))
     for name, limit in (("instructions", shape.instructions), ("loads", shape.loads)):
         used = len(getattr(program, name))
         require(used <= limit, f"the program has {used} {name}, the core {limit}: build one with more")
@@ -69,103 +66,124 @@ def check_model(config: ModelConfig) -> None:
     require(max(config.width, config.glu_width) < 2**16, "the core computes widths up to 65,535")
 
 
-class _Layer:
-    """The tensors of one layer."""
+def skeleton(config: ModelConfig, shape: CoreShape) -> Program:
+    """Return the program of an architecture without its weights: what a token costs does not depend on them.
 
-    def __init__(self, tensors: dict[str, np.ndarray], layer: int, config: ModelConfig, layout: Any):
-        self.tensors, self.layer, self.config, self.layout = tensors, layer, config, layout
-
-    def gain(self, name: str) -> np.ndarray:
-        return np.asarray(self.tensors[f"blocks.{name}.gain"][self.layer], np.float64)
-
-    def floor(self) -> np.ndarray:
-        """Of the forget gate: zero without lower bounds."""
-        if "floors" not in self.tensors:
-            return np.zeros(self.config.width)
-        return np.asarray(self.tensors["floors"][self.layer], np.float64)
-
-    def matrix(self, name: str, group: int = 0) -> tuple[np.ndarray, float]:
-        width = self.config.glu_width if name == "glu.down" else self.config.width
-        return unpack(self.tensors, f"blocks.{name}", (self.layer, group), width, self.layout)
+    Raises ConfigError for models that the core does not compute.
+    """
+    check_model(config)
+    return _Builder(shape, config, keep=False).model(_Zeros(config))
 
 
-def unpack(tensors: dict[str, np.ndarray], name: str, place: tuple[int, int], width: int, layout: Any):
-    """Return a ternary matrix [rows, columns] as codes in {-1, 0, 1}, int8, and its scale."""
-    codes = Packed(jnp.asarray(tensors[f"{name}.codes"][place]), jnp.ones((1, 1)), layout).unpacked(width).codes
-    (scale,) = np.asarray(tensors[f"{name}.scale"][place], np.float64)
-    return np.asarray(codes).T, float(scale)
+class _Tensors:
+    """The tensors of a packed folder, in float64, and its matrices as codes [rows, columns] and a scale."""
+
+    def __init__(self, tensors: dict[str, np.ndarray], config: ModelConfig, layout: Any):
+        self.tensors, self.config, self.layout = tensors, config, layout
+
+    def array(self, name: str, layer: int | None = None) -> np.ndarray:
+        if name == "floors" and name not in self.tensors:
+            return np.zeros(self.config.width)  # without lower bounds
+        found = self.tensors[name]
+        return np.asarray(found if layer is None else found[layer], np.float64)
+
+    def matrix(self, name: str, layer: int = 0, group: int = 0) -> tuple[np.ndarray, float]:
+        width = self.config.glu_width if name == "blocks.glu.down" else self.config.width
+        packed = Packed(jnp.asarray(self.tensors[f"{name}.codes"][layer, group]), jnp.ones((1, 1)), self.layout)
+        (scale,) = np.asarray(self.tensors[f"{name}.scale"][layer, group], np.float64)
+        return np.asarray(packed.unpacked(width).codes).T, float(scale)
+
+
+class _Zeros(_Tensors):
+    """Tensors of the right shapes that take no memory."""
+
+    def __init__(self, config: ModelConfig):
+        D, F, V = config.width, config.glu_width, config.vocab
+        self.shapes = {"embedding": (V, D), "blocks.mixer.gates.gain": (3, D), "blocks.glu.down.gain": (F,)}
+        self.rows = {"blocks.glu.gate_up": F, "head": V}
+        super().__init__({}, config, None)
+
+    def array(self, name: str, layer: int | None = None) -> np.ndarray:
+        return np.broadcast_to(0.0, self.shapes.get(name, (self.config.width,)))
+
+    def matrix(self, name: str, layer: int = 0, group: int = 0) -> tuple[np.ndarray, float]:
+        columns = self.config.glu_width if name == "blocks.glu.down" else self.config.width
+        return np.broadcast_to(np.int8(0), (self.rows.get(name, self.config.width), columns)), 1.0
 
 
 class _Builder:
     """Appends to the program and to the image together, so that both have the same order."""
 
-    def __init__(self, shape: CoreShape, config: ModelConfig):
-        self.shape, self.config = shape, config
+    def __init__(self, shape: CoreShape, config: ModelConfig, keep: bool = True):
+        self.shape, self.config, self.keep = shape, config, keep
+        self.factor = scales(config).residual
         self.instructions: list[Instruction] = []
         self.loads: list[Load] = []
+        self.image: list[bytes] = []
+        self.size = self.begin = 0  # words of the image, and where what no load reads yet begins
         self.state_words = shape.beats(config.width) * 2 * shape.words
-        self.image = [bytes(self.state_words * config.depth * shape.memory_bits // 8)]
-        self.size = self.state_words * config.depth  # words of the image
-        self.begin = self.size  # of what no load reads yet
-        self.layers = 0
 
-    def program(self) -> Program:
+    def model(self, tensors: _Tensors) -> Program:
+        """Compile a whole model."""
+        config = self.config
+        states = self.state_words * config.depth
+        self.append(states, lambda: bytes(states * self.shape.memory_bits // 8))
+        self.begin = self.size
+        self.embedding(tensors)
+        for layer in range(config.depth):
+            self.mixer(tensors, layer)
+            self.channels(tensors, layer)
+        self.head(tensors)
         self.instructions.append(Vector(op=Op.END))
         self.load_rest()
-        config = self.config
-        return Program(
-            self.shape, tuple(self.instructions), tuple(self.loads), config.vocab, config.width, config.depth
-        )
+        lists = tuple(self.instructions), tuple(self.loads)
+        return Program(self.shape, *lists, config.vocab, config.width, config.depth)
 
-    def embedding(self, table_VD: np.ndarray) -> None:
+    def embedding(self, tensors: _Tensors) -> None:
         """One row of the table becomes the residual stream."""
-        integers, exponent = to_integers(table_VD)
-        count, row = self.config.width, self.shape.beats(self.config.width) * self.shape.words
-        padded = np.pad(integers, ((0, 0), (0, self.shape.beats(count) * self.shape.lanes - count)))
-        self.append(padded.astype("<i2").tobytes())
+        table_VD, shape = tensors.array("embedding"), self.shape
+        row = shape.beats(self.config.width) * shape.words
+        exponent = exponent_of(table_VD)
+        padding = (0, 0), (0, shape.beats(self.config.width) * shape.lanes - self.config.width)
+        self.append(row * len(table_VD), lambda: np.pad(to_integers(table_VD, exponent), padding).tobytes())
         self.loads.append(Load(self.begin, row, row))
         self.begin = self.size
-        self.vector(count, Slot.RESIDUAL, A.STREAM, stream_exponent=exponent, exponent=RESIDUAL)
+        self.vector(self.config.width, Slot.RESIDUAL, A.STREAM, stream_exponent=exponent, exponent=RESIDUAL)
 
-    def block(self, layer: _Layer) -> None:
-        """Mixer and channel mixer, as `models.language_model.Block` computes them."""
-        factor = scales(self.config).residual
-        self.mixer(layer, factor)
-        self.channels(layer, factor)
-        self.layers += 1
-
-    def mixer(self, layer: _Layer, factor: float) -> None:
+    def mixer(self, tensors: _Tensors, layer: int) -> None:
+        """The MLGRU (`models.mlgru`): three products of a normed input, the recurrence, the output gate, a product."""
         D_, fixed = self.config.width, {"exponent": ARGUMENT}
         # Two norms follow each other, RMSNorm(RMSNorm(x) * m) * g: the sum of squares of each is a by-product of
         # multiplying by its gain, and NORM takes both into the scale of the product.
-        self.scaled(D_, Slot.NORMED, Slot.RESIDUAL, layer.gain("mixer_norm"), Sum.INNER)
-        gains = layer.gain("mixer.gates")
+        self.scaled(D_, Slot.NORMED, Slot.RESIDUAL, tensors.array("blocks.mixer_norm.gain", layer), Sum.INNER)
+        gains = tensors.array("blocks.mixer.gates.gain", layer)
         for group, slot in enumerate((Slot.CANDIDATE, Slot.FORGET, Slot.OUTPUT)):
-            codes, scale = layer.matrix("mixer.gates", group)
+            codes, scale = tensors.matrix("blocks.mixer.gates", layer, group)
             self.quantised(D_, Slot.SCALED, Slot.NORMED, gains[group], scale)
             self.ternary(codes, d_slot=slot, exponent=ARGUMENT)
         # 1 - F = (1 - floor) * sigmoid(-f), and the candidate silu(i).
-        keep = self.stream(1 - layer.floor())
+        keep = self.stream(1 - tensors.array("floors", layer))
         self.vector(D_, Slot.FORGET, A.STREAM, B.SIGMOID_MINUS, b_slot=Slot.FORGET, stream_exponent=keep, floating=True)
         self.silu(D_, Slot.CANDIDATE, Slot.CANDIDATE)
         # h = h + (1 - F) * (c - h). The state comes from memory and goes back there.
         self.load_rest()
-        state = self.layers * self.state_words
+        state = layer * self.state_words
         self.loads.append(Load(state, self.state_words))
         self.vector(D_, Slot.STATE, c=C.STREAM, **fixed)
         self.vector(D_, Slot.SCALED, A.SLOT, B.MINUS_ONE, C.SLOT, a_slot=Slot.STATE, c_slot=Slot.CANDIDATE, **fixed)
         update = {"a_slot": Slot.SCALED, "b_slot": Slot.FORGET, "c_slot": Slot.STATE}
         self.vector(D_, Slot.STATE, A.SLOT, B.SLOT, C.SLOT, **update, **fixed)
         self.vector(D_, c=C.SLOT, d=D.MEMORY, c_slot=Slot.STATE, address=state, **fixed)
-        self.output_gate(layer)
-        # The norm of the output gate comes before the norm of W_o, as one block's norm does before those of its gates.
-        codes, scale = layer.matrix("mixer.out")
-        self.quantised(D_, Slot.SCALED, Slot.OUTPUT, layer.gain("mixer.out"), scale * factor)
+        self.output_gate(tensors.array("blocks.mixer.gate_norm.gain", layer))
+        # The norm of the output gate comes before the norm of W_o, as the block's norm comes before those of its gates.
+        codes, scale = tensors.matrix("blocks.mixer.out", layer)
+        gain = tensors.array("blocks.mixer.out.gain", layer)
+        self.quantised(D_, Slot.SCALED, Slot.OUTPUT, gain, scale * self.factor)
         self.ternary(codes, c=C.SLOT, exponent=RESIDUAL)
 
-    def output_gate(self, layer: _Layer) -> None:
+    def output_gate(self, gain: np.ndarray) -> None:
         """RMSNorm(g) * silu(h), or the paper's sigmoid(g) * RMSNorm(h); the division by the rms is left to NORM."""
-        D_, gain = self.config.width, layer.gain("mixer.gate_norm")
+        D_ = self.config.width
         if self.config.output_gate == "official":
             self.silu(D_, Slot.NORMED, Slot.STATE)
             self.scaled(D_, Slot.OUTPUT, Slot.OUTPUT, gain, Sum.INNER)
@@ -176,26 +194,29 @@ class _Builder:
         normed = Slot.OUTPUT if kind == B.SLOT else Slot.STATE
         self.vector(D_, Slot.OUTPUT, A.SLOT, kind, a_slot=normed, b_slot=gate, floating=True)
 
-    def channels(self, layer: _Layer, factor: float) -> None:
+    def channels(self, tensors: _Tensors, layer: int) -> None:
+        """The GLU: down(silu(gate) * up)."""
         D_, F_ = self.config.width, self.config.glu_width
-        self.scaled(D_, Slot.NORMED, Slot.RESIDUAL, layer.gain("glu_norm"), Sum.INNER)
+        self.scaled(D_, Slot.NORMED, Slot.RESIDUAL, tensors.array("blocks.glu_norm.gain", layer), Sum.INNER)
         # Gate and up are one tensor to the quantiser: they have the same codes, and the same scale.
-        (gate, scale), (up, _) = (layer.matrix("glu.gate_up", group) for group in (0, 1))
-        self.quantised(D_, Slot.SCALED, Slot.NORMED, layer.gain("glu.gate_up"), scale)
+        (gate, scale), (up, _) = (tensors.matrix("blocks.glu.gate_up", layer, group) for group in (0, 1))
+        self.quantised(D_, Slot.SCALED, Slot.NORMED, tensors.array("blocks.glu.gate_up.gain", layer), scale)
         self.ternary(gate, d_slot=Slot.GATE, exponent=ARGUMENT)
         self.ternary(up, d_slot=Slot.UP, exponent=ARGUMENT)
         self.silu(F_, Slot.GATE, Slot.GATE)
         self.vector(F_, Slot.GATE, A.SLOT, B.SLOT, a_slot=Slot.GATE, b_slot=Slot.UP, floating=True)
-        codes, scale = layer.matrix("glu.down")
-        self.quantised(F_, Slot.UP, Slot.GATE, layer.gain("glu.down"), scale * factor, inner=False)
+        codes, scale = tensors.matrix("blocks.glu.down", layer)
+        gain = tensors.array("blocks.glu.down.gain", layer)
+        self.quantised(F_, Slot.UP, Slot.GATE, gain, scale * self.factor, inner=False)
         self.ternary(codes, c=C.SLOT, exponent=RESIDUAL)
 
-    def head(self, tensors: dict[str, np.ndarray], layout: Any) -> None:
+    def head(self, tensors: _Tensors) -> None:
+        """The last norm, and the logits."""
         D_ = self.config.width
-        codes, scale = unpack(tensors, "head", (0, 0), D_, layout)
-        self.scaled(D_, Slot.NORMED, Slot.RESIDUAL, np.asarray(tensors["norm.gain"], np.float64), Sum.INNER)
-        gain = np.asarray(tensors["head.gain"], np.float64)
-        self.quantised(D_, Slot.SCALED, Slot.NORMED, gain, scale * scales(self.config).logits)
+        codes, scale = tensors.matrix("head")
+        self.scaled(D_, Slot.NORMED, Slot.RESIDUAL, tensors.array("norm.gain"), Sum.INNER)
+        scale *= scales(self.config).logits
+        self.quantised(D_, Slot.SCALED, Slot.NORMED, tensors.array("head.gain"), scale)
         self.ternary(codes, d=D.LOGITS, exponent=RESIDUAL)
 
     def quantised(
@@ -229,25 +250,25 @@ class _Builder:
         self.instructions.append(Vector(Op.VECTOR, a, b, c, d_slot=d_slot, count=count, **fields))
 
     def ternary(self, codes_FK: np.ndarray, **fields: Any) -> None:
-        """A product with a matrix, whose rows lie in groups: word after word the weights of one column."""
+        """A product with a matrix."""
         rows, depth = codes_FK.shape
-        groups = self.shape.groups(rows)
-        padded = np.pad(codes_FK, ((0, groups * self.shape.rows - rows), (0, 0)))
-        words = padded.reshape(groups, self.shape.rows, depth).swapaxes(1, 2).reshape(-1, 4) & 3
-        self.append(np.bitwise_or.reduce(words.astype(np.uint8) << np.arange(0, 8, 2, np.uint8), axis=1).tobytes())
+        self.append(self.shape.groups(rows) * depth, lambda: matrix_bytes(codes_FK, self.shape.rows))
         operands = {"a": A.ACCUMULATORS, "b": B.SCALE}
         self.instructions.append(Vector(Op.TERNARY, **operands, **fields, count=rows, depth=depth))
 
     def stream(self, values: np.ndarray) -> int:
         """Append a vector as 16-bit integers and return their exponent."""
-        integers, exponent = to_integers(values)
-        padding = self.shape.beats(len(values)) * self.shape.lanes - len(values)
-        self.append(np.pad(integers, (0, padding)).astype("<i2").tobytes())
+        beats, exponent = self.shape.beats(len(values)), exponent_of(values)
+        padding = 0, beats * self.shape.lanes - len(values)
+        self.append(beats * self.shape.words, lambda: np.pad(to_integers(values, exponent), padding).tobytes())
         return exponent
 
-    def append(self, data: bytes) -> None:
-        self.image.append(data)
-        self.size += len(data) * 8 // self.shape.memory_bits
+    def append(self, words: int, make: Callable[[], bytes]) -> None:
+        """Append words to the image."""
+        self.size += words
+        if self.keep:
+            self.image.append(make())
+            assert len(self.image[-1]) * 8 == words * self.shape.memory_bits
 
     def load_rest(self) -> None:
         """Load all that has been appended since the last load."""
@@ -256,8 +277,23 @@ class _Builder:
         self.begin = self.size
 
 
-def to_integers(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return values as 16-bit integers and their common exponent: the smallest with which all fit."""
+def matrix_bytes(codes_FK: np.ndarray, together: int) -> bytes:
+    """Lay a ternary matrix out in groups of rows: word after word the weights of one column, two bits each.
+
+    A weight's bits are its two's complement: 0, 1, or 3 for -1. The last group is filled up with zeros.
+    """
+    rows, depth = codes_FK.shape
+    padded = np.pad(codes_FK, ((0, -rows % together), (0, 0)))
+    four = padded.reshape(-1, together, depth).swapaxes(1, 2).reshape(-1, 4).astype(np.uint8) & 3
+    return np.bitwise_or.reduce(four << np.arange(0, 8, 2, np.uint8), axis=1).tobytes()
+
+
+def exponent_of(values: np.ndarray) -> int:
+    """Return the smallest exponent with which all values are 16-bit integers."""
     largest = float(np.abs(values).max())
-    exponent = math.ceil(math.log2(largest / HALF)) if largest > 0 else 0
-    return np.round(np.ldexp(values, -exponent)).astype(np.int64), exponent
+    return math.ceil(math.log2(largest / LARGEST)) if largest > 0 else 0
+
+
+def to_integers(values: np.ndarray, exponent: int) -> np.ndarray:
+    """Round values to 16-bit integers of an exponent."""
+    return np.round(np.ldexp(values, -exponent)).astype("<i2")

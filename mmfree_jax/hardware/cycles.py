@@ -1,0 +1,112 @@
+"""The cycle model: how long a core takes for a token, without simulating it.
+
+It follows the program instruction by instruction. What an instruction takes beside its beats are stages of pipelines,
+read off the units; words from memory are counted as a level in the reader's queue, which fills at the memory's rate and
+is never above what the queue holds. tests/hardware/test_cycles.py compares it with simulation.
+"""
+
+import dataclasses
+
+from mmfree_jax.hardware.instructions import A, B, C, CoreShape, D, Norm, Op, Program, Vector, reads, words_read
+
+# Cycles from a beat's place in the sequence to the end of its instruction (core/vector.py), without the tree of lanes.
+TAIL = 2 + 9 + 2
+# From the start of NORM until 127 / maximum is there, and the scale of the product; more of them after another norm.
+QUANTISER, SCALE, INNER = 31, 102, 12
+SUMS = 4  # from a group's last word until its sums can be taken
+WRITER_BEATS, WRITER_LATENCY = 16, 14  # beats that the writer holds; from a beat's issue until its first word leaves
+REQUEST = 5  # cycles of a request in the reader and its queue
+START = 3  # from a token's start until its first request
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryModel:
+    """A memory that answers after `latency` cycles and gives `rate` words a cycle, at most 1."""
+
+    latency: int = 20
+    rate: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycles:
+    """Cycles of a token: in all, and for products; and the least cycles in which their weights can be read."""
+
+    total: float
+    products: float
+    bound: float
+
+
+def token_cycles(program: Program, memory: MemoryModel = MemoryModel()) -> Cycles:
+    """Predict the cycles of a token, and of its products."""
+    run = _Run(program.shape, memory)
+    products = bound = 0.0
+    for instruction in program.instructions:
+        begin = run.time
+        run.execute(instruction)
+        if isinstance(instruction, Vector) and instruction.op == Op.TERNARY:
+            products += run.time - begin
+            bound += instruction.count * instruction.depth / program.shape.rows / memory.rate
+    return Cycles(run.time, products, bound)
+
+
+class _Run:
+    """The time, and the words that wait in the queue."""
+
+    def __init__(self, shape: CoreShape, memory: MemoryModel):
+        self.shape, self.memory = shape, memory
+        # No more than the queue's words are on their way or waiting.
+        self.rate = min(memory.rate, shape.queue / (memory.latency + REQUEST))
+        self.time, self.level = 1.0, 0.0
+        self.first_word = START + REQUEST + memory.latency
+        self.quantiser = self.scale = 0.0  # when they are ready
+        self.writer = 0.0  # when the writer is idle
+        self.tail = TAIL + (shape.lanes - 1).bit_length()
+
+    def execute(self, i) -> None:
+        """Advance the time to the end of an instruction."""
+        if isinstance(i, Norm):
+            self.pass_(max(2, self.scale - self.time + 1))
+            self.quantiser = self.time - 1 + QUANTISER
+            self.scale = self.time - 1 + SCALE + (INNER if i.inner else 0)
+        elif i.op == Op.END:
+            self.pass_(max(2, self.writer - self.time + 1))
+        elif i.op == Op.TERNARY:
+            self.ternary(i)
+        else:
+            self.vector(i)
+
+    def pass_(self, cycles: float, words: int = 0) -> None:
+        """Let time pass, at least so many cycles, and as many as the memory needs for the words."""
+        if words:
+            cycles = max(cycles, self.first_word - self.time + words / self.rate, (words - self.level) / self.rate)
+            if self.time < self.first_word:
+                self.level = 0.0
+        self.level = min(self.shape.queue, max(0.0, self.level + self.rate * cycles - words))
+        self.time += cycles
+
+    def vector(self, i: Vector) -> None:
+        beats, words = self.shape.beats(i.count), words_read(i, self.shape)
+        wait = max(0.0, self.quantiser - self.time - 1) if i.b == B.RECIPROCAL else 0.0
+        last = beats + (words - beats + 1 if words else 0)  # cycles until the last beat begins
+        if i.d == D.MEMORY:
+            size = 2 * self.shape.words
+            if beats > WRITER_BEATS:
+                last = max(last, WRITER_LATENCY + size * (beats - WRITER_BEATS) + 1)
+            self.writer = self.time + 2 + max(last, size * (beats - 1)) + WRITER_LATENCY + size
+        self.pass_(wait + 2, 0)
+        self.pass_(last, words)
+        self.pass_(self.tail + 1)
+
+    def ternary(self, i: Vector) -> None:
+        shape = self.shape
+        groups, leave = shape.groups(i.count), shape.rows // shape.lanes
+        beats_of_last = shape.beats(i.count) - (groups - 1) * leave
+        begin = self.time
+        self.pass_(2)
+        self.pass_(i.depth, i.depth)  # the first group, whose sums wait for the scale
+        self.pass_(max(0.0, self.scale - self.time - SUMS + 1))
+        period = max(i.depth, leave + SUMS)
+        if groups > 1:
+            self.pass_((groups - 1) * period, (groups - 1) * i.depth)
+        self.pass_(SUMS + beats_of_last - 1 + self.tail + 1)
+        assert self.time > begin
