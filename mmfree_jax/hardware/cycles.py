@@ -9,12 +9,13 @@ import dataclasses
 
 from mmfree_jax.hardware.instructions import A, B, C, CoreShape, D, Norm, Op, Program, Vector, reads, words_read
 
-# Cycles from a beat's place in the sequence to the end of its instruction (core/vector.py), without the tree of lanes.
-TAIL = 2 + 9 + 2
+# The vector unit is built with these stages: from an address to a lane's inputs, through the lane, from there to the
+# maximum of each lane.
+READ_STAGES, LANE_STAGES, REDUCE_STAGES = 2, 10, 2
 # From the start of NORM until 127 / maximum is there, and the scale of the product; more of them after another norm.
 QUANTISER, SCALE, INNER = 31, 102, 12
 SUMS = 4  # from a group's last word until its sums can be taken
-WRITER_BEATS, WRITER_LATENCY = 16, 14  # beats that the writer holds; from a beat's issue until its first word leaves
+WRITER_BEATS, WRITER_LATENCY = 16, READ_STAGES + LANE_STAGES + 3  # beats that the writer holds; from a beat's issue until its first word leaves
 REQUEST = 5  # cycles of a request in the reader and its queue
 START = 3  # from a token's start until its first request
 
@@ -60,7 +61,7 @@ class _Run:
         self.first_word = START + REQUEST + memory.latency
         self.quantiser = self.scale = 0.0  # when they are ready
         self.writer = 0.0  # when the writer is idle
-        self.tail = TAIL + (shape.lanes - 1).bit_length()
+        self.tail = READ_STAGES + LANE_STAGES + REDUCE_STAGES + (shape.lanes - 1).bit_length()
 
     def execute(self, i) -> None:
         """Advance the time to the end of an instruction."""

@@ -1,4 +1,4 @@
-"""One lane of the vector unit: d = c + a * b on one element a cycle, in nine stages."""
+"""One lane of the vector unit: d = c + a * b on one element a cycle, in ten stages."""
 
 from amaranth.hdl import Module, Mux, Shape, Signal, signed, unsigned
 from amaranth.lib.memory import Memory
@@ -7,8 +7,7 @@ from amaranth.lib.wiring import Component, In, Out
 from mmfree_jax.hardware import arithmetic as fixed
 from mmfree_jax.hardware.instructions import B
 
-STAGES = 9  # from inputs to d
-SQUARE_STAGE = 6  # from inputs to the square of a
+SQUARE_STAGE = 7  # from inputs to the square of a; `cycles.LANE_STAGES` lead to d
 SHIFT_BITS = 6
 
 
@@ -59,30 +58,30 @@ class Lane(Component):
         magnitude1 = register(Mux(magnitude > largest, largest, magnitude)[: largest.bit_length()])
         negative1 = register(Mux(self.b_kind == B.SIGMOID_MINUS, self.b > 0, self.b < 0))
 
-        # Stages 2 to 5: the sigmoid of minus the magnitude lies on a line of the table; that of plus is its complement.
-        start2, slope2 = self._table(m, magnitude1[fixed.FRACTION + 4 :])
-        fall3 = register(slope2 * register(magnitude1[4 : fixed.FRACTION + 4]))
-        small4 = register(register(start2) - (fall3 >> fixed.FRACTION))
-        complement = 2**-fixed.SIGMOID - small4
+        # Stages 2 to 6: the sigmoid of minus the magnitude lies on a line of the table; that of plus is its complement.
+        start3, slope3 = (register(value) for value in self._table(m, magnitude1[fixed.FRACTION + 4 :]))
+        fall4 = register(slope3 * register(magnitude1[4 : fixed.FRACTION + 4], 2))
+        small5 = register(register(start3) - (fall4 >> fixed.FRACTION))
+        complement = 2**-fixed.SIGMOID - small5
         most = 2 ** (fixed.OPERAND - 1) - 1
-        sigmoid = Mux(register(negative1, 3), small4, Mux(complement > most, most, complement))
+        sigmoid = Mux(register(negative1, 4), small5, Mux(complement > most, most, complement))
 
-        b4, b5 = register(b1, 3), Signal(signed(fixed.OPERAND))
+        b5, b6 = register(b1, 4), Signal(signed(fixed.OPERAND))
         with m.Switch(self.b_kind):
             with m.Case(B.SLOT, B.STREAM):
-                m.d.sync += b5.eq(b4)
+                m.d.sync += b6.eq(b5)
             with m.Case(B.SIGMOID, B.SIGMOID_MINUS):
-                m.d.sync += b5.eq(sigmoid)
+                m.d.sync += b6.eq(sigmoid)
             with m.Default():
-                m.d.sync += b5.eq(self.scalar)
-        a5 = register(a1, 4)
+                m.d.sync += b6.eq(self.scalar)
+        a6 = register(a1, 5)
 
-        # Stages 6 to 9: multiply, shift, round and add, saturate.
-        product6 = register(a5 * b5)
-        m.d.comb += self.square.eq(register(a5 * a5))
-        shifted7 = register((product6 << 1) >> self.shift)
-        sum8 = register(((shifted7 + 1) >> 1) + register(self.c, 7))
-        m.d.sync += self.d.eq(saturate(sum8, fixed.WORD))
+        # Stages 7 to 10: multiply, shift, round and add, saturate.
+        product7 = register(a6 * b6)
+        m.d.comb += self.square.eq(register(a6 * a6))
+        shifted8 = register((product7 << 1) >> self.shift)
+        sum9 = register(((shifted8 + 1) >> 1) + register(self.c, 8))
+        m.d.sync += self.d.eq(saturate(sum9, fixed.WORD))
         return m
 
     def _table(self, m: Module, line):

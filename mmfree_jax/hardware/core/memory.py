@@ -42,19 +42,21 @@ class Reader(Component):
             write.en.eq((self.program_write & self.program_address[15]) << self.program_address[:2]),
         ]
         index, address, words = Signal(range(shape.loads + 1)), Signal(ADDRESS), Signal(32)
-        offset, requested, take = Signal(ADDRESS), Signal(), Signal()
+        offset, requested, take, step, token = Signal(ADDRESS), Signal(), Signal(), Signal(TOKEN), Signal(TOKEN)
         due = Signal(range(shape.queue + 1))  # words that have been requested and not taken
         base, count, stride = (port.data.word_select(n, 32) for n in range(LOAD_WORDS))
         m.d.comb += port.addr.eq(index)
         with m.FSM():
             with m.State("IDLE"), m.If(self.start):
-                m.d.sync += index.eq(0)
+                m.d.sync += [index.eq(0), token.eq(self.token)]
                 m.next = "FETCH"
             with m.State("FETCH"):
+                m.next = "LOAD"
+            with m.State("LOAD"):
+                m.d.sync += [address.eq(base), words.eq(count), step.eq(stride), index.eq(index + 1)]
                 m.next = "OFFSET"
             with m.State("OFFSET"):
-                m.d.sync += [offset.eq(stride[:TOKEN] * self.token), index.eq(index + 1)]
-                m.d.sync += [address.eq(base), words.eq(count)]
+                m.d.sync += offset.eq(step * token)
                 m.next = "ADD"
             with m.State("ADD"):
                 m.d.sync += address.eq(address + offset)
@@ -66,7 +68,7 @@ class Reader(Component):
                 with m.If(requested):
                     m.d.sync += [address.eq(address + 1), words.eq(words - 1)]
                     with m.If(words == 1):
-                        m.next = "OFFSET"  # the next load has been fetched meanwhile
+                        m.next = "LOAD"  # the next load has been fetched meanwhile
 
         m.d.sync += due.eq(due + requested - take)
         m.d.comb += [

@@ -5,10 +5,10 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Component, In, Out
 
 from mmfree_jax.hardware import arithmetic as fixed
-from mmfree_jax.hardware.core.lane import SHIFT_BITS, SQUARE_STAGE, STAGES, Lane
+from mmfree_jax.hardware.core.lane import SHIFT_BITS, SQUARE_STAGE, Lane
+from mmfree_jax.hardware.cycles import LANE_STAGES, READ_STAGES, REDUCE_STAGES
 from mmfree_jax.hardware.instructions import A, B, C, CoreShape, D
 
-READ = 2  # cycles from an address to the lane's inputs
 SQUARES = 50  # bits of a sum of squares
 COUNT = 16  # bits of a number of beats
 
@@ -88,9 +88,9 @@ class VectorUnit(Component):
             squares.append(unit.square)
 
         # What arrives, so many cycles after its issue; the last beat of the instruction carries a mark.
-        arrived = self._delay(m, issue, READ + STAGES)
-        squared = self._delay(m, issue, READ + SQUARE_STAGE)
-        ended = self._delay(m, issue & last, READ + STAGES)
+        arrived = self._delay(m, issue, READ_STAGES + LANE_STAGES)
+        squared = self._delay(m, issue, READ_STAGES + SQUARE_STAGE)
+        ended = self._delay(m, issue & last, READ_STAGES + LANE_STAGES)
         m.d.comb += [
             self.result.eq(Cat(*results)),
             self.codes.eq(Cat(*(self._code(d) for d in results))),
@@ -156,9 +156,5 @@ class VectorUnit(Component):
             sums.append(total)
         largest, levels = tree(m, maxima, lambda x, y: Mux(x > y, x, y))
         square, _ = tree(m, sums, lambda x, y: (x + y)[:SQUARES])
-        m.d.comb += [self.largest.eq(largest), self.square.eq(square), self.done.eq(self._delay(m, ended, 2 + levels))]
+        m.d.comb += [self.largest.eq(largest), self.square.eq(square), self.done.eq(self._delay(m, ended, REDUCE_STAGES + levels))]
 
-
-def cycles_after_last_beat(shape: CoreShape) -> int:
-    """Cycles from the issue of the last beat until `done`."""
-    return READ + STAGES + 2 + (shape.lanes - 1).bit_length()
