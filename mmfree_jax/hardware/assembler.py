@@ -172,8 +172,7 @@ class _Builder:
         self.vector(D_, Slot.STATE, c=C.STREAM, **fixed)
         self.vector(D_, Slot.SCALED, A.SLOT, B.MINUS_ONE, C.SLOT, a_slot=Slot.STATE, c_slot=Slot.CANDIDATE, **fixed)
         update = {"a_slot": Slot.SCALED, "b_slot": Slot.FORGET, "c_slot": Slot.STATE}
-        self.vector(D_, Slot.STATE, A.SLOT, B.SLOT, C.SLOT, **update, **fixed)
-        self.vector(D_, c=C.SLOT, d=D.MEMORY, c_slot=Slot.STATE, address=state, **fixed)
+        self.vector(D_, Slot.STATE, A.SLOT, B.SLOT, C.SLOT, d=D.MEMORY, address=state, **update, **fixed)
         self.output_gate(tensors.array("blocks.mixer.gate_norm.gain", layer))
         # The norm of the output gate comes before the norm of W_o, as the block's norm comes before those of its gates.
         codes, scale = tensors.matrix("blocks.mixer.out", layer)

@@ -10,7 +10,7 @@ in which the instructions consume it, so that reading runs ahead of computing; t
     TERNARY  d = c + SCALE * (W codes), W being streamed from memory: a VECTOR instruction whose a is the accumulators.
     END      the token is done.
 
-Loading a vector is VECTOR with a stream as c, storing one is VECTOR with memory as d.
+A vector is loaded by VECTOR with a stream as c, and stored by VECTOR with memory as d.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class C(enum.IntEnum):
 
 
 class D(enum.IntEnum):
-    """Where results go: a slot; the 8-bit codes that TERNARY multiplies; out of the core; memory."""
+    """Where results go: a slot; the 8-bit codes that TERNARY multiplies; out of the core; a slot and memory too."""
 
     SLOT = 0
     CODES = 1
@@ -136,7 +136,7 @@ class Vector:
         b = name(self.b, self.b_slot)
         if self.b in (B.SIGMOID, B.SIGMOID_MINUS):
             b = f"sigmoid({'-' * (self.b == B.SIGMOID_MINUS)}{self.b_slot.name})"
-        d = name(self.d, self.d_slot) + (f"[{self.address}]" if self.d == D.MEMORY else "")
+        d = f"{self.d_slot.name}, MEMORY[{self.address}]" if self.d == D.MEMORY else name(self.d, self.d_slot)
         terms = ([] if self.c == C.ZERO else [c]) + ([] if self.a == A.ZERO else [f"{a} * {b}"])
         size = f"{self.count} x {self.depth}" if self.op == Op.TERNARY else f"{self.count}"
         scale = "own exponent" if self.floating else f"2^{self.exponent}"

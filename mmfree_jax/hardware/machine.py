@@ -75,12 +75,11 @@ class Machine:
         if i.sum:
             self.sums[i.sum] = fixed.to_float((a * a).sum(axis=1, keepdims=True), 2 * a_exponent)
         match i.d:
-            case D.SLOT:
+            case D.SLOT | D.MEMORY:
                 self.slots[i.d_slot] = Block(d, result, fixed.operand_shift(largest))
+                self.stored |= {i.address: d} if i.d == D.MEMORY else {}
             case D.CODES:
                 self.codes = np.clip(d, -(2 ** (fixed.CODE - 1)), 2 ** (fixed.CODE - 1) - 1)
-            case D.MEMORY:
-                self.stored[i.address] = d
         return d
 
     def _a(self, i: Vector, read: np.ndarray) -> tuple[Integers, Integers]:

@@ -126,7 +126,7 @@ class Sequencer(Component):
             m.d.comb += getattr(self, name).exponent.eq(getattr(norm, f"{name}_exponent"))
 
     def _exponents(self, m: Module) -> tuple[Signal, Signal]:
-        """Exponents of a and of d, a cycle after the instruction; a cycle later the shift between a * b and d is set."""
+        """Exponents of a, a cycle after the instruction, and of d; two cycles later the shift from a * b to d is set."""
         i = self.i
         a_exponent, b_exponent = Signal(signed(EXPONENT)), Signal(signed(EXPONENT))
         a_shift, b_shift = self.shifts[i.a_slot], self.shifts[i.b_slot]
@@ -152,11 +152,11 @@ class Sequencer(Component):
             with m.Case(B.SCALE):
                 m.d.sync += [b_exponent.eq(self.scale.exponent), self.scalar.eq(self.scale.mantissa)]
         product, result, shift = (Signal(signed(EXPONENT + 1)) for _ in range(3))
-        m.d.comb += product.eq(a_exponent + b_exponent)
-        m.d.comb += result.eq(Mux(i.floating, product + fixed.BLOCK_SHIFT, i.exponent))
-        m.d.comb += shift.eq(result - product)
-        largest = fixed.LARGEST_SHIFT
-        m.d.sync += self.shift.eq(Mux(shift < 0, 0, Mux(shift > largest, largest, shift)))
+        m.d.sync += product.eq(a_exponent + b_exponent)
+        m.d.sync += result.eq(Mux(i.floating, product + fixed.BLOCK_SHIFT, i.exponent))
+        m.d.comb += shift.eq(Mux(i.floating, fixed.BLOCK_SHIFT, i.exponent - product))
+        low, high = shift[: len(self.shift)], shift[len(self.shift) :]
+        m.d.sync += self.shift.eq(Mux(shift < 0, 0, low | high.any().replicate(len(low))))
         return a_exponent, result
 
     def _dispatch(self, m: Module, counter: Signal, word: Signal, norm: Signal) -> None:
@@ -195,7 +195,7 @@ class Sequencer(Component):
         for bit in range(len(surplus)):
             with m.If(surplus[bit]):
                 m.d.comb += shift.eq(bit + 1)
-        with m.If(i.d == D.SLOT):
+        with m.If((i.d == D.SLOT) | (i.d == D.MEMORY)):
             m.d.sync += [self.exponents[i.d_slot].eq(result), self.shifts[i.d_slot].eq(shift)]
         m.d.sync += [self.maximum.value.eq(self.largest), self.maximum.exponent.eq(result)]
         for kind, register in ((Sum.INNER, self.inner_square), (Sum.OUTER, self.outer_square)):

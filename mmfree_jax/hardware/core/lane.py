@@ -1,6 +1,6 @@
 """One lane of the vector unit: d = c + a * b on one element a cycle, in ten stages."""
 
-from amaranth.hdl import Module, Mux, Shape, Signal, signed, unsigned
+from amaranth.hdl import Cat, Module, Mux, Shape, Signal, signed, unsigned
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Component, In, Out
 
@@ -13,14 +13,21 @@ SHIFT_BITS = 6
 
 def clip(value, bits: int):
     """Clip a signed value to so many bits, the most negative number included."""
-    top = 2 ** (bits - 1) - 1
-    return Mux(value > top, top, Mux(value < ~top, ~top, value))
+    # A value fits if its upper bits are all like its sign: two wide gates, where comparing would be two subtractions.
+    upper, sign = value[bits - 1 :], value[-1]
+    return Mux(upper.all() | ~upper.any(), value[:bits], Cat((~sign).replicate(bits - 1), sign)).as_signed()
 
 
 def saturate(value, bits: int):
     """Clip a signed value to symmetric integers of so many bits."""
-    top = 2 ** (bits - 1) - 1
-    return Mux(value > top, top, Mux(value < -top, -top, value))
+    clipped = clip(value, bits)
+    lowest = clipped[-1] & ~clipped[:-1].any()
+    return Cat(clipped[0] | lowest, clipped[1:]).as_signed()
+
+
+def add(x, y, carry):
+    """Add signed values and a bit with one adder: the bit, added to itself below the others, carries."""
+    return (Cat(carry, x).as_signed() + Cat(carry, y).as_signed()) >> 1
 
 
 class Lane(Component):
@@ -51,20 +58,18 @@ class Lane(Component):
             return value
 
         # Stage 1: operands of the multiplier, and the magnitude of a sigmoid's argument.
-        a1 = register(clip(self.a >> self.a_shift, fixed.OPERAND)[: fixed.OPERAND].as_signed())
-        b1 = register(clip(self.b >> self.b_shift, fixed.OPERAND)[: fixed.OPERAND].as_signed())
-        largest = fixed.TABLE_RANGE * 2**-fixed.ARGUMENT - 1
+        a1 = register(clip(self.a >> self.a_shift, fixed.OPERAND))
+        b1 = register(clip(self.b >> self.b_shift, fixed.OPERAND))
+        bits = (fixed.TABLE_RANGE * 2**-fixed.ARGUMENT - 1).bit_length()
         magnitude = Mux(self.b < 0, -self.b, self.b)
-        magnitude1 = register(Mux(magnitude > largest, largest, magnitude)[: largest.bit_length()])
+        magnitude1 = register(magnitude[:bits] | magnitude[bits:].any().replicate(bits))
         negative1 = register(Mux(self.b_kind == B.SIGMOID_MINUS, self.b > 0, self.b < 0))
 
         # Stages 2 to 6: the sigmoid of minus the magnitude lies on a line of the table; that of plus is its complement.
         start3, slope3 = (register(value) for value in self._table(m, magnitude1[fixed.FRACTION + 4 :]))
         fall4 = register(slope3 * register(magnitude1[4 : fixed.FRACTION + 4], 2))
         small5 = register(register(start3) - (fall4 >> fixed.FRACTION))
-        complement = 2**-fixed.SIGMOID - small5
-        most = 2 ** (fixed.OPERAND - 1) - 1
-        sigmoid = Mux(register(negative1, 4), small5, Mux(complement > most, most, complement))
+        sigmoid = Mux(register(negative1, 4), small5, clip(2**-fixed.SIGMOID - small5, fixed.OPERAND))
 
         b5, b6 = register(b1, 4), Signal(signed(fixed.OPERAND))
         with m.Switch(self.b_kind):
@@ -80,7 +85,7 @@ class Lane(Component):
         product7 = register(a6 * b6)
         m.d.comb += self.square.eq(register(a6 * a6))
         shifted8 = register((product7 << 1) >> self.shift)
-        sum9 = register(((shifted8 + 1) >> 1) + register(self.c, 8))
+        sum9 = register(add(shifted8[1:].as_signed(), register(self.c, 8), carry=shifted8[0]))
         m.d.sync += self.d.eq(saturate(sum9, fixed.WORD))
         return m
 

@@ -5,6 +5,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Component, In, Out
 
 from mmfree_jax.hardware.arithmetic import CODE
+from mmfree_jax.hardware.core.lane import add
 from mmfree_jax.hardware.instructions import CoreShape
 
 SUM = 24  # bits that a sum leaves with
@@ -66,9 +67,10 @@ class TernaryUnit(Component):
         for row, total in enumerate(sums):
             nonzero, negative = word2[2 * row], word2[2 * row + 1]
             before = Mux(first2, 0, total)
-            code = Mux(nonzero, code2, 0)
+            # Minus the code is its complement plus 1.
+            code = (Mux(nonzero, code2, 0)[:CODE] ^ negative.replicate(CODE)).as_signed()
             with m.If(valid2):
-                m.d.sync += total.eq(Mux(negative, before - code, before + code))
+                m.d.sync += total.eq(add(before, code, carry=negative))
 
         # The finished sums leave, `lanes` at a time.
         leaving = [Signal(signed(bits), name=f"leaving{row}") for row in range(rows)]

@@ -5,7 +5,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Component, In, Out
 
 from mmfree_jax.hardware import arithmetic as fixed
-from mmfree_jax.hardware.core.lane import SHIFT_BITS, SQUARE_STAGE, Lane
+from mmfree_jax.hardware.core.lane import SHIFT_BITS, SQUARE_STAGE, Lane, clip
 from mmfree_jax.hardware.cycles import LANE_STAGES, READ_STAGES, REDUCE_STAGES
 from mmfree_jax.hardware.instructions import A, B, C, CoreShape, D
 
@@ -93,10 +93,10 @@ class VectorUnit(Component):
         ended = self._delay(m, issue & last, READ_STAGES + LANE_STAGES)
         m.d.comb += [
             self.result.eq(Cat(*results)),
-            self.codes.eq(Cat(*(self._code(d) for d in results))),
+            self.codes.eq(Cat(*(clip(d, fixed.CODE) for d in results))),
             write.addr.eq(self.d_base + self.result_index),
             write.data.eq(self.result),
-            write.en.eq(arrived & (self.d_kind == D.SLOT)),
+            write.en.eq(arrived & ((self.d_kind == D.SLOT) | stores)),
             self.codes_valid.eq(arrived & (self.d_kind == D.CODES)),
             self.logits_valid.eq(arrived & (self.d_kind == D.LOGITS)),
             self.store_valid.eq(arrived & stores),
@@ -129,10 +129,6 @@ class VectorUnit(Component):
         m.d.sync += [unit.a.eq(a), unit.b.eq(b), unit.c.eq(c)]
         for name in ("b_kind", "a_shift", "b_shift", "scalar", "shift"):
             m.d.comb += getattr(unit, name).eq(getattr(self, name))
-
-    def _code(self, d):
-        most = 2 ** (fixed.CODE - 1) - 1
-        return Mux(d > most, most, Mux(d < ~most, ~most, d))[: fixed.CODE]
 
     def _delay(self, m: Module, bit, cycles: int) -> Signal:
         bits = Signal(cycles)
