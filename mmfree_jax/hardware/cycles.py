@@ -16,8 +16,8 @@ READ_STAGES, LANE_STAGES, REDUCE_STAGES = 2, 10, 2
 QUANTISER, SCALE, INNER = 31, 102, 12
 SUMS = 4  # from a group's last word until its sums can be taken
 WRITER_BEATS, WRITER_LATENCY = 16, READ_STAGES + LANE_STAGES + 3  # beats that the writer holds; from a beat's issue until its first word leaves
-REQUEST = 5  # cycles of a request in the reader and its queue
-START = 3  # from a token's start until its first request
+REQUEST = 3  # cycles of a request in the reader and its queue
+START = 5  # from a token's start until its first request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,11 @@ class _Run:
 
     def __init__(self, shape: CoreShape, memory: MemoryModel):
         self.shape, self.memory = shape, memory
-        # No more than the queue's words are on their way or waiting.
-        self.rate = min(memory.rate, shape.queue / (memory.latency + REQUEST))
+        # No more than the queue's words are on their way or waiting. A full queue has to request anew, and what it
+        # requests arrives later: of a long stream so many words are missing.
+        delay = memory.latency + REQUEST
+        self.rate = min(memory.rate, shape.queue / delay)
+        self.capacity = shape.queue - self.rate * delay
         self.time, self.level = 1.0, 0.0
         self.first_word = START + REQUEST + memory.latency
         self.quantiser = self.scale = 0.0  # when they are ready
@@ -79,10 +82,12 @@ class _Run:
     def pass_(self, cycles: float, words: int = 0) -> None:
         """Let time pass, at least so many cycles, and as many as the memory needs for the words."""
         if words:
-            cycles = max(cycles, self.first_word - self.time + words / self.rate, (words - self.level) / self.rate)
+            waiting = self.shape.queue if self.level == self.capacity else self.level
+            missing = (words - self.level) / self.rate if words > waiting else 0.0
+            cycles = max(cycles, self.first_word - self.time + words / self.rate, missing)
             if self.time < self.first_word:
                 self.level = 0.0
-        self.level = min(self.shape.queue, max(0.0, self.level + self.rate * cycles - words))
+        self.level = min(self.capacity, max(0.0, self.level + self.rate * cycles - words))
         self.time += cycles
 
     def vector(self, i: Vector) -> None:
@@ -99,15 +104,16 @@ class _Run:
         self.pass_(self.tail + 1)
 
     def ternary(self, i: Vector) -> None:
-        shape = self.shape
+        """A group's last word comes `last` cycles after the start; its sums leave while the next group is read."""
+        shape, depth = self.shape, i.depth
         groups, leave = shape.groups(i.count), shape.rows // shape.lanes
-        beats_of_last = shape.beats(i.count) - (groups - 1) * leave
-        begin = self.time
         self.pass_(2)
-        self.pass_(i.depth, i.depth)  # the first group, whose sums wait for the scale
-        self.pass_(max(0.0, self.scale - self.time - SUMS + 1))
-        period = max(i.depth, leave + SUMS)
+        start = self.time - 1
+        # The first sums wait for the scale; the last word of a group waits until the sums before it have left.
+        last = start + depth
+        leaving = max(last + SUMS, max(start + 1, self.scale) + 1)
         if groups > 1:
-            self.pass_((groups - 1) * period, (groups - 1) * i.depth)
-        self.pass_(SUMS + beats_of_last - 1 + self.tail + 1)
-        assert self.time > begin
+            last = max(last + depth, leaving + leave) + (groups - 2) * max(depth, leave + SUMS)
+            leaving = last + SUMS
+        self.pass_(last - start, groups * depth)
+        self.pass_(leaving - last + shape.beats(i.count) - (groups - 1) * leave - 1 + self.tail + 1)

@@ -1,6 +1,6 @@
 """The ternary unit: products of a matrix in {-1, 0, 1}, streamed from memory, with a vector of 8-bit codes."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, signed, unsigned
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Component, In, Out
 
@@ -59,8 +59,9 @@ class TernaryUnit(Component):
         word1, lane1, valid1, first1, last1 = (Signal.like(s) for s in (self.word, lane, take, take, take))
         word2, code2, valid2, first2, last2 = Signal.like(word1), Signal(signed(CODE)), Signal(), Signal(), Signal()
         last3 = Signal()
+        choices = Array(port.data.word_select(n, CODE).as_signed() for n in range(lanes))
         m.d.sync += [word1.eq(self.word), lane1.eq(lane), valid1.eq(take), first1.eq(column == 0), last1.eq(take & last)]
-        m.d.sync += [word2.eq(word1), code2.eq(port.data.word_select(lane1, CODE)), valid2.eq(valid1)]
+        m.d.sync += [word2.eq(word1), code2.eq(choices[lane1]), valid2.eq(valid1)]
         m.d.sync += [first2.eq(first1), last2.eq(last1), last3.eq(last2)]
         bits = (self.columns * 2 ** (CODE - 1)).bit_length() + 1
         sums = [Signal(signed(bits), name=f"sum{row}") for row in range(rows)]
