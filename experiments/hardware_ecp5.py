@@ -1,0 +1,58 @@
+"""What does the FPGA core take of a Lattice ECP5? `python -m experiments.hardware_ecp5` (needs the extra `hardware`).
+
+Each core is synthesised with Yosys, placed and routed with nextpnr on an LFE5U-85F of the slowest speed grade, aimed at
+100 MHz: results/hardware_ecp5.csv has its LUTs, flip-flops, block RAMs, multipliers and the clock it reaches. Then the
+cycle model gives tokens a second of each model at that clock, in results/hardware_speed.csv: the clock is that of the
+placed core, although a core for a wider model needs more block RAM than an ECP5 has from 1.3b on.
+
+The cores are one of 8 bits, as the paper's, for its block of d = 512; one of 32 bits for the same; and one of 64 bits for
+the width of matmul-free-370m. About ten minutes on an idle CPU, mostly of the last.
+"""
+
+import argparse
+import csv
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from mmfree_jax.hardware.instructions import CoreShape
+from mmfree_jax.hardware.report import core_rows
+from mmfree_jax.hardware.synthesis import Placed, place
+
+CORES = (
+    CoreShape(8, 1, 512, 1536),
+    CoreShape(32, 4, 512, 1536),
+    CoreShape(64, 8, 1024, 2816, instructions=1024),
+)
+
+
+def main() -> None:
+    """Write both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--cores", type=int, nargs="*", default=range(len(CORES)), help="which of them")
+    chosen = parser.parse_args()
+    placed: list[Placed] = []
+    for index in chosen.cores:
+        with tempfile.TemporaryDirectory() as folder:
+            placed.append(place(CORES[index], Path(folder)))
+        print(placed[-1], flush=True)
+    write(chosen.out / "hardware_ecp5.csv", [dataclasses.asdict(one) for one in placed])
+    speed = []
+    for one in placed:
+        for row in core_rows(one.memory_bits, one.lanes, one.mhz):
+            figures = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()}
+            speed.append({"memory_bits": one.memory_bits, "lanes": one.lanes, "mhz": one.mhz, **figures})
+    write(chosen.out / "hardware_speed.csv", speed)
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Write a table."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
