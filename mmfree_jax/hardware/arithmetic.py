@@ -107,7 +107,7 @@ def constant(value: float) -> Float:
     """Return the nearest float of a positive number."""
     fraction, exponent = np.frexp(value)
     mantissa = round(float(fraction) * 2**MANTISSA)
-    return to_float(np.int64(mantissa), int(exponent) - MANTISSA)
+    return to_float(np.array(mantissa), int(exponent) - MANTISSA)
 
 
 def value(x: Float) -> np.ndarray:

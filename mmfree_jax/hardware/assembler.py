@@ -14,7 +14,21 @@ import numpy as np
 
 from mmfree_jax.config import ModelConfig, require
 from mmfree_jax.hardware.arithmetic import ARGUMENT, constant
-from mmfree_jax.hardware.instructions import A, B, C, CoreShape, D, Instruction, Load, Norm, Op, Program, Slot, Sum, Vector
+from mmfree_jax.hardware.instructions import (
+    A,
+    B,
+    C,
+    CoreShape,
+    D,
+    Instruction,
+    Load,
+    Norm,
+    Op,
+    Program,
+    Slot,
+    Sum,
+    Vector,
+)
 from mmfree_jax.inference.packed import read_packed
 from mmfree_jax.ops.packed import Packed
 from mmfree_jax.parametrisation import scales
@@ -143,7 +157,7 @@ class _Builder:
         """One row of the table becomes the residual stream."""
         table_VD, shape = tensors.array("embedding"), self.shape
         row = shape.beats(self.config.width) * shape.words
-        exponent = exponent_of(table_VD)
+        exponent = exponent_of(table_VD) if self.keep else 0
         padding = (0, 0), (0, shape.beats(self.config.width) * shape.lanes - self.config.width)
         self.append(row * len(table_VD), lambda: np.pad(to_integers(table_VD, exponent), padding).tobytes())
         self.loads.append(Load(self.begin, row, row))
@@ -152,7 +166,7 @@ class _Builder:
 
     def mixer(self, tensors: _Tensors, layer: int) -> None:
         """The MLGRU (`models.mlgru`): three products of a normed input, the recurrence, the output gate, a product."""
-        D_, fixed = self.config.width, {"exponent": ARGUMENT}
+        D_ = self.config.width
         # Two norms follow each other, RMSNorm(RMSNorm(x) * m) * g: the sum of squares of each is a by-product of
         # multiplying by its gain, and NORM takes both into the scale of the product.
         self.scaled(D_, Slot.NORMED, Slot.RESIDUAL, tensors.array("blocks.mixer_norm.gain", layer), Sum.INNER)
@@ -169,10 +183,12 @@ class _Builder:
         self.load_rest()
         state = layer * self.state_words
         self.loads.append(Load(state, self.state_words))
-        self.vector(D_, Slot.STATE, c=C.STREAM, **fixed)
-        self.vector(D_, Slot.SCALED, A.SLOT, B.MINUS_ONE, C.SLOT, a_slot=Slot.STATE, c_slot=Slot.CANDIDATE, **fixed)
-        update = {"a_slot": Slot.SCALED, "b_slot": Slot.FORGET, "c_slot": Slot.STATE}
-        self.vector(D_, Slot.STATE, A.SLOT, B.SLOT, C.SLOT, d=D.MEMORY, address=state, **update, **fixed)
+        self.vector(D_, Slot.STATE, c=C.STREAM, exponent=ARGUMENT)
+        self.vector(
+            D_, Slot.SCALED, A.SLOT, B.MINUS_ONE, C.SLOT, a_slot=Slot.STATE, c_slot=Slot.CANDIDATE, exponent=ARGUMENT
+        )
+        update: dict[str, Any] = {"a_slot": Slot.SCALED, "b_slot": Slot.FORGET, "c_slot": Slot.STATE}
+        self.vector(D_, Slot.STATE, A.SLOT, B.SLOT, C.SLOT, d=D.MEMORY, address=state, exponent=ARGUMENT, **update)
         self.output_gate(tensors.array("blocks.mixer.gate_norm.gain", layer))
         # The norm of the output gate comes before the norm of W_o, as the block's norm comes before those of its gates.
         codes, scale = tensors.matrix("blocks.mixer.out", layer)
@@ -236,9 +252,7 @@ class _Builder:
     def scaled(self, count: int, slot: Slot, source: Slot, gain: np.ndarray, square: Sum) -> None:
         """Multiply by a gain from memory, and sum the squares of what is multiplied."""
         exponent = self.stream(gain)
-        self.vector(
-            count, slot, A.SLOT, B.STREAM, a_slot=source, stream_exponent=exponent, sum=square, floating=True
-        )
+        self.vector(count, slot, A.SLOT, B.STREAM, a_slot=source, stream_exponent=exponent, sum=square, floating=True)
 
     def silu(self, count: int, slot: Slot, source: Slot) -> None:
         self.vector(count, slot, A.SLOT, B.SIGMOID, a_slot=source, b_slot=source, exponent=ARGUMENT)
@@ -252,8 +266,7 @@ class _Builder:
         """A product with a matrix."""
         rows, depth = codes_FK.shape
         self.append(self.shape.groups(rows) * depth, lambda: matrix_bytes(codes_FK, self.shape.rows))
-        operands = {"a": A.ACCUMULATORS, "b": B.SCALE}
-        self.instructions.append(Vector(Op.TERNARY, **operands, **fields, count=rows, depth=depth))
+        self.instructions.append(Vector(Op.TERNARY, A.ACCUMULATORS, B.SCALE, count=rows, depth=depth, **fields))
 
     def stream(self, values: np.ndarray) -> int:
         """Append a vector as 16-bit integers and return their exponent."""
@@ -284,7 +297,7 @@ def matrix_bytes(codes_FK: np.ndarray, together: int) -> bytes:
     rows, depth = codes_FK.shape
     padded = np.pad(codes_FK, ((0, -rows % together), (0, 0)))
     four = padded.reshape(-1, together, depth).swapaxes(1, 2).reshape(-1, 4).astype(np.uint8) & 3
-    return np.bitwise_or.reduce(four << np.arange(0, 8, 2, np.uint8), axis=1).tobytes()
+    return np.bitwise_or.reduce(four << np.array([0, 2, 4, 6], np.uint8), axis=1).tobytes()
 
 
 def exponent_of(values: np.ndarray) -> int:

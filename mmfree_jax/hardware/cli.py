@@ -14,7 +14,7 @@ from mmfree_jax.config import ConfigError, ModelConfig, require
 from mmfree_jax.hardware import report
 from mmfree_jax.hardware.assembler import assemble
 from mmfree_jax.hardware.cycles import MemoryModel, token_cycles
-from mmfree_jax.hardware.instructions import CoreShape, Program
+from mmfree_jax.hardware.instructions import Program
 from mmfree_jax.hardware.machine import Machine
 from mmfree_jax.inference.packed import TOKENIZER, read_packed
 from mmfree_jax.output import program as program_name
@@ -110,12 +110,14 @@ def build(arguments: list[str]) -> int:
     (chosen.out / "program.txt").write_text(str(program), encoding="utf-8")
     (chosen.out / "program.hex").write_text("".join(f"{a:04x} {w:08x}\n" for a, w in words), encoding="utf-8")
     facts = {"core": dataclasses.asdict(program.shape), "vocab": program.vocab, "layers": program.depth}
-    print(f"{verilog}: {program.shape.rows} ternary weights a cycle, {program.shape.lanes} lanes; {len(image):,} bytes of memory")
+    sizes = f"{program.shape.rows} ternary weights a cycle, {program.shape.lanes} lanes"
+    print(f"{verilog}: {sizes}; {len(image):,} bytes of memory")
     if chosen.device:
         with tempfile.TemporaryDirectory() as folder:
             placed = synthesis.place(program.shape, Path(folder), chosen.device)
         facts["placed"] = dataclasses.asdict(placed)
-        print(f"ECP5 {placed.device}: {placed.luts} LUTs, {placed.block_rams} block RAMs, {placed.multipliers} multipliers, {placed.mhz} MHz")
+        cells = f"{placed.luts} LUTs, {placed.block_rams} block RAMs, {placed.multipliers} multipliers"
+        print(f"ECP5 {placed.device}: {cells}, {placed.mhz} MHz")
     (chosen.out / "core.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return 0
 

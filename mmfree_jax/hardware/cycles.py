@@ -7,7 +7,7 @@ is never above what the queue holds. tests/hardware/test_cycles.py compares it w
 
 import dataclasses
 
-from mmfree_jax.hardware.instructions import A, B, C, CoreShape, D, Norm, Op, Program, Vector, reads, words_read
+from mmfree_jax.hardware.instructions import B, CoreShape, D, Norm, Op, Program, Vector, words_read
 
 # The vector unit is built with these stages: from an address to a lane's inputs, through the lane, from there to the
 # maximum of each lane.
@@ -15,7 +15,10 @@ READ_STAGES, LANE_STAGES, REDUCE_STAGES = 2, 10, 2
 # From the start of NORM until 127 / maximum is there, and the scale of the product; more of them after another norm.
 QUANTISER, SCALE, INNER = 31, 102, 12
 SUMS = 4  # from a group's last word until its sums can be taken
-WRITER_BEATS, WRITER_LATENCY = 16, READ_STAGES + LANE_STAGES + 3  # beats that the writer holds; from a beat's issue until its first word leaves
+WRITER_BEATS, WRITER_LATENCY = (
+    16,
+    READ_STAGES + LANE_STAGES + 3,
+)  # beats that the writer holds; from a beat's issue until its first word leaves
 REQUEST = 3  # cycles of a request in the reader and its queue
 START = 5  # from a token's start until its first request
 
@@ -28,6 +31,9 @@ class MemoryModel:
     rate: float = 1.0
 
 
+ANSWERS = MemoryModel()
+
+
 @dataclasses.dataclass(frozen=True)
 class Cycles:
     """Cycles of a token: in all, and for products; and the least cycles in which their weights can be read."""
@@ -37,7 +43,7 @@ class Cycles:
     bound: float
 
 
-def token_cycles(program: Program, memory: MemoryModel = MemoryModel()) -> Cycles:
+def token_cycles(program: Program, memory: MemoryModel = ANSWERS) -> Cycles:
     """Predict the cycles of a token, and of its products."""
     run = _Run(program.shape, memory)
     products = bound = 0.0

@@ -257,8 +257,8 @@ class Program:
     depth: int  # layers
 
     def __str__(self) -> str:
-        loads = [f"{'LOAD':<8}{load.words:>12}  words at {load.address}{f' + {load.stride} * token' * (load.stride > 0)}"
-                 for load in self.loads]  # fmt: skip
+        stride = lambda load: f" + {load.stride} * token" if load.stride else ""
+        loads = [f"LOAD    {load.words:>12}  words at {load.address}{stride(load)}" for load in self.loads]
         return "\n".join([*loads, *map(str, self.instructions)]) + "\n"
 
 
@@ -296,6 +296,6 @@ def words_read(instruction: Instruction, shape: CoreShape) -> int:
         return shape.groups(instruction.count) * instruction.depth
     if instruction.c == C.STREAM:
         return 2 * shape.words * shape.beats(instruction.count)
-    if A.STREAM == instruction.a or B.STREAM == instruction.b:
+    if instruction.a == A.STREAM or instruction.b == B.STREAM:
         return shape.words * shape.beats(instruction.count)
     return 0

@@ -12,8 +12,8 @@ from mmfree_jax.hardware import arithmetic as fixed
 from mmfree_jax.hardware.arithmetic import Float, Integers
 from mmfree_jax.hardware.instructions import A, B, C, D, Norm, Op, Program, Read, Slot, Sum, Vector, reads
 
-ONE = Float(np.int64(2**16), np.int64(-16))
-MINUS_ONE = Float(np.int64(-(2**16)), np.int64(-16))
+ONE = Float(np.array(2**16), np.array(-16))
+MINUS_ONE = Float(np.array(-(2**16)), np.array(-16))
 LARGEST_CODE = fixed.constant(127)
 
 
@@ -122,7 +122,9 @@ class Machine:
         """What an instruction reads from memory, decoded: integers [R or 1, n], or the codes of a matrix [K, F]."""
         read = self.reads[index]
         if read.stride:
-            return np.concatenate([self._decode(i, read._replace(address=read.address + t * read.stride)) for t in tokens])
+            return np.concatenate(
+                [self._decode(i, read._replace(address=read.address + t * read.stride)) for t in tokens]
+            )
         if i.c == C.STREAM and read.address in self.stored:
             return self.stored[read.address]
         if index not in self.constants:
@@ -134,7 +136,7 @@ class Machine:
         size = shape.memory_bits // 8
         data = self.image[read.address * size : (read.address + read.words) * size]
         if i.op == Op.TERNARY:
-            pairs = (data[:, None] >> np.arange(0, 8, 2, np.uint8)) & 3
+            pairs = (data[:, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
             codes = pairs.astype(np.int8) - 4 * (pairs >> 1).astype(np.int8)
             groups = codes.reshape(-1, i.depth, shape.rows).swapaxes(1, 2)
             return groups.reshape(-1, i.depth)[: i.count].T.astype(np.float32)

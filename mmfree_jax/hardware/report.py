@@ -5,15 +5,15 @@ from collections.abc import Iterator
 
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.hardware.assembler import skeleton
-from mmfree_jax.hardware.cycles import Cycles, MemoryModel, token_cycles
+from mmfree_jax.hardware.cycles import ANSWERS, Cycles, MemoryModel, token_cycles
 from mmfree_jax.hardware.instructions import CoreShape, D, Program, Vector, words_read
 from mmfree_jax.presets import model_preset
 
 MODELS = ("tiny", "370m", "1.3b", "2.7b")
 
-# Energy of operations in 45 nm CMOS, in pJ: 32 bits from DRAM and from a small SRAM, a 32-bit addition and
-# multiplication (Han et al. 2016, arXiv 1602.01528, table I, after Horowitz, ISSCC 2014). Logic of an FPGA takes 14 times
-# the dynamic energy of standard cells (Kuon & Rose 2007, IEEE TCAD 26(2), table IV).
+# Energy of operations in 45 nm CMOS, in pJ: a bit from DRAM, 32 bits from a small SRAM, a 32-bit addition and
+# multiplication (Han et al. 2016, arXiv 1602.01528, table I, after Horowitz, ISSCC 2014). Logic of an FPGA takes 14
+# times the dynamic energy of standard cells (Kuon & Rose 2007, IEEE TCAD 26(2)).
 DRAM_BIT, SRAM_WORD, ADD, MULTIPLY = 640 / 32, 5.0, 0.1, 3.1
 FPGA = 14
 
@@ -28,13 +28,13 @@ def fitting(config: ModelConfig, memory_bits: int, lanes: int = 0) -> CoreShape:
     return CoreShape(memory_bits, lanes or max(1, memory_bits // 8), config.width, config.glu_width)
 
 
-def block_cycles(config: ModelConfig, shape: CoreShape, memory: MemoryModel = MemoryModel()) -> Cycles:
+def block_cycles(config: ModelConfig, shape: CoreShape, memory: MemoryModel = ANSWERS) -> Cycles:
     """Predict the cycles of one block: what a second layer adds to a token."""
     one, two = (token_cycles(skeleton(dataclasses.replace(config, depth=n), shape), memory) for n in (1, 2))
     return Cycles(*(b - a for a, b in zip(dataclasses.astuple(one), dataclasses.astuple(two), strict=True)))
 
 
-def model_cycles(config: ModelConfig, shape: CoreShape, memory: MemoryModel = MemoryModel()) -> Cycles:
+def model_cycles(config: ModelConfig, shape: CoreShape, memory: MemoryModel = ANSWERS) -> Cycles:
     """Predict the cycles of a token of a whole model: one layer, and as many more blocks."""
     one = token_cycles(skeleton(dataclasses.replace(config, depth=1), shape), memory)
     block = block_cycles(config, shape, memory)
@@ -93,13 +93,14 @@ PUBLISHED = (
            "arXiv 2406.02528, section 5: 43 ms with 8 bits a cycle"),
     Design("TerEffic, on chip", "370m", 16_300, W_370M, 1.6, 0, 16_300 / 455, "arXiv 2502.16473v2"),
     Design("TerEffic, HBM", "2.7b", 727, W_2_7B, 1.6, 0, 46, "arXiv 2502.16473v2; bandwidth not in its abstract"),
-    Design("TeLLMe v2, KV260", "BitNet", 25, 0, 1.6, 19.2, 5, "Qiao et al. 2025, TeLLMe v2; that board has DDR4-2400 of 64 bits"),
+    Design("TeLLMe v2, KV260", "BitNet", 25, 0, 1.6, 19.2, 5,
+           "Qiao et al. 2025, TeLLMe v2; that board has DDR4-2400 of 64 bits"),
     Design("matmulfree_KRIA, K26", "370m, products only", 16e9 / (W_370M / 4), W_370M, 2, 16, 0,
            "github.com/aebarthyi/matmulfree_KRIA: 512 bits at 250 MHz, the bound of its memory"),
 )  # fmt: skip
 
 
-def core_rows(memory_bits: int, lanes: int, mhz: float, memory: MemoryModel = MemoryModel()) -> Iterator[dict]:
+def core_rows(memory_bits: int, lanes: int, mhz: float, memory: MemoryModel = ANSWERS) -> Iterator[dict]:
     """Yield what a core gives for each model, and for the paper's block."""
     for name in ("block d=512", *MODELS):
         block = name.startswith("block")
@@ -122,7 +123,7 @@ def core_rows(memory_bits: int, lanes: int, mhz: float, memory: MemoryModel = Me
         }
 
 
-def core_table(memory_bits: int, lanes: int, mhz: float, memory: MemoryModel = MemoryModel()) -> list[str]:
+def core_table(memory_bits: int, lanes: int, mhz: float, memory: MemoryModel = ANSWERS) -> list[str]:
     """Return `core_rows` as a table in Markdown."""
     lines = [
         "| model | cycles | block / memory bound | products at | per s | per s per GB/s | mJ memory | mJ logic |",

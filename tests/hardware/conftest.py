@@ -28,10 +28,10 @@ def trained(token_set, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=CORES)
-def simulation(request, tmp_path_factory) -> tuple[str, Path]:
-    """A core, by name, and its simulation."""
+@pytest.fixture(scope="session")
+def simulation(tmp_path_factory) -> Path:
+    """The simulation of a core of three lanes."""
     pytest.importorskip("amaranth", reason="needs the extra `hardware`")
     if not any(map(shutil.which, COMPILERS)):
         pytest.skip("needs a C++ compiler")
-    return request.param, build_simulation(CORES[request.param], tmp_path_factory.mktemp("simulation"))
+    return build_simulation(CORES["three lanes"], tmp_path_factory.mktemp("simulation"))

@@ -1,6 +1,7 @@
 """What the assembler makes of packed folders: the image, the program, and its refusals."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_the_image_is_read_from_its_embedding_to_its_end(tmp_path):
     states, embedding, rest = 2 * 13 * 4, 101 * 13 * 2, covered[2:]
     assert covered[:2] == [(0, 52), (52, 104)]
     assert rest[0][0] == states + embedding
-    assert all(a[1] == b[0] for a, b in zip(rest, rest[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(rest))
     assert rest[-1][1] == len(image) // 3
 
 

@@ -38,7 +38,7 @@ def decode(word: int, fields: dict[str, int]) -> dict[str, int]:
 def test_instructions_fit_their_words():
     for fields in (VECTOR_FIELDS, NORM_FIELDS):
         assert sum(abs(bits) for bits in fields.values()) <= WIDTH
-        assert list(fields)[0] == "op"
+        assert next(iter(fields)) == "op"
 
 
 def test_every_field_of_a_product_is_encoded():

@@ -40,7 +40,13 @@ def test_a_lane_computes_the_specification(kind):
     results, squares = [], []
 
     async def bench(ctx):
-        for name, value in {"b_kind": kind, "a_shift": a_shift, "b_shift": b_shift, "scalar": scalar, "shift": shift}.items():
+        for name, value in {
+            "b_kind": kind,
+            "a_shift": a_shift,
+            "b_shift": b_shift,
+            "scalar": scalar,
+            "shift": shift,
+        }.items():
             ctx.set(getattr(unit, name), value)
         for step in range(count + LANE_STAGES):
             if step < count:
@@ -82,7 +88,14 @@ def test_every_shift_of_a_lane_rounds_and_saturates_alike(shift):
     assert results[LANE_STAGES - 1 :][:count] == expected.tolist()
 
 
-NORMS = [(2**31 - 1, 2**49, 2**47), (1, 1, 0), (0, 0, 0), (12345, 2**40 + 7, 3), (2**16, 2**32, 2**20), (2**20 - 1, 77, 9)]
+NORMS = [
+    (2**31 - 1, 2**49, 2**47),
+    (1, 1, 0),
+    (0, 0, 0),
+    (12345, 2**40 + 7, 3),
+    (2**16, 2**32, 2**20),
+    (2**20 - 1, 77, 9),
+]
 
 
 @pytest.mark.parametrize("inner", [True, False])
@@ -113,9 +126,7 @@ def test_the_norm_unit_computes_the_specification_in_the_stated_time(inner):
                     break
                 await ctx.tick()
             assert ready == {"quantiser": QUANTISER, "scale": SCALE + INNER * inner}
-            maximum, outer, before = (
-                fixed.to_float(np.int64(v), e) for v, e in zip(case, exponent, strict=True)
-            )
+            maximum, outer, before = (fixed.to_float(np.int64(v), e) for v, e in zip(case, exponent, strict=True))
             reciprocal = fixed.multiply(fixed.reciprocal(maximum), fixed.constant(127))
             assert ctx.get(unit.reciprocal.mantissa) == reciprocal.mantissa
             assert reciprocal.mantissa == 0 or ctx.get(unit.reciprocal.exponent) == reciprocal.exponent
@@ -135,7 +146,11 @@ def test_the_ternary_unit_computes_products_of_any_size(rows, columns):
     matrix = np.pad(rng.integers(-1, 2, (rows, columns)), ((0, padded - rows), (0, 0)))
     codes = rng.integers(-128, 128, columns)
     codes[0] = -128
-    words = [sum(int(w & 3) << 2 * r for r, w in enumerate(column)) for group in np.split(matrix, groups) for column in group.T]
+    words = [
+        sum(int(w & 3) << 2 * r for r, w in enumerate(column))
+        for group in np.split(matrix, groups)
+        for column in group.T
+    ]
     found = []
 
     async def bench(ctx):
@@ -290,7 +305,12 @@ def test_the_reader_requests_its_loads_in_order_and_never_too_many():
             ctx.set(unit.beats_take, 0)
 
     simulate(unit, bench)
-    expected = [a for token in (0, 6) for base, n, stride in loads for a in range(base + stride * token, base + stride * token + n)]
+    expected = [
+        a
+        for token in (0, 6)
+        for base, n, stride in loads
+        for a in range(base + stride * token, base + stride * token + n)
+    ]
     assert requests == expected
     assert taken == [address & 0xFFFFFF for address in expected]
 
@@ -313,7 +333,9 @@ def test_the_chooser_takes_the_first_largest_of_the_tokens_that_exist(lanes):
             ctx.set(unit.start, 0)
             ctx.set(unit.logits_valid, 1)
             for index in range(0, len(padded), lanes):
-                ctx.set(unit.logits, sum((v & 0xFFFFFFFF) << 32 * n for n, v in enumerate(padded[index : index + lanes])))
+                ctx.set(
+                    unit.logits, sum((v & 0xFFFFFFFF) << 32 * n for n, v in enumerate(padded[index : index + lanes]))
+                )
                 ctx.set(unit.index, index // lanes)
                 await ctx.tick()
             ctx.set(unit.logits_valid, 0)

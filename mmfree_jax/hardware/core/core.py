@@ -126,7 +126,7 @@ class Sequencer(Component):
             m.d.comb += getattr(self, name).exponent.eq(getattr(norm, f"{name}_exponent"))
 
     def _exponents(self, m: Module) -> tuple[Signal, Signal]:
-        """Exponents of a, a cycle after the instruction, and of d; two cycles later the shift from a * b to d is set."""
+        """Exponents of a, a cycle after the instruction, and of d; two cycles later the shift to d is set."""
         i = self.i
         a_exponent, b_exponent = Signal(signed(EXPONENT)), Signal(signed(EXPONENT))
         a_shift, b_shift = self.shifts[i.a_slot], self.shifts[i.b_slot]
@@ -162,10 +162,9 @@ class Sequencer(Component):
     def _dispatch(self, m: Module, counter: Signal, word: Signal, norm: Signal) -> None:
         """Begin an instruction, once what it needs is there."""
         with m.Switch(self.i.op):
-            with m.Case(Op.VECTOR):
-                # A quantiser waits for the norm unit, which then goes on to the scale of the product.
-                with m.If((self.i.b != B.RECIPROCAL) | self.quantiser_ready):
-                    self._begin(m)
+            # A quantiser waits for the norm unit, which then goes on to the scale of the product.
+            with m.Case(Op.VECTOR), m.If((self.i.b != B.RECIPROCAL) | self.quantiser_ready):
+                self._begin(m)
             with m.Case(Op.TERNARY):
                 m.d.comb += self.ternary_start.eq(1)
                 m.next = "WAIT FOR SCALE"
@@ -178,7 +177,7 @@ class Sequencer(Component):
                 m.next = "IDLE"
 
     def _begin(self, m: Module) -> None:
-        """Start the vector unit and what it works with. Shifts and factors follow before the first element needs them."""
+        """Start the vector unit and what it works with. Shifts follow before the first element needs them."""
         i = self.i
         m.d.comb += [
             self.vector_start.eq(1),
@@ -270,10 +269,7 @@ WIRES: dict[str, tuple[str, ...]] = {
     "sequencer.idle": ("core.idle",),
     "core.start": ("sequencer.start", "reader.start"),
     "core.token": ("reader.token",),
-    **{
-        f"core.{name}": (f"sequencer.{name}", f"reader.{name}")
-        for name in ("program_address", "program_data")
-    },
+    **{f"core.{name}": (f"sequencer.{name}", f"reader.{name}") for name in ("program_address", "program_data")},
     "core.program_write": ("sequencer.program_write", "reader.program_write"),
     **{f"core.{name}": (f"reader.{name}",) for name in ("read_ready", "data_valid", "data")},
     **{f"reader.{name}": (f"core.{name}",) for name in ("read_valid", "read_address")},

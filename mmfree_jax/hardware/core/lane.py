@@ -36,16 +36,13 @@ class Lane(Component):
     The settings a_shift to shift stay the same while elements are on the way. `scalar` is b where no vector is.
     """
 
-    a: In(signed(fixed.WORD))
-    b: In(signed(fixed.WORD))
-    c: In(signed(fixed.WORD))
-    b_kind: In(B)
-    a_shift: In(4)
-    b_shift: In(4)
-    scalar: In(signed(fixed.OPERAND))
-    shift: In(SHIFT_BITS)
-    d: Out(signed(fixed.WORD))
-    square: Out(2 * fixed.OPERAND)
+    def __init__(self):
+        word = signed(fixed.WORD)
+        super().__init__({
+            "a": In(word), "b": In(word), "c": In(word), "b_kind": In(B), "a_shift": In(4), "b_shift": In(4),
+            "scalar": In(signed(fixed.OPERAND)), "shift": In(SHIFT_BITS),
+            "d": Out(word), "square": Out(2 * fixed.OPERAND),
+        })  # fmt: skip
 
     def elaborate(self, platform):
         m = Module()

@@ -26,18 +26,12 @@ class NormUnit(Component):
     runs, and have to stay as they are.
     """
 
-    start: In(1)
-    inner: In(1)
-    eps: In(SHORT_FLOAT)
-    floor: In(SHORT_FLOAT)
-    weight: In(SHORT_FLOAT)
-    maximum: In(INTEGER)
-    inner_square: In(INTEGER)
-    outer_square: In(INTEGER)
-    reciprocal: Out(FLOAT)
-    scale: Out(FLOAT)
-    quantiser_ready: Out(1)
-    ready: Out(1, init=1)
+    def __init__(self):
+        super().__init__({
+            "start": In(1), "inner": In(1), "eps": In(SHORT_FLOAT), "floor": In(SHORT_FLOAT), "weight": In(SHORT_FLOAT),
+            "maximum": In(INTEGER), "inner_square": In(INTEGER), "outer_square": In(INTEGER),
+            "reciprocal": Out(FLOAT), "scale": Out(FLOAT), "quantiser_ready": Out(1), "ready": Out(1, init=1),
+        })  # fmt: skip
 
     def elaborate(self, platform):
         m = Module()

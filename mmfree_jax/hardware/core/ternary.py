@@ -60,7 +60,13 @@ class TernaryUnit(Component):
         word2, code2, valid2, first2, last2 = Signal.like(word1), Signal(signed(CODE)), Signal(), Signal(), Signal()
         last3 = Signal()
         choices = Array(port.data.word_select(n, CODE).as_signed() for n in range(lanes))
-        m.d.sync += [word1.eq(self.word), lane1.eq(lane), valid1.eq(take), first1.eq(column == 0), last1.eq(take & last)]
+        m.d.sync += [
+            word1.eq(self.word),
+            lane1.eq(lane),
+            valid1.eq(take),
+            first1.eq(column == 0),
+            last1.eq(take & last),
+        ]
         m.d.sync += [word2.eq(word1), code2.eq(choices[lane1]), valid2.eq(valid1)]
         m.d.sync += [first2.eq(first1), last2.eq(last1), last3.eq(last2)]
         bits = (self.columns * 2 ** (CODE - 1)).bit_length() + 1

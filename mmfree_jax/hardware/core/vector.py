@@ -1,4 +1,4 @@
-"""The vector unit: vectors on the chip, lanes that compute with them, and the maximum and sum of squares of a vector."""
+"""The vector unit: vectors on the chip, lanes that compute with them, maxima and sums of squares."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib.memory import Memory
@@ -17,7 +17,10 @@ def tree(m: Module, values: list, combine) -> tuple[Signal, int]:
     """Combine values in pairs, a register after each level. Returns the result and the levels."""
     levels = 0
     while len(values) > 1:
-        values = [*(combine(x, y) for x, y in zip(values[::2], values[1::2], strict=False)), *values[len(values) & ~1 :]]
+        values = [
+            *(combine(x, y) for x, y in zip(values[::2], values[1::2], strict=False)),
+            *values[len(values) & ~1 :],
+        ]
         registers = [Signal(unsigned(len(value))) for value in values]
         m.d.sync += [register.eq(value) for register, value in zip(registers, values, strict=True)]
         values, levels = registers, levels + 1
@@ -152,5 +155,8 @@ class VectorUnit(Component):
             sums.append(total)
         largest, levels = tree(m, maxima, lambda x, y: Mux(x > y, x, y))
         square, _ = tree(m, sums, lambda x, y: (x + y)[:SQUARES])
-        m.d.comb += [self.largest.eq(largest), self.square.eq(square), self.done.eq(self._delay(m, ended, REDUCE_STAGES + levels))]
-
+        m.d.comb += [
+            self.largest.eq(largest),
+            self.square.eq(square),
+            self.done.eq(self._delay(m, ended, REDUCE_STAGES + levels)),
+        ]
