@@ -1,32 +1,40 @@
 """Which runs would decide, and what a ladder would show before any of it is trained.
 
-The spread of the difference of two frontiers at a target compute is that of the ensemble itself: parameters and misfit
-are jointly normal once the laws are linear, with the noise and misfit that the table's own ensemble found (medians), so
-that a plan and a comparison of the same table agree. A criterion that trusted the law would put everything on two far
-ends; with a misfit it pays for runs between them and towards the target (c-optimal design: Elfving 1952). Both families
-get the same grid, and each pays for it what its own runs cost per parameter and token.
+A plan compares thousands of ladders, so it needs a formula. The spread of the difference of two frontiers at a target
+compute is that of the ensemble itself: parameters and misfit are jointly normal once the laws are linear, with the
+noise and misfit that the table's own ensemble found (medians), so that a plan and a comparison of the same table agree.
+A criterion that trusted the law would put everything on two far ends; with a misfit it pays for runs between them and
+towards the target (c-optimal design: Elfving 1952). Both families get the same grid, and each pays for it what its own
+runs cost per parameter and token.
+
+The power of one ladder is found by simulation instead. Each draw of the ensemble is a possible truth with its own
+noise, misfit and ties; the ladder's losses are drawn from it and analysed as a table would be. A formula with one
+spread states too much: the interval of the ladder to come is known no better than the misfit is, and a pilot whose
+interval came out narrow by luck would promise a power of 0.99 where 0.83 is found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from scipy.special import ndtr
 
+from scaling.ensemble.answers import interval
 from scaling.ensemble.discrepancy import CELL, RUN, TRUNK, Nearness, Points
 from scaling.ensemble.ensemble import Ensemble
 from scaling.ensemble.frontier import Cost
 from scaling.ensemble.posterior import shared_sd
 from scaling.ensemble.rows import place
 from scaling.fitting.fit import MIN_SIZES
-from scaling.tables.runs import ScalingError
+from scaling.tables.runs import Runs, ScalingError
 
 DECAY_SHARE = 0.2  # steps of a decay off a trunk, relative to its budget
 BYTES_PER_PARAMETER = 16.0  # weights, gradient and two AdamW moments in 4 bytes each
 IDLE = 0.05  # trunks are left out while that costs less than so much of what the plan gains
 TWO_SIDED = 1.959964  # standard deviations of a 95 % interval
+SIMULATIONS, SIMULATED_DRAWS = 40, 400  # ladders by which a power is found, and the draws that analyse each
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ class Plan:
 @dataclass(frozen=True)
 class Power:
     """Chance that the 95 % interval of the difference at `target` FLOP excludes zero with the right sign, for true
-    differences; at zero, the chance that it excludes zero at all. sd: of the difference, in `unit`."""
+    differences; at zero, the chance that it excludes zero at all. sd: of the difference, in `unit`, in the middle of
+    the `simulations`."""
 
     target: float
     sd: float
@@ -87,10 +96,12 @@ class Power:
     chances: tuple[float, ...]
     at_zero: float
     unit: str
+    simulations: int
 
     def lines(self) -> list[str]:
         """The result as text."""
-        out = [f"sd of the difference at {self.target:.1e} FLOP: {self.sd:.3g} {self.unit}"]
+        found = f"sd of the difference at {self.target:.1e} FLOP: {self.sd:.2g} {self.unit}"
+        out = [f"{found} (median of {self.simulations} simulated ladders)"]
         for difference, p in zip(self.differences, self.chances, strict=True):
             out.append(f"  if it is {difference:.3g}: P(the 95 % interval excludes zero with the right sign) = {p:.2f}")
         return [*out, f"  if it is zero: P(the interval excludes zero) = {self.at_zero:.2f}"]
@@ -106,6 +117,8 @@ class Pool:
         n, ratio = np.array(cells).reshape(-1, 2).T
         log_n = np.concatenate([np.log(e.runs["N"][:own]), np.tile(np.log(n), 2)])
         log_d = np.concatenate([np.log(e.runs["D"][:own]), np.tile(np.log(n * ratio), 2)])
+        # One covariance holds the runs at hand and every run that could be made; a plan is a subset of its rows. So
+        # thousands of plans are compared by taking rows out of one matrix.
         known = (e.runs["family"][:own] == e.b).astype(int)
         family = np.concatenate([known, np.repeat([0, 1], len(cells))])
         _, trunk = np.unique(e.runs["cluster"][:own].astype(str), return_inverse=True)
@@ -122,6 +135,8 @@ class Pool:
         rows = np.concatenate([self.own, *(self.place[t] for t in trunks)]).astype(int)
         if not len(rows):
             return float(np.sqrt(self.asked))
+        # The variance of what is asked, less what the rows tell of it: conditioning of a normal distribution (Schur
+        # complement).
         told = self.with_asked[rows] @ np.linalg.solve(self.covariance[np.ix_(rows, rows)], self.with_asked[rows])
         return float(np.sqrt(max(self.asked - told, 0.0)))
 
@@ -231,6 +246,7 @@ def agreement(e: Ensemble, target: float) -> float:
 
 def greedy(pool: Pool, options: Sequence[Trunk], budget: float, target_sd: float) -> list[Trunk]:
     """Adds, or replaces at its size, the trunk that buys most log spread per root of its cost; then drops idle ones."""
+    # All subsets would be too many: a trunk at a time, one in the place of another of its size, idle ones dropped last.
     chosen: list[Trunk] = []
     now = pool.spread([])
     while now > target_sd:
@@ -261,15 +277,73 @@ def power(
     target: float | None = None,
     differences: Sequence[float] = (),
     keep_runs: bool = False,
+    simulations: int = SIMULATIONS,
 ) -> Power:
     """What a ladder would show of the difference at `target` FLOP (see `default_target`), for true `differences` (by
-    default the one that the table's own ensemble expects, its half and its double)."""
+    default the one that the table's own ensemble expects, its half and its double). keep_runs: it is analysed together
+    with the runs at hand."""
+    check_plannable(e)
     target = target or default_target(e)
-    pool = Pool(e, ladder, target, keep_runs)
-    sd = agreement(e, target) * pool.spread(ladder)
+    truth, low, high = simulated_intervals(e, ladder, target, keep_runs, simulations).T
+    sd = (high - low) / (2 * TWO_SIDED)
     if not differences:
         expected = abs(float(np.median(e.gaps(np.array([target])))))
-        differences = tuple(x * max(expected, sd / 4) for x in (0.5, 1.0, 2.0))
-    # The estimate is normal about the true difference: P(|estimate| > 1.96 sd with its sign).
-    chances = tuple(float(ndtr(abs(d) / sd - TWO_SIDED)) for d in differences)
-    return Power(target, sd, tuple(differences), chances, float(2 * ndtr(-TWO_SIDED)), e.runs.loss_label)
+        differences = tuple(x * max(expected, float(np.median(sd)) / 4) for x in (0.5, 1.0, 2.0))
+    # A shift of one family's loss moves truth and interval alike, so each simulation tells how large a difference its
+    # interval would have shown, with either sign. In units of its own sd that hardly depends on how wide the interval
+    # is, so every width is paired with every error: a smoother share than that of the simulations themselves.
+    needed = np.concatenate([truth - low, high - truth]) / np.tile(sd, 2)
+    chances = tuple(float((np.outer(sd, needed) < abs(d)).mean()) for d in differences)
+    missed = float(((truth < low) | (truth > high)).mean())
+    return Power(target, float(np.median(sd)), tuple(differences), chances, missed, e.runs.loss_label, simulations)
+
+
+def simulated_intervals(
+    e: Ensemble, ladder: Sequence[Trunk], target: float, keep_runs: bool, simulations: int
+) -> np.ndarray:
+    """(simulations, 3) true difference at `target` FLOP, and both ends of the interval that a ladder drawn from that
+    truth shows."""
+    # Draws lie in the order of their hyperparameters, so even steps take every kind of truth by its weight.
+    picked = np.linspace(0, len(e.draws.theta) - 1, simulations).round().astype(int)
+    at, rng = np.array([target]), np.random.default_rng([e.spec.seed, 3])
+    truths, spec = replace(e, draws=e.draws.part(picked)), replace(e.spec, draws=SIMULATED_DRAWS, select="all")
+    grid = {f: planned_rows(e, ladder, f) for f in e.families}
+    clean = {f: truths.rows_curve(f, Runs.from_rows(rows)) for f, rows in grid.items()}
+    noise = planned_noise(e, ladder, picked, rng)
+    out = np.empty((simulations, 3))
+    for k, truth in enumerate(e.gaps(at)[picked, 0]):
+        rows = list(e.runs.records()) if keep_runs else []
+        for f in e.families:
+            losses = np.exp(clean[f][k] + noise[f][k])
+            rows += [row | {"loss": float(loss)} for row, loss in zip(grid[f], losses, strict=True)]
+        found = Ensemble.of(Runs.from_rows(rows), e.families, replace(spec, seed=k))
+        out[k] = truth, *interval(found.gaps(at)[:, 0])
+    return out
+
+
+def planned_rows(e: Ensemble, ladder: Sequence[Trunk], family: str) -> list[dict[str, Any]]:
+    """The rows of a table that a ladder will fill, with a loss of one in place of those to come."""
+    cost = e.cost(family)
+    cells = [(k, t.n, t.n * r) for k, t in enumerate(ladder) for r in t.ratios]
+    return [
+        {"run_id": f"planned-{family}-{i}", "family": family, "cluster": f"planned-{family}-{k}"}
+        | {"N": n, "D": d, "flops": float(cost.rate(n)) * n * d, "loss": 1.0}
+        for i, (k, n, d) in enumerate(cells)
+    ]
+
+
+def planned_noise(
+    e: Ensemble, ladder: Sequence[Trunk], picked: np.ndarray, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """(simulations, runs) noise of log loss in each family by the picked draws: of runs, trunks and matched cells."""
+    trunk = np.repeat(np.arange(len(ladder)), [len(t.ratios) for t in ladder])
+    count, shape = len(picked), (len(picked), len(trunk))
+    run_sd, trunk_sd, cell_sd = (e.draws.h[picked][:, [k]] for k in (RUN, TRUNK, CELL))
+    cell = cell_sd * rng.normal(size=shape)
+    out = {}
+    for f in e.families:
+        # Each run takes the noise of a run at hand, so that a table with outliers foretells outliers.
+        tail = e.posterior.scale[e.draws.noise[picked][:, None], rng.integers(len(e.posterior.rows.y), size=shape)]
+        own = run_sd * tail * rng.normal(size=shape)
+        out[f] = cell + own + trunk_sd * rng.normal(size=(count, len(ladder)))[:, trunk]
+    return out

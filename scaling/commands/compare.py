@@ -55,7 +55,7 @@ def run_compare(a: argparse.Namespace) -> int:
         return exit_code(found.gates)
     print("\n".join(verdict(pair, found.failed)))
     if a.axis != "flops" or a.along != "optimal":
-        print(crossing_sentence(pair, pair.crossing(a.axis, a.along), f", along {a.along}"))
+        print(crossing_sentence(pair, pair.crossing(a.axis, a.along), f"Along {a.along}"))
     for budget in a.at:
         d = pair.difference(budget, a.axis, a.along)
         print(difference_sentence(pair, d, f"At {budget:.1e} {d.unit}"))
@@ -71,7 +71,7 @@ def run_crossover(a: argparse.Namespace) -> int:
     if a.json:
         print_json({"crossing": said} | answers | {"measured": pair.measured(a.axis), "reach": pair.reach})
         return OK
-    print(crossing_sentence(pair, said, "" if a.along == "optimal" else f", along {a.along}"))
+    print(crossing_sentence(pair, said, "" if a.along == "optimal" else f"Along {a.along}"))
     for name, answer in answers.items():
         print(f"  {name}: {crossing_sentence(pair, answer)}")
     return OK

@@ -11,6 +11,7 @@ import numpy as np
 
 from scaling.analysis import Analysis
 from scaling.commands.arguments import (
+    count,
     new_verb,
     pair_arguments,
     pair_of,
@@ -24,7 +25,17 @@ from scaling.commands.arguments import (
 from scaling.commands.output import GATE, OK, plain, print_json
 from scaling.ensemble.ensemble import Ensemble
 from scaling.experiment_file import write_experiment
-from scaling.plan import Pool, Trunk, agreement, candidates, cheapest, check_plannable, default_target, power
+from scaling.plan import (
+    SIMULATIONS,
+    Pool,
+    Trunk,
+    agreement,
+    candidates,
+    cheapest,
+    check_plannable,
+    default_target,
+    power,
+)
 from scaling.tables.runs import ScalingError
 
 ENOUGH = 0.002  # sd of the difference that decides, in the unit of the losses
@@ -56,6 +67,8 @@ def common_arguments(verb: argparse.ArgumentParser) -> None:
     text = "FLOP at which the difference is asked for (default: the crossing within the runs, else a decade beyond)"
     verb.add_argument("--target", type=positive, help=text)
     verb.add_argument("--differences", default="", help="true differences to state the power for, e.g. 0.005,0.01")
+    text = f"ladders drawn from the ensemble and analysed to find the power (default {SIMULATIONS})"
+    verb.add_argument("--simulations", type=count, default=SIMULATIONS, help=text)
 
 
 def numbers(text: str, flag: str) -> list[float]:
@@ -82,7 +95,7 @@ def run_plan(a: argparse.Namespace) -> int:
     enough = plan.sd_then <= a.target_sd
     if a.experiment:
         write_experiment(plan, pair.runs, pair.families, a.experiment)
-    found = power(pair, plan.trunks, target, numbers(a.differences, "--differences"), not a.fresh)
+    found = power(pair, plan.trunks, target, numbers(a.differences, "--differences"), not a.fresh, a.simulations)
     if a.json:
         print_json(plain(plan) | {"enough": enough, "power": found})
         return OK if enough else GATE
@@ -110,7 +123,7 @@ def run_power(a: argparse.Namespace) -> int:
         raise ScalingError("a ladder needs two sizes and two ratios at least")
     pair, target = asked(a)
     trunks = [Trunk.of(n, ratios, [pair.cost(f) for f in pair.families]) for n in sizes]
-    found = power(pair, trunks, target, numbers(a.differences, "--differences"))
+    found = power(pair, trunks, target, numbers(a.differences, "--differences"), False, a.simulations)
     if a.json:
         print_json(found)
         return OK

@@ -17,7 +17,7 @@ def add(verbs: Any) -> None:
     table_arguments(verb)
     spec_arguments(verb)
     verb.add_argument("--out", type=Path, required=True, help="folder to write into")
-    verb.add_argument("--title", default="Loss against compute")
+    verb.add_argument("--title", default="", help="of the page (default: the families)")
 
 
 def run(a: argparse.Namespace) -> int:

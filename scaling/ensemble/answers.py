@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = 0.95
+UNINFORMATIVE = 0.05  # an interval wider than this share of the loss says nothing that was not known
 
 
 def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
@@ -21,7 +22,7 @@ class Difference:
 
     low, high: 95 % of the draws. p_better: share of draws in which B is better, conditional on the laws considered;
     None beyond the validated distance. decades: beyond the largest budget that both families reached, 0 within.
-    informative: the interval is narrower than `Ensemble.uninformative` times the loss.
+    informative: the interval is no wider than `UNINFORMATIVE` times the loss.
     """
 
     budget: float

@@ -78,6 +78,9 @@ class BackTest:
 def backtest(runs: Runs, families: Sequence[str], spec: Spec, of: Callable[..., Ensemble]) -> BackTest:
     """Fits the runs with C <= C_max / q for each q, and forecasts the others; C_max is the largest that every family
     reached."""
+    # Rolling origin: at each one the dear runs are hidden, the cheap ones analysed in full, and the hidden ones asked
+    # for. One run may be forecast from several origins, at several distances; its forecasts are not independent,
+    # which is why this is a check and no correction.
     top = min(float(runs.family(f)["flops"].max()) for f in families)
     points: list[LeftOut] = []
     skipped = []
@@ -123,6 +126,7 @@ def losses(ensemble: Ensemble, left_out: Runs, family: str, q: float) -> list[Le
     if not len(part):
         return []
     curve = ensemble.rows_curve(family, part)
+    # What is observed is a run, so its own noise belongs to the interval.
     run = np.exp(curve + ensemble.run_noise()[:, None])
     decades = np.log10(part["flops"] / ensemble.runs.family(family)["flops"].max()).clip(0)
     expected, (low, high) = np.exp(np.median(curve, axis=0)), np.quantile(run, [0.025, 0.975], axis=0)

@@ -16,6 +16,8 @@ def overtakes(log_budget: np.ndarray, gaps: np.ndarray, edge: float) -> np.ndarr
 
     What happens again far beyond the runs does not undo a crossing within them.
     """
+    # Three kinds of draw: B leads at the edge of the runs (its last taking of the lead within them counts, or 0 if it
+    # led throughout), B leads somewhere beyond (the first place there), or nowhere (inf).
     count = int(np.searchsorted(log_budget, np.log(edge) * (1 + 1e-12), side="right"))
     leads, rows = gaps < 0, np.arange(len(gaps))
     inside = leads[:, :count]
@@ -40,6 +42,8 @@ def crossing_of(draws: np.ndarray, measured: tuple[float, float], unit: str, unt
     first, last = measured
     if first <= low and middle <= last and np.isfinite(high):
         return Crossing("inside", low, high, unit, middle, untied)
+    # One-sided at 95 %: each tail holds 5 % of the draws here, where the two-sided interval leaves 2.5 % on either
+    # side.
     later, sooner = (float(q) for q in np.quantile(draws, [0.05, 0.95], method="nearest"))
     if later > first:
         return Crossing("not before", min(later, last * 10**GIVEN), np.inf, unit, middle, untied)

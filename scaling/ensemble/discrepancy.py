@@ -31,9 +31,12 @@ RUN_MEDIAN, RUN_SPREAD = 0.002, 0.8  # lognormal: half of all ladders scatter by
 # Half-Student, since some ladders scatter and miss far more. What the decays of a trunk have in common (its seed, its
 # order of the data) is noise of the same origin as a run's own: where runs scatter more than usual, so do trunks.
 TRUNK_SCALE, CELL_SCALE, TAU_SCALE = 1.0, 0.001, 0.003  # the first in noises of a run
+# Tails: with four degrees of freedom one ladder in ten has more than 2.1 times its scale, one in a hundred 4.6 times.
 FREEDOM = 4  # of these
 KAPPA_SCALE = 0.001  # half-normal
 LEAST_DRIFT = 0.7  # of KAPPA_SCALE, where the law fits well
+# Shorter than a third of a decade and the misfit would be noise of cells; longer than two and the law's own terms
+# would absorb it.
 ELL_MEDIAN, ELL_SPREAD = 0.75, 0.35  # lognormal
 ADDITIVE = 0.5  # share of the smooth part's variance that is a function of N plus one of D
 WAVES = 64  # frequencies that stand for the smooth part; each has a cosine and a sine
@@ -77,6 +80,9 @@ class Nearness:
 
     @classmethod
     def between(cls, one: Points, two: Points) -> Nearness:
+        # A function that starts at the middle with slope zero and whose slope makes a random walk outwards: its
+        # variance grows with the cube of the distance. Inside the ladder it is held by the runs; outside, nothing
+        # holds it.
         first, second = one.x[:, None], two.x[None]
         short, long = np.minimum(abs(first), abs(second)), np.maximum(abs(first), abs(second))
         # Cov of two integrals of one random walk: int_0^short (x - t)(y - t) dt; the two sides of the middle are apart.
@@ -98,6 +104,8 @@ class Basis:
 
     def __init__(self, h: np.ndarray, dimensions: int, families: int, rng: np.random.Generator):
         self.h, self.families = h, families
+        # A wave with a frequency in one direction only is a function of N, or of D, alone: the additive half of the
+        # covariance. The others depend on both.
         self.waves = rng.normal(size=(dimensions, WAVES)) / h[ELL]
         alone = int(ADDITIVE * WAVES / dimensions)  # waves along each direction by itself
         for k in range(dimensions):
@@ -122,6 +130,8 @@ class Basis:
 
     def at(self, points: Points) -> np.ndarray:
         """(m, features): a block common to the families, then one for each."""
+        # Variance rho of the function is common to the families and 1 - rho is each one's own, hence the roots as
+        # weights.
         block, (common, own) = self.block(points.x), self.parts
         apart = [own * block * (points.family == f)[:, None] for f in range(self.families)]
         return np.concatenate([common * block, *apart], axis=1)

@@ -13,6 +13,7 @@ from scipy.interpolate import CubicSpline
 
 from scaling.costs import AXES, axis_cost, lacking
 from scaling.ensemble.answers import (
+    UNINFORMATIVE,
     Allocation,
     BreakEven,
     Crossing,
@@ -37,7 +38,6 @@ from scaling.tables.equal import Equal
 from scaling.tables.runs import Runs, ScalingError, check_comparable, frame_of
 
 POINTS_PER_DECADE = 8
-UNINFORMATIVE = 0.05  # an interval wider than this share of the loss says nothing that was not known
 FLOORS = 0.25  # posterior weight (half before any run) of equal floors below which they are not supported
 IDENTIFIED = 0.7  # posterior over prior spread above which the runs have told nothing of a parameter
 SPLINE_KNOTS = 14
@@ -88,6 +88,8 @@ class Ensemble(Equal):
     @cached_property
     def tie_weights(self) -> dict[tuple[str, ...], float]:
         """Posterior weight of every set of shared parameters."""
+        # A tie's weight is its share of the evidence, summed over hyperparameters and noises. Evidence charges for
+        # freedom that the data do not need, so that a tie gains where the runs do not contradict it.
         score = self.posterior.score
         weight = np.exp(score - score.max()).sum(axis=(0, 2))
         return dict(zip(self.posterior.ties, (weight / weight.sum()).tolist(), strict=True))
@@ -95,6 +97,7 @@ class Ensemble(Equal):
     @property
     def equal_floors(self) -> float:
         """Posterior weight of the ties that share E; NaN where there is no choice."""
+        # Before any run half of the ties share E, whatever the law: 0.5 is where the runs say nothing.
         kinds = {"E" in tie for tie in self.posterior.ties}
         return sum(w for tie, w in self.tie_weights.items() if "E" in tie) if len(kinds) == 2 else float("nan")
 
@@ -211,6 +214,7 @@ class Ensemble(Equal):
         # The law's own frontier is so smooth in log C that a spline through a few of its points is exact to 1e-7.
         few = log_c if len(log_c) <= SPLINE_KNOTS else np.linspace(log_c.min(), log_c.max(), SPLINE_KNOTS)
         near = self.path(family, np.exp(few), axis, along).log_n[0]
+        # Every draw has its own optimum, which matters, since the loss at another draw's optimum is too high.
         theta = self.draws.theta[:, self.families.index(family)]
         own = np.log(frontier_along(along, law, theta, self.centre, cost, few, near).loss)
         own = own if few is log_c else CubicSpline(few, own, axis=1)(log_c)
@@ -249,6 +253,8 @@ class Ensemble(Equal):
 
     def crossing(self, axis: str = "flops", along: str = "optimal") -> Crossing:
         """From which budget on B leads: two-sided within the ladder's compute, one-sided beyond."""
+        # Two decades beyond the runs are looked at, though no answer is given beyond one: a crossing there tells a
+        # draw that crosses late from one that never does.
         budgets = self.budgets(axis, HORIZON)
         measured = self.measured(axis)
         draws = overtakes(np.log(budgets), self.gaps(budgets, axis, along), max(measured))
@@ -306,6 +312,8 @@ class Ensemble(Equal):
             left = np.maximum(flops - SERVING * np.exp(log_n) * serve_tokens, 1e-30 * flops)
             return cost.log_tokens(log_n, np.log(left))
 
+        # On a grid about the law's optimum the misfit can be added to every draw's curve; the parabola through the
+        # three lowest points then finds the minimum between them.
         centre = self.path(family, np.array([flops])).log_n[0, 0]
         most = np.log(flops / (SERVING * serve_tokens)) - 0.01 if serve_tokens else np.inf
         log_n = min(centre, most - 2.5) + np.linspace(-2.5, 2.5, 81)
@@ -409,7 +417,7 @@ class Ensemble(Equal):
         if len(self.families) < 2:
             return out
         gaps = self.gaps(budgets, axis)
-        low, middle, high = np.quantile(gaps, [0.025, 0.5, 0.975], axis=0)
+        low, middle, high = np.quantile(gaps, [0.025, 0.5, 0.975], axis=0, method="nearest")
         for k, row in enumerate(out):
             known = self.validated(row["budget"], axis)
             row |= {"difference": float(middle[k]), "low": float(low[k]), "high": float(high[k])}

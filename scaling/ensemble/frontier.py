@@ -128,11 +128,14 @@ def frontier(
     which shortens the search. The loss is a sum of exponentials in log N along a budget, hence convex there, so the
     search cannot end in a wrong valley.
     """
+    # Along a budget tokens follow from size, so that the best allocation is a search in one number, log N.
     shape = np.broadcast_shapes((len(theta), 1), log_flops.shape)
     if not law.has_allocation:
         nowhere = np.full(shape, np.nan)
         loss = np.exp(law.value(theta, law.features_at(nowhere, nowhere, centre, log_flops)))
         return Frontier(log_flops, loss, nowhere, nowhere)
+    # Draws of one posterior have their optima near each other: with a neighbour's optimum known the bracket is short,
+    # and 19 sections do where 34 would be needed.
     low = np.full(shape, np.log(10.0)) if near is None else np.broadcast_to(near - NEAR, shape)
     high = np.broadcast_to(log_flops - cost.log_cost.max() - np.log(10.0) if near is None else near + NEAR, shape)
 

@@ -64,6 +64,11 @@ class Draws:
     noise: np.ndarray
     tail: np.ndarray
 
+    def part(self, picked: np.ndarray) -> Draws:
+        """Some of the draws, by their numbers."""
+        every = ("theta", "h", "base", "weights", "tie", "noise", "tail")
+        return replace(self, **{name: getattr(self, name)[picked] for name in every})
+
     def misfit(self, points: Points) -> np.ndarray:
         """(K, m) each draw's misfit at the points."""
         out = np.empty((len(self.theta), len(points.x)))
@@ -97,6 +102,9 @@ class Posterior:
 
     def split(self, phi: np.ndarray) -> np.ndarray:
         """(K, families, P) parameters of the law: half a difference to either side of the mean, exponents as such."""
+        # The coordinates are the mean of the two families and their difference, not the two themselves: the prior of
+        # the difference is narrow (both read the same text), that of the mean is wide, and in these coordinates the
+        # two are independent. A tie is the same model with a difference of nearly no width.
         size = len(self.law.names)
         own = phi[:, None, :size]
         if self.families == 2:
@@ -121,6 +129,9 @@ class Posterior:
 
     def covariance(self, h: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """(H, n, n) covariance of the rows about their laws; scale (n,) multiplies a run's standard deviation."""
+        # Four things make two rows err alike: the misfit of the law where they lie near each other, the trunk that
+        # both branch off, the cell that two families match in, and, on the diagonal only, a run's own noise. Number
+        # -1 is no group: it must not match itself.
         rows, h_ = self.rows, h[:, :, None, None]
         trunk, cell = ((x[:, None] == x) * (x >= 0.0) for x in (rows.trunk, rows.cell))
         out = rows.near.covariance(h)
@@ -129,6 +140,8 @@ class Posterior:
 
     def whiten(self, h: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Inverse Cholesky factors (H, n, n) of the covariance, and its log determinants (H,)."""
+        # With C = L L', the rows L^-1 r of a residual r are independent with variance one, so that all that follows
+        # is ordinary least squares; log det C is twice the sum of the logarithms of L's diagonal.
         root = np.linalg.cholesky(self.covariance(h, scale))
         eye = np.broadcast_to(np.eye(root.shape[-1]), root.shape)
         return np.linalg.solve(root, eye), 2 * np.log(np.diagonal(root, axis1=1, axis2=2)).sum(-1)
@@ -137,6 +150,8 @@ class Posterior:
 
     def modes(self, h: np.ndarray, start: np.ndarray) -> np.ndarray:
         """(ties, noises, Q) most probable parameters of every model at one vector of hyperparameters (7,)."""
+        # One white matrix for each density of the noise, shared by all ties: the search runs for all models at once,
+        # and the cost is that of matrix products over a leading axis.
         shape = start.shape
         white = np.concatenate([self.whiten(h[None], s)[0] for s in self.scale])
         white = np.broadcast_to(white[None], (shape[0], *white.shape)).reshape(-1, *white.shape[1:])
@@ -162,6 +177,8 @@ class Posterior:
 
     def scored(self, h: np.ndarray) -> np.ndarray:
         """(H, ties, noises) log evidence, with what each density of the noise adds for the scales it gave the rows."""
+        # The Cholesky factors are the dear part and depend on the hyperparameters and the noise alone; every tie
+        # reuses them.
         out = np.empty((len(h), len(self.ties), len(self.noises)))
         for n, (noise, scale) in enumerate(zip(self.noises, self.scale, strict=True)):
             white = self.whiten(h, scale)
@@ -188,6 +205,8 @@ class Posterior:
 
     def draws(self, count: int, rng: np.random.Generator, only: np.ndarray | None = None) -> Draws:
         """`count` draws; `only` (ties,) leaves out models, as a mask of ties."""
+        # A draw first takes hyperparameters, tie and noise together by their weight. Systematic resampling spends one
+        # random number on all draws, so that a model with weight 0.3 gets 30 % of them to within one.
         score = self.score if only is None else np.where(only[None, :, None], self.score, -np.inf)
         weight = softmax(score)
         hyper, tie, noise = np.unravel_index(np.sort(systematic(weight.ravel(), count, rng)), weight.shape)
@@ -201,6 +220,7 @@ class Posterior:
                 rows = np.flatnonzero((noise == n) & (tie == t))
                 own = np.searchsorted(used, hyper[rows])
                 _, mean, precision = self.evidence(factor, t, self.phi[t, n])
+                # With precision P = R' R, solving R x = z for standard normal z gives x the covariance P^-1.
                 root = np.linalg.cholesky(precision).transpose(0, 2, 1)[own]
                 phi[rows] = mean[own] + np.linalg.solve(root, rng.normal(size=(len(rows), len(self.mean), 1)))[..., 0]
         # Importance weights: the parameters were drawn with the law made linear at the mode; what its curvature changes
@@ -248,6 +268,8 @@ class Posterior:
         weights = np.empty((len(phi), parts[0][1].shape[1]))
         for rows, found in parts:
             weights[rows] = found
+        # Under Huber's density a run to come is as likely to be an outlier as the runs at hand were: it takes the
+        # scale of one of them, picked at random.
         tail = self.scale[noise, rng.integers(len(self.rows.y), size=len(phi))]
         return Draws(self.split(phi), self.h[hyper], base, tuple(bases), weights, tie, noise, tail)
 
@@ -293,6 +315,10 @@ def settled(p: Posterior, h: np.ndarray, start: np.ndarray) -> Posterior:
 
 def sampled(p: Posterior, samples: int, misfit: bool, rng: np.random.Generator) -> Posterior:
     """Adaptive importance sampling of the hyperparameters: the prior, then Student's t about a tempered mean."""
+    # Importance sampling: draw hyperparameters from a density q that is easy to draw from, and weigh each by
+    # posterior over q. It is exact for any q that reaches everywhere; how many of the samples count depends on how
+    # well q fits. Sobol points cover the seven dimensions more evenly than random ones. In latents z the prior is
+    # standard normal, so the prior's own samples need no weight, and later ones carry log N(z) - log q(z).
     z = ndtri(qmc.Sobol(LATENTS, seed=rng).random(samples))
     log_q: np.ndarray | None = None
     # One step from the prior to a posterior that is much narrower would leave all weight on one or two samples. Powers
@@ -304,9 +330,11 @@ def sampled(p: Posterior, samples: int, misfit: bool, rng: np.random.Generator) 
             score = score + (-0.5 * (z**2).sum(-1) - log_q)[:, None, None]
         if power is None:
             break
+        # Summed over ties and noises: the proposal is for the hyperparameters whatever the model.
         weight = softmax(power * logsumexp(score, axis=(1, 2)))
         centre = weight @ z
         spread = 1.2**2 * ((z - centre).T * weight @ (z - centre)) + 0.02 * np.eye(LATENTS)
+        # The laws were made linear at the modes of the last stage's hyperparameters; they follow the centre.
         p = settled(p, physical(centre[None], misfit)[0], p.phi)
         # Normal numbers over the root of chi-squared / 6 are Student's t with 6 degrees of freedom.
         u = ndtri(qmc.Sobol(LATENTS, seed=rng).random(samples)) * np.sqrt(6 / rng.chisquare(6, samples))[:, None]

@@ -245,6 +245,8 @@ def solve(
     finals, values = solve_starts(small, objective, seen, first, box)
     best = polish(small, objective, target, weight, finals[np.nanargmin(values)], box)
     other, other_value = second_solution(small, objective, seen, weight, first, box)
+    # The second solver is not only a witness: where it finds less, its optimum is polished and returned, and the gate
+    # tells that the first had failed.
     value = evaluate(small, objective, best[None], target, weight)[0]
     if other_value < value * (1 - AGREEMENT):
         candidate = polish(small, objective, target, weight, np.clip(other, *box), box)
@@ -293,6 +295,8 @@ def certify(
     other_value: float,
 ) -> Certificate:
     """Measures the returned vector itself, whatever the solver said about it."""
+    # Nothing here comes from the solver's own report. A solver that stops at its start says "converged" as readily as
+    # one that has arrived; gradient, distance moved and agreement of starts do not.
     weight, target = np.ones(len(loss)), objective.target(loss)
     value = float(evaluate(model, objective, theta[None], target, weight)[0])
     # A fit that is exact to rounding has an objective of nothing, relative to which any gap would be infinite.
@@ -384,7 +388,7 @@ def ladder_gate(runs: Runs, family: str) -> Gate:
     decades = float(np.log10(part["flops"].max() / part["flops"].min()))
     enough = sizes >= MIN_SIZES and decades >= MIN_DECADES
     need = "" if enough else f"; a claim needs at least {MIN_SIZES} sizes and {MIN_DECADES} decades"
-    return Gate(f"ladder [{family}]", enough, f"{sizes} sizes over {decades:.1f} decades of compute{need}")
+    return Gate(f"ladder [{family}]", enough, f"{sizes} sizes over {decades:.2f} decades of compute{need}")
 
 
 def count_sizes(N: np.ndarray) -> int:

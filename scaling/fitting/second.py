@@ -36,6 +36,7 @@ def trust_region(
     box: tuple[np.ndarray, np.ndarray],
 ) -> tuple[np.ndarray, float]:
     """SciPy's bounded trust-region reflective method (Branch, Coleman & Li 1999) with its own Huber loss."""
+    # Laws that are no sums of powers cannot be taken apart; for them the second opinion is a library's.
     target, root = objective.target(loss), np.sqrt(weight)
 
     def residual(theta: np.ndarray) -> np.ndarray:
@@ -100,6 +101,9 @@ def varpro(
     psi(r) / (L_hat (L_hat - L)) make its fixed point the optimum of the log objective itself. Shares no code with
     `minimise` beyond the definition of rho.
     """
+    # A certificate by an algorithm that shares nothing with the first: it searches other variables (exponents alone),
+    # in another space (raw losses), with another step. If both end at the same objective to 1e-6, a mistake would
+    # have to be in both.
     which = slope_parameters(model)
     slopes, damping, idle = first_slopes(model, which, loss, weight / loss**2), 1e-3, 0
     coefficients, fitted, _ = projected(model, slopes, which, loss, weight / loss**2)

@@ -99,6 +99,8 @@ def smooth(runs: Runs) -> np.ndarray:
 
 def rate_design(runs: Runs, place: np.ndarray) -> np.ndarray:
     """(n, cells + 3): one column a cell, then the log rate, its square, and how it goes with size."""
+    # A common curvature: single cells of four rates could not tell theirs. The best rate may move with size (last
+    # column).
     rate, size = np.log(runs["lr"]), np.log(runs["N"])
     rate, size = rate - rate.mean(), size - size.mean()
     own = (place[:, None] == np.unique(place)).astype(float)

@@ -35,6 +35,8 @@ class Objective:
 
     def rho(self, residual: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """(K,) objective: sum over rows of weight * rho."""
+        # Huber's rho is r^2 / 2 up to delta and delta |r| - delta^2 / 2 beyond; with inner = min(|r|, delta) both are
+        # one expression.
         if np.isinf(self.delta):
             return 0.5 * (weight * residual * residual).sum(-1)
         size = np.abs(residual)
@@ -100,6 +102,8 @@ def gradient_cosines(
     model: Model, objective: Objective, theta: np.ndarray, target: np.ndarray, weight: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gradient (K, P), and its cosines (K, P) between the clipped residuals and each column."""
+    # The derivative of rho is the residual clipped at delta. Cosines instead of slopes, since a slope changes with
+    # the unit of a parameter and with the number of rows, and no limit for it would mean the same twice.
     value, jacobian = linearised(model, objective, theta)
     clipped = np.clip(value - target, -objective.delta, objective.delta)
     slope = np.einsum("kpn,kn->kp", jacobian, weight * clipped)
@@ -115,6 +119,10 @@ def damped_steps(
 
     IRLS weights delta/|r| are safe far away; Newton weights (1 inside the threshold, 0 outside) are fast near the end.
     """
+    # Two quadratic models of Huber's loss at the same point, and the better step is taken. Iteratively reweighted
+    # least squares bounds the loss from above, so its step never fails far away, but it converges slowly where
+    # residuals lie beyond delta. Newton's uses the true curvature there, none, and converges fast once the right rows
+    # are inside.
     size = np.abs(residual)
     outer = delta / np.maximum(size, delta) if np.isfinite(delta) else np.ones_like(size)
     slope = (jacobian @ (weight * residual * outer)[:, :, None])[:, :, 0]
@@ -170,6 +178,7 @@ def minimise_chunk(
     iterations: int,
     tolerance: float,
 ) -> tuple[np.ndarray, np.ndarray]:
+    # All problems go on together until each has stopped; those that have drop out of the batch.
     theta = np.clip(theta, *bounds)
     best = evaluate(model, objective, theta, target, weight)
     damping, idle = np.full(len(theta), 1e-3), np.zeros(len(theta), dtype=int)
@@ -224,6 +233,8 @@ def multistart(
     The wide thresholds at the beginning only lead the way, and see a sample of the rows. Starts that have met go on as
     one.
     """
+    # Most starts run into one valley long before they reach its floor. Where two have met, one goes on for both: of
+    # 64 starts a handful is left for the accurate part, and `origin` remembers whose end each one is.
     theta, origin = starts, np.arange(len(starts))
     seen = model.sample(SEARCH_ROWS * model.size)
     rounds = [(stage, rows) for stage in narrowing(objective, cold=True) for rows in (seen, seen, None)]
@@ -281,6 +292,7 @@ def polish(
     best = evaluate(model, objective, theta[None], target, weight)[0]
     for _ in range(20):
         slope, cosines = (x[0] for x in gradient_cosines(model, objective, theta[None], target, weight))
+        # At a bound that pushes back the gradient need not vanish; only the free directions are brought to zero.
         free = ~held_back(theta, slope, bounds)
         if not free.any() or np.abs(cosines[free]).max() < 1e-12:
             break

@@ -267,13 +267,18 @@ class SumOfPowers(Law):
 
     def prior(self, log_loss: np.ndarray, features: np.ndarray) -> Prior:
         """Medians relative to the lowest loss; two families' parameters are much nearer to each other than to these."""
+        # In centred coordinates a coefficient is the size of its term at the middle of the ladder, of which something
+        # is known before any run: a fraction of the loss. Raw A and B would need a prior over ten orders of
+        # magnitude.
         lowest, size = log_loss.min(), len(self.names)
         mean, sd, apart = np.full(size, lowest + FLOOR_SHARE), np.full(size, FLOOR_SD), np.full(size, FLOOR_APART)
         for term in self.terms:
             for slope, feature in term.powers:
                 name = (*self.inputs, "beside")[feature]
                 median, spread = EXPONENT_PRIOR[name]
-                mean[[term.intercept, slope]] = lowest + TERM_SHARE, np.log(median)
+                # An exponent is drawn as its logarithm; one that may be negative is drawn as it is.
+                middle = np.log(median) if self.logged[slope] else median
+                mean[[term.intercept, slope]] = lowest + TERM_SHARE, middle
                 sd[[term.intercept, slope]] = TERM_SD, spread
                 apart[[term.intercept, slope]] = DATA_APART if name == "D" else TERM_APART, EXPONENT_APART
         return Prior(mean, sd, apart)
@@ -285,6 +290,8 @@ class SumOfPowers(Law):
             slopes = tuple(self.names[slope] for slope, _ in term.powers)
             data = [self.inputs[k] == "D" for _, k in term.powers if k < len(self.inputs)]
             groups.append((self.names[term.intercept], *slopes) if any(data) else slopes)
+        # A coefficient without its exponent cannot be shared, so B goes with beta. A may differ while alpha is
+        # shared: the families' curves are then parallel in log N.
         picks = product((False, True), repeat=len(groups))
         ties = (sum((g for g, on in zip(groups, picked, strict=True) if on), ()) for picked in picks)
         return tuple(dict.fromkeys(tuple(dict.fromkeys(tie)) for tie in ties))

@@ -179,6 +179,8 @@ class EffectiveChinchilla(ExtendedChinchilla):
         centred parameter that moves it."""
 
     def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # The chain rule: the law sees the effective amount where it would see N or D, and what moves the amount moves
+        # the loss through that term alone.
         amounts, seen = self.effective(theta, features), [features[0], features[1]]
         for place, (amount, _) in amounts.items():
             seen[place] = amount
@@ -252,6 +254,8 @@ class ExcessParameters(DataConstrained):
     def effective(self, theta: np.ndarray, features: np.ndarray) -> Effective:
         """Of D as there; of N, since along a budget the best size has alpha A / N^alpha = beta B / D^beta."""
         _, u, v, alpha, beta = (theta[:, [k]] for k in range(5))
+        # Along a budget 6 N D the optimum has alpha A / N^alpha = beta B / D^beta; at D = U this is U_N, in centred
+        # logs.
         best = (np.log(alpha / beta) + u - v + beta * features[2]) / alpha
         over = np.clip(features[0] - best, 0.0, 50.0)  # beyond exp(50) times the best size nothing changes any more
         gained, left, change = saturating(np.expm1(over), np.exp(theta[:, [6]]))
@@ -264,7 +268,8 @@ class ExcessParameters(DataConstrained):
 
 class BoundedRepetition(RepeatedData):
     """L = E + (L0 - E) h / (1 + h), h = A/N^alpha + B/D^beta + C N^gamma / U^delta: between the loss L0 of a model that
-    knows nothing and the floor, with the overfitting of many parameters to few unique tokens U (arXiv 2605.09189).
+    knows nothing and the floor, with the overfitting of many parameters to few unique tokens U ("Practical scaling
+    laws", arXiv 2605.09189, where L0 is set by the kind of loss; here the runs tell it).
     Centred (e, log(L0 - E), a, b, c, alpha, beta, gamma, delta)."""
 
     name = "bounded"
@@ -322,9 +327,9 @@ class Precision(EffectiveChinchilla):
 
 
 class Capacity(EffectiveChinchilla):
-    """Chinchilla with N_eff = N tanh(F b^C) for N, b = log_{1/4} of the format's mean squared error on normal numbers,
-    the bits that such an error is worth at best (after Panferov et al. 2025, arXiv 2506.01863): one law for every
-    format in the column `precision`."""
+    """Chinchilla with N_eff = N tanh(F b)^C for N, b = log_{1/4} of the format's mean squared error on normal numbers,
+    the bits that such an error is worth at best (Panferov et al. 2025, arXiv 2506.01863, eq. 3 with its L, the limit of
+    a biased method, at 1): one law for every format in the column `precision`."""
 
     name = "capacity"
     names = ("E", "A", "B", "alpha", "beta", "F", "C")
@@ -336,10 +341,11 @@ class Capacity(EffectiveChinchilla):
         return of_each(values, lambda text: -np.log(gaussian_error(text)) / np.log(4))
 
     def effective(self, theta: np.ndarray, features: np.ndarray) -> Effective:
-        scale, power = np.exp(theta[:, [5]]), np.exp(theta[:, [6]])
-        argument = scale * features[2] ** power
-        change = 2 * argument / np.sinh(2 * np.minimum(argument, 300.0))
-        return {0: (features[0] + np.log(np.tanh(argument)), {5: change, 6: change * power * np.log(features[2])})}
+        power, argument = np.exp(theta[:, [6]]), np.exp(theta[:, [5]]) * features[2]
+        share = power * np.log(np.tanh(argument))
+        # d log tanh(x) / d log x = 2 x / sinh(2 x), which is 0 where the format loses nothing.
+        change = power * 2 * argument / np.sinh(2 * np.minimum(argument, 300.0))
+        return {0: (features[0] + share, {5: change, 6: share})}
 
 
 class Sparse(SumOfPowers):
@@ -359,7 +365,7 @@ class Sparse(SumOfPowers):
 
 class Mixture(Sparse):
     """L = E + A/N^alpha + B/D^beta + C (1 - S)^c + F (1 - S)^f / N^gamma, S the share of experts that a token leaves
-    idle, N all parameters (Abnar et al. 2025, arXiv 2501.12370; their lambda is -c and their delta -f); column
+    idle, N all parameters (Abnar et al. 2025, arXiv 2501.12370, eq. 6; their lambda is -c and their delta -f); column
     `sparsity`."""
 
     name = "mixture"

@@ -114,12 +114,12 @@ def loss_chart(found: Analysis, curves: Curves) -> Chart:
         marks += curve_lines(runs, curves, place)
         marks += [Band(budgets, low, high, colour, measured), Line(budgets, middle, colour, "", measured)]
         marks.append(end_points(runs, "flops", place))
-        lowest.append(float(middle[-1]))
+        lowest.append(float(max(low[-1], 0.9 * middle[-1])))
         edges.append(top)
     marks.append(Rule(max(edges), "x", EDGE_WORDS))
     caption = (
         "Held-out loss against training compute. Points: runs at the end of their schedule; faint: training curves; "
-        f"thick: the best loss that each compute buys, with its 95 % band. {UNSUPPORTED}"
+        f"thick: the frontier, the best loss that each compute buys, with its 95 % band. {UNSUPPORTED}"
     )
     low_y, high_y = min(lowest) * 0.97, float(found.runs["loss"].max()) * 1.06
     return loss_chart_of("loss", caption, AXIS_NAMES["flops"], found.runs.loss_label, marks, low_y, high_y)
@@ -160,11 +160,12 @@ def difference_chart(e: Ensemble, name: str, axis: str = "flops") -> Chart:
         )
     if 0 < e.reach < 1:
         marks.append(Rule(last * 10**e.reach, "x", "not validated beyond"))
-    caption = (
-        f"Frontier of {e.b} minus frontier of {e.a} with its 95 % band; below zero {e.b} is better. {UNSUPPORTED} "
-        f"Back-tests validate it to {e.reach:.1f} decades beyond the runs."
-    )
     unit = AXES[axis]
+    earned = f"Validated by back-tests to {e.reach:.1f} decades" if e.reach else "Not validated"
+    caption = (
+        f"Frontier of {e.b} minus frontier of {e.a} against {unit}, with its 95 % band; below zero {e.b} is better. "
+        f"{UNSUPPORTED} {earned} beyond the runs."
+    )
     label = AXIS_NAMES["flops"] if axis == "flops" else f"training cost ({unit})"
     inside = budgets <= last
     reach = 2.5 * max(np.abs(low[inside]).max(), np.abs(high[inside]).max(), 1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +62,7 @@ def sections(
     for k, pair in enumerate(found.pairs):
         tail = f"-{k + 1}" if len(found.pairs) > 1 else ""
         out += [matched_section(pair, tail), frontier_section(found, pair, tail)]
-    out += [Section("Fitted laws", (parameter_table(found), *tie_tables(found)))]
+    out += [Section("Fitted laws", (PARAMETERS, parameter_table(found), *tie_tables(found)))]
     if (chart := figures.allocation_chart(found)) is not None:
         out.append(Section("Best allocation", (allocation_table(found), chart, *kept([figures.isoflop_chart(found)]))))
     out.append(checks_section(found))
@@ -135,20 +136,20 @@ def crossing_sentences(pair: Ensemble) -> list[str]:
     """The crossing along the optimum, the middle ratio of tokens to parameters and the largest size; what is undecided
     everywhere is said once."""
     first = pair.crossing()
-    out, open_too = [crossing_sentence(pair, first)], []
+    out, open_too = [crossing_sentence(pair, first, "Best allocation")], []
     if pair.law.has_allocation:
         ratio, size = float(np.exp(np.median(np.log(pair.runs["D"] / pair.runs["N"])))), float(pair.runs["N"].max())
         paths = {
-            f"ratio={ratio:.2g}": f"at {ratio:.2g} tokens a parameter",
-            f"size={size:.3g}": f"at {short(size)} parameters",
+            f"ratio={ratio:.2g}": f"At {ratio:.2g} tokens a parameter",
+            f"size={size:.3g}": f"At {short(size)} parameters",
         }
         for path, words in paths.items():
             found = pair.crossing(along=path)
             if found.kind == first.kind == "open":
                 open_too.append(words)
             else:
-                out.append(crossing_sentence(pair, found, f", {words}"))
-    return [*out, *[f"Nor {' or '.join(open_too)}."] * bool(open_too)]
+                out.append(crossing_sentence(pair, found, words))
+    return [*out, *[f"Nor {' or '.join(open_too).replace('At', 'at')}."] * bool(open_too)]
 
 
 def difference_table(pair: Ensemble, axis: str) -> Table:
@@ -165,15 +166,21 @@ def difference_table(pair: Ensemble, axis: str) -> Table:
     return Table(header, tuple(rows), folded="The numbers")
 
 
+PARAMETERS = (
+    "Each family by itself: median and 95 % interval of its ensemble, which weighs a misfit and what was assumed before"
+    " any run. The single best fit knows neither, and may lie outside where the runs hardly tell the exponents."
+)
+
+
 def parameter_table(found: Analysis) -> Table:
-    """Each family by itself: the best fit, with the digits that predictions by it need, and the ensemble's interval."""
+    """Each family's law: the ensemble's interval, and the single best fit beside it."""
     rows = []
     for family in found.families:
         for p in found.own[family].parameters(family):
             told = "" if p.identified else "not told by the runs"
             best = f"{found.fits[family].params[p.name]:.6g}"
-            rows.append((family, p.name, best, f"{p.low:.3g} to {p.high:.3g}", told))
-    return Table(("family", "parameter", "best fit", "95 %", ""), tuple(rows))
+            rows.append((family, p.name, rounded(p.value, p.low, p.high), best, told))
+    return Table(("family", "parameter", "ensemble, 95 %", "single best fit", "note"), tuple(rows))
 
 
 def tie_tables(found: Analysis) -> tuple[Table, ...]:
@@ -196,9 +203,9 @@ def allocation_table(found: Analysis) -> Table:
                 "{} ({} to {})".format(*map(short, (v, *pair)))
                 for v, pair in ((x.N, x.N_interval), (x.D, x.D_interval))
             ]
-            where = "within their compute" if x.decades < 1e-6 else "" if x.validated else reach_sentence(e)
+            where = "within the runs" if x.decades < 1e-6 else "yes" if x.validated else reach_sentence(e)
             rows.append((family, f"{x.flops:.1e}", *ends, rounded(x.loss, *x.loss_interval), where))
-    return Table(("family", "FLOP", "best N", "best D", "loss", ""), tuple(rows), wide=(5,))
+    return Table(("family", "FLOP", "best N", "best D", "loss", "validated"), tuple(rows), wide=(5,))
 
 
 def checks_section(found: Analysis) -> Section:
@@ -218,7 +225,7 @@ def checks_section(found: Analysis) -> Section:
     header = ("fit", "objective", "gradient", "starts agreeing", "second solver", "condition")
     parts = [Table(("check", "result", "what was found"), tuple(gates), wide=(2,)), Table(header, tuple(certificates))]
     if findings:
-        parts.append(Table(("to know", "what", "runs"), tuple(findings), wide=(1, 2)))
+        parts.append(Table(("note", "what was found", "runs"), tuple(findings), wide=(1, 2)))
     return Section("Checks", tuple(parts))
 
 
@@ -240,7 +247,7 @@ def sensitivity_section(found: Analysis) -> Section:
         for k in np.argsort(-np.abs(change), kind="stable")[:INFLUENTIAL]:
             heavy.append((str(fitted.runs["run_id"][k]), family, f"{100 * change[k]:+.2f} %"))
     text = "Single best fits under other objectives and exclusions."
-    table = Table(("run left out", "family", "loss at 10 times the compute"), tuple(heavy))
+    table = Table(("run left out", "family", "change of the forecast at 10 times the compute"), tuple(heavy))
     return Section("Sensitivity of single fits", (text, Table(header, tuple(rows)), table))
 
 
@@ -298,15 +305,17 @@ def forecast_tables(ledger: Sequence[Forecast]) -> tuple[Table, ...]:
 
 
 def provenance_table(block: dict[str, Any]) -> Table:
-    return Table(
-        ("item", "value"), tuple((k, "missing" if v is None else figures_of(v)) for k, v in block.items()), wide=(1,)
-    )
+    """What is known, and in one row what nobody recorded."""
+    rows = [(k, figures_of(v)) for k, v in block.items() if v is not None]
+    absent = ", ".join(k for k, v in block.items() if v is None)
+    return Table(("item", "value"), (*rows, *[("missing", absent)] * bool(absent)), wide=(1,))
 
 
 def figures_of(value: Any) -> str:
-    """A provenance value as one line of text."""
+    """A provenance value as one line of text; of a SHA-256 the first digits, which tell two apart."""
     if isinstance(value, dict):
         return "; ".join(f"{k}: {figures_of(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(figures_of(v) for v in value) or "none"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text

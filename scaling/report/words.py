@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scaling.ensemble.answers import Crossing, Difference
+from scaling.ensemble.answers import UNINFORMATIVE, Crossing, Difference
 from scaling.ensemble.backtest import HELD, MIN_HELD
 from scaling.fitting.fit import Gate, ladder_gate
 from scaling.tables.cells import matched_cells
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 def rounded(value: float, low: float, high: float, sign: str = "") -> str:
     """`value (low to high)` with as many decimals as give the interval's width two digits."""
+    # The interval decides the digits: two of its width, so that 3.2614 in 2.1 to 3.5 is 3.3. Where the ends lie
+    # decades apart each gets two digits of its own.
     width = high - low
     form = f"{sign}.3g"
-    if low > 0 and high > SKEWED * low:  # each to two digits of its own
+    if not sign and low > 0 and high > SKEWED * low:  # each to two digits of its own
         value, low, high = (float(f"{x:.2g}") for x in (value, low, high))
         form = f"{sign}.6g"
     elif np.isfinite(width) and width > 0:
@@ -41,14 +43,18 @@ def verdict(e: Ensemble, failed: Sequence[Gate] = ()) -> list[str]:
 def pairs_verdict(pairs: Sequence[Ensemble], failed: Sequence[Gate]) -> list[str]:
     """The headline of every pair; what stands behind it too where there is one pair, for else nobody would read it."""
     if len(pairs) > 1:
-        return [*(f"{p.b} against {p.a}: {headline(p, failed)}" for p in pairs), *shortfalls(failed), CONDITIONAL]
+        return [
+            *(f"{p.b} against {p.a}: {headline(p)}" for p in pairs),
+            *shortfalls(failed, "All of this"),
+            CONDITIONAL,
+        ]
     return [headline(pairs[0], failed), *carried(pairs[0]), *shortfalls(failed), CONDITIONAL]
 
 
 SKEWED = 5.0  # an interval whose ends are so many times apart is told on a logarithmic scale
 CONDITIONAL = (
-    "Every interval and probability is conditional on the laws considered, each with a smooth misfit that the runs "
-    "themselves measure."
+    "A frontier is the best loss that each amount of compute buys. Every interval and probability is conditional on "
+    "the laws considered, each with a smooth misfit that the runs themselves measure."
 )
 
 
@@ -57,7 +63,7 @@ def lone_verdict(e: Ensemble, failed: Sequence[Gate]) -> list[str]:
     top = float(e.runs["flops"].max())
     level = np.median(e.frontier(e.a, np.array([top]))[:, 0])
     first = f"{e.a}: the best loss at {top:.1e} FLOP, the largest run, is {level:.3f} {e.runs.loss_label}."
-    return [first, backtest_sentence(e), *shortfalls(failed), CONDITIONAL]
+    return [first, backtest_sentence(e), *shortfalls(failed, "This"), CONDITIONAL]
 
 
 def headline(e: Ensemble, failed: Sequence[Gate] = ()) -> str:
@@ -66,22 +72,24 @@ def headline(e: Ensemble, failed: Sequence[Gate] = ()) -> str:
     said = crossing_sentence(e, e.crossing())
     if short:
         return f"Not decided, as the ladder is too small ({short[0]}). What it suggests: {said}"
-    return f"{said} Some checks fail, so this is provisional." if failed else said
+    return f"{said} Provisional: some checks fail." if failed else said
 
 
-def crossing_sentence(e: Ensemble, x: Crossing, along: str = "") -> str:
-    """What is said of the crossing; two-sided within the ladder's compute, one-sided beyond."""
+def crossing_sentence(e: Ensemble, x: Crossing, path: str = "") -> str:
+    """What is said of the crossing; two-sided within the ladder's compute, one-sided beyond. path: where the sizes and
+    tokens are not the best ones."""
     low, high = (f"{end:.1e} {x.unit}" for end in e.measured())
+    start = f"{path}: " if path else ""
     if x.kind == "inside":
         far = "" if x.high <= e.measured()[1] else "; runs stand behind the lower part of that range"
-        return f"{e.b} overtakes {e.a} between {x.low:.1e} and {x.high:.1e} {x.unit} (95 %){far}{along}."
+        return f"{start}{e.b} overtakes {e.a} between {x.low:.1e} and {x.high:.1e} {x.unit} (95 %){far}."
     if x.kind == "not before":
-        return f"{e.b} does not overtake {e.a} before {x.low:.1e} {x.unit} (95 %, one-sided){along}."
+        return f"{start}{e.b} does not overtake {e.a} before {x.low:.1e} {x.unit} (95 %, one-sided), if ever."
     if x.kind == "by":
-        return f"{e.b} leads {e.a} from {x.high:.1e} {x.unit} on, or from less (95 %, one-sided){along}."
+        return f"{start}{e.b} leads {e.a} from {x.high:.1e} {x.unit} on, or from less (95 %, one-sided)."
     if x.kind == "throughout":
-        return f"{e.b} has the lower loss at every compute measured, {low} to {high}{along}."
-    return f"The runs, from {low} to {high}, do not say which of {e.a} and {e.b} leads{along}."
+        return f"{start}{e.b} has the lower loss at every compute measured, {low} to {high}."
+    return f"{start or 'The '}runs, from {low} to {high}, do not say which of {e.a} and {e.b} leads."
 
 
 def carried(e: Ensemble) -> list[str]:
@@ -114,7 +122,7 @@ def difference_sentence(e: Ensemble, d: Difference, where: str) -> str:
     text = rounded(d.value, d.low, d.high, "+")
     start = f"{where}, the frontier of {e.b} minus that of {e.a} is {text} {unit} (95 %)"
     if not d.informative:
-        start += ", too wide an interval to say anything"
+        start += f", an uninformative interval (wider than {100 * UNINFORMATIVE:g} % of the loss)"
     if d.p_better is None:
         return f"{start}. {reach_sentence(e)}"
     return f"{start}; P({e.b} better) {chance(d.p_better)}."
@@ -128,7 +136,7 @@ def chance(p: float) -> str:
 def reach_sentence(e: Ensemble) -> str:
     """How far probabilities are validated."""
     if not e.test.points:
-        return "Not validated beyond the runs: there are too few of them for a back-test."
+        return "Not validated beyond the runs: no back-test is possible."
     return f"Not validated beyond {e.reach:.1f} decades." if e.reach else "Not validated beyond the runs."
 
 
@@ -170,9 +178,10 @@ def matched_sentences(e: Ensemble) -> list[str]:
     if not len(gaps):
         return ["No two runs of the families have equal N (within 1 %) and D, so only their laws can be compared."]
     worse = int((gaps > 0).sum())
-    span = f"from {gaps.min():+.3f} to {gaps.max():+.3f} {e.runs.loss_label}"
-    cells = f"in {worse} of {len(gaps)} matched cells (N within 1 %, equal D)"
-    return [f"Run against run, {e.b} has the higher loss {cells}; the difference goes {span}."]
+    which, count = ("higher", worse) if 2 * worse > len(gaps) else ("lower", int((gaps < 0).sum()))
+    span = f"between {gaps.min():+.3f} and {gaps.max():+.3f} {e.runs.loss_label}"
+    cells = f"in {count} of {len(gaps)} matched cells (N within 1 %, equal D)"
+    return [f"Run against run, {e.b} has the {which} loss {cells}; the difference lies {span}."]
 
 
 def matched_gaps(e: Ensemble) -> np.ndarray:
@@ -205,8 +214,8 @@ def outside_ladder(e: Ensemble) -> list[str]:
     if not asked:
         return []
     return [
-        f"Best allocations leave the sizes or tokens that were trained ({'; '.join(asked)}): there the frontier is the "
-        "law's."
+        f"Best allocations leave the sizes or tokens that were trained ({'; '.join(asked)}): there the frontier is "
+        "extrapolated by the law."
     ]
 
 
@@ -214,7 +223,8 @@ def backtest_sentence(e: Ensemble) -> str:
     """What the check by left-out runs found."""
     points = e.test.points
     if not points:
-        return f"No back-test is possible: {'; '.join(e.test.skipped)}."
+        # The first origin keeps most runs; what it lacks, the others lack too.
+        return f"No back-test is possible: {e.test.skipped[0]}."
     inside, far = sum(p.inside for p in points), max(p.decades for p in points)
     text = f"Back-test: {inside} of {len(points)} left-out losses and differences lay in their 95 % intervals"
     if e.reach:
@@ -226,11 +236,12 @@ def backtest_sentence(e: Ensemble) -> str:
     return f"{text}, up to {far:.1f} decades beyond the runs fitted; {earned}."
 
 
-def shortfalls(failed: Sequence[Gate]) -> list[str]:
-    """Failed checks, each said once."""
+def shortfalls(failed: Sequence[Gate], all_of: str = "") -> list[str]:
+    """Failed checks, each said once; all_of: what they make provisional, where no headline has said so."""
     names = list(dict.fromkeys(gate.name for gate in failed))
     many = "1 check fails" if len(names) == 1 else f"{len(names)} checks fail"
-    return [f"{many}: {', '.join(names)}."] if names else []
+    start = f"{all_of} is provisional: {many}" if all_of else many
+    return [f"{start}: {', '.join(names)}."] if names else []
 
 
 def short(value: float) -> str:

@@ -89,7 +89,7 @@ def write_report(
     out_dir: str | Path,
     *,
     curves: Curves | None = None,
-    title: str = "Loss against compute",
+    title: str = "",
     provenance: Mapping[str, Any] | None = None,
     spec: Spec | None = None,
     **choices: Any,
@@ -102,6 +102,7 @@ def write_report(
     fields of the Spec. Equal input gives equal bytes, the ledger's dates apart.
     """
     found = runs if isinstance(runs, Analysis) else Analysis.of(runs, spec or Spec(**choices))
+    title = title or f"{name_of(found.families)}: loss against compute"
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     remove_pictures(out)
@@ -111,12 +112,22 @@ def write_report(
     data = json.dumps(fit_json(found, ledger, block), indent=1, allow_nan=False)
     (out / "fit.json").write_text(data + "\n", encoding="utf-8")
     (out / "report.html").write_text(html_page(found, title, said, parts), encoding="utf-8")
-    (out / "report.md").write_text(markdown(title, said, parts), encoding="utf-8")
+    (out / "report.md").write_text(markdown(found, title, said, parts), encoding="utf-8")
     for chart in charts(parts):
         plot.save(plot.drawn(chart), out / f"{chart.name}.png")
     found.runs.write_csv(out / "runs.csv")
     write_ledger(out, ledger)
     return Report(out, title, found, tuple(said), tuple(ledger))
+
+
+def name_of(families: Sequence[str]) -> str:
+    """The families in a title, if they are few."""
+    return " and ".join(families) if len(families) < 3 else f"{families[0]} and {len(families) - 1} other families"
+
+
+def counts(found: Analysis) -> str:
+    """How many runs every family has."""
+    return ", ".join(f"{len(found.runs.family(f))} runs of {f}" for f in found.families)
 
 
 def remove_pictures(out: Path) -> None:
@@ -150,7 +161,7 @@ def html_page(found: Analysis, title: str, said: Sequence[str], parts: Sequence[
         .get_template("page.html.j2")
         .render(
             title=title,
-            counts=", ".join(f"{len(found.runs.family(f))} runs of {f}" for f in found.families),
+            counts=counts(found),
             verdict=said,
             shown=max(SHOWN, len(found.pairs)),
             sections=parts,
@@ -160,8 +171,10 @@ def html_page(found: Analysis, title: str, said: Sequence[str], parts: Sequence[
     )
 
 
-def markdown(title: str, said: Sequence[str], parts: Sequence[Section]) -> str:
-    return templates(False).get_template("page.md.j2").render(title=title, verdict=said, sections=parts)
+def markdown(found: Analysis, title: str, said: Sequence[str], parts: Sequence[Section]) -> str:
+    """The same as Markdown; long tables are folded where a viewer can fold."""
+    page = templates(False).get_template("page.md.j2")
+    return page.render(title=title, counts=counts(found), verdict=said, sections=parts)
 
 
 def updated_ledger(found: Analysis, out: Path) -> list[Forecast]:

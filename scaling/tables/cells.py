@@ -47,6 +47,8 @@ def kinds(runs: Runs, names: tuple[str, ...]) -> np.ndarray:
 def matched_cells(runs: Runs, family: np.ndarray) -> np.ndarray:
     """(n,) numbers that one row of family 0 and one of family 1 share where N agrees within 1 %, D is equal and tokens
     repeat as often; -1 elsewhere. family: (n,), other numbers take no part."""
+    # Each row of A takes the nearest row of B that is still free, so that a repeated cell pairs its repeats one to
+    # one.
     out, taken = np.full(len(runs), -1), np.zeros(len(runs), bool)
     log_n, log_d, kind = np.log(runs["N"]), np.log(runs["D"]), kinds(runs, ("U",))
     order = np.flatnonzero(family == 1)

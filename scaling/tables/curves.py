@@ -15,7 +15,7 @@ from scaling.tables.runs import Runs, ScalingError
 
 WANTED = ("tokens", "flops", "loss")
 SCHEDULE = ("step", "lr")  # of a curve whose points the law `annealed` can use; NaN where the log has none
-MOMENTUM = 0.999  # per step, of the annealing's delayed effect (Tissue et al. 2024, section 4.1)
+MOMENTUM = 0.999  # per step, of the annealing's delayed effect (lambda of Tissue et al. 2024)
 POINTS = 16  # taken from every run
 
 
@@ -92,6 +92,7 @@ def effort(step: np.ndarray, tokens: np.ndarray, lr: np.ndarray) -> tuple[np.nda
     delay: momentum m_i = 0.999 m_(i-1) + fall_i, whose sum is S2; the share is S2 over what a fall to zero comes to in
     the end, so that it is 0 before any annealing and near 1 after a long one.
     """
+    # The sums run over every step, the log has some of them: between logged steps the rate is taken to be a line.
     every = np.arange(int(step[0]), int(step[-1]) + 1)
     rate = np.interp(every, step, lr / lr.max())
     fall = np.append(0.0, -np.diff(rate)) * (every > every[np.argmax(rate)])

@@ -65,16 +65,22 @@ TRUTHS = {
     ),
     "capacity": (
         {"E": 1.8, "A": 180.0, "B": 420.0, "alpha": 0.34, "beta": 0.37, "F": 0.5, "C": 0.8},
-        1.8 + 180 / (N * np.tanh(0.5 * FIDELITY**0.8)) ** 0.34 + 420 / D**0.37,
+        1.8 + 180 / (N * np.tanh(0.5 * FIDELITY) ** 0.8) ** 0.34 + 420 / D**0.37,
     ),
+    # The published coefficients: T5 on C4 (Frantar et al. 2023, eq. 1, where B is a_D^b_D), and mixtures of experts
+    # (Abnar et al. 2025, eq. 6 and table 3, where f is -delta and c is -lambda).
     "sparse": (
-        {"E": 1.8, "A0": 60.0, "A1": 120.0, "B": 420.0, "alpha": 0.34, "beta": 0.37, "b": 0.5},
-        1.8 + (60 + 120 * (1 - IDLE) ** 0.5) / N**0.34 + 420 / D**0.37,
+        {"E": 0.651, "A0": 45.0, "A1": 16.8, "B": 6.9e8**0.203, "alpha": 0.245, "beta": 0.203, "b": 0.722},
+        (16.8 * (1 - IDLE) ** 0.722 + 45.0) * (1 / N) ** 0.245 + (6.9e8 / D) ** 0.203 + 0.651,
     ),
     "mixture": (
-        {"E": 1.2, "A": 180.0, "B": 420.0, "C": 0.5, "F": 6.0}
-        | {"alpha": 0.5, "beta": 0.37, "gamma": 0.16, "f": 0.3, "c": 0.7},
-        1.2 + 180 / N**0.5 + 420 / D**0.37 + 0.5 * (1 - IDLE) ** 0.7 + 6 * (1 - IDLE) ** 0.3 / N**0.16,
+        {"E": 0.94, "A": 16612.5, "B": 5455.67, "C": 0.4598, "F": 17.26}
+        | {"alpha": 0.5962, "beta": 0.3954, "gamma": 0.1595, "f": -0.1603, "c": 0.1666},
+        16612.5 / N**0.5962
+        + 5455.67 / D**0.3954
+        + 0.4598 / (1 - IDLE) ** -0.1666
+        + 17.26 / ((1 - IDLE) ** 0.1603 * N**0.1595)
+        + 0.94,
     ),
     "annealed": (
         {"E": 1.8, "A": 180.0, "B": 420.0, "alpha": 0.34, "beta": 0.37, "G": 0.12},
@@ -185,3 +191,13 @@ def test_a_precision_is_read_as_its_bits(word, bits):
 def test_a_precision_that_names_no_bits_is_refused(word):
     with pytest.raises(ScalingError, match="names no number of bits"):
         bits_of(word)
+
+
+@pytest.mark.parametrize("name", ["chinchilla", "sparse", "mixture"])
+def test_priors_of_powers_lie_where_powers_do(name):
+    """An exponent is drawn as its logarithm, a power that may be negative as itself; both lie about 0.35."""
+    runs, law = table(name), LAWS[name]()
+    prior = law.prior(np.log(runs["loss"]), law.features(runs, centre_of(runs)))
+    middle = np.where(law.logged, np.exp(prior.mean), prior.mean)
+    slopes = [slope for term in law.terms for slope, _ in term.powers]
+    assert middle[slopes] == pytest.approx(0.35, abs=0.01)

@@ -1,5 +1,6 @@
 """Numbers and sentences: no more digits than the interval carries, no more claim than the ensemble."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ from conftest import ladder_rows
 from scaling import Runs, analyse
 from scaling.ensemble.backtest import BackTest, LeftOut
 from scaling.fitting.fit import Gate
-from scaling.report.words import backtest_sentence, chance, headline, rounded, short, verdict
+from scaling.report.words import backtest_sentence, chance, headline, matched_sentences, rounded, short, verdict
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,10 @@ def test_numbers_have_the_digits_of_their_interval(numbers, said):
 
 def test_signs_are_kept_where_asked_for():
     assert rounded(-0.0131, -0.0204, 0.0012, "+") == "-0.013 (-0.020 to +0.001)"
+
+
+def test_differences_are_told_on_one_scale_however_skewed():
+    assert rounded(0.4702, 0.1094, 0.7969, "+") == "+0.47 (+0.11 to +0.80)"
 
 
 def test_what_rounds_to_nothing_has_no_sign():
@@ -58,8 +63,8 @@ def test_failed_checks_soften_the_headline_and_are_listed_once(wide):
         Gate("units of N [a]", False, "z"),
     ]
     said = verdict(wide, failed)
-    assert "provisional" in said[0]
-    assert "provisional" not in headline(wide)
+    assert said[0].endswith("Provisional: some checks fail.")
+    assert "rovisional" not in headline(wide)
     assert "2 checks fail: duplicates [a], units of N [a]." in said
 
 
@@ -68,6 +73,29 @@ def test_matched_cells_and_frontiers_are_told_apart_and_everything_is_conditiona
     assert any("28 of 28 matched cells (N within 1 %, equal D)" in line for line in said)
     assert sum("the frontier of matmul-free minus that of transformer++" in line for line in said) == 2
     assert "conditional on the laws considered" in said[-1]
+
+
+def test_matched_cells_are_told_from_the_side_of_most(wide):
+    """B behind in all but one cell, and ahead in all."""
+    gaps = np.append(-0.01, np.full(9, 0.02))
+    for sign, said in ((1, "the higher loss in 9 of 10"), (-1, "the lower loss in 9 of 10")):
+        rows = ladder_rows(sizes=(1e6, 3e6, 1e7, 3e7, 1e8), ratios=(10, 20), noise=0.0)
+        known = {(r["N"], r["D"]): r["loss"] for r in rows if r["family"] == "transformer++"}
+        place = {cell: k for k, cell in enumerate(known)}
+        for r in rows:
+            if r["family"] == "matmul-free":
+                r["loss"] = known[r["N"], r["D"]] + sign * gaps[place[r["N"], r["D"]]]
+        (line,) = matched_sentences(replace(wide, runs=Runs.from_rows(rows)))
+        assert f"matmul-free has {said} matched cells" in line
+        ends = sorted((-0.01 * sign, 0.02 * sign))
+        assert f"the difference lies between {ends[0]:+.3f} and {ends[1]:+.3f}" in line
+
+
+def test_sentences_and_tables_give_one_interval(wide):
+    edge = wide.measured()[1]
+    (row,) = [r for r in wide.table() if r["budget"] == edge]
+    d = wide.difference(edge)
+    assert (row["low"], row["high"]) == pytest.approx((d.low, d.high), rel=1e-4)
 
 
 def test_a_family_of_other_sizes_has_no_matched_cells():
