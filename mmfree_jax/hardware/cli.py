@@ -178,4 +178,5 @@ def extra(module: str):
     try:
         return importlib.import_module(f"mmfree_jax.hardware.{module}")
     except ModuleNotFoundError as error:
-        raise ConfigError(f"`hardware` needs {error.name}: pip install 'mmfree-jax[hardware]'") from None
+        package = (error.name or "").partition(".")[0]
+        raise ConfigError(f"`hardware` needs {package}: pip install 'mmfree-jax[hardware]'") from None

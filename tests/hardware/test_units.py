@@ -1,9 +1,12 @@
 """The units of the core, each against the fixed-point arithmetic, in Amaranth's own simulator."""
 
+import os
+
 import numpy as np
 import pytest
 
-pytest.importorskip("amaranth", reason="needs the extra `hardware`")
+if "REQUIRE_SIMULATION" not in os.environ:  # else a missing package fails below
+    pytest.importorskip("amaranth", reason="needs the extra `hardware`")
 
 from amaranth.sim import Simulator
 
