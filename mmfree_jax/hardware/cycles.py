@@ -2,7 +2,7 @@
 
 It follows the program instruction by instruction. What an instruction takes beside its beats are stages of pipelines,
 read off the units; words from memory are counted as a level in the reader's queue, which fills at the memory's rate and
-is never above what the queue holds. tests/hardware/test_cycles.py compares it with simulation.
+is never above what the queue holds. tests/hardware/test_core.py compares it with simulation.
 """
 
 import dataclasses
@@ -15,10 +15,8 @@ READ_STAGES, LANE_STAGES, REDUCE_STAGES = 2, 10, 2
 # From the start of NORM until 127 / maximum is there, and the scale of the product; more of them after another norm.
 QUANTISER, SCALE, INNER = 31, 102, 12
 SUMS = 4  # from a group's last word until its sums can be taken
-WRITER_BEATS, WRITER_LATENCY = (
-    16,
-    READ_STAGES + LANE_STAGES + 3,
-)  # beats that the writer holds; from a beat's issue until its first word leaves
+WRITER_BEATS = 16  # that the writer holds
+WRITER_LATENCY = READ_STAGES + LANE_STAGES + 3  # from a beat's issue until its first word leaves
 REQUEST = 3  # cycles of a request in the reader and its queue
 START = 5  # from a token's start until its first request
 
@@ -75,19 +73,20 @@ class _Run:
     def execute(self, i) -> None:
         """Advance the time to the end of an instruction."""
         if isinstance(i, Norm):
-            self.pass_(max(2, self.scale - self.time + 1))
+            self.elapse(max(2, self.scale - self.time + 1))
             self.quantiser = self.time - 1 + QUANTISER
             self.scale = self.time - 1 + SCALE + (INNER if i.inner else 0)
         elif i.op == Op.END:
-            self.pass_(max(2, self.writer - self.time + 1))
+            self.elapse(max(2, self.writer - self.time + 1))
         elif i.op == Op.TERNARY:
             self.ternary(i)
         else:
             self.vector(i)
 
-    def pass_(self, cycles: float, words: int = 0) -> None:
+    def elapse(self, cycles: float, words: int = 0) -> None:
         """Let time pass, at least so many cycles, and as many as the memory needs for the words."""
         if words:
+            # What waits is `level`, but a queue that is full has as many words more as then come late.
             waiting = self.shape.queue if self.level == self.capacity else self.level
             missing = (words - self.level) / self.rate if words > waiting else 0.0
             cycles = max(cycles, self.first_word - self.time + words / self.rate, missing)
@@ -105,21 +104,21 @@ class _Run:
             if beats > WRITER_BEATS:
                 last = max(last, WRITER_LATENCY + size * (beats - WRITER_BEATS) + 1)
             self.writer = self.time + 2 + max(last, size * (beats - 1)) + WRITER_LATENCY + size
-        self.pass_(wait + 2, 0)
-        self.pass_(last, words)
-        self.pass_(self.tail + 1)
+        self.elapse(wait + 2, 0)
+        self.elapse(last, words)
+        self.elapse(self.tail + 1)
 
     def ternary(self, i: Vector) -> None:
         """A group's last word comes `last` cycles after the start; its sums leave while the next group is read."""
         shape, depth = self.shape, i.depth
         groups, leave = shape.groups(i.count), shape.rows // shape.lanes
-        self.pass_(2)
+        self.elapse(2)
         start = self.time - 1
-        # The first sums wait for the scale; the last word of a group waits until the sums before it have left.
+        # The first sums wait for the scale, and the last word of a group until the sums before it have left.
         last = start + depth
         leaving = max(last + SUMS, max(start + 1, self.scale) + 1)
         if groups > 1:
             last = max(last + depth, leaving + leave) + (groups - 2) * max(depth, leave + SUMS)
             leaving = last + SUMS
-        self.pass_(last - start, groups * depth)
-        self.pass_(leaving - last + shape.beats(i.count) - (groups - 1) * leave - 1 + self.tail + 1)
+        self.elapse(last - start, groups * depth)
+        self.elapse(leaving - last + shape.beats(i.count) - (groups - 1) * leave - 1 + self.tail + 1)

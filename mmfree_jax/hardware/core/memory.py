@@ -6,12 +6,12 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Component, In, Out
 
 from mmfree_jax.hardware.arithmetic import WORD
+from mmfree_jax.hardware.cycles import WRITER_BEATS
 from mmfree_jax.hardware.instructions import CoreShape
 
 ADDRESS = 32  # bits of a memory's address, in words
 TOKEN = 16  # bits of a token
 LOAD_WORDS = 3  # of 32 bits, of a load: address, words, stride
-BEATS_WRITTEN = 16  # that the writer holds
 
 
 class Reader(Component):
@@ -133,11 +133,11 @@ class Writer(Component):
 
     def elaborate(self, platform):
         m, shape = Module(), self.core_shape
-        m.submodules.queue = queue = SyncFIFOBuffered(width=WORD * shape.lanes, depth=BEATS_WRITTEN)
-        reserved, place, done = Signal(range(BEATS_WRITTEN + 1)), Signal(range(2 * shape.words)), Signal()
+        m.submodules.queue = queue = SyncFIFOBuffered(width=WORD * shape.lanes, depth=WRITER_BEATS)
+        reserved, place, done = Signal(range(WRITER_BEATS + 1)), Signal(range(2 * shape.words)), Signal()
         word = Signal()
         m.d.comb += [
-            self.room.eq(reserved != BEATS_WRITTEN),
+            self.room.eq(reserved != WRITER_BEATS),
             self.idle.eq(reserved == 0),
             queue.w_data.eq(self.beat),
             queue.w_en.eq(self.beat_valid),
