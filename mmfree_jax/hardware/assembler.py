@@ -77,7 +77,8 @@ def check_model(config: ModelConfig) -> None:
     for name, value in needed.items():
         found = getattr(config, name)
         require(found == value, f"the core computes models with {name}={value}; this one has {found}")
-    require(max(config.width, config.glu_width) < 2**16, "the core computes widths up to 65,535")
+    largest = max(config.width, config.glu_width, config.vocab)
+    require(largest < 2**16, f"the core counts to 65,535; this model has {largest:,} channels or tokens")
 
 
 def skeleton(config: ModelConfig, shape: CoreShape) -> Program:

@@ -107,6 +107,8 @@ def test_other_families_and_folders_are_refused(tmp_path):
         assemble(tmp_path / "bitnet", CoreShape(8, 1, 512, 1536))
     with pytest.raises(PackedError, match="not a packed model"):
         assemble(tmp_path, THREE)
+    with pytest.raises(ConfigError, match="this model has 70,000 channels or tokens"):
+        skeleton(dataclasses.replace(model_preset("matmul-free", "tiny"), vocab=70_000), THREE)
     with pytest.raises(ConfigError, match="this one is transformer"):
         skeleton(model_preset("transformer++", "tiny"), THREE)
 

@@ -91,14 +91,8 @@ def test_every_shift_of_a_lane_rounds_and_saturates_alike(shift):
     assert results[LANE_STAGES - 1 :][:count] == expected.tolist()
 
 
-NORMS = [
-    (2**31 - 1, 2**49, 2**47),
-    (1, 1, 0),
-    (0, 0, 0),
-    (12345, 2**40 + 7, 3),
-    (2**16, 2**32, 2**20),
-    (2**20 - 1, 77, 9),
-]
+NORMS = [(999, 0, 0), (999, 2**20, 0), (2**31 - 1, 2**49, 2**47), (1, 1, 0), (0, 0, 0), (12345, 2**40 + 7, 3)]
+NORMS += [(2**16, 2**32, 2**20), (2**20 - 1, 77, 9)]
 
 
 @pytest.mark.parametrize("inner", [True, False])
@@ -106,6 +100,7 @@ def test_the_norm_unit_computes_the_specification_in_the_stated_time(inner):
     unit, rng = NormUnit(), np.random.default_rng(1)
     cases = [*NORMS, *([int(n) for n in 2 ** rng.uniform((0, 0, 0), (31, 49, 49))] for _ in range(15))]
     exponents = rng.integers(-40, 20, (len(cases), 3))
+    exponents[:2] = [0, 18, 18], [0, -60, 18]  # zeros with large exponents: zeros all the same
     eps, floor, weight = (fixed.constant(v) for v in (1e-6, 512e-12, 0.0123))
 
     async def bench(ctx):
