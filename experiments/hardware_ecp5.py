@@ -5,8 +5,8 @@ Each core is synthesised with Yosys, placed and routed with nextpnr on an LFE5U-
 cycle model gives tokens a second of each model at that clock, in results/hardware_speed.csv: the clock is that of the
 placed core, although a core for a wider model needs more block RAM than an ECP5 has from 1.3b on.
 
-The cores are one of 8 bits, as the paper's, for its block of d = 512; and one of 32 bits for the same. About six
-minutes on an idle CPU.
+The cores are one of 8 bits, as the paper's, for its block of d = 512; and one of 16 bits for matmul-free-tiny. About
+six minutes on an idle CPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from mmfree_jax.hardware.instructions import CoreShape
 from mmfree_jax.hardware.report import core_rows
 from mmfree_jax.hardware.synthesis import Placed, place
 
-CORES = CoreShape(8, 1, 512, 1536), CoreShape(32, 4, 512, 1536)
+CORES = CoreShape(8, 1, 512, 1536), CoreShape(16, 2, 128, 384)
 
 
 def main() -> None:
