@@ -2,19 +2,19 @@
 
 Each core is synthesised with Yosys, placed and routed with nextpnr on an LFE5U-85F of the slowest speed grade, aimed at
 100 MHz: results/hardware_ecp5.csv has its LUTs, flip-flops, block RAMs, multipliers and the clock it reaches. Then the
-cycle model gives tokens a second of each model at that clock, in results/hardware_speed.csv: the clock is that of the
-placed core, although a core for a wider model needs more block RAM than an ECP5 has from 1.3b on.
+cycle model gives tokens a second of each model at that clock, in results/hardware_speed.csv, although a core for a
+wider model has more block RAM (half of an LFE5U-85F's for 2.7b) and may reach a lower one.
 
 The cores are one of 8 bits, as the paper's, for its block of d = 512; and one of 16 bits for matmul-free-tiny. About
 six minutes on an idle CPU.
 """
 
 import argparse
-import csv
 import dataclasses
 import tempfile
 from pathlib import Path
 
+from experiments.hardware_core import write
 from mmfree_jax.hardware.instructions import CoreShape
 from mmfree_jax.hardware.report import core_rows
 from mmfree_jax.hardware.synthesis import Placed, place
@@ -39,14 +39,6 @@ def main() -> None:
             figures = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()}
             speed.append({"memory_bits": one.memory_bits, "lanes": one.lanes, "mhz": one.mhz, **figures})
     write(out / "hardware_speed.csv", speed)
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    """Write a table."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":
