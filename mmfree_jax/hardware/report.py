@@ -140,9 +140,10 @@ def core_table(memory_bits: int, lanes: int, mhz: float, memory: MemoryModel = A
 
 def published_table() -> list[str]:
     """Return the published designs as a table in Markdown."""
-    lines = ["| design | model | per s | GB/s | per s per GB/s | of its bound | W |", "|---|---|---|---|---|---|---|"]
+    head = "| design | model | per s | GB/s | per s per GB/s | of its bound | W | source |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
     known = lambda number, form: format(number, form) if number else "–"
     for d in PUBLISHED:
         figures = known(d.bandwidth, ".4g"), known(d.normalised, ".4g"), known(d.share, ".0%"), known(d.watts, ".3g")
-        lines.append(f"| {d.name} | {d.model} | {d.rate:.4g} | {' | '.join(figures)} |")
+        lines.append(f"| {d.name} | {d.model} | {d.rate:.4g} | {' | '.join(figures)} | {d.source} |")
     return lines

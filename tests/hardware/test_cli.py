@@ -20,7 +20,7 @@ def test_a_report_needs_no_extra(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "core of 8 bits of memory and 1 lanes at 60 MHz, 0.06 GB/s" in said
     assert "| block d=512 | 878,293 | 1.031 | 100.0% | 68.31 | 1139 |" in said
-    assert "| Zhu et al. 2024, one core at 60 MHz | block d=512 | 23.26 | 0.06 | 387.6 | 33% | 13.7 |" in said
+    assert "| Zhu et al. 2024, one core at 60 MHz | block d=512 | 23.26 | 0.06 | 387.6 | 33% | 13.7 | arXiv" in said
 
 
 @pytest.mark.parametrize("verb", ["build", "simulate"])
