@@ -19,6 +19,7 @@ VERBS = {
     "bench": ("mmfree_jax.bench.cli", "main", "time the operations and the training step on this machine"),
     "coordinates": ("mmfree_jax.coordinates", "main", "measure how far activations move in a few steps, by width"),
     "lower": ("mmfree_jax.lowering.cli", "main", "predict memory and time of a run on a machine that is not here"),
+    "hardware": ("mmfree_jax.hardware.cli", "main", "build, simulate or cost an FPGA core that runs a packed model"),
     "corpus": ("mmfree_jax.data.cli", "main", "build, check, pack and convert token sets"),
 }
 SCALING = {
