@@ -209,8 +209,9 @@ def allocation_table(found: Analysis) -> Table:
 
 
 def checks_section(found: Analysis) -> Section:
-    """Every check once, certificates, and what lint says beyond the checks."""
-    gates = [(g.name, "pass" if g.passed else "fails", g.message) for g in found.gates]
+    """Every check once, those that fail first; certificates, and what lint says beyond the checks."""
+    ordered = sorted(found.gates, key=lambda g: g.passed)
+    gates = [(g.name, "pass" if g.passed else "fails", g.message) for g in ordered]
     certificates = []
     for family, fitted in found.fits.items():
         c = fitted.certificate
@@ -246,7 +247,10 @@ def sensitivity_section(found: Analysis) -> Section:
         change = influence(fitted)
         for k in np.argsort(-np.abs(change), kind="stable")[:INFLUENTIAL]:
             heavy.append((str(fitted.runs["run_id"][k]), family, f"{100 * change[k]:+.2f} %"))
-    text = "Single best fits under other objectives and exclusions."
+    text = (
+        "How far single best fits, which know no misfit, move under other objectives (lad: least absolute deviations; "
+        "log-ls, raw-ls: least squares of log loss, of loss) and without some runs. N* goes as compute to the exponent."
+    )
     table = Table(("run left out", "family", "change of the forecast at 10 times the compute"), tuple(heavy))
     return Section("Sensitivity of single fits", (text, Table(header, tuple(rows)), table))
 

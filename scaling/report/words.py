@@ -51,6 +51,7 @@ def pairs_verdict(pairs: Sequence[Ensemble], failed: Sequence[Gate]) -> list[str
     return [headline(pairs[0], failed), *carried(pairs[0]), *shortfalls(failed), CONDITIONAL]
 
 
+WIDE = f"an uninformative interval (wider than {100 * UNINFORMATIVE:g} % of the loss)"
 SKEWED = 5.0  # an interval whose ends are so many times apart is told on a logarithmic scale
 CONDITIONAL = (
     "A frontier is the best loss that each amount of compute buys. Every interval and probability is conditional on "
@@ -122,7 +123,7 @@ def difference_sentence(e: Ensemble, d: Difference, where: str) -> str:
     text = rounded(d.value, d.low, d.high, "+")
     start = f"{where}, the frontier of {e.b} minus that of {e.a} is {text} {unit} (95 %)"
     if not d.informative:
-        start += f", an uninformative interval (wider than {100 * UNINFORMATIVE:g} % of the loss)"
+        start += f", {WIDE}"
     if d.p_better is None:
         return f"{start}. {reach_sentence(e)}"
     return f"{start}; P({e.b} better) {chance(d.p_better)}."
