@@ -13,6 +13,7 @@ from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.devices import check_platform, check_settings
 from mmfree_jax.evaluation.loss import Scores
 from mmfree_jax.evaluation.loss import evaluate as held_out_loss
+from mmfree_jax.inference.model import Place
 from mmfree_jax.inference.packed import save_packed
 from mmfree_jax.inference.text import TextModel, find_ends, find_tokenizer, load_text_model, text_files
 from mmfree_jax.interop.gguf import Kind, save_gguf
@@ -68,14 +69,15 @@ def train(run: RunConfig, out: str | Path, say: Say = quiet) -> dict[str, Any]:
     return loop.train(run, Path(out), token_set)
 
 
-def load(path: str | Path, dtype: str = "float32") -> TextModel:
+def load(path: str | Path, dtype: str = "float32", embedding: Place = "device") -> TextModel:
     """Load a model to generate with: a run directory (its newest checkpoint), a packed, imported or HF folder.
 
     `model.generate(prompts, ...)` completes text; calling the model with tokens, int32 [B, T], gives logits [B, T, V].
-    `dtype` is that of the activations. Ternary weights are held in 2 bits. Raises ConfigError for another folder,
-    CheckpointError and PackedError for a damaged one.
+    `dtype` is that of the activations. Ternary weights are held in 2 bits, or in the 1.6 of a packed folder of layout
+    trits. embedding: "host" leaves the embedding's memory to the host, at a round trip a token. Raises ConfigError for
+    another folder, CheckpointError and PackedError for a damaged one.
     """
-    return load_text_model(Path(path), dtype)
+    return load_text_model(Path(path), dtype, embedding)
 
 
 def evaluate(

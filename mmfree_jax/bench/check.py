@@ -117,7 +117,8 @@ def _draw_normed_product(rng: np.random.Generator, attempt: int) -> Use:
     gains = int(rng.choice([0, 1, products]) if kind == "plain" else rng.choice([1, products]))
     added = kind == "norm" and bool(rng.integers(2))
     sizes = int(rng.integers(1, 5)), width, min(_multiple(rng, 8, 16384), MOST_VALUES // width // 8 * 8)
-    return Use("normed_product", sizes, (kind, products, gains, str(rng.choice(TYPES)), bool(rng.integers(2)), added))
+    per_column, layout = bool(rng.integers(2)), str(rng.choice(["planes", "trits"]))
+    return Use("normed_product", sizes, (kind, products, gains, str(rng.choice(TYPES)), per_column, added, layout))
 
 
 def _draw_codes_product(rng: np.random.Generator, attempt: int) -> Use:
@@ -129,7 +130,7 @@ def _draw_codes_product(rng: np.random.Generator, attempt: int) -> Use:
 def _draw_dense_product(rng: np.random.Generator, attempt: int) -> Use:
     kind, width = str(rng.choice(["plain", "norm", "swiglu"])), 64 * (1 + attempt % 128)
     added = kind == "norm" and bool(rng.integers(2))
-    sizes = int(rng.integers(1, 5)), width, min(_multiple(rng, 32, 16384), MOST_VALUES // width // 32 * 32)
+    sizes = int(rng.integers(1, 5)), width, min(_multiple(rng, 8, 16384), MOST_VALUES // width // 8 * 8)
     return Use(
         "dense_product", sizes, (kind, int(rng.choice([1, 2])), str(rng.choice(TYPES)), str(rng.choice(TYPES)), added)
     )

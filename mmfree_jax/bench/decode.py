@@ -17,11 +17,12 @@ from mmfree_jax.bench.timing import memory_bytes, time_calls
 from mmfree_jax.config import ModelConfig
 from mmfree_jax.devices import EnergyMeter
 from mmfree_jax.inference.generate import Progress, decode, start
-from mmfree_jax.inference.model import ServedModel, served
+from mmfree_jax.inference.model import HostTable, Place, ServedModel, served
 from mmfree_jax.inference.packed import abstract_tensors, served_config
 from mmfree_jax.inference.sampling import GREEDY, stacked
 from mmfree_jax.ops.fast.choice import kernels_allowed
 from mmfree_jax.ops.fast.cpu.ternary_product import memory_rate
+from mmfree_jax.ops.packed import Layout
 from mmfree_jax.presets import model_preset, split_name
 
 STEPS = 32  # tokens of a program
@@ -37,11 +38,15 @@ class DecodeCase:
     batch: int
     context: int
     kernels: str = "auto"
+    layout: Layout = "planes"
+    embedding: Place = "device"
 
     @property
     def name(self) -> str:
         """Preset, shape, and what differs from the usual: what `--only` is looked for in."""
-        return f"{self.preset}, B={self.batch} C={self.context}" + ("" if self.kernels == "auto" else " kernels=off")
+        usual = {"kernels": "auto", "layout": "planes", "embedding": "device"}
+        other = [f" {name}={getattr(self, name)}" for name in usual if getattr(self, name) != usual[name]]
+        return f"{self.preset}, B={self.batch} C={self.context}{''.join(other)}"
 
     @property
     def config(self) -> ModelConfig:
@@ -64,6 +69,7 @@ GPU = (
     DecodeCase("transformer++-13b", 1, 2048),
     DecodeCase("matmul-free-13b", 8, 2048),
     DecodeCase("transformer++-13b", 8, 2048),
+    DecodeCase("matmul-free-13b", 1, 2048, layout="trits", embedding="host"),
     DecodeCase("matmul-free-13b", 1, 12288),
     DecodeCase("transformer++-13b", 1, 12288),
     DecodeCase("bitnet-1.3b", 1, 2048),
@@ -88,7 +94,7 @@ def measure(cases: tuple[DecodeCase, ...]) -> Iterator[dict[str, Any]]:
 
 
 def _measured(case: DecodeCase, read_rate: float) -> dict[str, Any]:
-    model = random_model(case.config, case.dtype)
+    model = random_model(case.config, case.dtype, case.layout, case.embedding)
     progress = _after(model, case.batch, case.context)
     settings = stacked([GREEDY] * case.batch)
     began = time.perf_counter()
@@ -143,12 +149,17 @@ def _after(model: ServedModel, batch: int, context: int) -> Progress:
     return dataclasses.replace(progress, state=state)
 
 
-def random_model(config: ModelConfig, dtype: str) -> ServedModel:
-    """Return a served model of random codes and matrices, made on the device; dense matrices are bfloat16."""
+def random_model(
+    config: ModelConfig, dtype: str, layout: Layout = "planes", embedding: Place = "device"
+) -> ServedModel:
+    """Return a served model of random codes and matrices, made on the device; dense matrices are bfloat16.
+
+    An embedding on the host is zeros.
+    """
     # Arrays of the right shapes that take no memory.
-    tensors = abstract_tensors(config)
+    tensors = abstract_tensors(config, layout=layout)
     shapes = {one.name: np.broadcast_to(np.zeros((), one.dtype), one.shape) for one in tensors}
-    model = served(served_config(config), shapes, "planes", dtype)
+    model = served(served_config(config), shapes, layout, dtype, embedding)
     leaves, structure = jax.tree.flatten(model)
     del model
     for i, leaf in enumerate(leaves):
@@ -161,7 +172,7 @@ def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Bytes of four ternary codes; matrices of small values; vectors, which are gains, floors and scales, of 0.5."""
     if dtype == jnp.uint8:
         codes = jax.random.bits(key, shape, jnp.uint8)
-        return codes & ~((codes & 0x55) << 1)  # no field is 3
+        return codes & ~((codes & 0x55) << 1)  # no field of 2 bits is 3; every byte is one of five trits
     if dtype == jnp.uint16:  # an embedding in bfloat16
         return jax.lax.bitcast_convert_type(_random(key, shape, jnp.bfloat16), dtype)
     if len(shape) == 1 or 1 in shape:
@@ -172,8 +183,9 @@ def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def bytes_read(model: ServedModel, progress: Progress) -> int:
     """Count the bytes that a step has to read: all weights but the embedding's other rows, and the state."""
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    table = 0 if model.config.tie_embeddings else model.embedding.nbytes
-    return size(model) - table + size(progress.state.mixers)
+    tied, table = model.config.tie_embeddings, model.embedding
+    unread = 0 if tied or isinstance(table, HostTable) else table.nbytes
+    return size(model) - unread + size(progress.state.mixers)
 
 
 def read_bytes_per_s() -> float:

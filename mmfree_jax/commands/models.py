@@ -57,6 +57,8 @@ class GenerateArguments:
     """Strings at which the text ends."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations."""
+    embedding: Literal["device", "host"] = "device"
+    """host: leave the embedding in the host's memory, or in the mapped file of a packed model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ def generate(arguments: list[str]) -> int:
     require(chosen.max_tokens >= 1, f"--max-tokens {chosen.max_tokens}: must be at least 1")
     require(not (chosen.prompt and chosen.file), "give --prompt or --file, not both")
     use_compile_cache(cache_folder() / "compiled")
-    model = load_text_model(chosen.model, chosen.dtype)
+    model = load_text_model(chosen.model, chosen.dtype, chosen.embedding)
     how: dict[str, Any] = {"max_tokens": chosen.max_tokens, "stop": chosen.stop, **dataclasses.asdict(chosen.sampling)}
     if chosen.file:
         prompts = chosen.file.read_text(encoding="utf-8").splitlines()

@@ -6,20 +6,20 @@ every token.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmfree_jax.config import ModelConfig
+from mmfree_jax.config import ModelConfig, require
 from mmfree_jax.inference.packed import packed_tensors, read_packed, served_config
 from mmfree_jax.models.language_model import Block, DecodeState, LanguageModel, context_after, state_after
 from mmfree_jax.models.layers import Projection, RMSNorm, recipe_of
-from mmfree_jax.ops.bit_linear import Recipe, linear
+from mmfree_jax.ops.bit_linear import Recipe, Weights, linear
 from mmfree_jax.ops.fast.choice import forward_only
-from mmfree_jax.ops.packed import Layout, Packed, PackedWeights
+from mmfree_jax.ops.packed import Layout, Packed, PackedWeights, aligned
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.parametrisation import scales
 from mmfree_jax.sharding import path_name
@@ -42,6 +42,42 @@ class PackedProjection(nnx.Module):
         return PackedWeights(self.codes, self.gain)
 
 
+class DenseProjection(nnx.Module):
+    """`models.layers.Projection` of dense layers, whose matrices lie in memory as in a file: a row for each output,
+    which is what few tokens are multiplied by fastest."""
+
+    def __init__(self, recipe: Recipe, kernel_GFD: jax.Array):
+        self.recipe = recipe
+        self.kernel_GFD = nnx.data(kernel_GFD)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """[..., D] -> one [..., F] for each group."""
+        return linear(self.recipe, x, self.weights())
+
+    def weights(self) -> Weights:
+        """Return its arrays, as the ops take them."""
+        return Weights(self.kernel_GFD.swapaxes(-1, -2))
+
+
+Place = Literal["device", "host"]  # where an embedding lies
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class HostTable:
+    """An embedding [V, D] that stays with the host, where it may be a mapped file: a device asks for the rows it needs.
+
+    That saves its memory, and costs a round trip to the host for every token.
+    """
+
+    rows_VD: np.ndarray
+
+    def lookup(self, tokens_BT: jax.Array, dtype: np.dtype) -> jax.Array:
+        """Look up rows from a traced program, [B, T, D] as `dtype`."""
+        shape = jax.ShapeDtypeStruct((*tokens_BT.shape, self.rows_VD.shape[1]), dtype)
+        return jax.pure_callback(lambda tokens: self.rows_VD[np.asarray(tokens)].astype(dtype), shape, tokens_BT)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
@@ -52,7 +88,9 @@ class ServedModel:
 
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
-    embedding: jax.Array  # [V, D]; on a CPU the bits of bfloat16 as uint16, or XLA would hold all of it in float32 too
+    embedding: (
+        jax.Array | HostTable
+    )  # [V, D]; on a CPU the bits of bfloat16 as uint16, or XLA would hold all of it in float32 too
     blocks: tuple[Block, ...]
     floors: tuple[jax.Array, ...] | None  # of each layer's forget gate
     norm: RMSNorm
@@ -97,33 +135,45 @@ class ServedModel:
         return jnp.einsum("btd,vd->btv", x_BTD, w_VD, preferred_element_type=exact)
 
 
-def _embedded(table_VD: jax.Array, tokens_BT: jax.Array, dtype: np.dtype) -> jax.Array:
+def _embedded(table_VD: jax.Array | HostTable, tokens_BT: jax.Array, dtype: np.dtype) -> jax.Array:
     """Look up rows of a table, [B, T, D] as `dtype`."""
+    if isinstance(table_VD, HostTable):
+        return table_VD.lookup(tokens_BT, dtype)
     rows_BTD = table_VD[tokens_BT]
     if rows_BTD.dtype == jnp.uint16:
         rows_BTD = jax.lax.bitcast_convert_type(rows_BTD, jnp.bfloat16)
     return rows_BTD.astype(dtype)
 
 
-def load_packed(folder: Path, dtype: str = "float32") -> ServedModel:
+def load_packed(folder: Path, dtype: str = "float32", embedding: Place = "device") -> ServedModel:
     """Open a packed folder, mapped: a CPU computes with the file's pages, another device gets a copy.
 
-    dtype: of the activations. Raises PackedError.
+    dtype: of the activations. embedding: "host" leaves it in the mapped file (`HostTable`). Raises PackedError, and
+    ConfigError for an embedding on the host that is the head too.
     """
     facts, arrays = read_packed(folder)
-    return served(facts["model"], arrays, facts["layout"], dtype)
+    return served(facts["model"], arrays, facts["layout"], dtype, embedding)
 
 
 def serve_model(
-    model: LanguageModel, *, stored: Any = "float32", layout: Layout = "planes", dtype: str = "float32"
+    model: LanguageModel,
+    *,
+    stored: Any = "float32",
+    layout: Layout = "planes",
+    dtype: str = "float32",
+    embedding: Place = "device",
 ) -> ServedModel:
-    """Pack a model in memory; `stored` and `layout` as `packed_tensors`."""
+    """Pack a model in memory; `stored` and `layout` as `packed_tensors`, the rest as `load_packed`."""
     arrays = {t.name: np.asarray(t.make()).astype(t.dtype) for t in packed_tensors(model, stored, layout)}
-    return served(served_config(model.config), arrays, layout, dtype)
+    return served(served_config(model.config), arrays, layout, dtype, embedding)
 
 
-def served(config: ModelConfig, arrays: dict[str, np.ndarray], layout: Layout, dtype: str) -> ServedModel:
+def served(
+    config: ModelConfig, arrays: dict[str, np.ndarray], layout: Layout, dtype: str, embedding: Place = "device"
+) -> ServedModel:
     """Build a model of the arrays of `packed_tensors`."""
+    tied = embedding == "host" and config.tie_embeddings
+    require(not tied, "the embedding of this model is its head too, which the device computes with: not on the host")
     kind = np.dtype(jnp.dtype(dtype))
     put = lambda name: jax.device_put(arrays[name])
     make = lambda: Block(config, jnp.zeros((), jnp.int32), rngs=nnx.Rngs(0), param_dtype=jnp.float32)
@@ -134,39 +184,45 @@ def served(config: ModelConfig, arrays: dict[str, np.ndarray], layout: Layout, d
     norm.gain[...] = put("norm.gain")
     head: Packed | jax.Array
     if "head.codes" in arrays:
-        head = Packed(jax.device_put(arrays["head.codes"][0, 0]), jax.device_put(arrays["head.scale"][0]), layout)
+        head = Packed(_placed(arrays["head.codes"][0, 0], layout), jax.device_put(arrays["head.scale"][0]), layout)
     else:
         head = put("embedding" if config.tie_embeddings else "head.kernel")
     gain = put("head.gain") if "head.gain" in arrays else None
-    table_VD = arrays["embedding"]
-    if table_VD.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        table_VD = table_VD.view(np.uint16)
-    return ServedModel(config, kind, jax.device_put(table_VD), blocks, floors, norm, head, gain)
+    return ServedModel(config, kind, _table(arrays["embedding"], embedding), blocks, floors, norm, head, gain)
+
+
+def _table(rows_VD: np.ndarray, place: Place) -> jax.Array | HostTable:
+    if place == "host":
+        return HostTable(rows_VD)
+    bits = rows_VD.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return jax.device_put(rows_VD.view(np.uint16) if bits else rows_VD)
+
+
+def _placed(bytes_FI: np.ndarray, layout: Layout) -> jax.Array:
+    """Put packed codes on the device. A CPU computes with a mapped file's own bytes; a GPU needs aligned rows."""
+    return jax.device_put(aligned(bytes_FI) if layout == "trits" and jax.default_backend() != "cpu" else bytes_FI)
 
 
 def _block(block: Block, arrays: dict[str, np.ndarray], layer: int, layout: Layout) -> Block:
-    """Fill a block of `models/` that has shapes only with one layer's arrays, its ternary projections packed."""
+    """Fill a block of `models/` that has shapes only with one layer's arrays; its projections become those above."""
     for path, module in list(nnx.iter_modules(block)):
         for name, child in vars(module).items():
-            if isinstance(child, Projection) and child.recipe.ternary:
+            if isinstance(child, Projection):
                 full = ".".join(["blocks", *map(str, path), name])
                 setattr(module, name, _projection(child, full, arrays, layer, layout))
     graph, state = nnx.split(block)
-    fill = lambda path, a: a if isinstance(a, jax.Array) else _layer_array(arrays, path_name(path), layer)
+    fill = lambda path, a: a if isinstance(a, jax.Array) else arrays[f"blocks.{path_name(path)}"][layer]
     return nnx.merge(graph, jax.device_put(jax.tree.map_with_path(fill, state)))
-
-
-def _layer_array(arrays: dict[str, np.ndarray], name: str, layer: int) -> np.ndarray:
-    """The array of one layer as a module holds it: dense matrices lie as [out, in] in a file."""
-    array = arrays[f"blocks.{name}"][layer]
-    return array.swapaxes(-1, -2) if name.endswith(".kernel") else array
 
 
 def _projection(
     module: Projection, name: str, arrays: dict[str, np.ndarray], layer: int, layout: Layout
-) -> PackedProjection:
+) -> PackedProjection | DenseProjection:
+    if not module.recipe.ternary:
+        kernel = arrays[f"{name}.kernel"][layer]
+        return DenseProjection(module.recipe, jax.device_put(kernel if module.groups else kernel[None]))
     codes_GFI, scale_GF = arrays[f"{name}.codes"][layer], arrays[f"{name}.scale"][layer]
     pairs = zip(codes_GFI, scale_GF, strict=True)
-    codes = tuple(Packed(jax.device_put(q), jax.device_put(s[None]), layout) for q, s in pairs)
+    codes = tuple(Packed(_placed(q, layout), jax.device_put(s[None]), layout) for q, s in pairs)
     gain = jax.device_put(arrays[f"{name}.gain"][layer]) if f"{name}.gain" in arrays else None
     return PackedProjection(module.recipe, codes, gain)

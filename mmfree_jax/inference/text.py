@@ -17,7 +17,7 @@ from mmfree_jax.files import read_json
 from mmfree_jax.inference.completion import Completion, Reader
 from mmfree_jax.inference.engine import Engine, Request
 from mmfree_jax.inference.generate import TOP
-from mmfree_jax.inference.model import ServedModel, load_packed, serve_model
+from mmfree_jax.inference.model import Place, ServedModel, load_packed, serve_model
 from mmfree_jax.inference.packed import PACKED, is_packed
 from mmfree_jax.inference.sampling import Sampling
 from mmfree_jax.run_folder import corpus_facts, known_corpora
@@ -132,13 +132,16 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def load_text_model(path: Path, dtype: str = "float32") -> TextModel:
+def load_text_model(path: Path, dtype: str = "float32", embedding: Place = "device") -> TextModel:
     """Load a model of any kind to generate with: packed, a run directory, an imported or a Hugging Face folder.
 
     Ternary weights of models that are not packed are packed in memory; embedding and dense weights stay float32.
-    Raises as `weights.load_model` and `model.load_packed`.
+    dtype, embedding: as `model.load_packed`. Raises as it and `weights.load_model`.
     """
-    served = load_packed(path, dtype) if is_packed(path) else serve_model(load_model(path), dtype=dtype)
+    if is_packed(path):
+        served = load_packed(path, dtype, embedding)
+    else:
+        served = serve_model(load_model(path), dtype=dtype, embedding=embedding)
     tokenizer = find_tokenizer(path)
     return TextModel(served, tokenizer, find_ends(path, tokenizer), find_begin(path, tokenizer))
 

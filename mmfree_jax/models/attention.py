@@ -1,7 +1,7 @@
 """Causal attention with rotary embeddings (RoFormer, Su et al. 2021, arXiv 2104.09864), as in
 Llama (Touvron et al. 2023, arXiv 2307.09288)."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,9 @@ from flax import nnx
 
 from mmfree_jax.architecture import ModelConfig
 from mmfree_jax.models.layers import Context, Projection, RMSNorm, initialisers
-from mmfree_jax.ops.attention import attend, causal_attention
+from mmfree_jax.ops.attention import Cache, attend_to_cache, causal_attention, rotate
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.parametrisation import scales
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens so far, [B, S, H, K] with S the capacity, and their documents, [B, S]."""
-
-    k_BSHK: jax.Array
-    v_BSHK: jax.Array
-    segments_BS: jax.Array
 
 
 def rotary(config: ModelConfig, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array] | None:
@@ -34,15 +26,6 @@ def rotary(config: ModelConfig, positions: jax.Array, dtype: Any) -> tuple[jax.A
     powers_K = jnp.arange(0, head_width, 2, dtype=exact) / head_width
     angles = positions.astype(exact)[..., None] * (1 / config.rope_theta**powers_K)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn each pair of channels by its angle, in at least float32."""
-    # Channel i turns with channel i + K/2, not with its neighbour as in the paper: the order of Llama's checkpoints. A
-    # permutation of the channels of W_q and W_k leads from one order to the other.
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    a, b = jnp.split(x_BTHK.astype(cos.dtype), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
 
 class Attention(nnx.Module):
@@ -72,12 +55,15 @@ class Attention(nnx.Module):
         heads = lambda a: a.reshape(B, T, -1, self.head_width)
         (q,), (k, v) = self.query(u_BTD), self.key_value(u_BTD)
         q = q if self.score_scale == 1 else q * self.score_scale
-        q_BTHK, k_BTHK = (rotate(heads(a), *context.rotary) for a in (q, k))
         # Training sees the whole window; decoding and prefill see the cache, in which these tokens come last.
         if state is None:
+            q_BTHK, k_BTHK = (rotate(heads(a), *context.rotary) for a in (q, k))
             y_BTHK = causal_attention(q_BTHK, k_BTHK, heads(v), segments_BT=context.segments_BT)
         else:
-            y_BTHK, state = attend_cache(q_BTHK, k_BTHK, heads(v), context, state)
+            assert context.positions_BT is not None
+            assert context.segments_BT is not None
+            new = heads(q), heads(k), heads(v), context.rotary, context.positions_BT, context.segments_BT
+            y_BTHK, state = attend_to_cache(*new, state)
         y_BTD = y_BTHK.reshape(B, T, D)
         return self.out(y_BTD if self.norm is None else self.norm(y_BTD))[0], state
 
@@ -86,26 +72,3 @@ class Attention(nnx.Module):
         """Return an empty cache for `capacity` tokens."""
         shape = (batch, capacity, config.kv_heads or config.heads, config.width // config.heads)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:2], jnp.int32))
-
-
-def attend_cache(
-    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, context: Context, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """Put keys and values at their positions in the cache, and attend from each new token to the cache up to itself.
-
-    Beyond the cache's capacity a row's result is NaN.
-    """
-    positions_BT, segments_BT = context.positions_BT, context.segments_BT
-    assert positions_BT is not None
-    assert segments_BT is not None
-    rows_B1, capacity = jnp.arange(q_BTHK.shape[0])[:, None], cache.k_BSHK.shape[1]
-    # Padding before a row's first token lies below zero and gets no place; a negative index would count from the end.
-    places_BT = jnp.where(positions_BT < 0, capacity, positions_BT)
-    put = lambda old, new: old.at[rows_B1, places_BT].set(new.astype(old.dtype), mode="drop")
-    cache = Cache(put(cache.k_BSHK, k_BTHK), put(cache.v_BSHK, v_BTHK), put(cache.segments_BS, segments_BT))
-    earlier_BTS = jnp.arange(capacity) <= positions_BT[..., None]
-    mask_BTS = earlier_BTS & (segments_BT[:, :, None] == cache.segments_BS[:, None, :])
-    y_BTHK = attend(q_BTHK, cache.k_BSHK, cache.v_BSHK, mask_BTS)
-    # A traced program cannot raise, and what has no place is dropped without a word.
-    full_B = positions_BT[:, -1] >= capacity
-    return jnp.where(full_B[:, None, None, None], jnp.nan, y_BTHK), cache

@@ -78,11 +78,20 @@ def pack_trits(codes_NK: np.ndarray) -> np.ndarray:
 
 
 def unpack_trits(bytes_NI: jax.Array, width: int) -> jax.Array:
-    """Unpack `width` codes of each row: int8 [..., N, width]. The inverse of `pack_trits`, for traced programs."""
+    """Unpack `width` codes of each row: int8 [..., N, width]. The inverse of `pack_trits`, for traced programs.
+
+    Rows may be longer (`aligned`).
+    """
+    bytes_NI = bytes_NI[..., : -(-width // TRITS)]
     # The remaining fraction is the byte modulo 256 after each multiplication; uint8 products wrap by themselves.
     fractions = [bytes_NI * jnp.uint8(3**p) for p in range(TRITS)]
     digits = [((f.astype(jnp.uint16) * 3) >> 8).astype(jnp.int8) for f in fractions]
     return jnp.concatenate(digits, axis=-1)[..., :width] - jnp.int8(1)
+
+
+def aligned(bytes_NI: np.ndarray) -> np.ndarray:
+    """Fill up rows of bytes with zeros to whole 16 bytes, which a GPU loads at a time."""
+    return np.pad(bytes_NI, [(0, 0)] * (bytes_NI.ndim - 1) + [(0, -bytes_NI.shape[-1] % 16)])
 
 
 def _split(codes_NK: np.ndarray, parts: int) -> np.ndarray:

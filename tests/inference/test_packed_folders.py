@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfree_jax.config import FAMILIES
+from mmfree_jax.config import FAMILIES, ConfigError
 from mmfree_jax.inference import packed
 from mmfree_jax.inference.generate import decode, start
 from mmfree_jax.inference.model import load_packed, serve_model
@@ -50,6 +51,25 @@ def test_every_switch_of_the_architecture_is_served(family, changes):
     model = made(family, **changes)
     expected = logits(model)
     np.testing.assert_allclose(logits(serve_model(model)), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_embedding_on_the_host_gives_the_same_tokens(tmp_path, family):
+    packed.save_packed(made(family), tmp_path / "packed")
+    generated, sizes = [], []
+    for place in ("device", "host"):
+        model = load_packed(tmp_path / "packed", embedding=place)
+        progress, chosen = decode(model, start(model, 2, 12), stacked([GREEDY] * 2), 12, greedy=True)
+        generated.append((chosen.tokens, chosen.logprobs, progress.logits_BV))
+        sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
+    for on_device, on_host in zip(*generated, strict=True):
+        np.testing.assert_array_equal(on_device, on_host)
+    assert sizes[0] - sizes[1] == model.embedding.rows_VD.nbytes
+
+
+def test_an_embedding_that_is_the_head_stays_with_the_device():
+    with pytest.raises(ConfigError, match="is its head too"):
+        serve_model(made("matmul-free", tie_embeddings=True), embedding="host")
 
 
 def test_codes_and_scales_are_stored_and_never_quantised_again(tmp_path):

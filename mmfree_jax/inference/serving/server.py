@@ -55,6 +55,8 @@ class ServeArguments:
     """File of a chat template, in place of the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations."""
+    embedding: Literal["device", "host"] = "device"
+    """host: leave the embedding in the host's memory, or in the mapped file of a packed model."""
     limits: Annotated[Limits, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ def main(arguments: list[str]) -> int:
 
 def make_service(chosen: ServeArguments) -> Service:
     """Load the model, and compile its programs before the first client waits for them."""
-    model = load_text_model(chosen.model, chosen.dtype)
+    model = load_text_model(chosen.model, chosen.dtype, chosen.embedding)
     chat = find_chat_template(chosen.model, model.tokenizer, chosen.chat_template)
     engine = Engine(model.served, chosen.slots, chosen.context if model.config.mixer == "attention" else 0)
     warm_up(model, engine)

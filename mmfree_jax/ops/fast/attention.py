@@ -5,8 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.ops.attention import attend as defined_attend
-from mmfree_jax.ops.attention import visible
+from mmfree_jax.ops.attention import Cache, attend, visible
+from mmfree_jax.ops.attention import attend_to_cache as defined
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import constrain, per_shard, shard_count, sharding_axis
@@ -15,13 +15,18 @@ QUERIES = 64  # queries in a block of the "rows" form: their scores against 256 
 HEADS = ("batch", "time", "heads", None)  # logical names of [B, T, H, K]
 
 
-def attend(q_BTHK: jax.Array, k_BSJK: jax.Array, v_BSJK: jax.Array, mask: jax.Array) -> jax.Array:
-    """`ops.attention.attend`; a kernel serves one query a row, as in decoding."""
-    if not choice.decode_attention(q_BTHK, k_BSJK, mask):
-        return defined_attend.definition(q_BTHK, k_BSJK, v_BSJK, mask)
+def attend_to_cache(
+    q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJK: jax.Array, turn, positions_BT, segments_BT, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """`ops.attention.attend_to_cache`; one kernel serves one token a row, as in decoding."""
+    if not choice.decode_attention(q_BTHK, cache):
+        return defined.definition(q_BTHK, k_BTJK, v_BTJK, turn, positions_BT, segments_BT, cache)
     from mmfree_jax.ops.fast.hopper.decode_attention import decode_attention
 
-    return decode_attention(q_BTHK[:, 0], k_BSJK, v_BSJK, mask[:, 0])[:, None]
+    cos_BK, sin_BK = (a[:, 0] for a in turn)
+    new = q_BTHK[:, 0], k_BTJK[:, 0], v_BTJK[:, 0], cos_BK, sin_BK, positions_BT[:, 0], segments_BT[:, 0]
+    y_BHK, cache = decode_attention(*new, cache)
+    return y_BHK[:, None], cache
 
 
 def causal_attention(

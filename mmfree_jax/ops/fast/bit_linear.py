@@ -80,7 +80,9 @@ def linear(recipe: Recipe, x: jax.Array, weights: Weights | PackedWeights) -> tu
     if choice.dense_product(recipe, kind, sources[0], added is not None, weights.w_GDF):
         from mmfree_jax.ops.fast.hopper.dense_product import dense_product
 
-        compute = lambda arrays, gain, *sum: dense_product(kind, arrays, gain, weights.w_GDF, recipe.eps, *sum)
+        # A served model's matrices lie in memory like this: the compiler finds two transpositions and drops both.
+        w_GFD = weights.w_GDF.swapaxes(-1, -2)
+        compute = lambda arrays, gain, *sum: dense_product(kind, arrays, gain, w_GFD, recipe.eps, *sum)
         return _few_rows(compute, sources, source_gain, added)
     return dense(recipe.axes, x, weights.w_GDF)
 
@@ -114,7 +116,10 @@ def _normed_product(
     gain = None if weights.gain is None else weights.gain.astype(jnp.float32)
     codes = [w.bytes_FI for w in weights.codes]
     scales = [w.scale.reshape(-1).astype(jnp.float32) for w in weights.codes]
-    compute = lambda arrays, inner, *sum: normed_product(kind, arrays, inner, gain, codes, scales, recipe.eps, *sum)
+    layout = weights.codes[0].layout
+    compute = lambda arrays, inner, *sum: normed_product(
+        kind, arrays, inner, gain, codes, scales, recipe.eps, *sum, layout=layout
+    )
     return _few_rows(compute, sources, source_gain, added)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.ops.fast.ternary import TINY, TOP, dither_phases
-from mmfree_jax.ops.packed import pack_planes
+from mmfree_jax.ops.packed import aligned, pack, pack_planes
 from mmfree_jax.ops.ternary import SMALLEST
 
 # A check runs one kernel, forward and backward, at the shapes and in the type of one use. The reference is computed for
@@ -411,19 +411,19 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
     """A BitLinear of packed weights and a few rows.
 
     sizes: rows, width, columns. options: kind of the input, products, gains, type, whether each column has its own
-    scale, whether the first source is a sum. The outputs are compared in codes: their unit is that of a code of the row
-    times the scale of the weights.
+    scale, whether the first source is a sum, layout of the weights. The outputs are compared in codes: their unit is
+    that of a code of the row times the scale of the weights.
     """
     from mmfree_jax.ops.fast.hopper.packed_product import normed_product as kernel
 
-    (M, K, N), (kind, G, count, dtype, per_column, added) = use.sizes, use.options
+    (M, K, N), (kind, G, count, dtype, per_column, added, layout) = use.sizes, use.options
     rows = _few_rows(rng, kind, dtype, M, K, added)
     gain = _single(rng.uniform(0.5, 2, (count, K))) if count else None
     codes = rng.integers(-1, 2, (G, N, K), dtype=np.int8)
     scales = [_single(rng.uniform(0.5, 2, N if per_column else 1)) for _ in range(G)]
 
     def run(sources, inner, gain, weights, scales, addend, units):
-        ys, total = kernel(kind, sources, inner, gain, weights, scales, EPS, addend, rows.factor)
+        ys, total = kernel(kind, sources, inner, gain, weights, scales, EPS, addend, rows.factor, layout)
         found = {f"product {g} in codes": ys[g].astype(jnp.float32) / units[g] for g in range(G)}
         return found if total is None else found | {"sum": total}
 
@@ -437,7 +437,7 @@ def normed_product(rng: np.random.Generator, use: Use) -> Problem:
     rounding = {"float32": 2.0**-20, "bfloat16": 2.0**-8}[dtype]
     tolerance = {name: rounding + 4 / np.sqrt(np.mean(values**2) + 1) for name, values in expected.items()}
     tolerance |= {"sum": TOLERANCES[dtype]} if added else {}
-    weights = [pack_planes(c) for c in codes]
+    weights = [aligned(pack(c, layout)) for c in codes]
     return Problem(run, (rows.sources, rows.gain, gain, weights, scales, rows.addend, units), expected, tolerance)
 
 
@@ -448,14 +448,14 @@ def dense_product(rng: np.random.Generator, use: Use) -> Problem:
 
     (M, K, N), (kind, G, dtype, stored, added) = use.sizes, use.options
     rows = _few_rows(rng, kind, dtype, M, K, added)
-    weights = rng.standard_normal((G, K, N), np.float32).astype(jnp.dtype(stored))
+    weights = rng.standard_normal((G, N, K), np.float32).astype(jnp.dtype(stored))
 
     def run(sources, inner, weights, addend):
         ys, total = kernel(kind, sources, inner, weights, EPS, addend, rows.factor)
         found = {f"product {g}": y for g, y in enumerate(ys)}
         return found if total is None else found | {"sum": total}
 
-    expected = rows.sums | {f"product {g}": rows.exact @ _exact(weights[g]) for g in range(G)}
+    expected = rows.sums | {f"product {g}": rows.exact @ _exact(weights[g]).T for g in range(G)}
     tolerance = dict.fromkeys(expected, TOLERANCES[dtype])
     return Problem(run, (rows.sources, rows.gain, weights, rows.addend), expected, tolerance)
 
@@ -475,22 +475,43 @@ def codes_product(rng: np.random.Generator, use: Use) -> Problem:
 
 
 def decode_attention(rng: np.random.Generator, use: Use) -> Problem:
-    """Attention of one query a row to a cache. sizes: rows, slots, heads, heads of keys, channels. options: type."""
+    """One new token a row attends to a cache. sizes: rows, slots, heads, heads of keys, channels. options: type."""
+    from mmfree_jax.ops.attention import Cache
     from mmfree_jax.ops.fast.hopper.decode_attention import decode_attention as kernel
 
     (B, S, H, J, K), (dtype,) = use.sizes, use.options
     R = min(B, 8)
     draw = lambda *shape: np.asarray(2 * rng.standard_normal(shape, np.float32)).astype(jnp.dtype(dtype))
-    q, k, v = draw(R, H, K), draw(R, S, J, K), draw(R, S, J, K)
-    mask = (rng.uniform(size=(R, S)) < 0.8) & (np.arange(S) < rng.integers(1, S + 1, (R, 1)))
-    mask[:, 0] = True
+    q, k, v, keys, values = draw(R, H, K), draw(R, J, K), draw(R, J, K), draw(R, S, J, K), draw(R, S, J, K)
+    angles = rng.uniform(0, 2 * np.pi, (R, K // 2))
+    cos, sin = _single(np.cos(angles)), _single(np.sin(angles))
+    position = rng.integers(0, S, R, dtype=np.int32)
+    position[0] = S - 1
+    segments = (rng.uniform(size=(R, S)) < 0.8).astype(np.int32)
     rows = functools.partial(_repeated, rows=B)
-    run = lambda *arrays: {"result": kernel(*map(rows, arrays))}
-    scores = np.einsum("bjgk,bsjk->bjgs", _exact(q).reshape(R, J, H // J, K), _exact(k)) / np.sqrt(K)
-    scores = np.where(mask[:, None, None], scores, -np.inf)
+
+    def run(*arrays):
+        *new, keys, values, segments = map(rows, arrays)
+        y, cache = kernel(*new, Cache(keys, values, segments))
+        return {"result": y, "keys": cache.k_BSJK, "values": cache.v_BSJK, "segments": cache.segments_BS}
+
+    def rotated(x):
+        a, b = np.split(_exact(x), 2, axis=-1)
+        c, s = _exact(cos)[:, None], _exact(sin)[:, None]
+        return _exact(np.concatenate([a * c - b * s, b * c + a * s], axis=-1).astype(jnp.dtype(dtype)))
+
+    at = np.arange(R), position
+    expected = {"keys": _exact(keys), "values": _exact(values), "segments": _exact(segments)}
+    for name, new in (("keys", rotated(k)), ("values", _exact(v)), ("segments", 1)):
+        expected[name][at] = new
+    scores = np.einsum("bjgk,bsjk->bjgs", rotated(q).reshape(R, J, H // J, K), expected["keys"]) / np.sqrt(K)
+    seen = (np.arange(S) <= position[:, None]) & (expected["segments"] == 1)
+    scores = np.where(seen[:, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    expected = np.einsum("bjgs,bsjk->bjgk", weights / weights.sum(axis=-1, keepdims=True), _exact(v)).reshape(R, H, K)
-    return Problem(run, (q, k, v, mask), {"result": expected}, {"result": TOLERANCES[dtype]})
+    weights /= weights.sum(axis=-1, keepdims=True)
+    expected["result"] = np.einsum("bjgs,bsjk->bjgk", weights, expected["values"]).reshape(R, H, K)
+    arrays = q, k, v, cos, sin, position, np.ones(R, np.int32), keys, values, segments
+    return Problem(run, arrays, expected, dict.fromkeys(expected, TOLERANCES[dtype]))
 
 
 CHECKS: dict[str, Callable[[np.random.Generator, Use], Problem]] = {

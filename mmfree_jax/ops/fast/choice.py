@@ -112,19 +112,19 @@ def input_codes(fusion: Any, sources: tuple[jax.Array, ...], source_gain: Any, g
 def normed_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: Any) -> bool:
     """Whether one kernel computes a BitLinear of packed weights, from the sources of its input on.
 
-    It takes the few rows of a decoding step, 8 bits, 2-bit weights and whole matrices.
+    It takes the few rows of a decoding step, 8 bits and whole matrices.
     """
     first, rows, width = weights.codes[0], math.prod(x.shape[:-1]), x.shape[-1]
-    columns, planes = first.bytes_FI.shape[0], all(w.layout == "planes" for w in weights.codes)
-    if not available() or recipe.bits != 8 or not planes or x.dtype not in (jnp.bfloat16, jnp.float32):
+    columns, bytes_of_a_row = first.bytes_FI.shape
+    if not available() or recipe.bits != 8 or bytes_of_a_row % 4 or x.dtype not in (jnp.bfloat16, jnp.float32):
         return False
     from mmfree_jax.ops.fast.hopper import packed_product
 
     cut = shard_count("batch", x.shape[0]) * math.prod(map(shard_count, recipe.axes, (width, columns)))
-    if cut > 1 or not packed_product.supports(rows, width, columns):
+    if cut > 1 or not packed_product.supports(rows, width, columns, first.layout):
         return False
     gains = 0 if weights.gain is None else math.prod(weights.gain.shape[:-1])
-    options = kind, len(weights.codes), gains, str(x.dtype), first.scale.size > 1, added
+    options = kind, len(weights.codes), gains, str(x.dtype), first.scale.size > 1, added, first.layout
     return verification.serves(Use("normed_product", (rows, width, columns), options))
 
 
@@ -244,17 +244,17 @@ def attention_form(q_BTHK: Any, segments_BT: Any) -> Literal["full", "rows", "cu
     return "cudnn" if fused and q_BTHK.shape[-1] <= widest_fused_head() else "full"
 
 
-def decode_attention(q_BTHK: Any, k_BSJK: Any, mask: Any) -> bool:
-    """Whether a kernel attends from one query a row to a cache, under a mask [B, 1, S]."""
-    (B, T, H, K), (S, J) = q_BTHK.shape, k_BSJK.shape[1:3]
-    if not available() or not _forward_only.get() or T != 1 or mask.ndim != 3:
+def decode_attention(q_BTHK: Any, cache: Any) -> bool:
+    """Whether a kernel rotates, keeps and attends from one token a row to a cache."""
+    (B, T, H, K), (S, J), dtype = q_BTHK.shape, cache.k_BSJK.shape[1:3], q_BTHK.dtype
+    if not available() or not _forward_only.get() or T != 1 or dtype not in (jnp.bfloat16, jnp.float32):
         return False
     from mmfree_jax.ops.fast.hopper import decode_attention as kernel
 
     cut = shard_count("batch", B) * shard_count("heads", J)
-    if cut > 1 or q_BTHK.dtype not in (jnp.bfloat16, jnp.float32) or not kernel.supports(H, J, K):
+    if cut > 1 or cache.k_BSJK.dtype != dtype or not kernel.supports(H, J, K):
         return False
-    return verification.serves(Use("decode_attention", (B, S, H, J, K), (str(q_BTHK.dtype),)))
+    return verification.serves(Use("decode_attention", (B, S, H, J, K), (str(dtype),)))
 
 
 def widest_fused_head() -> int:

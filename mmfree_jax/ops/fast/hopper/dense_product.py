@@ -4,6 +4,7 @@ The Transformer++ decodes with it, so that the packed model is compared with a b
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from mmfree_jax.ops.fast.hopper import few_rows
-from mmfree_jax.ops.fast.hopper.few_rows import Row
+from mmfree_jax.ops.fast.hopper.few_rows import Row, masked_load
 from mmfree_jax.ops.fast.origin import Kind
 
-TILE_ROWS = 64  # rows of weights in a tile
-AHEAD = 16  # tiles on their way: 64 KiB a block, for what few blocks read has to be there when it is needed
+WARPS = 8
+BLOCKS = 2  # on a multiprocessor
+VALUES = 48  # of the row of activations that a thread holds, at most
+TILE_BYTES = 3 * 2**13  # of the columns that are multiplied at a time, at most
+MOST_COLUMNS = 8  # of a tile
+BYTES_AHEAD = 2**15  # of weights that a block has asked for before it needs them
 
 
 def supports(rows: int, width: int, columns: int) -> bool:
     """Whether `dense_product` takes these sizes."""
-    return 1 <= rows <= few_rows.MOST_ROWS and width % TILE_ROWS == 0 and columns % 32 == 0
+    return 1 <= rows <= few_rows.MOST_ROWS and width % 64 == 0 and columns % MOST_COLUMNS == 0
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "eps", "factor"))
@@ -29,21 +34,20 @@ def dense_product(
     kind: Kind,
     sources: list[jax.Array],
     source_gain: jax.Array | None,
-    weights_GKN: jax.Array,
+    weights_GNK: jax.Array,
     eps: float,
     addend: jax.Array | None = None,
     factor: float = 1.0,
 ) -> tuple[list[jax.Array], jax.Array | None]:
     """Multiply a few rows by G dense matrices, from the sources of their input.
 
-    weights_GKN: the matrices. The other arguments and the results are those of `packed_product.normed_product`.
-
-    A norm needs no pass of its own here: its factor is a factor of the result.
+    weights_GNK: the matrices, a column of the result in each row. The other arguments and the results are those of
+    `packed_product.normed_product`.
     """
-    (M, K), (G, _, N), dtype = sources[0].shape, weights_GKN.shape, sources[0].dtype
-    columns = 64 if N % 64 == 0 and G * N >= 64 * few_rows.BLOCKS else 32
-    steps = K // TILE_ROWS
-    unrolled = next(count for count in range(AHEAD, 0, -1) if steps % count == 0)
+    (M, K), (G, N, _), dtype = sources[0].shape, weights_GNK.shape, sources[0].dtype
+    chunk = _chunk(K)
+    width = _columns(K * weights_GNK.dtype.itemsize)
+    tiles = few_rows.tiles_of_a_block(N // width, G * M, BLOCKS)
     optional = [a for a in (addend, source_gain) if a is not None]
 
     def kernel(*refs):
@@ -52,39 +56,64 @@ def dense_product(
         addend_ref = next(taken) if addend is not None else None
         inner_ref = next(taken) if source_gain is not None else None
         weights_ref, y_refs = next(taken), [next(taken) for _ in range(G)]
-        sum_ref = next(taken, None)
-        first, m, g = pl.program_id(0) * columns, pl.program_id(1), pl.program_id(2)
-        column = first + jnp.arange(columns)
+        block, m, g = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        writes = (block == 0) & (g == 0)
+        row = Row(kind, m, source_refs, inner_ref, addend_ref, factor, next(taken, None), writes)
 
-        row = Row(kind, m, source_refs, inner_ref, addend_ref, factor, sum_ref, (first == 0) & (g == 0))
+        def load(tile: Any) -> list[jax.Array]:
+            column, inside = few_rows.columns_of(block * tiles, tile, tiles, width, N)
+            whole = jnp.broadcast_to(inside[:, None], (width, chunk))
+            masks = [whole if start + chunk <= K else whole & (start + jnp.arange(chunk) < K)[None] for start in starts]
+            at = [weights_ref.at[g, column[:, None], start + jnp.arange(chunk)[None]] for start in starts]
+            return [masked_load(*one) for one in zip(at, masks, strict=True)]
 
-        def step(i, carry):
-            total, squares = carry
-            places = [(i * unrolled + part) * TILE_ROWS + jnp.arange(TILE_ROWS) for part in range(unrolled)]
-            # All tiles first: the exchange of values between threads is a barrier that no later load passes.
-            tiles = [plt.load(weights_ref.at[g, place[:, None], column[None]]) for place in places]
-            for place, tile in zip(places, tiles, strict=True):
-                v, x = row.read(place)
-                total, squares = total + v[:, None] * tile.astype(jnp.float32), squares + x * x
-            return total, squares
+        def multiply(chunks: list[jax.Array]) -> jax.Array:
+            products = [v[None] * weights.astype(jnp.float32) for v, weights in zip(values, chunks, strict=True)]
+            return jnp.sum(sum(products[1:], products[0]), axis=1)
 
-        start = jnp.zeros((TILE_ROWS, columns), jnp.float32), jnp.zeros(TILE_ROWS, jnp.float32)
-        total, squares = lax.fori_loop(0, steps // unrolled, step, start)
-        y = jnp.sum(total, axis=0)
-        if row.has_norm:
-            y = y * lax.rsqrt(jnp.sum(squares) / K + eps)
+        starts = range(0, K, chunk)
+        size = width * K * weights_GNK.dtype.itemsize
+        ahead = [load(tile) for tile in range(few_rows.tiles_ahead(tiles, size, BYTES_AHEAD))]
+        values: list[jax.Array] = []
+        squares = jnp.zeros(chunk, jnp.float32)
+        for start in starts:
+            place = start + jnp.arange(chunk)
+            v, x = row.read(place, None if start + chunk <= K else place < K)
+            values.append(v)
+            squares += x * x
+        # The factor of a norm is one of the whole row, so it may as well be one of the result.
+        scale = lax.rsqrt(jnp.sum(squares) / K + eps) if row.has_norm else 1.0
+        y = few_rows.pipelined(tiles, ahead, load, multiply) * scale
+        column, inside = few_rows.all_columns(block * tiles, tiles, width, N)
         for i, y_ref in enumerate(y_refs):
-            store = functools.partial(plt.store, y_ref.at[m, column], y.astype(dtype))
+            store = functools.partial(plt.store, y_ref.at[m, column], y.astype(dtype), mask=inside)
             pl.when(g == i)(store) if G > 1 else store()
 
     shapes = [jax.ShapeDtypeStruct((M, N), dtype)] * G + [jax.ShapeDtypeStruct((M, K), dtype)] * (addend is not None)
     call = pl.pallas_call(
         kernel,
-        grid=(N // columns, M, G),
+        grid=(-(-N // (width * tiles)), M, G),
         out_shape=shapes,
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=few_rows.INTERPRET,
         name="dense_product",
     )
-    found = call(*sources, *optional, weights_GKN)
+    found = call(*sources, *optional, weights_GNK)
     return list(found[:G]), found[G] if addend is not None else None
+
+
+def _chunk(width: int) -> int:
+    """Values of a row of weights that are multiplied at a time, 8 a thread: the fewer, the more warps have columns of
+    their own and add up fewer parts of them, but the more of the row of activations each thread holds."""
+    chunk = 8 * 32
+    while chunk < 8 * 32 * WARPS and 8 * width > VALUES * chunk:
+        chunk *= 2
+    return min(chunk, pl.next_power_of_2(width))
+
+
+def _columns(size: int) -> int:
+    """Columns of a tile, of `size` bytes each: a power of two."""
+    columns = 1
+    while columns < MOST_COLUMNS and 2 * columns * size <= TILE_BYTES:
+        columns *= 2
+    return columns

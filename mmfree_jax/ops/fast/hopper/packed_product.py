@@ -2,11 +2,12 @@
 
 `normed_product` is a whole BitLinear for one to four tokens: norm or gate, quantiser and G products, and the addition
 of the residual before the norm. `codes_product` multiplies codes that exist, up to 256 rows of them, on tensor cores.
-Both read the 2-bit weights of `packed.pack_planes` as they lie in memory, once.
+Both read the weights of `packed.pack_planes` as they lie in memory, once; the first also those of `packed.pack_trits`.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jax.experimental.pallas import triton as plt
 from mmfree_jax.ops.fast.hopper import few_rows
 from mmfree_jax.ops.fast.hopper.few_rows import Row, masked_load
 from mmfree_jax.ops.fast.origin import Kind
+from mmfree_jax.ops.packed import CODES_IN_A_BYTE, PLANES, TRITS, Layout
 from mmfree_jax.ops.ternary import SMALLEST
 
 # `few_rows` says why each block computes the whole row again. Codes need three sums of it: the two norms' squares and
@@ -26,13 +28,13 @@ from mmfree_jax.ops.ternary import SMALLEST
 #
 # The product works on words: a 32-bit word of weights holds 16 codes, four in each of its four planes, and `dp4a`
 # multiplies one plane (shifted and masked: codes + 1 in bytes) by a word of four int8 activations, and sums. What the
-# ones add is the sum of the activations, subtracted at the end.
+# ones add is the sum of the activations, subtracted at the end. A word of `packed.pack_trits` holds 20 codes, as the
+# digits of four fractions: two multiplications by 3, of two bytes each with room for a digit between them, give four.
 
 MOST_CODES = 256  # rows of `codes_product`: from there on it pays to unpack the weights for a product of large tiles
-CODES_IN_A_WORD = 16
-CHUNK = 128  # words of weights of one row that are multiplied at a time
-AHEAD = 3  # chunks of weights on their way while norm and codes are computed
-MOST_COLUMNS = 64  # of a block
+CHUNK = 128  # words of one row of weights that are multiplied at a time
+MANY_COLUMNS = 40 * few_rows.PROCESSORS  # from there on two blocks share a multiprocessor
+BYTES_AHEAD = 2**15  # of weights that a block has asked for before it needs them
 TOP = 127.0
 TO_INTEGER = 12582912.0  # 1.5 x 2^23: adding it rounds a float32 below 2^22 to an integer, half to even
 
@@ -45,9 +47,10 @@ class _Scaled(NamedTuple):
     scale: jax.Array  # of the codes
 
 
-def supports(rows: int, width: int, columns: int) -> bool:
+def supports(rows: int, width: int, columns: int, layout: Layout) -> bool:
     """Whether `normed_product` takes these sizes."""
-    return 1 <= rows <= few_rows.MOST_ROWS and width % CODES_IN_A_WORD == 0 and columns % 8 == 0
+    words = layout == "trits" or width % (4 * PLANES) == 0
+    return 1 <= rows <= few_rows.MOST_ROWS and words and columns % 8 == 0
 
 
 def supports_codes(rows: int, width: int, columns: int) -> bool:
@@ -55,7 +58,7 @@ def supports_codes(rows: int, width: int, columns: int) -> bool:
     return 1 <= rows <= MOST_CODES and width % 128 == 0 and columns % 32 == 0
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "eps", "factor"))
+@functools.partial(jax.jit, static_argnames=("kind", "eps", "factor", "layout"))
 def normed_product(
     kind: Kind,
     sources: list[jax.Array],
@@ -66,22 +69,26 @@ def normed_product(
     eps: float,
     addend: jax.Array | None = None,
     factor: float = 1.0,
+    layout: Layout = "planes",
 ) -> tuple[list[jax.Array], jax.Array | None]:
     """Compute G BitLinears of a few rows, from the sources of their input.
 
     Args:
         kind, sources, source_gain: what the input is made of (`origin.Origin`), [M, K] each; the gain is float32 [K].
         gain: of the norm before the quantiser, float32: [K], [G, K] for one each, or None for no norm.
-        weights: uint8 [N, K / 4] of each product.
+        weights: uint8 [N, I] of each product, in whole words.
         scales: of the weights, float32, [1] or [N] each.
+        layout: of the weights.
         addend: added to the first source, times `factor`, before anything else; the sum is returned too.
 
     Returns:
         [M, N] of each product in the sources' type, and the sum [M, K] (None without an addend).
     """
     (M, K), N, G, dtype = sources[0].shape, weights[0].shape[0], len(weights), sources[0].dtype
-    words = [lax.bitcast_convert_type(w.reshape(N, K // CODES_IN_A_WORD, 4), jnp.int32) for w in weights]
-    block = _columns(N, G)
+    words = [lax.bitcast_convert_type(w.reshape(N, -1, 4), jnp.int32) for w in weights]
+    # Measured: many columns take two blocks, whose waits overlap; where there are few, a second row costs more.
+    warps, blocks, width = (4, 2, 16) if G * N >= MANY_COLUMNS else (8, 1, 8)
+    tiles = few_rows.tiles_of_a_block(-(-N // width), G * M, blocks)
     gain = None if gain is None else gain.reshape(-1, K)
     optional = [a for a in (addend, source_gain, gain) if a is not None]
 
@@ -92,23 +99,23 @@ def normed_product(
         inner_ref = next(taken) if source_gain is not None else None
         gain_ref = next(taken) if gain is not None else None
         word_refs, scale_refs, y_refs = take(G), take(G), take(G)
-        first, m, own = pl.program_id(0) * block, pl.program_id(1), pl.program_id(2)
-        row = Row(kind, m, source_refs, inner_ref, addend_ref, factor, next(taken, None), first == 0)
+        block, m, own = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        row = Row(kind, m, source_refs, inner_ref, addend_ref, factor, next(taken, None), block == 0)
         for g in range(G):
 
             def product(g=g):
-                read = functools.partial(_scaled, row if g == 0 else row._replace(total=None), gain_ref, g, K, eps)
-                _product(read, word_refs[g], scale_refs[g], y_refs[g], m, first, K, block)
+                own_row = row if g == 0 else row._replace(total=None)
+                read = functools.partial(_scaled, own_row, gain_ref, g, K, eps, CODES_IN_A_BYTE[layout])
+                _product(read, word_refs[g], scale_refs[g], y_refs[g], m, block * tiles, tiles, width, layout)
 
             pl.when(own == g)(product) if G > 1 else product()
 
     shapes = [jax.ShapeDtypeStruct((M, N), dtype)] * G + [jax.ShapeDtypeStruct((M, K), dtype)] * (addend is not None)
-    options = plt.CompilerParams(num_warps=8 if K > 4096 or block > 16 else 4, num_stages=1)
     call = pl.pallas_call(
         kernel,
-        grid=(N // block, M, G),
+        grid=(-(-N // (width * tiles)), M, G),
         out_shape=shapes,
-        compiler_params=options,
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=few_rows.INTERPRET,
         name="normed_product",
     )
@@ -116,52 +123,68 @@ def normed_product(
     return list(found[:G]), found[G] if addend is not None else None
 
 
-def _columns(columns: int, products: int) -> int:
-    """Columns of a block: a power of two, so many that there are still enough blocks."""
-    block = 8
-    while block < MOST_COLUMNS and columns % (2 * block) == 0 and products * columns >= 2 * block * few_rows.BLOCKS:
-        block *= 2
-    return block
+def _product(
+    read: Callable[[], _Scaled], words_ref, scale_ref, y_ref, m, first: Any, count: int, width: int, layout: Layout
+) -> None:
+    """One block: `count` tiles of `width` columns, from tile `first` on, of row m of one product."""
+    N, words = words_ref.shape
 
+    def load(tile: Any) -> list[jax.Array]:
+        column, inside = few_rows.columns_of(first, tile, count, width, N)
+        chunks = []
+        for start in range(0, words, CHUNK):
+            word = start + jnp.arange(CHUNK)
+            mask = jnp.broadcast_to(inside[:, None], (width, CHUNK))
+            mask = mask if start + CHUNK <= words else mask & (word < words)[None]
+            chunks.append(masked_load(words_ref.at[column[:, None], word[None]], mask))
+        return chunks
 
-def _product(read: Callable[[], _Scaled], words_ref, scale_ref, y_ref, m, first, K: int, block: int) -> None:
-    """One block: the columns from `first` on of row m of one product."""
-    words, chunks = K // CODES_IN_A_WORD, -(-K // (CODES_IN_A_WORD * CHUNK))
-    column = first + jnp.arange(block)
+    def multiply(chunks: list[jax.Array]) -> jax.Array:
+        total = jnp.zeros((width, CHUNK), jnp.int32)
+        for weights, planes in zip(chunks, codes, strict=True):
+            for here, codes_here in zip(_digits(weights, layout), planes, strict=True):
+                total = _dot4(here, jnp.broadcast_to(codes_here[None], here.shape), total)
+        return jnp.sum(total, axis=1)
 
-    def load(chunk: int) -> jax.Array:
-        word = chunk * CHUNK + jnp.arange(CHUNK)
-        mask = None if words % CHUNK == 0 else jnp.broadcast_to(word[None] < words, (block, CHUNK))
-        return masked_load(words_ref.at[column[:, None], word[None]], mask)
-
-    ahead = {chunk: load(chunk) for chunk in range(min(AHEAD, chunks))}
+    ahead = [load(tile) for tile in range(few_rows.tiles_ahead(count, 4 * width * words, BYTES_AHEAD))]
     row = read()
-    total, ones = jnp.zeros((block, CHUNK), jnp.int32), jnp.zeros(CHUNK, jnp.int32)
-    for chunk in range(chunks):
-        weights = ahead.pop(chunk, None)
-        weights = load(chunk) if weights is None else weights
-        for plane in range(4):
-            codes = _code_words(row.z[chunk][plane] * row.to_codes)
-            here = (weights >> (2 * plane)) & 0x03030303
-            total = _dot4(here, jnp.broadcast_to(codes[None], here.shape), total)
-            ones = _dot4(jnp.full(CHUNK, 0x01010101, jnp.int32), codes, ones)
-    y = (jnp.sum(total, axis=1) - jnp.sum(ones)).astype(jnp.float32) * row.scale
-    scale = scale_ref[0] if scale_ref.shape[0] == 1 else scale_ref[pl.ds(first, block)]
-    y_ref[m, pl.ds(first, block)] = (y * scale).astype(y_ref.dtype)
+    codes = [[_code_words(z * row.to_codes) for z in planes] for planes in row.z]
+    ones = jnp.zeros(CHUNK, jnp.int32)
+    for codes_here in itertools.chain(*codes):
+        ones = _dot4(jnp.full(CHUNK, 0x01010101, jnp.int32), codes_here, ones)
+    totals = few_rows.pipelined(count, ahead, load, multiply) - jnp.sum(ones)
+    column, inside = few_rows.all_columns(first, count, width, N)
+    scale = scale_ref[0] if scale_ref.shape[0] == 1 else masked_load(scale_ref.at[column], inside)
+    y = totals.astype(jnp.float32) * row.scale * scale
+    plt.store(y_ref.at[m, column], y.astype(y_ref.dtype), mask=inside)
 
 
-def _scaled(row: Row, gain_ref, g: int, K: int, eps: float) -> _Scaled:
+def _digits(words: jax.Array, layout: Layout) -> Iterator[jax.Array]:
+    """Yield the codes + 1 of each plane in words of packed weights, a byte each."""
+    if layout == "planes":
+        for plane in range(PLANES):
+            yield (words >> (2 * plane)) & 0x03030303
+        return
+    even, odd = words & 0x00FF00FF, (words >> 8) & 0x00FF00FF
+    for _ in range(TRITS):
+        even, odd = 3 * even, 3 * odd
+        yield ((even >> 8) & 0x00030003) | (odd & 0x03000300)
+        even, odd = even & 0x00FF00FF, odd & 0x00FF00FF
+
+
+def _scaled(row: Row, gain_ref, g: int, K: int, eps: float, planes: int) -> _Scaled:
     """Read a whole row, and compute what makes codes of it; `gain_ref` [1 or G, K] is of the norm before them."""
-    piece, size = K // 4, 4 * CHUNK
+    piece, size = -(-K // planes), 4 * CHUNK
     zero = jnp.zeros(size, jnp.float32)
     first_squares, squares, largest = zero, zero, zero
     z: list[list[jax.Array]] = []
     for chunk in range(-(-piece // size)):
         element = chunk * size + jnp.arange(size)
-        mask = None if piece % size == 0 else element < piece
         z.append([])
-        for plane in range(4):
+        for plane in range(planes):
             index = plane * piece + element
+            end = (chunk + 1) * size
+            mask = None if end <= piece and plane * piece + end <= K else (element < piece) & (index < K)
             v, x = row.read(index, mask)
             first_squares, squares = first_squares + x * x, squares + v * v
             z[-1].append(v if gain_ref is None else v * masked_load(gain_ref.at[g % gain_ref.shape[0], index], mask))
@@ -202,7 +225,7 @@ def codes_product(
     (M, K), N = codes_MK.shape, weights.shape[0]
     piece = K // 4
     rows = min(64, max(16, pl.next_power_of_2(M)))
-    columns = 64 if N % 64 == 0 and N >= 64 * few_rows.BLOCKS else 32
+    columns = 64 if N % 64 == 0 and N >= 64 * few_rows.PROCESSORS else 32
     inner = next(size for size in (128, 64, 32) if piece % size == 0)
 
     def kernel(codes_ref, scale_M_ref, weights_ref, scale_ref, y_ref):
