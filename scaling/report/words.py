@@ -175,7 +175,8 @@ def price_sentence(e: Ensemble, value: float, low: float, high: float, share: fl
 
 def matched_sentences(e: Ensemble) -> list[str]:
     """What needs no law: runs of both families with N within 1 % and equal D."""
-    gaps = matched_gaps(e)
+    one, two = matched_rows(e)
+    gaps = e.runs["loss"][two] - e.runs["loss"][one]
     if not len(gaps):
         return ["No two runs of the families have equal N (within 1 %) and D, so only their laws can be compared."]
     worse = int((gaps > 0).sum())
@@ -183,12 +184,6 @@ def matched_sentences(e: Ensemble) -> list[str]:
     span = f"between {gaps.min():+.3f} and {gaps.max():+.3f} {e.runs.loss_label}"
     cells = f"in {count} of {len(gaps)} matched cells (N within 1 %, equal D)"
     return [f"Run against run, {e.b} has the {which} loss {cells}; the difference lies {span}."]
-
-
-def matched_gaps(e: Ensemble) -> np.ndarray:
-    """(cells,) loss of B minus loss of A in matched cells."""
-    one, two = matched_rows(e)
-    return e.runs["loss"][two] - e.runs["loss"][one]
 
 
 def matched_rows(e: Ensemble) -> tuple[np.ndarray, np.ndarray]:
