@@ -103,8 +103,13 @@ class Power:
         found = f"sd of the difference at {self.target:.1e} FLOP: {self.sd:.2g} {self.unit}"
         out = [f"{found} (median of {self.simulations} simulated ladders)"]
         for difference, p in zip(self.differences, self.chances, strict=True):
-            out.append(f"  if it is {difference:.3g}: P(the 95 % interval excludes zero with the right sign) = {p:.2f}")
-        return [*out, f"  if it is zero: P(the interval excludes zero) = {self.at_zero:.2f}"]
+            what = "P(the 95 % interval excludes zero with the right sign)"
+            out.append(f"  if it is {difference:.3g}: {what} = {self.with_error(p)}")
+        return [*out, f"  if it is zero: P(the interval excludes zero) = {self.with_error(self.at_zero)}"]
+
+    def with_error(self, p: float) -> str:
+        """A share with the standard error that so many simulations leave."""
+        return f"{p:.2f} +- {np.sqrt(p * (1 - p) / self.simulations):.2f}"
 
 
 class Pool:

@@ -194,7 +194,7 @@ def test_power_of_a_proposed_ladder_as_a_command(pilot_table):
     assert done.returncode == 0, done.stderr
     assert "3 sizes at 3 budgets" in done.stdout
     assert "if it is 0.01: P(" in done.stdout
-    assert re.search(r"if it is zero: P\(the interval excludes zero\) = 0\.\d\d", done.stdout)
+    assert re.search(r"if it is zero: P\(the interval excludes zero\) = 0\.\d\d \+- 0\.\d\d", done.stdout)
     bad = called(main, "power", pilot_table, "--sizes", "1e8", "--ratios", "5,20", "--draws", 50)
     assert bad.returncode == 1
     assert "needs two sizes" in bad.stderr
