@@ -316,7 +316,11 @@ def simulated_intervals(
     clean = {f: truths.rows_curve(f, Runs.from_rows(rows)) for f, rows in grid.items()}
     noise = planned_noise(e, ladder, picked, rng)
     out = np.empty((simulations, 3))
-    for k, truth in enumerate(e.gaps(at)[picked, 0]):
+    for k in range(simulations):
+        # What a truth's best runs would differ by: its own best sizes, its misfit there. Along the path of the ensemble
+        # it would be another number wherever the pilot hardly knows the best size.
+        one = replace(e, draws=e.draws.part(picked[[k]]))
+        truth = float(np.diff([np.exp(one.best_allocation(target, f)[1][0]) for f in e.families])[0])
         rows = list(e.runs.records()) if keep_runs else []
         for f in e.families:
             losses = np.exp(clean[f][k] + noise[f][k])
