@@ -95,7 +95,7 @@ def server(path: Path) -> Callable[..., dict[str, Any]]:
         request = urllib.request.Request(
             running.listening_address + "/completion", body, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             return json.loads(answer.read())
 
     return ask

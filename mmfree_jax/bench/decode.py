@@ -118,25 +118,28 @@ def _measured(case: DecodeCase, read_rate: float) -> dict[str, Any]:
 
 
 def _timed(program: Any, model: ServedModel, progress: Progress, settings: dict) -> tuple[float, float | None]:
-    """Seconds of a call, the median of rounds, and joules of a call. Every call goes on from the same context."""
+    """Seconds of a call, the median of rounds, and joules of a call. Every call goes on from the same context.
+
+    Calls of a round follow each other, so that the host starts the next while the device computes.
+    """
     position_B = progress.state.position_B + 0
 
     def run(progress: Progress) -> Progress:
         # The program takes over its arguments' memory, so the counts of tokens, which decide nothing but places in a
         # cache, are put back by hand.
-        progress, chosen = program(model, progress, settings)
-        jax.block_until_ready(chosen)
+        progress, _ = program(model, progress, settings)
         state = dataclasses.replace(progress.state, position_B=position_B + 0)
         return dataclasses.replace(progress, state=state)
 
     began = time.perf_counter()
-    progress = run(run(progress))
+    progress = jax.block_until_ready(run(run(progress)))
     calls = max(1, round(LEAST_S[jax.default_backend()] / ROUNDS / (time.perf_counter() - began) * 2))
     meter, rounds = EnergyMeter(), []
     for _ in range(ROUNDS):
         began = time.perf_counter()
         for _ in range(calls):
             progress = run(progress)
+        jax.block_until_ready(progress)
         rounds.append((time.perf_counter() - began) / calls)
     joules = meter.joules()
     return float(np.median(rounds)), None if joules is None else joules / calls / ROUNDS

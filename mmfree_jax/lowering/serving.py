@@ -21,6 +21,7 @@ from mmfree_jax.command_line import parse
 from mmfree_jax.config import ModelConfig, require
 from mmfree_jax.devices import DEVICES, Device
 from mmfree_jax.inference.generate import PIECE, TOP
+from mmfree_jax.inference.model import Place
 from mmfree_jax.inference.packed import Stored, abstract_tensors, is_packed, read_packed, served_config
 from mmfree_jax.ops.fast.cpu.ternary_product import memory_rate
 from mmfree_jax.ops.packed import Layout
@@ -44,9 +45,10 @@ class Rates(NamedTuple):
 
 # cuda: fitted to experiments/results/h200_decode.csv (tests/lowering/test_serving.py holds them to it). cpu: two cores.
 # tpu: not measured.
+TRITS = 0.45  # of the rate at which 2-bit weights are read: base 3 takes longer to take apart
 RATES = {
-    ("cuda", "ternary"): Rates(0.229, 0.82, 0.050, 18e-6),
-    ("cuda", "dense"): Rates(0.42, 0.82, 0.5, 103e-6),
+    ("cuda", "ternary"): Rates(0.34, 0.5, 0.043, 6.1e-6),
+    ("cuda", "dense"): Rates(0.67, 0.97, 0.036, 6.5e-6),
     ("tpu", "ternary"): Rates(0.4, 0.8, 0.2, 20e-6),
     ("tpu", "dense"): Rates(0.6, 0.8, 0.5, 20e-6),
     ("cpu", "ternary"): Rates(0.75, 0.75, 1.0, 30e-6),
@@ -70,6 +72,8 @@ class ServingArguments:
     """Type of the embedding and of dense matrices."""
     layout: Layout = "planes"
     """Of ternary codes: planes take 2 bits, trits 1.6."""
+    embedding: Place = "device"
+    """host: the embedding stays with the host, as of `generate --embedding host`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the activations and of the attention's cache."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -106,8 +110,8 @@ class TokenTime:
 
     @property
     def total(self) -> float:
-        """Reading and arithmetic overlap; what layers cost besides does not."""
-        return max(self.reading, self.arithmetic) + self.layers
+        """All of it: where rows are many enough for arithmetic to count, little of it overlaps with reading."""
+        return self.reading + self.arithmetic + self.layers
 
 
 def main(arguments: list[str]) -> int:
@@ -145,6 +149,7 @@ def this_cpu() -> Device:
 def serving_memory(config: ModelConfig, chosen: ServingArguments) -> ServingMemory:
     """Return the bytes that serving needs at its peak."""
     tensors = abstract_tensors(config, chosen.stored, chosen.layout)
+    tensors = [one for one in tensors if one.name != "embedding" or chosen.embedding == "device"]
     codes = sum(one.size for one in tensors if one.name.endswith((".codes", ".scale")))
     item = jnp.dtype(chosen.dtype).itemsize
     state, working = flops.decode_state_bytes(config, chosen.context, item), _working(config, chosen, item)
@@ -186,7 +191,8 @@ def token_time(config: ModelConfig, chosen: ServingArguments, device: Device) ->
     rates, (weights, state) = RATES[device.platform, config.linear], bytes_read(config, chosen)
     operations = 2.0 * flops.parameters(config).N * chosen.batch
     peak = device.int8 if config.linear == "ternary" else device.bf16
-    reading = (weights / rates.weights + state / rates.state) / device.bandwidth
+    rate = rates.weights * (TRITS if chosen.layout == "trits" and config.linear == "ternary" else 1)
+    reading = (weights / rate + state / rates.state) / device.bandwidth
     return TokenTime(reading, operations / (rates.operations * peak), config.depth * rates.layer_s)
 
 

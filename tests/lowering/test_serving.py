@@ -42,7 +42,7 @@ def predicted(model: str, context: int = 2048, batch: int = 1) -> tuple[float, f
 def test_what_grows_with_context_and_batch_and_what_does_not():
     free, plain = predicted("matmul-free-1.3b"), predicted("transformer++-1.3b")
     assert plain[0] > 6 * free[0]
-    assert plain[1] > 4 * free[1]
+    assert plain[1] > 2.5 * free[1]
     longer = predicted("matmul-free-1.3b", context=32_768)
     assert longer[0] < 1.001 * free[0]
     assert longer[1] == free[1]
@@ -58,7 +58,8 @@ def test_predictions_are_those_measured():
     assert len(rows) >= 6
     for row in rows:
         dtype = "bfloat16" if row["preset"].startswith("transformer") else "float32"
-        chosen = ServingArguments(row["preset"], int(row["context"]), int(row["batch"]), dtype=dtype)
+        form = {"layout": row["layout"], "embedding": row["embedding"]}
+        chosen = ServingArguments(row["preset"], int(row["context"]), int(row["batch"]), dtype=dtype, **form)
         config = find_config(row["preset"])
         memory, time = serving_memory(config, chosen), token_time(config, chosen, H200)
         assert memory.total - memory.prompt == pytest.approx(1e9 * float(row["resident_gb"]), rel=0.10), row

@@ -174,7 +174,7 @@ def test_a_model_decodes_as_without_kernels(family, batch, products, sums, monke
     addends = []
     for module, name, place in ((packed_product, "normed_product", 7), (dense_product, "dense_product", 5)):
         kernel = getattr(module, name)
-        counted = lambda *a, kernel=kernel, place=place: addends.append(a[place]) or kernel(*a)
+        counted = lambda *a, kernel=kernel, place=place, **k: addends.append(a[place]) or kernel(*a, **k)
         monkeypatch.setattr(module, name, counted)
     with kernels_assumed():
         jax.eval_shape(model.extend, tokens[:, :1], model.start(batch, 8))
