@@ -86,6 +86,7 @@ def lacking(runs: Runs, axis: str, prices: Prices = CITED, law: Law | None = Non
         return f"needs a law of N and D: law {law.name!r} knows the table's own FLOP only"
     if axis == "usd" and prices.usd_per_hour is None:
         return "needs a price: --usd-per-hour"
+    # An axis is refused for a single blank: a family that lacks it in some runs would be compared on others.
     needed = counted_classes(runs) if axis == "energy" else [NEEDS[axis]] if axis in NEEDS else []
     if axis == "energy" and not needed:
         return "needs operation counts by class: columns flops_dense, flops_ternary, ..."

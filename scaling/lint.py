@@ -231,6 +231,7 @@ def shapes(runs: Runs) -> Iterator[Finding]:
     """Ratios of width to depth that differ within a family."""
     if not {"width", "depth"} <= set(runs.columns):
         return
+    # N alone does not say what a model is: a ladder that grows in depth first and in width later bends its own curve.
     aspect = runs["width"] / runs["depth"]
     for family in runs.families:
         rows = (runs["family"] == family) & ~np.isnan(aspect)
@@ -246,6 +247,7 @@ def outliers(runs: Runs) -> Iterator[Finding]:
     new = (np.diff(runs["N"][order]) != 0) | (runs["family"][order][1:] != runs["family"][order][:-1])
     bad = np.zeros(len(runs), bool)
     for cell in np.split(order, np.flatnonzero(new) + 1):
+        # At one size more tokens cannot raise the loss of a well-trained run by 2 %.
         if len(cell) > 1:
             best = np.minimum.accumulate(runs["loss"][cell])
             bad[cell[1:]] = runs["loss"][cell[1:]] > 1.02 * best[:-1]

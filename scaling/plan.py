@@ -80,7 +80,9 @@ class Plan:
         out = [f"{'N':>10}  {'tokens per parameter':<28}{'FLOP, both families':>20}"]
         for t in self.trunks:
             out.append(f"{t.n:>10.3g}  {', '.join(f'{r:g}' for r in t.ratios):<28}{t.flops:>20.2e}")
-        change = f"{self.sd_now:.3g} now, {self.sd_then:.3g} with these runs ({self.unit})"
+        change = (
+            f"{self.sd_now:.2g} now, {self.sd_then:.2g} with these runs ({self.unit}; the formula that compares plans)"
+        )
         return [*out, f"total {self.flops:.2e} FLOP; sd of the difference at {self.target:.1e} FLOP: {change}"]
 
 
@@ -103,8 +105,13 @@ class Power:
         found = f"sd of the difference at {self.target:.1e} FLOP: {self.sd:.2g} {self.unit}"
         out = [f"{found} (median of {self.simulations} simulated ladders)"]
         for difference, p in zip(self.differences, self.chances, strict=True):
-            out.append(f"  if it is {difference:.3g}: P(the 95 % interval excludes zero with the right sign) = {p:.2f}")
-        return [*out, f"  if it is zero: P(the interval excludes zero) = {self.at_zero:.2f}"]
+            what = "P(the 95 % interval excludes zero with the right sign)"
+            out.append(f"  if it is {difference:.3g}: {what} = {self.with_error(p)}")
+        return [*out, f"  if it is zero: P(the interval excludes zero) = {self.with_error(self.at_zero)}"]
+
+    def with_error(self, p: float) -> str:
+        """A share with the standard error that so many simulations leave."""
+        return f"{p:.2f} +- {np.sqrt(p * (1 - p) / self.simulations):.2f}"
 
 
 class Pool:
@@ -311,7 +318,11 @@ def simulated_intervals(
     clean = {f: truths.rows_curve(f, Runs.from_rows(rows)) for f, rows in grid.items()}
     noise = planned_noise(e, ladder, picked, rng)
     out = np.empty((simulations, 3))
-    for k, truth in enumerate(e.gaps(at)[picked, 0]):
+    for k in range(simulations):
+        # What a truth's best runs would differ by: its own best sizes, its misfit there. Along the path of the ensemble
+        # it would be another number wherever the pilot hardly knows the best size.
+        one = replace(e, draws=e.draws.part(picked[[k]]))
+        truth = float(np.diff([np.exp(one.best_allocation(target, f)[1][0]) for f in e.families])[0])
         rows = list(e.runs.records()) if keep_runs else []
         for f in e.families:
             losses = np.exp(clean[f][k] + noise[f][k])

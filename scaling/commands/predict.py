@@ -12,7 +12,7 @@ from scaling.commands.output import OK, print_json
 from scaling.ensemble.answers import Prediction
 from scaling.report.artefact import read_analysis, read_fit_json
 from scaling.report.ledger import FILE, holds_cell, made_of, read_ledger, record, write_ledger
-from scaling.report.words import reach_sentence, rounded
+from scaling.report.words import WIDE, reach_sentence, rounded
 from scaling.tables.runs import ScalingError
 
 
@@ -60,5 +60,5 @@ def lines(p: Prediction, unit: str, reach: str) -> list[str]:
         f"{p.family}: {rounded(p.loss, p.low, p.high)} {unit} (95 %), {where}",
         f"  a new run there: {rounded(p.loss, p.run_low, p.run_high)} (95 %)",
     ]
-    out += ["  too wide an interval to say anything"] * (not p.informative)
+    out += [f"  {WIDE}"] * (not p.informative)
     return out + [f"  {reach}"] * (not p.validated)

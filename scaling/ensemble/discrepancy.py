@@ -17,6 +17,8 @@ asked for its value anywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +96,7 @@ class Nearness:
         h = h[:, :, None, None]
         # A product of exponentials is a function of N and D together, their mean a sum of functions of one each.
         near = [np.exp(-0.5 * self.squares[..., k] / h[:, ELL] ** 2) for k in range(self.squares.shape[-1])]
-        smooth = (1 - ADDITIVE) * np.prod(near, axis=0) + ADDITIVE * np.mean(near, axis=0)
+        smooth = (1 - ADDITIVE) * reduce(mul, near) + ADDITIVE / len(near) * sum(near)
         covariance = h[:, TAU] ** 2 * smooth + 3 * h[:, KAPPA] ** 2 * self.walk
         return covariance * (h[:, RHO] + (1 - h[:, RHO]) * self.same)
 

@@ -306,30 +306,33 @@ class Ensemble(Equal):
         family = family or self.lone("an allocation")
         if not self.law.has_allocation:
             raise ScalingError(f"law {self.law.name!r} is not a function of N and D: it has no best allocation")
-        cost, law = self.cost(family), self.law_along(family)
-
-        def tokens(log_n: np.ndarray) -> np.ndarray:
-            left = np.maximum(flops - SERVING * np.exp(log_n) * serve_tokens, 1e-30 * flops)
-            return cost.log_tokens(log_n, np.log(left))
-
-        # On a grid about the law's optimum the misfit can be added to every draw's curve; the parabola through the
-        # three lowest points then finds the minimum between them.
-        centre = self.path(family, np.array([flops])).log_n[0, 0]
-        most = np.log(flops / (SERVING * serve_tokens)) - 0.01 if serve_tokens else np.inf
-        log_n = min(centre, most - 2.5) + np.linspace(-2.5, 2.5, 81)
-        features = law.features_at(log_n, tokens(log_n), self.centre, np.full_like(log_n, np.log(flops)))
-        curves = law.value(self.draws.theta[:, self.families.index(family)], features)
-        curves = curves + self.misfit_at(family, log_n, tokens(log_n), None)
-        best, loss = lowest(log_n, curves)
-        n, d = np.exp(best), np.exp(tokens(best))
+        best, loss = self.best_allocation(flops, family, serve_tokens)
+        n, d = np.exp(best), np.exp(self.tokens_for(best, flops, family, serve_tokens))
         size = float(np.median(n))
-        many = float(np.exp(tokens(np.log(size))))
+        many = float(np.exp(self.tokens_for(np.log([size]), flops, family, serve_tokens)[0]))
         best_of = size, many, many / size, float(np.median(np.exp(loss)))
         ends = [interval(x) for x in (n, d, d / n, np.exp(loss))]
         pairs = (best_of[0], ends[0], best_of[1], ends[1], best_of[2], ends[2], best_of[3], ends[3])
-        trained = float(cost.rate(size)) * size * many
+        trained = float(self.cost(family).rate(size)) * size * many
         decades = max(0.0, float(np.log10(trained / self.runs.family(family)["flops"].max())))
         return Allocation(family, flops, *pairs, decades, decades <= 0 or decades <= self.reach + 1e-6)
+
+    def tokens_for(self, log_n: np.ndarray, flops: float, family: str, serve_tokens: float = 0.0) -> np.ndarray:
+        """Log of the tokens that sizes (m,) can be trained on, once what serving costs is set aside."""
+        left = np.maximum(flops - SERVING * np.exp(log_n) * serve_tokens, 1e-30 * flops)
+        return self.cost(family).log_tokens(log_n, np.log(left))
+
+    def best_allocation(self, flops: float, family: str, serve_tokens: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """(K,) log N of each draw's own best allocation, misfit included, and the log loss that it reaches."""
+        # On a grid about the law's optimum the misfit can be added to every draw's curve; the parabola through the
+        # three lowest points then finds the minimum between them.
+        centre, law = self.path(family, np.array([flops])).log_n[0, 0], self.law_along(family)
+        most = np.log(flops / (SERVING * serve_tokens)) - 0.01 if serve_tokens else np.inf
+        log_n = min(centre, most - 2.5) + np.linspace(-2.5, 2.5, 81)
+        log_d = self.tokens_for(log_n, flops, family, serve_tokens)
+        features = law.features_at(log_n, log_d, self.centre, np.full_like(log_n, np.log(flops)))
+        curves = law.value(self.draws.theta[:, self.families.index(family)], features)
+        return lowest(log_n, curves + self.misfit_at(family, log_n, log_d, None))
 
     def exponent(self, family: str) -> tuple[float, float, float]:
         """Exponent of N* in compute over the ladder, by the law alone: median and 95 % interval."""

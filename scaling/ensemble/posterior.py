@@ -285,6 +285,7 @@ def posterior(
     samples: int = SAMPLES,
 ) -> Posterior:
     """Integrates over hyperparameters; `known` (1, 7) holds them instead, and without `misfit` there is none."""
+    # Start from the prior's middle: modes there, then the sampler walks to where the likelihood is.
     rng, lone = np.random.default_rng(seed), not rows.family.any()
     prior = law.prior(rows.y, rows.features)
     noises = NOISES[objective]

@@ -17,6 +17,7 @@ MOST_ROWS = 300  # more runs than these are taken together where they lie close
 
 def rows_of(runs: Runs, families: Sequence[str], law: Law, centre: np.ndarray) -> Rows:
     """The runs of `families`, the first being number 0; of a large table, means over neighbours."""
+    # Groups as numbers, so that a covariance is a comparison of two of them.
     family = np.array([list(families).index(f) for f in runs["family"]])
     rows = Rows(
         y=np.log(runs["loss"]),

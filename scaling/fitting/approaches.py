@@ -50,6 +50,8 @@ def isoflop(runs: Runs, budgets: np.ndarray | None = None) -> IsoFlop:
     curves = [c for group in groups if sizes(group) >= MIN_POINTS for c in iso_curve(group)]
     if len(curves) < 2:
         return IsoFlop(tuple(curves), float("nan"), float("nan"))
+    # A line through the logarithms of a few minima: each is uncertain by far more than the line's own residuals show,
+    # which is why no interval is given for the slope.
     log_c = np.log([c.flops for c in curves])
     slopes = [np.polyfit(log_c, np.log([getattr(c, best) for c in curves]), 1)[0] for best in ("best_n", "best_d")]
     return IsoFlop(tuple(curves), float(slopes[0]), float(slopes[1]))
@@ -89,6 +91,7 @@ def envelope(flops: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
     Runs of one budget are compared first: in order of compute alone the row order would decide among equals.
     """
+    # A running minimum over budgets: a run stays on the envelope if no cheaper budget holds a lower loss.
     labels = budget_labels(flops)
     best = np.full(labels.max() + 1, np.inf)
     np.minimum.at(best, labels, loss)

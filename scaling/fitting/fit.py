@@ -362,6 +362,8 @@ def gates_of(fitted: Fit) -> list[Gate]:
 
 def identified_gate(fitted: Fit, family: str) -> Gate:
     """An optimum without physical sense predicts, but its exponents mean nothing."""
+    # Where two parameters trade off along a valley, predictions inside the data are as good as ever; what they say of
+    # E or of an exponent is not.
     params, part = fitted.family_params(family), fitted.runs.family(family)
     own = [fitted.names[place] for place in fitted.columns(family)]
     faults = [f"{name} at its bound" for name in fitted.certificate.bounds_hit if name in own]

@@ -65,6 +65,9 @@ def optima(runs: Runs) -> dict[str, Optimum]:
     """
     swept: list[str] = [name for name in ("lr", "batch_tokens") if name in runs.columns]
     rows, cell = near_the_best(runs, swept)
+    # Near its optimum the loss of a cell is a bowl over log rate and log batch. One cell hardly tells where the
+    # bottom lies; all cells together do, if the bottom moves as a power of N and D and the bowl keeps its shape. The
+    # optimum of the batch does not depend on N in the law, hence fewer inputs.
     centre = np.array([np.log(rows["N"]).mean(), np.log(rows["D"]).mean()])
     inputs = np.stack([np.ones(len(rows)), np.log(rows["N"]) - centre[0], np.log(rows["D"]) - centre[1]])
     kept = {"lr": [0, 1, 2], "batch_tokens": [0, 2]}
@@ -93,6 +96,8 @@ def near_the_best(runs: Runs, swept: Sequence[str]) -> tuple[Runs, np.ndarray]:
     cell, loss = cells(known), np.log(known["loss"])
     best = np.full(cell.max() + 1, np.inf)
     np.minimum.at(best, cell, loss)
+    # Farther up the bowl is steeper on the side of high rates, where training breaks down; a parabola there would
+    # pull the optimum to lower rates.
     near = loss < best[cell] + NEAR
     enough = np.bincount(cell[near], minlength=len(best)) >= MIN_POINTS * len(swept)
     for name in swept:

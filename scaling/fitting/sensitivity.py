@@ -42,6 +42,8 @@ def sensitivity(
 
     Variants that leave too few rows are left out.
     """
+    # The highest losses come from the smallest runs, where warm-up and rounding of sizes weigh most, and published
+    # exponents moved by a tenth when a few of them were left out (Besiroglu et al. 2024 leave out five).
     order = np.argsort(-runs["loss"], kind="stable")
     cuts = {"none": np.arange(len(runs))}
     cuts |= {"highest loss" if k == 1 else f"{k} highest losses": np.sort(order[k:]) for k in top}
@@ -84,6 +86,8 @@ def delta_from_noise(runs: Runs, law: str = "chinchilla", smallest: float = CUST
     Families that cannot be fitted have no say; raises ScalingError where none can. One whose runs tell nothing of
     repetition or precision is fitted by Chinchilla's law, to which the others come down for it.
     """
+    # The law takes up as many degrees of freedom as it has parameters, so that residuals are smaller than the noise
+    # by the root of (n - p) / n.
     scaled, form = [], law_named(law)
     parts = [runs.family(family) for family in runs.families]
     faults = [row_fault(part, form) for part in parts]

@@ -7,7 +7,7 @@ parameters, n rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,9 +46,6 @@ class Objective:
     def target(self, loss: np.ndarray) -> np.ndarray:
         """What the model is compared with."""
         return np.log(loss) if self.log else loss
-
-    def with_delta(self, delta: float) -> Objective:
-        return Objective(self.name, self.log, max(self.delta, delta))
 
 
 def objective_named(name: str, delta: float = 1e-3) -> Objective:
@@ -262,7 +259,7 @@ def merged(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def narrowing(objective: Objective, cold: bool) -> list[Objective]:
     """Easier problems on the way: wide thresholds for a cold start, and for least absolute deviations down to none."""
     steps = (*(CONTINUATION if cold else ()), *(LAD_CONTINUATION if objective.delta <= LAD_DELTA else ()))
-    return [objective.with_delta(step) for step in steps if step > objective.delta]
+    return [replace(objective, delta=step) for step in steps if step > objective.delta]
 
 
 def refit(

@@ -61,11 +61,13 @@ def gaussian_error(text: str) -> float:
     bits, parts = bits_of(word), floating(word)
     mantissa = MANTISSA.get(word, parts[1] if parts else None)
     if mantissa is not None:
+        # The spacing of floating-point numbers grows with the number: relative error is what a mantissa bounds.
         step = 2.0 ** (np.floor(np.log2(np.abs(x) + 1e-300)) - mantissa)
         return float(np.mean((x - step * np.round(x / step)) ** 2))
     if word == ABSMEAN:
         mean = np.abs(x).mean()
         return float(np.mean((x - mean * np.clip(np.round(x / mean), -1, 1)) ** 2))
+    # The mean over evenly spaced quantiles is the integral over the normal density, without a random number.
     levels = 3 if bits == TERNARY_BITS else 2**bits
     if levels != round(levels):
         raise ScalingError(f"precision {text!r}: {bits:g} bits are no whole number of levels")

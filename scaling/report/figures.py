@@ -77,6 +77,7 @@ def thin(curve: Mapping[str, np.ndarray], x: str = "flops") -> tuple[np.ndarray,
     horizontal, loss = horizontal[good], loss[good]
     if len(horizontal) <= CURVE_POINTS:
         return horizontal, loss
+    # Evenly in the logarithm, as the axis shows it.
     wanted = np.geomspace(horizontal[0], horizontal[-1], CURVE_POINTS)
     pick = np.unique(np.searchsorted(horizontal, wanted).clip(0, len(horizontal) - 1))
     return horizontal[pick], loss[pick]
@@ -168,6 +169,7 @@ def difference_chart(e: Ensemble, name: str, axis: str = "flops") -> Chart:
     )
     label = AXIS_NAMES["flops"] if axis == "flops" else f"training cost ({unit})"
     inside = budgets <= last
+    # Beyond the runs a band may be ten times as wide as within; the part that runs support stays readable.
     reach = 2.5 * max(np.abs(low[inside]).max(), np.abs(high[inside]).max(), 1e-4)
     span = max(min(low.min(), 0.0), -reach), min(max(high.max(), 0.0), reach)
     pad = 0.1 * (span[1] - span[0])

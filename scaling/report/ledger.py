@@ -115,6 +115,9 @@ def scores(forecast: Forecast) -> dict[str, Any]:
     """What a scored forecast earned; nothing for an open one."""
     if not forecast.scored:
         return {}
+    # Coverage alone rewards wide intervals; the log and interval scores charge for width, and the integral transform
+    # shows by its shape over many forecasts whether they are too narrow (U), too wide (a hump) or off to one side (a
+    # slope).
     names = ("error", "covered", "log_score", "pit", "interval_score")
     return {name: getattr(forecast, name) for name in names}
 
@@ -143,6 +146,7 @@ def next_cells(runs: Runs) -> list[tuple[float, float]]:
     sizes = np.unique(runs["N"])
     if len(sizes) < 2:
         return []
+    # What a researcher would most likely run next, so that most forecasts are one day scored.
     step = (sizes[-1] / sizes[0]) ** (1 / (len(sizes) - 1))
     ratios = np.unique(np.round(runs["D"][runs["N"] == sizes[-1]] / sizes[-1], 6))
     n = float(f"{sizes[-1] * step:.3g}")
@@ -151,6 +155,7 @@ def next_cells(runs: Runs) -> list[tuple[float, float]]:
 
 def score(ledger: Sequence[Forecast], runs: Runs, table: str) -> list[Forecast]:
     """The ledger with the outcomes that a table holds, for forecasts that were made from another one."""
+    # A table that a forecast was made from cannot score it; digests tell tables apart whatever their file names.
     rows = list(zip(*(runs[name].tolist() for name in ("run_id", "family", "N", "D", "loss")), strict=True))
     out = []
     for forecast in ledger:

@@ -12,7 +12,7 @@ import numpy as np
 from scaling.analysis import Analysis
 from scaling.costs import AXES, available_axes, axis_cost, lacking
 from scaling.ensemble.ensemble import Ensemble
-from scaling.fitting.sensitivity import Variant, influence, sensitivity
+from scaling.fitting.sensitivity import influence, sensitivity
 from scaling.lint import lint
 from scaling.report import figures
 from scaling.report.chart import Chart
@@ -138,6 +138,8 @@ def crossing_sentences(pair: Ensemble) -> list[str]:
     first = pair.crossing()
     out, open_too = [crossing_sentence(pair, first, "Best allocation")], []
     if pair.law.has_allocation:
+        # Families may part where sizes are fixed (by memory) or the ratio is (by custom), and not where each has its
+        # best allocation: three questions, three answers.
         ratio, size = float(np.exp(np.median(np.log(pair.runs["D"] / pair.runs["N"])))), float(pair.runs["N"].max())
         paths = {
             f"ratio={ratio:.2g}": f"At {ratio:.2g} tokens a parameter",
@@ -154,6 +156,7 @@ def crossing_sentences(pair: Ensemble) -> list[str]:
 
 def difference_table(pair: Ensemble, axis: str) -> Table:
     """The difference at two budgets a decade and at both ends of the ladder, P where it is validated."""
+    # The table has eight budgets a decade, for curves; every fourth is enough to read, and both ends of the ladder.
     every = pair.table(axis)
     ends = {round(float(np.log10(end)), 9) for end in pair.measured(axis)}
     rows = []
@@ -209,8 +212,9 @@ def allocation_table(found: Analysis) -> Table:
 
 
 def checks_section(found: Analysis) -> Section:
-    """Every check once, certificates, and what lint says beyond the checks."""
-    gates = [(g.name, "pass" if g.passed else "fails", g.message) for g in found.gates]
+    """Every check once, those that fail first; certificates, and what lint says beyond the checks."""
+    ordered = sorted(found.gates, key=lambda g: g.passed)
+    gates = [(g.name, "pass" if g.passed else "fails", g.message) for g in ordered]
     certificates = []
     for family, fitted in found.fits.items():
         c = fitted.certificate
@@ -236,7 +240,10 @@ def sensitivity_section(found: Analysis) -> Section:
     rows = []
     for objective, dropped in kinds:
         name = objective if dropped == "none" else f"{objective}, without {dropped}"
-        own = [one_of(variants[f], objective, dropped) for f in found.families]
+        own = [
+            next((v for v in variants[f] if (v.objective, v.dropped) == (objective, dropped)), None)
+            for f in found.families
+        ]
         cells = [f"{v.allocation:.3f}" if v and np.isfinite(v.allocation) else "–" for v in own]
         cells += [f"{v.params['E']:.3f}" if v and "E" in v.params else "–" for v in own]
         rows.append((name, *cells))
@@ -246,13 +253,12 @@ def sensitivity_section(found: Analysis) -> Section:
         change = influence(fitted)
         for k in np.argsort(-np.abs(change), kind="stable")[:INFLUENTIAL]:
             heavy.append((str(fitted.runs["run_id"][k]), family, f"{100 * change[k]:+.2f} %"))
-    text = "Single best fits under other objectives and exclusions."
+    text = (
+        "How far single best fits, which know no misfit, move under other objectives (lad: least absolute deviations; "
+        "log-ls, raw-ls: least squares of log loss, of loss) and without some runs. N* goes as compute to the exponent."
+    )
     table = Table(("run left out", "family", "change of the forecast at 10 times the compute"), tuple(heavy))
     return Section("Sensitivity of single fits", (text, Table(header, tuple(rows)), table))
-
-
-def one_of(variants: Sequence[Variant], objective: str, dropped: str) -> Variant | None:
-    return next((v for v in variants if (v.objective, v.dropped) == (objective, dropped)), None)
 
 
 def runs_table(runs: Runs) -> Table:

@@ -51,6 +51,7 @@ def pairs_verdict(pairs: Sequence[Ensemble], failed: Sequence[Gate]) -> list[str
     return [headline(pairs[0], failed), *carried(pairs[0]), *shortfalls(failed), CONDITIONAL]
 
 
+WIDE = f"an uninformative interval (wider than {100 * UNINFORMATIVE:g} % of the loss)"
 SKEWED = 5.0  # an interval whose ends are so many times apart is told on a logarithmic scale
 CONDITIONAL = (
     "A frontier is the best loss that each amount of compute buys. Every interval and probability is conditional on "
@@ -122,7 +123,7 @@ def difference_sentence(e: Ensemble, d: Difference, where: str) -> str:
     text = rounded(d.value, d.low, d.high, "+")
     start = f"{where}, the frontier of {e.b} minus that of {e.a} is {text} {unit} (95 %)"
     if not d.informative:
-        start += f", an uninformative interval (wider than {100 * UNINFORMATIVE:g} % of the loss)"
+        start += f", {WIDE}"
     if d.p_better is None:
         return f"{start}. {reach_sentence(e)}"
     return f"{start}; P({e.b} better) {chance(d.p_better)}."
@@ -174,7 +175,8 @@ def price_sentence(e: Ensemble, value: float, low: float, high: float, share: fl
 
 def matched_sentences(e: Ensemble) -> list[str]:
     """What needs no law: runs of both families with N within 1 % and equal D."""
-    gaps = matched_gaps(e)
+    one, two = matched_rows(e)
+    gaps = e.runs["loss"][two] - e.runs["loss"][one]
     if not len(gaps):
         return ["No two runs of the families have equal N (within 1 %) and D, so only their laws can be compared."]
     worse = int((gaps > 0).sum())
@@ -182,12 +184,6 @@ def matched_sentences(e: Ensemble) -> list[str]:
     span = f"between {gaps.min():+.3f} and {gaps.max():+.3f} {e.runs.loss_label}"
     cells = f"in {count} of {len(gaps)} matched cells (N within 1 %, equal D)"
     return [f"Run against run, {e.b} has the {which} loss {cells}; the difference lies {span}."]
-
-
-def matched_gaps(e: Ensemble) -> np.ndarray:
-    """(cells,) loss of B minus loss of A in matched cells."""
-    one, two = matched_rows(e)
-    return e.runs["loss"][two] - e.runs["loss"][one]
 
 
 def matched_rows(e: Ensemble) -> tuple[np.ndarray, np.ndarray]:

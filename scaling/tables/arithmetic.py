@@ -38,6 +38,8 @@ def formula(text: str) -> tuple[ast.expr, dict[str, str]]:
         tree = ast.parse(QUOTED.sub(named, text).strip(), mode="eval").body
     except SyntaxError as error:
         raise ScalingError(f"{text!r} is neither a column nor arithmetic over columns") from error
+    # Python's parser, but not its evaluator: what is allowed is listed, so that a formula from a stranger's command
+    # line can call nothing.
     for node in ast.walk(tree):
         called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS
         known = (ast.BinOp, ast.UnaryOp, ast.Constant, ast.Name, ast.Load, *OPERATORS)

@@ -74,6 +74,7 @@ def annealed(runs: Runs, curves: Mapping[str, Mapping[str, np.ndarray]]) -> Runs
         if "lr" not in curve or np.isnan(curve["lr"]).any() or len(curve["lr"]) < 2:
             continue
         tokens, share = effort(curve["step"], curve["tokens"], curve["lr"])
+        # Points of one run are no runs of their own: they keep its cluster, so that their common error counts once.
         peak = int(np.argmax(curve["lr"]))  # before it the rate still rises
         wanted = np.geomspace(curve["tokens"][peak], curve["tokens"][-1], POINTS + 1)[1:]
         for k in np.unique(np.searchsorted(curve["tokens"], wanted).clip(peak, len(tokens) - 1)):

@@ -113,6 +113,7 @@ def from_wandb_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def wandb_row(summary: Path) -> dict[str, Any]:
     """One local run: its last summary values, and `config.yaml`'s settings as `config.NAME`; what is nested is named
     with dots."""
+    # Names with an underscore are the service's own (step, run time, time stamp).
     values = {k: v for k, v in flat(json_object(summary)).items() if not k.startswith("_")}
     config = summary.with_name("config.yaml")
     settings = wandb_config(config) if config.is_file() else {}
@@ -162,6 +163,8 @@ def tensorboard_scalars(file: Path) -> Iterator[tuple[int, str, float]]:
     except ImportError as error:
         raise ScalingError("reading TensorBoard logs needs tensorboardX: pip install tensorboardX") from error
     data, place = file.read_bytes(), 0
+    # A TFRecord: length (8 bytes), its checksum (4), the record, its checksum (4). Checksums are not looked at, since
+    # a file that is still being written ends in the middle of a record anyway.
     while place + 12 <= len(data):
         (length,) = struct.unpack_from("<Q", data, place)  # then 4 bytes of checksum, the record, 4 more
         record = data[place + 12 : place + 12 + length]
@@ -223,6 +226,7 @@ def parse_table(text: str, name: str) -> list[dict[str, Any]]:
     """Rows of separated values: commas, or semicolons or tabs where the header has them; with semicolons a comma is a
     decimal mark. Columns without a name and without values are left out. Raises ScalingError on a quote that never
     closes, which would swallow rows, and on rows with more fields than the header."""
+    # The mark that the header holds most of: a name may hold a comma, but hardly more of them than there are columns.
     header_line = text.lstrip("\ufeff").split("\n", 1)[0]
     mark = max(",;\t", key=header_line.count)
     csv.field_size_limit(2**31 - 1)

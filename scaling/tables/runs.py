@@ -377,6 +377,8 @@ def parse_column(name: str, values: Sequence[Any]) -> np.ndarray:
     if name in TEXT:
         words = ["" if v is None else str(v).strip() for v in values]
         return np.array(["" if word.lower() in MISSING_WORDS else word for word in words], dtype=object)
+    # A column that nobody knows is a number if all of its entries are: a setting such as "weight_decay" then can be
+    # used in --where and arithmetic.
     numbers = [as_number(v) for v in values]
     bad = next((i for i, v in enumerate(numbers) if v is None), None)
     if bad is None:
@@ -424,6 +426,7 @@ def midrun_fault(runs: Runs) -> str:
     if "ended" in runs.columns and (runs["ended"] == 0).any():
         unfinished = runs["run_id"][runs["ended"] == 0]
         return f"{len(unfinished)} run(s) have ended=false, first {unfinished[0]!r}"
+    # A run's name may come back in another family; twice in one family it is two points of one curve.
     own = np.array([f"{f}|{r}" for f, r in zip(runs["family"], runs["run_id"], strict=True)])
     names, counts = np.unique(own, return_counts=True)
     if (counts > 1).any():
@@ -443,6 +446,7 @@ def check_comparable(runs: Runs) -> None:
         ("loss_unit", "flops_rule", "embedding_counted", "D_rule"), "count and measure both alike first"
     )
     for name, mend in advice.items():
+        # Known for one family and blank for the other is as bad as different: nobody can tell that they agree.
         kinds = runs.kinds(name)
         if len(kinds) > 1:
             raise ScalingError(f"the two families differ in {name} ({', '.join(kinds)}): {mend}")

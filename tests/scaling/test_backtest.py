@@ -1,11 +1,14 @@
 """The back-test: what it leaves out, what it validates, and that errors keep their sign and their axis."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import ladder_rows
 
 from scaling import Runs, Spec, analyse
-from scaling.ensemble.backtest import DIFFERENCE, LOSS, BackTest, LeftOut
+from scaling.ensemble.backtest import DIFFERENCE, LOSS, BackTest, LeftOut, differences, losses
+from scaling.ensemble.discrepancy import CELL
 
 SIZES = tuple(np.geomspace(1e6, 1e9, 8))
 
@@ -86,3 +89,14 @@ def test_a_backtest_keeps_what_a_law_depends_on():
     test = analyse(Runs.of(N=n, D=d, loss=loss, flops=flops), Spec(law="power-floor", draws=200)).test
     assert len(test.points) > 5
     assert max(abs(p.observed / p.expected - 1) for p in test.points) < 0.01
+
+
+def test_what_matched_runs_have_in_common_widens_no_difference(paired):
+    """Noise of cells is in the forecast of a single run, and cancels from that of a difference."""
+    h = paired.draws.h.copy()
+    h[:, CELL] = 0.05
+    shaken = replace(paired, draws=replace(paired.draws, h=h))
+    for found, wider in ((differences, False), (lambda e, runs, q: losses(e, runs, e.a, q), True)):
+        before, after = (np.array([p.high - p.low for p in found(e, paired.runs, 4.0)]) for e in (paired, shaken))
+        assert np.allclose(after, before) != wider
+        assert (after > 2 * before).all() == wider
