@@ -17,10 +17,10 @@ from mmfree_jax.architecture import ModelConfig, require, scales
 from mmfree_jax.inference.packed import packed_tensors, read_packed, served_config
 from mmfree_jax.models.language_model import Block, DecodeState, LanguageModel, context_after, state_after
 from mmfree_jax.models.layers import Projection, RMSNorm, recipe_of
-from mmfree_jax.ops.bit_linear import Recipe, Weights, linear
+from mmfree_jax.ops.bit_linear import Recipe, linear
 from mmfree_jax.ops.fast.choice import forward_only
 from mmfree_jax.ops.packed import Layout, Packed, aligned
-from mmfree_jax.ops.packed_linear import PackedWeights
+from mmfree_jax.ops.served_linear import PackedWeights, RowWeights
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import path_name
 
@@ -43,20 +43,19 @@ class PackedProjection(nnx.Module):
 
 
 class DenseProjection(nnx.Module):
-    """`models.layers.Projection` of dense layers, whose matrices lie in memory as in a file: a row for each output,
-    which is what few tokens are multiplied by fastest."""
+    """`models.layers.Projection` of dense layers, its matrices as they lie in a file."""
 
-    def __init__(self, recipe: Recipe, kernel_GFD: jax.Array):
+    def __init__(self, recipe: Recipe, rows_FD: tuple[jax.Array, ...]):
         self.recipe = recipe
-        self.kernel_GFD = nnx.data(kernel_GFD)
+        self.rows_FD = nnx.data(rows_FD)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """[..., D] -> one [..., F] for each group."""
         return linear(self.recipe, x, self.weights())
 
-    def weights(self) -> Weights:
+    def weights(self) -> RowWeights:
         """Return its arrays, as the ops take them."""
-        return Weights(self.kernel_GFD.swapaxes(-1, -2))
+        return RowWeights(self.rows_FD)
 
 
 Place = Literal["device", "host"]  # where an embedding lies
@@ -220,7 +219,7 @@ def _projection(
 ) -> PackedProjection | DenseProjection:
     if not module.recipe.ternary:
         kernel = arrays[f"{name}.kernel"][layer]
-        return DenseProjection(module.recipe, jax.device_put(kernel if module.groups else kernel[None]))
+        return DenseProjection(module.recipe, tuple(map(jax.device_put, kernel if module.groups else [kernel])))
     codes_GFI, scale_GF = arrays[f"{name}.codes"][layer], arrays[f"{name}.scale"][layer]
     pairs = zip(codes_GFI, scale_GF, strict=True)
     codes = tuple(Packed(_placed(q, layout), jax.device_put(s[None]), layout) for q, s in pairs)

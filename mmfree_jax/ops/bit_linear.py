@@ -54,7 +54,7 @@ def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
 def linear(recipe: Recipe, x: jax.Array, weights: Any) -> tuple[jax.Array, ...]:
     """Apply G linear layers, ternary or dense, to one input: [..., D] -> G arrays [..., F] of x's type.
 
-    weights: `Weights`, or another form that has a `linear` of its own (`ops.packed_linear.PackedWeights`).
+    weights: `Weights`, or another form that has a `linear` of its own (`ops.served_linear.PackedWeights`).
     """
     if not isinstance(weights, Weights):
         return weights.linear(recipe, x)

@@ -30,7 +30,7 @@ from mmfree_jax.ops.fast.products import (
     weight_gradients,
 )
 from mmfree_jax.ops.fast.ternary import quantise_normed
-from mmfree_jax.ops.packed_linear import PackedWeights
+from mmfree_jax.ops.served_linear import PackedWeights, RowWeights
 from mmfree_jax.ops.ternary import Quantised, dequantise, quantise_activations, wide
 from mmfree_jax.sharding import Names, PartialSum, activation_axes, constrain, gathered_axes, per_shard
 
@@ -69,22 +69,13 @@ class Residuals(NamedTuple):
     typed: jax.Array  # a scalar of the weights' type: residuals are arrays
 
 
-def linear(recipe: Recipe, x: jax.Array, weights: Weights | PackedWeights) -> tuple[jax.Array, ...]:
+def linear(recipe: Recipe, x: jax.Array, weights: Weights | PackedWeights | RowWeights) -> tuple[jax.Array, ...]:
     """`ops.bit_linear.linear`."""
     if isinstance(weights, PackedWeights):
         return packed_linear(recipe, x, weights)
-    if recipe.ternary:
-        return bit_linear(recipe, x, weights)
-    kind, sources, source_gain, _ = source(recipe, x)
-    added = sum_of(sources[0]) if kind == "norm" else None
-    if choice.dense_product(recipe, kind, sources[0], added is not None, weights.w_GDF):
-        from mmfree_jax.ops.fast.hopper.dense_product import dense_product
-
-        # A served model's matrices lie in memory like this: the compiler finds two transpositions and drops both.
-        w_GFD = weights.w_GDF.swapaxes(-1, -2)
-        compute = lambda arrays, gain, *sum: dense_product(kind, arrays, gain, w_GFD, recipe.eps, *sum)
-        return _few_rows(compute, sources, source_gain, added)
-    return dense(recipe.axes, x, weights.w_GDF)
+    if isinstance(weights, RowWeights):
+        return row_linear(recipe, x, weights)
+    return bit_linear(recipe, x, weights) if recipe.ternary else dense(recipe.axes, x, weights.w_GDF)
 
 
 def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Array, ...]:
@@ -98,7 +89,7 @@ def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Arra
 
 
 def packed_linear(recipe: Recipe, x: jax.Array, weights: PackedWeights) -> tuple[jax.Array, ...]:
-    """`ops.packed_linear.PackedWeights.linear`, with the codes and the products of `bit_linear`."""
+    """`ops.served_linear.PackedWeights.linear`, with the codes and the products of `bit_linear`."""
     kind, sources, source_gain, _ = source(recipe, x)
     added = sum_of(sources[0]) if kind == "norm" else None
     if choice.normed_product(recipe, kind, sources[0], added is not None, weights):
@@ -106,6 +97,18 @@ def packed_linear(recipe: Recipe, x: jax.Array, weights: PackedWeights) -> tuple
     codes = quantise_input(Fusion(recipe, kind), sources, source_gain, weights.gain, len(weights.codes)).codes
     pairs = zip(one_each(codes, weights.codes), weights.codes, strict=True)
     return tuple(packed_product(q, w, x.dtype) for q, w in pairs)
+
+
+def row_linear(recipe: Recipe, x: jax.Array, weights: RowWeights) -> tuple[jax.Array, ...]:
+    """`ops.served_linear.RowWeights.linear`; a kernel serves few rows."""
+    kind, sources, source_gain, _ = source(recipe, x)
+    added = sum_of(sources[0]) if kind == "norm" else None
+    if not choice.dense_product(recipe, kind, sources[0], added is not None, weights):
+        return weights.linear(recipe, x)
+    from mmfree_jax.ops.fast.hopper.dense_product import dense_product
+
+    compute = lambda arrays, gain, *sum: dense_product(kind, arrays, gain, list(weights.rows_FD), recipe.eps, *sum)
+    return _few_rows(compute, sources, source_gain, added)
 
 
 def _normed_product(

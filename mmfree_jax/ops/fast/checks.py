@@ -448,7 +448,7 @@ def dense_product(rng: np.random.Generator, use: Use) -> Problem:
 
     (M, K, N), (kind, G, dtype, stored, added) = use.sizes, use.options
     rows = _few_rows(rng, kind, dtype, M, K, added)
-    weights = rng.standard_normal((G, N, K), np.float32).astype(jnp.dtype(stored))
+    weights = list(rng.standard_normal((G, N, K), np.float32).astype(jnp.dtype(stored)))
 
     def run(sources, inner, weights, addend):
         ys, total = kernel(kind, sources, inner, weights, EPS, addend, rows.factor)

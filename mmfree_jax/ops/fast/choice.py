@@ -128,17 +128,18 @@ def normed_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: A
     return verification.serves(Use("normed_product", (rows, width, columns), options))
 
 
-def dense_product(recipe: Any, kind: str, x: jax.Array, added: bool, w_GDF: jax.Array) -> bool:
+def dense_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: Any) -> bool:
     """Whether one kernel computes dense layers, from the sources of their input on: for the few rows of decoding."""
-    (groups, width, columns), rows = w_GDF.shape, math.prod(x.shape[:-1])
-    if not available() or not _forward_only.get() or x.dtype not in (jnp.bfloat16, jnp.float32):
+    first, rows = weights.rows_FD[0], math.prod(x.shape[:-1])
+    columns, width = first.shape
+    if not available() or x.dtype not in (jnp.bfloat16, jnp.float32):
         return False
     from mmfree_jax.ops.fast.hopper import dense_product as kernel
 
     cut = shard_count("batch", x.shape[0]) * math.prod(map(shard_count, recipe.axes, (width, columns)))
     if cut > 1 or kind == "gated" or not kernel.supports(rows, width, columns):
         return False
-    options = kind, groups, str(x.dtype), str(w_GDF.dtype), added
+    options = kind, len(weights.rows_FD), str(x.dtype), str(first.dtype), added
     return verification.serves(Use("dense_product", (rows, width, columns), options))
 
 

@@ -10,7 +10,7 @@ from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.bit_linear import Fusion, Residuals, backward, codes_onward, forward, linear, source
 from mmfree_jax.ops.fast.combine import rms_norm
 from mmfree_jax.ops.fast.origin import Origin, Sum, hand_on, latest, note
-from mmfree_jax.ops.packed_linear import PackedWeights
+from mmfree_jax.ops.served_linear import PackedWeights
 from mmfree_jax.sharding import constrain
 
 # A ternary GLU keeps what its two BitLinears keep. As one op it gains with `Recipe.gradient_bits`: the gradients to

@@ -34,19 +34,18 @@ def dense_product(
     kind: Kind,
     sources: list[jax.Array],
     source_gain: jax.Array | None,
-    weights_GNK: jax.Array,
+    weights: list[jax.Array],
     eps: float,
     addend: jax.Array | None = None,
     factor: float = 1.0,
 ) -> tuple[list[jax.Array], jax.Array | None]:
     """Multiply a few rows by G dense matrices, from the sources of their input.
 
-    weights_GNK: the matrices, a column of the result in each row. The other arguments and the results are those of
-    `packed_product.normed_product`.
+    weights: the matrices, [N, K] each: a column of the result in each row. The other arguments and the results are
+    those of `packed_product.normed_product`.
     """
-    (M, K), (G, N, _), dtype = sources[0].shape, weights_GNK.shape, sources[0].dtype
-    chunk = _chunk(K)
-    width = _columns(K * weights_GNK.dtype.itemsize)
+    (M, K), N, G, dtype = sources[0].shape, weights[0].shape[0], len(weights), sources[0].dtype
+    width = _columns(K * weights[0].dtype.itemsize)
     tiles = few_rows.tiles_of_a_block(N // width, G * M, BLOCKS)
     optional = [a for a in (addend, source_gain) if a is not None]
 
@@ -55,39 +54,13 @@ def dense_product(
         source_refs = [next(taken) for _ in sources]
         addend_ref = next(taken) if addend is not None else None
         inner_ref = next(taken) if source_gain is not None else None
-        weights_ref, y_refs = next(taken), [next(taken) for _ in range(G)]
-        block, m, g = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        writes = (block == 0) & (g == 0)
+        weights_refs, y_refs = [next(taken) for _ in range(G)], [next(taken) for _ in range(G)]
+        block, m, own = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        writes = (block == 0) & (own == 0)
         row = Row(kind, m, source_refs, inner_ref, addend_ref, factor, next(taken, None), writes)
-
-        def load(tile: Any) -> list[jax.Array]:
-            column, inside = few_rows.columns_of(block * tiles, tile, tiles, width, N)
-            whole = jnp.broadcast_to(inside[:, None], (width, chunk))
-            masks = [whole if start + chunk <= K else whole & (start + jnp.arange(chunk) < K)[None] for start in starts]
-            at = [weights_ref.at[g, column[:, None], start + jnp.arange(chunk)[None]] for start in starts]
-            return [masked_load(*one) for one in zip(at, masks, strict=True)]
-
-        def multiply(chunks: list[jax.Array]) -> jax.Array:
-            products = [v[None] * weights.astype(jnp.float32) for v, weights in zip(values, chunks, strict=True)]
-            return jnp.sum(sum(products[1:], products[0]), axis=1)
-
-        starts = range(0, K, chunk)
-        size = width * K * weights_GNK.dtype.itemsize
-        ahead = [load(tile) for tile in range(few_rows.tiles_ahead(tiles, size, BYTES_AHEAD))]
-        values: list[jax.Array] = []
-        squares = jnp.zeros(chunk, jnp.float32)
-        for start in starts:
-            place = start + jnp.arange(chunk)
-            v, x = row.read(place, None if start + chunk <= K else place < K)
-            values.append(v)
-            squares += x * x
-        # The factor of a norm is one of the whole row, so it may as well be one of the result.
-        scale = lax.rsqrt(jnp.sum(squares) / K + eps) if row.has_norm else 1.0
-        y = few_rows.pipelined(tiles, ahead, load, multiply) * scale
-        column, inside = few_rows.all_columns(block * tiles, tiles, width, N)
-        for i, y_ref in enumerate(y_refs):
-            store = functools.partial(plt.store, y_ref.at[m, column], y.astype(dtype), mask=inside)
-            pl.when(g == i)(store) if G > 1 else store()
+        for g in range(G):
+            product = functools.partial(_product, row, weights_refs[g], y_refs[g], block * tiles, tiles, width, eps)
+            pl.when(own == g)(product) if G > 1 else product()
 
     shapes = [jax.ShapeDtypeStruct((M, N), dtype)] * G + [jax.ShapeDtypeStruct((M, K), dtype)] * (addend is not None)
     call = pl.pallas_call(
@@ -98,8 +71,41 @@ def dense_product(
         interpret=few_rows.INTERPRET,
         name="dense_product",
     )
-    found = call(*sources, *optional, weights_GNK)
+    found = call(*sources, *optional, *weights)
     return list(found[:G]), found[G] if addend is not None else None
+
+
+def _product(row: Row, weights_ref, y_ref, first: Any, count: int, width: int, eps: float) -> None:
+    """One block: `count` tiles of `width` columns, from tile `first` on, of one row of one product."""
+    N, K = weights_ref.shape
+    chunk = _chunk(K)
+    starts = range(0, K, chunk)
+
+    def load(tile: Any) -> list[jax.Array]:
+        column, inside = few_rows.columns_of(first, tile, count, width, N)
+        whole = jnp.broadcast_to(inside[:, None], (width, chunk))
+        masks = [whole if start + chunk <= K else whole & (start + jnp.arange(chunk) < K)[None] for start in starts]
+        at = [weights_ref.at[column[:, None], start + jnp.arange(chunk)[None]] for start in starts]
+        return [masked_load(*one) for one in zip(at, masks, strict=True)]
+
+    def multiply(chunks: list[jax.Array]) -> jax.Array:
+        products = [v[None] * weights.astype(jnp.float32) for v, weights in zip(values, chunks, strict=True)]
+        return jnp.sum(sum(products[1:], products[0]), axis=1)
+
+    size = width * K * weights_ref.dtype.itemsize
+    ahead = [load(tile) for tile in range(few_rows.tiles_ahead(count, size, BYTES_AHEAD))]
+    values: list[jax.Array] = []
+    squares = jnp.zeros(chunk, jnp.float32)
+    for start in starts:
+        place = start + jnp.arange(chunk)
+        v, x = row.read(place, None if start + chunk <= K else place < K)
+        values.append(v)
+        squares += x * x
+    # The factor of a norm is one of the whole row, so it may as well be one of the result.
+    scale = lax.rsqrt(jnp.sum(squares) / K + eps) if row.has_norm else 1.0
+    y = few_rows.pipelined(count, ahead, load, multiply) * scale
+    column, inside = few_rows.all_columns(first, count, width, N)
+    plt.store(y_ref.at[row.number, column], y.astype(y_ref.dtype), mask=inside)
 
 
 def _chunk(width: int) -> int:

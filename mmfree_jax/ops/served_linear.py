@@ -1,4 +1,4 @@
-"""BitLinear for inference, in a model that holds no weights but packed codes of them."""
+"""Linear layers for inference, by the forms in which a served model holds its weights."""
 
 from typing import NamedTuple
 
@@ -29,3 +29,17 @@ class PackedWeights(NamedTuple):
             u = dequantise(quantise_activations(u, recipe.bits), x.dtype)
             ys.append(jnp.matmul(u, dequantise(packed.unpacked(x.shape[-1]), x.dtype)))
         return tuple(ys)
+
+
+class RowWeights(NamedTuple):
+    """The matrices of G dense layers with one input: [F, D] each, a row for each output.
+
+    So they lie in a file, and so few tokens are multiplied fastest. Each is an array of its own: parts of a stack would
+    be copied for every product that is not a kernel of ours.
+    """
+
+    rows_FD: tuple[jax.Array, ...]
+
+    def linear(self, recipe: Recipe, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Apply the layers to one input, as `ops.bit_linear.linear`: [..., D] -> G arrays [..., F] of x's type."""
+        return tuple(jnp.matmul(x, w_FD.astype(x.dtype).T) for w_FD in self.rows_FD)
