@@ -63,18 +63,35 @@ def test_zeros_and_saturated_numbers_are_equal_too(simulation, odd, tmp_path):
     assert not found[0].any()
 
 
-@pytest.mark.parametrize("weight", [0, 1, -1])
-def test_matrices_of_one_value_are_equal_too(simulation, odd, weight, tmp_path):
-    _, program, image = odd
+def of_one_value(program, image, weight):
+    """The image with this weight in every place of every matrix."""
     data, size = bytearray(image), program.shape.memory_bits // 8
     for i, read in zip(program.instructions, reads(program), strict=True):
         if i.op == Op.TERNARY:
             matrix = matrix_bytes(np.full((i.count, i.depth), weight, np.int8), program.shape.rows)
             data[read.address * size : (read.address + read.words) * size] = matrix
-    machine, tokens = Machine(program, bytes(data)), [5, 100, 0]
-    found, _ = run(simulation, program, bytes(data), tmp_path, tokens)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("weight", [0, 1, -1])
+def test_matrices_of_one_value_are_equal_too(simulation, odd, weight, tmp_path):
+    _, program, image = odd
+    image = of_one_value(program, image, weight)
+    machine, tokens = Machine(program, image), [5, 100, 0]
+    found, _ = run(simulation, program, image, tmp_path, tokens)
     assert np.array_equal(found, np.concatenate([machine.token(np.array([t])) for t in tokens]))
     assert found.any() == bool(weight)
+
+
+def test_sums_that_saturate_are_equal_too(simulation, tmp_path):
+    """1,101 equal activations with the code 127: their sum passes 131,071, the largest operand."""
+    _, folder = odd_model(tmp_path / "packed", glu_width=1101)
+    program, image = assemble(folder, CORES["three lanes"])
+    image = of_one_value(program, image, 1)
+    machine, tokens = Machine(program, image), [5, 100]
+    found, _ = run(simulation, program, image, tmp_path, tokens)
+    assert np.array_equal(found, np.concatenate([machine.token(np.array([t])) for t in tokens]))
+    assert 127 * 1101 > 2**17
 
 
 @pytest.mark.parametrize("exponent", [-128, -60, 0, 60, 127])
