@@ -107,7 +107,7 @@ class LongRecall:
         tokens = self.keys + self.values + random.integers(self.noise, count, self.length)
         distance = np.zeros_like(tokens)
         start = random.integers(self.lead + 1, count)
-        write(tokens, start, pairs.reshape(count, -1))
+        write(tokens, start, pairs.reshape(count, 2 * self.pairs))
         # The answer to question q stands `after` tokens after the pairs, its key just before it.
         low, high = np.array(self.distances[:-1]), np.array(self.distances[1:])
         after = low + 1 + random.integers(high - low - 1, count, len(low))
