@@ -52,7 +52,7 @@ class Probe(Protocol):
 class Random:
     """Random integers of one of `STREAMS`: raw output of PCG64 (O'Neill 2014), seeded through NumPy's SeedSequence.
 
-    NumPy promises that these two stay as they are, but not the methods of its Generator (NEP 19), so those are not used.
+    NumPy promises that these two stay as they are, but not the methods of its Generator (NEP 19): none is used.
     """
 
     def __init__(self, stream: str, seed: int) -> None:

@@ -49,8 +49,9 @@ class StateTracking:
     them follows A5 or S5 at every length (Merrill et al. 2024, The Illusion of State, arXiv 2404.08819). Solvable
     groups have shallow solutions, which transformers find, but which do not hold beyond the lengths trained on (Liu et
     al. 2022, Transformers Learn Shortcuts to Automata, arXiv 2210.10749). A diagonal recurrence whose factors lie
-    between 0 and 1, such as the forget gate of the MLGRU, cannot flip a state: in finite precision it does not even
-    follow parity (Grazzi et al. 2024, arXiv 2411.12537).
+    between 0 and 1, such as the forget gate of the MLGRU, cannot flip a state, so in finite precision not even parity
+    is followed at every length (Grazzi et al. 2024, arXiv 2411.12537). It can count the ones and tell odd counts from
+    even ones as far as it was trained. So short sequences separate less than sequences beyond those trained on.
 
     Elements are uniform and independent, therefore so is the product: chance is 1 in the order of the group, even for
     a model that misses but one element. Distance: n, the elements multiplied.

@@ -1,5 +1,6 @@
 """Probes as files of lm-evaluation-harness: the items, and the harness itself where it is installed."""
 
+import hashlib
 import json
 import shutil
 
@@ -21,6 +22,14 @@ def test_an_item_is_a_row_up_to_an_answer_that_a_reader_of_the_text_finds(name):
         assert found[len(item["context"].split())] == (right, item["distance"])
         assert item["metric"] == f"acc_d{2 ** (len(bin(item['distance'])) - 3)}"
         assert len(set(item["choices"])) == len(PROBES[name].answers)
+
+
+def test_published_items_are_the_same_for_ever():
+    found = [items(probe, 20, 2026) for probe in PROBES.values()]
+    assert (
+        hashlib.sha256(json.dumps(found).encode()).hexdigest()
+        == "3d04fd207f47498f7acba58335d4b785560793864dbec7916457856eea781374"
+    )
 
 
 def test_items_are_spread_over_targets_and_answers():

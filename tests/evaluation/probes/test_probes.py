@@ -182,6 +182,22 @@ def test_each_row_asks_one_question_in_each_range_and_in_any_order(name):
     assert {limit - 1 for limit in probe.distances[1:]} <= seen
 
 
+def test_any_pair_may_be_asked_for_at_any_distance():
+    probe = PROBES["long-recall"]
+    drawn = draw(probe, 5, 2000)
+    start = (drawn.tokens < probe.keys).argmax(axis=1)  # the first key
+    questions = len(probe.distances) - 1
+    rows, inputs = np.nonzero(drawn.mask)
+    at = (inputs + 1).reshape(-1, questions)
+    after = at - start[:, None] - 2 * probe.pairs
+    assert (np.searchsorted(probe.distances, after, side="right") - 1 == np.arange(questions)).all()
+    first = at - drawn.distance[rows, inputs].reshape(at.shape) - start[:, None]
+    assert (first % 2 == 1).all()
+    for pairs in (first // 2).T:
+        assert np.abs(np.bincount(pairs, minlength=probe.pairs) / 2000 - 1 / 8).max() < 4.5 * np.sqrt(1 / 8 / 2000)
+    assert all(len(set(row)) == questions for row in first)  # none twice
+
+
 def test_counts_are_uniform_at_every_length():
     # A string twice as long does not have counts twice as high: length says nothing.
     probe = PROBES["counting"]
