@@ -1,4 +1,8 @@
-"""Associative recall: which value belongs to this key? `Recall` asks for many pairs, `LongRecall` for distant ones."""
+"""Associative recall: which value belongs to this key? `Recall` asks for many pairs, `LongRecall` for distant ones.
+
+Chance, for a guess that reads nothing, is 1 in `values`. A model that knows the row's values but not their keys is
+right with probability 1/pairs + (1 - 1/pairs)/values: 0.09 in the default `Recall`, 0.18 in the default `LongRecall`.
+"""
 
 from dataclasses import dataclass
 
@@ -17,8 +21,7 @@ class Recall:
     Source: Arora et al. 2023 (Zoology, arXiv 2312.04927), who find that this explains most of the difference in
     perplexity between attention and gated convolutions or recurrences on text. Attention looks a pair up however many
     there are; a recurrent state has to hold all of them, so its accuracy falls when `pairs` outgrows the state. Values
-    are drawn with replacement, so that answers already given exclude nothing. A guess among the row's own values
-    is right a little more often than chance, 1 in `values`: one in `pairs`, or more where a value is repeated.
+    are drawn with replacement, so that answers already given exclude nothing.
 
     Distance: tokens from the value's first place to its second.
     """
@@ -64,8 +67,7 @@ class LongRecall:
     The pairs are so few that a small state holds them. What is tested is how long it holds them: a gate that forgets
     one part in a hundred at each token has lost the pair after some hundreds, attention reads it wherever it is.
     One question lies in each range of positions after the pairs, [distances[q], distances[q + 1]); no key is asked for
-    twice. The pairs begin after up to `lead` symbols of noise. Chance is 1 in `values`; a guess among the row's own
-    values is right more often, about one in `pairs`.
+    twice. The pairs begin after up to `lead` symbols of noise.
 
     Distance: tokens from the value's first place to its second.
     """

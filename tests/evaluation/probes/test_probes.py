@@ -166,6 +166,18 @@ def test_no_fixed_place_holds_the_answer(many):
         assert place == 0 or np.mean((drawn.tokens[rows, back] == answers) & (place <= at)) < GUESS[name]
 
 
+@pytest.mark.parametrize(("name", "expected"), [("recall", 0.0918), ("long-recall", 0.1797)])
+def test_a_value_of_the_row_without_its_key_is_right_as_often_as_stated(name, expected):
+    probe = PROBES[name]
+    drawn = draw(probe, 8, 4000)
+    start = (drawn.tokens < probe.keys).argmax(axis=1)
+    values = np.take_along_axis(drawn.tokens, start[:, None] + 1 + 2 * np.arange(probe.pairs), axis=1)
+    rows, inputs = np.nonzero(drawn.mask)
+    right = (values[rows] == drawn.tokens[rows, inputs + 1][:, None]).mean()
+    assert 1 / probe.pairs + (1 - 1 / probe.pairs) / probe.values == pytest.approx(expected, abs=1e-4)
+    assert right == pytest.approx(expected, abs=0.003)
+
+
 @pytest.mark.parametrize("name", ["copying", "induction", "counting", "parity", "permutations"])
 def test_each_row_asks_one_question_in_each_range_and_in_any_order(name):
     probe = PROBES[name]
