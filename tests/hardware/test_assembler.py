@@ -11,7 +11,7 @@ from mmfree_jax.hardware.assembler import assemble, exponent_of, matrix_bytes, s
 from mmfree_jax.hardware.instructions import CoreShape, Norm, Op, Vector, reads
 from mmfree_jax.inference.packed import PackedError, save_packed
 from mmfree_jax.presets import model_preset
-from tests.hardware.small import CORES, compiled, odd_model
+from tests.hardware.small import CORES, ODD, compiled, odd_model
 from tests.inference.small import made
 
 THREE = CORES["three lanes"]
@@ -91,7 +91,7 @@ def test_a_program_can_be_read(tmp_path):
         ({"dense_head": True}, "dense_head=False"),
         ({"linear_norm": False}, "linear_norm=True"),
         ({"joint_glu": False}, "joint_glu=True"),
-        ({"glu_width": 61}, "widths 37 and 61 are above the core's 40 and 60"),
+        ({"glu_width": 1111}, "widths 37 and 1111 are above the core's 40 and 1110"),
         ({"depth": 3}, "118 instructions, the core 100"),
     ],
 )
@@ -99,6 +99,15 @@ def test_models_that_the_core_does_not_compute_are_refused(changes, message, tmp
     _, folder = odd_model(tmp_path / "packed", **changes)
     with pytest.raises(ConfigError, match=message):
         assemble(folder, THREE)
+
+
+def test_gains_that_lead_beyond_a_products_exponent_are_refused(tmp_path):
+    model = made("matmul-free", **ODD)
+    gates = model.blocks.mixer.gates
+    gates.gain[...] = 1e5 * gates.gain[...]
+    save_packed(model, tmp_path / "packed", stored="float32")
+    with pytest.raises(ConfigError, match=r"a product's scale may reach .* computes it right below 0\.125"):
+        assemble(tmp_path / "packed", THREE)
 
 
 def test_other_families_and_folders_are_refused(tmp_path):

@@ -81,6 +81,8 @@ def test_what_does_not_fit_is_refused():
         ((64, 2), "2 lanes do not fit 64 bits"),
         ((8, 0), "0 lanes"),
         ((8, 1, 0), "width 0"),
+        ((8, 1, 2**15 + 1), "width 32769"),
+        ((8, 1, 8, 2**16 + 1), "glu_width 65537"),
     ],
 )
 def test_impossible_cores_are_refused(sizes, message):
