@@ -19,7 +19,7 @@ from scaling.ensemble.discrepancy import RUN
 from scaling.ensemble.ensemble import IDENTIFIED, Ensemble
 from scaling.ensemble.posterior import Draws, Posterior, Rows, posterior
 from scaling.ensemble.rows import MOST_ROWS, gathered
-from scaling.laws.sigmoid import Sigmoid
+from scaling.laws.sigmoid import Sigmoid, angle, of_angle
 from scaling.spec import Spec
 from scaling.tables.equal import Equal
 from scaling.tables.runs import Runs, ScalingError
@@ -56,7 +56,7 @@ class Accuracy(Equal):
             raise ScalingError(fault)
         centre, step = np.array([part["loss"].mean()]), float(np.ptp(part["loss"])) / SPAN
         features, alone = LAW.features(part, centre), np.full(len(part), -1)
-        rows = Rows(np.log(1 - part[column]), 0 * alone, alone, alone, features.T / step, features, np.ones(len(part)))
+        rows = Rows(angle(1 - part[column]), 0 * alone, alone, alone, features.T / step, features, np.ones(len(part)))
         rows = rows if len(part) <= MOST_ROWS else gathered(rows)
         found = posterior(rows, LAW, ((),), spec.objective, spec.seed, scale=SCATTER)
         rng = np.random.default_rng([spec.seed, 3])
@@ -65,21 +65,21 @@ class Accuracy(Equal):
         return cls(losses, family, column, centre, step, found, draws.part(rng.permutation(len(draws.theta))))
 
     def error(self, log_loss: np.ndarray) -> np.ndarray:
-        """(K,) log of the mean error, each draw's at a log loss (K,) of its own."""
+        """(K,) angle of the mean error, each draw's at a log loss (K,) of its own."""
         apart = np.exp(log_loss) - self.centre[0]
         own = LAW.value(self.draws.theta[:, 0], apart[None, :, None])[:, 0]
         return own + self.draws.misfit_each(apart[:, None] / self.step)
 
     def noise(self) -> np.ndarray:
-        """(K,) noise of a new run on the log of its error, the sampling of the items included."""
+        """(K,) noise of a new run on the angle of its error."""
         rng = np.random.default_rng([self.losses.spec.seed, 4])
         return self.draws.h[:, RUN] * self.draws.tail * rng.normal(size=len(self.draws.h))
 
     def spans(self, log_loss: np.ndarray) -> tuple[float, float, float, float, float]:
         """Accuracy at log losses (K,) of the mean curve: median and 95 %, and 95 % of a new run."""
-        curve = right(self.error(log_loss))
+        curve = 1 - of_angle(self.error(log_loss))
         low, high = interval(curve)
-        run_low, run_high = interval(right(self.error(log_loss + self.losses.run_noise()) + self.noise()))
+        run_low, run_high = interval(1 - of_angle(self.error(log_loss + self.losses.run_noise()) + self.noise()))
         return float(np.median(curve)), low, high, min(run_low, low), max(run_high, high)
 
     def predict(self, N: float, D: float, **known: Any) -> TaskPrediction:
@@ -88,16 +88,16 @@ class Accuracy(Equal):
         spent = known.get("flops") or float(self.losses.cost(self.family).rate(N)) * N * D
         return self.answer(N, D, spent, curve, decades)
 
-    def at(self, flops: float) -> TaskPrediction:
-        """Accuracy of the best model for a budget, by the law of the loss."""
-        best = self.losses.allocate(flops, self.family)
-        curve = self.losses.best_allocation(flops, self.family)[1]
+    def at(self, flops: float, serve_tokens: float = 0.0) -> TaskPrediction:
+        """Accuracy of the best model for a budget, as `Ensemble.allocate` finds it by the loss."""
+        best = self.losses.allocate(flops, self.family, serve_tokens)
+        curve = self.losses.best_allocation(flops, self.family, serve_tokens)[1]
         return self.answer(best.N, best.D, flops, curve, best.decades)
 
     def answer(self, N: float, D: float, flops: float, curve: np.ndarray, decades: float) -> TaskPrediction:
         """The answer for draws of the log loss (K,)."""
         loss = float(np.exp(np.median(curve))), interval(np.exp(curve))
-        known = decades <= 0 or decades <= self.test.reach + 1e-6
+        known = decades <= 0 or decades <= self.reach + 1e-6
         where = self.family, self.column, N, D, flops
         return TaskPrediction(*where, *self.spans(curve), *loss, decades, known)
 
@@ -120,8 +120,15 @@ class Accuracy(Equal):
         def early(part: Runs, families: Any, spec: Spec) -> Accuracy:
             return Accuracy.of(Ensemble.of(part, families, spec), family, column)
 
-        fault = lambda part: row_fault(part, column, family)  # noqa: E731
+        def fault(part: Runs) -> str:
+            return row_fault(part, column, family)
+
         return backtest(runs, (family,), self.losses.spec, early, forecasts, fault)
+
+    @property
+    def reach(self) -> float:
+        """Decades beyond the largest run to which the back-test validates accuracies; 0 without any."""
+        return self.test.reach
 
 
 def forecasts(found: Accuracy, left_out: Runs, family: str, q: float) -> list[LeftOut]:
@@ -134,11 +141,6 @@ def forecasts(found: Accuracy, left_out: Runs, family: str, q: float) -> list[Le
         seen = float(part[found.column][k])
         out.append(LeftOut(ACCURACY, q, family, str(part["run_id"][k]), float(decades[k]), value, low, high, seen))
     return out
-
-
-def right(log_error: np.ndarray) -> np.ndarray:
-    """Accuracy of a log error; noise may carry an error above 1, which no accuracy shows."""
-    return np.maximum(1 - np.exp(log_error), 0.0)
 
 
 def measured(part: Runs, column: str) -> Runs:
@@ -154,10 +156,12 @@ def row_fault(part: Runs, column: str, family: str) -> str:
     values, needed = part[column], len(LAW.names) + SPARE_ROWS
     if len(part) < needed:
         return f"column {column!r} holds an accuracy for {len(part)} runs of {family!r}: {needed} are needed"
-    beyond = (values <= 0) | (values >= 1)
+    beyond = (values < 0) | (values > 1)
     if beyond.any():
         run = f"run {part['run_id'][beyond][0]!r} has {values[beyond][0]:g}"
-        return f"column {column!r} must hold accuracies between 0 and 1 (percent: --column {column}={column}/100): {run}"
+        return (
+            f"column {column!r} must hold accuracies between 0 and 1 (percent: --column {column}={column}/100): {run}"
+        )
     for name, what in ((column, "accuracy"), ("loss", "loss")):
         if np.ptp(part[name]) == 0:
             return f"the {what} ({name}) of {family!r} is {part[name][0]:g} in every run: there is no curve to fit"

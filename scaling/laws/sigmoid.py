@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import expit, log_expit
+from scipy.special import expit, logit
 
 from scaling.laws.base import Law, Prior
 from scaling.tables.runs import Runs
 
-FLOOR_MEDIAN = 0.1  # error of a model that can do the task: wrong labels, and a format that costs some items
-LEVEL_SDS = (1.0, 0.25)  # of the logarithms of the floor and of the height above it, which the worst runs show
-RISE = 4.0  # slopes k that take an error from a fifth to four fifths of its height within 2.8 / RISE of the ladder
-PLACE_SD, SLOPE_SD = 1.0, 0.7  # of the midpoint, in ranges of the ladder's losses; of log k
+CEILING_SD = 0.6  # of the ceiling's log odds about those of the largest error
+FLOOR_MEDIAN, FLOOR_SD = 0.12, 1.2  # of the floor over the ceiling, and of its log odds
+RISE, RISE_SD = 4.0, 0.7  # median of k times the range of the ladder's losses, and sd of its logarithm
+PLACE_SD = 1.0  # of the midpoint about the mean loss, in ranges of the ladder's losses
 
 
 class Sigmoid(Law):
     """error = floor + (ceiling - floor) / (1 + exp(-k (L - L0))), L a loss (Bhagia et al. 2024, arXiv 2412.04403,
-    eq. 3, there of accuracy). Far below L0 it is the exponential of Gadre et al. 2024, arXiv 2403.08540, eq. 5, turned
-    about. Values are logarithms of the error. Centred (log floor, log(ceiling - floor), L0, k)."""
+    eq. 3, there of accuracy). Where errors are far below the ceiling it is the exponential in -L by which Gadre et al.
+    2024, arXiv 2403.08540, take errors from losses. Centred (logit ceiling, logit(floor / ceiling), L0, k).
+
+    Values are `angle(error)`, not logarithms: the sampling of a task's items moves all angles alike.
+    """
 
     name = "sigmoid"
-    names = ("floor", "ceiling", "L0", "k")
+    names = ("ceiling", "floor", "L0", "k")
     exponents = ("k",)
     inputs = ("L",)
 
@@ -29,27 +32,30 @@ class Sigmoid(Law):
         return runs["loss"][None] - centre[0]
 
     def value(self, theta: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """(K, n) log error at losses (1, n), or (1, K, n) for points of each vector's own."""
-        floor, height, middle, k = (theta[:, [p]] for p in range(4))
-        return np.logaddexp(floor, height + log_expit(k * (features[0] - middle)))
+        """(K, n) angles of the error at losses (1, n), or (1, K, n) for points of each vector's own."""
+        ceiling, floor, middle, k = (theta[:, [p]] for p in range(4))
+        share = expit(floor)
+        return angle(expit(ceiling) * (share + (1 - share) * expit(k * (features[0] - middle))))
 
     def value_jacobian(self, theta: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        floor, height, middle, k = (theta[:, [p]] for p in range(4))
-        apart = features[0] - middle
-        above = height + log_expit(k * apart)
-        total = np.logaddexp(floor, above)
-        rest = np.exp(above - total)  # the share of the error that is not floor
-        turn = rest * expit(-k * apart)
-        return total, np.stack([np.exp(floor - total), rest, -k * turn, apart * turn], axis=1)
+        ceiling, floor, middle, k = (theta[:, [p]] for p in range(4))
+        top, share, apart = expit(ceiling), expit(floor), features[0] - middle
+        rise = expit(k * apart)
+        error = top * (share + (1 - share) * rise)
+        turn = top * (1 - share) * rise * (1 - rise)  # d error / d (k apart)
+        columns = [error * (1 - top), top * share * (1 - share) * (1 - rise), -k * turn, apart * turn]
+        slope = 0.5 / np.sqrt(error * (1 - error))  # of the angle
+        return angle(error), slope[:, None] * np.stack(columns, axis=1)
 
     def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        floor = np.exp(theta[:, 0])
-        return np.column_stack([floor, floor + np.exp(theta[:, 1]), theta[:, 2] + centre[0], theta[:, 3]])
+        top = expit(theta[:, 0])
+        return np.column_stack([top, top * expit(theta[:, 1]), theta[:, 2] + centre[0], theta[:, 3]])
 
     def bounds(self, log_loss: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        width = np.ptp(features[0])
-        low = [np.log(1e-3), log_loss.max() - 2, features[0].min() - 2 * width, 0.05 / width]
-        return np.array(low), np.array([log_loss.min(), 0.7, features[0].max() + 2 * width, 200 / width])
+        """Of the first argument, here angles, nothing is needed."""
+        width, middle = np.ptp(features[0]), (features[0].min() + features[0].max()) / 2
+        low, high = [-4.0, -8.0, middle - 3 * width, 0.05 / width], [10.0, 8.0, middle + 3 * width, 200 / width]
+        return np.array(low), np.array(high)
 
     def starts(self, count: int, log_loss: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         prior = self.prior(log_loss, features)
@@ -58,8 +64,20 @@ class Sigmoid(Law):
         return theta.clip(*self.bounds(log_loss, features))
 
     def prior(self, log_loss: np.ndarray, features: np.ndarray) -> Prior:
-        """The ceiling is near the largest error; midpoint and slope are in units of the range of the losses."""
-        width = np.ptp(features[0])
-        mean = np.array([np.log(FLOOR_MEDIAN), log_loss.max(), 0.0, np.log(RISE / width)])
-        sd = np.array([*LEVEL_SDS, PLACE_SD * width, SLOPE_SD])
+        """The ceiling is near the largest error (the angles are the first argument); midpoint and slope are in units
+        of the range of the losses."""
+        width, worst = np.ptp(features[0]), np.clip(of_angle(log_loss.max()), 0.02, 0.98)
+        mean = np.array([logit(worst), logit(FLOOR_MEDIAN), 0.0, np.log(RISE / width)])
+        sd = np.array([CEILING_SD, FLOOR_SD, PLACE_SD * width, RISE_SD])
         return Prior(mean, sd, 0.4 * sd)
+
+
+def angle(error: np.ndarray) -> np.ndarray:
+    """arcsin of the root of an error: over n items its standard deviation is 1 / (2 sqrt n) whatever the error, which
+    that of the error's logarithm is not (Bartlett 1936)."""
+    return np.arcsin(np.sqrt(error))
+
+
+def of_angle(value: np.ndarray) -> np.ndarray:
+    """The error of an angle; beyond 0 and a right angle, 0 and 1."""
+    return np.sin(np.clip(value, 0, np.pi / 2)) ** 2
