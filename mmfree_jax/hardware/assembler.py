@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.config import ModelConfig, require
+from mmfree_jax.architecture import ModelConfig, require, scales
 from mmfree_jax.hardware.arithmetic import ARGUMENT, constant
 from mmfree_jax.hardware.instructions import (
     A,
@@ -31,7 +31,6 @@ from mmfree_jax.hardware.instructions import (
 )
 from mmfree_jax.inference.packed import read_packed
 from mmfree_jax.ops.packed import Packed
-from mmfree_jax.parametrisation import scales
 
 RESIDUAL = -16  # exponent of the residual stream and of the logits: magnitudes up to 32,768
 LARGEST = 2**15 - 1  # largest 16-bit integer
