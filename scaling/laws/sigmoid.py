@@ -15,9 +15,9 @@ PLACE_SD = 1.0  # of the midpoint about the mean loss, in ranges of the ladder's
 
 
 class Sigmoid(Law):
-    """error = floor + (ceiling - floor) / (1 + exp(-k (L - L0))), L a loss (Bhagia et al. 2024, arXiv 2412.04403,
-    eq. 3, there of accuracy). Where errors are far below the ceiling it is the exponential in -L by which Gadre et al.
-    2024, arXiv 2403.08540, take errors from losses. Centred (logit ceiling, logit(floor / ceiling), L0, k).
+    """error = floor + (ceiling - floor) / (1 + exp(-k (L - L0))), L a loss (Bhagia et al. 2024, arXiv 2412.04403, there
+    of accuracy). Near the ceiling it is ceiling - c exp(-k L), as Gadre et al. 2024, arXiv 2403.08540, have it.
+    Centred (logit ceiling, logit(floor / ceiling), L0, k).
 
     Values are `angle(error)`, not logarithms: the sampling of a task's items moves all angles alike.
     """
@@ -74,7 +74,7 @@ class Sigmoid(Law):
 
 def angle(error: np.ndarray) -> np.ndarray:
     """arcsin of the root of an error: over n items its standard deviation is 1 / (2 sqrt n) whatever the error, which
-    that of the error's logarithm is not (Bartlett 1936)."""
+    that of the error's logarithm is not (Anscombe 1948)."""
     return np.arcsin(np.sqrt(error))
 
 
