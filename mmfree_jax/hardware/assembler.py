@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmfree_jax.architecture import ModelConfig, require, scales
-from mmfree_jax.hardware.arithmetic import ARGUMENT, constant
+from mmfree_jax.hardware.arithmetic import ARGUMENT, MANTISSA, constant
 from mmfree_jax.hardware.instructions import (
     A,
     B,
@@ -134,6 +134,7 @@ class _Builder:
         self.instructions: list[Instruction] = []
         self.loads: list[Load] = []
         self.image: list[bytes] = []
+        self.largest_scale = 0.0  # of the next product
         self.size = self.begin = 0  # words of the image, and where what no load reads yet begins
         self.state_words = shape.beats(config.width) * 2 * shape.words
 
@@ -246,6 +247,8 @@ class _Builder:
         self.scaled(count, slot, source, gain, Sum.OUTER)
         eps = self.config.norm_eps
         floor, weight = count * eps * (eps if inner else 1), scale * math.sqrt(count) / LARGEST_CODE
+        # No maximum is above sqrt(count) times the rms, so SCALE is at most this.
+        self.largest_scale = weight * float(np.abs(gain).max())
         self.instructions.append(Norm(inner, constant(eps), constant(floor), constant(weight)))
         self.vector(count, Slot.RESIDUAL, A.SLOT, B.RECIPROCAL, d=D.CODES, a_slot=slot)
 
@@ -263,8 +266,16 @@ class _Builder:
         self.instructions.append(Vector(Op.VECTOR, a, b, c, d_slot=d_slot, count=count, **fields))
 
     def ternary(self, codes_FK: np.ndarray, **fields: Any) -> None:
-        """A product with a matrix."""
+        """A product with a matrix. Raises ConfigError if it might not fit its exponent."""
         rows, depth = codes_FK.shape
+        # The product of a sum and of SCALE's mantissa is shifted to the right only: SCALE's exponent must not be above
+        # that of the result.
+        limit = 2.0 ** (fields.get("exponent", 0) + MANTISSA)
+        require(
+            self.largest_scale < limit,
+            f"a product's scale may reach {self.largest_scale:.3g} (gain, weight scale, width), and the core computes "
+            f"it right below {limit:g}",
+        )
         self.append(self.shape.groups(rows) * depth, lambda: matrix_bytes(codes_FK, self.shape.rows))
         self.instructions.append(Vector(Op.TERNARY, A.ACCUMULATORS, B.SCALE, count=rows, depth=depth, **fields))
 

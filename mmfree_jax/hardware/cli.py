@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,8 +12,9 @@ import tyro
 
 from mmfree_jax.command_line import parse
 from mmfree_jax.config import ConfigError, ModelConfig, require
+from mmfree_jax.errors import need
 from mmfree_jax.hardware import report
-from mmfree_jax.hardware.assembler import assemble
+from mmfree_jax.hardware.assembler import assemble, skeleton
 from mmfree_jax.hardware.cycles import MemoryModel, token_cycles
 from mmfree_jax.hardware.instructions import Program
 from mmfree_jax.hardware.machine import Machine
@@ -91,11 +93,10 @@ def compile_for(model: Path, sizes: Sizes) -> tuple[Program, bytes]:
     facts, _ = read_packed(model)
     config: ModelConfig = facts["model"]
     shape = report.fitting(config, sizes.memory_bits, sizes.lanes)
-    # As many instructions as the program has, known from its skeleton, up to a power of two.
-    enough = lambda count: 1 << (count - 1).bit_length()
-    layers = 40 * config.depth + 10
-    shape = dataclasses.replace(shape, instructions=enough(layers), loads=enough(2 * config.depth + 3))
-    return assemble(model, shape)
+    # Memories have a power of two of rows anyway.
+    needed = skeleton(config, shape)
+    rows = {name: 1 << (len(getattr(needed, name)) - 1).bit_length() for name in ("instructions", "loads")}
+    return assemble(model, dataclasses.replace(shape, **rows))
 
 
 def build(arguments: list[str]) -> int:
@@ -126,6 +127,7 @@ def simulate(arguments: list[str]) -> int:
     """Generate with the simulated core and with the fixed-point model."""
     chosen = parse(SimulateArguments, arguments, f"{program_name()} hardware simulate")
     require(chosen.tokens >= 1, f"--tokens {chosen.tokens}: must be at least 1")
+    require(chosen.latency >= 1, f"--latency {chosen.latency}: must be at least 1")
     simulation = extra("simulate")
     program, image = compile_for(chosen.model, chosen.sizes)
     tokenizer = read_tokenizer(chosen.model)
@@ -149,15 +151,17 @@ def simulate(arguments: list[str]) -> int:
 def show_report(arguments: list[str]) -> int:
     """Print the tables."""
     chosen = parse(ReportArguments, arguments, f"{program_name()} hardware report")
-    require(chosen.mhz > 0, f"--mhz {chosen.mhz}: must be positive")
+    require(0 < chosen.mhz < math.inf, f"--mhz {chosen.mhz}: must be positive")
+    require(chosen.latency >= 1, f"--latency {chosen.latency}: must be at least 1")
     require(chosen.bandwidth >= 0, f"--bandwidth {chosen.bandwidth}: must not be negative")
     for bits in chosen.memory_bits:
         most = bits / 8 * chosen.mhz / 1e3
         used = min(chosen.bandwidth or most, most)
         lanes = chosen.lanes or max(1, bits // 8)
-        print(f"core of {bits} bits of memory and {lanes} lanes at {chosen.mhz:g} MHz, {used:.4g} GB/s (modelled)\n")
         memory = MemoryModel(chosen.latency, used / most)
-        print("\n".join(report.core_table(bits, lanes, chosen.mhz, memory)), end="\n\n")
+        table = report.core_table(bits, lanes, chosen.mhz, memory)
+        print(f"core of {bits} bits of memory and {lanes} lanes at {chosen.mhz:g} MHz, {used:.4g} GB/s (modelled)\n")
+        print("\n".join(table), end="\n\n")
     print("published designs (their authors' figures)\n")
     print("\n".join(report.published_table()))
     return 0
@@ -173,10 +177,4 @@ def read_tokenizer(model: Path):
 
 def extra(module: str):
     """Import a module that needs the extra `hardware`. Raises ConfigError, in one line, without it."""
-    import importlib
-
-    try:
-        return importlib.import_module(f"mmfree_jax.hardware.{module}")
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        raise ConfigError(f"`hardware` needs {package}: pip install 'mmfree-jax[hardware]'") from None
+    return need(f"mmfree_jax.hardware.{module}", "`hardware`", "'mmfree-jax[hardware]'")

