@@ -8,11 +8,19 @@ from typing import Any
 import numpy as np
 
 from scaling.analysis import Analysis
-from scaling.commands.arguments import new_verb, positive, read_table, spec_arguments, spec_of, table_arguments
-from scaling.commands.output import exit_code, print_gates, print_json
+from scaling.commands.arguments import (
+    accuracy_argument,
+    new_verb,
+    positive,
+    read_table,
+    spec_arguments,
+    spec_of,
+    table_arguments,
+)
+from scaling.commands.output import exit_code, plain, print_gates, print_json
 from scaling.ensemble.answers import Allocation
 from scaling.fitting.approaches import envelope_exponent, isoflop
-from scaling.report.words import reach_sentence, rounded
+from scaling.report.words import accuracy_lines, reach_sentence, rounded
 
 ABSENT = "–"
 
@@ -24,20 +32,26 @@ def add(verbs: Any) -> None:
     verb.add_argument("--C", type=positive, action="append", required=True, metavar="FLOP", help="may be repeated")
     text = "tokens that the model will be asked for, out of the same budget at 2 N FLOP each"
     verb.add_argument("--serve-tokens", type=positive, default=0.0, help=text)
+    accuracy_argument(verb)
 
 
 def run(a: argparse.Namespace) -> int:
     """Every family by itself: what a family should be trained with does not depend on the others."""
     found = Analysis.of(read_table(a), spec_of(a))
     out = {f: [found.own[f].allocate(flops, f, a.serve_tokens) for flops in a.C] for f in found.families}
+    tasks = {f: [found.own[f].accuracy(column, f) for column in a.accuracy] for f in found.families}
+    right = {f: [[task.at(flops, a.serve_tokens) for task in tasks[f]] for flops in a.C] for f in found.families}
     if a.json:
-        print_json(out)
+        more = {f: [{"accuracy": plain(x)} if x else {} for x in right[f]] for f in out}
+        print_json({f: [plain(x) | y for x, y in zip(out[f], more[f], strict=True)] for f in out})
         return exit_code(found.gates)
     for family, answers in out.items():
-        for x in answers:
+        for x, answered in zip(answers, right[family], strict=True):
             print(line(x))
             if not x.validated:
                 print(f"  {reach_sentence(found.own[family])}")
+            for task, answer in zip(tasks[family], answered, strict=True):
+                print("\n".join(accuracy_lines(answer, task)))
         print(exponents(found, family))
     print_gates(found.gates)
     return exit_code(found.gates)

@@ -123,6 +123,11 @@ def axis_arguments(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def accuracy_argument(verb: argparse.ArgumentParser) -> None:
+    text = "also the accuracy of this column, by way of the loss; may be repeated"
+    verb.add_argument("--accuracy", action="append", default=[], metavar="COLUMN", help=text)
+
+
 def out_argument(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--out", type=Path, help="folder for the full report (HTML, figures, fit.json)")
 

@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scaling.commands.arguments import new_verb, positive
-from scaling.commands.output import OK, print_json
+from scaling.commands.arguments import accuracy_argument, new_verb, positive
+from scaling.commands.output import OK, plain, print_json
 from scaling.ensemble.answers import Prediction
 from scaling.report.artefact import read_analysis, read_fit_json
 from scaling.report.ledger import FILE, holds_cell, made_of, read_ledger, record, write_ledger
-from scaling.report.words import WIDE, reach_sentence, rounded
+from scaling.report.words import WIDE, accuracy_lines, reach_sentence, rounded
 from scaling.tables.runs import ScalingError
 
 
@@ -27,6 +27,7 @@ def add(verbs: Any) -> None:
     verb.add_argument("--sparsity", type=float, help="share of weights or experts that are idle, for laws of sparsity")
     verb.add_argument("--annealing", type=float, help="share of it that has taken effect, for the law annealed")
     verb.add_argument("--family", help="one family; all of them without it")
+    accuracy_argument(verb)
 
 
 def run(a: argparse.Namespace) -> int:
@@ -43,11 +44,15 @@ def run(a: argparse.Namespace) -> int:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     new = [made_of(p, now, table) for name, p in out.items() if not holds_cell(found.runs, name, a.N, a.D)]
     write_ledger(folder, record(read_ledger(folder), new))
+    tasks = {name: [found.ensemble(name).accuracy(c, name) for c in a.accuracy] for name in names}
+    right = {name: [task.predict(a.N, a.D, **known) for task in tasks[name]] for name in names}
     if a.json:
-        print_json(out)
+        print_json({n: plain(p) | ({"accuracy": plain(right[n])} if a.accuracy else {}) for n, p in out.items()})
         return OK
     for name, p in out.items():
         print("\n".join(lines(p, found.runs.loss_label, reach_sentence(found.ensemble(name)))))
+        for task, answer in zip(tasks[name], right[name], strict=True):
+            print("\n".join(accuracy_lines(answer, task)))
     if new:
         print(f"recorded in {folder / FILE}, to be scored when the run is in a report's table")
     return OK

@@ -81,6 +81,28 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class TaskPrediction:
+    """Accuracy in the task `column` of one family, by its loss. low, high: 95 % of the mean curve; run_low, run_high:
+    of a new run, measured on as many items as the runs were. N, D: of the run, or the best for a budget of `flops`.
+    decades, validated: as of a loss, by back-tests of the accuracy."""
+
+    family: str
+    column: str
+    N: float
+    D: float
+    flops: float
+    accuracy: float
+    low: float
+    high: float
+    run_low: float
+    run_high: float
+    loss: float
+    loss_interval: tuple[float, float]
+    decades: float
+    validated: bool
+
+
+@dataclass(frozen=True)
 class Allocation:
     """Best parameters N, tokens D and their ratio at a budget of `flops`, and the loss they reach, with 95 % intervals;
     decades: beyond the family's largest run."""

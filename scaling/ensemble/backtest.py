@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,9 +75,17 @@ class BackTest:
         return float(np.mean(found)) if found else float("nan")
 
 
-def backtest(runs: Runs, families: Sequence[str], spec: Spec, of: Callable[..., Ensemble]) -> BackTest:
+def backtest(
+    runs: Runs,
+    families: Sequence[str],
+    spec: Spec,
+    of: Callable[..., Any],
+    forecasts: Callable[..., list[LeftOut]] | None = None,
+    fault: Callable[[Runs], str] = lambda _: "",
+) -> BackTest:
     """Fits the runs with C <= C_max / q for each q, and forecasts the others; C_max is the largest that every family
-    reached."""
+    reached. of: the analysis of some runs; forecasts: what it says of others, their losses unless told; fault: why some
+    runs do not support it, "" where they do."""
     # Rolling origin: at each one the dear runs are hidden, the cheap ones analysed in full, and the hidden ones asked
     # for. One run may be forecast from several origins, at several distances; its forecasts are not independent,
     # which is why this is a check and no correction.
@@ -88,13 +96,13 @@ def backtest(runs: Runs, families: Sequence[str], spec: Spec, of: Callable[..., 
     quick = replace(spec, draws=min(DRAWS, spec.draws), select="all")
     for q in ORIGINS:
         early = runs.select(runs["flops"] <= top / q)
-        reason = too_few(early, families, spec)
+        reason = too_few(early, families, spec) or fault(early)
         if reason:
             skipped.append(f"runs below 1/{q:g} of the largest compute: {reason}")
             continue
         ensemble = of(early, families, quick)
         left_out = runs.select(runs["flops"] > top / q)
-        points += [p for f in families for p in losses(ensemble, left_out, f, q)]
+        points += [p for f in families for p in (forecasts or losses)(ensemble, left_out, f, q)]
         points += differences(ensemble, left_out, q) if len(families) > 1 else []
     return BackTest(tuple(points), tuple(skipped))
 

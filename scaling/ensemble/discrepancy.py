@@ -52,22 +52,24 @@ class Points(NamedTuple):
     family: np.ndarray
 
 
-def physical(z: np.ndarray, misfit: bool = True) -> np.ndarray:
-    """Hyperparameters (H, 7) of standard normal latents (H, 7): this map is the prior."""
+def physical(z: np.ndarray, misfit: bool = True, scale: float = 1.0) -> np.ndarray:
+    """Hyperparameters (H, 7) of standard normal latents (H, 7): this map is the prior. scale: of every departure, in
+    those of losses."""
 
     out = np.empty_like(z)
     # A half-distribution is the upper half of a symmetric one: (1 + u) / 2 maps a uniform u to its quantiles.
     out[:, RUN] = RUN_MEDIAN * np.exp(RUN_SPREAD * z[:, RUN])
     upper = (1 + ndtr(z)) / 2
     trunk = TRUNK_SCALE * np.maximum(out[:, RUN], RUN_MEDIAN)
-    for k, scale in ((TRUNK, trunk), (CELL, CELL_SCALE), (TAU, TAU_SCALE)):
-        out[:, k] = scale * student.ppf(upper[:, k], FREEDOM)
+    for k, half in ((TRUNK, trunk), (CELL, CELL_SCALE), (TAU, TAU_SCALE)):
+        out[:, k] = half * student.ppf(upper[:, k], FREEDOM)
     out[:, ELL] = ELL_MEDIAN * np.exp(ELL_SPREAD * z[:, ELL])
     out[:, RHO] = ndtr(z[:, RHO])
     # A law that misses inside the ladder by more than usual is trusted less outside of it.
     out[:, KAPPA] = KAPPA_SCALE * ndtri(upper[:, KAPPA]) * np.maximum(LEAST_DRIFT, out[:, TAU] / TAU_SCALE)
     if not misfit:
         out[:, [TAU, KAPPA]] = 0
+    out[:, [RUN, TRUNK, CELL, TAU, KAPPA]] *= scale
     return out
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.interpolate import CubicSpline
@@ -36,6 +36,9 @@ from scaling.laws.forms import law_named
 from scaling.spec import Spec
 from scaling.tables.equal import Equal
 from scaling.tables.runs import Runs, ScalingError, check_comparable, frame_of
+
+if TYPE_CHECKING:
+    from scaling.ensemble.accuracy import Accuracy
 
 POINTS_PER_DECADE = 8
 FLOORS = 0.25  # posterior weight (half before any run) of equal floors below which they are not supported
@@ -263,21 +266,31 @@ class Ensemble(Equal):
     def predict(self, N: float, D: float, family: str | None = None, **known: Any) -> Prediction:
         """The loss of a run that has not been made; `known`: flops, and the column that stands beside the law."""
         family = family or self.lone("a prediction")
-        log_n, log_d = np.log([N]), np.log([D])
-        log_c = np.log([known["flops"]]) if known.get("flops") else None
-        law = self.law.for_run(self.runs.family(family), known)
-        features = law.features_at(log_n, log_d, self.centre, log_c)
-        own = law.value(self.draws.theta[:, self.families.index(family)], features)[:, 0]
-        curve = own + self.misfit_at(family, log_n, log_d, log_c)[:, 0]
+        curve, decades = self.point(N, D, family, known)
         # A draw's own noise is added to its own curve, so that the interval of a run holds both uncertainties.
         run = curve + self.run_noise()
-        spent = known.get("flops") or float(self.cost(family).rate(N)) * N * D
-        decades = max(0.0, float(np.log10(spent / self.runs.family(family)["flops"].max())))
         (low, high), (run_low, run_high) = interval(np.exp(curve)), interval(np.exp(run))
         loss = float(np.exp(np.median(curve)))
         ends = loss, low, high, min(run_low, low), max(run_high, high)
         validated = decades <= 0 or decades <= self.reach + 1e-6
         return Prediction(family, N, D, *ends, float(run.std()), decades, validated, high - low <= UNINFORMATIVE * loss)
+
+    def point(self, N: float, D: float, family: str, known: Mapping[str, Any]) -> tuple[np.ndarray, float]:
+        """(K,) log of the mean curve at a run that has not been made, and its decades beyond the family's largest."""
+        log_n, log_d = np.log([N]), np.log([D])
+        log_c = np.log([known["flops"]]) if known.get("flops") else None
+        law = self.law.for_run(self.runs.family(family), known)
+        features = law.features_at(log_n, log_d, self.centre, log_c)
+        own = law.value(self.draws.theta[:, self.families.index(family)], features)[:, 0]
+        spent = known.get("flops") or float(self.cost(family).rate(N)) * N * D
+        decades = max(0.0, float(np.log10(spent / self.runs.family(family)["flops"].max())))
+        return own + self.misfit_at(family, log_n, log_d, log_c)[:, 0], decades
+
+    def accuracy(self, column: str, family: str | None = None) -> Accuracy:
+        """The accuracy that a column of the table holds, by way of the loss: see `scaling.ensemble.accuracy`."""
+        from scaling.ensemble.accuracy import Accuracy
+
+        return Accuracy.of(self, family or self.lone("an accuracy"), column)
 
     def rows_curve(self, family: str, runs: Runs) -> np.ndarray:
         """(K, n) log of the mean curve at the rows of a table, with every column that the law depends on."""

@@ -77,6 +77,16 @@ class Draws:
             out[rows] = basis.values(self.weights[rows], points)
         return out
 
+    def misfit_each(self, x: np.ndarray) -> np.ndarray:
+        """(K,) misfit of the first family, each draw's at a point of its own; x (K, d)."""
+        out = np.empty(len(self.theta))
+        for k, basis in enumerate(self.bases):
+            rows = self.base == k
+            common, own = basis.parts
+            first, second = np.split(self.weights[rows], 1 + basis.families, axis=1)[:2]
+            out[rows] = ((common * first + own * second) * basis.block(x[rows])).sum(-1)
+        return out
+
 
 @dataclass(frozen=True)
 class Posterior:
@@ -283,8 +293,10 @@ def posterior(
     known: np.ndarray | None = None,
     misfit: bool = True,
     samples: int = SAMPLES,
+    scale: float = 1.0,
 ) -> Posterior:
-    """Integrates over hyperparameters; `known` (1, 7) holds them instead, and without `misfit` there is none."""
+    """Integrates over hyperparameters; `known` (1, 7) holds them instead, and without `misfit` there is none. scale: as
+    for `physical`."""
     # Start from the prior's middle: modes there, then the sampler walks to where the likelihood is.
     rng, lone = np.random.default_rng(seed), not rows.family.any()
     prior = law.prior(rows.y, rows.features)
@@ -293,16 +305,16 @@ def posterior(
     # zero, so that all ties have one set of coordinates and their evidences compare.
     mean = prior.mean if lone else np.concatenate([prior.mean, 0 * prior.mean])
     sd = np.stack([prior.sd if lone else np.append(prior.sd, shared_sd(law, tie, prior.apart)) for tie in ties])
-    scale = np.ones((len(noises), len(rows.y)))
+    tails = np.ones((len(noises), len(rows.y)))
     if objective == "raw-ls":  # noise of equal size in the unit of the losses
-        scale[0] = np.exp(rows.y.mean() - rows.y)
+        tails[0] = np.exp(rows.y.mean() - rows.y)
     start = np.broadcast_to(mean, (len(ties), len(noises), len(mean))).copy()
-    middle = physical(np.zeros((1, LATENTS)), misfit) if known is None else known
-    p = Posterior(rows, law, ties, noises, mean, sd, middle, np.empty(0), start, scale)
+    middle = physical(np.zeros((1, LATENTS)), misfit, scale) if known is None else known
+    p = Posterior(rows, law, ties, noises, mean, sd, middle, np.empty(0), start, tails)
     p = settled(p, middle[0], start)
     if known is not None:
         return replace(p, h=known, score=p.scored(known))
-    return sampled(p, samples, misfit, rng)
+    return sampled(p, samples, misfit, scale, rng)
 
 
 def settled(p: Posterior, h: np.ndarray, start: np.ndarray) -> Posterior:
@@ -314,7 +326,7 @@ def settled(p: Posterior, h: np.ndarray, start: np.ndarray) -> Posterior:
     return p
 
 
-def sampled(p: Posterior, samples: int, misfit: bool, rng: np.random.Generator) -> Posterior:
+def sampled(p: Posterior, samples: int, misfit: bool, scale: float, rng: np.random.Generator) -> Posterior:
     """Adaptive importance sampling of the hyperparameters: the prior, then Student's t about a tempered mean."""
     # Importance sampling: draw hyperparameters from a density q that is easy to draw from, and weigh each by
     # posterior over q. It is exact for any q that reaches everywhere; how many of the samples count depends on how
@@ -325,7 +337,7 @@ def sampled(p: Posterior, samples: int, misfit: bool, rng: np.random.Generator) 
     # One step from the prior to a posterior that is much narrower would leave all weight on one or two samples. Powers
     # of the likelihood lead there; each stage fits a proposal, with the tails of Student's t, to the stage before.
     for power in (*TEMPERS, None):
-        h = physical(z, misfit)
+        h = physical(z, misfit, scale)
         score = p.scored(h)
         if log_q is not None:
             score = score + (-0.5 * (z**2).sum(-1) - log_q)[:, None, None]
@@ -336,7 +348,7 @@ def sampled(p: Posterior, samples: int, misfit: bool, rng: np.random.Generator) 
         centre = weight @ z
         spread = 1.2**2 * ((z - centre).T * weight @ (z - centre)) + 0.02 * np.eye(LATENTS)
         # The laws were made linear at the modes of the last stage's hyperparameters; they follow the centre.
-        p = settled(p, physical(centre[None], misfit)[0], p.phi)
+        p = settled(p, physical(centre[None], misfit, scale)[0], p.phi)
         # Normal numbers over the root of chi-squared / 6 are Student's t with 6 degrees of freedom.
         u = ndtri(qmc.Sobol(LATENTS, seed=rng).random(samples)) * np.sqrt(6 / rng.chisquare(6, samples))[:, None]
         z = (centre + u @ np.linalg.cholesky(spread).T).clip(-5, 5)

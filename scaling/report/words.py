@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scaling.ensemble.answers import UNINFORMATIVE, Crossing, Difference
+from scaling.ensemble.answers import UNINFORMATIVE, Crossing, Difference, TaskPrediction
 from scaling.ensemble.backtest import HELD, MIN_HELD
 from scaling.fitting.fit import Gate, ladder_gate
 from scaling.tables.cells import matched_cells
 
 if TYPE_CHECKING:
+    from scaling.ensemble.accuracy import Accuracy
     from scaling.ensemble.ensemble import Ensemble
 
 
@@ -134,11 +135,22 @@ def chance(p: float) -> str:
     return "> 0.99" if p > 0.995 else "< 0.01" if p < 0.005 else f"= {p:.2f}"
 
 
-def reach_sentence(e: Ensemble) -> str:
+def reach_sentence(e: Ensemble | Accuracy) -> str:
     """How far probabilities are validated."""
     if not e.test.points:
         return "Not validated beyond the runs: no back-test is possible."
     return f"Not validated beyond {e.reach:.1f} decades." if e.reach else "Not validated beyond the runs."
+
+
+def accuracy_lines(x: TaskPrediction, e: Accuracy) -> list[str]:
+    """A forecast of an accuracy, with the loss that it goes by."""
+    where = f"{x.decades:.1f} decades beyond the largest run" if x.decades > 0 else "within the runs"
+    loss = rounded(x.loss, *x.loss_interval)
+    return [
+        f"{x.family}: {x.column} {rounded(x.accuracy, x.low, x.high)} (95 %), {where}, by a loss of {loss}",
+        f"  a new run there: {rounded(x.accuracy, x.run_low, x.run_high)} (95 %)",
+        *([] if x.validated else [f"  {reach_sentence(e)}"]),
+    ]
 
 
 def floors_sentence(e: Ensemble) -> str:
