@@ -80,9 +80,7 @@ class Plan:
         out = [f"{'N':>10}  {'tokens per parameter':<28}{'FLOP, both families':>20}"]
         for t in self.trunks:
             out.append(f"{t.n:>10.3g}  {', '.join(f'{r:g}' for r in t.ratios):<28}{t.flops:>20.2e}")
-        change = (
-            f"{self.sd_now:.2g} now, {self.sd_then:.2g} with these runs ({self.unit}; the formula that compares plans)"
-        )
+        change = f"{self.sd_now:.2g} now, {self.sd_then:.2g} with these runs ({self.unit}), by the formula of plans"
         return [*out, f"total {self.flops:.2e} FLOP; sd of the difference at {self.target:.1e} FLOP: {change}"]
 
 
