@@ -26,8 +26,8 @@ SMALL_LADDER = ["--sizes", "1e7,3e7,1e8", "--ratios", "5,20"]
 VERBS = {
     "compare": ["--draws", "20"],
     "crossover": ["--draws", "20"],
-    "plan": ["--draws", "5", "--budget", "1e18", "--target", "1e18"],
-    "power": ["--draws", "5", "--target", "1e18", *SMALL_LADDER],
+    "plan": ["--draws", "5", "--simulations", "2", "--budget", "1e18", "--target", "1e18"],
+    "power": ["--draws", "5", "--simulations", "2", "--target", "1e18", *SMALL_LADDER],
     "plot": ["--out", "{out}.png"],
     "fit": ["--draws", "20"],
     "backtest": ["--draws", "20"],

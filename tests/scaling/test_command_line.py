@@ -227,7 +227,7 @@ def test_predictions_and_plans_name_the_unit_of_the_losses(tmp_path, capsys, bri
     assert main(["predict", str(tmp_path / "out"), "--N", "2e6", "--D", "4e7"]) == 0
     said = capsys.readouterr().out
     assert " bits per byte (95 %)" in said
-    main(["plan", str(table), "--budget", "1e17", "--target", "1e16", "--draws", "20"])
+    main(["plan", str(table), "--budget", "1e17", "--target", "1e16", "--draws", "20", "--simulations", "2"])
     said += capsys.readouterr().out
     assert "(bits per byte)" in said
     assert "nats" not in said + (tmp_path / "out" / "report.md").read_text()
