@@ -87,9 +87,8 @@ class ServedModel:
 
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
-    embedding: (
-        jax.Array | HostTable
-    )  # [V, D]; on a CPU the bits of bfloat16 as uint16, or XLA would hold all of it in float32 too
+    # [V, D]; on a CPU the bits of bfloat16 as uint16, or XLA would hold all of it in float32 too.
+    embedding: jax.Array | HostTable
     blocks: tuple[Block, ...]
     floors: tuple[jax.Array, ...] | None  # of each layer's forget gate
     norm: RMSNorm
