@@ -66,14 +66,14 @@ class Rules:
 RULES = Rules()
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """Return a (data, fsdp, tensor, sequence) mesh over the first `config.devices` devices.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Return a (data, fsdp, tensor, sequence) mesh over the first `config.devices` devices (default: all of JAX's).
 
     Raises ConfigError if there are fewer devices than the mesh needs; and if several processes have more, because a
     process without a device in the mesh would have nothing to compute, and would end the others.
     """
     shape = (config.data, config.fsdp, config.tensor, config.sequence)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if config.devices > len(devices):
         raise ConfigError(
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {config.devices} devices, only {len(devices)} exist"

@@ -13,6 +13,7 @@ from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.combine import combine, reciprocal_rms, rms_norm, rms_norm_backward
 from mmfree_jax.ops.fast.dense import dense
+from mmfree_jax.ops.fast.kernels import kernel_module
 from mmfree_jax.ops.fast.origin import Kind, Origin, Sum, can_hand_on, hand_on, origin, sum_of
 from mmfree_jax.ops.fast.products import (
     GradientCodes,
@@ -183,7 +184,7 @@ def _named(q: Quantised) -> Quantised:
 
 
 def _kernel_codes(fusion: Fusion, sources, source_gain, gain) -> tuple[Quantised, ...]:
-    from mmfree_jax.ops.fast.hopper.normed_codes import forward
+    forward = kernel_module("normed_codes").forward
 
     def local(sources, source_gain, gain):
         shape = sources[0].shape
@@ -209,9 +210,7 @@ def _kernel_input_backward(
 ) -> tuple:
     """What `input_backward` returns, with `row_factors` [..., 1] as `GradientCodes`; and the quantised inputs, made
     again on the way: as codes where a product of integers takes them, as values otherwise."""
-    from mmfree_jax.ops.fast.hopper.normed_codes import backward
-
-    recipe = fusion.recipe
+    recipe, backward = fusion.recipe, kernel_module("normed_codes").backward
 
     def local(sources, source_gain, gain, scales, dys, factors, row_factors, dcopy):
         scales, dys = [scale.reshape(-1) for scale in scales], [dy.reshape(-1, dy.shape[-1]) for dy in dys]
