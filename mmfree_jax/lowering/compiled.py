@@ -6,7 +6,6 @@ python -m mmfree_jax.lowering.compiled DEVICE < config.json     # prints what th
 
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -23,11 +22,11 @@ from mmfree_jax.lowering.program import Traffic, read_traffic, rematerialisation
 # Slices by their shape, the smallest first (docs.cloud.google.com/tpu/docs/v5e, v5p and v6e). A mesh of fewer chips
 # than the smallest is compiled for some of its chips.
 FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16))
+CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16))
 SLICES: dict[str, tuple[tuple[int, ...], ...]] = {"tpu-v5e": FLAT, "tpu-v5p": CUBES, "tpu-v6e": FLAT}
 
-# What XLA asks about a GPU, from NVIDIA's data sheets and the CUDA C programming guide: capability, multiprocessors, and
-# bytes of the second-level cache, of a multiprocessor's shared memory and of what a block may have of it.
+# What XLA asks about a GPU, from NVIDIA's data sheets and the CUDA C programming guide: capability, multiprocessors,
+# and bytes of the second-level cache, of a multiprocessor's shared memory and of what a block may have of it.
 GPUS = {
     "h200": ("major: 9", 132, 60 << 20, 233472, 232448),
     "h100": ("major: 9", 132, 50 << 20, 233472, 232448),
@@ -51,7 +50,7 @@ ABSENT = {
     "CUDA_VISIBLE_DEVICES": "-1",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "1",  # warnings: the partitioner's are counted
 }
 REFUSED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")  # libtpu's words for a program that is too large
 
@@ -64,6 +63,9 @@ class Compiled:
     temporaries: float
     code: float
     traffic: tuple[Traffic, ...]
+    products: dict[str, int]  # matrix products by the types of operands and result
+    kernels: dict[str, int]  # hand-written kernels by name
+    host_transfers: int  # instructions that exchange data with the host
     rematerialised: int  # arrays that the partitioner replicates because it found no better way
     refused: str = ""  # why there is no program; then `temporaries` is what the compiler says it would need, if it does
 
@@ -144,6 +146,8 @@ def described(run: RunConfig, device_name: str) -> Compiled:
     """Return what the compiler says, without `rematerialised`, which it only logs."""
     import jax
 
+    from mmfree_jax import hlo
+
     try:
         compiled = compile_step(run, device_name)
     except jax.errors.JaxRuntimeError as error:
@@ -152,11 +156,20 @@ def described(run: RunConfig, device_name: str) -> Compiled:
             raise
         unit = lambda number, prefix: float(number) * 1024.0 ** (" KMGT".index(prefix))
         why = f"the compiler refuses the program: {found[0].replace('Used', 'it would use')}"
-        return Compiled(0.0, unit(*found.groups()[:2]), 0.0, (), 0, why)
+        return Compiled(0.0, unit(*found.groups()[:2]), 0.0, (), {}, {}, 0, 0, why)
     memory = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    traffic = tuple(read_traffic(compiled.as_text(), run.mesh))
-    return Compiled(kept, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, traffic, 0)
+    text = compiled.as_text() or ""
+    return Compiled(
+        kept,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+        tuple(read_traffic(text, run.mesh)),
+        {f"{a} x {b} -> {out}": count for (a, b, out), count in hlo.products(text).items()},
+        dict(hlo.kernels(text)),
+        len(hlo.host_transfers(text)),
+        0,
+    )
 
 
 if __name__ == "__main__":

@@ -76,7 +76,20 @@ def linear(recipe: Recipe, x: jax.Array, weights: Weights | PackedWeights | RowW
         return packed_linear(recipe, x, weights)
     if isinstance(weights, RowWeights):
         return row_linear(recipe, x, weights)
-    return bit_linear(recipe, x, weights) if recipe.ternary else dense(recipe.axes, x, weights.w_GDF)
+    return bit_linear(recipe, x, weights) if recipe.ternary else dense_linear(recipe, x, weights.w_GDF)
+
+
+def dense_linear(recipe: Recipe, x: jax.Array, w_GDF: jax.Array) -> tuple[jax.Array, ...]:
+    """`dense`, whose backward pass makes x again of what it was made of, where memory counts more (`choice`)."""
+    kind, sources, source_gain, eps = origin(x)
+    if kind == "plain" or not choice.inputs_made_again():
+        return dense(recipe.axes, x, w_GDF)
+
+    # A norm or a gate is a few operations an element, and reads what is kept anyway.
+    def from_sources(sources, source_gain, w_GDF):
+        return dense(recipe.axes, combine(kind, sources, source_gain, eps), w_GDF)
+
+    return jax.checkpoint(from_sources, prevent_cse=False)(sources, source_gain, w_GDF)
 
 
 def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Array, ...]:

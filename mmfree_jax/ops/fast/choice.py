@@ -217,6 +217,15 @@ def integer_sum_over_rows(x: jax.Array, dy: jax.Array) -> bool:
     return all(map(verification.serves, [*uses, Use("int8_matmul", (inner, rows, columns), (True,))]))
 
 
+def inputs_made_again() -> bool:
+    """Whether dense layers keep the sources of a norm or a gate instead of its result.
+
+    On TPUs, where memory is small and layers run in a loop: what a layer keeps is there depth times, in stacks that the
+    compiler cannot thin out by recomputing, as a GPU's does for unrolled layers.
+    """
+    return backend() == "tpu"
+
+
 def recurrence_form(x_BTD: Any, dtype: Any, gated: bool) -> Literal["kernel", "walk", "prefix"]:
     """The form of the recurrence, with the MLGRU's gates or without.
 
@@ -260,7 +269,7 @@ def _splash(q_BTHK: Any, k_BTJK: Any, segments_BT: Any) -> bool:
     chunks, cut = shard_count("time", T), shard_count("heads", H)
     if shard_count("heads", J) != cut:  # then all of them are on every device
         cut = 1
-    if not available(("tpu",)) or dtype not in (jnp.bfloat16, jnp.float32):
+    if not available(("tpu",)) or dtype not in (jnp.bfloat16, jnp.float32) or T == 1:
         return False
     if not kernel_module("attention").supports(T, H // cut, J // cut, chunks):
         return False

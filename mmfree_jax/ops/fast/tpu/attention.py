@@ -1,5 +1,5 @@
-"""Causal attention in memory that grows with time, not with its square: JAX's own splash attention for TPUs, which keeps
-a row's largest score and sum in VMEM (Dao et al. 2022, arXiv 2205.14135), for any T, K and documents."""
+"""Causal attention in memory that grows with time, not with its square: JAX's own splash attention for TPUs, which
+keeps a row's largest score and sum in VMEM (Dao et al. 2022, arXiv 2205.14135), for any T, K and documents."""
 
 from typing import Any
 

@@ -1,7 +1,8 @@
 """What all kernels for TPUs share: how they are called, and vectors turned from lanes to rows."""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,11 +22,20 @@ SUBLANES = 8  # of a register in float32
 VMEM_BYTES = 48 * 2**20  # that a kernel may use, of 64 MiB on v5p and 128 MiB on v5e and v6e
 
 _interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
+_noted: ContextVar[list[int] | None] = ContextVar("noted", default=None)
 
 
 def interpreted() -> Any:
     """Interpret the kernels that are traced inside, on any device. Also a decorator."""
     return during(_interpreted, True)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """Note the bytes that each kernel moves which is traced inside."""
+    noted: list[int] = []
+    with during(_noted, noted):
+        yield noted
 
 
 def is_interpreted() -> bool:
@@ -50,6 +60,8 @@ def call(
     def run(*operands: jax.Array) -> Sequence[jax.Array]:
         pairs = zip([*inputs, *outputs], [*operands, *results], strict=True)
         moved = sum(_moved(grid, spec, array) for spec, array in pairs)
+        if (noted := _noted.get()) is not None:
+            noted.append(moved)
         return pl.pallas_call(
             body,
             grid=grid,
@@ -79,9 +91,7 @@ def _moved(grid: tuple[int, ...], spec: Any, array: Any) -> int:
     block = [1 if size is None else min(size, whole) for size, whole in zip(spec.block_shape, array.shape, strict=True)]
     blocks = math.prod(grid[: moves[-1] + 1]) if moves else 1
     # Of an axis that blocks hang over only what exists is copied.
-    whole = math.prod(array.shape) / math.prod(
-        n * -(-size // n) for n, size in zip(block, array.shape, strict=True)
-    )
+    whole = math.prod(array.shape) / math.prod(n * -(-size // n) for n, size in zip(block, array.shape, strict=True))
     return int(blocks * math.prod(block) * array.dtype.itemsize * whole)
 
 

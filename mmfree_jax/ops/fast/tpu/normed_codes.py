@@ -165,10 +165,11 @@ def backward(
     sums = jax.ShapeDtypeStruct((SUBLANES, D), jnp.float32)
     made = [jax.ShapeDtypeStruct((M, D), dtype)] * S
     again = [jax.ShapeDtypeStruct((M, D), jnp.int8 if as_codes else dtype)] * G
+    in_scalar_memory = pl.BlockSpec(memory_space=pltpu.SMEM)
     out = call(
         normed_codes_backward,
         cut.grid,
-        [cut.block] * len(inputs) + [cut.vector] * len(vectors) + [pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars),
+        [cut.block] * len(inputs) + [cut.vector] * len(vectors) + [in_scalar_memory] * len(scalars),
         [cut.block] * (S + G) + [cut.sums] * len(vectors),
         [*made, *again, *[sums] * len(vectors)],
         name=f"{kind}_codes_backward",

@@ -58,7 +58,7 @@ def segment_ends(
 
     streams = [c_BTD, f_BTD, *([floor_D[None]] if gated else []), walk.filled(keep_BT)]
     specs = [walk.steps, walk.steps, *([walk.vector] if gated else []), walk.weights]
-    decay, end = walk.call(segment_ends_walk, specs, [walk.state] * 2, [walk.a_state] * 2, [])(*streams)
+    decay, end = walk.call(segment_ends_walk, specs, [walk.state] * 2, [walk.a_state] * 2)(*streams)
     return decay[:, 0], end[:, 0]
 
 
@@ -80,7 +80,7 @@ def segment_starts(f_BTD: jax.Array, floor_D: jax.Array | None, keep_BT: jax.Arr
 
     streams = [f_BTD, *([floor_D[None]] if gated else []), walk.filled(keep_BT), dout_BTD]
     specs = [walk.steps, *([walk.vector] if gated else []), walk.weights, walk.steps]
-    return walk.call(segment_starts_walk, specs, [walk.state], [walk.a_state], [])(*streams)[0][:, 0]
+    return walk.call(segment_starts_walk, specs, [walk.state], [walk.a_state])(*streams)[0][:, 0]
 
 
 def forward(
@@ -110,7 +110,7 @@ def forward(
     streams = [c_BTD, f_BTD, *([floor_D[None]] if gated else []), h_BD[:, None], walk.filled(keep_BT)]
     specs = [walk.steps, walk.steps, *([walk.vector] if gated else []), walk.state, walk.weights]
     results = [jax.ShapeDtypeStruct(c_BTD.shape, c_BTD.dtype), walk.a_state]
-    out, last = walk.call(recurrence, specs, [walk.steps, walk.state], results, [])(*streams)
+    out, last = walk.call(recurrence, specs, [walk.steps, walk.state], results)(*streams)
     return out, last[:, 0]
 
 
@@ -178,7 +178,6 @@ def backward(
         [walk.steps] * len(streams) + [walk.before, *specs],
         [walk.steps, walk.steps, walk.state, walk.state],
         [steps, steps, walk.a_state, walk.a_state],
-        [],
     )(*streams, out_BTD, *vectors)
     return dc, df, dfloor[:, 0], dh[:, 0]
 
@@ -202,10 +201,10 @@ class _Walk:
         self.state = pl.BlockSpec((None, 1, self.channels), lambda b, d, i: (b, 0, d))
         self.vector = pl.BlockSpec((1, self.channels), lambda b, d, i: (0, d))
 
-    def call(self, body: Any, inputs: list, outputs: list, results: list, scratch: list) -> Any:
-        """Return the kernel, whose last scratch holds `keep` in rows."""
+    def call(self, body: Any, inputs: list, outputs: list, results: list) -> Any:
+        """Return the kernel, whose scratch holds `keep` in rows."""
         keep_rows = pltpu.VMEM((self.length, LANES), jnp.float32)
-        return call(body, self.grid, inputs, outputs, results, scratch=[*scratch, keep_rows], parallel=2, name=body.__name__)
+        return call(body, self.grid, inputs, outputs, results, scratch=[keep_rows], parallel=2, name=body.__name__)
 
     def filled(self, keep_BT: jax.Array) -> jax.Array:
         """[B, 1, whole blocks of time]."""
