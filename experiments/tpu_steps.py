@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mmfree_jax import flops
 from mmfree_jax.config import FAMILIES, MeshConfig, RunConfig
 from mmfree_jax.devices import DEVICES
 from mmfree_jax.lowering.compiled import Compiled, compile_absent
@@ -107,8 +108,6 @@ def faults(run: RunConfig, found: Compiled) -> list[str]:
 def model_of(run: RunConfig, device: str) -> float:
     """Bytes by the model of `lower`, with the state that the shardings give."""
     sizes = run.mesh.fsdp * run.mesh.tensor
-    from mmfree_jax import flops
-
     held = 4.0 * flops.parameters(run.model).total / sizes
     return memory(run, Report(held, 2 * held, 1.0, (), 0), DEVICES[device]).total
 

@@ -15,12 +15,11 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from mmfree_jax.config import ConfigError, RunConfig, from_json, require, to_json
+from mmfree_jax.config import RunConfig, from_json, require, to_json
 from mmfree_jax.devices import DEVICES
 from mmfree_jax.lowering.program import Traffic, read_traffic, rematerialisations, traced_step
 
-# Slices by their shape, the smallest first (docs.cloud.google.com/tpu/docs/v5e, v5p and v6e). A mesh of fewer chips
-# than the smallest is compiled for some of its chips.
+# Slices by their shape, the smallest first (docs.cloud.google.com/tpu/docs/v5e, v5p and v6e).
 FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16))
 SLICES: dict[str, tuple[tuple[int, ...], ...]] = {"tpu-v5e": FLAT, "tpu-v5p": CUBES, "tpu-v6e": FLAT}
@@ -106,7 +105,10 @@ def check_installed(device_name: str) -> None:
 
 
 def absent_devices(device_name: str, count: int) -> list[Any]:
-    """Return `count` devices that are not here, of the smallest slice or island that has as many."""
+    """Return `count` devices that are not here: of an island of GPUs, a TPU slice, or one chip of the smallest slice.
+
+    Raises ConfigError where no slice has as many chips.
+    """
     from jax.experimental import topologies
 
     device = DEVICES[device_name]
@@ -117,10 +119,10 @@ def absent_devices(device_name: str, count: int) -> list[Any]:
         target = TARGET.format(**facts, fpus=128 if device.kernels else 64)
         described = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
         return list(described.devices)
-    shape = next((shape for shape in SLICES[device_name] if math.prod(shape) >= count), None)
-    if shape is None:
-        largest = math.prod(SLICES[device_name][-1])
-        raise ConfigError(f"--compile: the largest slice of {device_name} that is compiled for has {largest} chips")
+    shapes = {1: SLICES[device_name][0], **{math.prod(shape): shape for shape in SLICES[device_name]}}
+    near = ", ".join(map(str, shapes))
+    require(count in shapes, f"--compile: no {device_name} slice has {count} chips: use a mesh of {near}")
+    shape = shapes[count]
     name = f"{device_name.removeprefix('tpu-')}:{'x'.join(map(str, shape))}"
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)[:count]
 
