@@ -8,8 +8,9 @@ if a gate fails:
 
 - of ternary families the forward products are s8 x s8 -> s32, and what fsdp gathers of their weights is codes;
 - no host transfers, no involuntary rematerialisation, no collective permute but that of a token shift;
-- the kernels of the family are in the program;
-- the model of `lower` is within 10 % of the compiler's memory.
+- the kernels of the family are in the program.
+
+The model of `lower` is held to the memory in the table by tests/lowering/test_memory.py.
 """
 
 import argparse
@@ -22,16 +23,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax import flops
 from mmfree_jax.config import FAMILIES, MeshConfig, RunConfig
-from mmfree_jax.devices import DEVICES
 from mmfree_jax.lowering.compiled import Compiled, compile_absent
-from mmfree_jax.lowering.memory import memory, policies
-from mmfree_jax.lowering.program import Report
+from mmfree_jax.lowering.memory import policies
 from mmfree_jax.presets import run_preset
 
 COLUMNS = ("device", "preset", "mesh", "rows", "sequence", "remat", "documents")  # rows: sequences of a chip
-FOUND = ("state", "temporaries", "code", "model", "off", "seconds", "refused", "products", "kernels", "faults")
+FOUND = ("state", "temporaries", "code", "seconds", "refused", "products", "kernels", "faults")
 KERNELS = {  # that a family's step has to contain, by a part of their names
     "transformer++": ("splash",),
     "bitnet": ("splash",),  # its one norm stands before the quantiser without a second one, and XLA computes it
@@ -105,25 +103,16 @@ def faults(run: RunConfig, found: Compiled) -> list[str]:
     return wrong
 
 
-def model_of(run: RunConfig, device: str) -> float:
-    """Bytes by the model of `lower`, with the state that the shardings give."""
-    sizes = run.mesh.fsdp * run.mesh.tensor
-    held = 4.0 * flops.parameters(run.model).total / sizes
-    return memory(run, Report(held, 2 * held, 1.0, (), 0), DEVICES[device]).total
-
-
 def row(case: tuple[str, ...]) -> dict[str, Any]:
     """Compile one step and describe it."""
     run, began = run_of(*case), time.time()
-    found, expected = compile_absent(run, case[0]), model_of(run, case[0])
+    found = compile_absent(run, case[0])
     listed = lambda counts: " ".join(f"{name.replace(' ', '')}:{count}" for name, count in sorted(counts.items()))
     return {
         **dict(zip(COLUMNS, case, strict=True)),
         "state": round(found.state),
         "temporaries": round(found.temporaries),
         "code": round(found.code),
-        "model": round(expected),
-        "off": f"{expected / found.total - 1:+.3f}",
         "seconds": round(time.time() - began),
         "refused": found.refused,
         "products": listed(found.products),
@@ -152,8 +141,8 @@ def main() -> int:
             table.writerow(made)
             file.flush()
             kept.append({name: str(value) for name, value in made.items()})
-            print(" ".join(case), made["temporaries"], made["off"], made["refused"], made["faults"], flush=True)
-    failed = [one for one in kept if one["faults"] or (not options.tiny and abs(float(one["off"])) > 0.10)]
+            print(" ".join(case), made["temporaries"], made["refused"], made["faults"], flush=True)
+    failed = [one for one in kept if one["faults"]]
     print(f"{len(kept)} steps, {len(failed)} of them fail a gate")
     return 1 if failed else 0
 

@@ -291,7 +291,9 @@ def decode_attention(q_BTHK: Any, cache: Any) -> bool:
 
 
 def widest_fused_head() -> int:
-    """Return the widest head that cuDNN's kernel takes on the GPU here; 0 without one."""
+    """Return the widest head that cuDNN's kernel takes on the GPU here, or on one that is traced for; 0 without one."""
+    if backend() == "gpu" != jax.default_backend():
+        return 256 if available(HOPPER) else 128
     capability = str(getattr(jax.devices()[0], "compute_capability", "")) if jax.default_backend() == "gpu" else ""
     if not capability.replace(".", "").isdigit():  # as gfx942 of another maker
         return 0
