@@ -51,7 +51,7 @@ def recurrences(B: int, T: int, D: int, dtype: Any, gated: bool) -> list[Case]:
     """Forward and backward, and what a chunk of time does to a state."""
     steps, state, keep = array((B, T, D), dtype), array((B, D), F32), array((B, T), F32)
     floor, whole, options = array((D,), F32) if gated else None, T % 256 == 0 and D % 512 == 0, "gated" * gated
-    pairs = [
+    pairs: list[tuple[str, Callable, tuple]] = [
         ("recurrence", recurrence.forward, (steps, steps, floor, state, keep)),
         (
             "recurrence backward",
@@ -68,7 +68,7 @@ def codes(M: int, D: int, dtype: Any, kind: str, gains: int, products: int, copy
     """Forward and backward of one input of products."""
     rows, gain = array((M, D), dtype), array((D,), F32)
     sources, inner = [rows] * (1 if kind == "norm" else 2), None if kind == "swiglu" else gain
-    forward = lambda *a: normed_codes.forward(kind, *a, EPS)
+    forward = lambda sources, inner, gains: normed_codes.forward(kind, sources, inner, gains, EPS)
 
     def backward(sources, inner, gains, scales, dys, factors, dcopy):
         return normed_codes.backward(kind, sources, inner, gains, scales, dys, factors, EPS, False, None, dcopy)
@@ -95,7 +95,7 @@ def attentions(B: int, T: int, H: int, J: int, K: int, dtype: Any, documents: bo
     attend = attention.causal_attention
 
     def backward(q, k, v, segments, dy):
-        return jax.vjp(lambda *a: attend(*a, segments), q, k, v)[1](dy)
+        return jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)[1](dy)
 
     options = "documents" * documents
     moved = lambda backward: B * attention_bytes(T, H, J, K, jnp.dtype(dtype).itemsize, backward)
@@ -173,10 +173,10 @@ def row(device: str, case: Case) -> dict[str, Any]:
         "type": jnp.dtype(case.dtype).name,
         "options": case.options,
         "moved": round(total),
-        "program": round(compiled.cost_analysis().get("bytes accessed", 0)),
+        "program": round((compiled.cost_analysis() or {})["bytes accessed"]),
         "least": least,
         "ratio": f"{total / least:.3f}",
-        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "temporaries": getattr(compiled.memory_analysis(), "temp_size_in_bytes", ""),
         "whole": int(case.whole),
     }
 

@@ -43,15 +43,14 @@ SMALL = 2**17  # elements: sums for scales, gains and states may travel in float
 def cases(tiny: bool) -> list[tuple[str, ...]]:
     """The rows of the table but for what is found, the most wanted first."""
     if tiny:
-        meshes = {"tpu-v5e": "fsdp=4", "tpu-v6e": "fsdp=4;tensor=2;sequence=2"}
+        slices = (("tpu-v5e", "fsdp=4"), ("tpu-v6e", "fsdp=4;tensor=2;sequence=2"))
         return [
-            (device, f"{family}-tiny", mesh, "1", "256", "none", "0")
-            for device, mesh in meshes.items()
-            for family in FAMILIES
+            (device, f"{family}-tiny", mesh, "1", "256", "none", "0") for device, mesh in slices for family in FAMILIES
         ]
     main = "transformer++", "matmul-free"
     families = [*main, *(family for family in FAMILIES if family not in main)]
-    found = [("tpu-v5e", f"{family}-370m", "fsdp=4", "4", "2048", "none", "0") for family in families]
+    found: list[tuple[str, ...]] = []
+    found += [("tpu-v5e", f"{family}-370m", "fsdp=4", "4", "2048", "none", "0") for family in families]
     found += [("tpu-v5e", f"{family}-1.3b", "fsdp=16", "2", "2048", "none", "0") for family in main]
     meshes = ("fsdp=2;tensor=2", "fsdp=2;sequence=2", "fsdp=4;tensor=2;sequence=2")
     for family, mesh in itertools.product(main, meshes):

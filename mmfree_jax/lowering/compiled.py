@@ -51,7 +51,10 @@ ABSENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "1",  # warnings: the partitioner's are counted
 }
-REFUSED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")  # libtpu's words for a program that is too large
+# libtpu's words for a program that is too large: all of it, or its temporaries, in the first group.
+REFUSED = re.compile(
+    r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT])(?: hbm|\))"
+)
 
 
 @dataclass(frozen=True)
@@ -156,9 +159,9 @@ def described(run: RunConfig, device_name: str) -> Compiled:
         found = REFUSED.search(str(error))
         if found is None:
             raise
-        unit = lambda number, prefix: float(number) * 1024.0 ** (" KMGT".index(prefix))
-        why = f"the compiler refuses the program: {found[0].replace('Used', 'it would use')}"
-        return Compiled(0.0, unit(*found.groups()[:2]), 0.0, (), {}, {}, 0, 0, why)
+        needed, unit, there, of = found.groups()
+        why = f"the compiler refuses the program: {needed}{unit}iB where {there}{of}iB can be had"
+        return Compiled(0.0, float(needed) * 1024.0 ** " KMGT".index(unit), 0.0, (), {}, {}, 0, 0, why)
     memory = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     text = compiled.as_text() or ""

@@ -87,7 +87,7 @@ def dense_linear(recipe: Recipe, x: jax.Array, w_GDF: jax.Array) -> tuple[jax.Ar
 
     # A norm or a gate is a few operations an element, and reads what is kept anyway.
     def from_sources(sources, source_gain, w_GDF):
-        return dense(recipe.axes, combine(kind, sources, source_gain, eps), w_GDF)
+        return dense(recipe.axes, combine(kind, sources, source_gain, eps or 0.0), w_GDF)  # a gated unit has none
 
     return jax.checkpoint(from_sources, prevent_cse=False)(sources, source_gain, w_GDF)
 

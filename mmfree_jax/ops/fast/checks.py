@@ -531,15 +531,15 @@ def attention(rng: np.random.Generator, use: Use) -> Problem:
 
     def run(q, k, v, dy, segments):
         rows = lambda a, heads: _repeated(jnp.take(a, jnp.arange(heads) % a.shape[2], axis=2), B)
-        all_segments = None if segments is None else _repeated(segments, B)
-        own = None if segments is None else all_segments[:, first:]
-        attend = lambda q, k, v: kernel.causal_attention(q, k, v, own, all_segments, (chunks - 1, chunks))
+        everyone = None if segments is None else _repeated(segments, B)
+        own = None if everyone is None else everyone[:, first:]
+        attend = lambda q, k, v: kernel.causal_attention(q, k, v, own, everyone, (chunks - 1, chunks))
         y, pull = jax.vjp(attend, rows(q, H), rows(k, J), rows(v, J))
         found = zip(("result", "gradient to q", "gradient to k", "gradient to v"), (y, *pull(rows(dy, H))), strict=True)
         return {name: a.swapaxes(1, 3) for name, a in found}
 
     # By channel, [B, K, H, T]: the gradient to a token's query is exactly zero where it sees only itself.
-    expected = _attention(*map(_exact, (q, k, v, dy)), segments, first)
+    expected = _attention(_exact(q), _exact(k), _exact(v), _exact(dy), segments, first)
     expected = {name: a.swapaxes(1, 3) for name, a in expected.items()}
     # Weights and gradients to scores are rounded to the type before they are multiplied, as scaled queries are.
     tolerance = {name: TOLERANCES[dtype] * (4 if "gradient" in name else 1) for name in expected}

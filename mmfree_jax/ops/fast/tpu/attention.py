@@ -56,10 +56,10 @@ def _kernel(time: int, heads: int, chunks: int) -> Any:
     block = next(block for block in BLOCKS if time // chunks % block == 0)
     names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
     at_once = lambda name: min(block, MOST_AT_ONCE) if name.endswith("compute") else block
-    sizes = splash.BlockSizes(**{f"block_{name}": at_once(name) for name in names})
+    of_blocks: dict[str, Any] = {f"block_{name}": at_once(name) for name in names}
     mask = masks.MultiHeadMask([masks.CausalMask((time, time))] * heads)
     return splash.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=chunks, interpret=is_interpreted()
+        mask, block_sizes=splash.BlockSizes(**of_blocks), head_shards=1, q_seq_shards=chunks, interpret=is_interpreted()
     )
 
 
@@ -68,12 +68,14 @@ def _cut(kernel: Any, index: Any, count: int) -> Any:
     if count == 1:
         return kernel
 
-    def of_chunk(a: jax.Array | None, axis: int) -> jax.Array | None:
+    def of_chunk(a: Any, axis: int) -> Any:
         size = 0 if a is None else a.shape[axis] // count
         return None if a is None else jax.lax.dynamic_slice_in_dim(a, index * size, size, axis)
 
     def part(info: MaskInfo) -> MaskInfo:
-        found = {name: of_chunk(getattr(info, name), 1) for name in ("data_next", "mask_next", "block_mask")}
+        found: dict[str, Any] = {
+            name: of_chunk(getattr(info, name), 1) for name in ("data_next", "mask_next", "block_mask")
+        }
         return info._replace(**found, q_sequence=of_chunk(info.q_sequence, 0))
 
     infos = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info

@@ -55,7 +55,7 @@ def call(
     name: str | None = None,
 ) -> Callable[..., Sequence[jax.Array]]:
     """Return a kernel over a grid whose first `parallel` axes may be walked in any order."""
-    order = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
+    order: Any = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
 
     def run(*operands: jax.Array) -> Sequence[jax.Array]:
         pairs = zip([*inputs, *outputs], [*operands, *results], strict=True)

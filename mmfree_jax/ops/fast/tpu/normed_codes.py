@@ -221,11 +221,14 @@ class _Combined:
     silu(h) = h s has the derivative s (1 + h (1 - s)), s the sigmoid of h.
     """
 
+    gate: Any  # the sigmoid of the source that gates the other; None where none does
+
     def __init__(self, kind: str, sources: list[jax.Array], gain: jax.Array | None, eps: float, dtype: Any):
         rounded = lambda a: a.astype(dtype).astype(jnp.float32)
         self.kind, self.sources, self.gain = kind, sources, gain
         self.gate = None if kind == "norm" else jax.nn.sigmoid(sources[0 if kind == "swiglu" else 1])
         if gain is None:
+            assert self.gate is not None
             self.x = rounded(sources[0] * self.gate * sources[1])
             return
         self.rstd = _rstd(sources[0], eps)

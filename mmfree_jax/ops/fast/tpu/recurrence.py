@@ -40,8 +40,7 @@ def segment_ends(
     c_BTD: jax.Array, f_BTD: jax.Array, floor_D: jax.Array | None, keep_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(decay, end), both [B, D] in float32: a row that starts in state h ends in decay * h + end."""
-    B, T, D = c_BTD.shape
-    walk, gated = _Walk(B, T, D), floor_D is not None
+    walk, gated = _Walk(c_BTD.shape), floor_D is not None
 
     def segment_ends_walk(c_ref, f_ref, *refs):
         *floor_ref, keep_ref, decay_ref, end_ref, keep_rows = refs
@@ -51,12 +50,13 @@ def segment_ends(
             decay, h = carry
             rows, keep = walk.rows(g), walk.keep(keep_rows, g)
             a, x = _step(_load(c_ref, rows), _load(f_ref, rows), floor_ref, keep)
-            a, x = _prefix(*inside(g, (a, 1.0), (x, 0.0)))
+            a, x = inside(g, (a, 1.0), (x, 0.0))
+            a, x = _prefix(a, x)
             return decay * a[-1:], a[-1:] * h + x[-1:]
 
         decay_ref[...], end_ref[...] = walk.over(group, (decay_ref[...], end_ref[...]))
 
-    streams = [c_BTD, f_BTD, *([floor_D[None]] if gated else []), walk.filled(keep_BT)]
+    streams = [c_BTD, f_BTD, *walk.floor(floor_D), walk.filled(keep_BT)]
     specs = [walk.steps, walk.steps, *([walk.vector] if gated else []), walk.weights]
     decay, end = walk.call(segment_ends_walk, specs, [walk.state] * 2, [walk.a_state] * 2)(*streams)
     return decay[:, 0], end[:, 0]
@@ -64,7 +64,7 @@ def segment_ends(
 
 def segment_starts(f_BTD: jax.Array, floor_D: jax.Array | None, keep_BT: jax.Array, dout_BTD: jax.Array) -> jax.Array:
     """Gradient [B, D] in float32 to the state before each row, if none comes from after it."""
-    walk, gated = _Walk(*f_BTD.shape, backward=True), floor_D is not None
+    walk, gated = _Walk(f_BTD.shape, backward=True), floor_D is not None
 
     def segment_starts_walk(f_ref, *refs):
         *floor_ref, keep_ref, dout_ref, dstart_ref, keep_rows = refs
@@ -73,12 +73,13 @@ def segment_starts(f_BTD: jax.Array, floor_D: jax.Array | None, keep_BT: jax.Arr
         def group(g, passed):
             rows, keep = walk.rows(g), walk.keep(keep_rows, g)
             a = keep * _factor(_load(f_ref, rows), floor_ref)
-            a, x = _prefix(*inside(g, (a, 1.0), (a * _load(dout_ref, rows), 0.0)), reverse=True)
+            a, x = inside(g, (a, 1.0), (a * _load(dout_ref, rows), 0.0))
+            a, x = _prefix(a, x, reverse=True)
             return a[:1] * passed + x[:1]
 
         dstart_ref[...] = walk.over(group, dstart_ref[...])
 
-    streams = [f_BTD, *([floor_D[None]] if gated else []), walk.filled(keep_BT), dout_BTD]
+    streams = [f_BTD, *walk.floor(floor_D), walk.filled(keep_BT), dout_BTD]
     specs = [walk.steps, *([walk.vector] if gated else []), walk.weights, walk.steps]
     return walk.call(segment_starts_walk, specs, [walk.state], [walk.a_state])(*streams)[0][:, 0]
 
@@ -91,7 +92,7 @@ def forward(
     c_BTD, f_BTD: bfloat16 or float32; floor_D, h_BD (initial state), keep_BT (0 where the state is forgotten, else 1):
     float32. Returns h_BTD in c's type and the last state [B, D] in float32.
     """
-    walk, gated = _Walk(*c_BTD.shape), floor_D is not None
+    walk, gated = _Walk(c_BTD.shape), floor_D is not None
 
     def recurrence(c_ref, f_ref, *refs):
         *floor_ref, h_ref, keep_ref, out_ref, last_ref, keep_rows = refs
@@ -100,14 +101,15 @@ def forward(
         def group(g, h):
             rows, keep = walk.rows(g), walk.keep(keep_rows, g)
             a, x = _step(_load(c_ref, rows), _load(f_ref, rows), floor_ref, keep)
-            a, x = _prefix(*inside(g, (a, 1.0), (x, 0.0)))
+            a, x = inside(g, (a, 1.0), (x, 0.0))
+            a, x = _prefix(a, x)
             states = a * h + x
             out_ref[rows] = states.astype(out_ref.dtype)
             return states[-1:]
 
         last_ref[...] = walk.over(group, last_ref[...])
 
-    streams = [c_BTD, f_BTD, *([floor_D[None]] if gated else []), h_BD[:, None], walk.filled(keep_BT)]
+    streams = [c_BTD, f_BTD, *walk.floor(floor_D), h_BD[:, None], walk.filled(keep_BT)]
     specs = [walk.steps, walk.steps, *([walk.vector] if gated else []), walk.state, walk.weights]
     results = [jax.ShapeDtypeStruct(c_BTD.shape, c_BTD.dtype), walk.a_state]
     out, last = walk.call(recurrence, specs, [walk.steps, walk.state], results)(*streams)
@@ -131,7 +133,7 @@ def backward(
     """
     # With p_t what step t passes on to the state before it: g_t = dout_t + p_{t+1} is the gradient to the state after
     # step t, and p_t = a_t (p_{t+1} + dout_t), a recurrence that runs backward.
-    walk, gated = _Walk(*f_BTD.shape, backward=True), floor_D is not None
+    walk, gated = _Walk(f_BTD.shape, backward=True), floor_D is not None
     streams = [a for a in (c_BTD if gated else None, f_BTD, out_BTD, dout_BTD) if a is not None]
 
     def recurrence_backward(*refs):
@@ -170,7 +172,7 @@ def backward(
 
         dh_ref[...], dfloor_ref[...] = walk.over(group, (dh_ref[...], dfloor_ref[...]))
 
-    vectors = [*([floor_D[None]] if gated else []), h_BD[:, None], walk.filled(keep_BT), dlast_BD[:, None]]
+    vectors = [*walk.floor(floor_D), h_BD[:, None], walk.filled(keep_BT), dlast_BD[:, None]]
     specs = [*([walk.vector] if gated else []), walk.state, walk.weights, walk.state]
     steps = jax.ShapeDtypeStruct(f_BTD.shape, f_BTD.dtype)
     dc, df, dfloor, dh = walk.call(
@@ -185,7 +187,8 @@ def backward(
 class _Walk:
     """A walk over [B, T, D] in blocks of time, forward or backward: how arrays are cut, and the loop over groups."""
 
-    def __init__(self, B: int, T: int, D: int, backward: bool = False):
+    def __init__(self, shape: tuple[int, ...], backward: bool = False):
+        B, T, D = shape
         self.T, self.backward = T, backward
         self.length = min(STEPS, -(-T // LANES) * LANES)
         self.channels = min(CHANNELS, -(-D // LANES) * LANES)
@@ -209,6 +212,10 @@ class _Walk:
     def filled(self, keep_BT: jax.Array) -> jax.Array:
         """[B, 1, whole blocks of time]."""
         return jnp.pad(keep_BT, ((0, 0), (0, -self.T % self.length)), constant_values=1)[:, None]
+
+    def floor(self, floor_D: jax.Array | None) -> list[jax.Array]:
+        """[1, D], if there is one."""
+        return [] if floor_D is None else [floor_D[None]]
 
     def start(self, states: list, keep_ref: Any, keep_rows: Any) -> Callable[..., list[jax.Array]]:
         """Give the states that are carried their first value in the first block, and turn `keep` into rows.
