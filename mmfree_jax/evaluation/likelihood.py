@@ -8,8 +8,9 @@ model, and batches go to the devices in turn.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,40 +33,37 @@ Request = tuple[Sequence[int], Sequence[int]]  # context and continuation
 Answer = tuple[float, bool]  # log-probability in nats; whether every token was the most likely one
 
 
-@dataclasses.dataclass(frozen=True)
-class Scorable:
-    """A model as two jitted functions of its arrays.
+class Scorable(NamedTuple):
+    """A model as jitted functions take it: `arrays` make the model with `graph`, or are it where that is None."""
 
-    hidden: (arrays, tokens_BT, segments_BT) -> x_BTD. logits: (arrays, x_BTD) -> logits_BTV in at least float32.
-    """
-
+    graph: nnx.GraphDef | None
     arrays: Any
-    hidden: Callable[[Any, jax.Array, jax.Array], jax.Array]
-    score: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def scorable(model: LanguageModel | ServedModel) -> Scorable:
     """Make a model ready to score."""
-    if isinstance(model, ServedModel):
-        return _compiled(model, lambda served: served, lambda served, x_BTD: served.logits(x_BTD))
-    graph, params = nnx.split(model)
-    logits = lambda model, x_BTD: head_logits(*model.head(x_BTD, model.embedding[...]))
-    return _compiled(params, lambda params: nnx.merge(graph, params), logits)
+    return Scorable(None, model) if isinstance(model, ServedModel) else Scorable(*nnx.split(model))
 
 
-def _compiled(arrays: Any, whole: Callable[[Any], Any], logits: Callable[[Any, jax.Array], jax.Array]) -> Scorable:
-    @jax.jit
-    def hidden(arrays: Any, tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        return whole(arrays).hidden(tokens_BT, segments_BT=segments_BT)
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(graph: nnx.GraphDef | None, arrays: Any, tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    model = arrays if graph is None else nnx.merge(graph, arrays)
+    return model.hidden(tokens_BT, segments_BT=segments_BT)
 
-    @jax.jit
-    def score(arrays: Any, x_BTD: jax.Array, places_P: jax.Array, targets_P: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x_PD = x_BTD.reshape(-1, x_BTD.shape[-1])[places_P]
-        logits_PV = logits(whole(arrays), x_PD[None])[0]
-        hit_P = jnp.take_along_axis(logits_PV, targets_P[:, None], axis=-1)[:, 0]
-        return hit_P - jax.nn.logsumexp(logits_PV, axis=-1), hit_P >= jnp.max(logits_PV, axis=-1)
 
-    return Scorable(arrays, hidden, score)
+@functools.partial(jax.jit, static_argnums=0)
+def _score(
+    graph: nnx.GraphDef | None, arrays: Any, x_BTD: jax.Array, places_P: jax.Array, targets_P: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target after its place, and whether no token has a higher one."""
+    x_1PD = x_BTD.reshape(1, -1, x_BTD.shape[-1])[:, places_P]
+    if graph is None:
+        logits_PV = arrays.logits(x_1PD)[0]
+    else:
+        model = nnx.merge(graph, arrays)
+        logits_PV = head_logits(*model.head(x_1PD, model.embedding[...]))[0]
+    hit_P = jnp.take_along_axis(logits_PV, targets_P[:, None], axis=-1)[:, 0]
+    return hit_P - jax.nn.logsumexp(logits_PV, axis=-1), hit_P >= jnp.max(logits_PV, axis=-1)
 
 
 @dataclasses.dataclass
@@ -200,11 +198,12 @@ def _start(model: Scorable, batch: Batch, arrays: Any, device: jax.Device) -> li
     """Begin to compute a batch on a device; returns arrays [PLACES] that may not be there yet."""
     put = lambda a: jax.device_put(a, device)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (batch.tokens_BT, batch.segments_BT))
-    verification.prepare(lambda: jax.eval_shape(model.hidden, arrays, *shapes))
-    x_BTD = model.hidden(arrays, put(batch.tokens_BT), put(batch.segments_BT))
+    hidden, score = (functools.partial(program, model.graph) for program in (_hidden, _score))
+    verification.prepare(lambda: jax.eval_shape(hidden, arrays, *shapes))
+    x_BTD = hidden(arrays, put(batch.tokens_BT), put(batch.segments_BT))
     padding = -len(batch.places_N) % PLACES
     places, targets = (np.pad(a, (0, padding)).reshape(-1, PLACES) for a in (batch.places_N, batch.targets_N))
-    return [model.score(arrays, x_BTD, put(p), put(t)) for p, t in zip(places, targets, strict=True)]
+    return [score(arrays, x_BTD, put(p), put(t)) for p, t in zip(places, targets, strict=True)]
 
 
 def _finish(batch: Batch, pieces: list[Any]) -> tuple[Batch, tuple[np.ndarray, np.ndarray]]:

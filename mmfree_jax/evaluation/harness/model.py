@@ -13,9 +13,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mmfree_jax.config import require
-from mmfree_jax.devices import backend, use_compile_cache
+from mmfree_jax.devices import backend
 from mmfree_jax.evaluation.likelihood import Answer, Scorable, log_likelihoods, scorable
-from mmfree_jax.files import cache_folder
 from mmfree_jax.inference.model import load_packed
 from mmfree_jax.inference.packed import is_packed
 from mmfree_jax.inference.sampling import GREEDY, Sampling
@@ -47,7 +46,6 @@ class MMFree(TemplateLM):
         device: Any = None,
     ):
         super().__init__()
-        use_compile_cache(cache_folder() / "compiled")
         self.path = Path(pretrained)
         self.dtype = {"auto": "float32" if backend() == "cpu" else "bfloat16"}.get(dtype, dtype)
         found = find_tokenizer(self.path)

@@ -1,12 +1,15 @@
 """Runs tasks of lm-evaluation-harness: scores with their standard errors, and the items behind them."""
 
 import dataclasses
+import functools
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from datasets.exceptions import DatasetNotFoundError
 from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
@@ -62,19 +65,20 @@ def ask(model: LM, asked: Asked) -> Outcome:
     Raises ConfigError for a task that does not exist, data that cannot be had, and a task of the paper's suite whose
     version is not the pinned one.
     """
-    manager = TaskManager(include_path=None if asked.include is None else str(asked.include))
-    unknown = [name for name in asked.names if not manager.match_tasks([name])]
+    manager = known_tasks(asked.include, tuple(asked.names))
+    unknown = [name for name in asked.names if name not in manager.all_tasks]
     require(not unknown, f"no task {', '.join(unknown)}: `lm_eval ls tasks` lists them, --include adds a folder")
     try:
-        found = simple_evaluate(
-            model,
-            tasks=[_with_local_data(name, asked.data) for name in asked.names],
-            num_fewshot=asked.fewshot,
-            limit=asked.limit or None,
-            task_manager=manager,
-            bootstrap_iters=1000,
-            fewshot_random_seed=asked.seed,
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            found = simple_evaluate(
+                model,
+                tasks=[_with_local_data(name, asked.data, manager, Path(folder)) for name in asked.names],
+                num_fewshot=asked.fewshot,
+                limit=asked.limit or None,
+                task_manager=manager,
+                bootstrap_iters=1000,
+                fewshot_random_seed=asked.seed,
+            )
     except (ConnectionError, DatasetNotFoundError) as error:
         why = str(error).splitlines()[0]
         raise ConfigError(f"a task's data cannot be had ({why}): give --data FOLDER with TASK/SPLIT.jsonl") from error
@@ -87,13 +91,25 @@ def ask(model: LM, asked: Asked) -> Outcome:
     return Outcome(_scores(found["results"]), versions, items)
 
 
-def _with_local_data(name: str, data: Path | None) -> str | dict[str, Any]:
-    """A task, as the harness knows it or with its data from files."""
-    files = {} if data is None else {file.stem: str(file) for file in sorted((data / name).glob("*.jsonl"))}
+@functools.cache
+def known_tasks(include: Path | None, names: tuple[str, ...]) -> TaskManager:
+    """Return an index of tasks: those of a folder if they are all that is wanted, else the harness's too."""
+    if include is not None:
+        own = TaskManager(include_path=str(include), include_defaults=False)
+        if set(names) <= set(own.all_tasks):  # the harness has thousands of files, which take seconds to read
+            return own
+    return TaskManager(include_path=None if include is None else str(include))
+
+
+def _with_local_data(name: str, data: Path | None, manager: TaskManager, folder: Path) -> str:
+    """A task as the harness knows it, or a file in `folder` that takes its data from JSON lines."""
+    files = {} if data is None else {file.stem: str(file) for file in sorted((data.resolve() / name).glob("*.jsonl"))}
     if not files:
         return name
     local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-    return {"task": name, **local}
+    task = {"include": str(manager.task_index[name].yaml_path), "task": name, **local}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    return str(folder / f"{name}.yaml")
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, tuple[float, float | None]]]:
