@@ -65,7 +65,7 @@ def ask(model: LM, asked: Asked) -> Outcome:
     Raises ConfigError for a task that does not exist, data that cannot be had, and a task of the paper's suite whose
     version is not the pinned one.
     """
-    manager = known_tasks(asked.include, tuple(asked.names))
+    manager = known_tasks(asked.include, asked.names)
     unknown = [name for name in asked.names if name not in manager.all_tasks]
     require(not unknown, f"no task {', '.join(unknown)}: `lm_eval ls tasks` lists them, --include adds a folder")
     try:
@@ -91,14 +91,19 @@ def ask(model: LM, asked: Asked) -> Outcome:
     return Outcome(_scores(found["results"]), versions, items)
 
 
-@functools.cache
-def known_tasks(include: Path | None, names: tuple[str, ...]) -> TaskManager:
+def known_tasks(include: Path | None, names: Sequence[str]) -> TaskManager:
     """Return an index of tasks: those of a folder if they are all that is wanted, else the harness's too."""
-    if include is not None:
-        own = TaskManager(include_path=str(include), include_defaults=False)
-        if set(names) <= set(own.all_tasks):  # the harness has thousands of files, which take seconds to read
-            return own
-    return TaskManager(include_path=None if include is None else str(include))
+    own = None if include is None else _index(include, with_the_harnesss=False)
+    if own is not None and set(names) <= set(own.all_tasks):
+        return own
+    return _index(include, with_the_harnesss=True)
+
+
+@functools.cache
+def _index(include: Path | None, with_the_harnesss: bool) -> TaskManager:
+    # The harness has thousands of files, which take seconds to read.
+    folder = None if include is None else str(include)
+    return TaskManager(include_path=folder, include_defaults=with_the_harnesss)
 
 
 def _with_local_data(name: str, data: Path | None, manager: TaskManager, folder: Path) -> str:
