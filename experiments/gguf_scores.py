@@ -59,9 +59,8 @@ def rows(family: str, kinds: tuple[str, ...], folder: Path, count: int, steps: i
     run = mmfree_jax.preset(f"{family}-tiny")
     optim = dataclasses.replace(run.optim, lr=run.optim.lr * 128 / SIZES["width"], warmup_steps=20, decay_steps=50)
     data = dataclasses.replace(run.data, sequence=128, batch=16)
-    run = dataclasses.replace(
-        run, model=dataclasses.replace(run.model, **SIZES, depth=3), optim=optim, data=data, steps=steps
-    )
+    model = dataclasses.replace(run.model, **SIZES)
+    run = dataclasses.replace(run, model=model, optim=optim, data=data, steps=steps, evaluate=False)
     mmfree_jax.train(run, folder / "run", print)
     asked = items(resolve_corpus("embedded", run.data.vocab).split("valid")[:], count)
     requests = [(context, one) for context, continuations in asked for one in continuations]

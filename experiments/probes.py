@@ -2,10 +2,10 @@
 
 Every family is trained on every probe by itself, three seeds in one program (vmap over seeds, scan over steps, without
 kernels), and scored on test rows at the lengths of training and beyond them. A row of the table is a family, a probe, a
-seed, a set of lengths (trained, beyond) and a range of distances: accuracy with its 95 % interval. The table is appended
-to after each pair of family and probe; the same command goes on where it stopped, and starts no pair after
---limit-seconds, so one call of ten minutes on a GPU can be followed by another. --picture draws accuracy against
-distance, a panel a probe. On an H200 a pair should take 20 seconds, compilation included.
+seed, a set of lengths (trained, beyond) and a range of distances ("all" of them first): accuracy with its 95 %
+interval. The table is appended to after each pair of family and probe. The same command goes on where it stopped, and
+starts no pair after --limit-seconds, so one call of ten minutes on a GPU can be followed by another. --picture draws
+accuracy against distance, a panel a probe.
 """
 
 import argparse
@@ -110,8 +110,8 @@ def model_config(family: str, probe: Probe, recipe: Recipe) -> ModelConfig:
     """A model of a family with the vocabulary of a probe."""
     mixer, linear = FAMILIES[family]
     heads = {"heads": max(1, recipe.width // 32)} if mixer == "attention" else {}
-    sizes = {"vocab": len(probe.words), "width": recipe.width, "depth": recipe.depth, "glu_width": 2 * recipe.width}
-    return ModelConfig(mixer=mixer, linear=linear, **sizes, **heads)
+    sizes: dict[str, Any] = {"width": recipe.width, "depth": recipe.depth, "glu_width": 2 * recipe.width, **heads}
+    return ModelConfig(mixer=mixer, linear=linear, vocab=len(probe.words), **sizes)
 
 
 def rows(family: str, name: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -129,13 +129,10 @@ def rows(family: str, name: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
     about = {"family": family, "probe": name, "chance": 1 / len(probe.answers), **dataclasses.asdict(recipe)}
     measured = {"seconds": round(time.monotonic() - began, 1), "device": jax.devices()[0].device_kind}
     for seed, lengths, nearest, one in found:
-        bounds = {"nearest": nearest, "farthest": one.farthest, "targets": one.targets}
+        bounds = {"farthest": one.farthest, "targets": one.targets}
         values = {key: round(getattr(one, key), 5) for key in ("accuracy", "low", "high")}
-        yield (
-            about
-            | {"seed": seed, "lengths": lengths, **bounds, **values, "loss": round(float(losses[seed]), 5)}
-            | measured
-        )
+        values["loss"] = round(float(losses[seed]), 5)
+        yield about | {"seed": seed, "lengths": lengths, "nearest": nearest, **bounds, **values, **measured}
 
 
 def train(config: ModelConfig, probe: Probe, recipe: Recipe) -> tuple[nnx.GraphDef, Any, np.ndarray]:
@@ -204,9 +201,8 @@ def picture(table: Path, out: Path) -> None:
     families = list(dict.fromkeys(row["family"] for row in held))
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(3.4 * columns, 2.9 * lines), squeeze=False, layout="constrained"
-    )
+    size = 3.4 * columns, 2.9 * lines
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names, strict=False):
         of_probe = [row for row in held if row["probe"] == name]
         for number, family in enumerate(families):
@@ -221,9 +217,8 @@ def picture(table: Path, out: Path) -> None:
         axis.axis("off")
     figure.supxlabel("distance in tokens (dotted: the longest of training; grey: chance)", fontsize=9)
     figure.supylabel("accuracy", fontsize=9)
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(families), frameon=False
-    )
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(families), frameon=False)
     figure.savefig(out, dpi=130)
 
 
