@@ -86,15 +86,29 @@ def restore(folder: Path, abstract_state: Any, step: int | None = None) -> tuple
         return _load(orbax, folder, abstract_state, step)
 
 
-def restore_params(folder: Path, abstract_params: Any) -> Any:
-    """Read only the parameters from the newest checkpoint of a run, placed as `abstract_params` says.
+def restore_params(folder: Path, abstract_params: Any, step: int | None = None) -> Any:
+    """Read only the parameters from a checkpoint of a run (default: the newest), placed as `abstract_params` says.
 
     Every process reads the shards that its own devices hold; the optimizer's moments are not read. Raises
     CheckpointError as `restore` does.
     """
     only_some = ocp.options.PyTreeOptions.Loading(partial_load=True)
     with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=only_some)):
-        return restore(folder, {"params": abstract_params})[0]["params"]
+        return restore(folder, {"params": abstract_params}, step)[0]["params"]
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps of the finished checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    with ocp.training.Checkpointer(folder.resolve(), preservation_policy=_keep.PreserveAll()) as orbax:
+        return sorted(checkpoint.step for checkpoint in orbax.checkpoints)
+
+
+def read_meta(folder: Path, step: int) -> dict[str, Any]:
+    """Read what the checkpoint of a step holds besides its arrays."""
+    with ocp.training.Checkpointer(folder.resolve(), preservation_policy=_keep.PreserveAll()) as orbax:
+        return orbax.load_checkpointables(step, abstract_checkpointables={"meta": None})["meta"]
 
 
 def _load(

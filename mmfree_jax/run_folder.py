@@ -21,7 +21,7 @@ def check_data(config: RunConfig, token_set: TokenSet) -> None:
 
     Called before anything is compiled.
     """
-    check_vocabulary(config.model, token_set)
+    check_vocabulary(config.model, token_set.vocab_size)
     # Packed rows are windows of one length, whose documents do not see each other: trained on in any other way they
     # would be cut in the middle.
     for one in token_set.sets:
@@ -38,12 +38,11 @@ def check_data(config: RunConfig, token_set: TokenSet) -> None:
         check_held_out_text(token_set)
 
 
-def check_vocabulary(model: ModelConfig, token_set: TokenSet) -> None:
-    """Raise ConfigError unless the model's vocabulary is that of the corpus.
+def check_vocabulary(model: ModelConfig, have: int) -> None:
+    """Raise ConfigError unless the model's vocabulary is the `have` tokens of the corpus.
 
     It may have up to MOST_PADDING rows of padding, or more if tokenizer_vocab says so.
     """
-    have = token_set.vocab_size
     require(
         model.vocab >= have,
         f"model.vocab={model.vocab} is smaller than the {have} tokens of the corpus: set model.vocab to {have}, or "
@@ -60,10 +59,9 @@ def check_vocabulary(model: ModelConfig, token_set: TokenSet) -> None:
     )
 
 
-def with_padding(model: ModelConfig, token_set: TokenSet) -> ModelConfig:
+def with_padding(model: ModelConfig, have: int) -> ModelConfig:
     """Set `tokenizer_vocab` of a model whose vocabulary is padded. Raises ConfigError as `check_vocabulary` does."""
-    check_vocabulary(model, token_set)
-    have = token_set.vocab_size
+    check_vocabulary(model, have)
     return dataclasses.replace(model, tokenizer_vocab=have) if model.vocab > have else model
 
 
@@ -82,7 +80,7 @@ HOW = (
 
 def with_corpus(config: RunConfig, token_set: TokenSet) -> RunConfig:
     """Fill in what depends on the corpus: its fingerprints and vocabulary, and absolute paths."""
-    model, data = with_padding(config.model, token_set), with_contents(config.data, token_set)
+    model, data = with_padding(config.model, token_set.vocab_size), with_contents(config.data, token_set)
     init = str(Path(config.init).absolute()) if config.init else ""
     return dataclasses.replace(config, model=model, data=data, init=init)
 

@@ -95,14 +95,37 @@ class ServedModel:
         with forward_only():
             return self._extend(tokens_BT, state, segments_BT, last_only)
 
+    def hidden(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        """Compute the normed output of the last block on whole windows, [B, T, D]; as `LanguageModel.hidden`."""
+        with forward_only():
+            return self._stream(tokens_BT, self.start(*tokens_BT.shape), segments_BT, False)[0]
+
+    def nats(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        """Compute the cross-entropy of each target in nats, [B, T], in at least float32; as `LanguageModel.nats`."""
+        x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
+
+        def of_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:  # logits of all rows could fill the memory
+            x_TD, targets_T = row
+            with forward_only():
+                logits_TV = self.logits(x_TD[None])[0]
+            hit_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+            return jax.nn.logsumexp(logits_TV, axis=-1) - hit_T
+
+        return jax.lax.map(of_row, (x_BTD, targets_BT))
+
     def _extend(self, tokens_BT: jax.Array, state: DecodeState, segments_BT: jax.Array | None, last_only: bool):
+        x_BTD, after = self._stream(tokens_BT, state, segments_BT, last_only)
+        return self.logits(x_BTD), after
+
+    def _stream(self, tokens_BT: jax.Array, state: DecodeState, segments_BT: jax.Array | None, last_only: bool):
+        """Normed output of the last block, of the last token only if `last_only`, and the state after the tokens."""
         context = context_after(state, tokens_BT, segments_BT, self.config, self.dtype)
         x_BTD, mixers = _embedded(self.embedding, tokens_BT, self.dtype), []
         for layer, (block, mixer) in enumerate(zip(self.blocks, state.mixers, strict=True)):
             x_BTD, mixer = block(x_BTD, context, None if self.floors is None else self.floors[layer], mixer)
             mixers.append(mixer)
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
-        return self.logits(x_BTD), state_after(state, tuple(mixers), context)
+        return x_BTD, state_after(state, tuple(mixers), context)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Compute logits [B, T, V] of normed hidden states, in at least float32."""

@@ -89,7 +89,7 @@ def _train(
     key = program_key(config, token_set.end_of_document)
     program = make_program(key)
     milestones = (*config.milestones, config.steps)
-    held_out_loss = lambda params: evaluate(program.evaluate, program.mesh, params, token_set, config.data.sequence)
+    held_out_loss = lambda params: evaluate(program.nats, program.mesh, params, token_set, config.data.sequence)
 
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints, milestones) as checkpoints:
         data = config.data

@@ -205,9 +205,10 @@ def test_a_folder_with_another_run_is_refused(token_set, tmp_path):
         train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5)), tmp_path, token_set)
 
 
-def test_a_single_block_of_held_out_text_has_no_standard_error(token_set, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmfree_jax.evaluation.loss.BLOCK", 1000)
-    result = train(tiny_run("matmul-free", token_set.path), tmp_path, token_set)
+def test_a_single_document_of_held_out_text_gives_no_standard_error(tmp_path):
+    texts, card = {"train": sentences(9, 0), "valid": sentences(1, 1)}, {"name": "a", "description": "a", "sources": []}
+    one = write_token_set(tmp_path / "one", texts, byte_tokenizer(), card)
+    result = train(tiny_run("matmul-free", one.path), tmp_path, one)
     assert result["loss"] > 0
     assert result["loss_se"] is None
     assert "loss_se" not in (tmp_path / "log.txt").read_text()
