@@ -19,19 +19,15 @@ import dataclasses
 import math
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mmfree_jax import flops
-from mmfree_jax.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig
+from mmfree_jax.config import FAMILIES, ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig
 from mmfree_jax.sweep.experiment import Study, trunk_and_decays
 from mmfree_jax.sweep.grids import repeats
 from mmfree_jax.sweep.ladder import batch_sequences
 
-FAMILIES = {
-    "transformer++": ("attention", "dense"),
-    "bitnet": ("attention", "ternary"),
-    "hgrn": ("mlgru", "dense"),
-    "matmul-free": ("mlgru", "ternary"),
-}
+CELLS = ("transformer++", "bitnet", "hgrn", "matmul-free")  # families: attention or MLGRU, dense or ternary
 SHAPES = ((128, 3), (192, 4), (256, 5), (320, 7), (448, 7), (576, 8))  # width and depth
 HEAD, GLU_MULTIPLE = 64, 32
 RATIOS = (5, 10, 20, 40, 80)  # tokens a parameter
@@ -49,7 +45,7 @@ TOLERANCE = 0.003  # nats above the best in which a smaller rate is taken: a tru
 def model(family: str, width: int, depth: int) -> ModelConfig:
     """A cell of the 2 x 2 at a size."""
     mixer, linear = FAMILIES[family]
-    recipe = {"dense_head": True, "linear_norm": False} if linear == "ternary" else {}
+    recipe: dict[str, Any] = {"dense_head": True, "linear_norm": False} if linear == "ternary" else {}
     return ModelConfig(
         mixer,
         linear,
@@ -90,7 +86,7 @@ def study() -> Study:
     """Every family at every size, and the repeats of two runs. Raises ConfigError before h200_rates.py has run."""
     runs: list[RunConfig] = []
     for width, depth in SHAPES:
-        for family in FAMILIES:
+        for family in CELLS:
             base = base_run(family, width, depth, rate(family, width))
             N = flops.parameters(base.model).N
             runs += ladder(base, tokens(N))
@@ -128,4 +124,4 @@ def best_rates() -> dict[str, tuple[float, float]]:
         for row in csv.DictReader(file):
             found.setdefault((row["family"], int(row["width"])), {})[float(row["lr"])] = float(row["loss"])
     best = lambda losses: min(lr for lr, loss in losses.items() if loss < min(losses.values()) + TOLERANCE)
-    return {f: (best(found[f, RATE_SHAPES[0][0]]), best(found[f, RATE_SHAPES[1][0]])) for f in FAMILIES}
+    return {f: (best(found[f, RATE_SHAPES[0][0]]), best(found[f, RATE_SHAPES[1][0]])) for f in CELLS}

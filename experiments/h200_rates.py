@@ -9,7 +9,7 @@ h200_ladder.py takes each family's smallest rate within 0.003 nats of the best a
 
 import dataclasses
 
-from experiments.h200_ladder import FAMILIES, RATE_SHAPES, base_run
+from experiments.h200_ladder import CELLS, RATE_SHAPES, base_run
 from mmfree_jax import flops
 from mmfree_jax.config import RunConfig
 from mmfree_jax.sweep.experiment import Study
@@ -30,7 +30,7 @@ def study() -> Study:
     runs = [
         run
         for width, depth in RATE_SHAPES
-        for family in FAMILIES
+        for family in CELLS
         for run in grid(decaying(base_run(family, width, depth, GRID[0])), {"optim.lr": GRID})
     ]
     return Study(name="h200-rates", title="Learning rates of the ladder", runs=tuple(runs), baseline="transformer++")

@@ -106,7 +106,7 @@ def test_the_best_rate_stays_put_under_mup_and_falls_under_the_standard_parametr
 
 @pytest.fixture
 def h200_runs(monkeypatch):
-    monkeypatch.setattr(h200_ladder, "best_rates", lambda: dict.fromkeys(h200_ladder.FAMILIES, (4e-3, 2e-3)))
+    monkeypatch.setattr(h200_ladder, "best_rates", lambda: dict.fromkeys(h200_ladder.CELLS, (4e-3, 2e-3)))
     return h200_ladder.study().runs
 
 
@@ -116,7 +116,7 @@ def whole_flops(run):
 
 
 def test_the_cells_of_the_ladder_on_an_h200_differ_in_mixer_and_linear_layers_only(h200_runs):
-    first, *others = ([run for run in h200_runs if run.model.family == f] for f in h200_ladder.FAMILIES)
+    first, *others = ([run for run in h200_runs if run.model.family == f] for f in h200_ladder.CELLS)
     for other in others:
         for a, b in zip(first, other, strict=True):
             assert (a.data, a.seed, a.steps, a.optim) == (b.data, b.seed, b.steps, b.optim)
@@ -131,7 +131,7 @@ def test_the_cells_of_the_ladder_on_an_h200_differ_in_mixer_and_linear_layers_on
 def test_the_ladder_on_an_h200_is_as_wide_as_it_says(h200_runs):
     assert sum(map(run_flops, h200_runs)) == pytest.approx(1.5e18, rel=0.03)
     assert sum(map(run_flops, h200_rates.study().runs)) == pytest.approx(5.1e16, rel=0.03)
-    for family in h200_ladder.FAMILIES:
+    for family in h200_ladder.CELLS:
         ends = [run for run in h200_runs if run.model.family == family and run.evaluate]
         sizes = {flops.parameters(run.model).N_nonemb for run in ends}
         assert len(sizes) == 6
@@ -153,9 +153,9 @@ def test_the_ladder_on_an_h200_takes_its_rates_from_the_table_and_from_nowhere_e
     h200_ladder.best_rates.cache_clear()
     with pytest.raises(ConfigError, match=r"run experiments/h200_rates.py first"):
         h200_ladder.study()
-    rows = [f"{f},{w},{lr},{3 + abs(math.log(lr / best))}" for f in h200_ladder.FAMILIES
+    rows = [f"{f},{w},{lr},{3 + abs(math.log(lr / best))}" for f in h200_ladder.CELLS
             for w, best in ((128, 4e-3), (256, 2e-3)) for lr in h200_rates.GRID]  # fmt: skip
     h200_ladder.RATES.write_text("\n".join(["family,width,lr,loss", *rows]))
-    assert h200_ladder.best_rates() == dict.fromkeys(h200_ladder.FAMILIES, (4e-3, 2e-3))
+    assert h200_ladder.best_rates() == dict.fromkeys(h200_ladder.CELLS, (4e-3, 2e-3))
     assert h200_ladder.rate("hgrn", 512) == pytest.approx(1e-3)
     h200_ladder.best_rates.cache_clear()
