@@ -3,7 +3,7 @@
     mmfree corpus build l --vocab 4096
     mmfree sweep experiments/h200_rates.py --out runs/h200-rates
 
-5.1e16 FLOP. Its runs table, cut to the columns family, width, lr and loss, is results/h200_rates.csv, from which
+5.6e16 FLOP. Its runs table, cut to the columns family, width, lr and loss, is results/h200_rates.csv, from which
 h200_ladder.py takes each family's smallest rate within 0.003 nats of the best at either width.
 """
 
