@@ -56,12 +56,14 @@ def _listed(folder: Path) -> Iterator[tuple[str, int, str]]:
         try:
             entries: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
             yield from ((name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items())
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             raise ValueError(f"{path.name} is no list of checksums") from None
 
 
 def _damage(folder: Path, name: str, size: int, expected: str) -> str:
     path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return f"{name} is not in the folder"
     if not path.is_file():
         return f"{name} is missing"
     if (found := path.stat().st_size) != size:

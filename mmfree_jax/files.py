@@ -78,8 +78,16 @@ def read_json(path: Path) -> Any:
     """Read a JSON file. Raises ValueError that names the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, numbers of thousands of digits, nested too deeply
         raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises ValueError that names the file."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return found
 
 
 def sha256(files: Iterable[Path]) -> str:
