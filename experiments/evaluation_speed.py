@@ -24,7 +24,7 @@ from mmfree_jax.evaluation.likelihood import log_likelihoods, scorable, unique_i
 from mmfree_jax.evaluation.loss import EVALUATION_BATCH, Text, document_sums
 from mmfree_jax.training.step import make_program, program_key
 
-SEQUENCE, BATCHES, REQUESTS = 512, 4, 96
+SEQUENCE, BATCHES, REQUESTS = 512, 2, 64
 
 
 def main() -> None:

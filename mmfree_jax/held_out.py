@@ -67,7 +67,10 @@ def sources(path: Path, corpora: Sequence[str] = (), domains: bool = False) -> l
     known = bool(corpora) or (not is_packed(path) and is_run(path))
     require(known, f"{path} was not trained here: give the corpus to evaluate on with --corpus")
     if domains:
-        sets = resolve_data(run_config(path).data, places=corpus_places(path)).sets
+        data = run_config(path).data
+        sets = resolve_data(data, places=corpus_places(path)).sets
+        for one, content in zip(sets, data.contents, strict=False):
+            require(one.fingerprint == content, f"{one.path} holds other text than {path} was trained on")
         found = [(str(one.path), one) for one in sets if "valid" in one.splits and len(one.split("valid")) > 1]
         require(bool(found), f"no corpus that {path} was trained on has held-out text")
         return [_of_token_set(name, one) for name, one in found]

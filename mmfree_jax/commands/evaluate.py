@@ -81,15 +81,18 @@ class EvaluateArguments:
             flag = f"--{name.replace('_', '-')}"
             require(not given, f"{flag} is for losses, not for --tasks" if self.tasks else f"{flag} needs --tasks")
         require(not (self.against and (self.checkpoints or self.by_position)), "--against compares whole losses only")
+        meshed = self.tasks and self.mesh != MeshConfig()
+        require(not meshed, "--mesh is for losses: tasks take all devices of the process, a copy of the model each")
 
 
 def evaluate(arguments: list[str]) -> int:
     """Score models."""
     options = parse(EvaluateArguments, arguments, f"{program()} evaluate")
-    options.group.join()
+    several = options.group.join()
     check_settings()
     check_platform()
     if options.tasks:
+        require(not several, "tasks are asked by one process, with all of its devices")
         _tasks(options)
     elif options.against:
         _compare_losses(options)
@@ -135,19 +138,27 @@ def _compare_losses(options: EvaluateArguments) -> None:
     corpora = [source.name for source in held_out.sources(options.models[0], options.corpus, options.domains)]
     rows = []
     for name in corpora:
-        sides, vocabularies = [], set()
-        for paths in (options.models, options.against):
-            side = []
-            for path in paths:
-                (source,) = held_out.sources(path, [name])
-                model = held_out.open_model(path, source, options.mesh, _warn)
-                side.append(held_out.sums_of(model, model.load(None), source, options.sequence))
-                vocabularies.add(source.vocab_hash)
-            sides.append(side)
-        require(len(vocabularies) == 1, "the models have different tokenizers: their losses by token do not compare")
-        rows.append((name, "loss", _paired_losses(*sides)))
+        sides = [[_opened(path, name, options) for path in paths] for paths in (options.models, options.against)]
+        every = [one for side in sides for one in side]
+        require(
+            len({source.vocab_hash for _, source in every}) == 1,
+            "the models have different tokenizers: their losses by token do not compare",
+        )
+        windows = sorted({options.sequence or held_out.window(model) for model, _ in every})
+        require(len(windows) == 1, f"the models were trained in windows of {windows}: choose one by --sequence")
+        first, second = ([_scored(*one, windows[0]) for one in side] for side in sides)
+        rows.append((name, "loss", _paired_losses(first, second)))
     if distributed.is_first():
         _print_comparison(("corpus", "metric"), rows, options.json)
+
+
+def _opened(path: Path, corpus: str, options: EvaluateArguments) -> tuple[held_out.Opened, held_out.Source]:
+    (source,) = held_out.sources(path, [corpus])
+    return held_out.open_model(path, source, options.mesh, _warn), source
+
+
+def _scored(model: held_out.Opened, source: held_out.Source, sequence: int) -> Sums:
+    return held_out.sums_of(model, model.load(None), source, sequence)
 
 
 def _paired_losses(first: Sequence[Sums], second: Sequence[Sums]) -> Paired:

@@ -140,24 +140,18 @@ def batches(inputs: Sequence[Input]) -> Iterator[Batch]:
 
 
 def rows(inputs: Sequence[Input]) -> list[list[Input]]:
-    """Put each input into the first row with room for it (first fit, by falling length: a fifth of waste at most)."""
+    """Put each input into the row that it fills best (best fit by falling length), or open one."""
     found: list[list[Input]] = []
-    # Rows by the room that is left, so that a place is found without looking at every row.
-    by_room: dict[int, list[int]] = collections.defaultdict(list)
-    rooms: list[int] = []
+    by_room: dict[int, list[list[Input]]] = collections.defaultdict(list)  # rows by the tokens that they have room for
     for one in inputs:
         size = len(one.tokens)
-        fitting = [room for room in by_room if room >= size and by_room[room]]
-        if fitting:
-            room = min(fitting)  # best fit
-            number = by_room[room].pop()
-            found[number].append(one)
-        else:
-            number, room = len(found), row_length(size)
-            found.append([one])
-            rooms.append(0)
-        rooms[number] = room - size
-        by_room[rooms[number]].append(number)
+        fitting = [room for room, rows_with in by_room.items() if room >= size and rows_with]
+        room = min(fitting, default=row_length(size))
+        row = by_room[room].pop() if fitting else []
+        if not fitting:
+            found.append(row)
+        row.append(one)
+        by_room[room - size].append(row)
     return found
 
 

@@ -163,6 +163,7 @@ def test_losses_are_compared_document_by_document(runs, capsys):
         (["a", "--against", "b", "c"], "needs a model for each of the 1, and has 2"),
         (["a", "--tasks", "x", "--sequence", "9"], "--sequence is for losses, not for --tasks"),
         (["a", "--fewshot", "5"], "--fewshot needs --tasks"),
+        (["a", "--tasks", "x", "--mesh.data", "2"], "--mesh is for losses"),
         (["a", "--against", "b", "--checkpoints"], "compares whole losses only"),
         (["a", "--corpus", "x", "--domains"], "give --corpus or --domains"),
     ],
