@@ -20,10 +20,8 @@ others above 90 %, waves too.
 
 import argparse
 import csv
-import json
 import zlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +29,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from experiments.simulated_ladders import BASELINE
-from experiments.workers import in_processes
+from experiments.workers import resumed
 from scaling.ensemble.answers import interval
 from scaling.ensemble.crossing import HORIZON, crossing_of, overtakes
 from scaling.ensemble.discrepancy import ADDITIVE
@@ -257,19 +255,11 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, help="JSONL file of single ladders: those in it are not made again")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
-    known = a.scores.read_text().splitlines() if a.scores and a.scores.is_file() else []
-    scores = {(name, k): found for name, k, found in map(json.loads, known)}
     first, step = map(int, a.shard.split("/"))
     named = [name for name in cases() if any(part in name for part in a.rows.split("|"))]
     chosen = {name: cases()[name] for name in named[first::step]}
-    wanted = [(name, k) for k in range(a.ladders) for name in chosen if (name, k) not in scores]
-    work = [(name, chosen[name], k, Spec(draws=a.draws)) for name, k in wanted]
-    with a.scores.open("a") if a.scores else nullcontext() as stream:
-        for key, found in zip(wanted, in_processes(trial, work, a.workers), strict=True):
-            scores[key] = found
-            if stream:
-                stream.write(json.dumps([*key, found]) + "\n")
-                stream.flush()
+    work = {(name, k): (name, chosen[name], k, Spec(draws=a.draws)) for k in range(a.ladders) for name in chosen}
+    scores = resumed(trial, work, a.workers, a.scores)
     write_table(a.out, scores)
     print(a.out.read_text(), end="")
 

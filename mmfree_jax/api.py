@@ -3,16 +3,15 @@
 Each function does what the verb of that name does. Nothing here prints; `say` is called with the lines of progress.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmfree_jax import held_out
 from mmfree_jax.config import MeshConfig, RunConfig, require, with_changes
 from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.devices import check_platform, check_settings
-from mmfree_jax.evaluation.loss import Scores
-from mmfree_jax.evaluation.loss import evaluate as held_out_loss
+from mmfree_jax.evaluation.loss import Scores, scores
 from mmfree_jax.inference.model import Place
 from mmfree_jax.inference.packed import save_packed
 from mmfree_jax.inference.text import TextModel, find_ends, find_tokenizer, load_text_model, text_files
@@ -21,11 +20,11 @@ from mmfree_jax.interop.huggingface import save_huggingface
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.output import Say, quiet
 from mmfree_jax.presets import run_preset
-from mmfree_jax.run_folder import check_held_out_text, corpus_places, held_out_corpus, with_padding
+from mmfree_jax.run_folder import corpus_places
 from mmfree_jax.sharding import idle_devices, make_mesh
 from mmfree_jax.training import loop
 from mmfree_jax.training.step import make_program, program_key
-from mmfree_jax.weights import is_run, load_model, load_params, origin, run_config
+from mmfree_jax.weights import load_model, origin
 
 
 def preset(name: str, changes: Mapping[str, Any] | None = None) -> RunConfig:
@@ -82,31 +81,17 @@ def evaluate(
 ) -> Scores:
     """Compute the loss of a model on held-out text.
 
-    corpus: name, or folder of a token set; by default that of the run. sequence: tokens in a window; 0: that of the
-    run, else 2048. mesh: by default one device.
-    Returns `loss` (nats a token), `loss_se` (its standard error), `bpb` (bits per byte) and `tokens`. Raises
-    ConfigError for a model that was not trained here if no corpus is given, and for a corpus of another tokenizer.
+    corpus: name, or folder of a token set, or file of text; by default the token set of the run. sequence: tokens in a
+    window; 0: that of the run, else 2048. mesh: by default one device.
+    Returns `loss` (nats a token), `loss_se` (its standard error by document), `bpb` (bits per byte), `tokens` and
+    `documents`. Raises ConfigError for a model that was not trained here if no corpus is given, and for a corpus of
+    another tokenizer.
     """
-    path, mesh = Path(path), mesh or MeshConfig()
     check_settings()
     check_platform()
-    run = run_config(path)
-    # Only a run knows which corpus it was trained on, and with it which text was held out.
-    known = bool(corpus) or is_run(path)
-    require(known, f"{path} was not trained here: give the corpus to evaluate on with --corpus")
-    devices = make_mesh(mesh)
-    if idle := idle_devices(mesh):
-        say(idle)
-    sequence = sequence or run.data.sequence
-    divisible = sequence % mesh.sequence == 0
-    require(divisible, f"a sequence of {sequence} is not divisible by mesh.sequence={mesh.sequence}: choose others")
-    token_set = held_out_corpus(path, run.data, corpus)
-    check_held_out_text(token_set)
-    run = dataclasses.replace(run, model=with_padding(run.model, token_set))
-    # The mesh of the evaluation takes the place of the run's: parameters are restored onto any mesh.
-    program = make_program(dataclasses.replace(program_key(run, token_set.end_of_document), mesh=mesh))
-    params = load_params(path, program.abstract_state.params)
-    return held_out_loss(program.evaluate, devices, params, token_set, sequence)
+    (source,) = held_out.sources(Path(path), [corpus] if corpus else [])
+    model = held_out.open_model(Path(path), source, mesh or MeshConfig(), say)
+    return scores(held_out.sums_of(model, model.load(None), source, sequence), source.text)
 
 
 def export(

@@ -60,16 +60,16 @@ def load_model(path: Path, dtype: str = "float32") -> LanguageModel:
     return nnx.merge(graph, load_params(path, here))
 
 
-def load_params(path: Path, abstract: Any) -> nnx.State:
+def load_params(path: Path, abstract: Any, step: int | None = None) -> nnx.State:
     """Load the parameters of a model onto the devices of any mesh.
 
-    abstract: a tree of ShapeDtypeStructs with the target shardings. Only parameters are read. Of a run or an imported
-    folder each process reads the shards that its devices hold; a Hugging Face folder is read completely into the host
-    memory of each process, but not into the memory of each device.
+    abstract: a tree of ShapeDtypeStructs with the target shardings. step: of a run's checkpoint; None: the newest. Only
+    parameters are read. Of a run or an imported folder each process reads the shards that its devices hold; a Hugging
+    Face folder is read completely into the host memory of each process, but not into the memory of each device.
     Raises ConfigError (not a model, another architecture), CheckpointError, InteropError.
     """
     if is_run(path):
-        return restore_params(path / "checkpoints", abstract)
+        return restore_params(path / "checkpoints", abstract, step)
     if not _is_huggingface(path):
         return restore(path / "checkpoints", abstract)[0]
     return jax.tree.map(lambda host, a: put(host, a.sharding), read_parameters(path, abstract), abstract)

@@ -138,7 +138,7 @@ def held_out(folder: Path) -> dict[str, Any]:
         program = make_program(program_key(run, None))
         with jax.set_mesh(program.mesh):
             params = program.init(jax.random.key(0)).params
-        found[f"{shape[0] * shape[1]}"] = evaluate(program.evaluate, program.mesh, params, token_set, 32)
+        found[f"{shape[0] * shape[1]}"] = evaluate(program.nats, program.mesh, params, token_set, 32)
     return found
 
 

@@ -1,6 +1,7 @@
 """What the tests share: a small token set, and small runs of both main families on it."""
 
 import dataclasses
+import gc
 import json
 import os
 from pathlib import Path
@@ -59,6 +60,20 @@ def sentences(count: int, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     words = "the loss of a model falls with compute while data and parameters grow together in time".split()
     return [" ".join(rng.choice(words, rng.integers(20, 80))) + "." for _ in range(count)]
+
+
+# A compiled program takes three memory mappings. Linux allows a process 65,530: one that asks for more is killed.
+MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Unload compiled programs between modules once there are many: one process runs thousands of tests."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

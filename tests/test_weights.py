@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from launch import main
 from mmfree_jax.checkpoint import restore_params
 from mmfree_jax.commands import models
+from mmfree_jax.commands.evaluate import evaluate as evaluate_command
 from mmfree_jax.commands.train import train as train_command
 from mmfree_jax.config import ConfigError, MeshConfig, OptimConfig
 from mmfree_jax.data import resolve_data
@@ -117,26 +118,26 @@ def test_a_run_is_evaluated_from_anywhere_on_its_own_corpus_or_not_at_all(token_
     loss = train(run, tmp_path / "run", resolve_data(run.data))["loss"]
 
     def evaluated(*more: str) -> bool:
-        assert models.evaluate([str(tmp_path / "run"), *more]) == 0
+        assert evaluate_command([str(tmp_path / "run"), *more]) == 0
         return f"loss {loss:.6g}\n" in capsys.readouterr().out
 
     monkeypatch.chdir(tmp_path / "here" / "there")
     assert evaluated()
     shutil.move(tmp_path / "here" / "c", tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match=r"no corpus '.*/here/c'"):
-        models.evaluate([str(tmp_path / "run")])
+        evaluate_command([str(tmp_path / "run")])
     assert evaluated("--corpus", "../../moved")
     texts = {"train": sentences(9, 2), "valid": sentences(9, 3)}
     card = {"name": "other", "description": "made up", "sources": []}
     write_token_set(tmp_path / "here" / "c", texts, byte_tokenizer(), card)
     with pytest.raises(ConfigError, match=r"was trained on \w{16}: give the corpus to evaluate on with --corpus"):
-        models.evaluate([str(tmp_path / "run")])
+        evaluate_command([str(tmp_path / "run")])
     assert not evaluated("--corpus", str(tmp_path / "here" / "c"))
     other = train_bpe(texts["train"], 257)
     other.vocab_hash = "0" * 64  # as many tokens, but others
     write_token_set(tmp_path / "d", texts, other, card)
     with pytest.raises(ConfigError, match="another tokenizer"):
-        models.evaluate([str(tmp_path / "run"), "--corpus", str(tmp_path / "d")])
+        evaluate_command([str(tmp_path / "run"), "--corpus", str(tmp_path / "d")])
 
 
 def test_a_run_that_goes_on_needs_the_weights_it_began_with_no_more(token_set, tmp_path):

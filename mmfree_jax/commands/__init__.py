@@ -11,7 +11,7 @@ VERBS = {
     "study": ("mmfree_jax.commands.sweep", "study", "train a sweep, fit it, compare the families, write the report"),
     "sweep": ("mmfree_jax.commands.sweep", "sweep", "train every run of an experiment"),
     "train": ("mmfree_jax.commands.train", "train", "train one preset, with overrides"),
-    "evaluate": ("mmfree_jax.commands.models", "evaluate", "compute the held-out loss of a model"),
+    "evaluate": ("mmfree_jax.commands.evaluate", "evaluate", "score models: losses, tasks, comparisons"),
     "generate": ("mmfree_jax.commands.models", "generate", "complete prompts with a model"),
     "serve": ("mmfree_jax.commands.models", "serve", "serve a model by HTTP, in the shape of OpenAI's API"),
     "import": ("mmfree_jax.commands.models", "import_model", "convert a Hugging Face folder into a model to train on"),

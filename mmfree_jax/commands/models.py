@@ -1,21 +1,18 @@
-"""The verbs on trained models: `evaluate`, `generate`, `serve`, `import`, `export`."""
+"""The verbs on trained models: `generate`, `serve`, `import`, `export`."""
 
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from mmfree_jax import api, distributed
+from mmfree_jax import api
 from mmfree_jax.command_line import parse
-from mmfree_jax.commands.train import Processes
-from mmfree_jax.config import ConfigError, MeshConfig, require
+from mmfree_jax.config import ConfigError, require
 from mmfree_jax.data.reading.token_set import TOKENIZER
 from mmfree_jax.devices import use_compile_cache
-from mmfree_jax.evaluation.loss import score_lines
 from mmfree_jax.files import cache_folder
 from mmfree_jax.flops import parameters
 from mmfree_jax.inference.sampling import PLAIN, Sampling
@@ -23,21 +20,6 @@ from mmfree_jax.inference.text import load_text_model, text_files
 from mmfree_jax.interop.huggingface import load_huggingface, read_origin
 from mmfree_jax.output import program
 from mmfree_jax.weights import model_config, save_model
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateArguments:
-    """Compute the held-out loss of a model: a run directory, an imported folder or a Hugging Face folder."""
-
-    model: tyro.conf.Positional[Path]
-    """Folder of the model."""
-    corpus: str = ""
-    """Corpus, or folder of a token set (default: that of the run; required for other models)."""
-    sequence: int = 0
-    """Tokens in a window (default: that of the run, else 2048)."""
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    """Devices to evaluate on, which may differ from those of training."""
-    group: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Processes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,18 +70,6 @@ class ExportArguments:
     """Of a GGUF file's matrices; auto: tq2_0 for ternary models, f16 for dense ones."""
     layout: Literal["planes", "trits"] = "planes"
     """Of the codes of format packed: planes take 2 bits, trits 1.6, which is slower to compute with."""
-
-
-def evaluate(arguments: list[str]) -> int:
-    """Print the held-out loss of a model."""
-    options = parse(EvaluateArguments, arguments, f"{program()} evaluate")
-    options.group.join()
-    # Standard output is for the scores alone, so that other programs can read it.
-    warn = lambda line: print(line, file=sys.stderr)
-    scores = api.evaluate(options.model, options.corpus, sequence=options.sequence, mesh=options.mesh, say=warn)
-    if distributed.is_first():
-        print("\n".join(score_lines(scores)))
-    return 0
 
 
 def import_model(arguments: list[str]) -> int:

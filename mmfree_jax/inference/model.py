@@ -25,37 +25,20 @@ from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import path_name
 
 
-class PackedProjection(nnx.Module):
-    """`models.layers.Projection` with packed weights."""
+class ServedProjection(nnx.Module):
+    """`models.layers.Projection` with weights as a file holds them."""
 
-    def __init__(self, recipe: Recipe, codes: tuple[Packed, ...], gain: Any):
+    def __init__(self, recipe: Recipe, weights: PackedWeights | RowWeights):
         self.recipe = recipe
-        self.codes = nnx.data(codes)
-        self.gain = nnx.data(gain)
+        self._weights = nnx.data(weights)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """[..., D] -> one [..., F] for each group."""
-        return linear(self.recipe, x, self.weights())
+        return linear(self.recipe, x, self._weights)
 
-    def weights(self) -> PackedWeights:
+    def weights(self) -> PackedWeights | RowWeights:
         """Return its arrays, as the ops take them."""
-        return PackedWeights(self.codes, self.gain)
-
-
-class DenseProjection(nnx.Module):
-    """`models.layers.Projection` of dense layers, its matrices as they lie in a file."""
-
-    def __init__(self, recipe: Recipe, rows_FD: tuple[jax.Array, ...]):
-        self.recipe = recipe
-        self.rows_FD = nnx.data(rows_FD)
-
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """[..., D] -> one [..., F] for each group."""
-        return linear(self.recipe, x, self.weights())
-
-    def weights(self) -> RowWeights:
-        """Return its arrays, as the ops take them."""
-        return RowWeights(self.rows_FD)
+        return self._weights
 
 
 Place = Literal["device", "host"]  # where an embedding lies
@@ -112,14 +95,37 @@ class ServedModel:
         with forward_only():
             return self._extend(tokens_BT, state, segments_BT, last_only)
 
+    def hidden(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        """Compute the normed output of the last block on whole windows, [B, T, D]; as `LanguageModel.hidden`."""
+        with forward_only():
+            return self._stream(tokens_BT, self.start(*tokens_BT.shape), segments_BT, False)[0]
+
+    def nats(self, tokens_BT: jax.Array, targets_BT: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        """Compute the cross-entropy of each target in nats, [B, T], in at least float32; as `LanguageModel.nats`."""
+        x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
+
+        def of_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:  # logits of all rows could fill the memory
+            x_TD, targets_T = row
+            with forward_only():
+                logits_TV = self.logits(x_TD[None])[0]
+            hit_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+            return jax.nn.logsumexp(logits_TV, axis=-1) - hit_T
+
+        return jax.lax.map(of_row, (x_BTD, targets_BT))
+
     def _extend(self, tokens_BT: jax.Array, state: DecodeState, segments_BT: jax.Array | None, last_only: bool):
+        x_BTD, after = self._stream(tokens_BT, state, segments_BT, last_only)
+        return self.logits(x_BTD), after
+
+    def _stream(self, tokens_BT: jax.Array, state: DecodeState, segments_BT: jax.Array | None, last_only: bool):
+        """Normed output of the last block, of the last token only if `last_only`, and the state after the tokens."""
         context = context_after(state, tokens_BT, segments_BT, self.config, self.dtype)
         x_BTD, mixers = _embedded(self.embedding, tokens_BT, self.dtype), []
         for layer, (block, mixer) in enumerate(zip(self.blocks, state.mixers, strict=True)):
             x_BTD, mixer = block(x_BTD, context, None if self.floors is None else self.floors[layer], mixer)
             mixers.append(mixer)
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
-        return self.logits(x_BTD), state_after(state, tuple(mixers), context)
+        return x_BTD, state_after(state, tuple(mixers), context)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Compute logits [B, T, V] of normed hidden states, in at least float32."""
@@ -215,12 +221,13 @@ def _block(block: Block, arrays: dict[str, np.ndarray], layer: int, layout: Layo
 
 def _projection(
     module: Projection, name: str, arrays: dict[str, np.ndarray], layer: int, layout: Layout
-) -> PackedProjection | DenseProjection:
+) -> ServedProjection:
     if not module.recipe.ternary:
         kernel = arrays[f"{name}.kernel"][layer]
-        return DenseProjection(module.recipe, tuple(map(jax.device_put, kernel if module.groups else [kernel])))
+        rows_FD = tuple(map(jax.device_put, kernel if module.groups else [kernel]))
+        return ServedProjection(module.recipe, RowWeights(rows_FD))
     codes_GFI, scale_GF = arrays[f"{name}.codes"][layer], arrays[f"{name}.scale"][layer]
     pairs = zip(codes_GFI, scale_GF, strict=True)
     codes = tuple(Packed(_placed(q, layout), jax.device_put(s[None]), layout) for q, s in pairs)
     gain = jax.device_put(arrays[f"{name}.gain"][layer]) if f"{name}.gain" in arrays else None
-    return PackedProjection(module.recipe, codes, gain)
+    return ServedProjection(module.recipe, PackedWeights(codes, gain))

@@ -75,7 +75,7 @@ class ProgramKey:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Jitted functions over an explicit mesh. Shapes: tokens_BT int32 [B, T+1], mask_BT bool [B, T]."""
+    """Jitted functions over an explicit mesh. Shape: tokens_BT int32 [B, T+1]."""
 
     mesh: Any  # a Mesh; abstract where the program is only lowered
     graphdef: nnx.GraphDef  # nnx.merge(graphdef, params) is the LanguageModel
@@ -83,7 +83,7 @@ class Program:
     init: Callable[[jax.Array], TrainState]  # key -> state, made directly with its shardings
     train_step: jax.stages.Wrapped  # (TrainState, tokens_BT, Rates) -> (TrainState, metrics)
     gradients: jax.stages.Wrapped  # (params, tokens_BT) -> (mean loss, gradients), as the step computes them
-    evaluate: Callable[[nnx.State, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    nats: Callable[[nnx.State, jax.Array], jax.Array]  # (params, tokens_BT) -> nats of each target [B, T]
     # (TrainState, tokens_BT, Rates) -> a description of the next step; see `_inspect`
     inspect: Callable[[TrainState, jax.Array, Rates], dict[str, Any]]
     replicated: tuple[str, ...] = ()  # one sentence for each parameter that the mesh does not divide
@@ -170,9 +170,9 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
         in_shardings=(place.params, rows),
         out_shardings=(scalar, place.params),
     )
-    evaluate = jax.jit(
-        choosing(functools.partial(_evaluate, graphdef, key.separator)),
-        in_shardings=(place.params, rows, rows),
+    nats = jax.jit(
+        choosing(functools.partial(_nats, graphdef, key.separator)),
+        in_shardings=(place.params, rows),
         out_shardings=scalar,
     )
     # Random number generators compile slowly and run once, so their code is not optimised.
@@ -182,7 +182,7 @@ def build_program(key: ProgramKey, mesh: Any) -> Program:
         in_shardings=(place, rows, None),
         out_shardings=scalar,
     )
-    functions = start, train_step, gradients, evaluate, inspect
+    functions = start, train_step, gradients, nats, inspect
     return Program(mesh, graphdef, abstract, *functions, replicated_parameters(mesh, shapes.params))
 
 
@@ -310,11 +310,7 @@ def _norms(tree: Any) -> dict[str, jax.Array]:
     return norms
 
 
-def _evaluate(
-    graphdef: Any, separator: int | None, params: nnx.State, tokens_BT: jax.Array, mask_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Sum of nats [B] and number of targets [B] of each sequence, where the mask is true."""
+def _nats(graphdef: Any, separator: int | None, params: nnx.State, tokens_BT: jax.Array) -> jax.Array:
+    """Nats of each target, [B, T]."""
     segments_BT, _ = _documents(tokens_BT, separator)
-    model = nnx.merge(graphdef, params)
-    nats_BT = model.nats(tokens_BT[:, :-1], tokens_BT[:, 1:], segments_BT=segments_BT)
-    return jnp.sum(jnp.where(mask_BT, nats_BT, 0), axis=1), jnp.sum(mask_BT, axis=1)
+    return nnx.merge(graphdef, params).nats(tokens_BT[:, :-1], tokens_BT[:, 1:], segments_BT=segments_BT)

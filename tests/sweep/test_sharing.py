@@ -77,10 +77,19 @@ def test_the_quickstart_runs_all_its_chains_at_once_on_one_h200():
     assert line.endswith("on 3 workers, up to 3 a GPU")
 
 
-# One line when it begins, one when it ends, with its name, its GPUs and its share of their memory.
+# One line when it begins, one when it ends, with its name, its GPUs and its share of their memory. A small run lasts
+# until four have begun on its GPU, however slowly they do, but no longer than there can be others.
 SHARING = """
 name=$2; had="$name $CUDA_VISIBLE_DEVICES ${XLA_PYTHON_CLIENT_MEM_FRACTION:-whole} ${MMFREE_JAX_SHARERS:-1}"
-echo "begins $had" >> "$LOG"; sleep 0.4; echo "ends $had" >> "$LOG"
+echo "begins $had" >> "$LOG"
+sleep 0.4
+case $name in small*)
+    for i in $(seq 40); do
+        [ $(grep -c "begins small[0-9]* $CUDA_VISIBLE_DEVICES " "$LOG") -ge 4 ] && break
+        sleep 0.1
+    done
+esac
+echo "ends $had" >> "$LOG"
 echo '{"loss": 1.0, "train_loss": 1.0}' > "$1/runs/$name/result.json"
 """
 

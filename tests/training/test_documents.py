@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmfree_jax.commands import models
+from mmfree_jax.commands.evaluate import evaluate as evaluate_command
 from mmfree_jax.config import FAMILIES, ConfigError, RunConfig
 from mmfree_jax.data import Mixture, TokenSet, resolve_data
 from mmfree_jax.data.building.packing import pack
@@ -41,8 +41,7 @@ def model(family: str):
 
 def nats(program, params, tokens: np.ndarray, targets: int) -> float:
     """Of the first `targets` targets of a window."""
-    mask = np.arange(LENGTH - 1)[None] < targets
-    return float(program.evaluate(params, tokens, mask)[0].sum())
+    return float(program.nats(params, tokens)[:, :targets].sum())
 
 
 @pytest.mark.parametrize("family", [*MAIN_FAMILIES, "matmul-free-rwkv4"])
@@ -64,7 +63,7 @@ def test_a_step_counts_every_target_but_padding_alike_whatever_the_micro_batches
     after = []
     for program in (make_program(program_key(one, END)) for one in (run, halves)):
         state = program.init(jax.random.key(0))
-        total = float(program.evaluate(state.params, rows, (rows[:, 1:] != END) | (rows[:, :-1] != END))[0].sum())
+        total = float(program.nats(state.params, rows)[(rows[:, 1:] != END) | (rows[:, :-1] != END)].sum())
         text = (rows != END).sum() + 1  # every token but each row's first, every end: 4 less, 5 more
         state, metrics = program.train_step(state, rows, np.float32(1e-2))
         assert float(metrics["loss"]) == pytest.approx(total / text, rel=1e-5)
@@ -110,7 +109,7 @@ def test_a_packed_set_is_evaluated_on_as_any_other(token_set: TokenSet, tmp_path
     """Its held-out text is not packed."""
     packed = pack(token_set, tmp_path / "packed", 64)
     result = train(tiny_run("matmul-free", token_set.path), tmp_path / "run", token_set)
-    assert models.evaluate([str(tmp_path / "run"), "--corpus", str(packed.path)]) == 0
+    assert evaluate_command([str(tmp_path / "run"), "--corpus", str(packed.path)]) == 0
     assert f"loss {result['loss']:.6g}" in capsys.readouterr().out
 
 

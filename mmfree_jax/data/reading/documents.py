@@ -28,6 +28,20 @@ def is_target(tokens: Any, end_of_document: int) -> Any:
     return ~(ends[..., 1:] & ends[..., :-1])
 
 
+def tokens_seen(inputs: np.ndarray, end_of_document: int | None) -> np.ndarray:
+    """Count the tokens that each position of windows, int32 [n, T], sees, itself included: int [n, T].
+
+    end_of_document: where documents are separate the token that ends one, None where they are joined.
+    """
+    place = np.arange(inputs.shape[1])
+    if end_of_document is None:
+        return np.broadcast_to(place + 1, inputs.shape)
+    # A position sees itself and what came before it in its document, which begins with the end of the document before
+    # (`document_ids`). A running maximum carries the place of the last such end along the row.
+    begins = np.maximum.accumulate(np.where(inputs == end_of_document, place, 0), axis=1)
+    return place - begins + 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """Sums over training windows. They add up: over processes, and a branch's with its trunk's."""
@@ -49,9 +63,6 @@ def count_windows(windows: np.ndarray, first: np.ndarray, end_of_document: int |
     if end_of_document is None:
         targets, pairs = np.full(len(inputs), inputs.shape[1]), inputs.size * (inputs.shape[1] + 1) // 2
     else:
-        # A position sees itself and what came before it in its document, which begins with the end of the document
-        # before (`document_ids`). A running maximum carries the place of the last such end along the row.
-        place = np.arange(inputs.shape[1])
-        begins = np.maximum.accumulate(np.where(inputs == end_of_document, place, 0), axis=1)
-        targets, pairs = is_target(windows, end_of_document).sum(axis=1), int((place - begins + 1).sum())
+        targets = is_target(windows, end_of_document).sum(axis=1)
+        pairs = int(tokens_seen(inputs, end_of_document).sum())
     return Counts(int(targets.sum()), int(targets[first].sum()), pairs)

@@ -148,12 +148,13 @@ def batches(
     )
 
 
-def evaluation_windows(token_set: TokenSet, sequence: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the held-out split once, in order: tokens int32 [batch, sequence + 1] and a mask bool [batch, sequence].
+def evaluation_windows(tokens: Any, sequence: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield a text once, in order: tokens int32 [batch, sequence + 1] and a mask bool [batch, sequence].
+
+    tokens: a split, or anything else whose slices are arrays.
 
     Every token except the first is a target (mask True) exactly once; what fills up the last batch is False.
     """
-    tokens = token_set.split("valid")
     targets = len(tokens) - 1
     if targets < 1 or sequence < 1 or batch < 1:
         raise ValueError(f"nothing to evaluate: {len(tokens)} tokens, sequence {sequence}, batch {batch}")

@@ -31,7 +31,9 @@ class Choice(Reader):
     """One completion of a request. The engine's thread writes it; pieces reach the server's event loop by a queue."""
 
     def __init__(self, model: TextModel, call: Call, index: int, prompt: Sequence[int], queue: asyncio.Queue[Piece]):
-        super().__init__(model.tokenizer, model.ends, call.stops)
+        # Clients that score a prompt ask for one token more, and count on it: it is told even if it ends the text.
+        ends = () if call.logprobs and call.max_tokens == 1 else model.ends
+        super().__init__(model.tokenizer, ends, call.stops)
         self.index, self.tokens_of_prompt, self.first_at = index, list(prompt), 0.0
         self._queue, self._loop = queue, asyncio.get_running_loop()
         self._told, self._sent = 0, 0  # characters and tokens

@@ -155,7 +155,7 @@ def test_impossible_requests_say_what_to_change(tokens: TokenSet, other: TokenSe
 def test_evaluation_predicts_every_token_but_the_first_once(tokens: TokenSet, sequence: int, batch: int) -> None:
     split = tokens.split("valid")[:].astype(np.int64)
     inputs, targets, count = [], [], 0
-    for rows, mask in evaluation_windows(tokens, sequence, batch):
+    for rows, mask in evaluation_windows(tokens.split("valid"), sequence, batch):
         assert (rows.shape, mask.shape) == ((batch, sequence + 1), (batch, sequence))
         assert (rows.dtype, mask.dtype) == (np.int32, np.bool_)
         inputs.append(rows[:, :-1][mask])
