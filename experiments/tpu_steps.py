@@ -18,8 +18,10 @@ import csv
 import dataclasses
 import itertools
 import math
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +135,15 @@ def main() -> int:
         table = csv.DictWriter(file, (*COLUMNS, *FOUND))
         if not kept:
             table.writeheader()
-        for case in cases(options.tiny):
-            if case in have or time.time() - began > options.limit:
-                continue
-            made = row(case)
-            table.writerow(made)
-            file.flush()
-            kept.append({name: str(value) for name, value in made.items()})
-            print(" ".join(case), made["temporaries"], made["refused"], made["faults"], flush=True)
+        lacking = (case for case in cases(options.tiny) if case not in have)
+        in_time = itertools.takewhile(lambda _: time.time() - began < options.limit, lacking)
+        # Compilations of large steps take gigabytes each: one after the other.
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for made in (pool.map if options.tiny else map)(row, in_time):
+                table.writerow(made)
+                file.flush()
+                kept.append({name: str(value) for name, value in made.items()})
+                print(*list(made.values())[:8], made["refused"], made["faults"], flush=True)
     failed = [one for one in kept if one["faults"]]
     print(f"{len(kept)} steps, {len(failed)} of them fail a gate")
     return 1 if failed else 0
