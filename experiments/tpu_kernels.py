@@ -182,7 +182,7 @@ def row(device: str, case: Case) -> dict[str, Any]:
 
 def main() -> int:
     """Print the table, row by row."""
-    table = csv.DictWriter(sys.stdout, COLUMNS)
+    table = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     table.writeheader()
     failed = 0
     devices = [device for device in SLICES if device in sys.argv] or SLICES

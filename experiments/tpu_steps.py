@@ -132,7 +132,7 @@ def main() -> int:
     began, kept = time.time(), list(csv.DictReader(options.out.open())) if options.out.exists() else []
     have = {tuple(one[name] for name in COLUMNS) for one in kept}
     with options.out.open("a", newline="") as file:
-        table = csv.DictWriter(file, (*COLUMNS, *FOUND))
+        table = csv.DictWriter(file, (*COLUMNS, *FOUND), lineterminator="\n")
         if not kept:
             table.writeheader()
         lacking = (case for case in cases(options.tiny) if case not in have)
