@@ -39,6 +39,7 @@ KERNELS = {  # that a family's step has to contain, by a part of their names
     "matmul-free-rwkv4": ("recurrence", "norm_codes"),
     "hgrn": ("recurrence",),
 }
+WHOLE_ROWS = "gated_codes", "swiglu_codes"  # which tensor cuts: XLA computes them then
 SMALL = 2**17  # elements: sums for scales, gains and states may travel in float32
 
 
@@ -94,13 +95,15 @@ def faults(run: RunConfig, found: Compiled) -> list[str]:
         gathered = one.kind == "all-gather" and one.dtype == "f32" and "fsdp" in one.axes
         if ternary and gathered and each > 4 * SMALL:
             wrong.append(f"{one.count} all-gathers of {one.dtype}")
-        if one.kind == "collective-permute" and model.mixer != "rwkv4":
+        # Tokens go to the chip that has their place in time, and RWKV-4 shifts by a step.
+        if one.kind == "collective-permute" and model.mixer != "rwkv4" and one.dtype != "s32":
             wrong.append(f"{one.count} collective permutes of {one.dtype}")
     if found.host_transfers:
         wrong.append(f"{found.host_transfers} host transfers")
     if found.rematerialised:
         wrong.append(f"{found.rematerialised} involuntary rematerialisations")
-    wrong += [f"no {name} kernel" for name in KERNELS[family] if not any(name in kernel for kernel in found.kernels)]
+    expected = [name for name in KERNELS[family] if run.mesh.tensor == 1 or name not in WHOLE_ROWS]
+    wrong += [f"no {name} kernel" for name in expected if not any(name in kernel for kernel in found.kernels)]
     return wrong
 
 
