@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mmfree_jax.devices import traced_for
+from mmfree_jax.devices import compiled_for, traced_for
 from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, rms_norm
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.checks import Use, check
@@ -78,6 +78,14 @@ def test_kernels_serve_on_tpus_only_once_verified():
             assert forms() == ("splash", "kernel")
             with choice.kernels_allowed(False):
                 assert forms() == ("full", "prefix")
+
+
+def test_cudnn_serves_what_is_compiled_for_a_gpu_and_not_what_is_only_partitioned_for_it():
+    q = jax.ShapeDtypeStruct((2, 64, 4, 32), jnp.bfloat16)
+    with traced_for("cuda"):
+        assert choice.attention_form(q, q, None) == "full"
+        with compiled_for():
+            assert choice.attention_form(q, q, None) == "cudnn"
 
 
 @pytest.mark.parametrize(("width", "fits"), [(1024, True), (2816, True), (13824, True), (100_000, False)])
