@@ -1,23 +1,23 @@
 """Bytes that one device of eight sends in a training step of a sharded model, read from the compiled program.
 
 Weights that are gathered and gradients that are reduced, apart and together; the scan over layers is counted as often
-as it runs. Compiled for eight H200s that need not be there (absent_h200.py): on the CPU XLA would carry bfloat16 as
-float32. Nothing is computed:
-    JAX_PLATFORMS=cpu python -m experiments.fsdp_bytes 1.3b > experiments/results/fsdp_bytes.md   (two minutes)
+as it runs. Compiled for eight H200s that need not be there (`pip install 'jax[cuda13]'`): on the CPU XLA would carry
+bfloat16 as float32. Nothing is computed:
+    python -m experiments.fsdp_bytes 1.3b > experiments/results/fsdp_bytes.md   (two minutes)
 
 Expected: codes are gathered in half the bytes of bfloat16 weights, packed codes in an eighth.
 """
 
 import dataclasses
+import os
 import sys
 from typing import Any
 
 import jax
 
-from experiments.absent_h200 import compiled_step
 from mmfree_jax.config import MeshConfig
-from mmfree_jax.devices import traced_for
 from mmfree_jax.hlo import collectives
+from mmfree_jax.lowering.compiled import ABSENT, compile_step
 from mmfree_jax.presets import run_preset
 
 MESH = MeshConfig(fsdp=8)
@@ -34,8 +34,7 @@ def sent(family: str, size: str, changes: dict[str, Any]) -> list[float]:
     data = dataclasses.replace(run.data, batch=MESH.devices, sequence=1024)  # bytes of weights do not depend on these
     run = dataclasses.replace(run, data=data, mesh=MESH, precision="bfloat16", kernels="off", **changes)
     table = run.model.vocab, run.model.width
-    with traced_for("cuda"):
-        found = collectives(compiled_step(run).as_text() or "")
+    found = collectives(compile_step(run, "h200").as_text() or "")
     gathers = [one for one in found if one.kind == "all-gather"]
     tables = [one for one in gathers if one.arrays[0][1] == table]
     gigabytes = lambda some: sum(one.sent for one in some) / 1e9
@@ -43,6 +42,7 @@ def sent(family: str, size: str, changes: dict[str, Any]) -> list[float]:
 
 
 def main() -> None:
+    os.environ.update(ABSENT)  # before JAX looks for devices
     size = sys.argv[1]
     print(f"# Bytes of a training step of the {size} models on eight H200s, fsdp=8\n")
     print(f"`python -m experiments.fsdp_bytes {size}`, jax {jax.__version__}; GB that each device sends, by a ring.\n")

@@ -50,7 +50,7 @@ def minima(context: int, family: str) -> dict[float, IsoCurve]:
     runs = runs.select(runs["family"] == family)
     labels = runs["budget"].astype(float)
     runs, labels = runs.select(np.isfinite(labels)), labels[np.isfinite(labels)]
-    found = {}
+    found: dict[float, IsoCurve] = {}
     for budget in np.unique(labels):
         curves = isoflop(runs.select(labels == budget), labels[labels == budget]).curves
         found |= {float(budget): curves[0]} if curves else {}

@@ -5,6 +5,7 @@ H heads, K head width.
 """
 
 import dataclasses
+import functools
 import math
 import typing
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ FAMILIES: dict[str, tuple[Mixer, Linear]] = {
 ONLY_TERNARY = ("activation_bits", "gradient_bits", "weight_scale", "linear_norm", "dense_head", "joint_glu")
 
 
+LARGEST = 1 << 24  # of a size of a model: whatever is above was not meant
+
+
 class ConfigError(ValueError):
     """A config that cannot be run. The message says what to change."""
 
@@ -37,9 +41,15 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+@functools.cache
+def type_hints(cls: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields. They are looked up once, because that takes longer than all checks."""
+    return typing.get_type_hints(cls)
+
+
 def check_choices(config: Any) -> None:
     """Check every Literal-typed field of a dataclass instance against its allowed values."""
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in type_hints(type(config)).items():
         if typing.get_origin(hint) is Literal:
             value, allowed = getattr(config, name), typing.get_args(hint)
             require(value in allowed, f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
@@ -84,7 +94,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         for name in ("vocab", "width", "depth", "glu_width", "heads"):
-            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: must be at least 1")
+            size = getattr(self, name)
+            require(1 <= size <= LARGEST, f"model.{name}={size}: must be from 1 to {LARGEST}")
         require(
             0 <= self.tokenizer_vocab <= self.vocab,
             f"model.tokenizer_vocab={self.tokenizer_vocab}: must be from 0 (no padding) to model.vocab={self.vocab}",
@@ -105,13 +116,13 @@ class ModelConfig:
     def _check_attention(self) -> None:
         require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta}: must be positive")
         heads, kv = self.heads, self.kv_heads
-        possible = [h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0]
-        nearest = ", ".join(map(str, sorted(sorted(possible, key=lambda h: abs(h - heads))[:4])))
-        require(
-            self.width % heads == 0 and (self.width // heads) % 2 == 0,
-            f"model.heads={heads} does not divide model.width={self.width} into even heads (rotary embeddings "
-            f"turn pairs of channels): use one of {nearest}",
-        )
+        if self.width % heads or (self.width // heads) % 2:
+            possible = [h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0]
+            nearest = ", ".join(map(str, sorted(sorted(possible, key=lambda h: abs(h - heads))[:4])))
+            raise ConfigError(
+                f"model.heads={heads} does not divide model.width={self.width} into even heads (rotary embeddings "
+                f"turn pairs of channels): use one of {nearest}"
+            )
         require(
             kv == 0 or (0 < kv <= heads and heads % kv == 0),
             f"model.kv_heads={kv} must divide model.heads={heads} (0: as many)",

@@ -39,14 +39,16 @@ class Device:
 
 
 # NVIDIA H200, H100 SXM and A100 80GB SXM data sheets: NVLink 900, 900 and 600 GB/s both ways; in DGX systems of eight a
-# network card of 400 (A100: 200) Gb/s for each. TPU: docs.cloud.google.com/tpu/docs/v6e, which has v5e beside it: a
-# ring uses two of a chip's four ports; 2 x 100 and 4 x 200 Gb/s for each host of eight chips.
+# network card of 400 (A100: 200) Gb/s for each. TPU: docs.cloud.google.com/tpu/docs/v6e, which has v5e beside it, and
+# v5p: a ring uses two of a chip's four (v5p: six) ports; 2 x 100 and 4 x 200 Gb/s for each host of eight chips, v5p
+# 200 Gb/s for each of four. Their memory is in GiB, as their compiler counts it.
 DEVICES = {
     "h200": Device("cuda", 141e9, 4.8e12, 989e12, 1979e12, 450e9, 50e9, 8, kernels=True),
     "h100": Device("cuda", 80e9, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8, kernels=True),
     "a100": Device("cuda", 80e9, 2.039e12, 312e12, 624e12, 300e9, 25e9, 8),
-    "tpu-v5e": Device("tpu", 16e9, 800e9, 197e12, 393e12, 100e9, 3.1e9, 256),
-    "tpu-v6e": Device("tpu", 32e9, 1600e9, 918e12, 1836e12, 200e9, 12.5e9, 256),
+    "tpu-v5e": Device("tpu", 16 * 2**30, 800e9, 197e12, 393e12, 100e9, 3.1e9, 256, kernels=True),
+    "tpu-v5p": Device("tpu", 95 * 2**30, 2765e9, 459e12, 918e12, 200e9, 6.25e9, 8960, kernels=True),
+    "tpu-v6e": Device("tpu", 32 * 2**30, 1600e9, 918e12, 1836e12, 200e9, 12.5e9, 256, kernels=True),
 }
 
 # Dense bfloat16 FLOP/s by a part of jax's device_kind.
@@ -56,7 +58,7 @@ PEAK_FLOPS = {
     "A100": DEVICES["a100"].bf16,
     "TPU v4": 275e12,
     "TPU v5 lite": DEVICES["tpu-v5e"].bf16,
-    "TPU v5p": 459e12,
+    "TPU v5p": DEVICES["tpu-v5p"].bf16,
     "TPU v6 lite": DEVICES["tpu-v6e"].bf16,
 }
 

@@ -260,14 +260,18 @@ class AgreedStop:
         self._largest = jax.jit(lambda signals: signals.max(), out_shardings=NamedSharding(mesh, P()))
         self._shape, self._pending = (mesh.size,), None
 
-    def __call__(self, signal: int | None) -> int | None:
-        """Takes the signal to this process, and returns the one that all act on now; None for none."""
+    def __call__(self, signal: int | None, save: bool = False) -> tuple[int | None, bool]:
+        """Takes the signal to this process, and returns the one that all act on now; None for none.
+
+        `save`: this process wants to save. Returned true if one of them does; a signal may hide it.
+        """
         if jax.process_count() == 1:
-            return signal
-        own = np.array([signal or 0], np.int32)
+            return signal, save
+        own = np.array([2 * (signal or 0) + save], np.int32)
         before = self._pending
         self._pending = self._largest(jax.make_array_from_callback(self._shape, self._per_device, lambda _: own))
-        return None if before is None else int(jax.device_get(before)) or None
+        agreed = 0 if before is None else int(jax.device_get(before))
+        return agreed // 2 or None, agreed % 2 == 1
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -33,7 +33,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the new one, even after a crash."""
-    with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+    with naming(path), new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # before the rename, or some file systems show an empty file after a crash
@@ -59,14 +59,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def naming(folder: Path) -> Iterator[None]:
-    """Name `folder` in an OSError that names no file, such as that of a full disk."""
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(folder)) from None
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,8 +78,16 @@ def read_json(path: Path) -> Any:
     """Read a JSON file. Raises ValueError that names the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, numbers of thousands of digits, nested too deeply
         raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises ValueError that names the file."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return found
 
 
 def sha256(files: Iterable[Path]) -> str:

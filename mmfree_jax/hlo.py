@@ -1,6 +1,7 @@
-"""Collectives of a compiled program, read from its HLO text (`compiled.as_text()`).
+"""Collectives, matrix products and kernels of a compiled program, read from its HLO text (`compiled.as_text()`).
 
-An instruction in a loop counts once for every iteration; XLA writes the trip count of every `lax.scan`.
+An instruction in a loop counts once for every iteration: XLA writes the trip count of every `lax.scan`, or it is read
+from the loop's condition.
 """
 
 import math
@@ -26,6 +27,12 @@ _CALLS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{([^}
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _ORIGIN = re.compile(r'op_name="([^"]*)"')
+# A matrix product is a dot, and on TPUs a convolution; its operands are named, and defined elsewhere.
+_DEFINITION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = \(?([a-z]+\d*\w*)\[", re.MULTILINE)
+_PRODUCT = re.compile(r"= ([a-z]+\d*\w*)\[\S+ (?:convolution|dot)\(%([\w.\-]+), %([\w.\-]+)\)")
+_KERNEL = re.compile(r"%(\w+?)(?:\.[\w.]+)? = [^\n]* custom-call\([^\n]*custom_call_target=\"tpu_custom_call\"")
+_HOST = re.compile(r" (?:infeed|outfeed|send|recv)(?:-start|-done)?\(|\{[^{}]*S\(5\)[^{}]*\}")  # S(5): its memory
+_CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="')
 # Device groups have four notations: pairs of a permute; lists; a reshaped range ([2,4]<=[8]: two rows of four), perhaps
 # transposed; and axes of a named mesh.
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
@@ -85,12 +92,17 @@ def collectives(text: str) -> list[Collective]:
     """
     bodies = _computations(text)
     runs = _executions(bodies)
-    found = []
+    found, chains = [], set()
     for name, lines in bodies.items():
         for line in lines:
             match = _COLLECTIVE.match(line)
             if match is None or runs[name] == 0:
                 continue
+            # On TPUs a collective that goes on beside other work stands in each part of that work.
+            chain = _CHAIN.search(line)
+            if chain is not None and chain[1] in chains:
+                continue
+            chains |= {chain[1]} if chain else set()
             if math.isnan(runs[name]):
                 raise ValueError(f"{match[1]} is in a loop of unknown length")
             groups = _groups(line)
@@ -98,6 +110,22 @@ def collectives(text: str) -> list[Collective]:
             origin = _ORIGIN.search(line)
             found.append(Collective(match[3], arrays, groups, int(runs[name]), origin[1] if origin else ""))
     return found
+
+
+def products(text: str) -> Counter[tuple[str, str, str]]:
+    """Count the matrix products of a compiled module by the types of both operands and of the result."""
+    types = {name: dtype for name, dtype in _DEFINITION.findall(text)}
+    return Counter((types[a], types[b], result) for result, a, b in _PRODUCT.findall(text))
+
+
+def kernels(text: str) -> Counter[str]:
+    """Count the hand-written kernels for TPUs in a compiled module, by name."""
+    return Counter(_KERNEL.findall(text))
+
+
+def host_transfers(text: str) -> list[str]:
+    """Return the lines of a compiled module that exchange data with the host, or keep them in its memory."""
+    return [line.strip() for line in text.splitlines() if _HOST.search(line)]
 
 
 def total(found: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, float]]:
@@ -133,7 +161,7 @@ def _executions(bodies: dict[str, list[str]]) -> dict[str, float]:
     callers: dict[str, list[tuple[str, float]]] = {name: [] for name in bodies}
     for name, lines in bodies.items():
         for line in lines:
-            for callee, times in _calls(line):
+            for callee, times in _calls(line, bodies):
                 callers[callee].append((name, times))
     runs: dict[str, float] = {"": 1}
 
@@ -145,17 +173,29 @@ def _executions(bodies: dict[str, list[str]]) -> dict[str, float]:
     return {name: count(name) for name in bodies}
 
 
-def _calls(line: str) -> Iterator[tuple[str, float]]:
+def _calls(line: str, bodies: dict[str, list[str]]) -> Iterator[tuple[str, float]]:
     """Computations that an instruction runs, and how often."""
     times = 1.0
     if " while(" in line:
         trips = _TRIPS.search(line)
-        times = int(trips[1]) if trips else math.nan
+        times = int(trips[1]) if trips else _compared(line, bodies)
     for match in _CALL.finditer(line):
         yield match[1], times
     for match in _CALLS.finditer(line):
         for name in match[1].split(","):
             yield name.strip().lstrip("%"), times
+
+
+def _compared(line: str, bodies: dict[str, list[str]]) -> float:
+    """Iterations of a loop as its condition has them: a scan counts from 0 while its counter is less than a constant.
+
+    The compiler for TPUs writes no trip counts. NaN where the condition is another.
+    """
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    text = "\n".join(bodies.get(condition[1], [])) if condition else ""
+    compared = re.search(r"ROOT .* compare\([^()]*%([\w.\-]+)\), direction=LT", text)
+    limit = re.search(rf"%{re.escape(compared[1])} = s32\S* constant\((\d+)\)", text) if compared else None
+    return int(limit[1]) if limit else math.nan
 
 
 def _complete(kind: str, result: str, started: bool, members: int) -> tuple:

@@ -10,7 +10,7 @@ from typing import Any
 from mmfree_jax.config import PLACES, ConfigError, DataConfig, ModelConfig, RunConfig, from_json, require, to_json
 from mmfree_jax.data import TokenSet
 from mmfree_jax.data.corpora import NAMED, CorpusPlace, resolve_corpus, resolve_data, with_contents
-from mmfree_jax.files import read_json, write_atomically, write_json
+from mmfree_jax.files import read_object, write_atomically, write_json
 
 CORPUS = "corpus.json"  # what the run reads, and where that was found last
 MOST_PADDING = 1024  # rows beyond the tokenizer's that are accepted as padding without tokenizer_vocab
@@ -121,12 +121,16 @@ def note_corpus(config: RunConfig, token_set: TokenSet, folder: Path) -> None:
 
 def corpus_facts(folder: Path) -> dict[str, Any]:
     """Return what `note_corpus` wrote; empty for a folder without it, such as that of an older run."""
-    return read_json(folder / CORPUS) if (folder / CORPUS).exists() else {}
+    return read_object(folder / CORPUS) if (folder / CORPUS).exists() else {}
 
 
 def corpus_places(folder: Path) -> tuple[CorpusPlace, ...]:
     """Return where a run found its corpora."""
-    return tuple(CorpusPlace(**one) for one in corpus_facts(folder).get("sets", ()))
+    sets, names = corpus_facts(folder).get("sets", []), set(CorpusPlace._fields)
+    good = isinstance(sets, list) and all(isinstance(one, dict) and one.keys() == names for one in sets)
+    good = good and all(isinstance(value, str) for one in sets for value in one.values())
+    require(good, f"{folder / CORPUS} does not say where the corpora of the run are: remove it")
+    return tuple(CorpusPlace(**one) for one in sets)
 
 
 def held_out_corpus(folder: Path, data: DataConfig, corpus: str) -> TokenSet:
@@ -173,7 +177,11 @@ def claim(config: RunConfig, folder: Path) -> None:
 
 def read_run(path: Path) -> RunConfig:
     """Read a run's config.json. Raises ConfigError that names the file."""
-    return from_json(RunConfig, path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    return from_json(RunConfig, text, str(path))
 
 
 def changes(config: RunConfig, folder: Path) -> str:

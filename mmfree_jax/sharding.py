@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import ConfigError, MeshConfig
@@ -66,14 +67,14 @@ class Rules:
 RULES = Rules()
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """Return a (data, fsdp, tensor, sequence) mesh over the first `config.devices` devices.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Return a (data, fsdp, tensor, sequence) mesh over the first `config.devices` devices (default: all of JAX's).
 
     Raises ConfigError if there are fewer devices than the mesh needs; and if several processes have more, because a
     process without a device in the mesh would have nothing to compute, and would end the others.
     """
     shape = (config.data, config.fsdp, config.tensor, config.sequence)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if config.devices > len(devices):
         raise ConfigError(
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {config.devices} devices, only {len(devices)} exist"
@@ -85,7 +86,10 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
             "start a single process"
         )
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[: config.devices])
+    # A TPU slice is a torus, whose axes are laid along those of the mesh, and split where a mesh has more of them than
+    # the torus: `jax.make_mesh` refuses to.
+    arranged = mesh_utils.create_device_mesh(shape, devices[: config.devices], allow_split_physical_axes=True)
+    return Mesh(arranged, MESH_AXES, axis_types=auto)
 
 
 def idle_devices(config: MeshConfig) -> str:

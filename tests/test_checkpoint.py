@@ -1,7 +1,9 @@
 """Checkpoints move: a run saved on one mesh goes on on others to the same losses. What cannot be read says why."""
 
 import json
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from mmfree_jax.checkpoint import CheckpointError, Checkpoints, restore
+from mmfree_jax import checkpoint
+from mmfree_jax.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, restore
 from tests.simulated import run
 
 # Eight simulated devices in one process for all meshes: compiling is what takes the time.
@@ -96,11 +99,15 @@ def halved(name: str) -> Callable[[Path], None]:
         halved("manifest.ocdbt"),
     ],
 )
-def test_what_is_damaged_is_said_to_be_and_what_to_fall_back_on(damage, tmp_path):
+@pytest.mark.parametrize("sealed", [True, False])
+def test_what_is_damaged_is_said_to_be_and_what_to_fall_back_on(damage, sealed, tmp_path):
+    """Also where it has no checksums, as after a kill between the end of a save and theirs."""
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         for step in (3, 7):
             checkpoints.save({"a": jnp.ones(4)}, {"more": 1}, step)
     damage(tmp_path / "c" / "7")
+    if not sealed:
+        (tmp_path / "c" / "7" / "checksums-0-of-1.json").unlink()
     with pytest.raises(CheckpointError, match=r"c/7 cannot be read: .*is damaged, remove it: the one before .* 3$"):
         restore(tmp_path / "c", {"a": shaped(4)})
     restore(tmp_path / "c", {"a": shaped(4)}, step=3)
@@ -126,3 +133,113 @@ def test_a_device_without_the_memory_for_a_checkpoint_does_not_make_it_damaged(t
     with pytest.raises(CheckpointError, match=r"cannot be read: JaxRuntimeError: RESOURCE_EXHAUSTED") as failed:
         restore(tmp_path / "c", {"a": shaped(4)})
     assert "remove" not in str(failed.value)
+
+
+def flipped(step: Path) -> None:
+    """One bit of the file that holds the arrays."""
+    path = max((step / "state" / "d").iterdir(), key=lambda file: file.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def missing(step: Path) -> None:
+    next(file for file in sorted(step.rglob("*")) if file.is_file() and file.parent.name == "d").unlink()
+
+
+def saved(folder: Path, steps: tuple[int, ...]) -> None:
+    with Checkpoints(folder, keep=len(steps)) as checkpoints:
+        for step in steps:
+            checkpoints.save({"a": jnp.full(4000, step)}, {"step": step}, step)
+
+
+@pytest.mark.parametrize("damage", [flipped, missing, halved("manifest.ocdbt"), halved("checksums-*")])
+def test_the_newest_checkpoint_that_is_not_damaged_is_used_and_the_others_are_set_aside(damage, tmp_path):
+    saved(tmp_path / "c", (3, 5, 7))
+    damage(tmp_path / "c" / "7")
+    damage(tmp_path / "c" / "5")
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        state, meta = checkpoints.restore({"a": shaped(4000)})
+        assert (meta, state["a"][0], checkpoints.steps) == ({"step": 3}, 3, [3])
+        said = checkpoints.news
+        assert [line.partition(" is damaged (")[0] for line in said] == [f"the checkpoint of step {n}" for n in (7, 5)]
+        assert all(line.endswith(": the run goes on from step 3") for line in said)
+        checkpoints.save({"a": jnp.zeros(4000)}, {"step": 7}, 7)
+    assert restore(tmp_path / "c", {"a": shaped(4000)})[1] == {"step": 7}
+    assert (tmp_path / "c" / "damaged-5").is_dir()
+
+
+def test_where_all_are_damaged_nothing_is_moved_and_all_are_named(tmp_path):
+    saved(tmp_path / "c", (3, 5))
+    flipped(tmp_path / "c" / "3")
+    missing(tmp_path / "c" / "5")
+    for _ in range(2):
+        with Checkpoints(tmp_path / "c") as checkpoints, pytest.raises(CheckpointError) as failed:
+            checkpoints.restore({"a": shaped(4000)})
+    says = (
+        r"has no checkpoint that is not damaged \(step 5: .* is missing; step 3: .* has other .*\): put one back from"
+    )
+    assert failed.match(says)
+    assert "\n" not in str(failed.value)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tmp_path):
+    saved(tmp_path / "c", (3, 5))
+    shutil.rmtree(tmp_path / "c")
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        with pytest.raises(
+            CheckpointError, match=r"although one of step 5 was written: put it back .* or remove .*c\.json"
+        ):
+            checkpoints.check_not_lost()
+        (tmp_path / "c.json").unlink()
+        checkpoints.check_not_lost()
+
+
+@pytest.fixture
+def largest_file():
+    """Sets the most bytes that this process may write into a file."""
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_save_that_fails_in_the_background_is_reported_and_the_next_ones_are_made(
+    largest_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "PAUSES_SECONDS", (0.1,))
+    noise = {"a": jax.random.normal(jax.random.key(0), 30_000)}
+    with Checkpoints(tmp_path / "c", keep=3) as checkpoints:
+        checkpoints.save(noise, {}, 3)
+        largest_file(50_000)
+        checkpoints.save(noise, {}, 5)
+        with pytest.raises(CheckpointError, match=r"cannot be written \(.*File too large.*\): .* is of step 3$"):
+            checkpoints.save_now(noise, {}, 6)
+        largest_file(resource.RLIM_INFINITY)
+        assert [line[:32] for line in checkpoints.news] == [f"the checkpoint of step {n} was not" for n in (5, 6, 6)]
+        for step in (6, 7):
+            checkpoints.save(noise, {}, step)
+        checkpoints.save_now(noise, {}, 8)
+        assert checkpoints.steps == [6, 7, 8]
+        assert not checkpoints.failed
+    restore(tmp_path / "c", {"a": shaped(30_000)}, step=6)
+
+
+def test_a_last_save_that_fails_is_an_error_at_the_end(largest_file, tmp_path):
+    noise = {"a": jax.random.normal(jax.random.key(0), 30_000)}
+    one = Checkpoints(tmp_path / "c")
+    largest_file(50_000)
+    one.save(noise, {}, 5)
+    with pytest.raises(CheckpointError, match="the newest checkpoint is of step none"):
+        one.__exit__(None)
+
+
+def test_a_reader_does_not_fall_back(tmp_path):
+    """An evaluation of another step than the newest would look like that of the run."""
+    saved(tmp_path / "c", (3, 5))
+    flipped(tmp_path / "c" / "5")
+    with pytest.raises(
+        DamagedCheckpoint, match=r"c/5 cannot be read: .*SHA-256\); it is damaged, remove it: .* step 3$"
+    ):
+        restore(tmp_path / "c", {"a": shaped(4000)})
+    assert (tmp_path / "c" / "5").is_dir()

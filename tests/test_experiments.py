@@ -1,16 +1,26 @@
 """The committed experiments: what they promise about themselves, and that their constants come from their tables."""
 
 import csv
+import dataclasses
 import math
 import statistics
 from pathlib import Path
 
 import pytest
 
-from experiments import integer_gradients, integer_gradients_105m, ladder, quickstart, quickstart_rates
+from experiments import (
+    h200_ladder,
+    h200_rates,
+    integer_gradients,
+    integer_gradients_105m,
+    ladder,
+    quickstart,
+    quickstart_rates,
+)
 from experiments.learning_rate_picture import curves, optimum, read
 from experiments.learning_rate_transfer import STEP
 from mmfree_jax import flops
+from mmfree_jax.config import ConfigError
 from mmfree_jax.sweep.experiment import run_flops
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
@@ -92,3 +102,60 @@ def test_the_best_rate_stays_put_under_mup_and_falls_under_the_standard_parametr
     assert max(map(abs, steps(kept))) < 1
     assert steps(standard)[-1] < -2
     assert ladder.BASES[family].lr == pytest.approx(kept[256], rel=0.05)
+
+
+@pytest.fixture
+def h200_runs(monkeypatch):
+    monkeypatch.setattr(h200_ladder, "best_rates", lambda: dict.fromkeys(h200_ladder.CELLS, (4e-3, 2e-3)))
+    return h200_ladder.study().runs
+
+
+def whole_flops(run):
+    """Of a run from its first step on, the trunk's included."""
+    return flops.train_flops_per_token(run.model, run.data.sequence).products * run.positions
+
+
+def test_the_cells_of_the_ladder_on_an_h200_differ_in_mixer_and_linear_layers_only(h200_runs):
+    first, *others = ([run for run in h200_runs if run.model.family == f] for f in h200_ladder.CELLS)
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert (a.data, a.seed, a.steps, a.optim) == (b.data, b.seed, b.steps, b.optim)
+            own, its = (dataclasses.asdict(run.model) for run in (a, b))
+            differing = {name for name in own if own[name] != its[name]}
+            # Head and norm of a ternary layer are switches that dense layers do not have: set to what those are.
+            assert differing <= {"mixer", "linear", "heads", "dense_head", "linear_norm"}
+            assert b.model.dense_head == (not b.model.linear_norm) == (b.model.linear == "ternary")
+            assert flops.parameters(a.model).N == flops.parameters(b.model).N
+
+
+def test_the_ladder_on_an_h200_is_as_wide_as_it_says(h200_runs):
+    assert sum(map(run_flops, h200_runs)) == pytest.approx(1.6e18, rel=0.03)
+    assert sum(map(run_flops, h200_rates.study().runs)) == pytest.approx(5.6e16, rel=0.03)
+    for family in h200_ladder.CELLS:
+        ends = [run for run in h200_runs if run.model.family == family and run.evaluate]
+        sizes = {flops.parameters(run.model).N_nonemb for run in ends}
+        assert len(sizes) == 6
+        assert max(sizes) > 50 * min(sizes)
+        spent = sorted(map(whole_flops, ends))
+        assert spent[-1] > max(5e16, 100 * spent[0])
+        for run in ends:
+            ratio = run.positions / flops.parameters(run.model).N
+            assert 4.9 < ratio < 80.5
+            assert run.positions < 4.01 * h200_ladder.CORPUS_TOKENS
+        seeds = {(run.model.width, run.steps, run.seed, run.data.seed) for run in ends}
+        cells = {(width, steps) for width, steps, seed, _ in seeds if seed == 2}
+        assert len(cells) == 2
+        assert all({(w, s, seed, seed) for w, s in cells} <= seeds for seed in (0, 1, 2))
+
+
+def test_the_ladder_on_an_h200_takes_its_rates_from_the_table_and_from_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(h200_ladder, "RATES", tmp_path / "rates.csv")
+    h200_ladder.best_rates.cache_clear()
+    with pytest.raises(ConfigError, match=r"run experiments/h200_rates.py first"):
+        h200_ladder.study()
+    rows = [f"{f},{w},{lr},{3 + abs(math.log(lr / best))}" for f in h200_ladder.CELLS
+            for w, best in ((128, 4e-3), (256, 2e-3)) for lr in h200_rates.GRID]  # fmt: skip
+    h200_ladder.RATES.write_text("\n".join(["family,width,lr,loss", *rows]))
+    assert h200_ladder.best_rates() == dict.fromkeys(h200_ladder.CELLS, (4e-3, 2e-3))
+    assert h200_ladder.rate("hgrn", 512) == pytest.approx(1e-3)
+    h200_ladder.best_rates.cache_clear()

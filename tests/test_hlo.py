@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mmfree_jax.hlo import collectives, total
+from mmfree_jax.hlo import collectives, host_transfers, kernels, products, total
 from tests.simulated import run
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -89,3 +89,42 @@ def test_instructions_in_nested_loops_count_once_an_iteration():
     rows = {row[0]: row[1:] for row in json.loads(run("-c", PROGRAM)[0].splitlines()[-1])}
     assert rows["all-gather"] == [[["s8", [64, 64]]], 15, ["fsdp"], 4096, 15 * 4096 * 3 / 4]
     assert rows["all-reduce"][1:] == [1, ["data", "fsdp"], 4, 7]
+
+
+OF_A_TPU = """HloModule step
+%condition.1 (p: (s32[], f32[8])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(24), metadata={op_name="x"}
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i.1, %constant.7), direction=LT
+}
+
+%begins.1 (p: s8[2,8]) -> s8[8,8] {
+  %all-gather.1 = s8[8,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,4]<=[4], attributes={chain_id="0"}
+}
+
+%ends.1 (p: s8[2,8]) -> s8[8,8] {
+  %all-gather.2 = s8[8,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,4]<=[4], attributes={chain_id="0"}
+}
+
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x.1 = s8[4,8]{1,0} parameter(0)
+  %w.1 = s8[8,8]{1,0:T(32,128)(4,1)} fusion(%x.1), kind=kLoop, calls=%begins.1
+  %v.1 = s8[8,8]{1,0:T(32,128)(4,1)} fusion(%x.1), kind=kLoop, calls=%ends.1
+  %y.1 = s32[4,8]{1,0:T(8,128)} convolution(%x.1, %w.1), dim_labels=bf_io->bf
+  %recurrence.3 = (f32[8]{0}) custom-call(%y.1), custom_call_target="tpu_custom_call"
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %while.1 = (s32[], f32[8]{0}) while(%t.1), condition=%condition.1, body=%body.1
+  %copy.1 = f32[8]{0:T(128)S(5)} copy(%p)
+}
+"""
+
+
+def test_programs_for_tpus():
+    """Their loops have no trip counts, and a collective that goes on beside other work stands in each part of it."""
+    (gather,) = collectives(OF_A_TPU)
+    assert (gather.kind, gather.executions, gather.arrays) == ("all-gather", 24, (("s8", (8, 8)),))
+    assert products(OF_A_TPU) == {("s8", "s8", "s32"): 1}
+    assert kernels(OF_A_TPU) == {"recurrence": 1}
+    assert host_transfers(OF_A_TPU) == ["%copy.1 = f32[8]{0:T(128)S(5)} copy(%p)"]

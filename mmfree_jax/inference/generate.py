@@ -72,12 +72,8 @@ class Reading:
         tokens = np.concatenate([np.zeros(padding, np.int32), self.prompt])
         cuts = [0, *range(first + padding, len(tokens), PIECE), len(tokens)]
         self._pieces = collections.deque(tokens[a:b] for a, b in itertools.pairwise(cuts))
-        self._model, self._padding, self._read = (
-            model,
-            padding,
-            -padding,
-        )  # tokens read, from the first of the prompt on
-        self._state = _start_at(model, -padding, capacity)
+        self._model, self._state = model, _start_at(model, -padding, capacity)
+        self._read = -padding  # tokens read, from the first of the prompt on
         self._logits_BV: jax.Array | None = None
 
     @property

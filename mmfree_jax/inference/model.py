@@ -25,37 +25,20 @@ from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import path_name
 
 
-class PackedProjection(nnx.Module):
-    """`models.layers.Projection` with packed weights."""
+class ServedProjection(nnx.Module):
+    """`models.layers.Projection` with weights as a file holds them."""
 
-    def __init__(self, recipe: Recipe, codes: tuple[Packed, ...], gain: Any):
+    def __init__(self, recipe: Recipe, weights: PackedWeights | RowWeights):
         self.recipe = recipe
-        self.codes = nnx.data(codes)
-        self.gain = nnx.data(gain)
+        self._weights = nnx.data(weights)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """[..., D] -> one [..., F] for each group."""
-        return linear(self.recipe, x, self.weights())
+        return linear(self.recipe, x, self._weights)
 
-    def weights(self) -> PackedWeights:
+    def weights(self) -> PackedWeights | RowWeights:
         """Return its arrays, as the ops take them."""
-        return PackedWeights(self.codes, self.gain)
-
-
-class DenseProjection(nnx.Module):
-    """`models.layers.Projection` of dense layers, its matrices as they lie in a file."""
-
-    def __init__(self, recipe: Recipe, rows_FD: tuple[jax.Array, ...]):
-        self.recipe = recipe
-        self.rows_FD = nnx.data(rows_FD)
-
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """[..., D] -> one [..., F] for each group."""
-        return linear(self.recipe, x, self.weights())
-
-    def weights(self) -> RowWeights:
-        """Return its arrays, as the ops take them."""
-        return RowWeights(self.rows_FD)
+        return self._weights
 
 
 Place = Literal["device", "host"]  # where an embedding lies
@@ -238,12 +221,13 @@ def _block(block: Block, arrays: dict[str, np.ndarray], layer: int, layout: Layo
 
 def _projection(
     module: Projection, name: str, arrays: dict[str, np.ndarray], layer: int, layout: Layout
-) -> PackedProjection | DenseProjection:
+) -> ServedProjection:
     if not module.recipe.ternary:
         kernel = arrays[f"{name}.kernel"][layer]
-        return DenseProjection(module.recipe, tuple(map(jax.device_put, kernel if module.groups else [kernel])))
+        rows_FD = tuple(map(jax.device_put, kernel if module.groups else [kernel]))
+        return ServedProjection(module.recipe, RowWeights(rows_FD))
     codes_GFI, scale_GF = arrays[f"{name}.codes"][layer], arrays[f"{name}.scale"][layer]
     pairs = zip(codes_GFI, scale_GF, strict=True)
     codes = tuple(Packed(_placed(q, layout), jax.device_put(s[None]), layout) for q, s in pairs)
     gain = jax.device_put(arrays[f"{name}.gain"][layer]) if f"{name}.gain" in arrays else None
-    return PackedProjection(module.recipe, codes, gain)
+    return ServedProjection(module.recipe, PackedWeights(codes, gain))

@@ -11,6 +11,7 @@ CPU computes with the mapped file itself: a model is there as soon as its pages 
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -23,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from mmfree_jax.config import ModelConfig, from_json, to_json
-from mmfree_jax.files import new_folder, read_json, sha256, write_json
+from mmfree_jax.files import new_folder, read_object, sha256, write_json
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.models.layers import Projection
 from mmfree_jax.models.mlgru import floors
@@ -203,10 +204,10 @@ def read_packed(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     if not is_packed(folder):
         raise PackedError(f"{folder} has no {PACKED}: not a packed model")
-    facts = read_json(folder / PACKED)
+    facts = read_object(folder / PACKED)
     if facts.get("version") != VERSION:
         raise PackedError(f"{folder / PACKED} is of version {facts.get('version')}; this one reads version {VERSION}")
-    facts["model"] = from_json(ModelConfig, json.dumps(facts["model"]), str(folder / PACKED))
+    facts["model"] = from_json(ModelConfig, json.dumps(facts.get("model")), str(folder / PACKED))
     return facts, map_tensors(folder / TENSORS)
 
 
@@ -219,19 +220,31 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     size = int.from_bytes(whole[:8].tobytes(), "little")
     try:
         header = json.loads(whole[8 : 8 + size].tobytes())
-        end = max(entry["data_offsets"][1] for entry in header.values())
-    except (ValueError, KeyError, AttributeError) as error:
+        parts = {name: _part(entry) for name, entry in header.items()}
+        end = max(part.stop for part, _, _ in parts.values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise PackedError(f"{path} is no safetensors file: {error}") from None
     if 8 + size + end != whole.size:
         raise PackedError(f"{path} has {whole.size} bytes, but its header promises {8 + size + end}: it is cut off")
     data = whole[8 + size :]
-    cut = lambda entry: data[slice(*entry["data_offsets"])].view(TYPES[entry["dtype"]]).reshape(entry["shape"])
-    return {name: cut(entry) for name, entry in header.items()}
+    return {name: data[part].view(dtype).reshape(shape) for name, (part, dtype, shape) in parts.items()}
+
+
+def _part(entry: Any) -> tuple[slice, np.dtype, tuple[int, ...]]:
+    """Place, type and shape of a tensor. Raises ValueError for a place of another size than they have."""
+    (start, stop), dtype, shape = entry["data_offsets"], TYPES[entry["dtype"]], tuple(entry["shape"])
+    counts = all(type(number) is int and 0 <= number < 1 << 60 for number in (start, stop, *shape))
+    if not counts or stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"a tensor of shape {shape!s:.80} cannot be in bytes {start!s:.20} to {stop!s:.20}")
+    return slice(start, stop), dtype, shape
 
 
 def verify_packed(folder: Path) -> None:
     """Read every byte and compare with the checksums. Raises PackedError naming the first file that differs."""
-    for name, expected in read_json(folder / PACKED)["sha256"].items():
+    sums = read_object(folder / PACKED).get("sha256")
+    if not isinstance(sums, dict) or any(Path(name).name != name for name in sums):
+        raise PackedError(f"{folder / PACKED} has no checksums of the files beside it")
+    for name, expected in sums.items():
         if not (folder / name).is_file():
             raise PackedError(f"{folder / name} is missing")
         if sha256([folder / name]) != expected:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmfree_jax.architecture import ONLY_TERNARY
+from mmfree_jax.architecture import LARGEST, ONLY_TERNARY
 from mmfree_jax.config import ModelConfig, require
 from mmfree_jax.files import new_folder, read_json
 from mmfree_jax.interop import bitnet, hgrn, llama
@@ -29,6 +29,14 @@ FORMAT_OF_FAMILY = {"matmul-free": "hgrn_bit", "transformer++": "llama", "bitnet
 SHARD_BYTES = 5 * 10**9
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 HEAD = "lm_head.weight"
+MOST_LAYERS = 4096  # of a folder that somebody else wrote
+# Types of what may be left out, or null.
+OPTIONAL: dict[tuple[type, ...], tuple[str, ...]] = {
+    (int,): ("intermediate_size", "num_key_value_heads", "head_dim"),
+    (int, float): ("hidden_ratio", "rms_norm_eps", "initializer_range", "rope_theta", "partial_rotary_factor"),
+    (bool,): ("use_lower_bound", "tie_word_embeddings"),
+    (dict,): ("rope_parameters", "rope_scaling"),
+}
 VOCABULARY = ("embedding", "head.kernel")  # parameters that have a row for each token in a checkpoint
 
 
@@ -135,7 +143,8 @@ def read_config(folder: Path) -> ModelConfig:
     """
     values, file = _read_values(folder), folder / "config.json"
     kind = values.get("model_type")
-    require(kind in FORMATS, f"{file}: model_type={kind!r}; only {', '.join(FORMATS)} can be read")
+    known = isinstance(kind, str) and kind in FORMATS
+    require(known, f"{file}: model_type={kind!r:.80}; only {', '.join(FORMATS)} can be read")
     quantised = values.get("quantization_config")
     require(
         not quantised or kind == "bitnet",
@@ -144,8 +153,15 @@ def read_config(folder: Path) -> ModelConfig:
     )
     form = FORMATS[str(kind)]
     for name in form.SIZES:
-        size = values.get(name)
-        require(type(size) is int, f"{file}: {name} is {'missing' if size is None else f'{size!r}, not a number'}")
+        size: Any = values.get(name)
+        require(type(size) is int, f"{file}: {name} is {'missing' if size is None else f'{size!r:.80}, not a number'}")
+        most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+        require(1 <= size <= most, f"{file}: {name}={size:.6g} is not from 1 to {most}")
+    for kinds, names in OPTIONAL.items():
+        for name in names:
+            value = values.get(name)
+            right = value is None or type(value) in kinds
+            require(right, f"{file}: {name}={value!r:.80} is not of type {' or '.join(one.__name__ for one in kinds)}")
     for name, only in form.FIXED.items():
         found = values.get(name, only)
         require(found == only, f"{file}: {name}={found!r} is not supported, only {only!r}")

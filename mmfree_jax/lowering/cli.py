@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -14,6 +15,8 @@ from mmfree_jax.command_line import parse
 from mmfree_jax.config import MeshConfig, RunConfig, require, suggestion
 from mmfree_jax.devices import DEVICES
 from mmfree_jax.lowering import serving
+from mmfree_jax.lowering.compiled import Compiled, check_installed, compile_absent
+from mmfree_jax.lowering.program import Traffic
 from mmfree_jax.lowering.verdict import Verdict, judge
 from mmfree_jax.output import program
 from mmfree_jax.presets import PRESETS, run_preset
@@ -24,8 +27,11 @@ class LowerArguments:
     """Predict for a run on a machine that is not here: does it fit, how long is a step, what do devices exchange."""
 
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
-    device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v6e"] = "h200"
+    device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v5p", "tpu-v6e"] = "h200"
     """Type of the devices. Their number and use follow from the mesh, such as --mesh fsdp=64,tensor=8."""
+    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compile the step for these devices as well, by their own compiler (jax[tpu], jax[cuda13]), which then decides
+    whether it fits. A minute or more; no such device is needed."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print everything as one JSON object."""
 
@@ -36,14 +42,18 @@ def main(arguments: list[str]) -> int:
     if "--serve" in arguments:
         return serving.main([argument for argument in arguments if argument != "--serve"])
     if not arguments or arguments[0].startswith("-"):
-        print(f"usage: {name} PRESET --mesh fsdp=64,tensor=8 [--device h200] [--json] [overrides as in train]")
+        print(f"usage: {name} PRESET --mesh fsdp=64,tensor=8 [--device h200] [--compile] [--json] [overrides]")
         print(f"       {name} MODEL --serve --context 2048 --batch 1 [--device h200], for a preset or a folder\n")
         print(f"presets: {', '.join(PRESETS)}\n\n{name} PRESET --help lists what can be overridden")
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 1
     preset, *rest = arguments
     default = LowerArguments(run=run_preset(preset))
     options = parse(LowerArguments, with_mesh(rest), f"{name} {preset}", default)
+    if options.compile:
+        check_installed(options.device)
     verdict = judge(options.run, options.device)
+    if options.compile:
+        verdict = dataclasses.replace(verdict, compiled=compile_absent(options.run, options.device))
     if options.json:
         print(json.dumps(as_json(options.run, verdict), allow_nan=False))
     else:
@@ -97,7 +107,12 @@ def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
         f"{run.data.batch} x {run.data.sequence} tokens a step, remat {run.remat}"
     )
     console.print(_memory_table(verdict))
-    console.print(_traffic_table(run, verdict))
+    if verdict.compiled is not None:
+        console.print(_compiled_table(verdict.compiled, verdict))
+    title = "collective" if verdict.compiled is None else "collective, by the model"
+    console.print(_traffic_table(run, verdict.report.traffic, title))
+    if verdict.compiled is not None and verdict.compiled.traffic:
+        console.print(_traffic_table(run, verdict.compiled.traffic, "collective, compiled"))
     console.print(_time_table(run, verdict))
     for line in verdict.report.replicated:
         console.print(line)
@@ -117,9 +132,12 @@ def show(run: RunConfig, verdict: Verdict, console: Console) -> None:
         )
     for line in _proposals(run, verdict):
         console.print(line)
-    sign = "<=" if verdict.fits else ">"
+    if verdict.compiled is not None and verdict.compiled.refused:
+        console.print(f"does not fit: {verdict.compiled.refused}")
+        return
+    sign, by = ("<=" if verdict.fits else ">"), ("" if verdict.compiled is None else ", compiled")
     console.print(
-        f"{'fits' if verdict.fits else 'does not fit'}: {verdict.memory.total / 1e9:.1f} GB a device {sign} "
+        f"{'fits' if verdict.fits else 'does not fit'}: {verdict.needed / 1e9:.1f} GB a device{by} {sign} "
         f"{verdict.usable / 1e9:.1f} GB usable"
     )
 
@@ -134,9 +152,25 @@ def _memory_table(verdict: Verdict) -> Table:
     return table
 
 
-def _traffic_table(run: RunConfig, verdict: Verdict) -> Table:
-    table = Table("collective", "type", "arrays a step", "sent by one device, GB", "along")
-    for one in sorted(verdict.report.traffic, key=lambda one: -one.sent):
+def _compiled_table(compiled: Compiled, verdict: Verdict) -> Table:
+    """What the target's compiler says beside what the model says."""
+    table = Table("memory of one device", "compiled, GB", "model, GB", title_justify="left")
+    model = verdict.memory
+    state, working = model.parameters + model.optimizer, model.activations + model.gradients + model.working
+    for name, found, expected in (
+        ("state and batch", compiled.state, f"{state / 1e9:.2f}"),
+        ("temporaries", compiled.temporaries, f"{working / 1e9:.2f}"),
+        ("generated code", compiled.code, ""),
+    ):
+        table.add_row(name, f"{found / 1e9:.2f}", expected)
+    off = "" if compiled.refused else f" ({model.total / compiled.total - 1:+.0%})"
+    table.add_row("total", f"{compiled.total / 1e9:.2f}", f"{model.total / 1e9:.2f}{off}", style="bold")
+    return table
+
+
+def _traffic_table(run: RunConfig, traffic: Sequence[Traffic], title: str) -> Table:
+    table = Table(title, "type", "arrays a step", "sent by one device, GB", "along")
+    for one in sorted(traffic, key=lambda one: -one.sent):
         along = " x ".join(f"{axis} {getattr(run.mesh, axis)}" for axis in one.axes)
         table.add_row(one.kind, one.dtype, f"{one.count:,}", f"{one.sent / 1e9:.3f}", along)
     return table

@@ -1,8 +1,8 @@
 """Bytes that one device needs at the peak of a training step, from a model.
 
 State is exact (from the shardings). The residuals of each layer, which the forward pass stores for the backward pass,
-are counted array by array, as compiled for an H200 (jax 0.11.2). The working set is a fit to those compilations. The
-total is right within 10 % (tests/lowering/test_memory.py).
+are counted array by array, as compiled for an H200 (jax 0.11.2) and for TPUs (jax 0.10.2). The working set is a fit to
+those compilations. The total is right within 10 % (tests/lowering/test_memory.py); `lower --compile` asks the compiler.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from mmfree_jax.lowering.program import Report
 # most of what JAX hands over is recomputed in fusions, or shared. And our kernels cannot be traced without their GPU's
 # stack.
 
+BLOCK = 128  # steps that attention's kernel for TPUs takes at once
 LOGITS = 2**26  # of a chunk of tokens in the loss (ops/cross_entropy.py)
 
 
@@ -78,6 +79,13 @@ HGRN = {
 }
 
 
+# On TPUs layers run in a loop, whose residuals are stacks. Dense layers keep the sources of their inputs (`ops.fast`).
+TPU: dict[tuple[str, str], Residuals] = {
+    ("attention", "dense"): Residuals(4, 10, 4, 2),  # two residuals; q, k, v, y by the kernel and by time; gate, up
+    ("mlgru", "dense"): Residuals(4, 8, 4, 2),  # two residuals; i, f, g, h; gate, up
+}
+
+
 class Parts:
     """Base of dataclasses whose fields are numbers that add up."""
 
@@ -108,6 +116,8 @@ def layer_residuals(run: RunConfig, device: Device) -> Residuals:
         tables = {"attention": ATTENTION, "mlgru": HGRN, "rwkv4": RWKV4}
     table = tables[model.mixer]
     found = table.get("looped", table["none"]) if looped(run, device) and run.remat == "none" else table[run.remat]
+    if device.platform == "tpu" and run.remat == "none":
+        found = TPU.get((model.mixer, model.linear), found)
     # Kernels that recompute codes need entire rows. If tensor shards the rows of both output projections, their codes
     # are stored instead.
     stored_codes = 1 if table is MLGRU_KERNELS and run.mesh.tensor > 1 and run.remat != "full" else 0
@@ -185,8 +195,13 @@ def _layer(run: RunConfig, residuals: Residuals) -> float:
 
 def whole_scores(run: RunConfig, device: Device) -> bool:
     """Return whether attention computes all scores at once, because no fused kernel is available."""
+    if run.model.mixer != "attention":
+        return False
+    if device.platform == "tpu":
+        whole_blocks = run.mesh.sequence == 1 or run.data.sequence % (run.mesh.sequence * BLOCK) == 0
+        return not (device.kernels and run.kernels == "auto" and whole_blocks)
     fused = device.platform == "cuda" and run.mesh.sequence == 1 and not run.data.separate_documents
-    return run.model.mixer == "attention" and not (fused and run.precision != "float32")
+    return not (fused and run.precision != "float32")
 
 
 def _scores(run: RunConfig, device: Device) -> float:

@@ -71,10 +71,13 @@ def inspect(run: RunConfig, platform: Platform) -> Report:
         raise RuntimeError(f"the step cannot be made for this mesh: {why}{''.join(last)}")
     found = json.loads(done.stdout.splitlines()[-1])
     traffic = tuple(Traffic(**{**one, "axes": tuple(one["axes"])}) for one in found.pop("traffic"))
-    rematerialised = done.stderr.count(REMATERIALISED)
-    return Report(
-        **{**found, "rematerialised": rematerialised, "replicated": tuple(found["replicated"])}, traffic=traffic
-    )
+    found |= {"rematerialised": rematerialisations(done.stderr), "replicated": tuple(found["replicated"])}
+    return Report(**found, traffic=traffic)
+
+
+def rematerialisations(log: str) -> int:
+    """Count the arrays that the partitioner replicates, by what the compiler logs."""
+    return log.count(REMATERIALISED)
 
 
 def lower_for(run: RunConfig, platform: Platform) -> Any:
@@ -88,7 +91,7 @@ def lower_for(run: RunConfig, platform: Platform) -> Any:
     sizes = tuple(dataclasses.asdict(run.mesh)[axis] for axis in MESH_AXES)
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     with traced_for(platform):
-        _, traced = _traced(run, mesh, jax.sharding.use_abstract_mesh)
+        _, traced = traced_step(looped(run), mesh, jax.sharding.use_abstract_mesh)
         return traced.lower(lowering_platforms=(platform,))
 
 
@@ -103,7 +106,7 @@ def partition(run: RunConfig, platform: Platform) -> Report:
     # the form of attention, are those of the real program.
     mesh = make_mesh(run.mesh)
     with traced_for(platform):
-        state, traced = _traced(run, mesh, jax.set_mesh)
+        state, traced = traced_step(looped(run), mesh, jax.set_mesh)
         text = traced.lower().compile().as_text()
     on_a_device = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape))  # elements
     local_bytes = lambda tree: sum(on_a_device(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -119,8 +122,13 @@ def partition(run: RunConfig, platform: Platform) -> Report:
     )
 
 
-def _traced(run: RunConfig, mesh: Any, entering: Any) -> tuple[Any, Any]:
-    """The abstract state, and the step traced on it, with a loop over layers, so that depth costs nothing."""
+def looped(run: RunConfig) -> RunConfig:
+    """Return the run with a loop over layers, so that depth costs nothing."""
+    return dataclasses.replace(run, unroll=1)
+
+
+def traced_step(run: RunConfig, mesh: Any, entering: Any) -> tuple[Any, Any]:
+    """Return the abstract state of a run on a mesh, which `entering` makes the context's, and the step traced on it."""
     import jax
     import jax.numpy as jnp
 
@@ -128,7 +136,7 @@ def _traced(run: RunConfig, mesh: Any, entering: Any) -> tuple[Any, Any]:
     from mmfree_jax.training.optim import Rates
     from mmfree_jax.training.step import build_program, program_key
 
-    program = build_program(program_key(dataclasses.replace(run, unroll=1), end_of_document=0), mesh)
+    program = build_program(program_key(run, end_of_document=0), mesh)
     shape = (run.data.batch, run.data.sequence + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     rate = jax.ShapeDtypeStruct((), jnp.float32)

@@ -66,7 +66,7 @@ class ServingArguments:
     """Tokens of a prompt and its completion together."""
     batch: int = 1
     """Sequences that decode together."""
-    device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v6e", "cpu"] = "h200"
+    device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v5p", "tpu-v6e", "cpu"] = "h200"
     """Type of the device; cpu is that of this machine, whose rate of reading is measured."""
     stored: Stored = "bfloat16"
     """Type of the embedding and of dense matrices."""

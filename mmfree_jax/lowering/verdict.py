@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mmfree_jax.config import Remat, RunConfig
 from mmfree_jax.devices import DEVICES, USABLE, Device
+from mmfree_jax.lowering.compiled import Compiled
 from mmfree_jax.lowering.memory import Memory, memory, policies
 from mmfree_jax.lowering.program import Report, inspect
 from mmfree_jax.lowering.roofline import StepTime, step_time
@@ -34,11 +35,17 @@ class Verdict:
     micro_batches: Proposal | None  # for a run that does not fit: the same batch in as few micro-batches as possible
     same_batch: Proposal | None  # the cheapest policy for the run's own batch and micro-batches
     largest: Proposal | None  # the largest batch, and the cheapest policy for it
+    compiled: Compiled | None = None  # where the target's own compiler was asked
+
+    @property
+    def needed(self) -> float:
+        """Bytes that one device needs: as compiled, if it was, otherwise by the model."""
+        return self.memory.total if self.compiled is None else self.compiled.total
 
     @property
     def fits(self) -> bool:
         """Whether the run fits without changes."""
-        return self.memory.total <= self.usable
+        return self.needed <= self.usable and not (self.compiled is not None and self.compiled.refused)
 
 
 def judge(run: RunConfig, device_name: str) -> Verdict:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mmfree_jax.files import LockedError, read_json, write_json
+from mmfree_jax.files import LockedError, read_object, write_json
 
 # A shared file system may not share locks, and clocks differ. So nothing here compares the clocks of two machines: the
 # age of a file is the difference of two time stamps that the file system itself gave.
@@ -85,9 +85,13 @@ def last_beat(folder: Path) -> Beat | None:
     """Return the heartbeat in a run's folder; None if no process trains it, or one has just stopped."""
     path = folder / FILE
     try:
-        return Beat(**read_json(path), at=path.stat().st_mtime)
+        found, at = read_object(path), path.stat().st_mtime
     except FileNotFoundError:
         return None
+    host, pid, job = (found.get(name) for name in ("host", "pid", "job"))
+    if not (isinstance(host, str) and type(pid) is int and isinstance(job, str)):
+        raise ValueError(f"{path} names no process: remove it")
+    return Beat(host, pid, job, at)
 
 
 def file_clock(folder: Path) -> float:

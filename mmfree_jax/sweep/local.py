@@ -98,7 +98,8 @@ def find_slots() -> list[Slot]:
     cores = sorted(os.sched_getaffinity(0))
     if gpus := _visible_gpus():
         return [Slot(f"gpu{g}", {GPU: g}, frozenset(cores), nvidia.memory_bytes(g)) for g in gpus]
-    if os.environ.get("JAX_PLATFORMS", "tpu") == "tpu" and importlib.util.find_spec("libtpu") is not None:
+    wanted = os.environ.get("JAX_PLATFORMS") or "tpu"  # JAX takes the best platform that there is, or one of a list
+    if "tpu" in wanted.split(",") and importlib.util.find_spec("libtpu") is not None:
         # Counted from the system's files: libtpu would take all chips in order to count them.
         chips = max(len(glob.glob(pattern)) for pattern in TPU_FILES)
         if chips:

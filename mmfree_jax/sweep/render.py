@@ -45,12 +45,14 @@ _yaml: Callable[[dict], str] = functools.partial(yaml.dump, Dumper=_Dumper, sort
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """An accelerator by its names: SkyPilot's (of one, or of a slice of {n} chips), GKE's node label, the pip extra."""
+    """An accelerator by its names: SkyPilot's (of one, or of a slice of {chips} or {cores}), GKE's node label, the pip
+    extra; and how many are on a host and in the slices that there are."""
 
     sky: str
     gke: str
     extra: str
     per_host: int
+    topologies: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def is_tpu(self) -> bool:
@@ -58,21 +60,23 @@ class Device:
         return self.extra == "tpu"
 
 
+FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 DEVICES = {
     "h200": Device("H200", "nvidia-h200-141gb", "cuda13", 8),
     "h100": Device("H100", "nvidia-h100-80gb", "cuda13", 8),
     "a100": Device("A100-80GB", "nvidia-a100-80gb", "cuda13", 8),
-    "tpu-v5e": Device("tpu-v5litepod-{n}", "tpu-v5-lite-podslice", "tpu", 4),
-    "tpu-v6e": Device("tpu-v6e-{n}", "tpu-v6e-slice", "tpu", 4),
+    "tpu-v5e": Device("tpu-v5litepod-{chips}", "tpu-v5-lite-podslice", "tpu", 4, FLAT),
+    "tpu-v5p": Device("tpu-v5p-{cores}", "tpu-v5p-slice", "tpu", 4, CUBES),
+    "tpu-v6e": Device("tpu-v6e-{chips}", "tpu-v6e-slice", "tpu", 4, FLAT),
 }
-TOPOLOGIES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cloud:
     """Machines for rendered tasks. A task gets as many devices as the mesh of its runs has."""
 
-    device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v6e"] = "h200"
+    device: Literal["h200", "h100", "a100", "tpu-v5e", "tpu-v5p", "tpu-v6e"] = "h200"
     """Accelerator."""
     storage: str = ""
     """Storage for the runs that all machines can see.
@@ -112,8 +116,8 @@ def render(
     # A chain is a task, so a machine that is taken away stops one chain and the others go on.
     tasks, device = [], DEVICES[cloud.device]
     for chain in chains(study.runs):
-        count, near = chain[0].mesh.devices, ", ".join(map(str, TOPOLOGIES))
-        possible = not device.is_tpu or count in TOPOLOGIES
+        count, near = chain[0].mesh.devices, ", ".join(map(str, device.topologies))
+        possible = not device.is_tpu or count in device.topologies
         require(possible, f"{chain[0].name}: no {cloud.device} slice has {count} chips: use one of {near}")
         hosts, per_host = machines(chain, device.per_host, "host")
         name = _plain(f"{study.name}-{chain[0].name}")
@@ -165,7 +169,9 @@ def worker_command(task: Task, experiment: str | Path) -> str:
 def skypilot(task: Task, experiment: Path) -> dict:
     """Return a managed job (docs.skypilot.co, "SkyPilot YAML"). Of a TPU slice SkyPilot counts each host as a node."""
     cloud, device = task.cloud, DEVICES[task.cloud.device]
-    accelerators = device.sky.format(n=task.hosts * task.per_host) if device.is_tpu else f"{device.sky}:{task.per_host}"
+    chips = task.hosts * task.per_host
+    named = device.sky.format(chips=chips, cores=2 * chips)
+    accelerators = named if device.is_tpu else f"{device.sky}:{task.per_host}"
     return {
         "name": task.name,
         "resources": {
@@ -277,7 +283,7 @@ def _pod(task: Task, command: str) -> dict:
     resource = "google.com/tpu" if device.is_tpu else "nvidia.com/gpu"
     selector = {f"cloud.google.com/gke-{'tpu-' if device.is_tpu else ''}accelerator": device.gke}
     if device.is_tpu:
-        selector["cloud.google.com/gke-tpu-topology"] = TOPOLOGIES[task.hosts * task.per_host]
+        selector["cloud.google.com/gke-tpu-topology"] = device.topologies[task.hosts * task.per_host]
     if cloud.spot:
         selector["cloud.google.com/gke-spot"] = "true"
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmfree_jax.config import RunConfig, require
-from mmfree_jax.files import last_lines, read_json, write_atomically
+from mmfree_jax.files import last_lines, read_object, write_atomically
 from mmfree_jax.sweep.heartbeat import Beat, holder
 
 COLUMNS = ("run_id", "family", "N", "D", "loss")  # that every runs table has
@@ -59,26 +59,40 @@ def run_folder(out: Path, run: RunConfig) -> Path:
 def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
     """Read the state of `run` from its folder. `now`: its `file_clock`, for callers with many folders."""
     if (folder / "result.json").exists():
-        result = read_json(folder / "result.json")
-        shown = result["loss"] if result["loss"] is not None else result["train_loss"]
-        return RunStatus(run, "done", run.steps, shown, result=result)
+        result = read_object(folder / "result.json")
+        shown = result.get("train_loss") if result.get("loss") is None else result["loss"]
+        return RunStatus(run, "done", run.steps, _number(shown), result=result)
     # Only the end of the file is read: a status of a thousand runs must not read a thousand logs.
-    rows = [json.loads(line) for line in last_lines(folder / "metrics.jsonl", 2)]
+    rows = [row for line in last_lines(folder / "metrics.jsonl", 2) if (row := _row(line)) is not None]
     row = rows[-1] if rows else {}
-    saved = _saved_step(folder)
-    known = {
-        "step": max(row.get("step", 0), saved),
-        "loss": row.get("loss"),
-        "tokens_per_s": row.get("tokens_per_s"),
-        "steady": len(rows) == 2 and all(one.get("tokens_per_s") for one in rows),
+    saved, step = _saved_step(folder), row.get("step")
+    known: dict[str, Any] = {
+        "step": max(step if type(step) is int else 0, saved),
+        "loss": _number(row.get("loss")),
+        "tokens_per_s": _number(row.get("tokens_per_s")),
+        "steady": len(rows) == 2 and all(_number(one.get("tokens_per_s")) for one in rows),
     }
     # A run that is being trained may have an old error.txt, of the attempt before this one.
     if beat := holder(folder, now):
         return RunStatus(run, "running", **known, holder=beat)
     with contextlib.suppress(FileNotFoundError):  # a driver that tries it again may be deleting the error now
-        if lines := (folder / "error.txt").read_text(encoding="utf-8").strip().splitlines():
+        if lines := (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines():
             return RunStatus(run, "failed", **known, error=lines[-1])
     return RunStatus(run, "stopped" if row or saved else "waiting", **known)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A line of metrics; None for one that a crash of the machine has left half written."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _number(value: Any) -> float | None:
+    """A number that can be shown, else None."""
+    return value if type(value) in (int, float) and abs(value) < 1e300 else None
 
 
 def _saved_step(folder: Path) -> int:
@@ -116,7 +130,7 @@ def collect(out: Path, runs: Sequence[RunConfig]) -> Path:
     rows = [
         found.result
         for run in runs
-        if (found := status(run_folder(out, run), run)).result and found.result["loss"] is not None
+        if (found := status(run_folder(out, run), run)).result and found.result.get("loss") is not None
     ]
     text = io.StringIO()
     # The first row decides the order of the columns; later rows may add some.

@@ -18,7 +18,8 @@ class Interrupted(Exception):
         self.status = status
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a polite kill, a terminal that was closed
+# Ctrl-C, a polite kill, a terminal that was closed, and what batch systems send before they preempt a job.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @contextlib.contextmanager
@@ -46,7 +47,7 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """Set the flag on SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone), SIGUSR2 (SLURM's notice before
+    """Set the flag on SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone), SIGUSR1 and SIGUSR2 (a notice before
     preemption) and SIGALRM (time is up), as long as the context is open.
 
     A second Ctrl-C is not caught, so that an impatient user gets out at once.
@@ -58,7 +59,7 @@ def stop_flag() -> Iterator[StopFlag]:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    with handling((*STOP_SIGNALS, signal.SIGUSR2, signal.SIGALRM), stop):
+    with handling((*STOP_SIGNALS, signal.SIGALRM), stop):
         yield flag
 
 

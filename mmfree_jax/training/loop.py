@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmfree_jax import distributed, flops
 from mmfree_jax.checkpoint import Checkpoints, restore
 from mmfree_jax.config import RunConfig, require, to_json
 from mmfree_jax.data import Batches, Counts, TokenSet, batches
+from mmfree_jax.data.reading.verified import verify_once
 from mmfree_jax.devices import GENERATOR, check_settings, peak_memory_bytes
 from mmfree_jax.errors import logged
 from mmfree_jax.evaluation.loss import Scores, evaluate, score_lines
@@ -36,6 +38,7 @@ from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status, st
 from mmfree_jax.training.metrics import Interval, Log, Progress, RunLog, SilentLog
 from mmfree_jax.training.optim import rates
 from mmfree_jax.training.profiling import Profile
+from mmfree_jax.training.retry import Retry
 from mmfree_jax.training.self_check import self_check
 from mmfree_jax.training.step import Program, TrainState, concrete, make_program, program_key
 from mmfree_jax.weights import load_params, model_config, with_choices_of
@@ -56,6 +59,7 @@ def train(
     if (folder / "result.json").exists() and not changes(config, folder):
         return read_json(folder / "result.json")  # nothing is written, because the disk may be read-only by now
     check_data(config, token_set)
+    verify_once(token_set)
     profile = Profile(folder / "profile", profile_steps, config.steps)
     with contextlib.ExitStack() as stack:
 
@@ -99,11 +103,13 @@ def _train(
         if check_first:
             self_check(key, data.batch, data.sequence, token_set.vocab_size)
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
+        retry = Retry()
         rows = _batches(config, program, token_set, progress.data)  # continues at the example where the state stands
         agreed = distributed.AgreedStop(program.mesh)
         log_of_process = RunLog(folder, marks) if distributed.is_first() else SilentLog()
         with log_of_process as log, rows, jax.set_mesh(program.mesh), profile:
             _describe(config, program, log, progress)
+            _tell(config, log, checkpoints.news)
             kernels = verification.record()
             for use in kernels["served"]:
                 log.event(f"kernel serves: {use}")
@@ -140,12 +146,18 @@ def _train(
                 progress.step, progress.data = step + 1, rows.state
                 every = config.checkpoint_every
                 due = step + 1 in milestones or (every > 0 and (step + 1) % every == 0)
+                _tell(config, log, checkpoints.news)
                 # All processes must save after the same step, so a signal to one of them is shared first.
-                if (stopping := agreed(stop.signal)) or due:
+                stopping, again = agreed(stop.signal, retry.due(checkpoints.failed, step + 1))
+                if stopping or due or again:
                     interval.flush() if due else interval.hold()
-                    checkpoints.save(state, _meta(config, token_set, progress, log), step + 1)
+                    # Branches need a milestone's own step, and after a signal there is no later one.
+                    save = checkpoints.save_now if stopping or step + 1 in milestones else checkpoints.save
+                    save(state, lambda: _meta(config, token_set, progress, log), step + 1)
+                    progress.held = []
                     interval.resume()
                 if stopping:
+                    _tell(config, log, checkpoints.news)
                     log.event(f"stopped by signal {stopping} after step {step + 1}; saved")
                     place = f"stopped after step {step + 1}, saved in {folder}"
                     raise Interrupted(exit_status(stopping), f"{config.name}: {place}")
@@ -156,7 +168,7 @@ def _train(
     result = result_row(config, token_set, progress, scores)
     distributed.first_does(lambda: write_json(folder / "result.json", result))
     # A signal during the evaluation must not be lost, or a worker would begin its next run. SIGALRM comes too late.
-    stopping = agreed(stop.signal) or agreed(None)
+    stopping = agreed(stop.signal)[0] or agreed(None)[0]
     if stopping and stopping != signal.SIGALRM:
         raise Interrupted(exit_status(stopping), f"{config.name}: finished, in {folder}; stopped after that")
     return result
@@ -183,6 +195,7 @@ def _begin(
     config: RunConfig, folder: Path, program: Program, checkpoints: Checkpoints, token_set: TokenSet
 ) -> tuple[TrainState, Progress, dict[str, int]]:
     """Where to start. In this order: the folder's newest checkpoint, the branch point, `init`, random weights."""
+    checkpoints.check_not_lost()
     if not checkpoints.steps and config.branch is None:
         with jax.set_mesh(program.mesh):
             state = program.init(jax.random.key(config.seed, impl=GENERATOR))
@@ -226,6 +239,15 @@ def _meta(config: RunConfig, token_set: TokenSet, progress: Progress, log: Log) 
         "progress": dataclasses.asdict(progress),
         "marks": log.mark(),
     }
+
+
+def _tell(config: RunConfig, log: Log, news: list[str]) -> None:
+    """Write lines that somebody should read to log.txt and to stderr, and empty the list."""
+    while news:  # a thread may add some
+        line = news.pop(0)
+        log.event(line)
+        if distributed.is_first():
+            print(f"{config.name}: {line}", file=sys.stderr, flush=True)
 
 
 def _describe(config: RunConfig, program: Program, log: Log, progress: Progress) -> None:

@@ -24,6 +24,7 @@ from mmfree_jax.config import RunConfig
 from mmfree_jax.data import Counts
 from mmfree_jax.devices import EnergyMeter, peak_flops
 from mmfree_jax.distributed import sum_integers, sum_or_none
+from mmfree_jax.training.lines import Lines, drop_what_is_refused
 
 # Every file is append-only and its length is part of each checkpoint. A resumed run first cuts its logs back to the
 # checkpoint, so no step is ever logged twice, however the run died.
@@ -77,19 +78,23 @@ class RunLog(contextlib.AbstractContextManager):
             else:
                 os.truncate(path, min(keep, path.stat().st_size))
         folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
+        self._metrics, self._text = Lines(folder / "metrics.jsonl"), Lines(folder / "log.txt")
         self._board = SummaryWriter(str(folder / "tb"), flush_secs=30)
+        drop_what_is_refused(self._board)
 
     def _files(self) -> list[Path]:
         named = [self.folder / "metrics.jsonl", self.folder / "log.txt", *(self.folder / "tb").glob("events.*")]
         return [path for path in named if path.exists()]
 
-    def __exit__(self, *_: object) -> None:
-        self.mark()
-        self._board.close()
-        self._metrics.close()
-        self._text.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            # A run that ends well must have all of its lines; one that fails has an error of its own.
+            with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):
+                self.mark()
+        finally:
+            self._board.close()
+            self._metrics.close()
+            self._text.close()
 
     def event(self, text: str) -> None:
         """Write a line to log.txt, with the time."""
@@ -113,10 +118,9 @@ class RunLog(contextlib.AbstractContextManager):
             self._board.add_histogram(name, values, step)
 
     def mark(self) -> dict[str, int]:
-        """Write everything to disk and return the length of each file in bytes."""
+        """Write everything to disk and return the length of each file in bytes. Raises OSError, naming the file."""
         for file in (self._metrics, self._text):
-            file.flush()
-            os.fsync(file.fileno())
+            file.sync()
         self._board.flush()
         return {str(path.relative_to(self.folder)): path.stat().st_size for path in self._files()}
 
@@ -244,7 +248,7 @@ class Interval:
             self.began, self.running = time.perf_counter(), 0
 
     def hold(self) -> None:
-        """Put what is not logged yet into the progress, so that a run stopped here logs the same rows in the end."""
+        """Put what is not logged yet into the progress, so that a run saved here logs the same rows in the end."""
         self.pause()
         metrics, counts = self._fetch()
         self.progress.held = [
@@ -257,7 +261,6 @@ class Interval:
             for one, values, up_to in zip(self.pending, metrics, counts, strict=True)
         ]
         self.progress.counts = counts[-1] if counts else self.progress.counts
-        self.pending.clear()
 
     def _fetch(self) -> tuple[list[Mapping[str, Any]], list[Counts]]:
         """The metrics of the pending steps as NumPy scalars, and the counts of all processes up to each of them.

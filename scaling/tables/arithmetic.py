@@ -22,6 +22,7 @@ OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.UAdd: operator.pos,
 }
 FUNCTIONS = {"log": np.log, "exp": np.exp, "log2": np.log2, "sqrt": np.sqrt}
+LONGEST = 1000  # characters of an expression
 QUOTED = re.compile(r"`([^`]+)`")
 
 
@@ -35,18 +36,34 @@ def formula(text: str) -> tuple[ast.expr, dict[str, str]]:
         return f" column_{len(names) - 1} "
 
     try:
+        if len(text) > LONGEST:
+            raise ValueError("too long")
         tree = ast.parse(QUOTED.sub(named, text).strip(), mode="eval").body
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ScalingError(f"{text!r} is neither a column nor arithmetic over columns") from error
     # Python's parser, but not its evaluator: what is allowed is listed, so that a formula from a stranger's command
     # line can call nothing.
+    functions = set()
     for node in ast.walk(tree):
-        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS
-        known = (ast.BinOp, ast.UnaryOp, ast.Constant, ast.Name, ast.Load, *OPERATORS)
-        if not (called or isinstance(node, known)):
+        called = is_call(node)
+        functions |= {id(node.func)} if called and isinstance(node, ast.Call) else set()
+        known = (ast.BinOp, ast.UnaryOp, ast.Name, ast.Load, *OPERATORS)
+        if not (called or isinstance(node, known) or is_number(node)):
             raise ScalingError(f"{text!r} may hold numbers, columns, + - * / ** and {', '.join(FUNCTIONS)}")
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(FUNCTIONS)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in functions}
     return tree, {name: names.get(name, name) for name in used}
+
+
+def is_call(node: ast.AST) -> bool:
+    """Whether a node calls one of the functions with one argument."""
+    known = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS
+    return known and isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords
+
+
+def is_number(node: ast.AST) -> bool:
+    """Whether a node is a number that fits a float."""
+    value = node.value if isinstance(node, ast.Constant) else None
+    return type(value) is float or (type(value) is int and abs(value) < 10**300)
 
 
 def evaluated(tree: ast.AST, values: Mapping[str, float]) -> float:

@@ -3,7 +3,6 @@ points from inside a run."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.signal import lfilter
 
+from scaling.tables.readers import json_object, parse_json_line
 from scaling.tables.runs import Runs, ScalingError
 
 WANTED = ("tokens", "flops", "loss")
@@ -33,8 +33,9 @@ def sweep_curves(path: Path) -> dict[str, dict[str, np.ndarray]]:
 def trunk_of(folder: Path) -> str:
     """The run that a run branches off, from its config.json; "" if it branches off none."""
     config = folder / "config.json"
-    branch = json.loads(config.read_text()).get("branch") if config.is_file() else None
-    return branch["run"] if branch else ""
+    branch = json_object(config).get("branch") if config.is_file() else None
+    trunk = branch.get("run", "") if isinstance(branch, dict) else ""
+    return trunk if isinstance(trunk, str) else ""
 
 
 def after_trunk(curve: dict[str, np.ndarray], trunk: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
@@ -48,13 +49,16 @@ def after_trunk(curve: dict[str, np.ndarray], trunk: dict[str, np.ndarray] | Non
 def read_curve(log: Path) -> dict[str, np.ndarray]:
     """One run's curve; the last line may be cut off, since a run that is still going writes it."""
     rows = []
-    lines = log.read_text().splitlines()
-    for number, line in enumerate(lines):
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            if number < len(lines) - 1:
-                raise
+            row = parse_json_line(line, number)
+        except ScalingError as error:
+            if number < last:
+                raise ScalingError(f"{log}: {error}") from error
             break
         if all(isinstance(row.get(name), (int, float)) for name in WANTED):
             told = [row.get(name) for name in (*WANTED, *SCHEDULE)]

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], str]:
     if name.endswith(".gz"):
         try:
             data, name = gzip.decompress(data), name.removesuffix(".gz")
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ScalingError(f"{path.name} is not gzip: {error}") from error
     if not data.strip():
         raise ScalingError(f"{path} is empty")
@@ -83,7 +84,9 @@ def digest_of(paths: list[Path]) -> str:
 def json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(decode(path.read_bytes(), path))
-    except json.JSONDecodeError as error:
+    except ScalingError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ScalingError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ScalingError(f"{path} is not a JSON object")
@@ -93,12 +96,12 @@ def json_object(path: Path) -> dict[str, Any]:
 def read_parquet(path: Path) -> list[dict[str, Any]]:
     """Rows of a Parquet file; needs pyarrow, an optional dependency."""
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ScalingError("reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
         return parquet.read_table(path).to_pylist()
-    except ArrowInvalid as error:
+    except (ArrowException, OSError, UnicodeError) as error:  # damage shows as any of these
         raise ScalingError(f"{path.name} is not a Parquet file: {error}") from error
 
 
@@ -136,8 +139,11 @@ def wandb_config(path: Path) -> dict[str, Any]:
     """Settings of a config.yaml as Weights & Biases writes it: a mapping with `value` below each name."""
     try:
         data = yaml.safe_load(decode(path.read_bytes(), path)) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ScalingError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, Mapping):
+        raise ScalingError(f"{path} is not a mapping")
+    data = {str(name): value for name, value in data.items()}
     known = {
         k: v["value"] for k, v in data.items() if isinstance(v, Mapping) and "value" in v and not k.startswith("_")
     }
@@ -159,6 +165,7 @@ def tensorboard_row(folder: Path, root: Path) -> dict[str, Any]:
 def tensorboard_scalars(file: Path) -> Iterator[tuple[int, str, float]]:
     """(step, tag, value) of an event file; needs tensorboardX for the format. A record cut off ends the file."""
     try:
+        from google.protobuf.message import DecodeError
         from tensorboardX.proto.event_pb2 import Event
     except ImportError as error:
         raise ScalingError("reading TensorBoard logs needs tensorboardX: pip install tensorboardX") from error
@@ -170,7 +177,10 @@ def tensorboard_scalars(file: Path) -> Iterator[tuple[int, str, float]]:
         record = data[place + 12 : place + 12 + length]
         if len(record) < length:
             return
-        event = Event.FromString(record)
+        try:
+            event = Event.FromString(record)
+        except DecodeError as error:
+            raise ScalingError(f"{file} is no event file of TensorBoard: {error}") from error
         for value in event.summary.value:
             kind = value.WhichOneof("value")
             if kind == "simple_value":
@@ -213,7 +223,7 @@ def json_records(text: str, name: str) -> list[dict[str, Any]]:
     """An array of objects, or the first such array inside an object."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ScalingError(f"{name} is not JSON: {error}") from error
     if isinstance(value, dict):
         value = next((v for v in value.values() if isinstance(v, list)), value)
@@ -256,7 +266,7 @@ def parse_table(text: str, name: str) -> list[dict[str, Any]]:
 def parse_json_line(line: str, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ScalingError(f"line {number} is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ScalingError(f"line {number} is not a JSON object")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import importlib.util
+import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -328,6 +329,8 @@ def as_number(value: Any) -> float | None:
         return float("nan")
     try:
         return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
         pass
     found = NUMBER.match(str(value).strip())

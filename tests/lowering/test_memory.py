@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import tpu_steps
 from mmfree_jax import flops
 from mmfree_jax.config import MeshConfig, RunConfig
 from mmfree_jax.devices import DEVICES
@@ -16,6 +17,7 @@ from mmfree_jax.presets import run_preset
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 COMPILED = list(csv.DictReader((RESULTS / "h200_memory.csv").open()))
+TPU = list(csv.DictReader((RESULTS / "tpu_steps.csv").open()))
 # experiments/results/h200_bench.md and h100_bench.md, "Steps": device, preset, batch, sequence, remat, gradient_bits,
 # GB, ms a step. (h200_steps.md times the same through `train`; its ternary steps are of kernels that are no more.)
 # The model's shares were fitted to the first six steps, of an earlier version; the others it had not seen.
@@ -68,6 +70,19 @@ def test_memory_is_within_a_tenth_of_what_the_compiler_asks_for(row):
     mesh = MeshConfig(fsdp=int(row["fsdp"]), tensor=int(row["tensor"]))
     run = dataclasses.replace(run, kernels=row["kernels"], optim=optim, mesh=mesh)
     assert memory(run, state_of(run), DEVICES["h200"]).total == pytest.approx(float(row["bytes"]), rel=0.10)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in TPU if not row["refused"]], ids=lambda row: "-".join(list(row.values())[:7])
+)
+def test_memory_is_within_a_tenth_of_what_the_compiler_for_tpus_asks_for(row):
+    run = tpu_steps.run_of(*(row[name] for name in tpu_steps.COLUMNS))
+    compiled = sum(float(row[name]) for name in ("state", "temporaries", "code"))
+    assert memory(run, state_of(run), DEVICES[row["device"]]).total == pytest.approx(compiled, rel=0.10)
+
+
+def test_the_gates_of_steps_on_tpus_hold():
+    assert [row["faults"] for row in TPU] == [""] * len(TPU)
 
 
 @pytest.mark.parametrize("case", MEASURED, ids=str)

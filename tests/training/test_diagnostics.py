@@ -67,8 +67,8 @@ def test_a_run_stopped_between_them_has_the_same_rows_in_the_end(token_set, tmp_
         def __init__(self, mesh):
             pass
 
-        def __call__(self, signal):
-            return next(asked, 0)
+        def __call__(self, signal, save=False):
+            return next(asked, 0), save
 
     with monkeypatch.context() as patch:
         patch.setattr("mmfree_jax.distributed.AgreedStop", Stop)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmfree_jax import checkpoint
 from mmfree_jax.checkpoint import CheckpointError, Checkpoints
 from mmfree_jax.config import Branch, ConfigError, OptimConfig
 from mmfree_jax.data.building.token_writer import write_token_set
@@ -263,16 +264,74 @@ def test_seconds_and_joules_are_those_of_all_steps_however_often_a_run_is_stoppe
     assert (result["seconds"], result["joules"]) == (12, 24)
 
 
-def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(token_set, tmp_path):
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(token_set, tmp_path, capsys):
     config = tiny_run("matmul-free", token_set.path)
-    result = train(config, tmp_path, token_set)
+    result, before = train(config, tmp_path, token_set), curve(tmp_path)
     (tmp_path / "result.json").unlink()
-    newest = tmp_path / "checkpoints" / "12"
-    (newest / "state" / "_METADATA").unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoints/12 cannot be read: .*remove it: .* is of step 10$"):
-        train(config, tmp_path, token_set)
-    shutil.rmtree(newest)
+    (tmp_path / "checkpoints" / "12" / "state" / "_METADATA").unlink()
     assert numbers(train(config, tmp_path, token_set)) == numbers(result)
+    assert curve(tmp_path) == before
+    says = (
+        "the checkpoint of step 12 is damaged (state/_METADATA is missing) and set aside as damaged-12: the run goes "
+    )
+    says += "on from step 10"
+    assert says in (tmp_path / "log.txt").read_text()
+    assert capsys.readouterr().err == f"matmul-free-tiny: {says}\n"
+
+
+def test_a_run_without_any_good_checkpoint_stops_every_time(token_set, tmp_path):
+    config = tiny_run("matmul-free", token_set.path)
+    train(config, tmp_path, token_set)
+    (tmp_path / "result.json").unlink()
+    rows = read_metrics(tmp_path)
+    for step in (10, 12):
+        (tmp_path / "checkpoints" / str(step) / "state" / "_METADATA").unlink()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"has no checkpoint that is not damaged \(step 12: .*; step 10: "):
+            train(config, tmp_path, token_set)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match="although one of step 12 was written"):
+        train(config, tmp_path, token_set)
+    assert read_metrics(tmp_path) == rows
+
+
+def test_a_save_that_fails_is_tried_again_soon_and_changes_no_row(token_set, tmp_path, monkeypatch):
+    """The checkpoint of step 5 and its first retry fail; the second retry, two steps later, comes in between rows."""
+    config = tiny_run("matmul-free", token_set.path, keep_checkpoints=9, log_every=5)
+    whole = train(config, tmp_path / "whole", token_set)
+    write, tried = checkpoint.write_checksums, []
+
+    def full(folder, *parts):
+        tried.append(int(folder.name))
+        if len(tried) <= 2:
+            shutil.rmtree(folder)
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        write(folder, *parts)
+
+    monkeypatch.setattr(checkpoint, "write_checksums", full)
+    slow = lambda *a: (time.sleep(0.3), False)[1]  # so that the thread has failed before the next step ends
+    monkeypatch.setattr("mmfree_jax.training.loop.Diagnostics.after", slow)
+    found = train(config, tmp_path / "full", token_set)
+    assert tried == [5, 7, 9, 10, 12]
+    assert numbers(found) == numbers(whole)
+    assert curve(tmp_path / "full") == curve(tmp_path / "whole")
+    log = (tmp_path / "full" / "log.txt").read_text()
+    assert re.findall(r"the checkpoint of step (\d+) was not written: .*No space left", log) == ["5", "7"]
+    for step in (10, 12):
+        shutil.rmtree(tmp_path / "full" / "checkpoints" / str(step))
+    (tmp_path / "full" / "result.json").unlink()
+    assert numbers(train(config, tmp_path / "full", token_set)) == numbers(whole)
+    assert curve(tmp_path / "full") == curve(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_notice_of_preemption_saves_the_run_at_the_end_of_its_step(number, token_set, tmp_path, monkeypatch):
+    config = tiny_run("matmul-free", token_set.path, evaluate=False)
+    monkeypatch.setattr("mmfree_jax.training.loop.Diagnostics", stop_after(3, number))
+    with pytest.raises(Interrupted) as stop:
+        train(config, tmp_path, token_set)
+    assert stop.value.status == 75
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 
 def test_a_run_that_took_too_much_memory_goes_on_with_less(token_set, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def _plain_blocks(tokens: np.ndarray, end: int) -> Iterator[tuple[np.ndarray, np
 def _megatron_documents(path: Path) -> Iterator[np.ndarray]:
     """Tokens of each document of a Megatron-LM indexed data set (version 1)."""
     index = path.with_suffix(".idx").read_bytes()
-    if index[:9] != _MEGATRON_MAGIC:
+    if index[:9] != _MEGATRON_MAGIC or len(index) < 34:
         raise ValueError(f"{path.with_suffix('.idx')} is not an index of Megatron-LM")
     # Then sizes (int32), byte offsets (int64) and the first sequence of each document (int64): a document is one
     # sequence or several.
@@ -82,11 +82,16 @@ def _megatron_documents(path: Path) -> Iterator[np.ndarray]:
     sizes = np.frombuffer(index, "<i4", sequences, 34)
     pointers = np.frombuffer(index, "<i8", sequences, 34 + 4 * sequences)
     documents = np.frombuffer(index, "<i8", bounds, 34 + 12 * sequences)
-    data = np.memmap(path, np.uint8, "r")
+    data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
     expected = int((pointers + sizes.astype(np.int64) * dtype.itemsize).max(initial=0))
     if expected != len(data):
         state = "cut off" if expected > len(data) else "not of its index"
         raise ValueError(f"{path} is {state}: the index expects {expected} bytes, not {len(data)}")
+    # Sequences lie one after the other, and documents are rows of them: whatever else an index says is damage.
+    inside = pointers.min(initial=0) >= 0 and sizes.min(initial=0) >= 0 and (pointers % dtype.itemsize == 0).all()
+    ordered = len(documents) == 0 or (documents[0] >= 0 and documents[-1] <= sequences)
+    if not (inside and ordered and (np.diff(documents) >= 0).all() and (np.diff(pointers) >= 0).all()):
+        raise ValueError(f"{path.with_suffix('.idx')} has sequences or documents that are not in order")
     for first, last in zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True):
         if last > first:
             stop = int(pointers[last - 1]) + int(sizes[last - 1]) * dtype.itemsize

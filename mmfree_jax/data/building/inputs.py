@@ -285,7 +285,7 @@ def _read_parquet(unit: Unit, key: str, refuse: Refuse) -> Found:
                     why = f"column {key!r} holds {batch.schema.field(0).type}, which is not text"
                     refuse(f"{path}, row {number}", ValueError(why))
             row += batch.num_rows
-    except need("pyarrow", "Parquet", "pyarrow").ArrowException as error:
+    except (need("pyarrow", "Parquet", "pyarrow").ArrowException, OSError, UnicodeError) as error:
         raise InputError(f"{path} is cut off or damaged: {error}") from None
 
 
@@ -322,7 +322,7 @@ def _parquet_file(path: str) -> Any:
     module = need("pyarrow.parquet", "Parquet", "pyarrow")
     try:
         return module.ParquetFile(path)
-    except need("pyarrow", "Parquet", "pyarrow").ArrowException as error:
+    except (need("pyarrow", "Parquet", "pyarrow").ArrowException, OSError, UnicodeError) as error:
         raise InputError(f"{path} is cut off or damaged: {error}") from None
 
 

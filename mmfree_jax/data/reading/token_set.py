@@ -10,20 +10,24 @@ data_card.json/.md    where the text is from
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmfree_jax.checksums import READERS, sha256_of
 from mmfree_jax.data.tokenizers import tokenizer as tokenization
 
 FORMAT = "mmfree-token-set"
 VERSION = 1
 PACKED = "packed_sequence"  # key of the index: the window length that a set is packed for
 INDEX, TOKENIZER, CARD, READABLE_CARD = "index.json", "tokenizer.json", "data_card.json", "data_card.md"
-_BLOCK = 1 << 22  # bytes read at once for checksums
+DTYPES = ("uint16", "uint32")
+SHARD_FILE = re.compile(r"\w[\w.-]*\.bin", re.ASCII)  # a plain name: an index must not lead out of its folder
 
 
 class TokenSetError(ValueError):
@@ -44,6 +48,53 @@ class Shard:
     def starts_file(self) -> str:
         """Name of the file with the document starts."""
         return self.file.removesuffix(".bin") + ".docs"
+
+    def sums(self) -> tuple[tuple[str, str], ...]:
+        """Return the names of both files with their SHA-256."""
+        return (self.file, self.sha256), (self.starts_file, self.starts_sha256)
+
+
+def wrong_in_index(index: dict[str, Any]) -> str:
+    """Return what is wrong in an index of the right format and version, whoever wrote it; empty if nothing is."""
+    kinds = {"dtype": str, "vocab_size": int, "vocab_hash": str, "fingerprint": str, "end_of_document": int}
+    for name, kind in {**kinds, "splits": dict}.items():
+        if name not in index:
+            return f"has no {name!r}"
+        if type(index[name]) is not kind:
+            return f"has {name}={index[name]!r:.60}, which must be of type {kind.__name__}"
+    if not re.fullmatch("[0-9a-f]{64}", index["fingerprint"]):
+        return f"has fingerprint={index['fingerprint']!r:.80}, which is no SHA-256"
+    if index["dtype"] not in DTYPES:
+        return f"has dtype={index['dtype']!r:.60}, not one of {', '.join(DTYPES)}"
+    if not 0 <= index["end_of_document"] < index["vocab_size"] <= 1 << 32:
+        return "has an end_of_document that is not in its vocabulary"
+    packed = index.get(PACKED)
+    if packed is not None and not (type(packed) is int and packed >= 2):
+        return f"has {PACKED}={packed!r:.60}, which must be at least 2"
+    for name, split in index["splits"].items():
+        shards = split.get("shards") if isinstance(split, dict) else None
+        if not isinstance(shards, list) or not _is_count(split.get("text_bytes")):
+            return f"describes the split {name!r:.60} without its shards and text_bytes"
+        for shard in shards:
+            if not _is_shard(shard):
+                return f"has a shard in the split {name!r:.60} that is none: {shard!r:.80}"
+    return ""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 60
+
+
+def _is_shard(value: Any) -> bool:
+    """Whether an entry of an index has the fields of a Shard, and a file in the folder of the index."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {field.name for field in fields(Shard)}
+        and _is_count(value["tokens"])
+        and _is_count(value["documents"])
+        and all(type(value[name]) is str for name in ("file", "sha256", "starts_sha256"))
+        and SHARD_FILE.fullmatch(value["file"]) is not None
+    )
 
 
 def fingerprint(vocab_hash: str, dtype: str, splits: dict[str, Any]) -> str:
@@ -73,7 +124,7 @@ class Split:
         self.shards = shards
         self.parts = [_map(folder / shard.file, dtype, shard.tokens) for shard in shards]
         starts = np.dtype("<u8")
-        self._starts = [_map(folder / shard.starts_file, starts, shard.documents) for shard in shards]
+        self.starts = [_map(folder / shard.starts_file, starts, shard.documents) for shard in shards]
         self.bounds = np.cumsum([0] + [shard.tokens for shard in shards])
 
     def __len__(self) -> int:
@@ -86,7 +137,7 @@ class Split:
 
     def document_starts(self) -> np.ndarray:
         """Return the index of the first token of every document, int64 [documents], increasing."""
-        pieces = [s.astype(np.int64) + b for s, b in zip(self._starts, self.bounds, strict=False)]
+        pieces = [s.astype(np.int64) + b for s, b in zip(self.starts, self.bounds, strict=False)]
         return np.concatenate([np.zeros(0, np.int64), *pieces])
 
     def __getitem__(self, where: slice) -> np.ndarray:
@@ -131,16 +182,17 @@ class TokenSet:
             index = json.loads((path / INDEX).read_text(encoding="utf-8"))
         except ValueError as error:
             raise TokenSetError(f"{path / INDEX} is not JSON ({error}): build the token set again") from None
+        except RecursionError:
+            raise TokenSetError(f"{path / INDEX} is nested too deeply: build the token set again") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise TokenSetError(f"{path / INDEX} does not describe a token set")
         if index.get("version") != VERSION:
             raise TokenSetError(
                 f"{path / INDEX} has format version {index.get('version')}, this program reads {VERSION}"
             )
-        try:
-            return TokenSet(path, index)
-        except KeyError as error:
-            raise TokenSetError(f"{path / INDEX} has no {error}: build the token set again") from None
+        if wrong := wrong_in_index(index):
+            raise TokenSetError(f"{path / INDEX} {wrong}: build the token set again")
+        return TokenSet(path, index)
 
     def split(self, name: str) -> Split:
         """Return the split `name`; KeyError names the splits there are."""
@@ -171,15 +223,19 @@ class TokenSet:
     def verify(self) -> None:
         """Read every file and compare checksums and token range. Raises TokenSetError naming the first wrong file."""
         self.tokenizer()
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        with ThreadPoolExecutor(READERS) as pool:
+            sums = [(name, expected) for one in shards for name, expected in one.sums()]
+            found = pool.map(lambda entry: sha256_of(self.path / entry[0]), sums)
+            for (name, expected), digest in zip(sums, found, strict=True):
+                if digest != expected:
+                    raise TokenSetError(f"{self.path / name} is damaged (wrong SHA-256): build the token set again")
         for split in self.splits.values():
-            for shard, part in zip(split.shards, split.parts, strict=True):
-                for name, expected in ((shard.file, shard.sha256), (shard.starts_file, shard.starts_sha256)):
-                    with (self.path / name).open("rb") as stream:
-                        found = hashlib.file_digest(stream, "sha256").hexdigest()
-                    if found != expected:
-                        raise TokenSetError(f"{self.path / name} is damaged (wrong SHA-256): build the token set again")
+            for shard, part, starts in zip(split.shards, split.parts, split.starts, strict=True):
                 if len(part) and int(part.max()) >= self.vocab_size:
                     raise TokenSetError(f"{self.path / shard.file} has a token outside the vocabulary")
+                if len(starts) and (int(starts[-1]) > len(part) or (starts[1:] < starts[:-1]).any()):
+                    raise TokenSetError(f"{self.path / shard.starts_file} has document starts that are not in order")
         splits = self.index["splits"]
         if fingerprint(self.vocab_hash, self.index["dtype"], splits) != self.fingerprint:
             raise TokenSetError(f"{self.path / INDEX} does not match its own fingerprint")

@@ -4,6 +4,7 @@ The file is a protocol buffer (sentencepiece_model.proto of google/sentencepiece
 published tokenizer.json files of Llama and Mistral were made.
 """
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ def _merges(vocabulary: dict[str, int], pieces: list[tuple[str, float, int]]) ->
 
 
 def _backend(model: _Model) -> tokenizers.Tokenizer:
+    if not all(text and math.isfinite(score) for text, score, _ in model.pieces):
+        raise ValueError("a piece has no text or no score")
     vocabulary = {text: number for number, (text, _, _) in enumerate(model.pieces)}
     unknown = next(number for number, piece in enumerate(model.pieces) if piece[2] == _UNKNOWN)
     if model.model_type == _BPE:
@@ -110,6 +113,16 @@ def _backend(model: _Model) -> tokenizers.Tokenizer:
     raise ValueError(f"model type {model.model_type} is neither unigram nor BPE")
 
 
+def _try_out(path: Path, backend: tokenizers.Tokenizer) -> None:
+    """Encode a text. Raises ValueError if a damaged table of characters makes the library panic."""
+    try:
+        backend.encode("ab a\u00e9 1")
+    except BaseException as error:  # a panic of Rust is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{path} is not a SentencePiece model that can be read: {error}") from None
+
+
 def load_backend(path: Path) -> tokenizers.Tokenizer:
     """Build the backend for a SentencePiece `.model` file. Raises ValueError naming the file when it is not one.
 
@@ -119,15 +132,17 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         model = _parse(path.read_bytes())
         backend = _backend(model)
-    except (IndexError, KeyError, StopIteration, UnicodeDecodeError, struct.error, TypeError, ValueError) as error:
+        steps: list[normalizers.Normalizer] = []
+        steps += [normalizers.Precompiled(model.character_map)] if model.character_map else []
+    except Exception as error:  # of many kinds, and the library raises bare Exception
         raise ValueError(f"{path} is not a SentencePiece model that can be read: {error!r}") from None
-    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.character_map)] if model.character_map else []
     steps += [normalizers.Prepend(SPACE)] if model.dummy_prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if model.dummy_prefix else []
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
+    _try_out(path, backend)
     control = [text for text, _, kind in model.pieces if kind in (_CONTROL, _UNKNOWN)]
     backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
     return backend

@@ -28,6 +28,7 @@ PIECE = 65_536  # characters: a longer text is encoded in pieces, which bounds m
 LONGEST_PIECE = 1_048_576  # characters without a line end after which a piece is cut anywhere
 BATCH = 4_000_000  # characters encoded in one call
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # a token for one byte, in SentencePiece's vocabularies
+MOST_TOKENS = 1 << 24  # in a vocabulary that is read from a file
 _LINE_END = re.compile(r"(?<=\S)(?=\n)")  # GPT-2's rules have no token from a word into the white space after it
 
 
@@ -215,12 +216,23 @@ def load(path: Path) -> Tokenizer:
         raise FileNotFoundError(f"no tokenizer at {file}")
     if file.suffix != ".json":
         return Tokenizer(sentencepiece.load_backend(file), f"SentencePiece, read from {file.name}")
-    content = file.read_text(encoding="utf-8")
     try:
+        content = file.read_text(encoding="utf-8")
+        _check_numbers(content)
         backend = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{file} is not a tokenizer: {error}") from None
     return Tokenizer(backend, f"read from {file.name}")
+
+
+def _check_numbers(tokenizer_json: str) -> None:
+    """Raise ValueError for a token number above MOST_TOKENS: the library makes room for all numbers below it."""
+    parsed = json.loads(tokenizer_json)
+    vocabulary = parsed["model"]["vocab"]
+    numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary)]
+    largest = max([*numbers, *(token["id"] for token in parsed.get("added_tokens") or [])], default=0)
+    if largest > MOST_TOKENS:
+        raise ValueError(f"token number {largest} is above {MOST_TOKENS}")
 
 
 def named(name: str) -> Tokenizer:

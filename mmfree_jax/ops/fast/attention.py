@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from mmfree_jax.ops.attention import Cache, attend, visible
 from mmfree_jax.ops.attention import attend_to_cache as defined
 from mmfree_jax.ops.fast import choice
+from mmfree_jax.ops.fast.kernels import kernel_module
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import constrain, per_shard, shard_count, sharding_axis
 
@@ -36,11 +37,11 @@ def causal_attention(
 
     A mesh cuts batch and heads freely; where it cuts time, keys and values are gathered and queries stay.
     """
-    axis, form = sharding_axis("time", q_BTHK.shape[1]), form or choice.attention_form(q_BTHK, segments_BT)
+    axis, form = sharding_axis("time", q_BTHK.shape[1]), form or choice.attention_form(q_BTHK, k_BTJK, segments_BT)
 
     def local(q_BTHK, k_BTJK, v_BTJK, segments_BT):
         if axis is not None:
-            return (_chunk(q_BTHK, k_BTJK, v_BTJK, segments_BT, axis),)
+            return (_chunk(form, q_BTHK, k_BTJK, v_BTJK, segments_BT, axis),)
         return (_whole(form, q_BTHK, k_BTJK, v_BTJK, segments_BT),)
 
     # Heads are cut only where each part has its own keys.
@@ -53,6 +54,8 @@ def causal_attention(
 def _whole(form: str, q_BTHK, k_BTJK, v_BTJK, segments_BT) -> jax.Array:
     if form == "cudnn":
         return _cudnn(q_BTHK, k_BTJK, v_BTJK)
+    if form == "splash":
+        return kernel_module("attention").causal_attention(q_BTHK, k_BTJK, v_BTJK, segments_BT)
     if form == "rows":
         return _by_rows(q_BTHK, k_BTJK, v_BTJK, segments_BT)
     return attend(q_BTHK, k_BTJK, v_BTJK, visible(segments_BT, q_BTHK.shape[1]))
@@ -71,10 +74,14 @@ def _cudnn(q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJK: jax.Array) -> jax.Array
     return y[:, :time, :, :width]
 
 
-def _chunk(q_BTHK, k_BTJK, v_BTJK, segments_BT, axis: str) -> jax.Array:
+def _chunk(form: str, q_BTHK, k_BTJK, v_BTJK, segments_BT, axis: str) -> jax.Array:
     """Queries of one chunk of time against the keys and values of all chunks, fetched along a mesh axis."""
     fetch = lambda a: jax.lax.all_gather(a, axis, axis=1, tiled=True)
     k_BSJK, v_BSJK = fetch(k_BTJK), fetch(v_BTJK)
+    if form == "splash":
+        segments_BS = None if segments_BT is None else fetch(segments_BT)
+        chunk = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
+        return kernel_module("attention").causal_attention(q_BTHK, k_BSJK, v_BSJK, segments_BT, segments_BS, chunk)
     positions_T = jax.lax.axis_index(axis) * q_BTHK.shape[1] + jnp.arange(q_BTHK.shape[1])
     seen = positions_T[:, None] >= jnp.arange(k_BSJK.shape[1])
     if segments_BT is not None:

@@ -13,6 +13,7 @@ from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.autodiff import own_backward_of_used
 from mmfree_jax.ops.fast.combine import combine, reciprocal_rms, rms_norm, rms_norm_backward
 from mmfree_jax.ops.fast.dense import dense
+from mmfree_jax.ops.fast.kernels import kernel_module
 from mmfree_jax.ops.fast.origin import Kind, Origin, Sum, can_hand_on, hand_on, origin, sum_of
 from mmfree_jax.ops.fast.products import (
     GradientCodes,
@@ -75,7 +76,20 @@ def linear(recipe: Recipe, x: jax.Array, weights: Weights | PackedWeights | RowW
         return packed_linear(recipe, x, weights)
     if isinstance(weights, RowWeights):
         return row_linear(recipe, x, weights)
-    return bit_linear(recipe, x, weights) if recipe.ternary else dense(recipe.axes, x, weights.w_GDF)
+    return bit_linear(recipe, x, weights) if recipe.ternary else dense_linear(recipe, x, weights.w_GDF)
+
+
+def dense_linear(recipe: Recipe, x: jax.Array, w_GDF: jax.Array) -> tuple[jax.Array, ...]:
+    """`dense`, whose backward pass makes x again of what it was made of, where memory counts more (`choice`)."""
+    kind, sources, source_gain, eps = origin(x)
+    if kind == "plain" or not choice.inputs_made_again():
+        return dense(recipe.axes, x, w_GDF)
+
+    # A norm or a gate is a few operations an element, and reads what is kept anyway.
+    def from_sources(sources, source_gain, w_GDF):
+        return dense(recipe.axes, combine(kind, sources, source_gain, eps or 0.0), w_GDF)  # a gated unit has none
+
+    return jax.checkpoint(from_sources, prevent_cse=False)(sources, source_gain, w_GDF)
 
 
 def bit_linear(recipe: Recipe, x: jax.Array, weights: Weights) -> tuple[jax.Array, ...]:
@@ -183,7 +197,7 @@ def _named(q: Quantised) -> Quantised:
 
 
 def _kernel_codes(fusion: Fusion, sources, source_gain, gain) -> tuple[Quantised, ...]:
-    from mmfree_jax.ops.fast.hopper.normed_codes import forward
+    forward = kernel_module("normed_codes").forward
 
     def local(sources, source_gain, gain):
         shape = sources[0].shape
@@ -209,9 +223,7 @@ def _kernel_input_backward(
 ) -> tuple:
     """What `input_backward` returns, with `row_factors` [..., 1] as `GradientCodes`; and the quantised inputs, made
     again on the way: as codes where a product of integers takes them, as values otherwise."""
-    from mmfree_jax.ops.fast.hopper.normed_codes import backward
-
-    recipe = fusion.recipe
+    recipe, backward = fusion.recipe, kernel_module("normed_codes").backward
 
     def local(sources, source_gain, gain, scales, dys, factors, row_factors, dcopy):
         scales, dys = [scale.reshape(-1) for scale in scales], [dy.reshape(-1, dy.shape[-1]) for dy in dys]

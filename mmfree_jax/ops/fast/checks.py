@@ -1,4 +1,4 @@
-"""Checks of the GPU kernels against NumPy in float64, on the device that they are to serve on."""
+"""Checks of the kernels against NumPy in float64, on the device that they are to serve on."""
 
 import functools
 import zlib
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmfree_jax.ops.fast.kernels import kernel_module
 from mmfree_jax.ops.fast.ternary import TINY, TOP, dither_phases
 from mmfree_jax.ops.packed import aligned, pack, pack_planes
 from mmfree_jax.ops.ternary import SMALLEST
@@ -143,8 +144,7 @@ def normed_codes(rng: np.random.Generator, use: Use) -> Problem:
 
     With 8 bits of gradients the normed inputs come as codes, and the gradients to them have their factors already.
     """
-    from mmfree_jax.ops.fast.hopper import normed_codes as kernel
-
+    kernel = kernel_module("normed_codes")
     (M, D), (kind, G, products, dtype, bits, has_residual, onward_codes) = use.sizes, use.options
     R, counts = _sample(M)
     as_codes = bits == 8
@@ -312,8 +312,8 @@ def recurrence(rng: np.random.Generator, use: Use) -> Problem:
     one device's chunk of longer sequences (then what a chunk does to a state is checked too).
     """
     from mmfree_jax.ops.fast.fused_recurrence import fused_recurrence
-    from mmfree_jax.ops.fast.hopper import recurrence as kernel
 
+    kernel = kernel_module("recurrence")
     (B, T, D), (dtype, gated, chunk) = use.sizes, use.options
     R, counts = min(B, 2), np.bincount(np.arange(B) % min(B, 2)).astype(np.float64)
     draw = lambda *shape: _exact(rng.standard_normal(shape))
@@ -514,6 +514,60 @@ def decode_attention(rng: np.random.Generator, use: Use) -> Problem:
     return Problem(run, arrays, expected, dict.fromkeys(expected, TOLERANCES[dtype]))
 
 
+def attention(rng: np.random.Generator, use: Use) -> Problem:
+    """Causal attention and its backward pass.
+
+    sizes: sequences, steps of queries and keys, heads, heads of keys, channels. options: type, whether there are
+    documents, and of how many chunks of time the last has the queries (the keys are those of all).
+    """
+    kernel = kernel_module("attention")
+    (B, T, H, J, K), (dtype, apart, chunks) = use.sizes, use.options
+    group, first = H // J, T - T // chunks  # queries that share a key; the first step of the chunk
+    kept = min(J, 2)  # different heads of keys; those of queries repeat with them
+    draw = lambda *shape: _exact(rng.standard_normal(shape)).astype(jnp.dtype(dtype))
+    q, dy = (draw(1, T - first, kept * group, K) for _ in range(2))
+    k, v = (draw(1, T, kept, K) for _ in range(2))
+    segments = np.cumsum(rng.uniform(size=(1, T)) < 1 / 64, axis=1, dtype=np.int32) if apart else None
+
+    def run(q, k, v, dy, segments):
+        rows = lambda a, heads: _repeated(jnp.take(a, jnp.arange(heads) % a.shape[2], axis=2), B)
+        everyone = None if segments is None else _repeated(segments, B)
+        own = None if everyone is None else everyone[:, first:]
+        attend = lambda q, k, v: kernel.causal_attention(q, k, v, own, everyone, (chunks - 1, chunks))
+        y, pull = jax.vjp(attend, rows(q, H), rows(k, J), rows(v, J))
+        found = zip(("result", "gradient to q", "gradient to k", "gradient to v"), (y, *pull(rows(dy, H))), strict=True)
+        return {name: a.swapaxes(1, 3) for name, a in found}
+
+    # By channel, [B, K, H, T]: the gradient to a token's query is exactly zero where it sees only itself.
+    expected = _attention(_exact(q), _exact(k), _exact(v), _exact(dy), segments, first)
+    expected = {name: a.swapaxes(1, 3) for name, a in expected.items()}
+    # Weights and gradients to scores are rounded to the type before they are multiplied, as scaled queries are.
+    tolerance = {name: TOLERANCES[dtype] * (4 if "gradient" in name else 1) for name in expected}
+    return Problem(run, (q, k, v, dy, segments), expected, tolerance)
+
+
+def _attention(q, k, v, dy, segments, first) -> dict[str, np.ndarray]:
+    """softmax(q k^T / sqrt(K)) v under the mask of `ops.attention.visible`, one head of one row after the other."""
+    results = {"result": np.zeros_like(q), "gradient to q": np.zeros_like(q)}
+    results |= {"gradient to k": np.zeros_like(k), "gradient to v": np.zeros_like(v)}
+    steps, factor, group = np.arange(k.shape[1]), q.shape[-1] ** -0.5, q.shape[2] // k.shape[2]
+    seen = steps[first:, None] >= steps
+    if segments is not None:
+        seen = seen & (segments[0, first:, None] == segments[0])
+    for h in range(q.shape[2]):
+        of_query, of_key = (0, slice(None), h), (0, slice(None), h // group)
+        scores = np.where(seen, q[of_query] @ k[of_key].T * factor, -np.inf)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        results["result"][of_query] = weights @ v[of_key]
+        dweights = dy[of_query] @ v[of_key].T
+        dscores = weights * (dweights - (weights * dweights).sum(axis=1, keepdims=True)) * factor
+        results["gradient to q"][of_query] = dscores @ k[of_key]
+        results["gradient to k"][of_key] += dscores.T @ q[of_query]
+        results["gradient to v"][of_key] += weights.T @ dy[of_query]
+    return results
+
+
 CHECKS: dict[str, Callable[[np.random.Generator, Use], Problem]] = {
     "normed_codes": normed_codes,
     "row_codes": row_codes,
@@ -524,4 +578,5 @@ CHECKS: dict[str, Callable[[np.random.Generator, Use], Problem]] = {
     "codes_product": codes_product,
     "dense_product": dense_product,
     "decode_attention": decode_attention,
+    "attention": attention,
 }

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from mmfree_jax.devices import backend
 from mmfree_jax.ops.fast import verification
 from mmfree_jax.ops.fast.checks import Use
+from mmfree_jax.ops.fast.kernels import architecture, kernel_module
 from mmfree_jax.sharding import Names, activation_axes, gathered_axes, shard_count, sharding_axis
 from mmfree_jax.tracing import during
 
@@ -31,6 +32,7 @@ R = TypeVar("R")
 
 STEPS: Names = ("batch", "time", "channels")  # logical names of [B, T, D]
 LOGITS_PER_CHUNK = {"cpu": 2**19, "gpu": 2**26, "tpu": 2**26}  # 2 MiB stay in a core's cache; 256 MiB of memory
+HOPPER = ("hopper",)
 MOST_ROWS = 2**31 // (128 * 127)  # whose products of int8 codes an int32 can sum
 
 _allowed: ContextVar[bool] = ContextVar("kernels_allowed", default=True)
@@ -79,9 +81,9 @@ def forward_only() -> Any:
     return during(_forward_only, True)
 
 
-def available() -> bool:
-    """Whether kernels can run here and may."""
-    return _allowed.get() and verification.possible()
+def available(on: tuple[str, ...] = ("hopper", "tpu")) -> bool:
+    """Whether kernels can run here and may, of one of these architectures."""
+    return _allowed.get() and verification.possible() and architecture() in on
 
 
 def local_rows(x: jax.Array) -> int:
@@ -99,10 +101,8 @@ def input_codes(fusion: Any, sources: tuple[jax.Array, ...], source_gain: Any, g
     recipe, width, dtype = fusion.recipe, sources[0].shape[-1], sources[0].dtype
     if gains == 0 or recipe.bits != 8 or fusion.kind == "plain" or not available():
         return False
-    from mmfree_jax.ops.fast.hopper import normed_codes
-
     arrays = len(sources) + products + fusion.residual, len(sources) + gains
-    fits = normed_codes.supports(width, (source_gain is not None) + gains, dtype, *arrays)
+    fits = kernel_module("normed_codes").supports(width, (source_gain is not None) + gains, dtype, *arrays)
     if shard_count(gathered_axes(recipe.axes)[0], width) > 1 or not fits:
         return False
     options = fusion.kind, gains, products, str(dtype), recipe.gradient_bits, fusion.residual, fusion.onward
@@ -116,7 +116,7 @@ def normed_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: A
     """
     first, rows, width = weights.codes[0], math.prod(x.shape[:-1]), x.shape[-1]
     columns, bytes_of_a_row = first.bytes_FI.shape
-    if not available() or recipe.bits != 8 or bytes_of_a_row % 4 or x.dtype not in (jnp.bfloat16, jnp.float32):
+    if not available(HOPPER) or recipe.bits != 8 or bytes_of_a_row % 4 or x.dtype not in (jnp.bfloat16, jnp.float32):
         return False
     from mmfree_jax.ops.fast.hopper import packed_product
 
@@ -132,7 +132,7 @@ def dense_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: An
     """Whether one kernel computes dense layers, from the sources of their input on: for the few rows of decoding."""
     first, rows = weights.rows_FD[0], math.prod(x.shape[:-1])
     columns, width = first.shape
-    if not available() or x.dtype not in (jnp.bfloat16, jnp.float32):
+    if not available(HOPPER) or x.dtype not in (jnp.bfloat16, jnp.float32):
         return False
     from mmfree_jax.ops.fast.hopper import dense_product as kernel
 
@@ -151,7 +151,7 @@ def packed_form(x: Any, w: Any) -> Literal["kernel", "cpu", "unpacked"]:
     """
     if x.scale is None or w.layout != "planes" or x.codes.dtype != jnp.int8 or not _allowed.get():
         return "unpacked"
-    if not available():
+    if not available(HOPPER):
         return "cpu" if backend() == "cpu" else "unpacked"
     from mmfree_jax.ops.fast.hopper import packed_product
 
@@ -164,7 +164,7 @@ def packed_form(x: Any, w: Any) -> Literal["kernel", "cpu", "unpacked"]:
 
 def gradient_codes_onward(recipe: Any, columns: int, dtype: Any) -> bool:
     """Whether a kernel can make codes of gradients [..., columns]: 8 bits, rows whole on a device, in whole lanes."""
-    if not available() or recipe.gradient_bits != 8 or shard_count(gathered_axes(recipe.axes)[1], columns) > 1:
+    if not available(HOPPER) or recipe.gradient_bits != 8 or shard_count(gathered_axes(recipe.axes)[1], columns) > 1:
         return False
     from mmfree_jax.ops.fast.hopper import normed_codes
 
@@ -182,7 +182,7 @@ def integer_product(x: Any, w: Any, out: Any, axes: Names, transposed: bool) -> 
 
     They take whole blocks of int8 codes and whole sums on every device, one weight scale, and bfloat16 results.
     """
-    if x.scale is None or w.scale is None or w.scale.size != 1 or out != jnp.bfloat16 or not available():
+    if x.scale is None or w.scale is None or w.scale.size != 1 or out != jnp.bfloat16 or not available(HOPPER):
         return False
     if x.codes.dtype != jnp.int8 or shard_count(axes[transposed], w.codes.shape[transposed]) > 1:
         return False
@@ -197,6 +197,14 @@ def integer_product(x: Any, w: Any, out: Any, axes: Names, transposed: bool) -> 
     return all(map(verification.serves, [*transposing, Use("int8_matmul", (rows, inner, columns), (False,))]))
 
 
+def integers_by_xla(x: Any, w: Any) -> bool:
+    """Whether XLA multiplies codes as integers: on TPUs, whose matrix units take int8, where both are codes of 8 bits.
+
+    The products are the same numbers; a CPU would compute them more slowly, and a GPU would make int32 arrays of them.
+    """
+    return backend() == "tpu" and all(q.scale is not None and q.codes.dtype == jnp.int8 for q in (x, w))
+
+
 def integer_sum_over_rows(x: jax.Array, dy: jax.Array) -> bool:
     """Whether kernels multiply codes [R, D] and [R, F] over their rows: whole blocks, and sums that an int32 holds."""
     from mmfree_jax.ops.fast.hopper import int8_matmul, transposed_codes
@@ -209,34 +217,45 @@ def integer_sum_over_rows(x: jax.Array, dy: jax.Array) -> bool:
     return all(map(verification.serves, [*uses, Use("int8_matmul", (inner, rows, columns), (True,))]))
 
 
+def inputs_made_again() -> bool:
+    """Whether dense layers keep the sources of a norm or a gate instead of its result.
+
+    On TPUs, where memory is small and layers run in a loop: what a layer keeps is there depth times, in stacks that the
+    compiler cannot thin out by recomputing, as a GPU's does for unrolled layers.
+    """
+    return backend() == "tpu"
+
+
 def recurrence_form(x_BTD: Any, dtype: Any, gated: bool) -> Literal["kernel", "walk", "prefix"]:
     """The form of the recurrence, with the MLGRU's gates or without.
 
-    "kernel" is one pass over memory on Hopper GPUs, "walk" goes step by step, which is up to four times faster on a CPU
-    than "prefix", a parallel prefix.
+    "kernel" is one pass over memory on Hopper GPUs and TPUs, "walk" goes step by step, which is up to four times faster
+    on a CPU than "prefix", a parallel prefix.
     """
     other: Literal["walk", "prefix"] = "walk" if backend() == "cpu" else "prefix"
     if not available() or dtype not in (jnp.bfloat16, jnp.float32) or x_BTD.shape[1] == 1:
         return other
-    from mmfree_jax.ops.fast.hopper.recurrence import LANES, ROWS
-
     # The kernel's tiles are filled up with steps and channels that change nothing. On a mesh that would move every
     # other part to another place, so there each device has to have whole tiles from the beginning.
     parts = [shard_count(name, size) for name, size in zip(STEPS, x_BTD.shape, strict=True)]
     B, T, D = (size // n for size, n in zip(x_BTD.shape, parts, strict=True))
-    if (parts[1] > 1 and T % ROWS) or (parts[2] > 1 and D % LANES):
+    rows, lanes = kernel_module("recurrence").TILE
+    if (parts[1] > 1 and T % rows) or (parts[2] > 1 and D % lanes):
         return other
     use = Use("recurrence", (B, T, D), (str(jnp.dtype(dtype)), gated, parts[1] > 1))
     return "kernel" if verification.serves(use) else other
 
 
-def attention_form(q_BTHK: Any, segments_BT: Any) -> Literal["full", "rows", "cudnn"]:
+def attention_form(q_BTHK: Any, k_BTJK: Any, segments_BT: Any) -> Literal["full", "rows", "cudnn", "splash"]:
     """The form of attention.
 
     "full" makes all scores at once; "rows" one row of the batch and one block of queries at a time, up to four times
     faster on a CPU, where scores then stay in cache; "cudnn" is NVIDIA's fused kernel, which takes half precision, no
-    documents and heads up to a width. Where a mesh cuts time, queries see more keys than there are queries: "full".
+    documents and heads up to a width; "splash" is that for TPUs. Where a mesh cuts time, queries see more keys than
+    there are queries, which only "full" and "splash" know.
     """
+    if architecture() == "tpu":
+        return "splash" if _splash(q_BTHK, k_BTJK, segments_BT) else "full"
     if sharding_axis("time", q_BTHK.shape[1]) is not None:
         return "full"
     if backend() == "cpu":
@@ -245,10 +264,23 @@ def attention_form(q_BTHK: Any, segments_BT: Any) -> Literal["full", "rows", "cu
     return "cudnn" if fused and q_BTHK.shape[-1] <= widest_fused_head() else "full"
 
 
+def _splash(q_BTHK: Any, k_BTJK: Any, segments_BT: Any) -> bool:
+    (B, T, H, K), J, dtype = q_BTHK.shape, k_BTJK.shape[2], q_BTHK.dtype
+    chunks, cut = shard_count("time", T), shard_count("heads", H)
+    if shard_count("heads", J) != cut:  # then all of them are on every device
+        cut = 1
+    if not available(("tpu",)) or dtype not in (jnp.bfloat16, jnp.float32) or T == 1:
+        return False
+    if not kernel_module("attention").supports(T, H // cut, J // cut, chunks):
+        return False
+    sizes = B // shard_count("batch", B), T, H // cut, J // cut, K
+    return verification.serves(Use("attention", sizes, (str(dtype), segments_BT is not None, chunks)))
+
+
 def decode_attention(q_BTHK: Any, cache: Any) -> bool:
     """Whether a kernel rotates, keeps and attends from one token a row to a cache."""
     (B, T, H, K), (S, J), dtype = q_BTHK.shape, cache.k_BSJK.shape[1:3], q_BTHK.dtype
-    if not available() or not _forward_only.get() or T != 1 or dtype not in (jnp.bfloat16, jnp.float32):
+    if not available(HOPPER) or not _forward_only.get() or T != 1 or dtype not in (jnp.bfloat16, jnp.float32):
         return False
     from mmfree_jax.ops.fast.hopper import decode_attention as kernel
 
@@ -259,7 +291,9 @@ def decode_attention(q_BTHK: Any, cache: Any) -> bool:
 
 
 def widest_fused_head() -> int:
-    """Return the widest head that cuDNN's kernel takes on the GPU here; 0 without one."""
+    """Return the widest head that cuDNN's kernel takes on the GPU here, or on one that is traced for; 0 without one."""
+    if backend() == "gpu" != jax.default_backend():
+        return 256 if available(HOPPER) else 128
     capability = str(getattr(jax.devices()[0], "compute_capability", "")) if jax.default_backend() == "gpu" else ""
     if not capability.replace(".", "").isdigit():  # as gfx942 of another maker
         return 0

@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mmfree_jax.ops.fast.autodiff import own_backward
 from mmfree_jax.ops.fast.choice import STEPS
 from mmfree_jax.ops.fast.chunks import STATE, segment_states
+from mmfree_jax.ops.fast.kernels import kernel_module
 from mmfree_jax.sharding import Names, PartialSum, per_shard, sharding_axis
 
 OPEN = 40.0  # of a forget gate: its sigmoid is 1 in float32
@@ -21,14 +22,13 @@ def fused_recurrence(
     With a floor, c_BTD and f_BTD are projections that the MLGRU's gates are made of; without, inputs and factors. T and
     D are filled up to whole tiles with steps that keep the state and channels that hold nothing.
     """
-    from mmfree_jax.ops.fast.hopper.recurrence import LANES, ROWS
-
     # A step with factor 1 and input 0 keeps the state, so the last state is that of the last real step. With gates the
     # factor comes from a projection: far into the sigmoid's flat end it is 1, and the gated input is then 0.
     B, T, D = c_BTD.shape
     h_BD = jnp.zeros((B, D), jnp.float32) if h_BD is None else h_BD.astype(jnp.float32)
     keep_BT = jnp.ones((B, T), jnp.float32) if resets_BT is None else 1 - resets_BT.astype(jnp.float32)
-    more_T, more_D = (0, -T % ROWS), (0, -D % LANES)
+    rows, lanes = kernel_module("recurrence").TILE
+    more_T, more_D = (0, -T % rows), (0, -D % lanes)
     c_BTD = jnp.pad(c_BTD, ((0, 0), more_T, more_D))
     f_BTD = jnp.pad(f_BTD, ((0, 0), more_T, more_D), constant_values=1.0 if floor_D is None else OPEN)
     floor_D = None if floor_D is None else jnp.pad(floor_D.astype(jnp.float32), more_D)
@@ -39,10 +39,7 @@ def fused_recurrence(
 
 
 def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
-    # Imported here: only machines with such a GPU need to have what the kernel language needs.
-    from mmfree_jax.ops.fast.hopper import recurrence as kernel
-
-    axis = sharding_axis("time", c_BTD.shape[1])
+    axis, kernel = sharding_axis("time", c_BTD.shape[1]), kernel_module("recurrence")
 
     def local(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
         S = kernel.segments(*c_BTD.shape)
@@ -63,9 +60,7 @@ def _forward(c_BTD, f_BTD, floor_D, h_BD, keep_BT):
 
 
 def _backward(saved, dresults):
-    from mmfree_jax.ops.fast.hopper import recurrence as kernel
-
-    axis, gated = sharding_axis("time", saved[1].shape[1]), saved[2] is not None
+    axis, gated, kernel = sharding_axis("time", saved[1].shape[1]), saved[2] is not None, kernel_module("recurrence")
 
     def local(c_BTD, f_BTD, floor_D, starts_BSD, decay_BSD, keep_BT, out_BTD, dout_BTD, dlast_BD):
         S = starts_BSD.shape[1]

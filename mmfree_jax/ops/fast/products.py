@@ -104,8 +104,10 @@ def product(
     out = wide(dtype) if out is None else out
     if choice.integer_product(x, w, out, axes, transposed):
         return _integer_product(x, w, axes, transposed)
-    w_codes = w.codes.astype(dtype)
-    y = jnp.matmul(x.codes.astype(dtype), w_codes.T if transposed else w_codes, preferred_element_type=wide(dtype))
+    carrier, total = (jnp.int8, jnp.int32) if choice.integers_by_xla(x, w) else (dtype, wide(dtype))
+    w_codes = w.codes.astype(carrier)
+    y = jnp.matmul(x.codes.astype(carrier), w_codes.T if transposed else w_codes, preferred_element_type=total)
+    y = y.astype(wide(dtype))
     for scale in (x.scale, w.scale):
         y = y if scale is None else y * scale.astype(y.dtype)
     return y.astype(out)
@@ -260,7 +262,10 @@ def _integer_outer(x: Quantised, dy: GradientCodes, per_channel: jax.Array | Non
         scale = scale if per_channel is None else scale / per_channel.reshape(-1)
         return int8_matmul(transpose(codes), dy_codes, jnp.ones(codes.shape[-1]), scale)
     columns = column_codes(rows, x_scale, largest)
-    sums = outer(codes.astype(dtype), columns.codes.astype(dtype), wide(dtype))
+    if choice.integers_by_xla(x, columns) and len(codes) <= choice.MOST_ROWS:
+        sums = outer(codes, columns.codes, jnp.int32).astype(wide(dtype))
+    else:
+        sums = outer(codes.astype(dtype), columns.codes.astype(dtype), wide(dtype))
     return dequantise(Quantised(sums if per_channel is None else sums / per_channel, columns.scale), dtype)
 
 

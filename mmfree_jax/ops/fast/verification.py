@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from mmfree_jax.files import read_json, sha256, write_json
 from mmfree_jax.ops.fast import checks
 from mmfree_jax.ops.fast.checks import Outcome, Use
+from mmfree_jax.ops.fast.kernels import architecture
 from mmfree_jax.tracing import during
 
 # The first use of a kernel at a shape, in a type, on a kind of device compares it with float64 (`checks`). The outcome
@@ -28,7 +29,8 @@ from mmfree_jax.tracing import during
 # of them refuses, all refuse. A use that was not prepared is checked when the trace reaches it.
 
 THREADS = 8  # checks at the same time: XLA and ptxas compile in parallel, lowering holds Python's lock
-CHECKED_SOURCES = ("ternary.py", "fused_recurrence.py", "checks.py")  # whose change makes outcomes void, with hopper/
+# Whose change makes outcomes void, with those of the kernels themselves.
+CHECKED_SOURCES = ("ternary.py", "fused_recurrence.py", "checks.py")
 LONGEST_REASON = 300  # characters of an exception's message
 
 _assumed: ContextVar[bool] = ContextVar("kernels_assumed", default=False)
@@ -37,17 +39,17 @@ _outcomes: dict[Use, Outcome] = {}
 _refused_elsewhere: set[Use] = set()
 
 
-def kernels_assumed() -> Any:
+def kernels_assumed(assumed: bool = True) -> Any:
     """Use every kernel that supports its shape, unchecked, in what is traced inside. Also a decorator.
 
-    For programs that are compiled for an absent Hopper GPU, or interpreted.
+    For programs that are compiled for an absent Hopper GPU or TPU, or interpreted.
     """
-    return during(_assumed, True)
+    return during(_assumed, assumed)
 
 
 def possible() -> bool:
     """Whether kernels can run on this device, or are assumed to."""
-    return _assumed.get() or is_hopper()
+    return _assumed.get() or is_hopper() or is_tpu()
 
 
 @functools.cache
@@ -56,6 +58,11 @@ def is_hopper() -> bool:
     if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
         return False
     return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+
+
+def is_tpu() -> bool:
+    """Whether kernels can run here: a TPU."""
+    return jax.default_backend() == "tpu"
 
 
 def serves(use: Use) -> bool:
@@ -84,7 +91,7 @@ def prepare(trace: Callable[[], Any]) -> None:
     trace: traces the program without computing (`lambda: jax.eval_shape(step, ...)`). Every process of a run has to
     call this with the same program. JAX keeps the trace, so the next one is free unless a kernel was refused.
     """
-    if not is_hopper():
+    if not (is_hopper() or is_tpu()):
         return
     while True:
         uses: set[Use] = set()
@@ -191,4 +198,4 @@ def environment() -> list[str]:
 def _sources() -> str:
     """A digest of the source of kernels and checks."""
     fast = Path(__file__).parent
-    return sha256([*sorted((fast / "hopper").glob("*.py")), *(fast / name for name in CHECKED_SOURCES)])
+    return sha256([*sorted((fast / architecture()).glob("*.py")), *(fast / name for name in CHECKED_SOURCES)])

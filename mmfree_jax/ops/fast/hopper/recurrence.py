@@ -36,6 +36,7 @@ from mmfree_jax.ops.fast.hopper.mosaic import SHARED_BYTES, STREAMING, sigmoid
 
 LANES = 128  # channels of a block: one warpgroup, one channel a thread
 ROWS = 32  # time steps of a stage
+TILE = ROWS, LANES  # steps and channels that arrays have to be whole multiples of
 GROUP = 16  # rows loaded before the first of them is stored: a store may alias the loads behind it
 STAGES = {2: 4, 3: 3, 4: 3}  # copied ahead at most, by how many arrays
 BLOCKS = 128  # that keep an H200's 132 multiprocessors busy
