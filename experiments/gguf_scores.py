@@ -28,7 +28,7 @@ from mmfree_jax.evaluation.comparison import paired
 from mmfree_jax.evaluation.likelihood import log_likelihoods, scorable
 from mmfree_jax.weights import load_model
 
-CASES = (("transformer++", ("f32",)), ("bitnet-tied", ("tq2_0", "f32")))
+CASES = {"transformer++": ("f32",), "bitnet-tied": ("tq2_0", "f32")}
 GIVEN, FOLLOWING, CHOICES = 40, 2, 4
 COLUMNS = (
     "family", "type", "items", "left_out", "largest", "mean_size", "mean", "low", "high", "same_choice",
@@ -42,14 +42,15 @@ def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gguf_scores.csv")
+    parser.add_argument("--families", nargs="+", default=list(CASES))
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--steps", type=int, default=100)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, chosen.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for family, kinds in CASES:
-            for row in rows(family, kinds, Path(folder) / family, chosen.items, chosen.steps):
+        for family in chosen.families:
+            for row in rows(family, CASES[family], Path(folder) / family, chosen.items, chosen.steps):
                 writer.writerow(row)
                 file.flush()
                 print(row, flush=True)

@@ -221,8 +221,9 @@ def picture(table: Path, out: Path) -> None:
         axis.axis("off")
     figure.supxlabel("distance in tokens", fontsize=9)
     figure.supylabel("accuracy", fontsize=9)
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(families), frameon=False)
+    shown = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    lines_of = [shown[family] for family in families]
+    figure.legend(lines_of, families, loc="outside upper center", ncols=len(families), frameon=False)
     figure.savefig(out, dpi=130)
 
 
