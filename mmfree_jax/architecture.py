@@ -42,14 +42,15 @@ def require(condition: bool, message: str) -> None:
 
 
 @functools.cache
-def type_hints(cls: type) -> dict[str, Any]:
+def type_hints(cls: Any) -> dict[str, Any]:
     """Return the types of a dataclass's fields. They are looked up once, because that takes longer than all checks."""
     return typing.get_type_hints(cls)
 
 
 def check_choices(config: Any) -> None:
     """Check every Literal-typed field of a dataclass instance against its allowed values."""
-    for name, hint in type_hints(type(config)).items():
+    kind: Any = type(config)
+    for name, hint in type_hints(kind).items():
         if typing.get_origin(hint) is Literal:
             value, allowed = getattr(config, name), typing.get_args(hint)
             require(value in allowed, f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")

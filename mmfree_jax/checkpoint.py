@@ -88,7 +88,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._wait()
+        self.wait()
         self._orbax.close()
         if self._error is not None and kind is None:
             raise self._lost() from self._error
@@ -109,7 +109,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         First waits for the save before this one. A save that fails raises nothing: see `failed`. All processes must
         call it.
         """
-        self._wait()
+        self.wait()
         self._error = None
         try:
             # `meta` may have to write logs. What cannot be written in one process is not begun in the others.
@@ -126,7 +126,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Save and wait until that is done; try again if it fails. Raises CheckpointError if it fails for good."""
         for pause_s in (*PAUSES_SECONDS, None):
             self.save(state, meta, step)
-            self._wait()
+            self.wait()
             if self._error is None:
                 return
             if pause_s is not None:
@@ -156,7 +156,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, newest first."""
-        self._wait()
+        self.wait()
         for later in reversed([one for one in self.steps if one > step]):
             self._orbax.delete(later)
 
@@ -182,7 +182,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._error = error
         self.news.append(f"the checkpoint of step {step} was not written: {_brief(error)}; it is tried again")
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Wait for the save in progress, and for its checksums."""
         if self._thread is not None:
             self._thread.join()

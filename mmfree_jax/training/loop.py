@@ -32,6 +32,7 @@ from mmfree_jax.run_folder import (
     with_saved_choices,
 )
 from mmfree_jax.sharding import batch_sharding, idle_devices
+from mmfree_jax.training.anomalies import SUSTAINED, Anomalies
 from mmfree_jax.training.diagnostics import Diagnostics
 from mmfree_jax.training.identity import code_version, identity
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status, stop_flag
@@ -104,10 +105,11 @@ def _train(
             self_check(key, data.batch, data.sequence, token_set.vocab_size)
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         retry = Retry()
-        rows = _batches(config, program, token_set, progress.data)  # continues at the example where the state stands
         agreed = distributed.AgreedStop(program.mesh)
         log_of_process = RunLog(folder, marks) if distributed.is_first() else SilentLog()
-        with log_of_process as log, rows, jax.set_mesh(program.mesh), profile:
+        with log_of_process as log, contextlib.ExitStack() as readers, jax.set_mesh(program.mesh), profile:
+            # Continues at the example where the state stands.
+            rows = readers.enter_context(_batches(config, program, token_set, progress.data))
             _describe(config, program, log, progress)
             _tell(config, log, checkpoints.news)
             kernels = verification.record()
@@ -117,11 +119,12 @@ def _train(
                 log.event(f"kernel refused, XLA serves: {use}")
             interval = Interval(config, progress, progress.counts, log)
             diagnostics = Diagnostics(config, program, log, interval)
+            anomalies = Anomalies(config, program, folder, log)
             scores: Scores | None = None  # of the last step taken, if that was evaluated
 
             # JAX only queues work: the host runs ahead of the device. Whatever needs a result (logs, evaluation,
             # saving) waits for it, and stops the clocks meanwhile.
-            for step in range(progress.step, config.steps):
+            while (step := progress.step) < config.steps:
                 tokens_BT = interval.timed_next(rows)
                 now = jax.tree.map(np.float32, rates(config.optim, config.steps, step))
                 everywhere = program.repeat(now)
@@ -133,6 +136,19 @@ def _train(
                 if config.log_every and step % config.log_every == 0:
                     interval.flush()
                 interval.add(step, metrics, float(now.learning), rows.counts)
+                if anomalies.after(interval, step, state, tokens_BT, everywhere, metrics):
+                    found = _before_spike(checkpoints, program, progress, step, rows.state)
+                    if found is None:
+                        log.event("there is no checkpoint before the spike: the run goes on")
+                    else:
+                        state, progress, marks = found
+                        log.rewind(marks)
+                        log.event(f"rewound to step {progress.step}; goes on with example {progress.data}")
+                        rows.close()
+                        rows = readers.enter_context(_batches(config, program, token_set, progress.data))
+                        interval = Interval(config, progress, progress.counts, log)
+                        diagnostics = Diagnostics(config, program, log, interval)
+                        continue
 
                 diagnosed, scores = diagnostics.after(step, state), None
                 if config.eval_every and (step + 1) % config.eval_every == 0:
@@ -153,7 +169,7 @@ def _train(
                     interval.flush() if due else interval.hold()
                     # Branches need a milestone's own step, and after a signal there is no later one.
                     save = checkpoints.save_now if stopping or step + 1 in milestones else checkpoints.save
-                    save(state, lambda: _meta(config, token_set, progress, log), step + 1)
+                    save(state, functools.partial(_meta, config, token_set, progress, log), step + 1)
                     progress.held = []
                     interval.resume()
                 if stopping:
@@ -212,9 +228,33 @@ def _begin(
         f"{where} was trained on corpus {meta['corpus']}, but this one is {token_set.fingerprint}: give that one (the "
         "embedded corpus changes with the packages that it is made of), or start again in a new folder",
     )
-    progress = Progress(**meta["progress"] | {"counts": Counts(**meta["progress"]["counts"])})
+    progress = _progress(meta)
     progress.attempts = progress.attempts + 1 if checkpoints.steps else 1
     return state, progress, meta["marks"] if checkpoints.steps else {}
+
+
+def _progress(meta: dict[str, Any]) -> Progress:
+    """The progress in a checkpoint."""
+    return Progress(**meta["progress"] | {"counts": Counts(**meta["progress"]["counts"])})
+
+
+def _before_spike(
+    checkpoints: Checkpoints, program: Program, progress: Progress, step: int, reached: int
+) -> tuple[TrainState, Progress, dict[str, int]] | None:
+    """Go back to the last checkpoint before a spike that is seen at 0-based step `step`; None if there is none.
+
+    The run then goes on with example `reached`, past those that led to the spike. Later checkpoints are deleted first:
+    a run that is killed here comes to the same spike again, and to the same decision.
+    """
+    begin = step + 1 - SUSTAINED  # steps done before the first one of the spike
+    checkpoints.wait()
+    if not any(one <= begin for one in checkpoints.steps):
+        return None
+    checkpoints.delete_after(begin)
+    state, meta = checkpoints.restore(program.abstract_state)
+    before = _progress(meta)
+    before.data, before.rewinds, before.attempts = reached, progress.rewinds + 1, progress.attempts
+    return state, before, meta["marks"]
 
 
 def _with_weights(state: TrainState, config: RunConfig, program: Program) -> TrainState:
@@ -315,6 +355,8 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "joules": of_all_steps(progress.joules),
         "peak_memory_bytes": None if progress.shared else peak_memory_bytes(),
         "attempts": progress.attempts,
+        **({"skipped_steps": progress.skipped} if config.skip_nonfinite else {}),
+        **({"rewinds": progress.rewinds} if config.spike_sigmas else {}),
         "device": jax.devices()[0].device_kind,
         "devices": config.mesh.devices,
         "kernels": "; ".join(verification.record()["served"]) or "none",
