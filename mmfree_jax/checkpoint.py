@@ -30,6 +30,9 @@ LONGEST_REASON = 300  # characters of Orbax's message
 PAUSES_SECONDS = (1.0, 5.0)  # before a save that must not fail is tried a second and a third time
 # What TensorStore and Orbax say about files that are missing or damaged.
 DAMAGE = re.compile(r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|Error decoding|were not found in the checkpoint")
+SYSTEM = re.compile(
+    "No space left on device|Disk quota exceeded|Read-only file system|Permission denied|File too large"
+)
 OTHER_TREE = re.compile(r"Requested shape|structures do not match")
 _keep = ocp.training.preservation_policies
 
@@ -276,7 +279,11 @@ def _made_everywhere(meta: Meta) -> dict[str, Any]:
 def _brief(error: Exception) -> str:
     """An exception in one line that is not too long."""
     text = sentence(error)
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} …"
+    if len(text) <= LONGEST_REASON:
+        return text
+    # What the system says comes last in TensorStore's messages, behind several paths.
+    cause = SYSTEM.search(text)
+    return f"{cause[0]}: {text[:LONGEST_REASON]} …" if cause else f"{text[:LONGEST_REASON]} …"
 
 
 def _damage(folder: Path) -> str:

@@ -38,11 +38,15 @@ from mmfree_jax.training.identity import code_version, identity
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status, stop_flag
 from mmfree_jax.training.metrics import Interval, Log, Progress, RunLog, SilentLog
 from mmfree_jax.training.optim import rates
+from mmfree_jax.training.out_of_memory import explained
 from mmfree_jax.training.profiling import Profile
 from mmfree_jax.training.retry import Retry
 from mmfree_jax.training.self_check import self_check
 from mmfree_jax.training.step import Program, TrainState, concrete, make_program, program_key
+from mmfree_jax.training.watchdog import Watchdog
 from mmfree_jax.weights import load_params, model_config, with_choices_of
+
+HANGS = "waiting for a step: a device or a collective operation hangs"
 
 
 def train(
@@ -52,8 +56,9 @@ def train(
 
     A finished run returns its row at once. `profile_steps`: steps whose trace is written to `folder`/profile.
     `check_first`: compare a step with the reference (`training.self_check`) before the first one. Raises SelfCheckError
-    if they differ; ConfigError (the folder holds another run, the corpus does not fit); Diverged; or Interrupted, after
-    a signal, once the state has been saved, or the result if the signal came after the last step.
+    if they differ; ConfigError (the folder holds another run, the corpus does not fit); TokenSetError (it is damaged);
+    CheckpointError (none can be read, or the last one not be written); Diverged; OutOfMemory; PeerLost; or Interrupted,
+    after a signal, once the state has been saved, or the result if the signal came after the last step.
     """
     check_settings()
     config = completed_config(config, folder, token_set)
@@ -75,8 +80,9 @@ def train(
             return read_json(folder / "result.json")
         if distributed.is_first():
             stack.enter_context(logged(folder / "log.txt", ignored=Interrupted))
-        with stop_flag() as stop:
-            return _train(config, folder, token_set, stop, profile, check_first)
+        watchdog = stack.enter_context(Watchdog(config.name, folder, config.stall_minutes * 60))
+        with stop_flag() as stop, explained(config), distributed.naming_lost_peers():
+            return _train(config, folder, token_set, stop, profile, check_first, watchdog)
 
 
 def completed_config(config: RunConfig, folder: Path, token_set: TokenSet) -> RunConfig:
@@ -89,7 +95,13 @@ def completed_config(config: RunConfig, folder: Path, token_set: TokenSet) -> Ru
 
 
 def _train(
-    config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag, profile: Profile, check_first: bool
+    config: RunConfig,
+    folder: Path,
+    token_set: TokenSet,
+    stop: StopFlag,
+    profile: Profile,
+    check_first: bool,
+    watchdog: Watchdog,
 ) -> dict[str, Any]:
     key = program_key(config, token_set.end_of_document)
     program = make_program(key)
@@ -125,16 +137,18 @@ def _train(
             # JAX only queues work: the host runs ahead of the device. Whatever needs a result (logs, evaluation,
             # saving) waits for it, and stops the clocks meanwhile.
             while (step := progress.step) < config.steps:
-                tokens_BT = interval.timed_next(rows)
+                with watchdog.during("waiting for a batch: the reader of the data is stalled"):
+                    tokens_BT = interval.timed_next(rows)
                 now = jax.tree.map(np.float32, rates(config.optim, config.steps, step))
                 everywhere = program.repeat(now)
                 profile.before(step)
                 diagnostics.before(step, state, tokens_BT, everywhere)
-                state, metrics = program.train_step(state, tokens_BT, everywhere)
-                profile.after(step, metrics)
-                # Metrics are fetched only now, when this step is already queued: the device never waits for the host.
-                if config.log_every and step % config.log_every == 0:
-                    interval.flush()
+                with watchdog.during(HANGS) if interval.compiled else contextlib.nullcontext():
+                    state, metrics = program.train_step(state, tokens_BT, everywhere)
+                    profile.after(step, metrics)
+                    # Metrics are fetched only now, when this step is queued: the device never waits for the host.
+                    if config.log_every and step % config.log_every == 0:
+                        interval.flush()
                 interval.add(step, metrics, float(now.learning), rows.counts)
                 if anomalies.after(interval, step, state, tokens_BT, everywhere, metrics):
                     found = _before_spike(checkpoints, program, progress, step, rows.state)
@@ -164,12 +178,14 @@ def _train(
                 due = step + 1 in milestones or (every > 0 and (step + 1) % every == 0)
                 _tell(config, log, checkpoints.news)
                 # All processes must save after the same step, so a signal to one of them is shared first.
-                stopping, again = agreed(stop.signal, retry.due(checkpoints.failed, step + 1))
+                with watchdog.during(HANGS):
+                    stopping, again = agreed(stop.signal, retry.due(checkpoints.failed, step + 1))
                 if stopping or due or again:
                     interval.flush() if due else interval.hold()
                     # Branches need a milestone's own step, and after a signal there is no later one.
                     save = checkpoints.save_now if stopping or step + 1 in milestones else checkpoints.save
-                    save(state, functools.partial(_meta, config, token_set, progress, log), step + 1)
+                    with watchdog.during("writing a checkpoint: the storage does not answer"):
+                        save(state, functools.partial(_meta, config, token_set, progress, log), step + 1)
                     progress.held = []
                     interval.resume()
                 if stopping:

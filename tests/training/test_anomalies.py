@@ -60,7 +60,7 @@ UNKNOWN = 256  # a token that the text does not have
 
 @pytest.fixture
 def nan_batches(monkeypatch):
-    """Lets loss and gradients of some 0-based steps be no numbers in the compiled program, by a token of their batch."""
+    """Lets loss and gradients of some 0-based steps be no numbers in the compiled program, by a token in the batch."""
     real = step._gradients
 
     def gradients(graphdef, key, params, tokens_BT):
