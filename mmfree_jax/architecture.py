@@ -42,7 +42,7 @@ def require(condition: bool, message: str) -> None:
 
 
 @functools.cache
-def type_hints(cls: type) -> dict[str, Any]:
+def type_hints(cls: Any) -> dict[str, Any]:
     """Return the types of a dataclass's fields. They are looked up once, because that takes longer than all checks."""
     return typing.get_type_hints(cls)
 
