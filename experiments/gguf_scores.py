@@ -59,7 +59,9 @@ def main() -> None:
 def rows(family: str, kinds: tuple[str, ...], folder: Path, count: int, steps: int) -> Iterator[dict[str, Any]]:
     """Train a model of a family, and compare its scores with llama.cpp's on a file of each type."""
     run = mmfree_jax.preset(f"{family}-tiny")
-    optim = dataclasses.replace(run.optim, lr=run.optim.lr * 128 / SIZES["width"], warmup_steps=20, decay_steps=50)
+    optim = dataclasses.replace(
+        run.optim, lr=run.optim.lr * 128 / SIZES["width"], warmup_steps=steps // 5, decay_steps=steps // 2
+    )
     data = dataclasses.replace(run.data, sequence=128, batch=8)
     model = dataclasses.replace(run.model, **SIZES, depth=2)
     run = dataclasses.replace(run, model=model, optim=optim, data=data, steps=steps, evaluate=False)
