@@ -18,8 +18,10 @@ import csv
 import dataclasses
 import itertools
 import math
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ KERNELS = {  # that a family's step has to contain, by a part of their names
     "matmul-free-rwkv4": ("recurrence", "norm_codes"),
     "hgrn": ("recurrence",),
 }
+WHOLE_ROWS = "gated_codes", "swiglu_codes"  # which tensor cuts: XLA computes them then
 SMALL = 2**17  # elements: sums for scales, gains and states may travel in float32
 
 
@@ -92,13 +95,15 @@ def faults(run: RunConfig, found: Compiled) -> list[str]:
         gathered = one.kind == "all-gather" and one.dtype == "f32" and "fsdp" in one.axes
         if ternary and gathered and each > 4 * SMALL:
             wrong.append(f"{one.count} all-gathers of {one.dtype}")
-        if one.kind == "collective-permute" and model.mixer != "rwkv4":
+        # Tokens go to the chip that has their place in time, and RWKV-4 shifts by a step.
+        if one.kind == "collective-permute" and model.mixer != "rwkv4" and one.dtype != "s32":
             wrong.append(f"{one.count} collective permutes of {one.dtype}")
     if found.host_transfers:
         wrong.append(f"{found.host_transfers} host transfers")
     if found.rematerialised:
         wrong.append(f"{found.rematerialised} involuntary rematerialisations")
-    wrong += [f"no {name} kernel" for name in KERNELS[family] if not any(name in kernel for kernel in found.kernels)]
+    expected = [name for name in KERNELS[family] if run.mesh.tensor == 1 or name not in WHOLE_ROWS]
+    wrong += [f"no {name} kernel" for name in expected if not any(name in kernel for kernel in found.kernels)]
     return wrong
 
 
@@ -130,17 +135,18 @@ def main() -> int:
     began, kept = time.time(), list(csv.DictReader(options.out.open())) if options.out.exists() else []
     have = {tuple(one[name] for name in COLUMNS) for one in kept}
     with options.out.open("a", newline="") as file:
-        table = csv.DictWriter(file, (*COLUMNS, *FOUND))
+        table = csv.DictWriter(file, (*COLUMNS, *FOUND), lineterminator="\n")
         if not kept:
             table.writeheader()
-        for case in cases(options.tiny):
-            if case in have or time.time() - began > options.limit:
-                continue
-            made = row(case)
-            table.writerow(made)
-            file.flush()
-            kept.append({name: str(value) for name, value in made.items()})
-            print(" ".join(case), made["temporaries"], made["refused"], made["faults"], flush=True)
+        lacking = (case for case in cases(options.tiny) if case not in have)
+        in_time = itertools.takewhile(lambda _: time.time() - began < options.limit, lacking)
+        # Compilations of large steps take gigabytes each: one after the other.
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for made in (pool.map if options.tiny else map)(row, in_time):
+                table.writerow(made)
+                file.flush()
+                kept.append({name: str(value) for name, value in made.items()})
+                print(*list(made.values())[:8], made["refused"], made["faults"], flush=True)
     failed = [one for one in kept if one["faults"]]
     print(f"{len(kept)} steps, {len(failed)} of them fail a gate")
     return 1 if failed else 0

@@ -63,11 +63,22 @@ PEAK_FLOPS = {
 }
 
 _absent: ContextVar[Platform | None] = ContextVar("absent", default=None)
+_compiled: ContextVar[bool] = ContextVar("compiled", default=False)
 
 
 def traced_for(platform: Platform) -> AbstractContextManager[None]:
     """Trace what is inside the context for a platform that need not be here."""
     return during(_absent, platform)
+
+
+def compiled_for() -> AbstractContextManager[None]:
+    """Promise that the compiler of the platform that is traced for takes what is inside: libraries of its own serve."""
+    return during(_compiled, True)
+
+
+def has_libraries() -> bool:
+    """Whether the platform that is used, or traced for, has its own libraries at hand, such as cuDNN."""
+    return _absent.get() is None or _compiled.get()
 
 
 def backend() -> str:

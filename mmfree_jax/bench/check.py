@@ -24,7 +24,7 @@ from mmfree_jax.ops.bit_linear import Recipe, Weights, bit_linear, rms_norm
 from mmfree_jax.ops.fast import checks
 from mmfree_jax.ops.fast.checks import Use
 from mmfree_jax.ops.fast.choice import kernels_allowed
-from mmfree_jax.ops.fast.hopper import normed_codes
+from mmfree_jax.ops.fast.kernels import architecture, kernel_module, kernels
 from mmfree_jax.ops.fast.verification import kernels_assumed
 from mmfree_jax.ops.glu import glu
 from mmfree_jax.training import self_check
@@ -42,13 +42,15 @@ LAYER_TOLERANCES = {"bfloat16": 0.1, "float32": 0.03}  # relative norm: codes on
 
 
 def uses(count: int, seed: int) -> list[Use]:
-    """`count` different uses of each kernel, a quarter as many of whole layers and an eighth as many of whole models.
+    """`count` different uses of each kernel that this device has, a quarter as many of whole layers and an eighth as
+    many of whole models.
 
     There is at least one model of each family, unless `count` is smaller. Widths go from 16 to 8192; where a kernel
     takes any width, their residues modulo 256 follow each other. Every other layer has widths that the kernels take.
     """
     found: list[Use] = []
-    for kernel, draw in DRAWS.items():
+    for kernel in (*kernels(), "layer", "model"):
+        draw = DRAWS[kernel]
         rng = np.random.default_rng([seed, zlib.crc32(kernel.encode())])
         drawn: dict[Use, None] = {}  # in order, each once
         number = max(count // SHARES.get(kernel, 1), min(count, len(FAMILIES)))
@@ -81,11 +83,12 @@ def _draw_normed_codes(rng: np.random.Generator, attempt: int) -> Use:
     gains = int(rng.choice([1, 2, 3])) if kind == "norm" and width <= 2048 else 1
     products = gains if gains > 1 else int(rng.choice([1, 2, 3])) if kind == "norm" else 1
     options = kind, gains, products, str(rng.choice(TYPES)), bits, kind == "norm" and bool(rng.integers(2))
-    use = Use("normed_codes", (_rows(rng, width), width), (*options, kind == "swiglu" and bits == 8))
+    onward = kind == "swiglu" and bits == 8 and architecture() == "hopper"
+    use = Use("normed_codes", (_rows(rng, width), width), (*options, onward))
     # What the kernel does not support, a layer leaves to XLA: as `choice.input_codes`.
     sources, vectors = 1 if kind == "norm" else 2, gains + (kind != "swiglu")
     arrays = sources + products + options[-1], sources + gains
-    fits = normed_codes.supports(width, vectors, jnp.dtype(options[3]), *arrays)
+    fits = kernel_module("normed_codes").supports(width, vectors, jnp.dtype(options[3]), *arrays)
     return use if fits else _draw_normed_codes(rng, attempt)
 
 
@@ -148,6 +151,15 @@ def _draw_decode_attention(rng: np.random.Generator, attempt: int) -> Use:
     )
 
 
+def _draw_attention(rng: np.random.Generator, attempt: int) -> Use:
+    time, width, group = int(rng.choice([2, 33, 128, 1000, 2048, 4096])), 1 + attempt % 256, int(rng.integers(1, 5))
+    chunks = int(rng.choice([1, 2, 4])) if time % 512 == 0 else 1
+    keys = int(rng.integers(1, 5))
+    rows = max(1, min(int(rng.integers(1, 9)), MOST_VALUES // (time * width * keys * group)))
+    options = str(rng.choice(TYPES)), bool(rng.integers(2)), chunks
+    return Use("attention", (rows, time, keys * group, keys, width), options)
+
+
 def _draw_layer(rng: np.random.Generator, attempt: int) -> Use:
     width, out = _width(rng, attempt // 2), _width(rng, int(rng.integers(256)))
     if attempt % 2:
@@ -175,6 +187,7 @@ DRAWS: dict[str, Callable[[np.random.Generator, int], Use]] = {
     "codes_product": _draw_codes_product,
     "dense_product": _draw_dense_product,
     "decode_attention": _draw_decode_attention,
+    "attention": _draw_attention,
     "layer": _draw_layer,
     "model": _draw_model,
 }
@@ -230,7 +243,7 @@ def _layer(use: Use) -> checks.Outcome:
         return {"output": y, "gradient to x": dx, **{f"gradient to {name}": d for name, d in dw.items()}}
 
     device, host = jax.local_devices()[0], jax.local_devices(backend="cpu")[0]
-    with kernels_assumed() if device.platform == "gpu" else kernels_allowed(False):
+    with kernels_assumed() if device.platform in ("gpu", "tpu") else kernels_allowed(False):
         found = jax.jit(functools.partial(gradients, kind=kind))(*jax.device_put((x, weights, dy), device))
     with kernels_allowed(False):
         expected = jax.jit(functools.partial(gradients, kind=jnp.float32))(*jax.device_put((x, weights, dy), host))

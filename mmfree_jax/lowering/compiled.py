@@ -137,12 +137,12 @@ def compile_step(run: RunConfig, device_name: str) -> Any:
     """
     from jax.sharding import use_abstract_mesh
 
-    from mmfree_jax.devices import traced_for
+    from mmfree_jax.devices import compiled_for, traced_for
     from mmfree_jax.ops.fast.verification import kernels_assumed
     from mmfree_jax.sharding import make_mesh
 
     device, mesh = DEVICES[device_name], make_mesh(run.mesh, absent_devices(device_name, run.mesh.devices))
-    with traced_for(device.platform), kernels_assumed(device.kernels):
+    with traced_for(device.platform), compiled_for(), kernels_assumed(device.kernels):
         _, traced = traced_step(run, mesh, lambda mesh: use_abstract_mesh(mesh.abstract_mesh))
         return traced.lower().compile()
 

@@ -10,7 +10,9 @@ import pytest
 from mmfree_jax.bench import check
 from mmfree_jax.bench import cli as bench
 from mmfree_jax.config import FAMILIES, ConfigError
+from mmfree_jax.devices import traced_for
 from mmfree_jax.ops.fast import checks, products, verification
+from mmfree_jax.ops.fast.kernels import kernels
 from tests.in_process import called
 
 GPU = pytest.mark.skipif(not verification.is_hopper(), reason="needs a Hopper GPU")
@@ -28,7 +30,7 @@ def test_kernels_layers_and_models_on_a_gpu(use):
 def test_every_kernel_is_drawn_and_every_residue_of_what_takes_any_width():
     uses = check.uses(256, 0)
     assert len(uses) == len(set(uses))
-    assert Counter(use.kernel for use in uses) == dict.fromkeys(checks.CHECKS, 256) | {"layer": 64, "model": 32}
+    assert Counter(use.kernel for use in uses) == dict.fromkeys(kernels(), 256) | {"layer": 64, "model": 32}
     assert {use.options[0] for use in uses if use.kernel == "model"} == set(FAMILIES)
     widths = [use.sizes[2] for use in uses if use.kernel == "recurrence"]
     assert {width % 256 for width in widths} == set(range(256))
@@ -37,6 +39,15 @@ def test_every_kernel_is_drawn_and_every_residue_of_what_takes_any_width():
     codes = {use.sizes[1] // 128 for use in uses if use.kernel in ("normed_codes", "row_codes")}
     assert codes == set(range(1, 65))
     assert {use.sizes[1] for use in uses if use.kernel == "recurrence"} >= {1, 77, 1000, 8193}
+
+
+def test_on_a_tpu_its_own_kernels_are_drawn():
+    with traced_for("tpu"):
+        uses = check.uses(64, 0)
+    assert {use.kernel for use in uses} == {"normed_codes", "recurrence", "attention", "layer", "model"}
+    assert {use.kernel for use in uses} | {use.kernel for use in check.uses(8, 0)} >= checks.CHECKS.keys()
+    assert not any(use.options[-1] for use in uses if use.kernel == "normed_codes")  # no codes of gradients
+    assert {use.options[-1] for use in uses if use.kernel == "attention"} == {1, 2, 4}
 
 
 def test_shards_share_the_uses_out():

@@ -68,12 +68,19 @@ def test_a_skypilot_task_for_every_chain_and_a_script_that_launches_them(tmp_pat
         ("h200", {"fsdp": 16}, "H200:8", 2),
         ("a100", {"fsdp": 4}, "A100-80GB:4", 1),
         ("tpu-v5e", {"fsdp": 8, "data": 2}, "tpu-v5litepod-16", 1),
+        ("tpu-v5p", {"fsdp": 16}, "tpu-v5p-32", 1),  # by cores, of which a chip has two
     ],
 )
 def test_the_mesh_decides_how_many_devices_a_task_gets(tmp_path, device, axes, accelerators, nodes):
     task = tasks(tmp_path, on_mesh(**axes), device=device, storage="gs://b")[0]
     assert (task["resources"]["accelerators"], task["num_nodes"]) == (accelerators, nodes)
     assert task["file_mounts"]["/runs"]["mode"] == ("MOUNT_CACHED" if device == "a100" else "MOUNT")  # of one host
+
+
+def test_a_slice_of_v5p_is_a_cube(tmp_path):
+    _, first, *_ = jobsets(tmp_path, on_mesh(fsdp=16), device="tpu-v5p")
+    pod = first["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2x4"
 
 
 def test_a_jobset_has_a_pod_a_host_and_carries_the_experiment(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.devices import backend
+from mmfree_jax.devices import backend, has_libraries
 from mmfree_jax.ops.fast import verification
 from mmfree_jax.ops.fast.checks import Use
 from mmfree_jax.ops.fast.kernels import architecture, kernel_module
@@ -293,7 +293,7 @@ def decode_attention(q_BTHK: Any, cache: Any) -> bool:
 def widest_fused_head() -> int:
     """Return the widest head that cuDNN's kernel takes on the GPU here, or on one that is traced for; 0 without one."""
     if backend() == "gpu" != jax.default_backend():
-        return 256 if available(HOPPER) else 128
+        return (256 if available(HOPPER) else 128) if has_libraries() else 0
     capability = str(getattr(jax.devices()[0], "compute_capability", "")) if jax.default_backend() == "gpu" else ""
     if not capability.replace(".", "").isdigit():  # as gfx942 of another maker
         return 0

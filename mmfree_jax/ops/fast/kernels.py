@@ -5,6 +5,15 @@ from typing import Any, Literal
 
 from mmfree_jax.devices import backend
 
+OF_TPUS = ("normed_codes", "recurrence", "attention")  # `hopper` has all but the last, which cuDNN has for GPUs
+
+
+def kernels() -> tuple[str, ...]:
+    """Return the names of the kernels that there are for the platform that is used, or traced for."""
+    from mmfree_jax.ops.fast.checks import CHECKS
+
+    return OF_TPUS if architecture() == "tpu" else tuple(name for name in CHECKS if name != "attention")
+
 
 def architecture() -> Literal["hopper", "tpu"]:
     """Return the folder of the kernels for the platform that is used, or traced for."""

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mmfree_jax.devices import traced_for
+from mmfree_jax.devices import compiled_for, traced_for
+from mmfree_jax.ops.bit_linear import Recipe, Weights, linear, rms_norm
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.checks import Use, check
 from mmfree_jax.ops.fast.tpu import attention, normed_codes, recurrence
 from mmfree_jax.ops.fast.tpu.mosaic import interpreted
 from mmfree_jax.ops.fast.verification import kernels_assumed
+from mmfree_jax.ops.glu import swiglu
 
 USES = [
     Use("recurrence", (2, 77, 100), ("float32", True, True)),  # one block that hangs over both ends
@@ -78,9 +80,41 @@ def test_kernels_serve_on_tpus_only_once_verified():
                 assert forms() == ("full", "prefix")
 
 
+def test_cudnn_serves_what_is_compiled_for_a_gpu_and_not_what_is_only_partitioned_for_it():
+    q = jax.ShapeDtypeStruct((2, 64, 4, 32), jnp.bfloat16)
+    with traced_for("cuda"):
+        assert choice.attention_form(q, q, None) == "full"
+        with compiled_for():
+            assert choice.attention_form(q, q, None) == "cudnn"
+
+
 @pytest.mark.parametrize(("width", "fits"), [(1024, True), (2816, True), (13824, True), (100_000, False)])
 def test_widths_whose_rows_exceed_vmem_are_left_to_xla(width, fits):
     assert normed_codes.supports(width, 1, jnp.bfloat16, 3, 3) == fits
+
+
+def test_dense_layers_keep_what_their_inputs_are_made_of():
+    """On TPUs, where each residual is a stack of all layers: gradients are the same, and two arrays fewer are kept."""
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    recipe, axes = Recipe(ternary=False), {"gate_up": draw(0, 2, 32, 64), "down": draw(1, 1, 64, 32)}
+
+    @jax.jit
+    def loss(x, gain, weights):
+        gate, up = linear(recipe, rms_norm(x, gain, 1e-6), Weights(weights["gate_up"], None))
+        (y,) = linear(recipe, swiglu(gate, up), Weights(weights["down"], None))
+        return jnp.sum(jnp.sin(y))
+
+    def gradients(platform):
+        jax.clear_caches()
+        with traced_for(platform):
+            _, pull = jax.vjp(loss, draw(2, 4, 8, 32), jnp.ones(32), axes)
+            return pull(1.0), [a.shape for a in jax.tree.leaves(pull)]
+
+    (usual, kept), (found, fewer) = gradients("cpu"), gradients("tpu")
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(usual), strict=True):
+        assert jnp.allclose(a, b, rtol=1e-5, atol=1e-6)
+    wide = lambda shapes: sum(shape[:2] == (4, 8) for shape in shapes)
+    assert wide(fewer) <= wide(kept) - 2
 
 
 PROGRAM = """
@@ -133,6 +167,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_kernels_compute_each_devices_part():
     """Rows over two devices, time over two: states and keys travel from one to the next."""
     root = Path(__file__).parents[4]
