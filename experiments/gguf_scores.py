@@ -7,8 +7,8 @@ Of each type of file: the largest and the mean difference of a continuation in n
 (95 %, bootstrapped); in which share of the items both choose the same continuation; and each side's accuracy. llama.cpp
 tells no probabilities where the token that it would choose ends within a character; such items are left out and
 counted. Goals: F32 transformer++ within 5e-3 nats, TQ2_0 the same choice of at least 98 % of the items. A quarter of an
-hour on 2 CPU cores. In results/gguf_scores.csv the first row was made so, the second with --families bitnet-tied --items
-60 --steps 60.
+hour on 2 CPU cores. In results/gguf_scores.csv the first row was made so, the second with --families bitnet-tied
+--items 60 --steps 60.
 """
 
 import argparse
