@@ -1,7 +1,7 @@
 """Does llama.cpp score items as the harness's adapter does? `python -m experiments.gguf_scores` (needs xllamacpp).
 
 A model of each family is trained for a few minutes and exported, at width 512 as in gguf_parity.py. An item is held-out
-text and three continuations of six tokens, of which one is the text's own. Scores are the sums of the tokens'
+text and four continuations of two tokens, of which one is the text's own. Scores are the sums of the tokens'
 log-probabilities: here by the adapter's `log_likelihoods` on the run, there by llama.cpp in process, token by token.
 Of each type of file: the largest and the mean difference of a continuation in nats, the mean with its interval by item
 (95 %, bootstrapped); in which share of the items both choose the same continuation; and each side's accuracy. llama.cpp
@@ -13,6 +13,7 @@ hour on 2 CPU cores. The table is results/gguf_scores.csv.
 import argparse
 import csv
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +28,8 @@ from mmfree_jax.evaluation.comparison import paired
 from mmfree_jax.evaluation.likelihood import log_likelihoods, scorable
 from mmfree_jax.weights import load_model
 
-CASES = (("transformer++", ("f32",)), ("bitnet-tied", ("tq2_0", "f32")))
-GIVEN, FOLLOWING, CHOICES = 40, 6, 3
+CASES = {"transformer++": ("f32",), "bitnet-tied": ("tq2_0", "f32")}
+GIVEN, FOLLOWING, CHOICES = 40, 2, 4
 COLUMNS = (
     "family", "type", "items", "left_out", "largest", "mean_size", "mean", "low", "high", "same_choice",
     "accuracy_here", "accuracy_there",
@@ -41,14 +42,15 @@ def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gguf_scores.csv")
+    parser.add_argument("--families", nargs="+", default=list(CASES))
     parser.add_argument("--items", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, chosen.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for family, kinds in CASES:
-            for row in rows(family, kinds, Path(folder) / family, chosen.items, chosen.steps):
+        for family in chosen.families:
+            for row in rows(family, CASES[family], Path(folder) / family, chosen.items, chosen.steps):
                 writer.writerow(row)
                 file.flush()
                 print(row, flush=True)
@@ -68,7 +70,7 @@ def rows(family: str, kinds: tuple[str, ...], folder: Path, count: int, steps: i
     for kind in kinds:
         path = folder / f"{kind}.gguf"
         mmfree_jax.export(folder / "run", path, format="gguf", type=kind)
-        ask = server(path)
+        ask = remembered(server(path))
         theirs = np.array([[score(ask, context, one) for one in continuations] for context, continuations in asked])
         yield {"family": family, "type": kind} | compared(ours.reshape(-1, CHOICES), theirs)
 
@@ -84,14 +86,22 @@ def items(text: np.ndarray, count: int) -> list[Item]:
     ]
 
 
-def score(ask: Callable[..., dict[str, Any]], context: Tokens, continuation: Tokens) -> float:
+def remembered(ask: Callable[..., dict[str, Any]]) -> Callable[[tuple[int, ...]], dict[int, float]]:
+    """Ask for the log-probabilities of what follows a prompt, of each prompt once; empty where none are told."""
+
+    @functools.cache
+    def following(prompt: tuple[int, ...]) -> dict[int, float]:
+        answer = ask(prompt=list(prompt), n_predict=1, n_probs=2048)
+        told = answer.get("completion_probabilities", [{"top_logprobs": []}])[0]["top_logprobs"]
+        return {one["id"]: one["logprob"] for one in told}
+
+    return following
+
+
+def score(ask: Callable[[tuple[int, ...]], dict[int, float]], context: Tokens, continuation: Tokens) -> float:
     """Sum llama.cpp's log-probabilities of a continuation; NaN where it does not tell one."""
-    total = 0.0
-    for n, token in enumerate(continuation):
-        answer = ask(prompt=[*context, *continuation[:n]], n_predict=1, n_probs=2048)
-        listed = answer.get("completion_probabilities", [{"top_logprobs": []}])[0]["top_logprobs"]
-        total += next((one["logprob"] for one in listed if one["id"] == token), np.nan)
-    return total
+    places = enumerate(continuation)
+    return sum(ask((*context, *continuation[:n])).get(token, np.nan) for n, token in places)
 
 
 def compared(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:

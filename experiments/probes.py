@@ -190,7 +190,11 @@ def chunks(probe: Probe, recipe: Recipe) -> Iterator[tuple[np.ndarray, np.ndarra
 
 
 def picture(table: Path, out: Path) -> None:
-    """Draw accuracy against distance: a panel a probe, a colour a family, the spread of its seeds as a band."""
+    """Draw accuracy against distance: a panel a probe, a colour a family, the spread of its seeds as a band.
+
+    Full circles are rows of the lengths of training, hollow ones longer rows. Dotted: the longest distance of training;
+    grey: chance.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -215,10 +219,11 @@ def picture(table: Path, out: Path) -> None:
         axis.xaxis.set_major_formatter("{x:.0f}")
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
-    figure.supxlabel("distance in tokens (dotted: the longest of training; grey: chance)", fontsize=9)
+    figure.supxlabel("distance in tokens", fontsize=9)
     figure.supylabel("accuracy", fontsize=9)
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(families), frameon=False)
+    shown = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    lines_of = [shown[family] for family in families]
+    figure.legend(lines_of, families, loc="outside upper center", ncols=len(families), frameon=False)
     figure.savefig(out, dpi=130)
 
 
@@ -232,9 +237,10 @@ def _curve(axis: Any, own: list[dict[str, str]], colour: str, label: str) -> Non
                 by_place.setdefault(int(row["nearest"]).bit_length(), []).append((middle, float(row["accuracy"])))
         places = [np.array(by_place[key]) for key in sorted(by_place)]
         x, y = ([one[:, n].mean() for one in places] for n in (0, 1))
-        style = {"marker": "o", "markersize": 3.5, "color": colour, "linewidth": 1.3}
-        filled = "full" if lengths == "trained" else "none"
-        axis.plot(x, y, fillstyle=filled, label=label if lengths == "trained" else None, **style)
+        style = {"marker": "o", "markersize": 3.5, "color": colour, "linewidth": 1.3, "label": label}
+        if lengths == "beyond":
+            style |= {"fillstyle": "none", "linestyle": "--", "label": None}
+        axis.plot(x, y, **style)
         spread = [[reduce(one[:, 1]) for one in places] for reduce in (np.min, np.max)]
         axis.fill_between(x, *spread, color=colour, alpha=0.15, linewidth=0)
 

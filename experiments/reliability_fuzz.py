@@ -1,4 +1,4 @@
-"""Hostile input for every reader: `python -m experiments.reliability_fuzz [--seconds S] [--readers NAME …] [--out FILE]`.
+"""Hostile input for every reader: `python -m experiments.reliability_fuzz [--seconds S] [--out FILE]`.
 
 Each reader gets valid input with mutations: bits, bytes and blocks of any file, values and keys of JSON. Whatever it
 raises must be an error that a command reports in one line (`mmfree_jax.errors.is_explained`; over HTTP a refusal); a

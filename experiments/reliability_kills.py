@@ -1,4 +1,4 @@
-"""SIGKILLs at random instants of seven kinds of moment: `python -m experiments.reliability_kills [--rounds N] [--out FILE]`.
+"""SIGKILLs at random instants of seven kinds of moment: `python -m experiments.reliability_kills [--out FILE]`.
 
 A round takes a family and one or two processes through `experiments.reliability_pipeline`, killed once in each of the
 moments, and compares what is there at the end with an undisturbed run: parameters, every row of metrics, result.json,

@@ -2,7 +2,8 @@
 
 `python -m experiments.reliability_pipeline FOLDER FAMILY PROCESSES [INDEX HOST:PORT]` builds a corpus from
 FOLDER/text.jsonl, declares a sweep of one run, trains and evaluates it, writes runs.csv and exports the model. What is
-done already is passed over. Of a run of several processes, those with an INDEX train, and one without it then does the rest.
+done already is passed over. Of a run of several processes, those with an INDEX train, and one without it then does
+the rest.
 `experiments.reliability_kills` starts it.
 
 Environment: KILL=MODULE:NAME:N:SECONDS kills this process with SIGKILL so long after the N-th call of that function

@@ -42,14 +42,14 @@ def require(condition: bool, message: str) -> None:
 
 
 @functools.cache
-def type_hints(cls: type) -> dict[str, Any]:
+def type_hints(cls: Any) -> dict[str, Any]:
     """Return the types of a dataclass's fields. They are looked up once, because that takes longer than all checks."""
     return typing.get_type_hints(cls)
 
 
 def check_choices(config: Any) -> None:
     """Check every Literal-typed field of a dataclass instance against its allowed values."""
-    for name, hint in type_hints(type(config)).items():
+    for name, hint in type_hints(config.__class__).items():
         if typing.get_origin(hint) is Literal:
             value, allowed = getattr(config, name), typing.get_args(hint)
             require(value in allowed, f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
@@ -82,7 +82,8 @@ class ModelConfig:
     lower_bounds: bool = True  # learned floors of the forget gate, cumulative over depth (MLGRU only)
     activation_bits: Literal[0, 4, 8] = 8  # 0: activations are not quantised (ternary layers only)
     gradient_bits: Literal[0, 8] = 0  # 8: integer products in the backward pass too (ternary layers but the head)
-    weight_scale: Literal["tensor", "channel"] = "tensor"  # one absmean scale a matrix, or one an output channel
+    # One absmean scale a matrix, or one an output channel; optimal: the scale of least squares for a matrix.
+    weight_scale: Literal["tensor", "channel", "optimal"] = "tensor"
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     init_std: float = 0.02

@@ -30,6 +30,9 @@ LONGEST_REASON = 300  # characters of Orbax's message
 PAUSES_SECONDS = (1.0, 5.0)  # before a save that must not fail is tried a second and a third time
 # What TensorStore and Orbax say about files that are missing or damaged.
 DAMAGE = re.compile(r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|Error decoding|were not found in the checkpoint")
+SYSTEM = re.compile(
+    "No space left on device|Disk quota exceeded|Read-only file system|Permission denied|File too large"
+)
 OTHER_TREE = re.compile(r"Requested shape|structures do not match")
 _keep = ocp.training.preservation_policies
 
@@ -88,7 +91,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._wait()
+        self.wait()
         self._orbax.close()
         if self._error is not None and kind is None:
             raise self._lost() from self._error
@@ -109,7 +112,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         First waits for the save before this one. A save that fails raises nothing: see `failed`. All processes must
         call it.
         """
-        self._wait()
+        self.wait()
         self._error = None
         try:
             # `meta` may have to write logs. What cannot be written in one process is not begun in the others.
@@ -126,7 +129,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Save and wait until that is done; try again if it fails. Raises CheckpointError if it fails for good."""
         for pause_s in (*PAUSES_SECONDS, None):
             self.save(state, meta, step)
-            self._wait()
+            self.wait()
             if self._error is None:
                 return
             if pause_s is not None:
@@ -156,7 +159,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, newest first."""
-        self._wait()
+        self.wait()
         for later in reversed([one for one in self.steps if one > step]):
             self._orbax.delete(later)
 
@@ -182,7 +185,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._error = error
         self.news.append(f"the checkpoint of step {step} was not written: {_brief(error)}; it is tried again")
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Wait for the save in progress, and for its checksums."""
         if self._thread is not None:
             self._thread.join()
@@ -290,7 +293,11 @@ def _made_everywhere(meta: Meta) -> dict[str, Any]:
 def _brief(error: Exception) -> str:
     """An exception in one line that is not too long."""
     text = sentence(error)
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} …"
+    if len(text) <= LONGEST_REASON:
+        return text
+    # What the system says comes last in TensorStore's messages, behind several paths.
+    cause = SYSTEM.search(text)
+    return f"{cause[0]}: {text[:LONGEST_REASON]} …" if cause else f"{text[:LONGEST_REASON]} …"
 
 
 def _damage(folder: Path) -> str:

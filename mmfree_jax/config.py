@@ -204,6 +204,10 @@ class RunConfig:
     keep_checkpoints: int = 2
     diagnose_every: int = 0
     eval_every: int = 0
+    skip_nonfinite: int = 0  # steps in a row that are left out for a loss or gradient that is not finite; 0: none
+    spike_sigmas: float = 0.0  # robust standard deviations above the recent losses that are a spike; 0: no detection
+    on_spike: Literal["log", "rewind"] = "log"  # rewind: to the checkpoint before it, past its batches
+    stall_minutes: float = 30.0  # a run that makes no step for so long leaves its stacks and ends with 75; 0: never
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -212,8 +216,19 @@ class RunConfig:
         require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
         require(self.unroll >= 0, f"unroll={self.unroll}: must not be negative")
         require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints}: must be at least 1")
-        for name in ("log_every", "checkpoint_every", "diagnose_every", "eval_every"):
+        for name in (
+            "log_every",
+            "checkpoint_every",
+            "diagnose_every",
+            "eval_every",
+            "skip_nonfinite",
+            "stall_minutes",
+        ):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
+        require(
+            self.spike_sigmas >= 0 and (self.spike_sigmas > 0 or self.on_spike == "log"),
+            f"spike_sigmas={self.spike_sigmas}: must not be negative, and on_spike={self.on_spike!r} needs it positive",
+        )
         require(
             self.remat != "codes" or self.model.linear == "ternary",
             "remat='codes' keeps the integer codes of ternary layers, and this model has none: use products or full",

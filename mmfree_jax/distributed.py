@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,28 @@ GREETING_SECONDS = 5  # a process that connects must report its number within th
 
 class MissingProcess(RuntimeError):
     """Processes did not start. The message names them and the coordinator, and says what to check."""
+
+
+class PeerLost(RuntimeError):
+    """Another process of the run has ended or cannot be reached."""
+
+
+# What JAX says where a connection to another process breaks: in a collective operation, or in the coordination service.
+BROKEN = re.compile("Gloo|heartbeat|[Cc]onnection (reset|closed|refused)|coordination service|NCCL")
+
+
+@contextlib.contextmanager
+def naming_lost_peers() -> Iterator[None]:
+    """Turn the error of a connection that has broken into PeerLost, in one line."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not BROKEN.search(str(error)):
+            raise
+        raise PeerLost(
+            "another process of this run has ended or cannot be reached: start all of them again with the same command "
+            f"({' '.join(str(error).split())[:160]})"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,16 +1,18 @@
 """Atomic writes, and folders that only one process writes."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 class LockedError(RuntimeError):
@@ -116,25 +118,48 @@ def last_lines(path: Path, count: int, window: int = 65536) -> list[str]:
     return [line.decode("utf-8", "replace") for line in complete]
 
 
+# What systems say of a lock where there are none: NFS without its lock service, Lustre without flock, some FUSE.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def _told(file: TextIO) -> str:
+    """Who holds a lock, if its file says so: ` (process 7 on HOST)`."""
+    file.seek(0)
+    told = file.read(200).strip()
+    return f" ({told})" if told and told.isprintable() else ""
+
+
 @contextlib.contextmanager
 def locked(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     """Lock the folder for this process. The system releases the lock however the process ends.
 
-    Raises LockedError if another process still holds it after `wait_s` seconds.
+    Raises LockedError, naming host and process, if another one still holds it after `wait_s` seconds, and for a file
+    system without locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_s
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
         while True:
             try:
                 # A lock of the system, not a file that says "locked": nobody has to clean up after a process that was
-                # killed.
+                # killed. What the file says is only for the message of those who find it locked.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise LockedError(f"{folder}: another process is working here") from None
+                    raise LockedError(f"{folder}: another process is working here{_told(file)}") from None
                 time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
+                raise LockedError(
+                    f"{folder} lies on a file system without locks ({error.strerror}), where two processes could write "
+                    "into one folder: mount it with them (NFS: without nolock; Lustre: with flock), or choose another"
+                ) from None
+        with contextlib.suppress(OSError):  # a full disk does not take the note, and needs none
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield
 
 

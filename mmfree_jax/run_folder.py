@@ -74,8 +74,10 @@ def check_held_out_text(token_set: TokenSet) -> None:
 # Fields that change where and how a run is computed and what it logs, but not its result, except by rounding.
 HOW = (
     *("mesh", "remat", "kernels", "gather", "reduction", "unroll", "optim.accumulate"),
-    *("eval_every", "diagnose_every"),
+    *("eval_every", "diagnose_every", "stall_minutes"),
 )
+# Fields that change nothing as long as nothing goes wrong: a run that has diverged may be resumed with others.
+RESCUES = ("skip_nonfinite", "spike_sigmas", "on_spike")
 
 
 def with_corpus(config: RunConfig, token_set: TokenSet) -> RunConfig:
@@ -194,7 +196,7 @@ def changes(config: RunConfig, folder: Path) -> str:
         return ""
     # A run is the same run if it would compute the same. So fields that only say how are free, and so are those that
     # one side has not filled in yet.
-    held, config, free = _anywhere(read_run(path)), _anywhere(config), set(HOW)
+    held, config, free = _anywhere(read_run(path)), _anywhere(config), {*HOW, *RESCUES}
     free |= {"precision"} if "auto" in (held.precision, config.precision) else set()
     free |= {"model.tokenizer_vocab"} if 0 in (held.model.tokenizer_vocab, config.model.tokenizer_vocab) else set()
     old, new = held.data, config.data

@@ -77,6 +77,7 @@ def codes_everywhere() -> list:
         "each": (Recipe(axes=("embed", "heads")), (3, 256, 256)),
         "out": (Recipe(axes=("mlp", "embed")), (1, 704, 256)),
         "channel": (Recipe(scale_axes=(-2,), axes=("embed", "mlp")), (1, 256, 704)),
+        "best": (Recipe(scale_axes=(-3, -2, -1), axes=("embed", "mlp"), best_scale=True), (2, 256, 704)),
     }
     different = []
     for name, (recipe, size) in cases.items():

@@ -103,7 +103,8 @@ def check_expressible(config: ModelConfig) -> None:
     )
     fixed: dict[str, Any] = {"parametrisation": "standard"}
     if config.linear == "ternary":
-        fixed |= {"activation_bits": 8, "weight_scale": "tensor"}
+        require(config.weight_scale != "channel", "model.weight_scale='channel' cannot be exported: one scale a matrix")
+        fixed |= {"activation_bits": 8}
     if config.family == "bitnet":
         fixed |= {"tie_embeddings": True, "dense_head": True, "linear_norm": False, "sublayer_norm": True}
     if config.family == "matmul-free":

@@ -151,7 +151,8 @@ def read_config(folder: Path) -> ModelConfig:
         f"{file}: quantization_config={quantised!r} says that weights are codes, which cannot be read: take the "
         "checkpoint in float32, bfloat16 or float16",
     )
-    form = FORMATS[str(kind)]
+    form, optional = FORMATS[str(kind)], {name for names in OPTIONAL.values() for name in names}
+    values = {name: value for name, value in values.items() if value is not None or name not in optional}
     for name in form.SIZES:
         size: Any = values.get(name)
         require(type(size) is int, f"{file}: {name} is {'missing' if size is None else f'{size!r:.80}, not a number'}")
@@ -160,7 +161,7 @@ def read_config(folder: Path) -> ModelConfig:
     for kinds, names in OPTIONAL.items():
         for name in names:
             value = values.get(name)
-            right = value is None or type(value) in kinds
+            right = value is None or (type(value) in kinds and (dict in kinds or abs(value) < 1e12))
             require(right, f"{file}: {name}={value!r:.80} is not of type {' or '.join(one.__name__ for one in kinds)}")
     for name, only in form.FIXED.items():
         found = values.get(name, only)

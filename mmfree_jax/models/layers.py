@@ -64,9 +64,10 @@ def recipe_of(config: ModelConfig, axes: tuple[str, str], joint: bool = False) -
     # the official checkpoints (gate and up) have to share it, or their codes would differ from the official ones.
     # Of [G, D, F]: a scale for each column, for each matrix, or for the matrices of the layer together.
     scale_axes: tuple[int, ...] = (-2,)
-    if config.weight_scale == "tensor":
+    if config.weight_scale != "channel":
         scale_axes = (-3, -2, -1) if joint else (-2, -1)
-    return Recipe(True, config.activation_bits, scale_axes, config.norm_eps, axes, config.gradient_bits)
+    recipe = Recipe(True, config.activation_bits, scale_axes, config.norm_eps, axes, config.gradient_bits)
+    return recipe._replace(best_scale=config.weight_scale == "optimal")
 
 
 def param(

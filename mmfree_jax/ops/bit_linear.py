@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from mmfree_jax.ops.fast.choice import op
-from mmfree_jax.ops.ternary import Quantised, quantise_activations, straight_through, ternary_codes, weight_scale, wide
+from mmfree_jax.ops.ternary import (
+    Quantised,
+    best_scale,
+    quantise_activations,
+    straight_through,
+    ternary_codes,
+    weight_scale,
+    wide,
+)
 
 
 class Recipe(NamedTuple):
@@ -24,6 +32,7 @@ class Recipe(NamedTuple):
     axes: tuple[str | None, str | None] = (None, None)  # logical names of the input and output axes of w
     gradient_bits: int = 0  # 8: `ops.fast` quantises gradients to outputs too; the definition's are exact
     columns: int = 0  # of the output axis, before the padding that has no part in the scale; 0: there is none
+    best_scale: bool = False  # the weights' scale is that of least squares, not the mean magnitude
 
 
 class Weights(NamedTuple):
@@ -98,5 +107,7 @@ def quantise_kernel(recipe: Recipe, w_GDF: jax.Array) -> tuple[Quantised, ...]:
     scale = weight_scale(w_GDF, recipe.scale_axes)
     if recipe.columns and -1 in recipe.scale_axes:  # a mean that counts zeros which are not there
         scale = scale * (columns / recipe.columns)
+    if recipe.best_scale:
+        scale = best_scale(w_GDF, recipe.scale_axes, scale)
     scale = jnp.broadcast_to(scale, (groups, 1, scale.shape[-1]))
     return tuple(Quantised(ternary_codes(w_GDF[g], scale[g]), scale[g]) for g in range(groups))

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 SMALLEST = 1e-5  # floor of a mean or maximum magnitude, in the unit of the quantised values: keeps zeros finite
+NORMAL = 1.534  # the scale of least squares over the mean magnitude, of normal weights
+LLOYD_STEPS = 4
 
 
 class Quantised(NamedTuple):
@@ -27,13 +29,14 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def quantise_weights(w: jax.Array, axes: tuple[int, ...]) -> Quantised:
+def quantise_weights(w: jax.Array, axes: tuple[int, ...], best: bool = False) -> Quantised:
     """Quantise weights to ternary codes by absmean: t = clip(round(w / m), -1, 1) with m = mean |w| over `axes`.
 
     Args:
         w: weights of any shape, floating point.
         axes: the axes that share one scale, counted from the last: all for a scale per tensor, the input axis for one
             per output channel.
+        best: m is the scale of least squares instead (`best_scale`).
 
     Returns:
         int8 codes in {-1, 0, 1} of w's shape; scale m in `wide(w.dtype)`, reduced axes kept with size 1.
@@ -41,6 +44,7 @@ def quantise_weights(w: jax.Array, axes: tuple[int, ...]) -> Quantised:
     # With the mean as unit, a weight becomes zero below half of it. For normal weights, whose mean magnitude is 0.8
     # standard deviations, 31 % of the codes are zeros.
     scale = weight_scale(w, axes)
+    scale = best_scale(w, axes, scale) if best else scale
     return Quantised(ternary_codes(w, scale), scale)
 
 
@@ -48,6 +52,22 @@ def weight_scale(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Return the scale of `quantise_weights`: mean |w| over `axes`."""
     magnitude = jnp.abs(w.astype(wide(w.dtype)))
     return jnp.maximum(jnp.mean(magnitude, axis=axes, keepdims=True), SMALLEST)
+
+
+def best_scale(w: jax.Array, axes: tuple[int, ...], mean: jax.Array) -> jax.Array:
+    """Return the scale m over `axes` for which codes times m are nearest to w, in least squares (Lloyd 1982; as in
+    Ternary Weight Networks, Li et al. 2016, arXiv 1605.04711, section 2.2, where the threshold is a fixed one).
+
+    mean: `weight_scale` of w, without the part of padding.
+    """
+    # Weights above m / 2 have code 1, and of these the mean is the best scale: the two are made to agree in turn, which
+    # comes nearer to the fixed point by a factor of about three each time. For normal weights it is known.
+    magnitude, scale = jnp.abs(w.astype(mean.dtype)), NORMAL * mean
+    for _ in range(LLOYD_STEPS):
+        large = magnitude > scale / 2
+        total = jnp.sum(jnp.where(large, magnitude, 0), axis=axes, keepdims=True)
+        scale = total / jnp.maximum(jnp.sum(large, axis=axes, keepdims=True), 1)
+    return jnp.maximum(scale, SMALLEST)
 
 
 def ternary_codes(w: jax.Array, scale: jax.Array) -> jax.Array:

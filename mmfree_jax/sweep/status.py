@@ -67,7 +67,7 @@ def status(folder: Path, run: RunConfig, now: float | None = None) -> RunStatus:
     row = rows[-1] if rows else {}
     saved, step = _saved_step(folder), row.get("step")
     known: dict[str, Any] = {
-        "step": max(step if type(step) is int else 0, saved),
+        "step": max(step if type(step) is int and 0 <= step < 1 << 60 else 0, saved),
         "loss": _number(row.get("loss")),
         "tokens_per_s": _number(row.get("tokens_per_s")),
         "steady": len(rows) == 2 and all(_number(one.get("tokens_per_s")) for one in rows),

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import os
-import re
 import signal
 import sys
 import time
@@ -39,6 +38,7 @@ from mmfree_jax.sweep.status import can_begin, fail
 from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
+from mmfree_jax.training.out_of_memory import DISK_IS_FULL, MEMORY_IS_FULL, OutOfMemory, with_more_accumulation
 
 PATIENCE_SECONDS = 300.0  # time for the other processes of this worker to start
 GRACE_SECONDS = 900.0  # grace period, for a last step, save or evaluation, before a run counts as hung
@@ -52,9 +52,6 @@ class TimedOut(RuntimeError):
     """A run has reached its time limit."""
 
 
-# GPUs and TPUs, XLA on CPU, NumPy: each says it in its own words.
-MEMORY_IS_FULL = re.compile("RESOURCE_EXHAUSTED|out of memory|^MemoryError", re.IGNORECASE)
-DISK_IS_FULL = re.compile("No space left on device|Disk quota exceeded")  # TensorStore calls it RESOURCE_EXHAUSTED too
 EVERYWHERE = (Diverged, ConfigError, TrunkFailed, TimedOut)  # errors that all processes of a run have at once
 
 
@@ -73,7 +70,10 @@ def main(out: Path, names: list[str], experiment: Path | None = None, limit_hour
                 gave_up = (trunk / "error.txt").exists() and not (trunk / "result.json").exists()
                 if gave_up or trunk.name in failed:
                     raise TrunkFailed(f"its trunk {trunk.name} failed")
-            _train(config, folder, resolve, limit_hours)
+            try:
+                _train(config, folder, resolve, limit_hours)
+            except OutOfMemory as error:
+                _train_in_parts(config, folder, resolve, limit_hours, error)
         except Interrupted as stop:
             return stop.status
         except Exception as error:  # one bad run must not take the rest of its chain with it
@@ -123,6 +123,20 @@ def _train(config: RunConfig, folder: Path, resolve: Callable[..., TokenSet], li
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _train_in_parts(
+    config: RunConfig, folder: Path, resolve: Callable[..., TokenSet], limit_hours: float, error: OutOfMemory
+) -> None:
+    """Try a run again that was too large, in ever more micro-batches of the same batch. Raises the last error."""
+    # Several processes would have to agree on it: there the run fails, and the message says what to set.
+    for more in with_more_accumulation(config) if jax.process_count() == 1 else ():
+        print(f"{error}\n{config.name}: tried again with optim.accumulate={more.optim.accumulate}", file=sys.stderr)
+        try:
+            return _train(more, folder, resolve, limit_hours)
+        except OutOfMemory as again:
+            error = again
+    raise error
 
 
 def _record(folder: Path, error: Exception) -> None:

@@ -78,5 +78,5 @@ def ternary_codes(model: nnx.Module) -> dict[str, Quantised]:
     for path, module in nnx.iter_modules(model):
         recipe, kernel = getattr(module, "recipe", None), getattr(module, "kernel", None)
         if recipe is not None and recipe.ternary and kernel is not None:
-            found["/".join(map(str, path))] = quantise_weights(kernel[...], recipe.scale_axes)
+            found["/".join(map(str, path))] = quantise_weights(kernel[...], recipe.scale_axes, recipe.best_scale)
     return found

@@ -36,6 +36,12 @@ class Lines:
         with naming(self.path):
             os.fsync(self._file.fileno())
 
+    def cut(self, size: int) -> None:
+        """Keep only the first `size` bytes, of what waits too."""
+        written = os.fstat(self._file.fileno()).st_size
+        self._waiting = self._waiting[: max(0, size - written)]
+        os.ftruncate(self._file.fileno(), min(size, written))
+
     def close(self) -> None:
         """Close the file. Lines that wait still are lost."""
         self._file.close()

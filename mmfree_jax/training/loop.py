@@ -32,16 +32,21 @@ from mmfree_jax.run_folder import (
     with_saved_choices,
 )
 from mmfree_jax.sharding import batch_sharding, idle_devices
+from mmfree_jax.training.anomalies import SUSTAINED, Anomalies
 from mmfree_jax.training.diagnostics import Diagnostics
 from mmfree_jax.training.identity import code_version, identity
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status, stop_flag
 from mmfree_jax.training.metrics import Interval, Log, Progress, RunLog, SilentLog
 from mmfree_jax.training.optim import rates
+from mmfree_jax.training.out_of_memory import explained
 from mmfree_jax.training.profiling import Profile
 from mmfree_jax.training.retry import Retry
 from mmfree_jax.training.self_check import self_check
 from mmfree_jax.training.step import Program, TrainState, concrete, make_program, program_key
+from mmfree_jax.training.watchdog import Watchdog
 from mmfree_jax.weights import load_params, model_config, with_choices_of
+
+HANGS = "waiting for a step: a device or a collective operation hangs"
 
 
 def train(
@@ -51,8 +56,9 @@ def train(
 
     A finished run returns its row at once. `profile_steps`: steps whose trace is written to `folder`/profile.
     `check_first`: compare a step with the reference (`training.self_check`) before the first one. Raises SelfCheckError
-    if they differ; ConfigError (the folder holds another run, the corpus does not fit); Diverged; or Interrupted, after
-    a signal, once the state has been saved, or the result if the signal came after the last step.
+    if they differ; ConfigError (the folder holds another run, the corpus does not fit); TokenSetError (it is damaged);
+    CheckpointError (none can be read, or the last one not be written); Diverged; OutOfMemory; PeerLost; or Interrupted,
+    after a signal, once the state has been saved, or the result if the signal came after the last step.
     """
     check_settings()
     config = completed_config(config, folder, token_set)
@@ -74,8 +80,9 @@ def train(
             return read_json(folder / "result.json")
         if distributed.is_first():
             stack.enter_context(logged(folder / "log.txt", ignored=Interrupted))
-        with stop_flag() as stop:
-            return _train(config, folder, token_set, stop, profile, check_first)
+        watchdog = stack.enter_context(Watchdog(config.name, folder, config.stall_minutes * 60))
+        with stop_flag() as stop, explained(config), distributed.naming_lost_peers():
+            return _train(config, folder, token_set, stop, profile, check_first, watchdog)
 
 
 def completed_config(config: RunConfig, folder: Path, token_set: TokenSet) -> RunConfig:
@@ -88,7 +95,13 @@ def completed_config(config: RunConfig, folder: Path, token_set: TokenSet) -> Ru
 
 
 def _train(
-    config: RunConfig, folder: Path, token_set: TokenSet, stop: StopFlag, profile: Profile, check_first: bool
+    config: RunConfig,
+    folder: Path,
+    token_set: TokenSet,
+    stop: StopFlag,
+    profile: Profile,
+    check_first: bool,
+    watchdog: Watchdog,
 ) -> dict[str, Any]:
     key = program_key(config, token_set.end_of_document)
     program = make_program(key)
@@ -104,10 +117,11 @@ def _train(
             self_check(key, data.batch, data.sequence, token_set.vocab_size)
         state, progress, marks = _begin(config, folder, program, checkpoints, token_set)
         retry = Retry()
-        rows = _batches(config, program, token_set, progress.data)  # continues at the example where the state stands
         agreed = distributed.AgreedStop(program.mesh)
         log_of_process = RunLog(folder, marks) if distributed.is_first() else SilentLog()
-        with log_of_process as log, rows, jax.set_mesh(program.mesh), profile:
+        with log_of_process as log, contextlib.ExitStack() as readers, jax.set_mesh(program.mesh), profile:
+            # Continues at the example where the state stands.
+            rows = readers.enter_context(_batches(config, program, token_set, progress.data))
             _describe(config, program, log, progress)
             _tell(config, log, checkpoints.news)
             kernels = verification.record()
@@ -117,22 +131,38 @@ def _train(
                 log.event(f"kernel refused, XLA serves: {use}")
             interval = Interval(config, progress, progress.counts, log)
             diagnostics = Diagnostics(config, program, log, interval)
+            anomalies = Anomalies(config, program, folder, log)
             scores: Scores | None = None  # of the last step taken, if that was evaluated
 
             # JAX only queues work: the host runs ahead of the device. Whatever needs a result (logs, evaluation,
             # saving) waits for it, and stops the clocks meanwhile.
-            for step in range(progress.step, config.steps):
-                tokens_BT = interval.timed_next(rows)
+            while (step := progress.step) < config.steps:
+                with watchdog.during("waiting for a batch: the reader of the data is stalled"):
+                    tokens_BT = interval.timed_next(rows)
                 now = jax.tree.map(np.float32, rates(config.optim, config.steps, step))
                 everywhere = program.repeat(now)
                 profile.before(step)
                 diagnostics.before(step, state, tokens_BT, everywhere)
-                state, metrics = program.train_step(state, tokens_BT, everywhere)
-                profile.after(step, metrics)
-                # Metrics are fetched only now, when this step is already queued: the device never waits for the host.
-                if config.log_every and step % config.log_every == 0:
-                    interval.flush()
+                with watchdog.during(HANGS) if interval.compiled else contextlib.nullcontext():
+                    state, metrics = program.train_step(state, tokens_BT, everywhere)
+                    profile.after(step, metrics)
+                    # Metrics are fetched only now, when this step is queued: the device never waits for the host.
+                    if config.log_every and step % config.log_every == 0:
+                        interval.flush()
                 interval.add(step, metrics, float(now.learning), rows.counts)
+                if anomalies.after(interval, step, state, tokens_BT, everywhere, metrics):
+                    found = _before_spike(checkpoints, program, progress, step, rows.state)
+                    if found is None:
+                        log.event("there is no checkpoint before the spike: the run goes on")
+                    else:
+                        state, progress, marks = found
+                        log.rewind(marks)
+                        log.event(f"rewound to step {progress.step}; goes on with example {progress.data}")
+                        rows.close()
+                        rows = readers.enter_context(_batches(config, program, token_set, progress.data))
+                        interval = Interval(config, progress, progress.counts, log)
+                        diagnostics = Diagnostics(config, program, log, interval)
+                        continue
 
                 diagnosed, scores = diagnostics.after(step, state), None
                 if config.eval_every and (step + 1) % config.eval_every == 0:
@@ -148,12 +178,14 @@ def _train(
                 due = step + 1 in milestones or (every > 0 and (step + 1) % every == 0)
                 _tell(config, log, checkpoints.news)
                 # All processes must save after the same step, so a signal to one of them is shared first.
-                stopping, again = agreed(stop.signal, retry.due(checkpoints.failed, step + 1))
+                with watchdog.during(HANGS):
+                    stopping, again = agreed(stop.signal, retry.due(checkpoints.failed, step + 1))
                 if stopping or due or again:
                     interval.flush() if due else interval.hold()
                     # Branches need a milestone's own step, and after a signal there is no later one.
                     save = checkpoints.save_now if stopping or step + 1 in milestones else checkpoints.save
-                    save(state, lambda: _meta(config, token_set, progress, log), step + 1)
+                    with watchdog.during("writing a checkpoint: the storage does not answer"):
+                        save(state, functools.partial(_meta, config, token_set, progress, log), step + 1)
                     progress.held = []
                     interval.resume()
                 if stopping:
@@ -212,9 +244,33 @@ def _begin(
         f"{where} was trained on corpus {meta['corpus']}, but this one is {token_set.fingerprint}: give that one (the "
         "embedded corpus changes with the packages that it is made of), or start again in a new folder",
     )
-    progress = Progress(**meta["progress"] | {"counts": Counts(**meta["progress"]["counts"])})
+    progress = _progress(meta)
     progress.attempts = progress.attempts + 1 if checkpoints.steps else 1
     return state, progress, meta["marks"] if checkpoints.steps else {}
+
+
+def _progress(meta: dict[str, Any]) -> Progress:
+    """The progress in a checkpoint."""
+    return Progress(**meta["progress"] | {"counts": Counts(**meta["progress"]["counts"])})
+
+
+def _before_spike(
+    checkpoints: Checkpoints, program: Program, progress: Progress, step: int, reached: int
+) -> tuple[TrainState, Progress, dict[str, int]] | None:
+    """Go back to the last checkpoint before a spike that is seen at 0-based step `step`; None if there is none.
+
+    The run then goes on with example `reached`, past those that led to the spike. Later checkpoints are deleted first:
+    a run that is killed here comes to the same spike again, and to the same decision.
+    """
+    begin = step + 1 - SUSTAINED  # steps done before the first one of the spike
+    checkpoints.wait()
+    if not any(one <= begin for one in checkpoints.steps):
+        return None
+    checkpoints.delete_after(begin)
+    state, meta = checkpoints.restore(program.abstract_state)
+    before = _progress(meta)
+    before.data, before.rewinds, before.attempts = reached, progress.rewinds + 1, progress.attempts
+    return state, before, meta["marks"]
 
 
 def _with_weights(state: TrainState, config: RunConfig, program: Program) -> TrainState:
@@ -315,6 +371,8 @@ def result_row(config: RunConfig, token_set: TokenSet, progress: Progress, score
         "joules": of_all_steps(progress.joules),
         "peak_memory_bytes": None if progress.shared else peak_memory_bytes(),
         "attempts": progress.attempts,
+        **({"skipped_steps": progress.skipped} if config.skip_nonfinite else {}),
+        **({"rewinds": progress.rewinds} if config.spike_sigmas else {}),
         "device": jax.devices()[0].device_kind,
         "devices": config.mesh.devices,
         "kernels": "; ".join(verification.record()["served"]) or "none",

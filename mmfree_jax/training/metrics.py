@@ -53,6 +53,13 @@ class Progress:
     train_loss: float | None = None
     attempts: int = 0
     held: list[Any] = dataclasses.field(default_factory=list)  # steps not logged yet (`Interval.hold`)
+    # What `training.anomalies` decides by: steps not applied, in all and just now; losses before this step; steps of a
+    # spike so far; and how often the run went back.
+    skipped: int = 0
+    in_a_row: int = 0
+    recent: list[float] = dataclasses.field(default_factory=list)
+    spiking: int = 0
+    rewinds: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +124,10 @@ class RunLog(contextlib.AbstractContextManager):
         for name, values in histograms.items():
             self._board.add_histogram(name, values, step)
 
+    def rewind(self, marks: dict[str, int]) -> None:
+        """Cut metrics.jsonl back to its length in a checkpoint. log.txt goes on, and says why."""
+        self._metrics.cut(marks.get("metrics.jsonl", 0))
+
     def mark(self) -> dict[str, int]:
         """Write everything to disk and return the length of each file in bytes. Raises OSError, naming the file."""
         for file in (self._metrics, self._text):
@@ -132,7 +143,7 @@ class SilentLog(contextlib.AbstractContextManager):
         """Write nothing. Checkpoints take the lengths from the first process."""
         return {}
 
-    event = describe = metrics = diagnostics = mark = ignore
+    event = describe = metrics = diagnostics = rewind = mark = ignore
     __exit__ = ignore  # type: ignore[assignment]
 
 
@@ -146,6 +157,10 @@ def as_numbers(tree: Any) -> Any:
     if np.ndim(tree):
         return [as_numbers(value) for value in tree]
     return float(tree) if np.isfinite(tree) else None
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def _curves(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -282,11 +297,15 @@ class Interval:
         fetched, counts = self._fetch()
         steps = [one.step for one in self.pending]
         metrics = {name: np.array([one[name] for one in fetched], np.float64) for name in fetched[0]}
+        # Steps that were not applied count in no mean.
+        applied = metrics.pop("applied", np.ones(len(steps))) > 0
         # A diverged run still logs the steps before the first loss that is no number: they show how it got there.
-        finite = np.isfinite(metrics["loss"] + metrics["grad_norm"])
+        finite = np.isfinite(metrics["loss"] + metrics["grad_norm"]) | ~applied
         count = len(steps) if finite.all() else int(np.argmin(finite))
         notes = self.notes if count == len(steps) else {}
-        means = {name: float(one[:count].mean()) for name, one in metrics.items() if count}
+        means = {name: _mean(one[:count][applied[:count]]) for name, one in metrics.items() if count}
+        if self.config.skip_nonfinite:
+            notes = {"skipped": int((~applied[:count]).sum()), **notes}
         if count:
             self.progress.counts = counts[count - 1]
             self._log(steps[count - 1], means, self.pending[count - 1].rate, notes)
@@ -303,7 +322,7 @@ class Interval:
         if stopped:
             self.resume()
 
-    def _log(self, step: int, means: dict[str, float], rate: float, notes: dict[str, Any]) -> None:
+    def _log(self, step: int, means: dict[str, float | None], rate: float, notes: dict[str, Any]) -> None:
         # FLOPs of a step are the difference of two totals, as the number of visible pairs varies from batch to batch
         # when documents are separate.
         own, steps_per_s = not self.progress.shared, self.timed / self.elapsed if self.elapsed else None
@@ -314,7 +333,7 @@ class Interval:
         )
         each = (done - before) / since if since > 0 else None  # FLOPs of a step: the mean over those of this row
         self.reached = (step, counts) if since > 0 else self.reached
-        self.progress.train_loss = means["loss"]
+        self.progress.train_loss = self.progress.train_loss if means["loss"] is None else means["loss"]
         self.log.metrics(
             {
                 "step": step,

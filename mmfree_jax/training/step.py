@@ -71,6 +71,7 @@ class ProgramKey:
     reduction: Reduction
     unroll: int
     separator: int | None  # the token after which a document begins, if documents are separate; else None
+    guarded: bool  # a step whose loss or gradient is not finite leaves parameters and moments as they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +115,8 @@ def program_key(config: RunConfig, end_of_document: int | None) -> ProgramKey:
     reset = {name: getattr(neutral, name) for name in ("lr", "warmup_steps", "decay_steps", "final_lr")}
     optim = dataclasses.replace(config.optim, schedule="constant", **reset)
     same: dict[str, Any] = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(ProgramKey)}
-    return ProgramKey(
-        **same | {"optim": optim, "separator": end_of_document if config.data.separate_documents else None}
-    )
+    separator = end_of_document if config.data.separate_documents else None
+    return ProgramKey(**same | {"optim": optim, "separator": separator, "guarded": config.skip_nonfinite > 0})
 
 
 def concrete(precision: Precision) -> Precision:
@@ -236,13 +236,18 @@ def _train_step(
     rates: Rates | jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step. Returns the new state and metrics: `loss`, the mean cross-entropy in nats without the
-    z-loss; `z_loss`, where there is one; `grad_norm`, before clipping."""
+    z-loss; `z_loss`, where there is one; `grad_norm`, before clipping; `applied`, of a guarded step, 0 or 1."""
     rate, decay = rates if isinstance(rates, Rates) else Rates(rates)  # a rate alone leaves weight decay as it is
     (loss, z), grads = _gradients(graphdef, key, state.params, tokens_BT)
     updates, opt = optimizer.update(grads, state.opt, state.params, decay=decay)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     apart = {"loss": loss - z, "z_loss": z} if key.optim.z_loss else {"loss": loss}
-    return TrainState(state.step + 1, params, opt), {**apart, "grad_norm": optax.tree.norm(grads)}
+    norm = optax.tree.norm(grads)
+    if key.guarded:
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, opt = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, opt), (state.params, state.opt))
+        apart["applied"] = good.astype(jnp.float32)
+    return TrainState(state.step + 1, params, opt), {**apart, "grad_norm": norm}
 
 
 def _accumulated(loss_and_grad: Callable, params: nnx.State, tokens_BT: jax.Array, steps: int) -> tuple:

@@ -36,6 +36,7 @@ def test_a_packed_model_computes_what_the_model_computes(tmp_path, family, layou
     ("family", "changes"),
     [
         ("matmul-free", {"weight_scale": "channel"}),
+        ("matmul-free", {"weight_scale": "optimal"}),
         ("matmul-free", {"activation_bits": 4}),
         ("matmul-free", {"activation_bits": 0}),
         ("matmul-free", {"output_gate": "paper"}),

@@ -114,9 +114,10 @@ def test_queries_of_a_llama_are_reordered_for_its_rotation(tmp_path):
     np.testing.assert_array_equal(tensors["blk.0.attn_v.weight"], v)
 
 
-def test_the_file_of_a_matmul_free_model_is_enough_to_compute_its_logits(tmp_path):
+@pytest.mark.parametrize("weight_scale", ["tensor", "optimal"])
+def test_the_file_of_a_matmul_free_model_is_enough_to_compute_its_logits(tmp_path, weight_scale):
     """Read back and computed in NumPy by the equations of docs/llama-cpp.md."""
-    made = model("matmul-free")
+    made = model("matmul-free", weight_scale=weight_scale)
     t, tokens = held(written(tmp_path, made, "tq2_0")), np.array([5, 7, 11, 250])
     eps = made.config.norm_eps
     rms = lambda x, gain: x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * gain

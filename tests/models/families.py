@@ -22,6 +22,7 @@ ABLATIONS = {
     "4-bit": ("matmul-free", {"activation_bits": 4}),
     "no-activation-codes": ("matmul-free", {"activation_bits": 0}),
     "scale-per-channel": ("matmul-free", {"weight_scale": "channel"}),
+    "best-scale": ("matmul-free", {"weight_scale": "optimal"}),
     "tied": ("matmul-free", {"tie_embeddings": True}),
     "tied-dense": ("transformer++", {"tie_embeddings": True}),
     "grouped-queries": ("transformer++", {"heads": 4, "kv_heads": 2}),

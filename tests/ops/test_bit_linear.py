@@ -21,6 +21,7 @@ CASES = {
     "no norm": (Recipe(), None),
     "one scale": (Recipe(scale_axes=(-3, -2, -1)), GAINS[0]),
     "scale per channel": (Recipe(scale_axes=(-2,)), GAINS),
+    "best scale": (Recipe(best_scale=True), GAINS),
     "4 bits": (Recipe(bits=4), GAINS),
     "no codes": (Recipe(bits=0), GAINS),
     "dense": (Recipe(ternary=False), None),

@@ -102,7 +102,7 @@ def _megatron_blocks(path: Path, end: int) -> Iterator[tuple[np.ndarray, np.ndar
     held: list[np.ndarray] = []
     size = 0
     for document in _megatron_documents(path):
-        held.append(document if document[-1] == end else np.append(document, end))
+        held.append(document if len(document) and document[-1] == end else np.append(document, end))
         size += len(held[-1])
         if size >= SHARD_TOKENS:
             yield np.concatenate(held), np.cumsum([0] + [len(one) for one in held[:-1]])

@@ -220,7 +220,9 @@ def load(path: Path) -> Tokenizer:
         content = file.read_text(encoding="utf-8")
         _check_numbers(content)
         backend = tokenizers.Tokenizer.from_str(content)
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # the library raises bare Exception; a panic of Rust is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"{file} is not a tokenizer: {error}") from None
     return Tokenizer(backend, f"read from {file.name}")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mmfree_jax.inference.sampling import GREEDY, Sampling
 from mmfree_jax.inference.text import TextModel, find_begin, find_ends, find_tokenizer, load_text_model
 from mmfree_jax.weights import load_model, origin
 
+LOG = logging.getLogger(__name__)
 POSITIONS = 2048  # that a model reads at most, where its folder does not say how long its training windows were
 KNOWN = ("until", "max_gen_toks", "do_sample", *(field.name for field in dataclasses.fields(Sampling)))
 
@@ -99,6 +101,9 @@ class MMFree(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", requests[n][0], answer)
 
         pairs = [(context, continuation) for _, context, continuation in requests]
+        cut = sum(len(context) + len(continuation) > self.max_length + 1 for context, continuation in pairs)
+        if cut:
+            LOG.warning("%d of %d requests lose their first tokens: max_length=%d", cut, len(pairs), self.max_length)
         return log_likelihoods(self.scored, pairs, self.max_length, done)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

@@ -15,7 +15,15 @@ from mmfree_jax.ops.bit_linear import Recipe
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.cpu.ternary_product import ternary_product
 from mmfree_jax.ops.fast.dense import outer
-from mmfree_jax.ops.fast.ternary import column_codes, column_scale, pack, quantise_gradients, unpack, weight_scale
+from mmfree_jax.ops.fast.ternary import (
+    best_scale,
+    column_codes,
+    column_scale,
+    pack,
+    quantise_gradients,
+    unpack,
+    weight_scale,
+)
 from mmfree_jax.ops.packed import Packed
 from mmfree_jax.ops.ternary import Quantised, dequantise, ternary_codes, wide
 from mmfree_jax.sharding import (
@@ -64,6 +72,8 @@ def quantise_kernel(recipe: Recipe, w_GDF: jax.Array) -> tuple[Quantised, ...]:
     scale = weight_scale(w_GDF, recipe.scale_axes, (None, *recipe.axes))
     if recipe.columns and -1 in recipe.scale_axes:  # a mean that counts zeros which are not there
         scale = scale * (columns / recipe.columns)
+    if recipe.best_scale:
+        scale = best_scale(w_GDF, recipe.scale_axes, scale, (None, *recipe.axes))
     scale = jnp.broadcast_to(scale, (groups, 1, scale.shape[-1]))
     quantised = []
     for g in range(groups):

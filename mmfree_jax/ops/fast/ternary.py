@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mmfree_jax.ops.ternary import SMALLEST, Quantised, wide
+from mmfree_jax.ops.ternary import LLOYD_STEPS, NORMAL, SMALLEST, Quantised, wide
 from mmfree_jax.sharding import Names, constrain
 
 BLOCKS = 64  # per axis, in which weights are summed
@@ -23,18 +23,33 @@ def weight_scale(w: jax.Array, axes: tuple[int, ...], names: Names = ()) -> jax.
     Each axis is summed in blocks that lie whole on a device; the sums of the blocks then travel, and every device adds
     them in the same order. `names` are the logical names of w's axes: those that are not summed stay where they are.
     """
+    count = math.prod(w.shape[axis] for axis in axes)
+    return jnp.maximum(_sum(jnp.abs(w.astype(wide(w.dtype))), axes, names) / count, SMALLEST)
+
+
+def best_scale(w: jax.Array, axes: tuple[int, ...], mean: jax.Array, names: Names = ()) -> jax.Array:
+    """Compute `ops.ternary.best_scale`, on meshes as `weight_scale`."""
+    magnitude, scale = jnp.abs(w.astype(mean.dtype)), NORMAL * mean
+    for _ in range(LLOYD_STEPS):
+        large = magnitude > scale / 2
+        count = _sum(large.astype(scale.dtype), axes, names)
+        scale = _sum(jnp.where(large, magnitude, 0), axes, names) / jnp.maximum(count, 1)
+    return jnp.maximum(scale, SMALLEST)
+
+
+def _sum(a: jax.Array, axes: tuple[int, ...], names: Names) -> jax.Array:
+    """The sum over axes, kept with size 1, in the same order on every mesh."""
     # A sum of floats depends on its order, and a mesh changes the order: another last bit of the scale flips codes of
     # weights that lie on the edge, and runs on two meshes would part. Hence sums in fixed blocks, added in a fixed
     # order.
-    magnitude, summed = jnp.abs(w.astype(wide(w.dtype))), sorted(axis % w.ndim for axis in axes)
-    shape = [n for axis, size in enumerate(w.shape) for n in (_blocked(size) if axis in summed else (size,))]
+    summed = sorted(axis % a.ndim for axis in axes)
+    shape = [n for axis, size in enumerate(a.shape) for n in (_blocked(size) if axis in summed else (size,))]
     within = [axis + i + 1 for i, axis in enumerate(summed)]  # each summed axis is two: blocks, and what is in them
-    sums = jnp.sum(magnitude.reshape(shape), axis=within)
-    placed = [None if axis in summed else name for axis, name in enumerate(names or (None,) * w.ndim)]
+    sums = jnp.sum(a.reshape(shape), axis=within)
+    placed = [None if axis in summed else name for axis, name in enumerate(names or (None,) * a.ndim)]
     # Behind a barrier, or the compiler makes one sum of the two, in an order of its own.
     sums = jax.lax.optimization_barrier(constrain(sums, *placed))
-    count = math.prod(w.shape[axis] for axis in summed)
-    return jnp.maximum(jnp.sum(sums, axis=summed, keepdims=True) / count, SMALLEST)
+    return jnp.sum(sums, axis=summed, keepdims=True)
 
 
 def _blocked(size: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from mmfree_jax.inference.model import serve_model
 from mmfree_jax.inference.packed import save_packed
 from mmfree_jax.models.language_model import LanguageModel
 from tests.models.families import family, model
+from tests.simulated import run
 
 HERE = Path(__file__).parent
 ANSWERS = json.loads((HERE / "answers.json").read_text())
@@ -37,9 +38,10 @@ def asked(kind: str) -> tuple[list[Instance], list]:
     return requests, [one["answer"] for one in ANSWERS[kind]]
 
 
-def test_it_gives_the_log_likelihoods_of_the_hf_backend(llama):
+def test_it_gives_the_log_likelihoods_of_the_hf_backend(llama, caplog):
     requests, expected = asked("loglikelihood")
     found = llama.loglikelihood(requests)
+    assert f"of {len(requests)} requests lose their first tokens: max_length=64" in caplog.text
     np.testing.assert_allclose([one[0] for one in found], [one[0] for one in expected], atol=NATS, rtol=0)
     assert [one[1] for one in found] == [one[1] for one in expected]
     assert {one[1] for one in found} == {True, False}  # or equality says little
@@ -156,3 +158,10 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path):
     (tmp_path / "llama" / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"the tokenizer of .* is not known, and tasks are text"):
         MMFree(str(tmp_path / "llama"))
+
+
+def test_every_device_takes_batches_and_the_answers_are_those_of_one():
+    said, _ = run("-m", "tests.evaluation.devices_program", str(HERE / "llama"))
+    found = json.loads(said.splitlines()[-1])
+    assert found["used"] == list(range(8))
+    np.testing.assert_allclose([a[0] for a in found["several"]], [a[0] for a in found["one"]], rtol=1e-6)
