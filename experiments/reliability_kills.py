@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,7 +172,9 @@ def steps_of(folder: Path) -> list[tuple[float, int]]:
     return [(float(line.split()[0]), int(line.split()[1])) for line in lines]
 
 
-def one_round(number: int, family: str, processes: int, cache: Path) -> list[dict[str, Any]]:
+def one_round(
+    number: int, family: str, processes: int, cache: Path, moments: Sequence[Moment] = MOMENTS
+) -> list[dict[str, Any]]:
     """Kill a run once in each moment. Returns an object for each kill."""
     chance = random.Random(number)
     expected = reference(cache, family, processes)
@@ -180,7 +183,7 @@ def one_round(number: int, family: str, processes: int, cache: Path) -> list[dic
     kills: list[dict[str, Any]] = []
     waiting: dict[str, Any] | None = None  # the last kill, whose next new step has not come yet
     last: Start | None = None
-    for moment in (*MOMENTS, None):
+    for moment in (*moments, None):
         reached, kill, victim = max((step for _, step in steps_of(folder)), default=0), "", 0
         if moment is not None:
             # Only the first process prepares data, writes results and exports.

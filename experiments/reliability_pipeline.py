@@ -32,7 +32,6 @@ from rich.console import Console
 from mmfree_jax import api, distributed
 from mmfree_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
 from mmfree_jax.data import cli as corpus_cli
-from mmfree_jax.interop.huggingface import FORMAT_OF_FAMILY
 from mmfree_jax.presets import run_preset
 from mmfree_jax.sweep import status, study, worker
 from mmfree_jax.sweep.experiment import Study
@@ -40,6 +39,7 @@ from mmfree_jax.training.step import make_program, program_key
 from mmfree_jax.weights import load_params
 
 FAMILIES = ("transformer++", "matmul-free", "matmul-free-rwkv4", "bitnet", "hgrn")
+AS_HUGGINGFACE = ("transformer++", "matmul-free")  # how a family is exported; the others as packed folders
 STEPS = 12
 
 
@@ -81,7 +81,7 @@ def _finish(folder: Path, out: Path, run: RunConfig) -> int:
     status.collect(out, (run,))
     trained, exported = out / "runs" / run.name, folder / "exported"
     if not exported.exists():
-        api.export(trained, exported, format="huggingface" if run.model.family in FORMAT_OF_FAMILY else "packed")
+        api.export(trained, exported, format="huggingface" if run.model.family in AS_HUGGINGFACE else "packed")
     alone = dataclasses.replace(run, mesh=MeshConfig())
     here = make_program(program_key(dataclasses.replace(alone, precision="float32"), None)).abstract_state.params
     digest = hashlib.sha256()

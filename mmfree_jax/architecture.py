@@ -96,7 +96,7 @@ class ModelConfig:
         check_choices(self)
         for name in ("vocab", "width", "depth", "glu_width", "heads"):
             size = getattr(self, name)
-            require(1 <= size <= LARGEST, f"model.{name}={size}: must be from 1 to {LARGEST}")
+            require(1 <= size <= LARGEST, f"model.{name}={size}: must be at least 1 and at most {LARGEST}")
         require(
             0 <= self.tokenizer_vocab <= self.vocab,
             f"model.tokenizer_vocab={self.tokenizer_vocab}: must be from 0 (no padding) to model.vocab={self.vocab}",

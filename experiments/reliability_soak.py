@@ -1,0 +1,88 @@
+"""A long run of tiny steps: `python -m experiments.reliability_soak [--steps N] [--out FILE.csv]`.
+
+Host memory, open files and threads of the process after every thousandth step, with checkpoints, evaluations, logs and
+TensorBoard as usual. After the first thousands, in which caches fill, all of them must stay where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import os
+import resource
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.reliability_kills import write_text
+from experiments.reliability_pipeline import run_of
+from mmfree_jax.config import OptimConfig
+from mmfree_jax.data import TokenSet
+from mmfree_jax.data import cli as corpus_cli
+from mmfree_jax.training import loop
+
+EVERY = 1000
+WARM = 8000  # steps after which nothing may grow any more
+MOST_GROWTH = 0.02  # of the memory at WARM
+
+
+def measured(step: int, began: float) -> dict[str, float]:
+    """What this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return {
+        "step": step,
+        "seconds": round(time.monotonic() - began, 1),
+        "resident_mb": round(pages * resource.getpagesize() / 1e6, 1),
+        "open_files": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+    }
+
+
+def soak(steps: int) -> list[dict[str, float]]:
+    """Train for so many steps, and return what was held after every thousandth."""
+    rows: list[dict[str, float]] = []
+    began = time.monotonic()
+    add = loop.Interval.add
+
+    def noted(self: Any, step: int, *rest: Any) -> None:
+        add(self, step, *rest)
+        if (step + 1) % EVERY == 0:
+            rows.append(measured(step + 1, began))
+            print(rows[-1], flush=True)
+
+    loop.Interval.add = noted  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "run"
+        write_text(folder)
+        corpus_cli.main(["build", str(folder / "text.jsonl"), "--tokenizer", "bytes", "--out", str(folder / "corpus")])
+        run = run_of("matmul-free", 1, folder / "corpus")
+        often = {"log_every": 10, "checkpoint_every": 500, "eval_every": 1000}
+        run = dataclasses.replace(run, steps=steps, optim=OptimConfig(lr=1e-3, warmup_steps=50), **often)
+        loop.train(run, folder / "out", TokenSet.open(folder / "corpus"), check_first=False)
+    return rows
+
+
+def main() -> None:
+    """Run, write the table, and fail if anything grew."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/reliability_soak.csv"))
+    options = parser.parse_args()
+    rows = soak(options.steps)
+    with options.out.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    warm, last = next(row for row in rows if row["step"] >= min(WARM, options.steps)), rows[-1]
+    growth = last["resident_mb"] / warm["resident_mb"] - 1
+    files = last["open_files"] - warm["open_files"]
+    print(f"from step {warm['step']} to {last['step']}: memory {growth:+.2%}, open files {files:+}")
+    sys.exit(growth > MOST_GROWTH or files > 0)
+
+
+if __name__ == "__main__":
+    main()
