@@ -54,14 +54,14 @@ def soak(steps: int) -> list[dict[str, float]]:
             rows.append(measured(step + 1, began))
             print(rows[-1], flush=True)
 
-    loop.Interval.add = noted  # type: ignore[method-assign]
+    loop.Interval.add = noted  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "run"
         write_text(folder)
         corpus_cli.main(["build", str(folder / "text.jsonl"), "--tokenizer", "bytes", "--out", str(folder / "corpus")])
         run = run_of("matmul-free", 1, folder / "corpus")
-        often = {"log_every": 10, "checkpoint_every": 500, "eval_every": 1000}
-        run = dataclasses.replace(run, steps=steps, optim=OptimConfig(lr=1e-3, warmup_steps=50), **often)
+        run = dataclasses.replace(run, steps=steps, optim=OptimConfig(lr=1e-3, warmup_steps=50))
+        run = dataclasses.replace(run, log_every=10, checkpoint_every=500, eval_every=1000)
         loop.train(run, folder / "out", TokenSet.open(folder / "corpus"), check_first=False)
     return rows
 

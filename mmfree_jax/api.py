@@ -17,6 +17,7 @@ from mmfree_jax.inference.packed import save_packed
 from mmfree_jax.inference.text import TextModel, find_ends, find_tokenizer, load_text_model, text_files
 from mmfree_jax.interop.gguf import Kind, save_gguf
 from mmfree_jax.interop.huggingface import save_huggingface
+from mmfree_jax.lowering.out_of_memory import explained
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.output import Say, quiet
 from mmfree_jax.presets import run_preset
@@ -59,10 +60,11 @@ def train(run: RunConfig, out: str | Path, say: Say = quiet) -> dict[str, Any]:
     """Train a run in the folder `out`, or resume it there, and return its row of the runs table.
 
     A finished run is returned at once. Raises ConfigError (another run is in the folder, the corpus does not fit),
-    SelfCheckError, Diverged, or Interrupted once the state has been saved after a signal.
+    SelfCheckError, Diverged, OutOfMemory, or Interrupted once the state has been saved after a signal.
     """
     run, token_set = prepare(run, Path(out), say)
-    return loop.train(run, Path(out), token_set)
+    with explained(run):
+        return loop.train(run, Path(out), token_set)
 
 
 def load(path: str | Path, dtype: str = "float32", embedding: Place = "device") -> TextModel:

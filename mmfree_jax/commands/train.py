@@ -14,6 +14,7 @@ from mmfree_jax.command_line import parse
 from mmfree_jax.config import RunConfig
 from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.files import cache_folder
+from mmfree_jax.lowering.out_of_memory import explained
 from mmfree_jax.output import line_printer, program
 from mmfree_jax.presets import PRESETS, run_preset
 from mmfree_jax.sweep.view import follow
@@ -85,7 +86,7 @@ def train(arguments: list[str]) -> int:
     run, token_set = api.prepare(run, out, say)
     use_compile_cache(cache_folder() / "compiled")
     try:
-        with follow(run, out, console):
+        with follow(run, out, console), explained(run):
             result = loop.train(run, out, token_set, profile_steps, not options.no_self_check)
     except Interrupted as stop:
         print(stop, file=sys.stderr)

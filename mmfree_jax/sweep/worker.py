@@ -29,6 +29,13 @@ from mmfree_jax.data.corpora import resolve_data
 from mmfree_jax.devices import check_platform, use_compile_cache
 from mmfree_jax.errors import is_explained
 from mmfree_jax.files import LockedError, cache_folder
+from mmfree_jax.lowering.out_of_memory import (
+    DISK_IS_FULL,
+    MEMORY_IS_FULL,
+    OutOfMemory,
+    explained,
+    with_more_accumulation,
+)
 from mmfree_jax.output import make_streams_tolerant
 from mmfree_jax.run_folder import corpus_places, read_run
 from mmfree_jax.sweep.executor import LEFT_ALONE, RUN_FAILED
@@ -38,7 +45,6 @@ from mmfree_jax.sweep.status import can_begin, fail
 from mmfree_jax.training.interrupt import TIMED_OUT, Interrupted
 from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
-from mmfree_jax.training.out_of_memory import DISK_IS_FULL, MEMORY_IS_FULL, OutOfMemory, with_more_accumulation
 
 PATIENCE_SECONDS = 300.0  # time for the other processes of this worker to start
 GRACE_SECONDS = 900.0  # grace period, for a last step, save or evaluation, before a run counts as hung
@@ -115,7 +121,7 @@ def _train(config: RunConfig, folder: Path, resolve: Callable[..., TokenSet], li
 
     signal.setitimer(signal.ITIMER_REAL, limit_hours * 3600, 1.0)
     try:
-        with heartbeat(folder, end_if_hung) if first else contextlib.nullcontext():
+        with heartbeat(folder, end_if_hung) if first else contextlib.nullcontext(), explained(config):
             train(config, folder, resolve(config.data, places=corpus_places(folder)))
     except Interrupted as stop:
         if stop.status == TIMED_OUT:

@@ -38,7 +38,6 @@ from mmfree_jax.training.identity import code_version, identity
 from mmfree_jax.training.interrupt import Interrupted, StopFlag, exit_status, stop_flag
 from mmfree_jax.training.metrics import Interval, Log, Progress, RunLog, SilentLog
 from mmfree_jax.training.optim import rates
-from mmfree_jax.training.out_of_memory import explained
 from mmfree_jax.training.profiling import Profile
 from mmfree_jax.training.retry import Retry
 from mmfree_jax.training.self_check import self_check
@@ -57,8 +56,8 @@ def train(
     A finished run returns its row at once. `profile_steps`: steps whose trace is written to `folder`/profile.
     `check_first`: compare a step with the reference (`training.self_check`) before the first one. Raises SelfCheckError
     if they differ; ConfigError (the folder holds another run, the corpus does not fit); TokenSetError (it is damaged);
-    CheckpointError (none can be read, or the last one not be written); Diverged; OutOfMemory; PeerLost; or Interrupted,
-    after a signal, once the state has been saved, or the result if the signal came after the last step.
+    CheckpointError (none can be read, or the last one not be written); Diverged; PeerLost; or Interrupted, after a
+    signal, once the state has been saved, or the result if the signal came after the last step.
     """
     check_settings()
     config = completed_config(config, folder, token_set)
@@ -81,7 +80,7 @@ def train(
         if distributed.is_first():
             stack.enter_context(logged(folder / "log.txt", ignored=Interrupted))
         watchdog = stack.enter_context(Watchdog(config.name, folder, config.stall_minutes * 60))
-        with stop_flag() as stop, explained(config), distributed.naming_lost_peers():
+        with stop_flag() as stop, distributed.naming_lost_peers():
             return _train(config, folder, token_set, stop, profile, check_first, watchdog)
 
 

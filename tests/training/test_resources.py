@@ -15,15 +15,16 @@ from pathlib import Path
 import jax
 import pytest
 
+from mmfree_jax import api
 from mmfree_jax.distributed import PeerLost, naming_lost_peers
 from mmfree_jax.files import LockedError, locked
+from mmfree_jax.lowering.out_of_memory import OutOfMemory, advice
 from mmfree_jax.run_folder import claim
 from mmfree_jax.sweep import worker
 from mmfree_jax.sweep.status import run_folder, status
 from mmfree_jax.training import loop
 from mmfree_jax.training.lines import Lines
 from mmfree_jax.training.loop import train
-from mmfree_jax.training.out_of_memory import OutOfMemory, advice
 from tests.conftest import read_metrics, tiny_run
 from tests.training.test_loop import curve, numbers
 
@@ -197,7 +198,7 @@ def test_a_device_without_memory_is_told_what_dominates_and_what_would_fit(token
 
     monkeypatch.setattr(loop, "_train", full)
     with pytest.raises(OutOfMemory) as failed:
-        train(config, tmp_path, token_set)
+        api.train(config, tmp_path)
     says = r"transformer\+\+-tiny: out of memory; \w+ are [\d.e-]+ of [\d.e-]+ GB that a step needs; these need less: "
     assert re.match(says, str(failed.value))
     assert str(failed.value).count(" GB)") == 3

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
 from mmfree_jax import flops
 from mmfree_jax.config import RunConfig
+from mmfree_jax.devices import DEVICES
+from mmfree_jax.lowering.memory import Memory, memory, policies
+from mmfree_jax.lowering.program import Report
 
 # GPUs and TPUs, XLA on CPU, NumPy: each says it in its own words.
 MEMORY_IS_FULL = re.compile("RESOURCE_EXHAUSTED|out of memory|^MemoryError", re.IGNORECASE)
@@ -53,11 +55,7 @@ def advice(config: RunConfig) -> str:
     return f"{name} are {most / 1e9:.3g} of {needed.total / 1e9:.3g} GB that a step needs; these {kind}: {listed}"
 
 
-def _parts(config: RunConfig) -> Any:  # lowering.memory.Memory
-    from mmfree_jax.devices import DEVICES
-    from mmfree_jax.lowering.memory import memory
-    from mmfree_jax.lowering.program import Report
-
+def _parts(config: RunConfig) -> Memory:
     kind = jax.devices()[0].device_kind.lower()
     device = next((device for name, device in DEVICES.items() if name in kind), DEVICES["a100"])
     shards = config.mesh.fsdp * config.mesh.tensor
@@ -67,8 +65,6 @@ def _parts(config: RunConfig) -> Any:  # lowering.memory.Memory
 
 def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """Changes that leave the results as they are, and a smaller batch, which does not."""
-    from mmfree_jax.lowering.memory import policies
-
     for more in with_more_accumulation(config):
         yield f"--optim.accumulate {more.optim.accumulate}", more
         if config.remat != "full":
