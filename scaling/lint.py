@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ MUST_AGREE = (*CONVENTIONS, "vocab", "D_rule")
 SHOULD_AGREE = ("schedule", "seq_len")
 LEAST_FLOPS, MOST_FLOPS = 0.02, 100.0  # of 6 N D; sparse models cost less, short contexts with large heads more
 LEAST_N, LEAST_D = 1e3, 1e4  # parameters and tokens
+DIVERGED = 1.25  # times the loss of a smaller run on fewer tokens
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def lint(runs: Runs) -> list[Finding]:
         untuned,
         sweeps,
         outliers,
+        diverged,
         isoflops,
     )
     found = [finding for check in checks for finding in check(runs)]
@@ -255,6 +258,28 @@ def outliers(runs: Runs) -> Iterator[Finding]:
         yield Finding(
             "warning", "loss rises with data", "over 2 % above a run of equal size on fewer tokens", ids(runs, bad)
         )
+
+
+def diverged(runs: Runs) -> Iterator[Finding]:
+    """Losses far above one of a smaller run on fewer tokens, which no law of N and D can have."""
+    bad = [i for family in runs.families for i in far_above_smaller(runs, np.flatnonzero(runs["family"] == family))]
+    if bad:
+        message = f"over {DIVERGED - 1:.0%} above a smaller run on fewer tokens; leave out with --where 'loss<...'"
+        yield Finding("warning", "looks diverged", message, ids(runs, np.array(bad)))
+
+
+def far_above_smaller(runs: Runs, rows: np.ndarray) -> Iterator[int]:
+    """Yield those of a family's rows whose loss is far above that of a row with no more parameters and tokens."""
+    # By size, with the best losses so far in order of tokens: more tokens, lower loss.
+    tokens, best = [0.0], [np.inf]
+    for i in rows[np.lexsort((runs["D"][rows], runs["N"][rows]))]:
+        d, loss = runs["D"][i], runs["loss"][i]
+        place = bisect.bisect_right(tokens, d)
+        if loss > DIVERGED * best[place - 1]:
+            yield int(i)
+        elif loss < best[place - 1]:
+            beaten = next((k for k in range(place, len(best)) if best[k] < loss), len(best))
+            tokens[place:beaten], best[place:beaten] = [d], [loss]
 
 
 def isoflops(runs: Runs) -> Iterator[Finding]:

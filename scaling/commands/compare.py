@@ -55,7 +55,7 @@ def run_compare(a: argparse.Namespace) -> int:
         return exit_code(found.gates)
     print("\n".join(verdict(pair, found.failed)))
     if a.axis != "flops" or a.along != "optimal":
-        print(crossing_sentence(pair, pair.crossing(a.axis, a.along), f"Along {a.along}"))
+        print(crossing_sentence(pair, pair.crossing(a.axis, a.along), path_of(a), a.axis))
     for budget in a.at:
         d = pair.difference(budget, a.axis, a.along)
         print(difference_sentence(pair, d, f"At {budget:.1e} {d.unit}"))
@@ -71,7 +71,12 @@ def run_crossover(a: argparse.Namespace) -> int:
     if a.json:
         print_json({"crossing": said} | answers | {"measured": pair.measured(a.axis), "reach": pair.reach})
         return OK
-    print(crossing_sentence(pair, said, "" if a.along == "optimal" else f"Along {a.along}"))
+    print(crossing_sentence(pair, said, "" if a.along == "optimal" else path_of(a), a.axis))
     for name, answer in answers.items():
-        print(f"  {name}: {crossing_sentence(pair, answer)}")
+        print(f"  {name}: {crossing_sentence(pair, answer, axis=a.axis)}")
     return OK
+
+
+def path_of(a: argparse.Namespace) -> str:
+    """How the sizes and tokens that are compared were chosen, in words."""
+    return "Best allocation" if a.along == "optimal" else f"Along {a.along}"

@@ -133,14 +133,15 @@ def axes_apart(pair: Ensemble, axes: Sequence[str]) -> tuple[list[str], list[str
 
 
 def crossing_sentences(pair: Ensemble) -> list[str]:
-    """The crossing along the optimum, the middle ratio of tokens to parameters and the largest size; what is undecided
+    """The crossing along the optimum, the middle ratio of tokens to parameters and the middle size; what is undecided
     everywhere is said once."""
     first = pair.crossing()
     out, open_too = [crossing_sentence(pair, first, "Best allocation")], []
     if pair.law.has_allocation:
         # Families may part where sizes are fixed (by memory) or the ratio is (by custom), and not where each has its
         # best allocation: three questions, three answers.
-        ratio, size = float(np.exp(np.median(np.log(pair.runs["D"] / pair.runs["N"])))), float(pair.runs["N"].max())
+        # In the middle both have runs: the largest size may be one run of one family.
+        ratio, size = (float(np.exp(np.median(np.log(x)))) for x in (pair.runs["D"] / pair.runs["N"], pair.runs["N"]))
         paths = {
             f"ratio={ratio:.2g}": f"At {ratio:.2g} tokens a parameter",
             f"size={size:.3g}": f"At {short(size)} parameters",

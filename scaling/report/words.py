@@ -77,13 +77,13 @@ def headline(e: Ensemble, failed: Sequence[Gate] = ()) -> str:
     return f"{said} Provisional: some checks fail." if failed else said
 
 
-def crossing_sentence(e: Ensemble, x: Crossing, path: str = "") -> str:
-    """What is said of the crossing; two-sided within the ladder's compute, one-sided beyond. path: where the sizes and
-    tokens are not the best ones."""
-    low, high = (f"{end:.1e} {x.unit}" for end in e.measured())
+def crossing_sentence(e: Ensemble, x: Crossing, path: str = "", axis: str = "flops") -> str:
+    """What is said of the crossing on a cost axis; two-sided within the ladder's budgets, one-sided beyond. path: where
+    the sizes and tokens are not the best ones."""
+    low, high = (f"{end:.1e} {x.unit}" for end in e.measured(axis))
     start = f"{path}: " if path else ""
     if x.kind == "inside":
-        far = "" if x.high <= e.measured()[1] else "; runs stand behind the lower part of that range"
+        far = "" if x.high <= e.measured(axis)[1] else "; runs stand behind the lower part of that range"
         return f"{start}{e.b} overtakes {e.a} between {x.low:.1e} and {x.high:.1e} {x.unit} (95 %){far}."
     if x.kind == "not before":
         return f"{start}{e.b} does not overtake {e.a} before {x.low:.1e} {x.unit} (95 %, one-sided), if ever."

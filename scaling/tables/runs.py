@@ -123,8 +123,12 @@ class Runs(Equal):
         unit = {"loss_unit": BITS} if (columns or {}).get("loss") == "bpb" else {}
         rows = [row | unit | dict(constants or {}) for row in rows]
         present = dict.fromkeys(name for row in rows for name in row)
-        rows = [row for row in rows if all(holds(row, condition, present) for condition in parse_where(where))]
-        return replace(cls.from_rows(rows, allow_midrun), source=Path(path).name, sha256=digest)
+        kept = [row for row in rows if all(holds(row, condition, present) for condition in parse_where(where))]
+        runs = cls.from_rows(kept, allow_midrun)
+        if len(kept) < len(rows):
+            conditions = " and ".join("".join(condition) for condition in parse_where(where))
+            runs = replace(runs, notes=(*runs.notes, f"{len(kept)} of {len(rows)} rows kept: {conditions}"))
+        return replace(runs, source=Path(path).name, sha256=digest)
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]], allow_midrun: bool = False) -> Runs:

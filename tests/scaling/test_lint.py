@@ -60,6 +60,7 @@ def third(name, value, others):
         ("long warm-up", "warning", lambda i, r: {"warmup_tokens": r["D"] * (0.3 if i == 3 else 0.001)}, "++-0-80"),
         ("repeated data", "warning", lambda i, r: {"U": r["D"] / (5 if i == 4 else 1)}, "transformer++-1-5"),
         ("loss rises with data", "warning", lambda i, r: {"loss": r["loss"] * 1.2} if i == 3 else {}, "++-0-80"),
+        ("looks diverged", "warning", lambda i, r: {"loss": r["loss"] * 1.5} if i == 3 else {}, "++-0-80"),
         ("shape rule varies", "warning", lambda i, r: {"width": 64, "depth": 4 if i == 5 else 1}, "transformer++-1-10"),
     ],
 )
@@ -173,3 +174,22 @@ def test_numbers_in_other_units_are_an_error_of_every_verb(change, name):
     found = findings(rows_with(change))[name]
     assert found.severity == "error"
     assert "units" in found.message or "millions" in found.message
+
+
+def test_only_losses_far_above_a_smaller_run_on_fewer_tokens_look_diverged():
+    """As by comparing every run with every other; runs that merely waste compute do not."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sizes, losses = rng.choice([1e6, 2e6, 4e6], 20), rng.uniform(2, 4, 20)
+        tokens = rng.choice([1e8, 2e8, 4e8], 20) + rng.random(20)
+        rows = [
+            {"run_id": f"r{i}", "family": "f", "N": float(n), "D": float(d), "loss": float(loss)}
+            for i, (n, d, loss) in enumerate(zip(sizes, tokens, losses, strict=True))
+        ]
+        expected = {
+            a["run_id"]
+            for a in rows
+            if any(b["N"] <= a["N"] and b["D"] <= a["D"] and a["loss"] > 1.25 * b["loss"] for b in rows)
+        }
+        found = findings(rows).get("looks diverged")
+        assert (set(found.rows) if found else set()) == expected

@@ -120,7 +120,9 @@ def test_where_takes_a_key_that_some_rows_leave_out(tmp_path):
     rows += [{"run_id": "b", "family": "f", "N": 1e7, "D": 1e8, "loss": 2.5}]
     path = tmp_path / "runs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert Runs.read(path, where="note=good")["run_id"].tolist() == ["a"]
+    kept = Runs.read(path, where="note=good")
+    assert kept["run_id"].tolist() == ["a"]
+    assert any(re.fullmatch(r"1 of \d rows kept: note=good", note) for note in kept.notes)
     assert Runs.read(path, where="note!=good")["run_id"].tolist() == ["b"]
     with pytest.raises(ScalingError, match="no column 'nota'; did you mean 'note'"):
         Runs.read(path, where="nota=good")
