@@ -210,16 +210,16 @@ def test_a_save_that_fails_in_the_background_is_reported_and_the_next_ones_are_m
     monkeypatch.setattr(checkpoint, "PAUSES_SECONDS", (0.1,))
     noise = {"a": jax.random.normal(jax.random.key(0), 30_000)}
     with Checkpoints(tmp_path / "c", keep=3) as checkpoints:
-        checkpoints.save(noise, {}, 3)
+        checkpoints.save_now(noise, {"more": 1}, 3)
         largest_file(50_000)
-        checkpoints.save(noise, {}, 5)
+        checkpoints.save(noise, {"more": 1}, 5)
         with pytest.raises(CheckpointError, match=r"cannot be written \(.*File too large.*\): .* is of step 3$"):
-            checkpoints.save_now(noise, {}, 6)
+            checkpoints.save_now(noise, {"more": 1}, 6)
         largest_file(resource.RLIM_INFINITY)
         assert [line[:32] for line in checkpoints.news] == [f"the checkpoint of step {n} was not" for n in (5, 6, 6)]
         for step in (6, 7):
-            checkpoints.save(noise, {}, step)
-        checkpoints.save_now(noise, {}, 8)
+            checkpoints.save(noise, {"more": 1}, step)
+        checkpoints.save_now(noise, {"more": 1}, 8)
         assert checkpoints.steps == [6, 7, 8]
         assert not checkpoints.failed
     restore(tmp_path / "c", {"a": shaped(30_000)}, step=6)
@@ -229,7 +229,7 @@ def test_a_last_save_that_fails_is_an_error_at_the_end(largest_file, tmp_path):
     noise = {"a": jax.random.normal(jax.random.key(0), 30_000)}
     one = Checkpoints(tmp_path / "c")
     largest_file(50_000)
-    one.save(noise, {}, 5)
+    one.save(noise, {"more": 1}, 5)
     with pytest.raises(CheckpointError, match="the newest checkpoint is of step none"):
         one.__exit__(None)
 

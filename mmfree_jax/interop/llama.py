@@ -33,6 +33,8 @@ def dense_fields(values: dict[str, Any], file: Path) -> dict[str, Any]:
     require(part == 1, f"{file}: partial_rotary_factor={part} is not supported, only 1")
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind == "default", f"{file}: rotary embeddings of type {kind!r} are not supported, only 'default'")
+    theta = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
+    require(type(theta) in (int, float) and 0 < theta < 1e12, f"{file}: rope_theta={theta!r:.80} is no angle's base")
     return {
         "mixer": "attention",
         "linear": "dense",
@@ -43,7 +45,7 @@ def dense_fields(values: dict[str, Any], file: Path) -> dict[str, Any]:
         "heads": heads,
         "kv_heads": 0 if kv_heads == heads else kv_heads,
         "tie_embeddings": values.get("tie_word_embeddings", False),
-        "rope_theta": float(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
+        "rope_theta": float(theta),
         "norm_eps": values.get("rms_norm_eps", 1e-6),
         "init_std": values.get("initializer_range", 0.02),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from scipy.signal import lfilter
@@ -60,11 +60,16 @@ def read_curve(log: Path) -> dict[str, np.ndarray]:
             if number < last:
                 raise ScalingError(f"{log}: {error}") from error
             break
-        if all(isinstance(row.get(name), (int, float)) for name in WANTED):
+        if all(is_number(row.get(name)) for name in WANTED):
             told = [row.get(name) for name in (*WANTED, *SCHEDULE)]
-            rows.append([float(x) if isinstance(x, (int, float)) else np.nan for x in told])
+            rows.append([float(x) if is_number(x) else np.nan for x in told])
     table = np.array(rows).reshape(-1, len(WANTED) + len(SCHEDULE))
     return {name: table[:, i] for i, name in enumerate((*WANTED, *SCHEDULE))}
+
+
+def is_number(x: Any) -> TypeGuard[float]:
+    """Whether a float can hold what a log says: whole numbers may have any length."""
+    return isinstance(x, float) or (isinstance(x, int) and abs(x) < 1 << 1000)
 
 
 def annealed(runs: Runs, curves: Mapping[str, Mapping[str, np.ndarray]]) -> Runs:

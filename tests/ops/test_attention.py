@@ -82,13 +82,14 @@ def test_the_form_on_a_gpu_follows_type_documents_and_width(monkeypatch):
     monkeypatch.setattr(choice, "backend", lambda: "gpu")
     monkeypatch.setattr(choice, "widest_fused_head", lambda: 256)
     shaped = lambda width, dtype: jax.ShapeDtypeStruct((2, 150, 4, width), dtype)
-    assert choice.attention_form(shaped(36, jnp.bfloat16), None) == "cudnn"
-    assert choice.attention_form(shaped(256, jnp.float16), None) == "cudnn"
-    assert choice.attention_form(shaped(264, jnp.bfloat16), None) == "full"
-    assert choice.attention_form(shaped(64, jnp.float32), None) == "full"
-    assert choice.attention_form(shaped(64, jnp.bfloat16), SEGMENTS) == "full"
+    form = lambda q, segments: choice.attention_form(q, q, segments)
+    assert form(shaped(36, jnp.bfloat16), None) == "cudnn"
+    assert form(shaped(256, jnp.float16), None) == "cudnn"
+    assert form(shaped(264, jnp.bfloat16), None) == "full"
+    assert form(shaped(64, jnp.float32), None) == "full"
+    assert form(shaped(64, jnp.bfloat16), SEGMENTS) == "full"
     monkeypatch.setattr(choice, "backend", lambda: "cpu")
-    assert choice.attention_form(shaped(64, jnp.bfloat16), None) == "rows"
+    assert form(shaped(64, jnp.bfloat16), None) == "rows"
 
 
 DECLARING = [path.stem for path in Path(experiments.__file__).parent.glob("*.py") if "def study(" in path.read_text()]
@@ -96,9 +97,13 @@ DECLARING = [path.stem for path in Path(experiments.__file__).parent.glob("*.py"
 
 @pytest.mark.parametrize("name", sorted(DECLARING))
 def test_every_head_that_an_experiment_declares_is_fused_on_a_gpu(monkeypatch, name):
-    study = importlib.import_module(f"experiments.{name}").study()
+    module = importlib.import_module(f"experiments.{name}")
+    if hasattr(module, "best_rates"):  # of a table that is yet to be measured
+        monkeypatch.setattr(module, "best_rates", lambda: dict.fromkeys(module.CELLS, (1e-3, 1e-3)))
+    study = module.study()
     monkeypatch.setattr(choice, "backend", lambda: "gpu")
     monkeypatch.setattr(choice, "widest_fused_head", lambda: 256)
     widths = {run.model.width // run.model.heads for run in study.runs if run.model.mixer == "attention"}
     for width in widths:
-        assert choice.attention_form(jax.ShapeDtypeStruct((8, 128, 1, width), jnp.bfloat16), None) == "cudnn"
+        q = jax.ShapeDtypeStruct((8, 128, 1, width), jnp.bfloat16)
+        assert choice.attention_form(q, q, None) == "cudnn"
