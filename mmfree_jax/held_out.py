@@ -64,6 +64,7 @@ def sources(path: Path, corpora: Sequence[str] = (), domains: bool = False) -> l
     and for one without held-out text.
     """
     require(not (corpora and domains), "give --corpus or --domains, not both")
+    require(path.is_dir(), f"{path} is no folder: give that of a model")
     known = bool(corpora) or (not is_packed(path) and is_run(path))
     require(known, f"{path} was not trained here: give the corpus to evaluate on with --corpus")
     if domains:

@@ -166,6 +166,8 @@ def test_losses_are_compared_document_by_document(runs, capsys):
         (["a", "--tasks", "x", "--mesh.data", "2"], "--mesh is for losses"),
         (["a", "--against", "b", "--checkpoints"], "compares whole losses only"),
         (["a", "--corpus", "x", "--domains"], "give --corpus or --domains"),
+        (["absent"], "absent is no folder"),
+        (["absent", "--tasks", "x"], "absent is no folder"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(arguments, why):
