@@ -173,8 +173,8 @@ def _tasks(options: EvaluateArguments) -> None:
         from mmfree_jax.evaluation.harness import MMFree, paper, tasks
     except ModuleNotFoundError as error:
         raise ConfigError(f"--tasks needs {error.name}: pip install 'mmfree-jax[eval]'") from None
-    for path in (*options.models, *options.against):
-        require(path.is_dir(), f"{path} is no folder: give that of a model")
+    for folder in (*options.models, *options.against):
+        require(folder.is_dir(), f"{folder} is no folder: give that of a model")
     use_compile_cache(cache_folder() / "compiled")
     names = tuple(name for given in options.tasks for name in given.split(",") if name)
     asked = tasks.Asked(names, options.include, options.data, options.limit, options.fewshot)
