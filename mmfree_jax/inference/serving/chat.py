@@ -34,7 +34,7 @@ class ChatTemplate:
         }
         try:
             self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except (jinja2.TemplateError, RecursionError, ValueError) as error:  # nested too deeply; numbers of any length
             raise ConfigError(f"the chat template is not one: {error}") from None
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         self._backend.encode_special_tokens = False  # what a template writes <|so|> is the token of that name
