@@ -115,7 +115,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.wait()
         self._error = None
         try:
-            tree = {"state": state, "meta": meta() if callable(meta) else meta}
+            # `meta` may have to write logs. What cannot be written in one process is not begun in the others.
+            tree = {"state": state, "meta": _made_everywhere(meta)}
             saving = self._orbax.save_checkpointables_async(step, tree, force=True)
         except Exception as error:  # of many kinds: a full disk shows here or in the thread
             self._fails(step, error)
@@ -274,6 +275,19 @@ def _load(
     except Exception as error:  # of many kinds; Orbax says what is wrong only in the cause of what it raises
         raise _explained(error, folder, steps, chosen) from error
     return found["state"], found["meta"]
+
+
+def _made_everywhere(meta: Meta) -> dict[str, Any]:
+    """What a checkpoint holds besides its arrays. If making it fails in one process, all of them raise."""
+    made, failure = None, None
+    try:
+        made = meta() if callable(meta) else meta
+    except Exception as error:
+        failure = error
+    if sum_integers([int(failure is not None)])[0]:
+        raise failure or RuntimeError("another process could not write")
+    assert made is not None
+    return made
 
 
 def _brief(error: Exception) -> str:

@@ -295,10 +295,6 @@ class AgreedStop:
         agreed = 0 if before is None else int(jax.device_get(before))
         return agreed // 2 or None, agreed % 2 == 1
 
-    def settle(self) -> None:
-        """Wait for the exchange in progress: other exchanges between processes are about to begin."""
-        jax.block_until_ready(self._pending)
-
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """Make a global array from one that every process has in full."""

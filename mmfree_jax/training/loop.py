@@ -180,7 +180,6 @@ def _train(
                 with watchdog.during(HANGS):
                     stopping, again = agreed(stop.signal, retry.due(checkpoints.failed, step + 1))
                 if stopping or due or again:
-                    agreed.settle()
                     interval.flush() if due else interval.hold()
                     # Branches need a milestone's own step, and after a signal there is no later one.
                     save = checkpoints.save_now if stopping or step + 1 in milestones else checkpoints.save
