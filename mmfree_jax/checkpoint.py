@@ -122,18 +122,22 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._fails(step, error)
             self._forget()
             return
-        self._thread = threading.Thread(target=self._finish, args=(saving, step), name="checkpoint")
-        self._thread.start()
+        self._begin(saving.result, step)
 
     def save_now(self, state: Any, meta: Meta, step: int) -> None:
-        """Save and wait until that is done; try again if it fails. Raises CheckpointError if it fails for good."""
+        """Save and wait until that is done; try again if it fails in any process.
+
+        Raises CheckpointError, in all of them, if it fails for good.
+        """
+        self.save(state, meta, step)
         for pause_s in (*PAUSES_SECONDS, None):
-            self.save(state, meta, step)
             self.wait()
-            if self._error is None:
+            if not sum_integers([int(self.failed)])[0]:
                 return
+            self._error = self._error or RuntimeError("another process could not write its part")
             if pause_s is not None:
                 time.sleep(pause_s)
+                self._save_again(state, meta, step)
         error, self._error = self._lost(), None
         raise error
 
@@ -171,10 +175,22 @@ class Checkpoints(contextlib.AbstractContextManager):
                 f"written: put it back from a copy, or remove {self.note} to start over"
             )
 
-    def _finish(self, saving: Any, step: int) -> None:
+    def _save_again(self, state: Any, meta: Meta, step: int) -> None:
+        """Save what could not be; of a checkpoint that is there, which Orbax would not write twice, the checksums."""
+        if step not in self.steps:
+            self.save(state, meta, step)
+            return
+        self._error = None
+        self._begin(lambda: None, step)
+
+    def _begin(self, complete: Callable[[], Any], step: int) -> None:
+        self._thread = threading.Thread(target=self._finish, args=(complete, step), name="checkpoint")
+        self._thread.start()
+
+    def _finish(self, complete: Callable[[], Any], step: int) -> None:
         """In the thread: wait until a checkpoint is complete, and seal it."""
         try:
-            saving.result()
+            complete()
             write_checksums(self.folder / str(step), jax.process_index(), jax.process_count())
             if jax.process_index() == 0:
                 write_json(self.note, {"newest": step})

@@ -15,6 +15,7 @@ from mmfree_jax.files import write_json
 # Several processes share the work: each one takes every n-th file and writes a list of its own. A list is written when
 # its files are complete, and last, so a folder without lists was not finished, or is of an older version.
 PATTERN = "checksums-*-of-*.json"
+UNLISTED = ("checksums-", ".checksums-")  # how lists are called, and what they are while another process writes one
 READERS = 4  # files that are read at the same time
 
 
@@ -26,14 +27,16 @@ def sha256_of(path: Path) -> str:
 
 def write_checksums(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Write the list of every `parts`-th file of a folder: path, bytes, SHA-256. Nobody else may write into it."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.match(PATTERN)][part::parts]
+    # All processes must see the same files, or their shares would neither cover all nor be apart.
+    files = [path for path in sorted(folder.rglob("*")) if not path.name.startswith(UNLISTED) and path.is_file()]
+    paths = files[part::parts]
     with ThreadPoolExecutor(READERS) as pool:
         sums = list(pool.map(sha256_of, paths))
-    files = {
+    listed = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": found}
         for path, found in zip(paths, sums, strict=True)
     }
-    write_json(folder / f"checksums-{part}-of-{parts}.json", files)
+    write_json(folder / f"checksums-{part}-of-{parts}.json", listed)
 
 
 def first_damage(folder: Path, part: int = 0, parts: int = 1) -> str:

@@ -1,5 +1,6 @@
 """Checkpoints move: a run saved on one mesh goes on on others to the same losses. What cannot be read says why."""
 
+import contextlib
 import json
 import resource
 import shutil
@@ -15,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mmfree_jax import checkpoint
 from mmfree_jax.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, restore
+from mmfree_jax.checksums import write_checksums
 from tests.simulated import run
 
 # Eight simulated devices in one process for all meshes: compiling is what takes the time.
@@ -223,6 +225,52 @@ def test_a_save_that_fails_in_the_background_is_reported_and_the_next_ones_are_m
         assert checkpoints.steps == [6, 7, 8]
         assert not checkpoints.failed
     restore(tmp_path / "c", {"a": shaped(30_000)}, step=6)
+
+
+def test_processes_that_seal_a_checkpoint_at_once_list_every_file_once(tmp_path):
+    """Also while one sees the file that another is writing its list into."""
+    for name in "abcde":
+        (tmp_path / name).write_text(name)
+    write_checksums(tmp_path, 0, 3)
+    (tmp_path / ".checksums-1-of-3.json.x7").write_text("half")
+    for part in (1, 2):
+        write_checksums(tmp_path, part, 3)
+    lists = [json.loads((tmp_path / f"checksums-{part}-of-3.json").read_text()) for part in range(3)]
+    assert sorted(name for one in lists for name in one) == list("abcde")
+
+
+def test_a_checkpoint_without_its_checksums_gets_them_by_a_second_attempt(tmp_path, monkeypatch):
+    """Orbax refuses a step that is there already."""
+    calls = []
+
+    def once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError("no room")
+        write_checksums(*arguments)
+
+    monkeypatch.setattr(checkpoint, "PAUSES_SECONDS", (0.0,))
+    monkeypatch.setattr(checkpoint, "write_checksums", once)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save_now({"a": jnp.ones(4)}, {"more": 1}, 3)
+        assert not checkpoints.failed
+    assert len(calls) == 2
+    assert list((tmp_path / "c" / "3").glob("checksums-*"))
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_save_that_fails_in_another_process_is_tried_again_in_all(tmp_path, monkeypatch, failures):
+    """Here `sum_integers` stands for the other process, which fails so often."""
+    elsewhere, sealed = iter([*[1] * failures, 0]), []
+    monkeypatch.setattr(checkpoint, "PAUSES_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(checkpoint, "_made_everywhere", lambda meta: meta)
+    monkeypatch.setattr(checkpoint, "sum_integers", lambda own: [own[0] + next(elsewhere)])
+    monkeypatch.setattr(checkpoint, "write_checksums", lambda folder, *_: sealed.append(folder.name))
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        lost = pytest.raises(CheckpointError, match="another process could not write its part")
+        with lost if failures == 3 else contextlib.nullcontext():
+            checkpoints.save_now({"a": jnp.ones(4)}, {"more": 1}, 3)
+    assert sealed == ["3"] * min(failures + 1, 3)
 
 
 def test_a_last_save_that_fails_is_an_error_at_the_end(largest_file, tmp_path):
