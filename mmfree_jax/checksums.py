@@ -3,14 +3,13 @@
 A storage system may return fewer or other bytes than it was given. The libraries that read them do not always notice.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.files import write_json
+from mmfree_jax.files import sha256, write_json
 
 # Several processes share the work: each one takes every n-th file and writes a list of its own. A list is written when
 # its files are complete, and last, so a folder without lists was not finished, or is of an older version.
@@ -19,19 +18,13 @@ UNLISTED = ("checksums-", ".checksums-")  # how lists are called, and what they 
 READERS = 4  # files that are read at the same time
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal. Reads it in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def write_checksums(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Write the list of every `parts`-th file of a folder: path, bytes, SHA-256. Nobody else may write into it."""
     # All processes must see the same files, or their shares would neither cover all nor be apart.
     files = [path for path in sorted(folder.rglob("*")) if not path.name.startswith(UNLISTED) and path.is_file()]
     paths = files[part::parts]
     with ThreadPoolExecutor(READERS) as pool:
-        sums = list(pool.map(sha256_of, paths))
+        sums = list(pool.map(lambda path: sha256([path]), paths))
     listed = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": found}
         for path, found in zip(paths, sums, strict=True)
@@ -71,4 +64,4 @@ def _damage(folder: Path, name: str, size: int, expected: str) -> str:
         return f"{name} is missing"
     if (found := path.stat().st_size) != size:
         return f"{name} has {found} bytes instead of {size}"
-    return "" if sha256_of(path) == expected else f"{name} has other bytes than were written (SHA-256)"
+    return "" if sha256([path]) == expected else f"{name} has other bytes than were written (SHA-256)"

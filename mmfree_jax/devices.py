@@ -52,6 +52,11 @@ DEVICES = {
 }
 
 # Dense bfloat16 FLOP/s by a part of jax's device_kind.
+# Topologies of TPU slices by their number of chips (docs.cloud.google.com/tpu/docs/v5e, v5p and v6e).
+FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+CUBES |= {1024: "8x8x16"}
+SLICES = {"tpu-v5e": FLAT, "tpu-v5p": CUBES, "tpu-v6e": FLAT}
 PEAK_FLOPS = {
     "H200": DEVICES["h200"].bf16,
     "H100": DEVICES["h100"].bf16,

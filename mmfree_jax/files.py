@@ -97,7 +97,8 @@ def sha256(files: Iterable[Path]) -> str:
     # Contents follow one another without a separator: the list of files is fixed where this is used.
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.read_bytes())
+        with file.open("rb") as stream:  # in pieces: a model's tensors need not fit the memory
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 

@@ -7,7 +7,6 @@ python -m mmfree_jax.lowering.compiled DEVICE < config.json     # prints what th
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
@@ -16,13 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmfree_jax.config import RunConfig, from_json, require, to_json
-from mmfree_jax.devices import DEVICES
+from mmfree_jax.devices import DEVICES, SLICES
 from mmfree_jax.lowering.program import Traffic, read_traffic, rematerialisations, traced_step
-
-# Slices by their shape, the smallest first (docs.cloud.google.com/tpu/docs/v5e, v5p and v6e).
-FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16))
-SLICES: dict[str, tuple[tuple[int, ...], ...]] = {"tpu-v5e": FLAT, "tpu-v5p": CUBES, "tpu-v6e": FLAT}
 
 # What XLA asks about a GPU, from NVIDIA's data sheets and the CUDA C programming guide: capability, multiprocessors,
 # and bytes of the second-level cache, of a multiprocessor's shared memory and of what a block may have of it.
@@ -122,11 +116,11 @@ def absent_devices(device_name: str, count: int) -> list[Any]:
         target = TARGET.format(**facts, fpus=128 if device.kernels else 64)
         described = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
         return list(described.devices)
-    shapes = {1: SLICES[device_name][0], **{math.prod(shape): shape for shape in SLICES[device_name]}}
-    near = ", ".join(map(str, shapes))
-    require(count in shapes, f"--compile: no {device_name} slice has {count} chips: use a mesh of {near}")
-    shape = shapes[count]
-    name = f"{device_name.removeprefix('tpu-')}:{'x'.join(map(str, shape))}"
+    slices = {count: topology for count, topology in SLICES[device_name].items() if count > 1}
+    slices[1] = min(slices.items())[1]  # one chip of the smallest
+    near = ", ".join(map(str, sorted(slices)))
+    require(count in slices, f"--compile: no {device_name} slice has {count} chips: use a mesh of {near}")
+    name = f"{device_name.removeprefix('tpu-')}:{slices[count]}"
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)[:count]
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from mmfree_jax.config import RunConfig, require
 from mmfree_jax.data.building.distributions import TIERS
+from mmfree_jax.devices import SLICES
 from mmfree_jax.files import write_atomically
 from mmfree_jax.sweep.executor import RUN_FAILED
 from mmfree_jax.sweep.experiment import Study, chains, machines
@@ -60,15 +61,13 @@ class Device:
         return self.extra == "tpu"
 
 
-FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 DEVICES = {
     "h200": Device("H200", "nvidia-h200-141gb", "cuda13", 8),
     "h100": Device("H100", "nvidia-h100-80gb", "cuda13", 8),
     "a100": Device("A100-80GB", "nvidia-a100-80gb", "cuda13", 8),
-    "tpu-v5e": Device("tpu-v5litepod-{chips}", "tpu-v5-lite-podslice", "tpu", 4, FLAT),
-    "tpu-v5p": Device("tpu-v5p-{cores}", "tpu-v5p-slice", "tpu", 4, CUBES),
-    "tpu-v6e": Device("tpu-v6e-{chips}", "tpu-v6e-slice", "tpu", 4, FLAT),
+    "tpu-v5e": Device("tpu-v5litepod-{chips}", "tpu-v5-lite-podslice", "tpu", 4, SLICES["tpu-v5e"]),
+    "tpu-v5p": Device("tpu-v5p-{cores}", "tpu-v5p-slice", "tpu", 4, SLICES["tpu-v5p"]),
+    "tpu-v6e": Device("tpu-v6e-{chips}", "tpu-v6e-slice", "tpu", 4, SLICES["tpu-v6e"]),
 }
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from mmfree_jax.checksums import READERS, sha256_of
+from mmfree_jax.checksums import READERS
 from mmfree_jax.data.tokenizers import tokenizer as tokenization
+from mmfree_jax.files import sha256
 
 FORMAT = "mmfree-token-set"
 VERSION = 1
@@ -226,7 +227,7 @@ class TokenSet:
         shards = [shard for split in self.splits.values() for shard in split.shards]
         with ThreadPoolExecutor(READERS) as pool:
             sums = [(name, expected) for one in shards for name, expected in one.sums()]
-            found = pool.map(lambda entry: sha256_of(self.path / entry[0]), sums)
+            found = pool.map(lambda entry: sha256([self.path / entry[0]]), sums)
             for (name, expected), digest in zip(sums, found, strict=True):
                 if digest != expected:
                     raise TokenSetError(f"{self.path / name} is damaged (wrong SHA-256): build the token set again")
