@@ -8,6 +8,7 @@ the largest error of a result or gradient in float32's terms: |error| over the l
 """
 
 import csv
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -67,6 +68,13 @@ def narrow_values(q, k, v, segments):
     return dot_product_attention(*arrays, scale=q.shape[-1] ** -0.5, mask_type=MaskType.CAUSAL)
 
 
+def joined_as_wide(q, k, v, segments):
+    """Documents joined, with as many channels: what these cost alone."""
+    wide = min(WIDEST, q.shape[-1] + channels(q.shape[1])) - q.shape[-1]
+    q_wide, k_wide = (jnp.pad(a, [(0, 0)] * 3 + [(0, wide)]) for a in (q, k))
+    return cudnn(q_wide, k_wide, v, q.shape[-1] ** -0.5)
+
+
 def triton(block: int) -> Callable:
     """JAX's Pallas kernels for Triton, with blocks of this many keys and queries in the backward pass."""
 
@@ -86,9 +94,7 @@ def ways() -> dict[str, Callable]:
         "blocks": form("blocks"),
         "joined": lambda q, k, v, segments: cudnn(q, k, v),
         "channels": form("channels"),
-        "joined, heads as wide": lambda q, k, v, segments: cudnn(
-            *(jnp.pad(a, [(0, 0)] * 3 + [(0, min(16, WIDEST - a.shape[-1]))]) for a in (q, k)), v, q.shape[-1] ** -0.5
-        ),
+        "joined, heads as wide": joined_as_wide,
         "channels, narrow values": narrow_values,
         "packed, at most 32": packed(32),
         "packed, at most 256": packed(256),
@@ -123,7 +129,7 @@ def rows(B: int, T: int, H: int, K: int) -> Iterator[dict[str, Any]]:
             wrong = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, expected, strict=True)]
             row["error"] = f"{np.max(wrong):.2g}"
             many = jax.jit(repeat(gradients(attend), TIMES)).lower(*arrays).compile()
-            row["ms"] = f"{time_calls(lambda many=many: many(*arrays)).median_s / TIMES * 1e3:.3f}"
+            row["ms"] = f"{time_calls(functools.partial(many, *arrays)).median_s / TIMES * 1e3:.3f}"
             row["temporary_mb"] = f"{memory_bytes(once)['temporary'] / 1e6:.0f}"
         except Exception as error:  # the row says so, and the others are measured
             row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

@@ -3,10 +3,10 @@
     python -m experiments.shared_device quickstart        # each under four minutes on an H200
     python -m experiments.shared_device ladder
 
-Prints the wall time of the same sweep each way, from starting the workers to the last result, and its largest difference
-of a loss to the first way. Programs are compiled before, by a sweep of few steps whose time is the row `compiling`; so a
-row is what a sweep takes whose programs are known, and what sharing a device is worth without sharing compilers.
-Results: `experiments/results/shared_device.csv`.
+Prints the wall time of the same sweep each way, from starting the workers to the last result, and its largest
+difference of a loss to the first way. Programs are compiled before, by a sweep of few steps whose time is the row
+`compiling`; so a row is what a sweep takes whose programs are known, and what sharing a device is worth without sharing
+compilers. Results: `experiments/results/shared_device.csv`.
 """
 
 import contextlib

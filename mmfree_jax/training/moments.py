@@ -15,9 +15,9 @@ from mmfree_jax.config import Moments
 # in bfloat16, 4 % in 8 bits. Rounded up or down with probabilities that make the mean right it follows on average. The
 # update of a step is computed from the moments before they are rounded.
 #
-# Codes of 8 bits are logarithms: code k stands for scale x 2^((k - top) / 8), and 0 for 0, so that what is kept is 4.4 %
-# exact at most wherever it lies between the largest of its block and 2^-16 of it, or 2^-32 where there is no sign. These
-# are the ranges of a gradient and of its square. Equal steps, as integers have, would round the second moment of small
+# Codes of 8 bits are logarithms: code k stands for scale x 2^((k - top) / 8), and 0 for 0. What is kept is off by less
+# than 9 % wherever it lies between the largest of its block and 2^-16 of it, or 2^-32 where there is no sign: the
+# ranges of a gradient and of its square. Equal steps, as integers have, would round the second moment of small
 # gradients to zero, by whose root the update is divided.
 #
 # The random bits are a hash of step, leaf and place, the place in the whole array: they are the same on every mesh.
@@ -65,7 +65,12 @@ def stored(optimizer: optax.GradientTransformation, moments: Moments) -> optax.G
         updates, state = optimizer.update(updates, decoded(kept), params)
         return updates, encoded(kept.step + 1, state)
 
-    return optax.GradientTransformation(lambda params: encoded(jnp.int32(0), optimizer.init(params)), update)
+    def init(params: Any) -> Stored:
+        # All moments begin at zero, whose code is zero. Encoding them would have XLA compute every one as it compiles.
+        shapes = jax.eval_shape(lambda params: encoded(jnp.int32(0), optimizer.init(params)), params)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _positive(path: tuple) -> bool:
@@ -134,7 +139,7 @@ def random_bits(step: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """A hash of 32 bits: every bit of x changes half of the result's (Wellons 2018, nullprogram.com/blog/2018/07/31)."""
+    """Hash 32 bits: every bit of x changes half of the result's (Wellons 2018, nullprogram.com/blog/2018/07/31)."""
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 15)

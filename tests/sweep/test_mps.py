@@ -65,7 +65,7 @@ def test_where_it_cannot_serve_workers_take_turns_and_the_reason_is_said(daemon,
     if fault == "daemon":
         (daemon / "broken").touch()
     elif fault == "client":
-        monkeypatch.setattr(mps, "CLIENT", "raise SystemExit(\"the driver's error 805\")")
+        monkeypatch.setattr(mps, "CLIENT", 'raise SystemExit("the driver\'s error 805")')
     elif fault == "missing":
         monkeypatch.setenv("PATH", str(daemon / "nowhere"))
     else:

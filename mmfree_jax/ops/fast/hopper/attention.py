@@ -38,7 +38,7 @@ def causal_attention(
     segments_BS: jax.Array | None = None,
     chunk: tuple[Any, int] = (0, 1),
 ) -> jax.Array:
-    """`ops.attention.causal_attention` with documents. `segments_BS` are the same ids, as there is one chunk of time."""
+    """`ops.attention.causal_attention` with documents. `segments_BS` are the same ids: there is one chunk of time."""
     assert chunk == (0, 1), "all queries of a row are here"
     T, K = q_BTHK.shape[1], q_BTHK.shape[-1]
     begins_BT = segments_BT[:, 1:] != segments_BT[:, :-1]

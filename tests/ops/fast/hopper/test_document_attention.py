@@ -66,7 +66,7 @@ IDS = {
     "odd bounds": lambda T: np.searchsorted([1, 4, 7, 63, 64, 65, 100], np.arange(T), side="right")[None],
     "two rows that differ": lambda T: np.stack([np.zeros(T), np.arange(T) // 3]),
     "padding first": lambda T: (np.arange(T) >= 5)[None],
-    "ids that fall and large ones": lambda T: np.where(np.arange(T) < 17, 2**30, np.where(np.arange(T) < 40, 7, 0))[None],
+    "ids that fall and large ones": lambda T: np.repeat([2**30, 7, 0], [17, 23, T - 40])[None],
 }
 
 
