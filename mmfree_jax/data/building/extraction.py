@@ -171,8 +171,8 @@ def from_pdf(data: bytes) -> Iterator[str]:
     with tempfile.NamedTemporaryFile(suffix=".pdf") as file:
         file.write(data)
         file.flush()
-        command = ["pdftotext", "-q", "-enc", "UTF-8", file.name, "-"]
-        done = subprocess.run(command, capture_output=True, timeout=PDF_SECONDS, check=False)  # it fails on damaged ones
+        command = ["pdftotext", "-q", "-enc", "UTF-8", file.name, "-"]  # fails on damaged PDFs
+        done = subprocess.run(command, capture_output=True, timeout=PDF_SECONDS, check=False)
     text = re.sub(r"(\w)-\n(\w)", r"\1\2", decode(done.stdout).replace("\f", "\n\n"))
     yield from _BLANK_LINE.split(text)
 
