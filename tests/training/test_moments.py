@@ -133,7 +133,7 @@ def test_moments_are_sharded_as_parameters_are(on_meshes):
     for name, (share, of_a_device, apart) in on_meshes[0].items():
         wanted = {"bfloat16": 1, "int8": 2 * (1 + 4 / BLOCK) / 4}[name.split()[1]]
         assert share == pytest.approx(wanted, rel=0.02), name
-        assert of_a_device == pytest.approx(wanted, rel=0.05), name
+        assert of_a_device == pytest.approx(wanted, rel=0.1), name  # vectors are whole on each
         assert apart < 3e-3, name  # what three steps of this rate move: bits at a code's edge fall either way
 
 
@@ -142,4 +142,4 @@ def test_a_run_goes_on_on_another_mesh(on_meshes):
     assert "resume matmul-free-tiny at step 5" in said
     assert len(whole) == len(other) == 12
     assert other[:5] == whole[:5]
-    np.testing.assert_allclose(other, whole, atol=0.02)
+    np.testing.assert_allclose(other, whole, atol=1e-4)
