@@ -10,8 +10,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mmfree_jax.nvidia import VISIBLE
+
 # The daemon belongs to a user and a pipe directory. Ours has a directory of its own, so it neither meets nor ends one
-# that somebody else has started, and clients are those processes whose environment names the directory.
+# that somebody else has started, and clients are those processes whose environment names the directory. It sees all
+# GPUs: from a selection, clients would have to choose by new numbers.
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
@@ -44,9 +47,10 @@ def service(gpus: list[str], say: Callable[[str], None]) -> Iterator[dict[str, s
         env = {PIPES: f"{folder}/pipes", LOGS: f"{folder}/logs"}
         for path in env.values():
             Path(path).mkdir()
-        of_daemon = {**os.environ, **env, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        of_daemon = {name: value for name, value in {**os.environ, **env}.items() if name != VISIBLE}
+        of_client = {**of_daemon, VISIBLE: gpus[0]}
         try:
-            why = _failure([CONTROL, "-d"], of_daemon) or _failure([sys.executable, "-c", CLIENT], of_daemon)
+            why = _failure([CONTROL, "-d"], of_daemon) or _failure([sys.executable, "-c", CLIENT], of_client)
             say(f"MPS: does not serve here ({why}): workers take turns on a GPU" if why else "MPS: workers share GPUs")
             yield {} if why else env
         finally:

@@ -11,13 +11,16 @@ from mmfree_jax.sweep import mps
 # Writes what it is told into a log; `-d` fails if a file says so.
 CONTROL = """#!/bin/sh
 case "$1" in -d)
-    echo "start $CUDA_VISIBLE_DEVICES" >> {log}
+    echo "start ${{CUDA_VISIBLE_DEVICES-all}}" >> {log}
     test -d "$CUDA_MPS_PIPE_DIRECTORY" && test -d "$CUDA_MPS_LOG_DIRECTORY" || exit 3
     if test -e {broken}; then echo "cannot start: no permission"; exit 1; fi
     exit 0
 esac
 read line; echo "$line" >> {log}
 """
+
+
+CLIENT = "import os; assert os.environ['CUDA_VISIBLE_DEVICES'] == '0'; os.stat(os.environ['CUDA_MPS_PIPE_DIRECTORY'])"
 
 
 @pytest.fixture
@@ -28,7 +31,8 @@ def daemon(tmp_path, monkeypatch):
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv(mps.PIPES, raising=False)
-    monkeypatch.setattr(mps, "CLIENT", "")  # a client that gets its context
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(mps, "CLIENT", CLIENT)
     return tmp_path
 
 
@@ -41,8 +45,8 @@ def test_workers_become_clients_and_the_daemon_ends_with_the_block(daemon):
     with mps.service(["0", "1"], said.append) as env:
         assert set(env) == {mps.PIPES, mps.LOGS}
         assert all(Path(path).is_dir() for path in env.values())
-        assert done(daemon) == ["start 0,1"]
-    assert done(daemon) == ["start 0,1", "quit"]
+        assert done(daemon) == ["start all"]
+    assert done(daemon) == ["start all", "quit"]
     assert not any(Path(path).exists() for path in env.values())
     assert said == ["MPS: workers share GPUs"]
 
