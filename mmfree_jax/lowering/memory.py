@@ -12,7 +12,6 @@ from mmfree_jax import flops
 from mmfree_jax.config import Remat, RunConfig
 from mmfree_jax.devices import Device
 from mmfree_jax.lowering.program import Report
-from mmfree_jax.ops.fast.choice import QUERIES_AT_ONCE
 
 # Why tables, and not the residuals of the traced step, `jax.eval_shape` of its vjp? That was measured on the same 45
 # compilations. Without remat it counts 20.5 GB for four layers of transformer++-1.3b, where the compiler stores 4.8:
@@ -20,6 +19,7 @@ from mmfree_jax.ops.fast.choice import QUERIES_AT_ONCE
 # stack.
 
 BLOCK = 128  # steps that attention's kernel for TPUs takes at once
+QUERIES_AT_ONCE = 256  # whose scores are made at once without a kernel (ops/fast/choice.py, which loads JAX)
 LOGITS = 2**26  # of a chunk of tokens in the loss (ops/cross_entropy.py)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import experiments
+from mmfree_jax.lowering.memory import QUERIES_AT_ONCE
 from mmfree_jax.ops.attention import attend, causal_attention
 from mmfree_jax.ops.fast import attention, choice
 from mmfree_jax.ops.fast.verification import kernels_assumed
@@ -100,6 +101,7 @@ def test_the_form_on_a_gpu_follows_type_documents_and_width(monkeypatch):
     monkeypatch.setattr(choice, "widest_fused_head", lambda: 256)
     shaped = lambda width, dtype: jax.ShapeDtypeStruct((2, 150, 4, width), dtype)
     form = lambda q, segments: choice.attention_form(q, q, segments)
+    assert choice.QUERIES_AT_ONCE == QUERIES_AT_ONCE  # what `lower` counts
     assert form(shaped(36, jnp.bfloat16), None) == "cudnn"
     assert form(shaped(256, jnp.float16), None) == "cudnn"
     assert form(shaped(264, jnp.bfloat16), None) == "full"
