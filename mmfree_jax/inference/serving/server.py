@@ -26,6 +26,7 @@ from mmfree_jax.inference.serving.bodies import Limits
 from mmfree_jax.inference.serving.chat import find_chat_template
 from mmfree_jax.inference.text import TextModel, load_text_model
 from mmfree_jax.output import program
+from mmfree_jax.remote.reading import fetched
 
 KEY = "MMFREE_API_KEY"  # environment variable: a key on the command line could be read by other users
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
