@@ -50,7 +50,7 @@ def first_damage(folder: Path, part: int = 0, parts: int = 1, contents: bool = T
     except ValueError as error:
         return str(error)
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda entry: _damage(folder, *entry, contents), listed)
+        found = pool.map(lambda entry: _damage(folder, entry, contents), listed)
         return next(filter(None, found), "")
 
 
@@ -64,7 +64,8 @@ def _listed(folder: Path) -> Iterator[tuple[str, int, str]]:
             raise ValueError(f"{path.name} is no list of checksums") from None
 
 
-def _damage(folder: Path, name: str, size: int, expected: str, contents: bool) -> str:
+def _damage(folder: Path, entry: tuple[str, int, str], contents: bool) -> str:
+    name, size, expected = entry
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         return f"{name} is not in the folder"

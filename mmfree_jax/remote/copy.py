@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from mmfree_jax.checksums import LIST, first_damage
+from mmfree_jax.checksums import first_damage
 from mmfree_jax.errors import sentence
 from mmfree_jax.remote.bucket import Bucket, RemoteError
-from mmfree_jax.remote.layout import LAST, LOGS, Unit, complete, lists, others, place, places
+from mmfree_jax.remote.layout import LAST, LOGS, Unit, complete, is_list, lists, others, place, places
 
 PERIOD_SECONDS = 20.0  # between two looks at the folder
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts
@@ -89,7 +89,7 @@ class Copy:
         return 0
 
     def _lists(self, unit: Unit) -> list[Path]:
-        return [path for path in (self.folder / place(unit)).iterdir() if LIST.fullmatch(path.name)]
+        return [path for path in (self.folder / place(unit)).iterdir() if is_list(path.name)]
 
     def _equal(self, units: set[Unit]) -> dict[Unit, int]:
         """Of these checkpoints in the bucket, those that are the same as here: their checksums are equal."""
@@ -127,18 +127,14 @@ class Copy:
         self._remove_checkpoint(unit)  # an older one of this step, or a part of this one
         found = [path for one in places(unit) for path in (self.stage / one).rglob("*") if path.is_file()]
         names = [path.relative_to(self.stage).as_posix() for path in found]
-        self.bucket.upload(self.stage, [name for name in names if not _is_list(name)])
-        self.bucket.upload(self.stage, [name for name in names if _is_list(name)])
+        self.bucket.upload(self.stage, [name for name in names if not is_list(name)])
+        self.bucket.upload(self.stage, [name for name in names if is_list(name)])
         for one in places(unit):
             shutil.rmtree(self.stage / one, ignore_errors=True)
 
     def _remove_checkpoint(self, unit: Unit) -> None:
         names = [name for name in self.bucket.names() if name.startswith(places(unit))]
-        self.bucket.delete(sorted(names, key=_is_list, reverse=True))  # lists first: from then on it is not complete
-
-
-def _is_list(name: str) -> bool:
-    return LIST.fullmatch(name.rpartition("/")[2]) is not None
+        self.bucket.delete(sorted(names, key=is_list, reverse=True))  # lists first: from then on it is not complete
 
 
 def _link(source: str, target: str) -> None:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mmfree_jax.checksums import is_sealed
+from mmfree_jax.checksums import LIST, is_sealed
 
 LAST = ("checkpoints.json", "result.json")  # say that something is there, so they come after it
 LOGS = ("metrics.jsonl", "log.txt", "tb/events.*")
@@ -38,6 +38,11 @@ def complete(names: Iterable[str]) -> set[Unit]:
         if (found := PART.fullmatch(name)) and found[2] == "checkpoints":
             files[found[1], int(found[3])].append(found[4])
     return {unit for unit, own in files.items() if is_sealed(own)}
+
+
+def is_list(name: str) -> bool:
+    """Return whether a file is a list of checksums."""
+    return LIST.fullmatch(name.rpartition("/")[2]) is not None
 
 
 def lists(folder: Path) -> Iterator[str]:

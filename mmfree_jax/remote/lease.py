@@ -24,6 +24,7 @@ class Lease:
 
     def __init__(self, bucket: Bucket):
         self.bucket, self.beats, self.token = bucket, 0, uuid.uuid4().hex
+        self.host = socket.gethostname()
         self.run = ""  # names what is at this URL since it was first used
         self.successor = ""  # who has taken over from this process
 
@@ -52,7 +53,7 @@ class Lease:
 
     def release(self) -> None:
         """Let others in at once. If this fails, they wait until the heartbeat is stale."""
-        if not self.successor:
+        if self.beats and not self.successor:
             with contextlib.suppress(RemoteError):
                 self._write("")
 
@@ -68,7 +69,7 @@ class Lease:
 
     def _write(self, token: str) -> None:
         self.beats += 1
-        about = {"run": self.run, "token": token, "beats": self.beats, "host": socket.gethostname(), "pid": os.getpid()}
+        about = {"run": self.run, "token": token, "beats": self.beats, "host": self.host, "pid": os.getpid()}
         self.bucket.write(LEASE, json.dumps(about).encode())
 
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from mmfree_jax.config import require
-from mmfree_jax.distributed import first_does
+from mmfree_jax.distributed import first_does, is_alone
 from mmfree_jax.files import locked, read_object, url_of, write_json
 from mmfree_jax.remote.bucket import Bucket
 from mmfree_jax.remote.layout import PART, complete, others, place
@@ -24,7 +24,8 @@ def fetched(path: Path, every: bool = False) -> Path:
     if not (url := url_of(path)):
         return path
     folder = home_of(url) / "read" / path.name
-    first_does(lambda: _refresh(Bucket(url), folder, every))
+    refresh = lambda: _refresh(Bucket(url), folder, every)
+    refresh() if is_alone() else first_does(refresh)
     return folder
 
 

@@ -17,11 +17,11 @@ import jax
 
 from mmfree_jax.checksums import first_damage
 from mmfree_jax.config import require
-from mmfree_jax.distributed import first_does, sum_integers
+from mmfree_jax.distributed import first_does, is_alone, sum_integers
 from mmfree_jax.files import cache_folder, locked, url_of, write_atomically
 from mmfree_jax.remote.bucket import Bucket, RemoteError
 from mmfree_jax.remote.copy import Copy
-from mmfree_jax.remote.layout import PART, Unit, complete, place
+from mmfree_jax.remote.layout import PART, Unit, complete, is_list, place
 from mmfree_jax.remote.lease import BEAT_SECONDS, LEASE, Lease
 
 
@@ -43,7 +43,12 @@ def working_folder(out: Path) -> Iterator[Path]:
     home = home_of(url)
     folder = home / "run" / out.name
     with contextlib.ExitStack() as stack:
-        first_does(lambda: stack.enter_context(_copied(url, home, folder)))
+        begin = lambda: stack.enter_context(_copied(url, home, folder))
+        if is_alone():  # as the driver of a sweep, which must leave the devices to its workers
+            begin()
+            yield folder
+            return
+        first_does(begin)
         shared = sum_integers([int((home / "id").exists())])[0] == jax.process_count()
         require(
             shared,
@@ -135,9 +140,10 @@ def _bring(bucket: Bucket, folder: Path, stage: Path) -> None:
 
 
 def _intact(bucket: Bucket, stage: Path, unit: Unit, names: Iterable[str]) -> bool:
-    """Bring a checkpoint into the stage. Returns whether it is what was written, and says so if it is not."""
-    own = place(unit)
-    bucket.download(stage, {name: name for name in names if name.startswith(own)})
-    if damage := first_damage(stage / own):
-        print(f"{bucket.url}/{own} is damaged ({damage}) and not used", file=sys.stderr, flush=True)
+    """Bring a checkpoint into the stage. Returns whether it is what was written; if not, it is not used any more."""
+    own = [name for name in names if name.startswith(place(unit))]
+    bucket.download(stage, {name: name for name in own})
+    if damage := first_damage(stage / place(unit)):
+        print(f"{bucket.url}/{place(unit)} is damaged ({damage}) and not used", file=sys.stderr, flush=True)
+        bucket.delete(name for name in own if is_list(name))
     return not damage

@@ -83,6 +83,7 @@ def main(arguments: list[str]) -> int:
 
 def make_service(chosen: ServeArguments) -> Service:
     """Load the model, and compile its programs before the first client waits for them."""
+    chosen = dataclasses.replace(chosen, model=fetched(chosen.model))
     model = load_text_model(chosen.model, chosen.dtype, chosen.embedding)
     chat = find_chat_template(chosen.model, model.tokenizer, chosen.chat_template)
     engine = Engine(model.served, chosen.slots, chosen.context if model.config.mixer == "attention" else 0)
