@@ -1,16 +1,17 @@
 """A folder of runs and its copy in a bucket: wherever an upload ends, what is there can be gone on with."""
 
-import contextlib
 import json
 import os
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import fsspec
 import pytest
 
 from mmfree_jax.checksums import first_damage, write_checksums
+from mmfree_jax.config import ConfigError
 from mmfree_jax.remote import working
 from mmfree_jax.remote.bucket import Bucket, RemoteError
 from mmfree_jax.remote.copy import Copy
@@ -115,8 +116,16 @@ def test_another_machine_finds_what_the_first_has_written(tmp_path):
     assert mark == len("row 1\n") * 9 + len("row 10\n")
 
 
-class Ends(Exception):
-    """Power is off."""
+def ending(real, left: list[int]):
+    """A method of the store that fails after so many calls of all such methods."""
+
+    def call(self, *arguments, **more):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("power is off")
+        return real(self, *arguments, **more)
+
+    return call
 
 
 def test_wherever_an_upload_ends_there_is_a_checkpoint_with_its_logs(tmp_path, monkeypatch):
@@ -131,19 +140,11 @@ def test_wherever_an_upload_ends_there_is_a_checkpoint_with_its_logs(tmp_path, m
             run.step(number)
             if number == 10:
                 run.save(10)
-        left = operations
+        left = [operations]
         with monkeypatch.context() as patch:
             store = type(copy.bucket.fs)
             for name in ("pipe_file", "put_file", "rm_file"):
-
-                def counted(self, *arguments, real=getattr(store, name), **more):
-                    nonlocal left
-                    left -= 1
-                    if left < 0:
-                        raise Ends
-                    return real(self, *arguments, **more)
-
-                patch.setattr(store, name, counted)
+                patch.setattr(store, name, ending(getattr(store, name), left))
             failed = copy.attempt()
         other = brought(tmp_path / f"other-{operations}")
         assert other.resumed() in (rows(5), rows(10))
@@ -334,19 +335,23 @@ def test_a_lease_that_is_none_is_named(content):
 def test_a_folder_is_itself_and_a_url_is_a_folder_whose_content_outlives_it(tmp_path):
     with working_folder(tmp_path / "here") as folder:
         assert folder == tmp_path / "here"
-    with working_folder(working.Path(URL)) as folder:
+    with working_folder(Path(URL)) as folder:
         trained(folder, 12)
     shutil.rmtree(tmp_path / "cache")
-    with working_folder(working.Path(URL)) as folder:
+    with working_folder(Path(URL)) as folder:
         assert Run(folder).resumed() == rows(10)
         (folder / "result.json").write_text("{}")
-    assert (fetched(working.Path(URL)) / "result.json").read_text() == "{}"
+    assert (fetched(Path(URL)) / "result.json").read_text() == "{}"
 
 
 def test_what_failed_is_copied_and_the_failure_stays(tmp_path):
-    with pytest.raises(ZeroDivisionError), working_folder(working.Path(URL)) as folder:
-        trained(folder, 5)
-        raise ZeroDivisionError
+    def failing():
+        with working_folder(Path(URL)) as folder:
+            trained(folder, 5)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
     assert brought(tmp_path / "other").steps() == [5]
 
 
@@ -356,13 +361,16 @@ def test_a_run_does_not_end_well_before_everything_is_there(monkeypatch, capsys)
     def refused(*_, **__):
         raise OSError("out of order")
 
-    with monkeypatch.context() as patch:
-        with pytest.raises(NotCopied, match=r"^memory://bucket/run: OSError: out of order: not everything is there"):
-            with working_folder(working.Path(URL)) as folder:
-                trained(folder, 5)
-                patch.setattr(type(fsspec.filesystem("memory")), "put_file", refused)
+    def failing(patch):
+        with working_folder(Path(URL)) as folder:
+            trained(folder, 5)
+            patch.setattr(type(fsspec.filesystem("memory")), "put_file", refused)
+
+    says = "^memory://bucket/run: OSError: out of order: not everything is there"
+    with monkeypatch.context() as patch, pytest.raises(NotCopied, match=says):
+        failing(patch)
     assert capsys.readouterr().err.count("out of order: the run goes on") == 1
-    with working_folder(working.Path(URL)):
+    with working_folder(Path(URL)):
         pass
     assert "checkpoints/5/state/array" in Bucket(URL).names()
 
@@ -371,8 +379,9 @@ def test_who_is_taken_over_stops_and_copies_nothing_more(monkeypatch, capsys):
     monkeypatch.setattr("mmfree_jax.remote.working.BEAT_SECONDS", 0.1)
     signals = []
     monkeypatch.setattr("os.kill", lambda *sent: signals.append(sent))
-    with pytest.raises(RemoteError, match=r"process 7 on elsewhere has taken over"):
-        with working_folder(working.Path(URL)) as folder:
+
+    def taken_over():
+        with working_folder(Path(URL)) as folder:
             held = json.loads(Bucket(URL).read(LEASE))
             Bucket(URL).write(LEASE, json.dumps({**held, "token": "x", "pid": 7, "host": "elsewhere"}).encode())
             deadline = time.monotonic() + 10
@@ -380,21 +389,24 @@ def test_who_is_taken_over_stops_and_copies_nothing_more(monkeypatch, capsys):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             trained(folder, 5)
+
+    with pytest.raises(RemoteError, match="process 7 on elsewhere has taken over"):
+        taken_over()
     assert signals == [(os.getpid(), 15)]
     assert set(Bucket(URL).names()) == {LEASE}
     assert json.loads(Bucket(URL).read(LEASE))["token"] == "x"
 
 
 def test_a_folder_of_another_run_at_the_url_is_not_put_there():
-    with working_folder(working.Path(URL)) as folder:
+    with working_folder(Path(URL)) as folder:
         trained(folder, 5)
     fsspec.filesystem("memory").store.clear()
     for _ in range(2):
         with pytest.raises(RemoteError, match=r"^memory://bucket/run is not what .* is a copy of"):
-            working_folder(working.Path(URL)).__enter__()
+            working_folder(Path(URL)).__enter__()
     assert set(Bucket(URL).names()) == {LEASE}
     shutil.rmtree(folder)
-    with working_folder(working.Path(URL)) as again:
+    with working_folder(Path(URL)) as again:
         assert not again.exists()
 
 
@@ -402,28 +414,28 @@ def test_a_folder_of_another_run_at_the_url_is_not_put_there():
 
 
 def test_what_is_read_is_what_is_there_now(tmp_path):
-    with working_folder(working.Path(URL)) as folder:
+    with working_folder(Path(URL)) as folder:
         trained(folder, 10)
         run = Run(folder)
         for number in (11, 12):
             run.step(number)
             run.save(number, keep=2)
         (folder / "error.txt").write_text("it")
-    here = fetched(working.Path(URL))
+    here = fetched(Path(URL))
     assert Run(here).steps() == [12]
     assert not (here / "logs").exists()
-    assert Run(fetched(working.Path(URL), every=True)).steps() == [11, 12]
+    assert Run(fetched(Path(URL), every=True)).steps() == [11, 12]
     store = fsspec.filesystem("memory")
     store.pipe_file("/bucket/run/config.json", b"[]")  # of the same size
     store.rm_file("/bucket/run/error.txt")
     for name in Bucket(URL).names():
         if name.startswith("checkpoints/12/"):
             store.rm_file(f"/bucket/run/{name}")
-    assert Run(fetched(working.Path(URL))).steps() == [11]
+    assert Run(fetched(Path(URL))).steps() == [11]
     assert (here / "config.json").read_text() == "{}"  # which `Run` writes
     assert not (here / "error.txt").exists()
 
 
 def test_nothing_to_read_is_said():
-    with contextlib.suppress(FileNotFoundError), pytest.raises(ValueError, match=r"^memory://bucket/run holds nothing"):
-        fetched(working.Path(URL))
+    with pytest.raises(ConfigError, match=r"^memory://bucket/run holds nothing"):
+        fetched(Path(URL))
