@@ -15,7 +15,7 @@ from mmfree_jax.files import sha256, write_json
 # Several processes share the work: each one takes every n-th file and writes a list of its own. A list is written when
 # its files are complete, and last, so a folder without lists was not finished, or is of an older version.
 PATTERN = "checksums-*-of-*.json"
-LIST = re.compile(r"checksums-(\d+)-of-(\d+)\.json")
+LIST = re.compile(r"checksums-(\d{1,9})-of-(\d{1,9})\.json")
 UNLISTED = ("checksums-", ".checksums-")  # how lists are called, and what they are while another process writes one
 READERS = 4  # files that are read at the same time
 
@@ -37,7 +37,8 @@ def write_checksums(folder: Path, part: int = 0, parts: int = 1) -> None:
 def is_sealed(names: Iterable[str]) -> bool:
     """Return whether the lists of all processes are among the names of the files in a folder."""
     found = {(int(match[2]), int(match[1])) for name in names if (match := LIST.fullmatch(name))}
-    return any({(parts, part) for part in range(parts)} <= found for parts, _ in found)
+    count = lambda parts: sum(of == parts and part < parts for of, part in found)
+    return any(0 < parts == count(parts) for parts in {parts for parts, _ in found})
 
 
 def first_damage(folder: Path, part: int = 0, parts: int = 1, contents: bool = True) -> str:

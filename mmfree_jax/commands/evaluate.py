@@ -88,7 +88,7 @@ class EvaluateArguments:
 
 def evaluate(arguments: list[str]) -> int:
     """Score models."""
-    options = parse(EvaluateArguments, arguments, f"{program()} evaluate")
+    options = parse(EvaluateArguments, arguments, f"{program()} evaluate", urls=("models", "against"))
     several = options.group.join()
     check_settings()
     check_platform()

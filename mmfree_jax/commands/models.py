@@ -88,7 +88,7 @@ def import_model(arguments: list[str]) -> int:
 
 def generate(arguments: list[str]) -> int:
     """Print what a model makes of prompts: the text of one as it comes, those of a file as JSON."""
-    options = parse(GenerateArguments, arguments, f"{program()} generate")
+    options = parse(GenerateArguments, arguments, f"{program()} generate", urls=("model",))
     require(options.max_tokens >= 1, f"--max-tokens {options.max_tokens}: must be at least 1")
     require(not (options.prompt and options.file), "give --prompt or --file, not both")
     use_compile_cache(cache_folder() / "compiled")
@@ -124,7 +124,7 @@ def serve(arguments: list[str]) -> int:
 
 def export_model(arguments: list[str]) -> int:
     """Convert a model into a Hugging Face folder, a packed folder or a GGUF file."""
-    options = parse(ExportArguments, arguments, f"{program()} export")
+    options = parse(ExportArguments, arguments, f"{program()} export", urls=("model",))
     # An option of another format would be ignored without a word, and the user would believe it had been heeded.
     for name, default, only in (("type", "auto", "gguf"), ("layout", "planes", "packed")):
         value = getattr(options, name)

@@ -66,7 +66,7 @@ def sweep(arguments: list[str]) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    options = parse(SweepArguments, arguments, f"{program()} {verb}")
+    options = parse(SweepArguments, arguments, f"{program()} {verb}", urls=("out",))
     modes = [name for name in ("dry_run", "status", "collect", "render") if getattr(options, name)]
     flags = " and ".join(f"--{name.replace('_', '-')}" for name in modes)
     require(len(modes) < 2, f"{flags} are asked for together: choose one")
@@ -109,7 +109,10 @@ def _run(verb: str, arguments: list[str]) -> int:
     run = flow.run_study if verb == "study" else flow.sweep
     try:
         with working_folder(options.out) as out:
-            return run(declared, out, console, executor, options.again)
+            status = run(declared, out, console, executor, options.again)
+        if url:
+            print(f"all of it is in {url}")
+        return status
     except NotCopied as error:
         print(error, file=sys.stderr)
         return PREEMPTED

@@ -73,7 +73,7 @@ def train(arguments: list[str]) -> int:
     preset, *rest = arguments
     # The preset is the default of every flag, so `train PRESET --help` shows the values that the run would have.
     default = TrainArguments(out=tyro.MISSING, run=run_preset(preset))
-    options = parse(TrainArguments, rest, f"{program()} train {preset}", default)
+    options = parse(TrainArguments, rest, f"{program()} train {preset}", default, ("out",))
     profile_steps = step_range(options.profile)
     # Before anything asks JAX for its devices: afterwards a process can no longer join the others.
     if options.group.join():

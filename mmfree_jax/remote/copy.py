@@ -24,9 +24,11 @@ class Copy:
 
     def __init__(self, bucket: Bucket, folder: Path, stage: Path):
         self.bucket, self.folder, self.stage = bucket, folder, stage
-        self.there = self._equal(complete(bucket.names()))  # checkpoints in the bucket, and when they were sealed here
+        names = bucket.names()
+        self.there = self._equal(complete(names))  # checkpoints in the bucket, and when they were sealed here
         self.seen: set[Unit] = set()  # here, by this process: it does not know of others that they were removed
-        self.sent: dict[str, tuple[int, int]] = {}  # time of change and size of each other file that is there
+        # Time of change and size of each other file that is there; not known of those that were there before.
+        self.sent = {name: (0, 0) for name in others(folder) if name in names}
         self.pause = 0.0  # before the next attempt, if the last one has failed
 
     def repeat(self, ended: threading.Event) -> None:

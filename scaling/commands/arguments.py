@@ -19,7 +19,7 @@ from scaling.fitting.sensitivity import CUSTOMARY_DELTA
 from scaling.laws.forms import LAWS
 from scaling.spec import Spec
 from scaling.tables.curves import annealed, sweep_curves
-from scaling.tables.remote import local
+from scaling.tables.remote import is_url, local
 from scaling.tables.runs import Runs, ScalingError, as_number
 
 Run = Callable[[argparse.Namespace], int]
@@ -60,6 +60,12 @@ def runs_place(text: str) -> Path:
         return local(text)
     except ScalingError as error:  # argparse would hide the message of any other error
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_here(text: str) -> Path:
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL: give a path of this machine")
+    return Path(text)
 
 
 def table_arguments(verb: argparse.ArgumentParser) -> None:
@@ -139,7 +145,7 @@ def accuracy_argument(verb: argparse.ArgumentParser) -> None:
 
 
 def out_argument(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--out", type=Path, help="folder for the full report (HTML, figures, fit.json)")
+    verb.add_argument("--out", type=path_here, help="folder for the full report (HTML, figures, fit.json)")
 
 
 def assignments(pairs: Sequence[str], flag: str) -> dict[str, str]:

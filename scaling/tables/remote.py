@@ -18,13 +18,17 @@ READ = re.compile(  # by `readers` and `curves`
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)")  # `Path` makes one slash of the two
 
 
+def is_url(place: str | Path) -> bool:
+    """Whether a place is no path of this machine."""
+    return URL.fullmatch(str(place)) is not None and not Path(place).exists()
+
+
 def local(place: str | Path) -> Path:
     """The path of a table or a folder of runs: of a URL such as s3://BUCKET/SWEEP, a copy that lives as long as this
     process. Raises ScalingError."""
-    found = URL.fullmatch(str(place))
-    if found is None or Path(place).exists():
+    if not is_url(place):
         return Path(place)
-    url = f"{found[1]}://{found[2]}"
+    url = URL.sub(r"\1://\2", str(place))
     folder = Path(tempfile.mkdtemp(prefix="scaling-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:

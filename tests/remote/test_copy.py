@@ -247,6 +247,23 @@ def test_a_damaged_checkpoint_in_the_bucket_is_named_and_the_one_before_it_is_us
     assert brought(tmp_path / "third").steps() == [5, 10]
 
 
+def test_a_file_that_is_removed_here_is_removed_there(tmp_path):
+    """Also one that was brought: a run that goes on removes curves that its checkpoint does not know."""
+    run = trained(tmp_path / "run", 5)
+    (run.folder / "tb").mkdir()
+    for name in ("tb/events.1", "error.txt"):
+        (run.folder / name).write_text(name)
+    copy_of(run).attempt()
+    other = brought(tmp_path / "other")
+    copy = copy_of(other)
+    (other.folder / "tb" / "events.1").unlink()
+    assert copy.attempt() == ""
+    (other.folder / "error.txt").unlink()
+    assert copy.attempt() == ""
+    assert {"metrics.jsonl", "config.json"} < set(Bucket(URL).names())
+    assert not {"tb/events.1", "error.txt"} & set(Bucket(URL).names())
+
+
 def test_a_newer_folder_is_left_as_it_is(tmp_path):
     run = trained(tmp_path / "run", 5)
     copy_of(run).attempt()

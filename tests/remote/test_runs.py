@@ -121,22 +121,46 @@ def test_a_bucket_that_fails_for_a_while_stops_nothing_and_gets_everything(
     assert outcome(home_of(URL) / "run" / "run") == expected
 
 
+STUDY = """
+import dataclasses
+from mmfree_jax.presets import run_preset
+from mmfree_jax.sweep.experiment import Study
+def study():
+    preset = run_preset("matmul-free-tiny")
+    optim = dataclasses.replace(preset.optim, warmup_steps=2, decay_steps=0)
+    return Study("t", "t", (dataclasses.replace(preset, steps=4, optim=optim),), preset.model.family)
+"""
+
+
 def test_commands_at_a_url(store, token_set, tmp_path, monkeypatch, capsys):
     """Trained there by the command, a run is evaluated, exported, and read by `scaling` there."""
     run = "--model.width 16 --model.depth 2 --model.glu-width 32 --model.vocab 257 --data.vocab 257 --data.sequence 32"
     run += " --data.batch 8 --steps 4 --log-every 1 --optim.warmup-steps 2 --optim.decay-steps 0"
     command = ["train", "matmul-free-tiny", "--no-self-check", *run.split(), "--data.corpus", str(token_set.path)]
-    assert launch.main([*command, "--out", "s3://bucket/sweep/runs/one"]) == 0
+    assert launch.main([*command, "--out", "s3://bucket/sweep/runs/matmul-free-tiny"]) == 0
     said = capsys.readouterr()
-    assert re.search(r"held-out loss .* · s3://bucket/sweep/runs/one$", said.out, re.MULTILINE), said
+    assert re.search(r"held-out loss .* · s3://bucket/sweep/runs/matmul-free-tiny$", said.out, re.MULTILINE), said
     loss = re.search(r"held-out loss (\S+) nats", said.out)[1]
-    assert launch.main(["evaluate", "s3://bucket/sweep/runs/one"]) == 0
+    assert launch.main(["evaluate", "s3://bucket/sweep/runs/matmul-free-tiny"]) == 0
     assert float(re.search(r"^loss (\S+)$", capsys.readouterr().out, re.MULTILINE)[1]) == pytest.approx(
         float(loss), abs=1e-3
     )
-    packed = ["export", "s3://bucket/sweep/runs/one", "--format", "packed", "--out", str(tmp_path / "packed")]
+    packed = [
+        "export",
+        "s3://bucket/sweep/runs/matmul-free-tiny",
+        "--format",
+        "packed",
+        "--out",
+        str(tmp_path / "packed"),
+    ]
     assert launch.main(packed) == 0
     assert launch.main(["generate", str(tmp_path / "packed"), "--prompt", "the", "--max-tokens", "2"]) == 0
+    declared = tmp_path / "declared.py"
+    declared.write_text(STUDY)
+    assert launch.main(["sweep", str(declared), "--out", "s3://bucket/sweep", "--status"]) == 0
+    assert re.search(rf"^   done  matmul-free-tiny  step 4/4 loss {loss}", capsys.readouterr().out, re.MULTILINE)
+    assert launch.main(["sweep", str(declared), "--out", "s3://bucket/sweep", "--collect"]) == 0
+    assert "runs.csv" in store.names("sweep")
     assert launch.main(["plot", "s3://bucket/sweep", "--out", str(tmp_path / "plot.svg")]) == 0
     assert "</svg>" in (tmp_path / "plot.svg").read_text()
     with pytest.raises(SystemExit):
@@ -172,3 +196,27 @@ def test_a_run_that_could_not_be_copied_ends_with_75(monkeypatch, tmp_path, caps
     assert capsys.readouterr().err == (
         "memory://x/y: out of order: not everything is there, and the same command goes on\n"
     )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("export", "run", "--out", "s3://b/r"),
+        ("import", "s3://b/r", "--out", "model"),
+        ("evaluate", "run", "--tasks", "x", "--data", "s3://b/r"),
+        ("hardware", "build", "s3://b/r", "--out", "core"),
+        ("corpus", "build", "text.txt", "--out", "s3://b/r"),
+        ("corpus", "verify", "s3://b/r"),
+        ("report", "runs.csv", "--out", "s3://b/r"),
+        ("fit", "runs.csv", "--out", "s3://b/r"),
+    ],
+)
+def test_where_a_url_means_nothing_it_makes_no_folder_of_that_name(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = launch.main([*command])
+    except SystemExit as end:
+        status = end.code
+    assert status == 1
+    assert "s3://b/r is a URL: give a path of this machine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -68,7 +68,7 @@ class ServeArguments:
 
 def main(arguments: list[str]) -> int:
     """Serve a model until a signal comes."""
-    chosen = parse(ServeArguments, arguments, f"{program()} serve")
+    chosen = parse(ServeArguments, arguments, f"{program()} serve", urls=("model",))
     use_compile_cache(cache_folder() / "compiled")
     service = make_service(chosen)
     if chosen.host not in LOOPBACK and not service.api_key:
