@@ -1,4 +1,4 @@
-"""A long run of tiny steps: `python -m experiments.reliability_soak [--steps N] [--checkpoint-every N] [--out FILE.csv]`.
+"""A long run of tiny steps: `python -m experiments.reliability_soak [--steps N] [--checkpoint-every N] [--out FILE]`.
 
 Host memory, Python's blocks of memory, open files and threads of the process after every thousandth step, with
 checkpoints, evaluations, logs and TensorBoard as usual. After the first ten thousand, in which caches fill, files must
@@ -97,11 +97,11 @@ def main() -> None:
     warm = [row for row in rows if row["step"] >= WARM]
     growth = float(np.polyfit([row["step"] / 1000 for row in warm], [row["resident_mb"] for row in warm], 1)[0])
     files = warm[-1]["open_files"] - warm[0]["open_files"]
-    blocks = (warm[-1]["python_blocks"] - warm[0]["python_blocks"]) / (warm[-1]["step"] - warm[0]["step"]) * 1000
+    blocks = float(np.polyfit([row["step"] / 1000 for row in warm], [row["python_blocks"] for row in warm], 1)[0])
     print(
-        f"from step {WARM} on: memory {growth:+.2f} MB and {blocks:+.0f} blocks in a thousand steps, open files {files:+}; "
-        f"TensorStore keeps {kept_by_tensorstore():.1f} blocks of each JSON"
+        f"from step {WARM} on: memory {growth:+.2f} MB in a thousand steps, {blocks:+.0f} blocks, open files {files:+}"
     )
+    print(f"TensorStore keeps {kept_by_tensorstore():.1f} blocks of each JSON that it returns")
     sys.exit(growth > MOST_GROWTH or files > 0)
 
 

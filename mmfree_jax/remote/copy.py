@@ -25,8 +25,8 @@ class Copy:
     def __init__(self, bucket: Bucket, folder: Path, stage: Path):
         self.bucket, self.folder, self.stage = bucket, folder, stage
         names = bucket.names()
-        self.there = self._equal(complete(names))  # checkpoints in the bucket, and when they were sealed here
-        self.seen: set[Unit] = set()  # here, by this process: it does not know of others that they were removed
+        # Checkpoints that are equal there, and when they were sealed here. Others may be of a machine that is gone.
+        self.there = self._equal(complete(names))
         # Time of change and size of each other file that is there; not known of those that were there before.
         self.sent = {name: (0, 0) for name in others(folder) if name in names}
         self.pause = 0.0  # before the next attempt, if the last one has failed
@@ -63,7 +63,6 @@ class Copy:
     def _update(self) -> None:
         # A file of `LAST` is looked for before the checkpoint that it tells of, and sent after it.
         files, here = list(others(self.folder)), self._here()
-        self.seen |= here.keys()
         new = [unit for unit in sorted(here, key=lambda unit: -unit[1]) if here[unit] != self.there.get(unit)]
         taken = [unit for unit in new if self._take(unit)]
         self._send(name for name in files if not name.endswith(LAST))
@@ -72,7 +71,7 @@ class Copy:
             self.there[unit] = here[unit]
         # What was removed here is removed there once the run has another one there.
         safe = {unit[0] for unit in here.keys() & self.there.keys()}
-        for unit in [unit for unit in self.there.keys() - here.keys() if unit in self.seen and unit[0] in safe]:
+        for unit in [unit for unit in self.there.keys() - here.keys() if unit[0] in safe]:
             self._remove_checkpoint(unit)
             del self.there[unit]
         self._send(name for name in files if name.endswith(LAST))

@@ -128,7 +128,7 @@ def ending(real, left: list[int]):
     return call
 
 
-def test_wherever_an_upload_ends_there_is_a_checkpoint_with_its_logs(tmp_path, monkeypatch):
+def test_wherever_an_upload_ends_there_is_a_checkpoint_with_its_logs(tmp_path, monkeypatch, capsys):
     """And the next process on the same folder completes it, after which the old checkpoint is gone."""
     outcomes = set()
     for operations in range(40):
@@ -155,6 +155,7 @@ def test_wherever_an_upload_ends_there_is_a_checkpoint_with_its_logs(tmp_path, m
         assert copy_of(run).attempt() == ""
         assert brought(tmp_path / f"again-{operations}").resumed() == rows(10)
     assert outcomes == {(True, 5), (True, 10), (False, 10)}
+    assert "is damaged" not in capsys.readouterr().err  # what is not complete is absent
     assert not [name for name in Bucket(URL).names() if name.startswith(("checkpoints/5/", "logs/5/"))]
 
 
@@ -206,8 +207,25 @@ def test_after_a_rewind_no_checkpoint_is_ahead_of_the_logs(tmp_path, monkeypatch
     assert brought(tmp_path / "new").resumed() == [*rows(5), "other row"]
 
 
+def test_the_last_checkpoint_of_a_run_stays_until_the_next_is_there(tmp_path):
+    """Between the end of a save, which removes the one before it, and its checksums."""
+    run = trained(tmp_path / "run", 5)
+    copy = copy_of(run)
+    assert copy.attempt() == ""
+    run.save(6)
+    lists = run.folder / "checkpoints" / "6" / "checksums-0-of-1.json"
+    sums = lists.read_bytes()
+    lists.unlink()
+    assert copy.attempt() == ""
+    assert brought(tmp_path / "other").steps() == [5]
+    lists.write_bytes(sums)
+    assert copy.attempt() == ""
+    assert brought(tmp_path / "another").steps() == [6]
+
+
 def test_another_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_path):
     run = trained(tmp_path / "run", 5)
+    (run.folder / "checkpoints" / "5" / "state" / "old").write_text("")
     copy = copy_of(run)
     assert copy.attempt() == ""
     shutil.rmtree(run.folder / "checkpoints" / "5")
@@ -216,6 +234,7 @@ def test_another_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_pa
     run.save(5)
     assert copy.attempt() == ""
     assert brought(tmp_path / "other").resumed() == [*rows(5), "more"]
+    assert "checkpoints/5/state/old" not in Bucket(URL).names()
 
 
 def test_what_this_process_has_not_seen_is_not_removed(tmp_path):
