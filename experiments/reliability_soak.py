@@ -75,6 +75,7 @@ def soak(steps: int, checkpoint_every: int = 500) -> list[dict[str, float]]:
 def kept_by_tensorstore(calls: int = 2000) -> float:
     """Python's blocks that stay allocated after a call that returns JSON and drops it. Orbax makes such calls."""
     spec = tensorstore.KvStore.Spec({"driver": "memory", "path": "a/"})
+    gc.collect()
     before = sys.getallocatedblocks()
     for _ in range(calls):
         spec.to_json()
