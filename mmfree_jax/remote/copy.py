@@ -39,15 +39,22 @@ class Copy:
     def finish(self) -> str:
         """Make passes until one is complete, when nothing changes any more. Returns why there was none."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while why := self.attempt():
+        while why := self.attempt(look=True):
             if time.monotonic() + self.pause > deadline:
                 return why
             time.sleep(self.pause)
         return ""
 
-    def attempt(self) -> str:
-        """Make a pass. Returns why it failed; the first failure in a row is also reported on stderr."""
+    def attempt(self, look: bool = False) -> str:
+        """Make a pass. Returns why it failed; the first failure in a row is also reported on stderr.
+
+        look: first see what is there, which somebody may have removed.
+        """
         try:
+            if look:
+                names = self.bucket.names()
+                self.sent = {name: state for name, state in self.sent.items() if name in names}
+                self.there = {unit: self.there[unit] for unit in complete(names) & self.there.keys()}
             self._update()
         except (RemoteError, OSError) as error:
             why = sentence(error)

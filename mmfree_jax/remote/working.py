@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,12 +18,15 @@ import jax
 
 from mmfree_jax.checksums import first_damage
 from mmfree_jax.config import require
-from mmfree_jax.distributed import first_does, is_alone, sum_integers
+from mmfree_jax.distributed import first_does, is_alone, is_first, sum_integers
 from mmfree_jax.files import cache_folder, locked, url_of, write_atomically
 from mmfree_jax.remote.bucket import Bucket, RemoteError
 from mmfree_jax.remote.copy import Copy
 from mmfree_jax.remote.layout import PART, Unit, complete, is_list, place
 from mmfree_jax.remote.lease import BEAT_SECONDS, LEASE, Lease
+
+ENDED = "ended"  # a file: the copy of a run of several processes has ended
+LOOK_SECONDS = 0.2
 
 
 class NotCopied(RemoteError):
@@ -56,6 +60,13 @@ def working_folder(out: Path) -> Iterator[Path]:
             "share, or mount the bucket",
         )
         yield folder
+        try:
+            stack.close()  # in the first process
+        finally:
+            if is_first():
+                (home / ENDED).touch()
+        while not (home / ENDED).exists():  # JAX gives the first process little time to follow the others to their end
+            time.sleep(LOOK_SECONDS)
 
 
 def home_of(url: str) -> Path:
@@ -69,6 +80,7 @@ def _copied(url: str, home: Path, folder: Path) -> Iterator[None]:
     bucket, ended = Bucket(url), threading.Event()
     lease = Lease(bucket)
     with locked(home):
+        (home / ENDED).unlink(missing_ok=True)
         lease.take()
         threading.Thread(target=_beat, args=(lease, ended), name="lease", daemon=True).start()
         try:

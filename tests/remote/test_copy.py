@@ -411,6 +411,17 @@ def test_a_run_does_not_end_well_before_everything_is_there(monkeypatch, capsys)
     assert "checkpoints/5/state/array" in Bucket(URL).names()
 
 
+def test_what_somebody_removed_from_the_bucket_is_there_at_the_end(tmp_path):
+    with working_folder(Path(URL)) as folder:
+        trained(folder, 5)
+        copy_of(Run(folder)).attempt()
+        store = fsspec.filesystem("memory")
+        for name in ("metrics.jsonl", "checkpoints/5/state/array", "checkpoints/5/checksums-0-of-1.json"):
+            assert Bucket(URL).read(name)
+            store.rm_file(f"/bucket/run/{name}")
+    assert brought(tmp_path / "other").resumed() == rows(5)
+
+
 def test_who_is_taken_over_stops_and_copies_nothing_more(monkeypatch, capsys):
     monkeypatch.setattr("mmfree_jax.remote.working.BEAT_SECONDS", 0.1)
     signals = []

@@ -17,6 +17,7 @@ from mmfree_jax.remote.lease import LEASE, Lease
 from mmfree_jax.remote.working import home_of
 from tests.conftest import tiny_run
 from tests.remote.store import object_store
+from tests.test_distributed import BRIEF, finish, group
 from tests.training.test_anomalies import outcome, timeless
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,36 @@ def test_a_bucket_that_fails_for_a_while_stops_nothing_and_gets_everything(
     shutil.rmtree(home_of(URL))
     api.train(config, URL)
     assert outcome(home_of(URL) / "run" / "run") == expected
+
+
+TOGETHER = "; ".join(
+    (
+        "import sys, launch, mmfree_jax.distributed as d, mmfree_jax.remote.lease as l",
+        "d.SHUTDOWN_SECONDS, l.SETTLE_SECONDS = 1, 0.1",
+        "sys.exit(launch.main(sys.argv[1:]))",
+    )
+)
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_run_end_when_everything_is_there(store, token_set, monkeypatch):
+    """Although the bucket takes the result only some time after JAX would have given up waiting."""
+    monkeypatch.setattr("tests.test_distributed.LAUNCH", TOGETHER)
+    first: list[float] = []
+
+    def late(method: str, path: str) -> bool:
+        if method == "PUT" and path.endswith("/result.json"):
+            first.append(time.monotonic())
+        return bool(first) and time.monotonic() - first[0] < 6
+
+    store.trouble.says = late
+    with group(2, "matmul-free", token_set.path, Path(URL), *BRIEF, "--no-self-check") as processes:
+        ended = finish(processes)
+    assert [status for status, *_ in ended] == [0, 0], ended
+    assert first
+    assert {"result.json", "checkpoints/6/checksums-0-of-2.json", "checkpoints/6/checksums-1-of-2.json"} <= store.names(
+        "run"
+    )
 
 
 STUDY = """
