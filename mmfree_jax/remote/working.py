@@ -128,15 +128,14 @@ def _check_same(url: str, home: Path, run: str) -> None:
 
 
 def _bring(bucket: Bucket, folder: Path, stage: Path) -> None:
-    """Bring the runs of which the bucket has a newer checkpoint or the result, and files that the folder lacks."""
+    """Bring the runs of which the bucket has a newer checkpoint, and files that the folder lacks."""
     names = bucket.names()
     there, behind = complete(names), {}
     shutil.rmtree(stage, ignore_errors=True)
     for run in {run for run, _ in there}:
         steps = sorted(step for other, step in there if other == run)
         here = [int(path.name) for path in (folder / run / "checkpoints").glob("*") if path.name.isdigit()]
-        ended = f"{run}result.json" in names and not (folder / run / "result.json").exists()
-        if ended or steps[-1] > max(here, default=-1):
+        if steps[-1] > max(here, default=-1):
             behind[run] = [step for step in steps if step not in here and _intact(bucket, stage, (run, step), names)]
     for name in names:
         wanted = name.startswith(tuple(behind)) or not (folder / name).exists()

@@ -394,7 +394,10 @@ def test_what_failed_is_copied_and_the_failure_stays(tmp_path):
 def test_a_run_does_not_end_well_before_everything_is_there(monkeypatch, capsys):
     monkeypatch.setattr("mmfree_jax.remote.copy.PATIENCE_SECONDS", 2.5)
 
+    calls = []
+
     def refused(*_, **__):
+        calls.append(time.monotonic())
         raise OSError("out of order")
 
     def failing(patch):
@@ -405,21 +408,26 @@ def test_a_run_does_not_end_well_before_everything_is_there(monkeypatch, capsys)
     says = "^memory://bucket/run: OSError: out of order: not everything is there"
     with monkeypatch.context() as patch, pytest.raises(NotCopied, match=says):
         failing(patch)
+    assert calls[-1] - calls[0] > 0.9  # tried again, after a second
     assert capsys.readouterr().err.count("out of order: the run goes on") == 1
     with working_folder(Path(URL)):
         pass
     assert "checkpoints/5/state/array" in Bucket(URL).names()
 
 
-def test_what_somebody_removed_from_the_bucket_is_there_at_the_end(tmp_path):
+def test_what_somebody_removed_from_the_bucket_is_there_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmfree_jax.remote.copy.PERIOD_SECONDS", 0.05)
+    gone = ("metrics.jsonl", "checkpoints/5/state/array", "checkpoints/5/checksums-0-of-1.json")
     with working_folder(Path(URL)) as folder:
         trained(folder, 5)
-        copy_of(Run(folder)).attempt()
-        store = fsspec.filesystem("memory")
-        for name in ("metrics.jsonl", "checkpoints/5/state/array", "checkpoints/5/checksums-0-of-1.json"):
-            assert Bucket(URL).read(name)
-            store.rm_file(f"/bucket/run/{name}")
+        deadline = time.monotonic() + 20
+        while "checkpoints.json" not in Bucket(URL).names():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for name in gone:
+            fsspec.filesystem("memory").rm_file(f"/bucket/run/{name}")
     assert brought(tmp_path / "other").resumed() == rows(5)
+    assert {*gone} <= Bucket(URL).names().keys()
 
 
 def test_who_is_taken_over_stops_and_copies_nothing_more(monkeypatch, capsys):
@@ -478,8 +486,9 @@ def test_what_is_read_is_what_is_there_now(tmp_path):
     for name in Bucket(URL).names():
         if name.startswith("checkpoints/12/"):
             store.rm_file(f"/bucket/run/{name}")
-    assert Run(fetched(Path(URL))).steps() == [11]
-    assert (here / "config.json").read_text() == "{}"  # which `Run` writes
+    fetched(Path(URL))
+    assert (here / "config.json").read_text() == "[]"
+    assert Run(here).steps() == [11]
     assert not (here / "error.txt").exists()
 
 

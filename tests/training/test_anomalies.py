@@ -293,6 +293,14 @@ def choose(at, shape):
 patch.setattr(step, "_gradients", gradients)
 with_batches(patch, choose)
 run = dataclasses.replace(spiking_run(token_set), skip_nonfinite=3, keep_checkpoints=9, mesh=MeshConfig(data=2))
+rewound, before_spike = [], loop._before_spike
+
+def noted(*arguments):
+    found = before_spike(*arguments)
+    rewound.append([found[1].step, found[1].data])
+    return found
+
+patch.setattr(loop, "_before_spike", noted)
 found = [timeless(loop.train(run, out / "whole", token_set, check_first=False))]
 
 def kill():
@@ -303,7 +311,7 @@ def kill():
 
 distributed.first_does(kill)
 found.append(timeless(loop.train(run, out / "killed", token_set, check_first=False)))
-print(json.dumps(found))
+print(json.dumps([*found, rewound]))
 """
 
 
@@ -319,7 +327,8 @@ def test_two_processes_decide_the_same_and_again_after_a_kill(token_set, tmp_pat
     assert [status for status, *_ in ended] == [0, 0], ended
     first, second = (json.loads(said.splitlines()[-1]) for _, said, _ in ended)
     assert first == second
-    whole, killed = first
+    whole, killed, rewound = first
+    assert rewound == [[24, 112]] * 2
     assert killed == whole
     assert (whole["skipped_steps"], whole["rewinds"]) == (2, 1)
     rows, again = ([timeless(row) for row in read_metrics(tmp_path / name)] for name in ("whole", "killed"))
