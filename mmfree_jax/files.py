@@ -169,7 +169,7 @@ def url_of(path: str | Path) -> str:
     """Return the URL that a path stands for, such as s3://BUCKET/RUN; empty for a path of this machine."""
     # `Path` makes one slash of the two. A scheme of one letter is a drive.
     found = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)", str(path))
-    return f"{found[1]}://{found[2]}" if found and not Path(path).exists() else ""
+    return f"{found[1]}://{found[2]}" if found else ""
 
 
 def cache_folder() -> Path:

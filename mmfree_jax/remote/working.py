@@ -19,7 +19,7 @@ import jax
 from mmfree_jax.checksums import first_damage
 from mmfree_jax.config import require
 from mmfree_jax.distributed import first_does, is_alone, is_first, sum_integers
-from mmfree_jax.files import cache_folder, locked, url_of, write_atomically
+from mmfree_jax.files import LockedError, cache_folder, locked, url_of, write_atomically
 from mmfree_jax.remote.bucket import Bucket, RemoteError
 from mmfree_jax.remote.copy import Copy
 from mmfree_jax.remote.layout import PART, Unit, complete, is_list, place
@@ -79,7 +79,7 @@ def _copied(url: str, home: Path, folder: Path) -> Iterator[None]:
     """Hold the lease of a URL, bring what is there, and keep it equal to the folder while the context is open."""
     bucket, ended = Bucket(url), threading.Event()
     lease = Lease(bucket)
-    with locked(home):
+    with _alone_here(url, home):
         (home / ENDED).unlink(missing_ok=True)
         lease.take()
         threading.Thread(target=_beat, args=(lease, ended), name="lease", daemon=True).start()
@@ -105,6 +105,16 @@ def _copied(url: str, home: Path, folder: Path) -> Iterator[None]:
         finally:
             ended.set()
             lease.release()
+
+
+@contextlib.contextmanager
+def _alone_here(url: str, home: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(home))
+        except LockedError as error:
+            raise RemoteError(f"{url}: {error}") from None
+        yield
 
 
 def _beat(lease: Lease, ended: threading.Event) -> None:

@@ -20,7 +20,7 @@ URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)")  # `Path` makes one slash 
 
 def is_url(place: str | Path) -> bool:
     """Whether a place is no path of this machine."""
-    return URL.fullmatch(str(place)) is not None and not Path(place).exists()
+    return URL.fullmatch(str(place)) is not None
 
 
 def local(place: str | Path) -> Path:

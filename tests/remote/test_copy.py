@@ -12,6 +12,7 @@ import pytest
 
 from mmfree_jax.checksums import first_damage, write_checksums
 from mmfree_jax.config import ConfigError
+from mmfree_jax.files import url_of
 from mmfree_jax.remote import working
 from mmfree_jax.remote.bucket import Bucket, RemoteError
 from mmfree_jax.remote.copy import Copy
@@ -378,6 +379,32 @@ def test_a_folder_is_itself_and_a_url_is_a_folder_whose_content_outlives_it(tmp_
         assert Run(folder).resumed() == rows(10)
         (folder / "result.json").write_text("{}")
     assert (fetched(Path(URL)) / "result.json").read_text() == "{}"
+
+
+def test_a_second_process_of_this_machine_is_refused_at_once():
+    says = rf"^memory://bucket/run: .* another process is working here \(process {os.getpid()} on "
+    with working_folder(Path(URL)) as folder:
+        trained(folder, 5)
+        with pytest.raises(RemoteError, match=says):
+            working_folder(Path(URL)).__enter__()
+    assert "checkpoints/5/state/array" in Bucket(URL).names()
+
+
+@pytest.mark.parametrize(
+    ("path", "url"),
+    [
+        (Path("s3://b/run"), "s3://b/run"),
+        ("s3://b/run", "s3://b/run"),
+        (Path("gs://b/a/b[lr=3e-3]"), "gs://b/a/b[lr=3e-3]"),
+        (Path("runs/a:b/c"), ""),
+        (Path("/s3:/b"), ""),
+        (Path("C:/runs"), ""),
+        ("hf:some/name", ""),
+        (Path("s3:"), ""),
+    ],
+)
+def test_what_is_a_url(path, url):
+    assert url_of(path) == url
 
 
 def test_what_failed_is_copied_and_the_failure_stays(tmp_path):
