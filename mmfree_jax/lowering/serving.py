@@ -162,7 +162,8 @@ def _working(config: ModelConfig, options: ServingArguments, item: int) -> float
 
 
 def _converted(config: ModelConfig, options: ServingArguments) -> float:
-    """Bytes in bfloat16 of the matrices that XLA's CPU compiler, which has no such products, makes float32 of: for prompts."""
+    """Bytes in bfloat16 of the matrices that XLA makes float32 of on a CPU, where it has no such products: of prompts'
+    tokens, or of all without a C++ compiler."""
     if options.device != "cpu" or options.stored != "bfloat16":
         return 0.0
     tensors = abstract_tensors(config, options.stored, options.layout)
