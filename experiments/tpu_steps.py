@@ -39,6 +39,8 @@ KERNELS = {  # that a family's step has to contain, by a part of their names
     "matmul-free-rwkv4": ("recurrence", "norm_codes"),
     "hgrn": ("recurrence",),
 }
+MESHES = "fsdp=4", "fsdp=2;tensor=2", "fsdp=2;sequence=2", "fsdp=4;tensor=2;sequence=2"
+CHIPS = "tpu-v6e", "tpu-v5e", "tpu-v5p"
 WHOLE_ROWS = "gated_codes", "swiglu_codes"  # which tensor cuts: XLA computes them then
 SMALL = 2**17  # elements: sums for scales, gains and states may travel in float32
 
@@ -51,23 +53,33 @@ def cases(tiny: bool) -> list[tuple[str, ...]]:
             (device, f"{family}-tiny", mesh, "1", "256", "none", "0") for device, mesh in slices for family in FAMILIES
         ]
     main = "transformer++", "matmul-free"
+    plain = "4", "2048", "none", "0"
     families = [*main, *(family for family in FAMILIES if family not in main)]
     found: list[tuple[str, ...]] = []
-    found += [("tpu-v5e", f"{family}-370m", "fsdp=4", "4", "2048", "none", "0") for family in families]
-    found += [("tpu-v5e", f"{family}-1.3b", "fsdp=16", "2", "2048", "none", "0") for family in main]
-    meshes = ("fsdp=2;tensor=2", "fsdp=2;sequence=2", "fsdp=4;tensor=2;sequence=2")
-    for family, mesh in itertools.product(main, meshes):
+    found += [("tpu-v5e", f"{family}-370m", "fsdp=4", *plain) for family in families]
+    found += [("tpu-v5e", f"{family}-1.3b", "fsdp=16", "2", *plain[1:]) for family in main]
+    for family, mesh in itertools.product(main, MESHES[1:]):
         device = "tpu-v6e" if mesh.count("=") > 2 else "tpu-v5e"
-        found.append((device, f"{family}-370m", mesh, "4", "2048", "none", "0"))
+        found.append((device, f"{family}-370m", mesh, *plain))
+    found += spanning(families)
     for family in main:
         for remat in policies(run_preset(f"{family}-370m"))[1:]:
             found.append(("tpu-v5e", f"{family}-370m", "fsdp=4", "4", "2048", remat, "0"))
-    found += [
-        (device, f"{family}-370m", "fsdp=4", "4", "2048", "none", "0")
-        for device in ("tpu-v5p", "tpu-v6e")
-        for family in main
-    ]
+    for device, family in itertools.product(("tpu-v5p", "tpu-v6e"), main):
+        found.append((device, f"{family}-370m", "fsdp=4", *plain))
     found += [("tpu-v5e", f"{family}-370m", "fsdp=4", "4", "2048", "none", "1") for family in main]
+    return list(dict.fromkeys(found))
+
+
+def spanning(families: list[str]) -> list[tuple[str, ...]]:
+    """Rows with every pair of a family and a policy, a mesh or a device, and of a size and a device."""
+    found: list[tuple[str, ...]] = []
+    for shift, family in enumerate(families):
+        for number, remat in enumerate(policies(run_preset(f"{family}-370m"))):
+            mesh, device = MESHES[(number + shift) % len(MESHES)], CHIPS[(number + shift) % len(CHIPS)]
+            found.append((device, f"{family}-370m", mesh, "4", "2048", remat, "0"))
+    for family, device in (("transformer++", "tpu-v5p"), ("matmul-free", "tpu-v6e")):
+        found.append((device, f"{family}-1.3b", "fsdp=16", "2", "2048", "none", "0"))
     return found
 
 
