@@ -38,13 +38,13 @@ class Blocks(NamedTuple):
 def blocks(time: int, chunks: int, channels: int, dtype: Any) -> Blocks:
     """Return the blocks for `time` keys, and queries of one of several equal chunks of it, which cannot be filled up."""
     row = -(-channels // LANES) * LANES * jnp.dtype(dtype).itemsize
-    queries, keys = (max(LANES, size // row // LANES * LANES) for size in (QUERIES, KEYS))
+    whole = lambda lanes, size: max(lanes, size // row // lanes * lanes)
+    queries, keys = whole(LANES, QUERIES), whole(2 * LANES, KEYS)
     if chunks > 1:
         keys, queries = _divisor(time, keys), _divisor(time // chunks, queries)
     else:
-        count = -(-time // keys)
-        whole = LANES if time <= queries else 2 * LANES  # two blocks of queries in one of keys
-        keys = -(-time // (count * whole)) * whole
+        count, step = -(-time // keys), LANES if time <= queries else 2 * LANES  # two blocks of queries in one of keys
+        keys = -(-time // (count * step)) * step
         time, queries = count * keys, _divisor(keys, queries)
     return Blocks(time, queries, keys, _divisor(math.gcd(queries, keys), MOST_AT_ONCE), time // keys <= MOST_APART)
 
