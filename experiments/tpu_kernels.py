@@ -6,8 +6,8 @@
 Needs `pip install 'jax[tpu]'` and no TPU; nothing is computed. `moved`: bytes between memory and a core by the kernel's
 blocks, which the program's total is made of; `program`: bytes accessed by the compiled program, by XLA's count, with
 what stands around the kernel (for attention two to four transpositions, which in a model fuse with what makes queries
-and keys); `least`: operands and results, each once. Exit status 1 if a kernel moves more than 1.3 times the least where
-its arrays are whole blocks.
+and keys), of blocks that a kernel reads again only one; `least`: operands and results, each once in each pass. Exit
+status 1 if a kernel moves more than 1.3 times the least where its arrays are whole blocks: all but attention.
 """
 
 import csv
@@ -168,7 +168,7 @@ def row(device: str, case: Case) -> dict[str, Any]:
     least = size(operands) + size(jax.eval_shape(case.function, *operands))
     if case.kernel == "attention, training":  # the backward pass reads operands and result of the forward pass again
         q, k, _, segments, _ = case.operands
-        least += size((q, q, k, k, segments)) + 2 * q.size // q.shape[-1] * 4
+        least += size((q, q, q, k, k, segments)) + 2 * q.size // q.shape[-1] * 4
     if "codes backward" in case.kernel:  # scales are computed again
         least -= size(case.operands[3])
     total = sum(moved) if case.moved is None else case.moved

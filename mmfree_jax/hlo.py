@@ -33,7 +33,7 @@ _DEFINITION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = \(?([a-z]+\d*\w*)\[", re.
 _PRODUCT = re.compile(r"= ([a-z]+\d*\w*)\[\S+ (?:convolution|dot)\(%([\w.\-]+), %([\w.\-]+)\)")
 _KERNEL = re.compile(r"%(\w+?)(?:\.[\w.]+)? = [^\n]* custom-call\([^\n]*custom_call_target=\"tpu_custom_call\"")
 _HOST = re.compile(r" (?:infeed|outfeed|send|recv)(?:-start|-done)?\(|\{[^{}]*S\(5\)[^{}]*\}")  # S(5): its memory
-# TPUs scatter a sum in a computation of this name: an all-reduce of which each device keeps its part. The parts are cut in
+# TPUs scatter a sum in a computation of this name: an all-reduce of which each device keeps its part. The parts are
 # whole granules of the ring; where they are not those of the array, a permute moves their ends to the next device.
 _SCATTERED = "all-reduce-scatter"
 _CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="')
@@ -210,7 +210,8 @@ def _kind(kind: str, computation: str, line: str, beside: list[str]) -> str:
     if kind != "collective-permute":
         return kind
     defining = lambda name: next((other for other in beside if re.match(rf"\s*%{re.escape(name)} = ", other)), "")
-    part = re.search(r" slice\(%([\w.\-]+)\)", defining(re.search(rf"{kind}\S*\(%?([\w.\-]+)", line)[1]))
+    sent = re.search(rf" {kind}\S*\(%?([\w.\-]+)", line)
+    part = re.search(r" slice\(%([\w.\-]+)\)", defining(sent[1])) if sent else None
     return TAIL if part and f"calls=%{_SCATTERED}" in defining(part[1]) else kind
 
 

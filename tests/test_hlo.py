@@ -76,6 +76,7 @@ def test_asynchronous_and_fused_instructions():
     (found,) = collectives(module("%p = f32[3]{0} collective-permute(%a), source_target_pairs={{0,2},{2,0},{4,6}}"))
     assert (found.groups, found.sent, found.axes(MESH)) == (((0, 2), (2, 0), (4, 6)), 12, ("fsdp",))
 
+
 SCATTERED = """HloModule m
 
 %all-reduce-scatter.1 (input: bf16[1024,2816]) -> bf16[528,2816] {

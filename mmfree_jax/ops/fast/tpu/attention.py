@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from mmfree_jax.ops.fast.tpu.mosaic import LANES, is_interpreted
 
@@ -36,7 +35,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(time: int, chunks: int, channels: int, dtype: Any) -> Blocks:
-    """Return the blocks for `time` keys, and queries of one of several equal chunks of it, which cannot be filled up."""
+    """Return the blocks for `time` keys, and for queries of one of several equal chunks, which cannot be filled up."""
     row = -(-channels // LANES) * LANES * jnp.dtype(dtype).itemsize
     whole = lambda lanes, size: max(lanes, size // row // lanes * lanes)
     queries, keys = whole(LANES, QUERIES), whole(2 * LANES, KEYS)
@@ -109,7 +108,7 @@ def _cut(kernel: Any, index: Any, count: int) -> Any:
         size = 0 if a is None else a.shape[axis] // count
         return None if a is None else jax.lax.dynamic_slice_in_dim(a, index * size, size, axis)
 
-    def part(info: MaskInfo | None) -> MaskInfo | None:
+    def part(info: Any) -> Any:
         if info is None:  # of a pass that there is not
             return None
         found: dict[str, Any] = {
