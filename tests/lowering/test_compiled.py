@@ -87,7 +87,7 @@ def test_what_the_partitioner_logs_is_counted():
     """As libtpu 0.0.42 wrote it for the program in experiments/tpu_steps.py that provokes it."""
     said = (
         "W1130 16:15:22.157033   11262 spmd_partitioner.cc:654] [SPMD] Involuntary full rematerialization. The "
-        "compiler cannot go from sharding {devices=[8,1,1]<=[4,2]T(1,0)} to {devices=[1,4,2]<=[8]} efficiently for HLO operation"
+        "compiler cannot go from sharding {devices=[8,1,1]<=[4,2]T(1,0)} to {devices=[1,4,2]<=[8]} efficiently for HLO "
     )
     assert rematerialisations(said + "\nW1130 llo_loop.cc:101] 0-iteration loop inserted\n" + said) == 2
     assert rematerialisations("Very slow compile?") == 0

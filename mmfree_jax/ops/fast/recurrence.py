@@ -171,7 +171,7 @@ def wkv(
     resets_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, WKVState]:
     """`ops.recurrence.wkv`; where memory is small the backward pass makes exponents and sums again."""
-    # They are seven arrays in float32, from a key and a value of half the size.
+    # They are ten arrays in float32, and keys and values in bfloat16 make them.
     average_of = jax.checkpoint(_wkv) if choice.inputs_made_again() else _wkv
     return average_of(w_D, u_D, k_BTD, v_BTD, state, resets_BT)
 
