@@ -24,7 +24,7 @@ from mmfree_jax.inference.generate import PIECE, TOP
 from mmfree_jax.inference.model import Place
 from mmfree_jax.inference.packed import Stored, abstract_tensors, is_packed, read_packed, served_config
 from mmfree_jax.lowering.memory import Parts
-from mmfree_jax.ops.fast.cpu.ternary_product import memory_rate
+from mmfree_jax.ops.fast.cpu.library import memory_rate
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.output import program
 from mmfree_jax.presets import model_preset, split_name
