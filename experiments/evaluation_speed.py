@@ -5,7 +5,7 @@ evaluate` does on the same windows, sums by document included. harness: the adap
 of four tokens after contexts of 20 to 500 tokens, all tokens read counted. Each is the fastest of --repeats, taken in
 turn. --processor-time counts the seconds of all CPU threads instead of the clock's: on a CPU that other programs use
 too, these say what a way costs. Goal: both at least 80 % of the forward pass. results/evaluation_speed.csv has the
-table.
+table. Its last row was made by --size 370m --batches 8 --repeats 3 on an H200, which 64 requests do not fill.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from mmfree_jax.evaluation.likelihood import log_likelihoods, scorable, unique_i
 from mmfree_jax.evaluation.loss import EVALUATION_BATCH, Text, document_sums
 from mmfree_jax.training.step import make_program, program_key
 
-SEQUENCE, BATCHES, REQUESTS = 512, 1, 64
+SEQUENCE, REQUESTS = 512, 64
 
 
 def main() -> None:
@@ -36,13 +36,16 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES))
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=1, help="of the text that is evaluated")
     parser.add_argument("--processor-time", action="store_true")
     chosen = parser.parse_args()
     with chosen.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("preset", "device", "forward", "evaluate", "harness", "evaluate_share", "harness_share"))
         for family in chosen.families:
-            ways = dict(zip(("forward", "evaluate", "harness"), made(f"{family}-{chosen.size}"), strict=True))
+            ways = dict(
+                zip(("forward", "evaluate", "harness"), made(f"{family}-{chosen.size}", chosen.batches), strict=True)
+            )
             rates = fastest(ways, chosen.repeats, time.process_time if chosen.processor_time else time.perf_counter)
             shares = [f"{rates[name] / rates['forward']:.2f}" for name in ("evaluate", "harness")]
             speeds = [f"{rate:.0f}" for rate in rates.values()]
@@ -63,7 +66,7 @@ def fastest(ways: dict[str, Callable[[], int]], repeats: int, clock: Callable[[]
     return rates
 
 
-def made(preset: str) -> tuple[Callable[[], int], Callable[[], int], Callable[[], int]]:
+def made(preset: str, batches: int) -> tuple[Callable[[], int], Callable[[], int], Callable[[], int]]:
     """The three ways, functions that return how many tokens they have read."""
     run = mmfree_jax.preset(preset)
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, sequence=SEQUENCE))
@@ -71,11 +74,11 @@ def made(preset: str) -> tuple[Callable[[], int], Callable[[], int], Callable[[]
     with jax.set_mesh(program.mesh):
         params = program.init(jax.random.key(0)).params
     rng = np.random.default_rng(0)
-    tokens = rng.integers(1, run.model.vocab, BATCHES * EVALUATION_BATCH * SEQUENCE + 1).astype(np.int32)
+    tokens = rng.integers(1, run.model.vocab, batches * EVALUATION_BATCH * SEQUENCE + 1).astype(np.int32)
     text = Text(tokens, np.arange(0, len(tokens), 700), 4 * len(tokens))
     rows = [
-        tokens[:-1].reshape(BATCHES, EVALUATION_BATCH, SEQUENCE),
-        tokens[1:].reshape(BATCHES, EVALUATION_BATCH, SEQUENCE),
+        tokens[:-1].reshape(batches, EVALUATION_BATCH, SEQUENCE),
+        tokens[1:].reshape(batches, EVALUATION_BATCH, SEQUENCE),
     ]
     placed: list[Any] = [[program.place(batch) for batch in part] for part in rows]
     loss = jax.jit(lambda params, inputs, targets: nnx.merge(program.graphdef, params).loss(inputs, targets).total)

@@ -31,10 +31,7 @@ from mmfree_jax.inference.text import TextModel, load_text_model
 from mmfree_jax.models.language_model import LanguageModel
 from mmfree_jax.weights import load_model
 
-CASES = (
-    ("bitnet-tied", ("tq2_0", "tq1_0", "f16", "f32")),
-    ("transformer++", ("f16", "f32")),
-)
+CASES = {"bitnet-tied": ("tq2_0", "tq1_0", "f16", "f32"), "transformer++": ("f16", "f32")}
 SIZES = {"width": 512, "glu_width": 1536, "heads": 8}
 STRETCH, GIVEN, FOLLOWING = 128, 64, 64
 COLUMNS = (
@@ -47,13 +44,16 @@ def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gguf_parity.csv")
+    parser.add_argument("--families", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--types", nargs="+", help="of files; all if not given")
     parser.add_argument("--positions", type=int, default=10_160)
     parser.add_argument("--prompts", type=int, default=100)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, chosen.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for family, kinds in CASES:
+        for family in chosen.families:
+            kinds = tuple(kind for kind in CASES[family] if kind in (chosen.types or CASES[family]))
             for row in rows(family, kinds, Path(folder) / family, chosen.positions, chosen.prompts):
                 writer.writerow(row)
                 file.flush()

@@ -16,6 +16,7 @@ from experiments import (
     ladder,
     quickstart,
     quickstart_rates,
+    scale_out,
 )
 from experiments.learning_rate_picture import curves, optimum, read
 from experiments.learning_rate_transfer import STEP
@@ -159,3 +160,20 @@ def test_the_ladder_on_an_h200_takes_its_rates_from_the_table_and_from_nowhere_e
     assert h200_ladder.best_rates() == dict.fromkeys(h200_ladder.CELLS, (4e-3, 2e-3))
     assert h200_ladder.rate("hgrn", 512) == pytest.approx(1e-3)
     h200_ladder.best_rates.cache_clear()
+
+
+def test_scale_out_compares_like_with_like():
+    for small in (False, True):
+        cases = scale_out.cases(small)
+        runs = [case.run() for case in cases]  # meshes, batches and micro-batches that a run may have
+        assert len({scale_out.key_of(dataclasses.asdict(case)) for case in cases}) == len(cases)
+        assert all(run.mesh.devices == case.devices for run, case in zip(runs, cases, strict=True))
+    strong = [case for case in scale_out.cases(False) if case.kind == "strong"]
+    assert {case.batch for case in strong} == {64}
+    assert {case.batch // case.accumulate // case.devices for case in strong} == {8}  # what a device holds at once
+    rate = lambda kind, devices, tokens: {
+        "kind": kind, "preset": "a", "gather": "int8", "devices": devices, "tokens_per_s": tokens,
+    }  # fmt: skip
+    rows = [rate("weak", 4, 360), rate("weak", 2, 200), rate("strong", 4, 100)]
+    scale_out.with_efficiency(rows)
+    assert [row["efficiency"] for row in rows] == ["0.900", "1.000", "1.000"]

@@ -48,7 +48,7 @@ class Rates(NamedTuple):
 TRITS = 0.45  # of the rate at which 2-bit weights are read: base 3 takes longer to take apart
 RATES = {
     ("cuda", "ternary"): Rates(0.34, 0.5, 0.043, 6.1e-6),
-    ("cuda", "dense"): Rates(0.67, 0.97, 0.036, 6.5e-6),
+    ("cuda", "dense"): Rates(0.77, 0.74, 0.5, 19e-6),
     ("tpu", "ternary"): Rates(0.4, 0.8, 0.2, 20e-6),
     ("tpu", "dense"): Rates(0.6, 0.8, 0.5, 20e-6),
     ("cpu", "ternary"): Rates(0.75, 0.75, 1.0, 30e-6),

@@ -18,6 +18,7 @@ SHORTEST, LONGEST = 60, 6_000  # characters of a paragraph; longer ones are cut 
 _CUT = 1_500  # characters of the parts of a paragraph that is too long
 # Expressions instead of parsers: packages hold every dialect and much broken markup, which a parser would refuse. A
 # paragraph that is cut wrongly does not read as prose and is left out (`is_prose`).
+PDF_SECONDS = 3600  # a PDF takes seconds, and minutes where others use the machine; one that takes an hour hangs
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _SPACES = re.compile(r"\s+")
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")
@@ -170,8 +171,8 @@ def from_pdf(data: bytes) -> Iterator[str]:
     with tempfile.NamedTemporaryFile(suffix=".pdf") as file:
         file.write(data)
         file.flush()
-        command = ["pdftotext", "-q", "-enc", "UTF-8", file.name, "-"]
-        done = subprocess.run(command, capture_output=True, timeout=300, check=False)  # it fails on damaged PDFs
+        command = ["pdftotext", "-q", "-enc", "UTF-8", file.name, "-"]  # fails on damaged PDFs
+        done = subprocess.run(command, capture_output=True, timeout=PDF_SECONDS, check=False)
     text = re.sub(r"(\w)-\n(\w)", r"\1\2", decode(done.stdout).replace("\f", "\n\n"))
     yield from _BLANK_LINE.split(text)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -139,11 +138,6 @@ def item(task: str, sample: Mapping[str, Any]) -> Item:
 def _is_numeric(value: Any) -> bool:
     parts = value if isinstance(value, tuple | list) else [value]
     return all(isinstance(part, int | float | np.number) for part in parts)
-
-
-def write_items(path: Path, items: Sequence[Item]) -> None:
-    """Write items as JSON lines."""
-    path.write_text("".join(json.dumps(one) + "\n" for one in items), encoding="utf-8")
 
 
 def compare(first: Sequence[Sequence[Item]], second: Sequence[Sequence[Item]]) -> dict[tuple[str, str], Paired]:

@@ -28,7 +28,7 @@ PROBES: dict[str, Probe] = {
     "induction": Induction(),
     "counting": Counting(),
     "parity": StateTracking("Z2"),
-    "permutations": StateTracking("S3"),
+    "permutations": StateTracking("S3", (1, 2, 4, 8, 16, 32)),
     "long-recall": LongRecall(),
 }
 

@@ -47,6 +47,7 @@ class Probe(Protocol):
     @property
     def length(self) -> int: ...  # T + 1, tokens of a row
     def rows(self, random: "Random", count: int) -> Draw: ...
+    def __hash__(self) -> int: ...
 
 
 class Random:

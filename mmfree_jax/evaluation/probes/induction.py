@@ -32,9 +32,9 @@ class Induction:
     Distance: tokens from the first B to the second.
     """
 
-    symbols: int = 32
-    distances: tuple[int, ...] = (8, 16, 32, 64, 128)
-    noise: int = 16
+    symbols: int = 16
+    distances: tuple[int, ...] = (4, 8, 16, 32, 64)
+    noise: int = 8
 
     def __post_init__(self) -> None:
         check_counts(self, noise=0)

@@ -16,14 +16,15 @@ DESCRIPTION = "Each key in capital letters is followed by its value in small let
 
 @dataclass(frozen=True)
 class Recall:
-    """Multi-query associative recall: pairs of a key and a value, then every key again, each with its value.
+    """Multi-query associative recall: pairs of a key and a value, then as many of them again, drawn with replacement.
 
     Source: Arora et al. 2023 (Zoology, arXiv 2312.04927), who find that this explains most of the difference in
     perplexity between attention and gated convolutions or recurrences on text. Attention looks a pair up however many
-    there are; a recurrent state has to hold all of them, so its accuracy falls when `pairs` outgrows the state. Values
-    are drawn with replacement, so that answers already given exclude nothing.
+    there are; a recurrent state has to hold all of them, so its accuracy falls when `pairs` outgrows the state. Keys
+    asked for and values are drawn with replacement: answers already given exclude nothing. (If every key came once, a
+    model could name the values left over. Small transformers learn that first, and then nothing else.)
 
-    Distance: tokens from the value's first place to its second.
+    Distance: tokens from the last place where the value stood after its key.
     """
 
     pairs: int = 16
@@ -52,11 +53,14 @@ class Recall:
 
     def rows(self, random: Random, count: int) -> Draw:
         pairs = _pairs(self, random, count)  # [N, pairs, 2]
-        order = random.permutations(count, self.pairs)
-        again = np.take_along_axis(pairs, order[:, :, None], axis=1)
+        asked = random.integers(self.pairs, count, self.pairs)
+        again = np.take_along_axis(pairs, asked[:, :, None], axis=1)
         tokens = np.concatenate([pairs, again], axis=1).reshape(count, self.length)
         distance = np.zeros_like(tokens)
-        distance[:, 2 * self.pairs + 1 :: 2] = 2 * (self.pairs + np.arange(self.pairs) - order)
+        every, last = np.arange(count), np.tile(2 * np.arange(self.pairs) + 1, (count, 1))
+        for answer, pair in zip(range(2 * self.pairs + 1, self.length, 2), asked.T, strict=True):
+            distance[:, answer] = answer - last[every, pair]
+            last[every, pair] = answer
         return at_tokens(tokens, distance)
 
 
@@ -66,10 +70,10 @@ class LongRecall:
 
     The pairs are so few that a small state holds them. What is tested is how long it holds them: a gate that forgets
     one part in a hundred at each token has lost the pair after some hundreds, attention reads it wherever it is.
-    One question lies in each range of positions after the pairs, [distances[q], distances[q + 1]); no key is asked for
-    twice. The pairs begin after up to `lead` symbols of noise.
+    One question lies in each range of positions after the pairs, [distances[q], distances[q + 1]), about a pair drawn
+    with replacement. The pairs begin after up to `lead` symbols of noise.
 
-    Distance: tokens from the value's first place to its second.
+    Distance: tokens from the last place where the value stood after its key.
     """
 
     pairs: int = 8
@@ -83,8 +87,6 @@ class LongRecall:
         check_counts(self, pairs=1, values=2, noise=1, lead=0)
         check_distances(self.distances, 0)
         require(self.pairs <= self.keys, f"pairs={self.pairs}: keys of a row are distinct, and there are {self.keys}")
-        questions = len(self.distances) - 1
-        require(questions <= self.pairs, f"distances={self.distances}: no more ranges than pairs={self.pairs}")
         wide = all(high - low >= 2 for low, high in zip(self.distances, self.distances[1:], strict=False))
         require(wide, f"distances={self.distances}: a question takes two tokens, so limits differ by 2 at least")
 
@@ -113,12 +115,13 @@ class LongRecall:
         # The answer to question q stands `after` tokens after the pairs, its key just before it.
         low, high = np.array(self.distances[:-1]), np.array(self.distances[1:])
         after = low + 1 + random.integers(high - low - 1, count, len(low))
-        asked = random.permutations(count, self.pairs)
-        every = np.arange(count)
-        for q, pair in enumerate(asked.T[: len(low)]):
+        asked = random.integers(self.pairs, count, len(low))
+        every, last = np.arange(count), start[:, None] + 2 * np.arange(self.pairs) + 1
+        for q, pair in enumerate(asked.T):
             answer = start + 2 * self.pairs + after[:, q]
             write(tokens, answer - 1, pairs[every, pair])
-            distance[every, answer] = answer - (start + 2 * pair + 1)
+            distance[every, answer] = answer - last[every, pair]
+            last[every, pair] = answer
         return at_tokens(tokens, distance)
 
 

@@ -30,7 +30,7 @@ from mmfree_jax.tracing import during
 
 THREADS = 8  # checks at the same time: XLA and ptxas compile in parallel, lowering holds Python's lock
 # Whose change makes outcomes void, with those of the kernels themselves.
-CHECKED_SOURCES = ("ternary.py", "fused_recurrence.py", "checks.py")
+CHECKED_SOURCES = ("ternary.py", "fused_recurrence.py", "checks/*.py")
 LONGEST_REASON = 300  # characters of an exception's message
 
 _assumed: ContextVar[bool] = ContextVar("kernels_assumed", default=False)
@@ -198,4 +198,5 @@ def environment() -> list[str]:
 def _sources() -> str:
     """A digest of the source of kernels and checks."""
     fast = Path(__file__).parent
-    return sha256([*sorted((fast / architecture()).glob("*.py")), *(fast / name for name in CHECKED_SOURCES)])
+    patterns = (f"{architecture()}/*.py", *CHECKED_SOURCES)
+    return sha256(file for pattern in patterns for file in sorted(fast.glob(pattern)))

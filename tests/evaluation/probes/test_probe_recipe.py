@@ -7,14 +7,14 @@ from experiments import probes
 from mmfree_jax.evaluation.probes import PROBES, StateTracking
 
 EASY = StateTracking("Z2", (1, 2))  # the product of one element is that element
-SMALL = probes.Recipe(width=16, depth=1, batch=16, steps=80)
+SMALL = probes.Recipe(width=16, depth=1, tokens=16 * EASY.length, steps=80)
 
 
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(probes, "PROBES", {"easy": EASY})
     monkeypatch.setattr(probes, "TEST_ROWS", 50)
-    monkeypatch.setattr(probes, "CHUNK", 20)
+    monkeypatch.setattr(probes, "PART", 20)
     monkeypatch.setattr(probes, "RATES", {"dense": 2e-2, "ternary": 2e-2})
 
 
@@ -45,9 +45,10 @@ def test_what_lies_beyond_has_the_vocabulary_of_training_and_longer_rows():
 
 
 def test_no_step_reads_rows_of_another_and_seeds_have_their_own(small):
-    recipe = probes.Recipe(batch=4, steps=40)
-    (one, masks), (two, _) = probes.chunks(PROBES["recall"], recipe)
-    assert one.shape == (20, 3, 4, PROBES["recall"].length)
-    assert masks.shape == (20, 3, 4, PROBES["recall"].length - 1)
-    rows = np.concatenate([one, two]).reshape(-1, one.shape[-1])
-    assert len(np.unique(rows, axis=0)) == len(rows) == 2 * 20 * 3 * 4
+    recipe = probes.Recipe(tokens=4 * PROBES["recall"].length + 3, steps=50)
+    tokens, masks = map(np.asarray, probes.batches(PROBES["recall"], recipe))
+    assert tokens.shape == (50, 3, 4, PROBES["recall"].length)
+    assert masks.shape == (50, 3, 4, PROBES["recall"].length - 1)
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    assert len(np.unique(rows, axis=0)) == len(rows) == 50 * 3 * 4
+    assert (masks.reshape(len(rows), -1)[:, 32:].sum(axis=1) == 16).all()  # the later half asks, each key once more
