@@ -19,6 +19,7 @@ from mmfree_jax.lowering.program import Report
 # stack.
 
 BLOCK = 128  # steps that attention's kernel for TPUs takes at once
+QUERIES_AT_ONCE = 256  # whose scores are made at once without a kernel (ops/fast/choice.py, which loads JAX)
 LOGITS = 2**26  # of a chunk of tokens in the loss (ops/cross_entropy.py)
 
 
@@ -83,6 +84,9 @@ HGRN = {
 TPU: dict[tuple[str, str], Residuals] = {
     ("attention", "dense"): Residuals(4, 10, 4, 2),  # two residuals; q, k, v, y by the kernel and by time; gate, up
     ("mlgru", "dense"): Residuals(4, 8, 4, 2),  # two residuals; i, f, g, h; gate, up
+    # Two residuals, the norm, its shift, their three mixtures and the codes of these; r, k, v, their average, its
+    # gate and product, and the codes of that. The sums and exponents are made again.
+    ("rwkv4", "ternary"): Residuals(17, 13, 4, 1),
 }
 
 
@@ -118,6 +122,8 @@ def layer_residuals(run: RunConfig, device: Device) -> Residuals:
     found = table.get("looped", table["none"]) if looped(run, device) and run.remat == "none" else table[run.remat]
     if device.platform == "tpu" and run.remat == "none":
         found = TPU.get((model.mixer, model.linear), found)
+    if device.platform == "tpu" and model.linear == "dense":  # the loops read copies of all weights in bfloat16
+        found = dataclasses.replace(found, weights=2)
     # Kernels that recompute codes need entire rows. If tensor shards the rows of both output projections, their codes
     # are stored instead.
     stored_codes = 1 if table is MLGRU_KERNELS and run.mesh.tensor > 1 and run.remat != "full" else 0
@@ -152,14 +158,14 @@ def memory(run: RunConfig, report: Report, device: Device) -> Memory:
 
     # The working set: of one layer's backward pass or of a chunk of the loss (logits, exponentials and their gradient).
     backward = item * (4 * model.width + 12 * model.glu_width / mesh.tensor)  # gradients and inputs of one GLU
-    scores = 2 * _scores(run, device)
+    scores = 2 * _scores(run, device)[1]
     logits = 10 * min(LOGITS, tokens_per_device(run) * model.vocab / mesh.tensor)
     # With fsdp: all-gathered weights of one layer and of the head in bfloat16, and their gradients before the
     # reduce-scatter, the head's in float32.
     weights = (4 * size.N_nonemb / model.depth + 6 * model.vocab * model.width) / mesh.tensor
     gathered = weights if mesh.fsdp > 1 else 0.0
-    again = 0.0  # under `full` a ternary layer recomputes all its residuals in its backward pass
-    if model.linear == "ternary" and run.remat == "full":
+    again = 0.0  # under `full` a ternary layer, on TPUs any, recomputes all its residuals in its backward pass
+    if run.remat == "full" and (model.linear == "ternary" or device.platform == "tpu"):
         again = _layer(run, layer_residuals(dataclasses.replace(run, remat="none"), device))
     working = max(backward + scores, logits) + gathered + again
 
@@ -180,7 +186,7 @@ def all_residuals(run: RunConfig, device: Device) -> float:
     """Return the residuals of all layers."""
     residuals, shards = layer_residuals(run, device), run.mesh.fsdp * run.mesh.tensor
     weights = residuals.weights * flops.parameters(run.model).N_nonemb / shards
-    scores = _scores(run, device) if run.remat == "none" else 0.0
+    scores = _scores(run, device)[0] if run.remat == "none" else 0.0
     return run.model.depth * (_layer(run, residuals) + scores) + weights
 
 
@@ -194,20 +200,28 @@ def _layer(run: RunConfig, residuals: Residuals) -> float:
 
 
 def whole_scores(run: RunConfig, device: Device) -> bool:
-    """Return whether attention computes all scores at once, because no fused kernel is available."""
+    """Return whether attention's scores go through memory, because no fused kernel is available."""
     if run.model.mixer != "attention":
         return False
     if device.platform == "tpu":
         whole_blocks = run.mesh.sequence == 1 or run.data.sequence % (run.mesh.sequence * BLOCK) == 0
         return not (device.kernels and run.kernels == "auto" and whole_blocks)
-    fused = device.platform == "cuda" and run.mesh.sequence == 1 and not run.data.separate_documents
+    # Documents are kept apart by a checked kernel; without them the library serves everywhere.
+    apart = not run.data.separate_documents or (device.kernels and run.kernels == "auto")
+    fused = device.platform == "cuda" and run.mesh.sequence == 1 and apart
     return not (fused and run.precision != "float32")
 
 
-def _scores(run: RunConfig, device: Device) -> float:
-    """One layer's scores in float32 and their softmax, if attention computes them at once."""
-    heads = run.model.heads / run.mesh.tensor
-    return _item(run) * heads * run.data.sequence * 6 if whole_scores(run, device) else 0.0
+def _scores(run: RunConfig, device: Device) -> tuple[float, float]:
+    """One layer's scores in float32 and their softmax that are kept, and those that are there at once.
+
+    Long windows make them a block of queries at a time, and again in the backward pass.
+    """
+    if not whole_scores(run, device):
+        return 0.0, 0.0
+    queries = run.data.sequence / run.mesh.sequence
+    whole = _item(run) * run.model.heads / run.mesh.tensor * run.data.sequence * 6
+    return (0.0, whole * QUERIES_AT_ONCE / queries) if queries > QUERIES_AT_ONCE else (whole, whole)
 
 
 def _item(run: RunConfig) -> float:
