@@ -28,6 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import ConfigError, MeshConfig
+from mmfree_jax.devices import backend
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 LANES = 128  # elements of the last axis in a tile of a TPU's memory
@@ -241,7 +242,7 @@ def _all_reduced(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: t
 def _scattered(part: jax.Array, mesh_axes: tuple[str, ...], axis: int) -> jax.Array:
     """Sum parts over mesh axes, and keep only this device's piece along an axis of the array."""
     size = part.shape[axis] // jax.lax.axis_size(mesh_axes)
-    if axis == part.ndim - 1 and size % LANES == 0:
+    if backend() != "tpu" or (axis == part.ndim - 1 and size % LANES == 0):
         return jax.lax.psum_scatter(part, mesh_axes, scatter_dimension=axis, tiled=True)
     # Where pieces are not whole tiles the compiler for TPUs sums the whole array on every device, which is twice the
     # bytes, or sends the ends of pieces after them. A piece with an index of its own is cut there.
