@@ -6,8 +6,8 @@
 Needs `pip install 'jax[tpu]'` and no TPU; nothing is computed. `moved`: bytes between memory and a core by the kernel's
 blocks, which the program's total is made of; `program`: bytes accessed by the compiled program, by XLA's count, with
 what stands around the kernel (for attention two to four transpositions, which in a model fuse with what makes queries
-and keys); `least`: operands and results, each once. Exit status 1 if a kernel moves more than 1.3 times the least where
-its arrays are whole blocks.
+and keys), of blocks that a kernel reads again only one; `least`: operands and results, each once in each pass. Exit
+status 1 if a kernel moves more than 1.3 times the least where its arrays are whole blocks: all but attention.
 """
 
 import csv
@@ -89,44 +89,48 @@ def codes(M: int, D: int, dtype: Any, kind: str, gains: int, products: int, copy
 
 
 def attentions(B: int, T: int, H: int, J: int, K: int, dtype: Any, documents: bool) -> list[Case]:
-    """Forward and backward."""
+    """Forward, and the forward and the backward pass of training."""
     q, k = array((B, T, H, K), dtype), array((B, T, J, K), dtype)
     segments = array((B, T), jnp.int32) if documents else None
     attend = attention.causal_attention
 
-    def backward(q, k, v, segments, dy):
+    def both(q, k, v, segments, dy):
         return jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)[1](dy)
 
-    options = "documents" * documents
-    moved = lambda backward: B * attention_bytes(T, H, J, K, jnp.dtype(dtype).itemsize, backward)
-    # Operands and results of all passes that go forward and then backward.
+    shape, options = (B, T, H, J, K), "documents" * documents
+    moved = lambda training: B * attention_bytes(T, H, J, K, dtype, documents, training)
     return [
-        Case("attention", (B, T, H, J, K), dtype, options, attend, (q, k, k, segments), T % 1024 == 0, moved(False)),
-        Case(
-            "attention, forward and backward",
-            (B, T, H, J, K),
-            dtype,
-            options,
-            backward,
-            (q, k, k, segments, q),
-            False,
-            moved(True),
-        ),
+        Case("attention", shape, dtype, options, attend, (q, k, k, segments), False, moved(False)),
+        Case("attention, training", shape, dtype, options, both, (q, k, k, segments, q), False, moved(True)),
     ]
 
 
-def attention_bytes(T: int, H: int, J: int, K: int, item: int, backward: bool) -> float:
-    """Bytes of one row by the blocks of splash attention: keys are read again for every block of queries that sees
-    them."""
-    padded = -(-T // 128) * 128
-    block = next(size for size in attention.BLOCKS if padded % size == 0)
-    blocks = padded // block
-    visits = sum(range(1, blocks + 1)) / blocks  # of a block of keys by blocks of queries, on average
-    one = padded * H * K * item
-    forward = one * (2 + 2 * visits)  # q, y; k and v for each head of queries
-    if not backward:
+def attention_bytes(T: int, H: int, J: int, K: int, dtype: Any, documents: bool, training: bool) -> float:
+    """Bytes of one row by the blocks of splash attention, and by what XLA does between its passes.
+
+    A head of queries or keys is one unit. Of what has a number for each query (its place, its document, the logarithm
+    of its sum) the kernel takes a column of 128 lanes where queries are rows, and 8 sublanes where they are lanes.
+    """
+    cut, item, lanes, sublanes = attention.blocks(T, 1, K, dtype), jnp.dtype(dtype).itemsize, 128 * 4, 8 * 4
+    unit, queries, keys = cut.time * K * item, cut.time // cut.queries, cut.time // cut.keys
+    # A block of keys stays where the next head of queries has the same one.
+    seen = H * (queries + 1) / 2 if queries > 1 else J  # times that all keys are read, where queries stay
+    columns = H * cut.time * lanes * (1 + documents)
+    again = columns + 2 * seen * unit + documents * seen * cut.time * sublanes
+    sums = 4 * cut.queries * (2 * 128 + K)  # largest scores, sums and results of one block, which leave as results
+    forward = 2 * H * unit + again + sums
+    if not training:
         return forward
-    return forward + one * (3 + 2 * visits) + one * (4 + 2 * visits)  # dq: q, dy, dq, k, v; dkv: k, v, dk, dv, q, dy
+    # The logarithms leave as a column of lanes, whose first XLA copies; and it makes each row's product of y and dy.
+    forward += 2 * H * cut.time * lanes
+    rows = 2 * H * unit + 2 * H * cut.time * sublanes
+    seen_from = H * (queries + queries // keys) / 2 / queries  # times that all queries are read, where keys stay
+    of_queries = 2 * unit + cut.time * sublanes * (3 + documents)
+    backward = 4 * J * unit + keys * seen_from * of_queries + 8 * cut.keys * K
+    if not cut.one_pass:
+        return forward + rows + backward + 3 * H * unit + again + 4 * cut.queries * K + 2 * H * cut.time * 4
+    summed = (keys + 1) * H * unit if keys > 1 else 0
+    return forward + rows + backward + keys * H * unit + summed + 4 * cut.queries * K
 
 
 def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -162,6 +166,9 @@ def row(device: str, case: Case) -> dict[str, Any]:
         lowered = jax.jit(case.function).lower(*operands)
     compiled, size = lowered.compile(), lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
     least = size(operands) + size(jax.eval_shape(case.function, *operands))
+    if case.kernel == "attention, training":  # the backward pass reads operands and result of the forward pass again
+        q, k, _, segments, _ = case.operands
+        least += size((q, q, q, k, k, segments)) + 2 * q.size // q.shape[-1] * 4
     if "codes backward" in case.kernel:  # scales are computed again
         least -= size(case.operands[3])
     total = sum(moved) if case.moved is None else case.moved

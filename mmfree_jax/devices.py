@@ -39,9 +39,13 @@ class Device:
 
 
 # NVIDIA H200, H100 SXM and A100 80GB SXM data sheets: NVLink 900, 900 and 600 GB/s both ways; in DGX systems of eight a
-# network card of 400 (A100: 200) Gb/s for each. TPU: docs.cloud.google.com/tpu/docs/v6e, which has v5e beside it, and
-# v5p: a ring uses two of a chip's four (v5p: six) ports; 2 x 100 and 4 x 200 Gb/s for each host of eight chips, v5p
-# 200 Gb/s for each of four. Their memory is in GiB, as their compiler counts it.
+# network card of 400 (A100: 200) Gb/s for each.
+#
+# TPU, docs.cloud.google.com/tpu/docs/v6e, which has v5e beside it, and v5p: peaks, memory in GiB, as their compiler
+# counts it, and its bandwidth. Links: a chip of v5e sends 1,600 Gb/s through four ports and one of v6e 3,200 (800 GB/s
+# both ways), one of v5p 4,800 through six (1,200 GB/s both ways); a ring along one axis uses two of them. Network: 2 x
+# 100 and 4 x 200 Gb/s for each host of eight chips, v5p 50 Gb/s for each chip. The pages have no int8 for v5p: that is
+# of Google's announcement (6 December 2023).
 DEVICES = {
     "h200": Device("cuda", 141e9, 4.8e12, 989e12, 1979e12, 450e9, 50e9, 8, kernels=True),
     "h100": Device("cuda", 80e9, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8, kernels=True),

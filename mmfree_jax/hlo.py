@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+TAIL = "reduce-scatter tail"  # a permute that ends a reduce-scatter
 
 # What the expressions match, by an example of each line:
 #   _COMPUTATION  %body.3 (p: (f32[8])) -> (f32[8]) {              a named list of instructions; ENTRY is the main one
@@ -32,6 +33,9 @@ _DEFINITION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = \(?([a-z]+\d*\w*)\[", re.
 _PRODUCT = re.compile(r"= ([a-z]+\d*\w*)\[\S+ (?:convolution|dot)\(%([\w.\-]+), %([\w.\-]+)\)")
 _KERNEL = re.compile(r"%(\w+?)(?:\.[\w.]+)? = [^\n]* custom-call\([^\n]*custom_call_target=\"tpu_custom_call\"")
 _HOST = re.compile(r" (?:infeed|outfeed|send|recv)(?:-start|-done)?\(|\{[^{}]*S\(5\)[^{}]*\}")  # S(5): its memory
+# TPUs scatter a sum in a computation of this name: an all-reduce of which each device keeps its part. The parts are
+# whole granules of the ring; where they are not those of the array, a permute moves their ends to the next device.
+_SCATTERED = "all-reduce-scatter"
 _CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="')
 # Device groups have four notations: pairs of a permute; lists; a reshaped range ([2,4]<=[8]: two rows of four), perhaps
 # transposed; and axes of a named mesh.
@@ -47,7 +51,7 @@ _MESH = re.compile(
 class Collective:
     """One collective instruction. Arrays are complete: after an all-gather, or before a reduce-scatter."""
 
-    kind: str  # of KINDS
+    kind: str  # of KINDS, or TAIL
     arrays: tuple[tuple[str, tuple[int, ...]], ...]  # HLO dtype ("s8", "bf16") and shape on one device
     groups: tuple[tuple[int, ...], ...]  # numbers of the devices that communicate; for a permute: its pairs
     executions: int  # per run of the program
@@ -66,7 +70,7 @@ class Collective:
         """
         n = max((len(group) for group in self.groups), default=1)
         times = {"all-reduce": 2.0}.get(self.kind, 1.0)
-        share = 1.0 if self.kind == "collective-permute" else (n - 1) / n
+        share = 1.0 if self.kind in ("collective-permute", TAIL) else (n - 1) / n
         return times * share * self.payload * self.executions
 
     def axes(self, sizes: dict[str, int]) -> tuple[str, ...]:
@@ -108,7 +112,8 @@ def collectives(text: str) -> list[Collective]:
             groups = _groups(line)
             arrays = _complete(match[3], match[2], bool(match[4]), len(groups[0]))
             origin = _ORIGIN.search(line)
-            found.append(Collective(match[3], arrays, groups, int(runs[name]), origin[1] if origin else ""))
+            kind = _kind(match[3], name, line, lines)
+            found.append(Collective(kind, arrays, groups, int(runs[name]), origin[1] if origin else ""))
     return found
 
 
@@ -196,6 +201,18 @@ def _compared(line: str, bodies: dict[str, list[str]]) -> float:
     compared = re.search(r"ROOT .* compare\([^()]*%([\w.\-]+)\), direction=LT", text)
     limit = re.search(rf"%{re.escape(compared[1])} = s32\S* constant\((\d+)\)", text) if compared else None
     return int(limit[1]) if limit else math.nan
+
+
+def _kind(kind: str, computation: str, line: str, beside: list[str]) -> str:
+    """The kind of a collective, given its computation and all lines of that; see `_SCATTERED`."""
+    if computation.startswith(_SCATTERED):
+        return "reduce-scatter"
+    if kind != "collective-permute":
+        return kind
+    defining = lambda name: next((other for other in beside if re.match(rf"\s*%{re.escape(name)} = ", other)), "")
+    sent = re.search(rf" {kind}\S*\(%?([\w.\-]+)", line)
+    part = re.search(r" slice\(%([\w.\-]+)\)", defining(sent[1])) if sent else None
+    return TAIL if part and f"calls=%{_SCATTERED}" in defining(part[1]) else kind
 
 
 def _complete(kind: str, result: str, started: bool, members: int) -> tuple:

@@ -28,8 +28,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmfree_jax.config import ConfigError, MeshConfig
+from mmfree_jax.devices import backend
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+LANES = 128  # elements of the last axis in a tile of a TPU's memory
 Axes = str | tuple[str, ...] | None
 Names = tuple[Axes, ...]  # logical names of an array's axes; None: not sharded; several names share an axis, in order
 
@@ -229,12 +231,23 @@ def _all_reduced(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: t
     if float32_sums.get() and rows and part.dtype.itemsize < 4:
         part = part.astype(jnp.float32)
     if pieces and "embed" in names:
-        part = jax.lax.psum_scatter(part, pieces, scatter_dimension=names.index("embed"), tiled=True)
+        part = _scattered(part, pieces, names.index("embed"))
         # Otherwise XLA's GPU compiler keeps the layout of the reduce-scatter, and the optimizer copies the weights and
         # both moments into it and back.
         part = with_layout_constraint(part, Layout(major_to_minor=tuple(range(part.ndim))))
         rows = tuple(axis for axis in rows if axis not in pieces)
     return jax.lax.psum(part, rows) if rows else part
+
+
+def _scattered(part: jax.Array, mesh_axes: tuple[str, ...], axis: int) -> jax.Array:
+    """Sum parts over mesh axes, and keep only this device's piece along an axis of the array."""
+    size = part.shape[axis] // jax.lax.axis_size(mesh_axes)
+    if backend() != "tpu" or (axis == part.ndim - 1 and size % LANES == 0):
+        return jax.lax.psum_scatter(part, mesh_axes, scatter_dimension=axis, tiled=True)
+    # Where pieces are not whole tiles the compiler for TPUs sums the whole array on every device, which is twice the
+    # bytes, or sends the ends of pieces after them. A piece with an index of its own is cut there.
+    apart = part.reshape(*part.shape[:axis], -1, size, *part.shape[axis + 1 :])
+    return jax.lax.psum_scatter(apart, mesh_axes, scatter_dimension=axis)
 
 
 def sharding_axis(name: str, size: int) -> str | None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mmfree_jax.hlo import collectives, host_transfers, kernels, products, total
+from mmfree_jax.hlo import TAIL, collectives, host_transfers, kernels, products, total
 from tests.simulated import run
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -75,6 +75,40 @@ def test_asynchronous_and_fused_instructions():
     assert (found.payload, found.sent) == (32, 48)
     (found,) = collectives(module("%p = f32[3]{0} collective-permute(%a), source_target_pairs={{0,2},{2,0},{4,6}}"))
     assert (found.groups, found.sent, found.axes(MESH)) == (((0, 2), (2, 0), (4, 6)), 12, ("fsdp",))
+
+
+SCATTERED = """HloModule m
+
+%all-reduce-scatter.1 (input: bf16[1024,2816]) -> bf16[528,2816] {
+  %all-reduce.37 = bf16[1056,2816]{1,0} all-reduce(%pad), channel_id=4, replica_groups={{0,2},{1,3}}
+  ROOT %part = bf16[528,2816]{1,0} dynamic-slice(%all-reduce.37, %at, %zero), dynamic_slice_sizes={528,2816}
+}
+
+ENTRY %main (p: bf16[1024,2816]) -> bf16[8,128] {
+  %fusion.3 = bf16[528,2816]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %fusion.4 = bf16[528,2816]{1,0} fusion(%p), kind=kLoop, calls=%elsewhere
+  %end.1 = bf16[16,2816]{1,0} slice(%fusion.3), slice={[512:528], [0:2816]}
+  %end.2 = bf16[16,2816]{1,0} slice(%fusion.4), slice={[512:528], [0:2816]}
+  %start.1 = (bf16[16,2816], bf16[16,2816]) collective-permute-start(%end.1), source_target_pairs={{0,2},{1,3}}
+  %start.2 = (bf16[16,2816], bf16[16,2816]) collective-permute-start(%end.2), source_target_pairs={{0,2},{1,3}}
+  ROOT %start.3 = (bf16[8,128], bf16[8,128]) collective-permute-start(%q), source_target_pairs={{0,2},{1,3}}
+}
+
+%elsewhere (p: bf16[1024,2816]) -> bf16[528,2816] {
+}
+"""
+
+
+def test_a_permute_is_the_tail_of_a_reduce_scatter_only_where_it_sends_a_part_of_one():
+    """As the compiler for TPUs writes a reduce-scatter whose pieces are not whole granules of its ring."""
+    assert {key: count for key, (count, _) in total(collectives(SCATTERED)).items()} == {
+        ("reduce-scatter", "bf16"): 1,
+        (TAIL, "bf16"): 1,
+        ("collective-permute", "bf16"): 2,
+    }
+    whole, tail = (one for one in collectives(SCATTERED) if one.kind in ("reduce-scatter", TAIL))
+    assert whole.sent == 1056 * 2816 * 2 / 2  # half of it, to the other device
+    assert tail.sent == 16 * 2816 * 2
 
 
 def test_what_cannot_be_counted_is_refused():

@@ -21,7 +21,7 @@ from mmfree_jax.inference.model import HostTable, Place, ServedModel, served
 from mmfree_jax.inference.packed import abstract_tensors, served_config
 from mmfree_jax.inference.sampling import GREEDY, stacked
 from mmfree_jax.ops.fast.choice import kernels_allowed
-from mmfree_jax.ops.fast.cpu.ternary_product import memory_rate
+from mmfree_jax.ops.fast.cpu.library import memory_rate
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.presets import model_preset, split_name
 

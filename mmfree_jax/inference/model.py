@@ -20,7 +20,7 @@ from mmfree_jax.models.layers import Projection, RMSNorm, recipe_of
 from mmfree_jax.ops.bit_linear import Recipe, linear
 from mmfree_jax.ops.fast.choice import forward_only
 from mmfree_jax.ops.packed import Layout, Packed, aligned
-from mmfree_jax.ops.served_linear import PackedWeights, RowWeights
+from mmfree_jax.ops.served_linear import PackedWeights, RowWeights, row_product
 from mmfree_jax.ops.ternary import wide
 from mmfree_jax.sharding import path_name
 
@@ -135,8 +135,7 @@ class ServedModel:
         if isinstance(self.head, Packed):
             recipe = recipe_of(self.config, ("embed", "vocab"))
             return linear(recipe, x_BTD, PackedWeights((self.head,), gain_D))[0].astype(exact)
-        w_VD = self.head.astype(x_BTD.dtype)
-        return jnp.einsum("btd,vd->btv", x_BTD, w_VD, preferred_element_type=exact)
+        return row_product(x_BTD, self.head, exact)
 
 
 def _embedded(table_VD: jax.Array | HostTable, tokens_BT: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -84,6 +84,9 @@ HGRN = {
 TPU: dict[tuple[str, str], Residuals] = {
     ("attention", "dense"): Residuals(4, 10, 4, 2),  # two residuals; q, k, v, y by the kernel and by time; gate, up
     ("mlgru", "dense"): Residuals(4, 8, 4, 2),  # two residuals; i, f, g, h; gate, up
+    # Two residuals, the norm, its shift, their three mixtures and the codes of these; r, k, v, their average, its
+    # gate and product, and the codes of that. The sums and exponents are made again.
+    ("rwkv4", "ternary"): Residuals(17, 13, 4, 1),
 }
 
 
@@ -119,6 +122,8 @@ def layer_residuals(run: RunConfig, device: Device) -> Residuals:
     found = table.get("looped", table["none"]) if looped(run, device) and run.remat == "none" else table[run.remat]
     if device.platform == "tpu" and run.remat == "none":
         found = TPU.get((model.mixer, model.linear), found)
+    if device.platform == "tpu" and model.linear == "dense":  # the loops read copies of all weights in bfloat16
+        found = dataclasses.replace(found, weights=2)
     # Kernels that recompute codes need entire rows. If tensor shards the rows of both output projections, their codes
     # are stored instead.
     stored_codes = 1 if table is MLGRU_KERNELS and run.mesh.tensor > 1 and run.remat != "full" else 0
@@ -159,8 +164,8 @@ def memory(run: RunConfig, report: Report, device: Device) -> Memory:
     # reduce-scatter, the head's in float32.
     weights = (4 * size.N_nonemb / model.depth + 6 * model.vocab * model.width) / mesh.tensor
     gathered = weights if mesh.fsdp > 1 else 0.0
-    again = 0.0  # under `full` a ternary layer recomputes all its residuals in its backward pass
-    if model.linear == "ternary" and run.remat == "full":
+    again = 0.0  # under `full` a ternary layer, on TPUs any, recomputes all its residuals in its backward pass
+    if run.remat == "full" and (model.linear == "ternary" or device.platform == "tpu"):
         again = _layer(run, layer_residuals(dataclasses.replace(run, remat="none"), device))
     working = max(backward + scores, logits) + gathered + again
 

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mmfree_jax.ops.bit_linear import Recipe, rms_norm
+from mmfree_jax.ops.fast.choice import op
 from mmfree_jax.ops.packed import Packed
 from mmfree_jax.ops.ternary import dequantise, quantise_activations, wide
 
@@ -42,4 +44,10 @@ class RowWeights(NamedTuple):
 
     def linear(self, recipe: Recipe, x: jax.Array) -> tuple[jax.Array, ...]:
         """Apply the layers to one input, as `ops.bit_linear.linear`: [..., D] -> G arrays [..., F] of x's type."""
-        return tuple(jnp.matmul(x, w_FD.astype(x.dtype).T) for w_FD in self.rows_FD)
+        return tuple(row_product(x, w_FD) for w_FD in self.rows_FD)
+
+
+@op
+def row_product(x: jax.Array, w_FD: jax.Array, out: DTypeLike | None = None) -> jax.Array:
+    """Multiply x [..., D] with a matrix that has a row for each output: [..., F] of `out` (None: of x's type)."""
+    return jnp.einsum("...d,fd->...f", x, w_FD.astype(x.dtype), preferred_element_type=out)

@@ -9,7 +9,7 @@ import pytest
 from mmfree_jax.config import ConfigError
 from mmfree_jax.devices import DEVICES
 from mmfree_jax.lowering import cli, compiled, verdict
-from mmfree_jax.lowering.program import Traffic
+from mmfree_jax.lowering.program import Traffic, rematerialisations
 from tests.lowering.test_memory import state_of
 
 FOUND = compiled.Compiled(
@@ -81,3 +81,13 @@ def test_a_refusal_says_how_much_the_program_would_use():
         "the total memory required for HLO temporaries (27.10G) exceeds available HBM (15.75G).",
     ):
         assert compiled.REFUSED.search(message).groups() == ("27.10", "G", "15.75", "G")
+
+
+def test_what_the_partitioner_logs_is_counted():
+    """As libtpu 0.0.42 wrote it for the program in experiments/tpu_steps.py that provokes it."""
+    said = (
+        "W1130 16:15:22.157033   11262 spmd_partitioner.cc:654] [SPMD] Involuntary full rematerialization. The "
+        "compiler cannot go from sharding {devices=[8,1,1]<=[4,2]T(1,0)} to {devices=[1,4,2]<=[8]} efficiently for HLO "
+    )
+    assert rematerialisations(said + "\nW1130 llo_loop.cc:101] 0-iteration loop inserted\n" + said) == 2
+    assert rematerialisations("Very slow compile?") == 0

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmfree_jax.devices import traced_for
 from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast import recurrence as module
 from mmfree_jax.ops.recurrence import gated_recurrence, recurrence, token_shift, wkv
@@ -140,3 +141,16 @@ def test_wkv_gradients_are_those_of_the_definition():
     for form in (wkv, wkv.definition):
         for a, b in zip(gradient(lambda *operands, form=form: form(*operands)[0]), expected, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_on_tpus_the_backward_pass_of_wkv_keeps_keys_and_values_only():
+    k_BTD, one_D = jax.ShapeDtypeStruct((2, 64, 128), jnp.bfloat16), jnp.ones(128)
+
+    def kept(platform):
+        with traced_for(platform):
+            values = lambda k, v: wkv(one_D, one_D, k, v)[0]
+            _, pull = jax.eval_shape(lambda k, v: jax.vjp(values, k, v), k_BTD, k_BTD)
+        return [a.dtype for a in jax.tree.leaves(pull) if a.size >= k_BTD.size]
+
+    assert kept("tpu") == [jnp.bfloat16] * 2
+    assert len(kept("cuda")) > 2

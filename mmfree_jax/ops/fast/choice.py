@@ -144,6 +144,15 @@ def dense_product(recipe: Any, kind: str, x: jax.Array, added: bool, weights: An
     return verification.serves(Use("dense_product", (rows, width, columns), options))
 
 
+def half_product(x: jax.Array, w_FD: jax.Array) -> bool:
+    """Whether C++ on a CPU multiplies a few rows in float32 with a matrix in bfloat16, forward only, on one device."""
+    if backend() != "cpu" or not (_allowed.get() and _forward_only.get()) or shard_count("batch", x.shape[0]) > 1:
+        return False
+    from mmfree_jax.ops.fast.cpu import half_product as kernel
+
+    return (x.dtype, w_FD.dtype) == (jnp.float32, jnp.bfloat16) and kernel.supports(math.prod(x.shape[:-1]))
+
+
 def packed_form(x: Any, w: Any) -> Literal["kernel", "cpu", "unpacked"]:
     """The form of a product of codes [..., D] with a packed matrix [D, F].
 

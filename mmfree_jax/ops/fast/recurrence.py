@@ -170,7 +170,13 @@ def wkv(
     *,
     resets_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, WKVState]:
-    """`ops.recurrence.wkv`."""
+    """`ops.recurrence.wkv`; where memory is small the backward pass makes exponents and sums again."""
+    # They are ten arrays in float32, and keys and values in bfloat16 make them.
+    average_of = jax.checkpoint(_wkv) if choice.inputs_made_again() else _wkv
+    return average_of(w_D, u_D, k_BTD, v_BTD, state, resets_BT)
+
+
+def _wkv(w_D, u_D, k_BTD, v_BTD, state: WKVState | None, resets_BT) -> tuple[jax.Array, WKVState]:
     exact = wide(k_BTD.dtype)
     w_D, u_D, k_BTD, v_BTD = (a.astype(exact) for a in (w_D, u_D, k_BTD, v_BTD))
     state = state or WKVState.empty(k_BTD.shape[0], k_BTD.shape[2], exact)

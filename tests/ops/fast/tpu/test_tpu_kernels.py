@@ -31,6 +31,8 @@ USES = [
     Use("attention", (2, 77, 4, 2, 32), ("float32", True, 1)),
     Use("attention", (1, 130, 3, 3, 80), ("bfloat16", False, 1)),
     Use("attention", (1, 256, 2, 1, 160), ("float32", True, 2)),  # queries of the second of two chunks
+    Use("attention", (1, 641, 2, 1, 520), ("bfloat16", True, 1)),  # three blocks of keys, backward in one pass
+    Use("attention", (1, 1100, 1, 1, 520), ("float32", False, 1)),  # five, in two passes
 ]
 
 
@@ -39,6 +41,19 @@ def test_kernels_agree_with_float64(use):
     with interpreted(), traced_for("tpu"):
         outcome = check(use)
     assert outcome.passed, outcome.worst
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(("channels", "dtype"), [(32, "bfloat16"), (128, "float32"), (600, "float32")])
+def test_blocks_cover_time_and_are_whole(chunks, channels, dtype):
+    for time in (1, 77, 128, 129, 1025, 2048, 2049, 4096, 20_000):
+        time = time if chunks == 1 else -(-time // 256) * 256
+        cut = attention.blocks(time, chunks, channels, dtype)
+        assert time <= cut.time < time + 2 * 128 * -(-cut.time // cut.keys)
+        assert cut.time == time or chunks == 1
+        assert cut.time % cut.keys == cut.keys % cut.at_once == cut.queries % cut.at_once == cut.at_once % 128 == 0
+        assert cut.time // chunks % cut.queries == 0
+        assert max(cut.queries * channels, cut.keys * channels / 2) * jnp.dtype(dtype).itemsize <= 2**19
 
 
 def broken_carry(monkeypatch):
