@@ -1,7 +1,8 @@
-"""A long run of tiny steps: `python -m experiments.reliability_soak [--steps N] [--out FILE.csv]`.
+"""A long run of tiny steps: `python -m experiments.reliability_soak [--steps N] [--checkpoint-every N] [--out FILE]`.
 
-Host memory, open files and threads of the process after every thousandth step, with checkpoints, evaluations, logs and
-TensorBoard as usual. After the first ten thousand, in which caches fill, files must stay as many and memory nearly so.
+Host memory, Python's blocks of memory, open files and threads of the process after every thousandth step, with
+checkpoints, evaluations, logs and TensorBoard as usual. After the first ten thousand, in which caches fill, files must
+stay as many and memory nearly so. What TensorStore keeps of every JSON that it returns, at checkpoints, is printed too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import gc
 import os
 import resource
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorstore
 
 from experiments.reliability_kills import write_text
 from experiments.reliability_pipeline import run_of
@@ -39,12 +42,13 @@ def measured(step: int, began: float) -> dict[str, float]:
         "step": step,
         "seconds": round(time.monotonic() - began, 1),
         "resident_mb": round(pages * resource.getpagesize() / 1e6, 1),
+        "python_blocks": sys.getallocatedblocks(),
         "open_files": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
     }
 
 
-def soak(steps: int) -> list[dict[str, float]]:
+def soak(steps: int, checkpoint_every: int = 500) -> list[dict[str, float]]:
     """Train for so many steps, and return what was held after every thousandth."""
     rows: list[dict[str, float]] = []
     began = time.monotonic()
@@ -63,18 +67,30 @@ def soak(steps: int) -> list[dict[str, float]]:
         corpus_cli.main(["build", str(folder / "text.jsonl"), "--tokenizer", "bytes", "--out", str(folder / "corpus")])
         run = run_of("matmul-free", 1, folder / "corpus")
         run = dataclasses.replace(run, steps=steps, optim=OptimConfig(lr=1e-3, warmup_steps=50))
-        run = dataclasses.replace(run, log_every=10, checkpoint_every=500, eval_every=1000)
+        run = dataclasses.replace(run, log_every=10, checkpoint_every=checkpoint_every, eval_every=1000)
         loop.train(run, folder / "out", TokenSet.open(folder / "corpus"), check_first=False)
     return rows
+
+
+def kept_by_tensorstore(calls: int = 2000) -> float:
+    """Python's blocks that stay allocated after a call that returns JSON and drops it. Orbax makes such calls."""
+    spec = tensorstore.KvStore.Spec({"driver": "memory", "path": "a/"})
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(calls):
+        spec.to_json()
+    gc.collect()
+    return (sys.getallocatedblocks() - before) / calls
 
 
 def main() -> None:
     """Run, write the table, and fail if anything grew."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--checkpoint-every", type=int, default=500, help="steps; 0: only at the end [500]")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/reliability_soak.csv"))
     options = parser.parse_args()
-    rows = soak(options.steps)
+    rows = soak(options.steps, options.checkpoint_every)
     with options.out.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -82,7 +98,11 @@ def main() -> None:
     warm = [row for row in rows if row["step"] >= WARM]
     growth = float(np.polyfit([row["step"] / 1000 for row in warm], [row["resident_mb"] for row in warm], 1)[0])
     files = warm[-1]["open_files"] - warm[0]["open_files"]
-    print(f"from step {WARM} on: memory {growth:+.2f} MB in a thousand steps, open files {files:+}")
+    blocks = float(np.polyfit([row["step"] / 1000 for row in warm], [row["python_blocks"] for row in warm], 1)[0])
+    print(
+        f"from step {WARM} on: memory {growth:+.2f} MB in a thousand steps, {blocks:+.0f} blocks, open files {files:+}"
+    )
+    print(f"TensorStore keeps {kept_by_tensorstore():.1f} blocks of each JSON that it returns")
     sys.exit(growth > MOST_GROWTH or files > 0)
 
 

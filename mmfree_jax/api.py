@@ -21,6 +21,8 @@ from mmfree_jax.lowering.out_of_memory import explained
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.output import Say, quiet
 from mmfree_jax.presets import run_preset
+from mmfree_jax.remote.reading import fetched
+from mmfree_jax.remote.working import working_folder
 from mmfree_jax.run_folder import corpus_places
 from mmfree_jax.sharding import idle_devices, make_mesh
 from mmfree_jax.training import loop
@@ -60,11 +62,13 @@ def train(run: RunConfig, out: str | Path, say: Say = quiet) -> dict[str, Any]:
     """Train a run in the folder `out`, or resume it there, and return its row of the runs table.
 
     A finished run is returned at once. Raises ConfigError (another run is in the folder, the corpus does not fit),
-    SelfCheckError, Diverged, OutOfMemory, or Interrupted once the state has been saved after a signal.
+    SelfCheckError, Diverged, OutOfMemory, or Interrupted once the state has been saved after a signal. `out` may be a
+    URL such as s3://BUCKET/RUN; then also RemoteError, or NotCopied where training was all that succeeded.
     """
-    run, token_set = prepare(run, Path(out), say)
-    with explained(run):
-        return loop.train(run, Path(out), token_set)
+    with working_folder(Path(out)) as folder:
+        run, token_set = prepare(run, folder, say)
+        with explained(run):
+            return loop.train(run, folder, token_set)
 
 
 def load(path: str | Path, dtype: str = "float32", embedding: Place = "device") -> TextModel:
@@ -75,7 +79,7 @@ def load(path: str | Path, dtype: str = "float32", embedding: Place = "device") 
     trits. embedding: "host" leaves the embedding's memory to the host, at a round trip a token. Raises ConfigError for
     another folder, CheckpointError and PackedError for a damaged one.
     """
-    return load_text_model(Path(path), dtype, embedding)
+    return load_text_model(fetched(Path(path)), dtype, embedding)
 
 
 def evaluate(
@@ -91,8 +95,9 @@ def evaluate(
     """
     check_settings()
     check_platform()
-    (source,) = held_out.sources(Path(path), [corpus] if corpus else [])
-    model = held_out.open_model(Path(path), source, mesh or MeshConfig(), say)
+    path = fetched(Path(path))
+    (source,) = held_out.sources(path, [corpus] if corpus else [])
+    model = held_out.open_model(path, source, mesh or MeshConfig(), say)
     return scores(held_out.sums_of(model, model.load(None), source, sequence), source.text)
 
 
@@ -112,7 +117,7 @@ def export(
     Raises ConfigError for an architecture that the format cannot express, or a GGUF file of a model whose tokenizer is
     not known; FileExistsError if something is there.
     """
-    path, out = Path(path), Path(out)
+    path, out = fetched(Path(path)), Path(out)
     if format == "huggingface":
         save_huggingface(load_model(path), out, dtype or "float32", origin=origin(path))
         return

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import json
 import logging
+import os
 import re
 import shutil
 import threading
@@ -16,7 +17,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from mmfree_jax.checksums import first_damage, write_checksums
+from mmfree_jax.checksums import first_damage, is_sealed, write_checksums
 from mmfree_jax.distributed import sum_integers
 from mmfree_jax.errors import sentence
 from mmfree_jax.files import read_json, write_json
@@ -154,6 +155,8 @@ class Checkpoints(contextlib.AbstractContextManager):
                 bad[step] = error.damage
                 continue
             self._set_aside(bad, step)
+            if not is_sealed(os.listdir(self.folder / str(step))):  # killed before it was, or of an older version
+                self._begin(lambda: None, step)
             return found
         which = "; ".join(f"step {step}: {damage}" for step, damage in bad.items())
         raise CheckpointError(

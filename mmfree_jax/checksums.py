@@ -4,7 +4,8 @@ A storage system may return fewer or other bytes than it was given. The librarie
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mmfree_jax.files import sha256, write_json
 # Several processes share the work: each one takes every n-th file and writes a list of its own. A list is written when
 # its files are complete, and last, so a folder without lists was not finished, or is of an older version.
 PATTERN = "checksums-*-of-*.json"
+LIST = re.compile(r"checksums-(\d{1,9})-of-(\d{1,9})\.json")
 UNLISTED = ("checksums-", ".checksums-")  # how lists are called, and what they are while another process writes one
 READERS = 4  # files that are read at the same time
 
@@ -32,17 +34,24 @@ def write_checksums(folder: Path, part: int = 0, parts: int = 1) -> None:
     write_json(folder / f"checksums-{part}-of-{parts}.json", listed)
 
 
-def first_damage(folder: Path, part: int = 0, parts: int = 1) -> str:
+def is_sealed(names: Iterable[str]) -> bool:
+    """Return whether the lists of all processes are among the names of the files in a folder."""
+    found = {(int(match[2]), int(match[1])) for name in names if (match := LIST.fullmatch(name))}
+    count = lambda parts: sum(of == parts and part < parts for of, part in found)
+    return any(0 < parts == count(parts) for parts in {parts for parts, _ in found})
+
+
+def first_damage(folder: Path, part: int = 0, parts: int = 1, contents: bool = True) -> str:
     """Compare every `parts`-th listed file with its list. Returns what is wrong with the first bad one, or nothing.
 
-    Files that no list names are not looked at.
+    Files that no list names are not looked at. `contents`: not only whether they are there, and of the right size.
     """
     try:
         listed = sorted(_listed(folder))[part::parts]
     except ValueError as error:
         return str(error)
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda entry: _damage(folder, *entry), listed)
+        found = pool.map(lambda entry: _damage(folder, entry, contents), listed)
         return next(filter(None, found), "")
 
 
@@ -56,7 +65,8 @@ def _listed(folder: Path) -> Iterator[tuple[str, int, str]]:
             raise ValueError(f"{path.name} is no list of checksums") from None
 
 
-def _damage(folder: Path, name: str, size: int, expected: str) -> str:
+def _damage(folder: Path, entry: tuple[str, int, str], contents: bool) -> str:
+    name, size, expected = entry
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         return f"{name} is not in the folder"
@@ -64,4 +74,4 @@ def _damage(folder: Path, name: str, size: int, expected: str) -> str:
         return f"{name} is missing"
     if (found := path.stat().st_size) != size:
         return f"{name} has {found} bytes instead of {size}"
-    return "" if sha256([path]) == expected else f"{name} has other bytes than were written (SHA-256)"
+    return "" if not contents or sha256([path]) == expected else f"{name} has other bytes than were written (SHA-256)"

@@ -4,12 +4,14 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import tyro
 from tyro import _errors as events
 
-from mmfree_jax.config import ConfigError
+from mmfree_jax.config import ConfigError, require
+from mmfree_jax.files import url_of
 
 # tyro turns the dataclass into flags and help. Its errors are panels of several lines; the hook that it offers hands us
 # the same facts as objects (`tyro._errors`, private: pyproject.toml pins the versions that have it).
@@ -17,17 +19,30 @@ from mmfree_jax.config import ConfigError
 T = TypeVar("T")
 
 
-def parse(kind: type[T], arguments: list[str], prog: str, default: Any = tyro.MISSING_NONPROP) -> T:
+def parse(
+    kind: type[T],
+    arguments: list[str],
+    prog: str,
+    default: Any = tyro.MISSING_NONPROP,
+    urls: Sequence[str] = (),
+) -> T:
     """Parse the arguments of a command into `kind`. `--help` prints and exits.
 
-    Raises ConfigError, in one line, for a missing, unknown or wrong argument.
+    urls: paths that may also be a URL. Raises ConfigError, in one line, for a missing, unknown or wrong argument.
     """
 
     def refuse(event: events.ParseErrorEvent) -> None:
         raise ConfigError(explain(event, prog, list(flags(kind))))
 
     with events.on_parse_error(refuse):
-        return tyro.cli(kind, args=arguments, prog=prog, default=default)
+        options = tyro.cli(kind, args=arguments, prog=prog, default=default)
+    for field in dataclasses.fields(cast(Any, options)):
+        value = getattr(options, field.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            # As a path of this machine it would be a folder of that name, and what is written there in no bucket.
+            url = url_of(path) if isinstance(path, Path) and field.name not in urls else ""
+            require(not url, f"{field.name} {url} is a URL: give a path of this machine")
+    return options
 
 
 def explain(event: events.ParseErrorEvent, prog: str, known: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from mmfree_jax.architecture import Parametrisation as Parametrisation
 
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["constant", "wsd", "cosine", "cosine-halving", "two-stage"]
+Moments = Literal["float32", "bfloat16", "int8"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Kernels = Literal["auto", "off"]
 Gather = Literal["int8", "packed"]
@@ -102,6 +103,7 @@ class OptimConfig:
     clip: float = 1.0  # of the global gradient norm; 0: none
     z_loss: float = 0.0  # factor on logsumexp^2 per token in the training loss (PaLM: 1e-4); never in a held-out loss
     accumulate: int = 1  # micro-batches an optimizer step
+    moments: Moments = "float32"  # how those of matrices, embedding and head are stored; int8: 1.06 bytes each
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -230,6 +230,11 @@ def process_table() -> str:
     return "\n".join(rows)
 
 
+def is_alone() -> bool:
+    """Return whether this process has joined no others. Does not ask JAX for its devices."""
+    return not jax.distributed.is_initialized()
+
+
 def is_first() -> bool:
     """Return whether this process is the one that writes files."""
     return jax.process_index() == 0

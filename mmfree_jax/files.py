@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -162,6 +163,13 @@ def locked(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         yield
+
+
+def url_of(path: str | Path) -> str:
+    """Return the URL that a path stands for, such as s3://BUCKET/RUN; empty for a path of this machine."""
+    # `Path` makes one slash of the two. A scheme of one letter is a drive.
+    found = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)", str(path))
+    return f"{found[1]}://{found[2]}" if found else ""
 
 
 def cache_folder() -> Path:

@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mmfree_jax import checkpoint
 from mmfree_jax.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, restore
-from mmfree_jax.checksums import write_checksums
+from mmfree_jax.checksums import first_damage, is_sealed, write_checksums
 from tests.simulated import run
 
 # Eight simulated devices in one process for all meshes: compiling is what takes the time.
@@ -237,6 +237,26 @@ def test_processes_that_seal_a_checkpoint_at_once_list_every_file_once(tmp_path)
         write_checksums(tmp_path, part, 3)
     lists = [json.loads((tmp_path / f"checksums-{part}-of-3.json").read_text()) for part in range(3)]
     assert sorted(name for one in lists for name in one) == list("abcde")
+
+
+def test_a_checkpoint_that_was_not_sealed_is_sealed_by_the_run_that_goes_on(tmp_path):
+    """Killed between the two; and nothing more is saved if it was the last one."""
+    saved(tmp_path / "c", (3,))
+    (tmp_path / "c" / "3" / "checksums-0-of-1.json").unlink()
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.restore({"a": shaped(4000)})
+    assert first_damage(tmp_path / "c" / "3") == ""
+    assert is_sealed(path.name for path in (tmp_path / "c" / "3").iterdir())
+    assert not checkpoints.news
+
+
+def test_lists_of_some_of_the_processes_are_no_seal():
+    assert is_sealed(["checksums-0-of-1.json", "checksums-0-of-2.json", "x"])
+    assert is_sealed([f"checksums-{part}-of-12.json" for part in range(12)])
+    assert not is_sealed([f"checksums-{part}-of-12.json" for part in range(11)])
+    assert not is_sealed(
+        ["checksums-1-of-1.json", ".checksums-0-of-1.json.x7", "checksums-0-of-0.json", f"checksums-0-of-{10**12}.json"]
+    )
 
 
 def test_a_checkpoint_without_its_checksums_gets_them_by_a_second_attempt(tmp_path, monkeypatch):

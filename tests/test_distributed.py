@@ -207,6 +207,27 @@ def test_where_one_process_dies_the_other_ends_with_an_error(token_set, tmp_path
     assert re.search(r"^launch.py train: .*Gloo|stopped sending heartbeats", errors, re.MULTILINE)
 
 
+@pytest.mark.slow
+def test_where_one_process_hangs_the_other_says_so_and_ends_to_be_started_again(token_set, tmp_path, monkeypatch):
+    """Stopped in the midst of a step, as by a debugger or a machine that swaps: its connections stay open."""
+    # It must be the watchdog that ends the wait, and not the heartbeat that is missing.
+    monkeypatch.setattr(
+        sys.modules[__name__], "LAUNCH", LAUNCH.replace("HEARTBEAT_SECONDS = 8", "HEARTBEAT_SECONDS = 300")
+    )
+    more = ["--steps", "100000", "--stall-minutes", "0.15", *BRIEF]
+    with group(2, "matmul-free", token_set.path, tmp_path / "run", *more) as processes:
+        wait_for_steps(tmp_path / "run", 2, processes)
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        _, errors = processes[0].communicate(timeout=PATIENCE_SECONDS)
+    assert processes[0].returncode == 75, errors
+    says = (
+        r"matmul-free-tiny: no progress for 9 s, waiting for a step: a device or a collective operation hangs; stacks"
+    )
+    assert re.search(rf"^{says} are in .*stacks.txt; the same command goes on from the last checkpoint$", errors, re.M)
+    assert re.search(r"waiting for a step.*\n(.*\n)* +File .*loop\.py", (tmp_path / "run" / "stacks.txt").read_text())
+    assert re.search(says, (tmp_path / "run" / "log.txt").read_text())
+
+
 def test_several_processes_with_a_mesh_of_some_of_their_devices_are_refused(token_set, tmp_path):
     """As `srun -n 2` with the default mesh: the second process would have nothing to compute."""
     begin = lambda *flags: launch(1, "train", "matmul-free-tiny", "--out", tmp_path / "run", *flags)

@@ -152,11 +152,17 @@ def _draw_decode_attention(rng: np.random.Generator, attempt: int) -> Use:
 
 
 def _draw_attention(rng: np.random.Generator, attempt: int) -> Use:
+    """Of any kind for TPUs; for GPUs, whose library computes the rest, bfloat16 with documents and whole rows."""
+    gpu = architecture() == "hopper"
     time, width, group = int(rng.choice([2, 33, 128, 1000, 2048, 4096])), 1 + attempt % 256, int(rng.integers(1, 5))
-    chunks = int(rng.choice([1, 2, 4])) if time % 512 == 0 else 1
+    chunks = int(rng.choice([1, 2, 4])) if time % 512 == 0 and not gpu else 1
     keys = int(rng.integers(1, 5))
     rows = max(1, min(int(rng.integers(1, 9)), MOST_VALUES // (time * width * keys * group)))
-    options = str(rng.choice(TYPES)), bool(rng.integers(2)), chunks
+    if not gpu:
+        options = str(rng.choice(TYPES)), bool(rng.integers(2)), chunks
+    else:
+        options = "bfloat16", True, 1
+        width -= 128 * (not kernel_module("attention").supports(time, width))
     return Use("attention", (rows, time, keys * group, keys, width), options)
 
 

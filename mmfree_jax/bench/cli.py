@@ -139,7 +139,7 @@ def _rows(suite: str, chosen: BenchArguments, limits: dict[str, float]) -> Itera
 
 
 SUITES = ("start", "kernels", "step", "memory", "decode")
-CASE = ("preset", "batch", "sequence", "remat", "kernels", "gradient_bits", "unoptimised")
+CASE = ("preset", "batch", "sequence", "remat", "kernels", "gradient_bits", "moments", "documents", "unoptimised")
 SHOWN = {
     "start": ("preset", "batch", "sequence", "start", "start_s", "lower_s", "compile_s", "compiled"),
     "kernels": ("case", "variant", "ms", "ms_least", "ms_most", "of_copy", "of_bf16", "temporary_mb", "error"),

@@ -146,17 +146,30 @@ def swiglu_case(M: int, F: int) -> Case:
     return Case(name, both(gradient_of(function, 4)), arrays, small, 2e-2, moved=M * F * (4 + 1 + 1 + 2 + 6 + 4))
 
 
-def attention_case(B: int, T: int, H: int, K: int) -> Case:
-    """Causal attention, forward and backward: 2 products forward, 5 backward, half of the scores seen."""
+DOCUMENT = 512  # tokens of a document on average, where documents are separate
+
+
+def attention_case(B: int, T: int, H: int, K: int, apart: bool) -> Case:
+    """Causal attention, of documents that are joined or apart, forward and backward.
+
+    2 products forward, 5 backward, half of the scores seen; the same number of operations is taken for both, so that
+    their rates show what documents cost.
+    """
 
     def arrays(key, B=B, T=T, dtype=jnp.bfloat16):
-        return draw(key, *[(B, T, H, K)] * 4, dtype=dtype)
+        q, k, v, dy = draw(key, *[(B, T, H, K)] * 4, dtype=dtype)
+        begins = jax.random.uniform(jax.random.key(1), (B, T)) < 1 / DOCUMENT
+        return q, k, v, *([jnp.cumsum(begins, axis=1)] if apart else []), dy
 
-    variants = {"full": gradient_of(causal_attention.definition, 3)}
-    variants["auto"] = gradient_of(causal_attention, 3)
-    small = functools.partial(arrays, B=1, T=min(T, 256), dtype=jnp.bfloat16)
-    flops = 7 * B * T * T * H * K
-    return Case(f"attention and gradient, B={B} T={T} H={H} K={K}", variants, arrays, small, 2e-2, flops=flops)
+    def attend(function):
+        return gradient_of(lambda q, k, v, segments=None: function(q, k, v, segments_BT=segments), 3)
+
+    variants = {"full": attend(causal_attention.definition), "auto": attend(causal_attention)}
+    small = functools.partial(arrays, B=1, T=min(T, 1024), dtype=jnp.bfloat16)
+    flops, documents = 7 * B * T * T * H * K, " within documents" * apart
+    return Case(
+        f"attention{documents} and gradient, B={B} T={T} H={H} K={K}", variants, arrays, small, 2e-2, flops=flops
+    )
 
 
 def head_case(B: int, T: int, D: int, V: int) -> Case:
@@ -184,7 +197,8 @@ def cases(small: bool) -> Iterator[Case]:
     yield from recurrence_cases([(B, T)] if small else [(B, T), (2, 8192)], D)
     yield from bit_linear_cases(B * T, D, F)
     yield swiglu_case(B * T, F)
-    yield attention_case(B, T, D // 128, 128)
+    for apart in (False, True):
+        yield attention_case(B, T, D // 128, 128, apart)
     yield head_case(B, T, D, V)
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 
 from mmfree_jax import flops
+from mmfree_jax.bench.operations import DOCUMENT
 from mmfree_jax.bench.timing import memory_bytes
-from mmfree_jax.config import RunConfig
+from mmfree_jax.config import Moments, RunConfig
 from mmfree_jax.devices import peak_flops
 from mmfree_jax.lowering.memory import policies
 from mmfree_jax.models.language_model import LanguageModel
@@ -22,6 +23,7 @@ from mmfree_jax.training.optim import make_optimizer
 from mmfree_jax.training.step import Program, TrainState, make_program, program_key
 
 WARM, ROUNDS, STEPS = 2, 3, 3  # steps before timing; timed rounds of steps queued one behind the other, as in `train`
+END = 0  # the token after which a document begins
 TIMES = ("tokens_per_s", "step_ms", "step_ms_least", "step_ms_most", "of_bf16", "of_data_sheet", "loss")
 
 
@@ -35,6 +37,8 @@ class StepCase:
     remat: str = "none"
     kernels: str = "auto"
     gradient_bits: Literal[0, 8] = 0
+    moments: Moments = "float32"
+    documents: Literal["joined", "apart"] = "joined"
     unoptimised: Literal["", "bfloat16", "float32"] = ""  # the model by its definitions (`defined_loss`) in this type
 
     @property
@@ -44,12 +48,20 @@ class StepCase:
         changed = [f"{f.name}={value}" for f in fields if (value := getattr(self, f.name)) != f.default]
         return " ".join([f"{self.preset}, B={self.batch} T={self.sequence}", *changed])
 
+    def tokens(self, vocab: int) -> np.ndarray:
+        """Random tokens [B, T + 1]; where documents are apart, END ends one after `DOCUMENT` tokens on average."""
+        rng, shape = np.random.default_rng(0), (self.batch, self.sequence + 1)
+        tokens = rng.integers(END + 1, vocab, shape, dtype=np.int32)
+        return np.where(rng.uniform(size=shape) < 1 / DOCUMENT, END, tokens) if self.documents == "apart" else tokens
+
     def run(self) -> RunConfig:
         """The run whose step is timed."""
         run = run_preset(self.preset)
-        data = dataclasses.replace(run.data, batch=self.batch, sequence=self.sequence)
+        apart = self.documents == "apart"
+        data = dataclasses.replace(run.data, batch=self.batch, sequence=self.sequence, separate_documents=apart)
         model = dataclasses.replace(run.model, gradient_bits=self.gradient_bits)
         changes: dict[str, Any] = {"remat": self.remat, "kernels": self.kernels}
+        changes["optim"] = dataclasses.replace(run.optim, moments=self.moments)
         changes["precision"] = self.unoptimised or run.precision
         return dataclasses.replace(run, model=model, data=data, **changes)
 
@@ -63,6 +75,11 @@ FULL = (
     StepCase("matmul-free-1.3b", 2, 8192, gradient_bits=8),
     StepCase("transformer++-370m", 8, 2048),
     StepCase("matmul-free-370m", 8, 2048),
+    StepCase("transformer++-1.3b", 8, 2048, documents="apart"),
+    StepCase("matmul-free-1.3b", 8, 2048, documents="apart"),
+    StepCase("transformer++-1.3b", 2, 8192, documents="apart"),
+    StepCase("matmul-free-1.3b", 8, 2048, moments="bfloat16"),
+    StepCase("matmul-free-1.3b", 8, 2048, moments="int8"),
     StepCase("matmul-free-1.3b", 8, 2048, remat="mixer"),
     StepCase("matmul-free-1.3b", 8, 2048, remat="codes"),
     StepCase("matmul-free-1.3b", 8, 2048, unoptimised="bfloat16"),
@@ -75,6 +92,8 @@ SMALL = (
     StepCase("transformer++-tiny", 2, 64),
     StepCase("matmul-free-tiny", 2, 64),
     StepCase("matmul-free-tiny", 2, 64, gradient_bits=8),
+    StepCase("transformer++-tiny", 2, 64, documents="apart"),
+    StepCase("matmul-free-tiny", 2, 64, moments="int8"),
     StepCase("matmul-free-tiny", 2, 64, unoptimised="float32"),
 )
 FULL_MEMORY = (
@@ -98,7 +117,7 @@ def measure(case: StepCase, limits: dict[str, float] | None) -> dict[str, Any]:
     not run: it has no times.
     """
     run = case.run()
-    program = make_program(program_key(run, end_of_document=None))
+    program = make_program(program_key(run, end_of_document=END))
     step = _unoptimised(run, program) if case.unoptimised else program.train_step
     shape = (case.batch, case.sequence + 1)
     with jax.set_mesh(program.mesh):
@@ -119,7 +138,7 @@ def measure(case: StepCase, limits: dict[str, float] | None) -> dict[str, Any]:
         if memory["total"] > held:
             return asked | dict.fromkeys(TIMES)
         state, rate = program.init(jax.random.key(0)), program.repeat(np.float32(1e-4))
-        batch = program.place(np.random.default_rng(0).integers(0, run.model.vocab, shape, dtype=np.int32))
+        batch = program.place(case.tokens(run.model.vocab))
         seconds, loss = [], float("nan")
         # Steps of a round are queued without waiting, as in training; the loss of the last one waits for all of them.
         for steps in [WARM, *[STEPS] * ROUNDS]:

@@ -22,6 +22,7 @@ from mmfree_jax.evaluation.loss import Sums
 from mmfree_jax.files import cache_folder
 from mmfree_jax.inference.packed import is_packed, read_packed
 from mmfree_jax.output import program
+from mmfree_jax.remote.reading import fetched
 from mmfree_jax.weights import model_config
 
 SHOWN = ("run_id", "corpus", "loss", "loss_se", "perplexity", "bpb", "val_tokens", "val_documents")
@@ -87,10 +88,12 @@ class EvaluateArguments:
 
 def evaluate(arguments: list[str]) -> int:
     """Score models."""
-    options = parse(EvaluateArguments, arguments, f"{program()} evaluate")
+    options = parse(EvaluateArguments, arguments, f"{program()} evaluate", urls=("models", "against"))
     several = options.group.join()
     check_settings()
     check_platform()
+    here = lambda paths: tuple(fetched(path, options.checkpoints) for path in paths)
+    options = dataclasses.replace(options, models=here(options.models), against=here(options.against))
     if options.tasks:
         require(not several, "tasks are asked by one process, with all of its devices")
         _tasks(options)

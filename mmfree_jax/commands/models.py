@@ -19,6 +19,7 @@ from mmfree_jax.inference.sampling import PLAIN, Sampling
 from mmfree_jax.inference.text import load_text_model, text_files
 from mmfree_jax.interop.huggingface import load_huggingface, read_origin
 from mmfree_jax.output import program
+from mmfree_jax.remote.reading import fetched
 from mmfree_jax.weights import model_config, save_model
 
 
@@ -87,11 +88,11 @@ def import_model(arguments: list[str]) -> int:
 
 def generate(arguments: list[str]) -> int:
     """Print what a model makes of prompts: the text of one as it comes, those of a file as JSON."""
-    options = parse(GenerateArguments, arguments, f"{program()} generate")
+    options = parse(GenerateArguments, arguments, f"{program()} generate", urls=("model",))
     require(options.max_tokens >= 1, f"--max-tokens {options.max_tokens}: must be at least 1")
     require(not (options.prompt and options.file), "give --prompt or --file, not both")
     use_compile_cache(cache_folder() / "compiled")
-    model = load_text_model(options.model, options.dtype, options.embedding)
+    model = load_text_model(fetched(options.model), options.dtype, options.embedding)
     settings: dict[str, Any] = {
         "max_tokens": options.max_tokens,
         "stop": options.stop,
@@ -123,16 +124,15 @@ def serve(arguments: list[str]) -> int:
 
 def export_model(arguments: list[str]) -> int:
     """Convert a model into a Hugging Face folder, a packed folder or a GGUF file."""
-    options = parse(ExportArguments, arguments, f"{program()} export")
+    options = parse(ExportArguments, arguments, f"{program()} export", urls=("model",))
     # An option of another format would be ignored without a word, and the user would believe it had been heeded.
     for name, default, only in (("type", "auto", "gguf"), ("layout", "planes", "packed")):
         value = getattr(options, name)
         require(value == default or options.format == only, f"--{name} {value} is of --format {only}")
     require(options.dtype is None or options.format != "gguf", "--format gguf has --type, not --dtype")
-    api.export(
-        options.model, options.out, options.dtype, format=options.format, type=options.type, layout=options.layout
-    )
-    config = model_config(options.model)
+    model = fetched(options.model)
+    api.export(model, options.out, options.dtype, format=options.format, type=options.type, layout=options.layout)
+    config = model_config(model)
     padding = config.vocab - config.tokenizer_vocab if config.tokenizer_vocab else 0
     left_out = f", without {padding} tokens of padding" if padding > 0 else ""
     print(f"{config.family}, {parameters(config).total:,} parameters{left_out} · {options.out}")

@@ -1,6 +1,7 @@
 """The verbs `study` and `sweep`: run an experiment, or say where it stands."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -9,13 +10,17 @@ from rich.console import Console
 
 from mmfree_jax.command_line import parse
 from mmfree_jax.config import require
+from mmfree_jax.files import url_of
 from mmfree_jax.output import line_printer, program
+from mmfree_jax.remote.reading import fetched
+from mmfree_jax.remote.working import NotCopied, working_folder
 from mmfree_jax.sweep import study as flow
 from mmfree_jax.sweep.executor import Executor
 from mmfree_jax.sweep.experiment import load_study
 from mmfree_jax.sweep.local import this_machine
 from mmfree_jax.sweep.render import Cloud, render
 from mmfree_jax.sweep.slurm import Slurm, SlurmExecutor
+from mmfree_jax.training.interrupt import PREEMPTED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +30,7 @@ class SweepArguments:
     experiment: tyro.conf.Positional[Path]
     """Python file that defines study()."""
     out: Path
-    """Folder for the runs. A sweep that is already there is continued."""
+    """Folder for the runs, or a URL such as s3://BUCKET/SWEEP. A sweep that is already there is continued."""
     slots: int = 0
     """Workers on each GPU (0: one, or several if the models are small).
     Without GPUs, workers in total (0: one for each CPU core).
@@ -61,7 +66,7 @@ def sweep(arguments: list[str]) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    options = parse(SweepArguments, arguments, f"{program()} {verb}")
+    options = parse(SweepArguments, arguments, f"{program()} {verb}", urls=("out",))
     modes = [name for name in ("dry_run", "status", "collect", "render") if getattr(options, name)]
     flags = " and ".join(f"--{name.replace('_', '-')}" for name in modes)
     require(len(modes) < 2, f"{flags} are asked for together: choose one")
@@ -76,13 +81,16 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     # --status, --collect and --render need no device and no executor: they work on a laptop while the sweep runs on a
     # cluster.
-    declared = load_study(options.experiment)
+    declared, url = load_study(options.experiment), url_of(options.out)
     if options.status:
-        print("\n".join(flow.status_lines(declared, options.out)))
+        print("\n".join(flow.status_lines(declared, fetched(options.out))))
         return 0
     if options.collect:
-        print(f"runs table: {flow.collect(options.out, declared.runs)}")
+        with working_folder(options.out) as out:
+            print(f"runs table: {flow.collect(out, declared.runs)}")
         return 0
+    where = "work in a folder that they share: mount the bucket, or leave this out"
+    require(not (url and (options.executor == "slurm" or options.render)), f"--out {url}: jobs of a cluster {where}")
     if options.render:
         target = declared, options.experiment, options.out, options.render
         print(*render(*target, options.cloud, options.limit_hours), sep="\n")
@@ -99,4 +107,12 @@ def _run(verb: str, arguments: list[str]) -> int:
         print("\n".join(flow.plan_lines(declared, executor)))
         return 0
     run = flow.run_study if verb == "study" else flow.sweep
-    return run(declared, options.out, console, executor, options.again)
+    try:
+        with working_folder(options.out) as out:
+            status = run(declared, out, console, executor, options.again)
+        if url:
+            print(f"all of it is in {url}")
+        return status
+    except NotCopied as error:
+        print(error, file=sys.stderr)
+        return PREEMPTED

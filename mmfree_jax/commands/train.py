@@ -13,13 +13,14 @@ from mmfree_jax import api, distributed
 from mmfree_jax.command_line import parse
 from mmfree_jax.config import RunConfig
 from mmfree_jax.devices import check_platform, use_compile_cache
-from mmfree_jax.files import cache_folder
+from mmfree_jax.files import cache_folder, url_of
 from mmfree_jax.lowering.out_of_memory import explained
 from mmfree_jax.output import line_printer, program
 from mmfree_jax.presets import PRESETS, run_preset
+from mmfree_jax.remote.working import NotCopied, working_folder
 from mmfree_jax.sweep.view import follow
 from mmfree_jax.training import loop
-from mmfree_jax.training.interrupt import Interrupted
+from mmfree_jax.training.interrupt import PREEMPTED, Interrupted
 from mmfree_jax.training.profiling import step_range
 from mmfree_jax.weights import with_initial_weights
 
@@ -54,7 +55,7 @@ class TrainArguments:
     """Train one run. If OUT already holds it, it is resumed. Any field of the preset can be overridden."""
 
     out: Path
-    """Folder of the run."""
+    """Folder of the run, or a URL such as s3://BUCKET/RUN."""
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
     profile: str = ""
     """FROM:TO writes a profiler trace of these steps to OUT/profile (for TensorBoard or Perfetto)."""
@@ -72,14 +73,22 @@ def train(arguments: list[str]) -> int:
     preset, *rest = arguments
     # The preset is the default of every flag, so `train PRESET --help` shows the values that the run would have.
     default = TrainArguments(out=tyro.MISSING, run=run_preset(preset))
-    options = parse(TrainArguments, rest, f"{program()} train {preset}", default)
+    options = parse(TrainArguments, rest, f"{program()} train {preset}", default, ("out",))
     profile_steps = step_range(options.profile)
     # Before anything asks JAX for its devices: afterwards a process can no longer join the others.
     if options.group.join():
         print(distributed.process_table(), flush=True)
     check_platform()
-    out, run = options.out, with_initial_weights(options.run, preset, options.out)
+    try:
+        with working_folder(options.out) as out:
+            return _train(options, preset, out, profile_steps)
+    except NotCopied as error:
+        print(error, file=sys.stderr)
+        return PREEMPTED
 
+
+def _train(options: TrainArguments, preset: str, out: Path, profile_steps: range) -> int:
+    run = with_initial_weights(options.run, preset, out)
     # One process speaks for all; the others would print the same lines.
     console = Console(quiet=jax.process_index() > 0)
     say = line_printer(console)
@@ -95,5 +104,5 @@ def train(arguments: list[str]) -> int:
     loss = "done"
     if result["loss"] is not None:
         loss = f"held-out loss {result['loss']:.4f} nats a token, {result['bpb']:.4f} bits a byte"
-    say(f"{loss} · {out}")
+    say(f"{loss} · {url_of(options.out) or out}")
     return 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mmfree_jax.config import require
 from mmfree_jax.data.building import card as cards
 from mmfree_jax.data.building.build import Recipe, build, train_tokenizer, unreadable
 from mmfree_jax.data.building.embedded import EMBEDDED, build_embedded
@@ -20,6 +21,7 @@ from mmfree_jax.data.building.tiers import build_tier
 from mmfree_jax.data.corpora import NAMED, resolve_corpus, tier_folder
 from mmfree_jax.data.reading.token_set import READABLE_CARD, TokenSet
 from mmfree_jax.data.tokenizers import tokenizer as tokenization
+from mmfree_jax.files import url_of
 from mmfree_jax.output import program
 
 _OWN_INPUT = ("key", "skip_bad", "raw", "english", "shortest", "dedup", "held_out")  # options of `build`
@@ -117,6 +119,8 @@ def _build(options: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `corpus` with the given arguments. Raises ValueError for wrong usage, and what the verbs raise."""
     options = _parser().parse_args(argv)
+    for path in (getattr(options, name, None) for name in ("out", "set")):
+        require(path is None or not url_of(path), f"{path and url_of(path)} is a URL: give a path of this machine")
     if options.verb == "build":
         _build(options)
     elif options.verb == "info":

@@ -4,6 +4,7 @@ CUDA plugin of JAX. Nothing is computed, and no accelerator is needed.
 python -m mmfree_jax.lowering.compiled DEVICE < config.json     # prints what the compiler says as JSON
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,9 +138,23 @@ def compile_step(run: RunConfig, device_name: str) -> Any:
     from mmfree_jax.sharding import make_mesh
 
     device, mesh = DEVICES[device_name], make_mesh(run.mesh, absent_devices(device_name, run.mesh.devices))
-    with traced_for(device.platform), compiled_for(), kernels_assumed(device.kernels):
+    known = capability_known(device_name) if device.platform == "cuda" else contextlib.nullcontext()
+    with traced_for(device.platform), compiled_for(), kernels_assumed(device.kernels), known:
         _, traced = traced_step(run, mesh, lambda mesh: use_abstract_mesh(mesh.abstract_mesh))
         return traced.lower().compile()
+
+
+@contextlib.contextmanager
+def capability_known(device_name: str) -> Iterator[None]:
+    """Let JAX's attention know an absent GPU: it asks the one that is here how wide heads may be, and there is none."""
+    from jax._src.cudnn import fused_attention_stablehlo as attention
+
+    major = int(GPUS[device_name][0].removeprefix("major: "))
+    asks, attention.check_compute_capability = attention.check_compute_capability, lambda least: float(least) <= major
+    try:
+        yield
+    finally:
+        attention.check_compute_capability = asks
 
 
 def described(run: RunConfig, device_name: str) -> Compiled:

@@ -19,6 +19,7 @@ from mmfree_jax.lowering.program import Report
 # stack.
 
 BLOCK = 128  # steps that attention's kernel for TPUs takes at once
+QUERIES_AT_ONCE = 256  # whose scores are made at once without a kernel (ops/fast/choice.py, which loads JAX)
 LOGITS = 2**26  # of a chunk of tokens in the loss (ops/cross_entropy.py)
 
 
@@ -157,7 +158,7 @@ def memory(run: RunConfig, report: Report, device: Device) -> Memory:
 
     # The working set: of one layer's backward pass or of a chunk of the loss (logits, exponentials and their gradient).
     backward = item * (4 * model.width + 12 * model.glu_width / mesh.tensor)  # gradients and inputs of one GLU
-    scores = 2 * _scores(run, device)
+    scores = 2 * _scores(run, device)[1]
     logits = 10 * min(LOGITS, tokens_per_device(run) * model.vocab / mesh.tensor)
     # With fsdp: all-gathered weights of one layer and of the head in bfloat16, and their gradients before the
     # reduce-scatter, the head's in float32.
@@ -185,7 +186,7 @@ def all_residuals(run: RunConfig, device: Device) -> float:
     """Return the residuals of all layers."""
     residuals, shards = layer_residuals(run, device), run.mesh.fsdp * run.mesh.tensor
     weights = residuals.weights * flops.parameters(run.model).N_nonemb / shards
-    scores = _scores(run, device) if run.remat == "none" else 0.0
+    scores = _scores(run, device)[0] if run.remat == "none" else 0.0
     return run.model.depth * (_layer(run, residuals) + scores) + weights
 
 
@@ -199,20 +200,28 @@ def _layer(run: RunConfig, residuals: Residuals) -> float:
 
 
 def whole_scores(run: RunConfig, device: Device) -> bool:
-    """Return whether attention computes all scores at once, because no fused kernel is available."""
+    """Return whether attention's scores go through memory, because no fused kernel is available."""
     if run.model.mixer != "attention":
         return False
     if device.platform == "tpu":
         whole_blocks = run.mesh.sequence == 1 or run.data.sequence % (run.mesh.sequence * BLOCK) == 0
         return not (device.kernels and run.kernels == "auto" and whole_blocks)
-    fused = device.platform == "cuda" and run.mesh.sequence == 1 and not run.data.separate_documents
+    # Documents are kept apart by a checked kernel; without them the library serves everywhere.
+    apart = not run.data.separate_documents or (device.kernels and run.kernels == "auto")
+    fused = device.platform == "cuda" and run.mesh.sequence == 1 and apart
     return not (fused and run.precision != "float32")
 
 
-def _scores(run: RunConfig, device: Device) -> float:
-    """One layer's scores in float32 and their softmax, if attention computes them at once."""
-    heads = run.model.heads / run.mesh.tensor
-    return _item(run) * heads * run.data.sequence * 6 if whole_scores(run, device) else 0.0
+def _scores(run: RunConfig, device: Device) -> tuple[float, float]:
+    """One layer's scores in float32 and their softmax that are kept, and those that are there at once.
+
+    Long windows make them a block of queries at a time, and again in the backward pass.
+    """
+    if not whole_scores(run, device):
+        return 0.0, 0.0
+    queries = run.data.sequence / run.mesh.sequence
+    whole = _item(run) * run.model.heads / run.mesh.tensor * run.data.sequence * 6
+    return (0.0, whole * QUERIES_AT_ONCE / queries) if queries > QUERIES_AT_ONCE else (whole, whole)
 
 
 def _item(run: RunConfig) -> float:

@@ -17,7 +17,7 @@ from mmfree_jax.lowering.program import Report, Traffic
 PRODUCTS, COPY = 0.70, 0.69  # shares of the data sheet: 691 of 989 TFLOP/s, 3.31 of 4.8 TB/s
 ATTENTION = 0.55  # share of the rate of products
 LINKS = 0.80  # share of a link's data sheet; assumed
-ADAM = 28  # bytes for each parameter: four reads and three writes of float32
+ADAM = 12  # bytes for each parameter: gradient and weight are read, the weight is written; the moments come on top
 
 # Bytes for each token and unit of width that element-wise work of a layer reads and writes, forward and backward, in
 # bfloat16, from profiles of the two main families. A quarter of it belongs to the forward pass.
@@ -79,7 +79,7 @@ def step_time(run: RunConfig, report: Report, device: Device) -> StepTime:
         tokens * products,
         tokens * attention,
         tokens * moved / memory_rate,
-        ADAM * report.parameters / 4 / memory_rate,
+        (ADAM * report.parameters / 4 + 2 * report.optimizer) / memory_rate,
         communication(report.traffic, device),
     )
 

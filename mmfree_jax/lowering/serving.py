@@ -24,6 +24,7 @@ from mmfree_jax.inference.generate import PIECE, TOP
 from mmfree_jax.inference.model import Place
 from mmfree_jax.inference.packed import Stored, abstract_tensors, is_packed, read_packed, served_config
 from mmfree_jax.lowering.memory import Parts
+from mmfree_jax.ops.fast.cpu import half_product
 from mmfree_jax.ops.fast.cpu.library import memory_rate
 from mmfree_jax.ops.packed import Layout
 from mmfree_jax.output import program
@@ -161,7 +162,8 @@ def _working(config: ModelConfig, options: ServingArguments, item: int) -> float
 
 
 def _converted(config: ModelConfig, options: ServingArguments) -> float:
-    """Bytes in bfloat16 of the matrices that XLA's CPU compiler, which has no such products, makes float32 of."""
+    """Bytes in bfloat16 of the matrices that XLA makes float32 of on a CPU, where it has no such products: of prompts'
+    tokens, or of all without a C++ compiler."""
     if options.device != "cpu" or options.stored != "bfloat16":
         return 0.0
     tensors = abstract_tensors(config, options.stored, options.layout)
@@ -174,7 +176,8 @@ def bytes_read(config: ModelConfig, options: ServingArguments) -> tuple[float, f
     tensors = abstract_tensors(config, options.stored, options.layout)
     item = jnp.dtype(options.dtype).itemsize
     lookup = 0 if config.tie_embeddings else next(one.size for one in tensors if one.name == "embedding")
-    weights = sum(one.size for one in tensors) - lookup + _converted(config, options)
+    copied = 0.0 if half_product.supports(options.batch) else _converted(config, options)
+    weights = sum(one.size for one in tensors) - lookup + copied
     state = flops.decode_state_bytes(config, options.context, item) * (1 if config.mixer == "attention" else 2)
     return weights, options.batch * (state + 4 * 4 * config.vocab + config.width * item)
 

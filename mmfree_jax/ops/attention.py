@@ -20,7 +20,7 @@ def causal_attention(
     Args:
         q_BTHK: queries of H heads.
         k_BTJK, v_BTJK: keys and values of J heads; H is a multiple of J.
-        segments_BT: document ids; None is one document a row.
+        segments_BT: ids that tell each document, a run of tokens, from the next; None is one document a row.
 
     Returns:
         [B, T, H, K] of v's type; scores and softmax are in at least float32.

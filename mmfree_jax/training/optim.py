@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from mmfree_jax.config import ModelConfig, OptimConfig, Optimizer
+from mmfree_jax.training.moments import stored
 from mmfree_jax.training.muon import scale_by_muon
 
 # Rate and weight decay are arguments of the compiled step, so that all runs of one shape share one program: trunks,
@@ -82,7 +83,10 @@ def make_optimizer(config: OptimConfig, model: ModelConfig) -> optax.GradientTra
         in_block = lambda path: bool({"blocks", "lower_bounds"} & {str(getattr(key, "key", key)) for key in path})
         chain.append(_scaled_by(lambda path: gradient_factor(model, in_block(path))))
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
-    chain.append(_by_role(scale_by_muon(config.momentum), adam) if config.optimizer == "muon" else adam)
+    if config.moments != "float32":  # vectors are few, and a block of them would mix what belongs to different layers
+        adam = _by_role(DECAYED, stored(adam, config.moments), adam)
+    muon = stored(scale_by_muon(config.momentum), config.moments)
+    chain.append(_by_role(("matrix",), muon, adam) if config.optimizer == "muon" else adam)
     factors = role_factors(config, model)
     if any(factor != 1 for factor in factors.values()):
         chain.append(_scaled_by(lambda path: factors[role_of(path)]))
@@ -140,21 +144,20 @@ def gradient_factor(config: ModelConfig, in_block: bool) -> float:
 
 
 def _by_role(
-    matrices: optax.GradientTransformation, others: optax.GradientTransformation
+    roles: tuple[Role, ...], first: optax.GradientTransformation, others: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """One transformation for the blocks' matrices, another for the rest. Updates and parameters are nnx.States.
+    """One transformation for parameters of these roles, another for the rest. Updates and parameters are nnx.States.
 
     States are split instead of masked (`optax.partition`), so that their sharding and checkpoints need no exceptions.
     """
 
-    divide = lambda tree: nnx.split_state(tree, lambda path, _: role_of(path) == "matrix", ...)
+    divide = lambda tree: nnx.split_state(tree, lambda path, _: role_of(path) in roles, ...)
 
-    init = lambda params: tuple(one.init(part) for one, part in zip((matrices, others), divide(params), strict=True))
+    init = lambda params: tuple(one.init(part) for one, part in zip((first, others), divide(params), strict=True))
 
     def update(updates: Any, state: tuple, params: Any = None) -> tuple[Any, tuple]:
-        mine, rest = divide(updates)
-        mine, first = matrices.update(mine, state[0])
-        rest, second = others.update(rest, state[1])
-        return nnx.merge_state(mine, rest), (first, second)
+        parts = zip((first, others), divide(updates), state, strict=True)
+        (mine, after), (rest, after_rest) = (one.update(part, kept) for one, part, kept in parts)
+        return nnx.merge_state(mine, rest), (after, after_rest)
 
     return optax.GradientTransformation(init, update)

@@ -19,6 +19,7 @@ from scaling.fitting.sensitivity import CUSTOMARY_DELTA
 from scaling.laws.forms import LAWS
 from scaling.spec import Spec
 from scaling.tables.curves import annealed, sweep_curves
+from scaling.tables.remote import is_url, local
 from scaling.tables.runs import Runs, ScalingError, as_number
 
 Run = Callable[[argparse.Namespace], int]
@@ -54,9 +55,24 @@ def count(text: str) -> int:
     return int(text)
 
 
+def runs_place(text: str) -> Path:
+    try:
+        return local(text)
+    except ScalingError as error:  # argparse would hide the message of any other error
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_here(text: str) -> Path:
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL: give a path of this machine")
+    return Path(text)
+
+
 def table_arguments(verb: argparse.ArgumentParser) -> None:
     """The table of runs and what is read from it: see `read_table`."""
-    verb.add_argument("runs", type=Path, help="CSV, JSONL or Parquet table, or a folder of runs")
+    verb.add_argument(
+        "runs", type=runs_place, help="CSV, JSONL or Parquet table, or a folder of runs; or the URL of one"
+    )
     verb.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="e.g. N=params")
     verb.add_argument("--set", action="append", default=[], metavar="COLUMN=VALUE", help="a column of one value")
     verb.add_argument(
@@ -129,7 +145,7 @@ def accuracy_argument(verb: argparse.ArgumentParser) -> None:
 
 
 def out_argument(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--out", type=Path, help="folder for the full report (HTML, figures, fit.json)")
+    verb.add_argument("--out", type=path_here, help="folder for the full report (HTML, figures, fit.json)")
 
 
 def assignments(pairs: Sequence[str], flag: str) -> dict[str, str]:

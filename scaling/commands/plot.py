@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from scaling.commands.arguments import new_verb, read_table, table_arguments
+from scaling.commands.arguments import new_verb, path_here, read_table, table_arguments
 from scaling.commands.output import OK, print_json
 from scaling.tables.curves import sweep_curves
 from scaling.tables.runs import ScalingError
@@ -16,7 +15,7 @@ def add(verbs: Any) -> None:
     verb = new_verb(verbs, "plot", run, "draw end points and whole curves")
     table_arguments(verb)
     verb.add_argument("--x", default="flops", choices=("flops", "D", "N"))
-    verb.add_argument("--out", type=Path, required=True, help="PNG, SVG or PDF file")
+    verb.add_argument("--out", type=path_here, required=True, help="PNG, SVG or PDF file")
 
 
 def run(a: argparse.Namespace) -> int:

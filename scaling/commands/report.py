@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from scaling.analysis import Analysis
-from scaling.commands.arguments import new_verb, read_table, spec_arguments, spec_of, table_arguments
+from scaling.commands.arguments import new_verb, path_here, read_table, spec_arguments, spec_of, table_arguments
 from scaling.commands.output import OK, exit_code
 from scaling.tables.curves import sweep_curves
 
@@ -16,7 +15,7 @@ def add(verbs: Any) -> None:
     verb = new_verb(verbs, "report", run, "fits, comparison, figures and verdict in one folder")
     table_arguments(verb)
     spec_arguments(verb)
-    verb.add_argument("--out", type=Path, required=True, help="folder to write into")
+    verb.add_argument("--out", type=path_here, required=True, help="folder to write into")
     verb.add_argument("--title", default="", help="of the page (default: the families)")
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from scaling.tables.arithmetic import evaluated, formula
 from scaling.tables.equal import Equal
 from scaling.tables.readers import ScalingError, read_rows
+from scaling.tables.remote import local
 
 REQUIRED = ("run_id", "family", "N", "D", "loss")
 POSITIVE = ("N", "D", "loss", "N_nonemb", "U", "flops", "bpb", "batch_tokens", "seq_len", "vocab", "joules", "seconds")
@@ -111,14 +112,15 @@ class Runs(Equal):
         allow_midrun: bool = False,
     ) -> Runs:
         """Reads a CSV, JSONL or Parquet file, a sweep directory (its `runs.csv`, or else `runs/*/result.json`), or a
-        folder of Weights & Biases or TensorBoard runs.
+        folder of Weights & Biases or TensorBoard runs; or the URL of one, such as s3://BUCKET/SWEEP.
 
         `columns` maps our name to the table's ("N" -> "params"; a loss read from "bpb" is in bits per byte);
         `constants` adds a column of one value; `where` keeps the rows for which every condition holds ("family=llama",
         "flops>=1e19", or a mapping name -> value).
         Raises ScalingError on anything that would make a fit meaningless.
         """
-        rows, digest = read_rows(Path(path))
+        here = local(path)
+        rows, digest = read_rows(here)
         rows = rename_columns(rows, columns or {})
         unit = {"loss_unit": BITS} if (columns or {}).get("loss") == "bpb" else {}
         rows = [row | unit | dict(constants or {}) for row in rows]
@@ -128,7 +130,7 @@ class Runs(Equal):
         if len(kept) < len(rows):
             conditions = " and ".join("".join(condition) for condition in parse_where(where))
             runs = replace(runs, notes=(*runs.notes, f"{len(kept)} of {len(rows)} rows kept: {conditions}"))
-        return replace(runs, source=Path(path).name, sha256=digest)
+        return replace(runs, source=here.name, sha256=digest)
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]], allow_midrun: bool = False) -> Runs:

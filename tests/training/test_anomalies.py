@@ -4,8 +4,11 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +28,10 @@ from mmfree_jax.training.loop import train
 from mmfree_jax.training.metrics import Diverged
 from mmfree_jax.training.step import make_program, program_key
 from mmfree_jax.weights import load_params
+from tests.compiling import xla_flags
 from tests.conftest import MAIN_FAMILIES, read_metrics, tiny_run
+from tests.simulated import ROOT
+from tests.test_distributed import finish, free_port
 from tests.training.stopping import stop_after
 
 TIMED = ("tokens_per_s", "mfu", "data_wait_s", "seconds", "joules", "attempts", "peak_memory_bytes", "fingerprint")
@@ -178,8 +184,8 @@ def spiking_run(token_set, **changes) -> RunConfig:
     return dataclasses.replace(run, spike_sigmas=1.5, on_spike="rewind", evaluate=False, **changes)
 
 
-def with_spike(monkeypatch, config: RunConfig, first: int, last: int) -> None:
-    """Batches read while the data stand between two examples are of one rare token: their loss is high."""
+def with_batches(monkeypatch, choose) -> None:
+    """Replaces batches: `choose`, given the example where the data stand and a shape, returns other tokens or None."""
     real = loop._batches
 
     def batches(config, program, token_set, start):
@@ -195,17 +201,27 @@ def with_spike(monkeypatch, config: RunConfig, first: int, last: int) -> None:
 
             def __next__(self):
                 at, tokens = rows.state, own(rows)
-                strange = np.random.default_rng(at).integers(200, 257, tokens.shape, np.int32)
-                return program.place(strange) if first <= at < last else tokens
+                strange = choose(at, tokens.shape)
+                return tokens if strange is None else program.place(strange)
 
         return Strange()
 
     monkeypatch.setattr(loop, "_batches", batches)
 
 
+def rare(at: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Tokens that the text does not have: their loss is high."""
+    return np.random.default_rng(at).integers(200, 257, shape, np.int32)
+
+
+def with_spike(monkeypatch, first: int, last: int) -> None:
+    """Batches read while the data stand between two examples are of rare tokens."""
+    with_batches(monkeypatch, lambda at, shape: rare(at, shape) if first <= at < last else None)
+
+
 def test_a_spike_is_undone_past_its_batches_and_again_after_a_kill(token_set, tmp_path, monkeypatch):
     config = spiking_run(token_set)
-    with_spike(monkeypatch, config, 25 * 4, 28 * 4)  # steps 26 to 28
+    with_spike(monkeypatch, 25 * 4, 28 * 4)  # steps 26 to 28
     result = train(config, tmp_path / "whole", token_set)
     assert result["rewinds"] == 1
     log = (tmp_path / "whole" / "log.txt").read_text()
@@ -227,7 +243,7 @@ def test_a_spike_is_undone_past_its_batches_and_again_after_a_kill(token_set, tm
 
 def test_a_spike_is_only_logged_unless_the_run_is_to_go_back(token_set, tmp_path, monkeypatch):
     config = spiking_run(token_set)
-    with_spike(monkeypatch, config, 25 * 4, 30 * 4)
+    with_spike(monkeypatch, 25 * 4, 30 * 4)
     logged = dataclasses.replace(config, on_spike="log")
     assert train(logged, tmp_path / "logged", token_set)["rewinds"] == 0
     assert (tmp_path / "logged" / "log.txt").read_text().count("loss spike:") == 1
@@ -248,3 +264,77 @@ def test_the_columns_are_only_there_if_they_were_asked_for(token_set, tmp_path):
     result = train(config, tmp_path, token_set)
     assert not {"skipped_steps", "rewinds"} & result.keys()
     assert "skipped" not in json.dumps(read_metrics(tmp_path))
+
+
+TOGETHER = """
+import dataclasses, json, shutil, sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np, pytest
+from mmfree_jax import distributed
+from mmfree_jax.config import MeshConfig
+from mmfree_jax.data import TokenSet
+from mmfree_jax.training import loop, step
+from tests.training.test_anomalies import rare, spiking_run, timeless, with_batches
+
+token_set, out, index, address = TokenSet.open(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+distributed.join(distributed.Group(address, 2, index), 120)
+patch = pytest.MonkeyPatch()
+real = step._gradients
+
+def gradients(graphdef, key, params, tokens_BT):
+    factor = jnp.where((tokens_BT == 7).all(), jnp.nan, 1.0)
+    return jax.tree.map(lambda a: a * factor, real(graphdef, key, params, tokens_BT))
+
+def choose(at, shape):
+    if at in (72, 76):  # steps 19 and 20
+        return np.full(shape, 7, np.int32)
+    return rare(at, shape) if 25 * 4 <= at < 28 * 4 else None
+
+patch.setattr(step, "_gradients", gradients)
+with_batches(patch, choose)
+run = dataclasses.replace(spiking_run(token_set), skip_nonfinite=3, keep_checkpoints=9, mesh=MeshConfig(data=2))
+rewound, before_spike = [], loop._before_spike
+
+def noted(*arguments):
+    found = before_spike(*arguments)
+    rewound.append([found[1].step, found[1].data])
+    return found
+
+patch.setattr(loop, "_before_spike", noted)
+found = [timeless(loop.train(run, out / "whole", token_set, check_first=False))]
+
+def kill():
+    shutil.copytree(out / "whole", out / "killed")
+    (out / "killed" / "result.json").unlink()
+    for later in (24, 30, 36, 40):  # so that it comes to all of it again
+        shutil.rmtree(out / "killed" / "checkpoints" / str(later))
+
+distributed.first_does(kill)
+found.append(timeless(loop.train(run, out / "killed", token_set, check_first=False)))
+print(json.dumps([*found, rewound]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_decide_the_same_and_again_after_a_kill(token_set, tmp_path):
+    """Steps 19 and 20 are not finite, and a spike comes at step 26."""
+    address, environment = f"127.0.0.1:{free_port()}", {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()}
+    begin = lambda index: subprocess.Popen(
+        [sys.executable, "-c", TOGETHER, str(token_set.path), str(tmp_path), str(index), address],
+        env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    ended = finish([begin(0), begin(1)])
+    assert [status for status, *_ in ended] == [0, 0], ended
+    first, second = (json.loads(said.splitlines()[-1]) for _, said, _ in ended)
+    assert first == second
+    whole, killed, rewound = first
+    assert rewound == [[24, 112]] * 2
+    assert killed == whole
+    assert (whole["skipped_steps"], whole["rewinds"]) == (2, 1)
+    rows, again = ([timeless(row) for row in read_metrics(tmp_path / name)] for name in ("whole", "killed"))
+    assert again == rows
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    log = (tmp_path / "killed" / "log.txt").read_text()
+    assert "step 19: loss nan and gradient norm nan, not applied; batch and state are in anomalies/19" in log
+    assert log.count("rewound to step 24; goes on with example 112") == 1
+    assert np.load(tmp_path / "whole" / "anomalies" / "19" / "batch.npy").tolist() == [[7] * 33] * 4

@@ -26,6 +26,7 @@ from mmfree_jax.inference.serving.bodies import Limits
 from mmfree_jax.inference.serving.chat import find_chat_template
 from mmfree_jax.inference.text import TextModel, load_text_model
 from mmfree_jax.output import program
+from mmfree_jax.remote.reading import fetched
 
 KEY = "MMFREE_API_KEY"  # environment variable: a key on the command line could be read by other users
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -67,7 +68,7 @@ class ServeArguments:
 
 def main(arguments: list[str]) -> int:
     """Serve a model until a signal comes."""
-    chosen = parse(ServeArguments, arguments, f"{program()} serve")
+    chosen = parse(ServeArguments, arguments, f"{program()} serve", urls=("model",))
     use_compile_cache(cache_folder() / "compiled")
     service = make_service(chosen)
     if chosen.host not in LOOPBACK and not service.api_key:
@@ -82,6 +83,7 @@ def main(arguments: list[str]) -> int:
 
 def make_service(chosen: ServeArguments) -> Service:
     """Load the model, and compile its programs before the first client waits for them."""
+    chosen = dataclasses.replace(chosen, model=fetched(chosen.model))
     model = load_text_model(chosen.model, chosen.dtype, chosen.embedding)
     chat = find_chat_template(chosen.model, model.tokenizer, chosen.chat_template)
     engine = Engine(model.served, chosen.slots, chosen.context if model.config.mixer == "attention" else 0)

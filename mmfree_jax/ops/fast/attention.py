@@ -53,40 +53,67 @@ def causal_attention(
 
 def _whole(form: str, q_BTHK, k_BTJK, v_BTJK, segments_BT) -> jax.Array:
     if form == "cudnn":
-        return _cudnn(q_BTHK, k_BTJK, v_BTJK)
-    if form == "splash":
+        return cudnn(q_BTHK, k_BTJK, v_BTJK)
+    if form in ("splash", "channels"):
         return kernel_module("attention").causal_attention(q_BTHK, k_BTJK, v_BTJK, segments_BT)
     if form == "rows":
         return _by_rows(q_BTHK, k_BTJK, v_BTJK, segments_BT)
+    if form == "blocks":
+        positions_T = jnp.arange(q_BTHK.shape[1])
+        return _by_blocks(q_BTHK, k_BTJK, v_BTJK, positions_T, segments_BT, segments_BT)
     return attend(q_BTHK, k_BTJK, v_BTJK, visible(segments_BT, q_BTHK.shape[1]))
 
 
-def _cudnn(q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJK: jax.Array) -> jax.Array:
-    """Attention by NVIDIA's fused kernel, which takes head widths of a multiple of 8 and an even number of steps.
+def cudnn(q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJK: jax.Array, scale: float | None = None) -> jax.Array:
+    """Causal attention by NVIDIA's fused kernel, which takes an even number of steps and one head width of queries,
+    keys and values: a multiple of 8. Values may be narrower than queries and keys. scale: of scores, by default K^-1/2.
 
     Zeros fill up the rest, and their part of the result is cut off. They change nothing else: a zero adds nothing to a
     score, and no earlier query sees a key that is added at the end.
     """
     time, width = q_BTHK.shape[1], q_BTHK.shape[-1]
-    fill = lambda a: jnp.pad(a, [(0, 0), (0, time % 2), (0, 0), (0, -width % 8)])
+    widest = width + -width % 8
+    fill = lambda a: jnp.pad(a, [(0, 0), (0, time % 2), (0, 0), (0, widest - a.shape[-1])])
     q, k, v = map(fill, (q_BTHK, k_BTJK, v_BTJK))
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=width**-0.5, implementation="cudnn")
-    return y[:, :time, :, :width]
+    scale = width**-0.5 if scale is None else scale
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=scale, implementation="cudnn")
+    return y[:, :time, :, : v_BTJK.shape[-1]]
 
 
 def _chunk(form: str, q_BTHK, k_BTJK, v_BTJK, segments_BT, axis: str) -> jax.Array:
     """Queries of one chunk of time against the keys and values of all chunks, fetched along a mesh axis."""
     fetch = lambda a: jax.lax.all_gather(a, axis, axis=1, tiled=True)
     k_BSJK, v_BSJK = fetch(k_BTJK), fetch(v_BTJK)
+    segments_BS = None if segments_BT is None else fetch(segments_BT)
     if form == "splash":
-        segments_BS = None if segments_BT is None else fetch(segments_BT)
         chunk = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
         return kernel_module("attention").causal_attention(q_BTHK, k_BSJK, v_BSJK, segments_BT, segments_BS, chunk)
     positions_T = jax.lax.axis_index(axis) * q_BTHK.shape[1] + jnp.arange(q_BTHK.shape[1])
-    seen = positions_T[:, None] >= jnp.arange(k_BSJK.shape[1])
-    if segments_BT is not None:
-        seen = seen & (segments_BT[:, :, None] == fetch(segments_BT)[:, None, :])
-    return attend(q_BTHK, k_BSJK, v_BSJK, seen)
+    return _by_blocks(q_BTHK, k_BSJK, v_BSJK, positions_T, segments_BT, segments_BS)
+
+
+def _by_blocks(q_BTHK, k_BSJK, v_BSJK, positions_T, segments_BT, segments_BS) -> jax.Array:
+    """`attend` from a block of queries of all rows at a time to all keys: memory grows with T, not with its square.
+
+    positions_T: places of the queries among the keys. Scores are recomputed in the backward pass.
+    """
+    (B, T, *_), block = q_BTHK.shape, min(choice.QUERIES_AT_ONCE, q_BTHK.shape[1])
+
+    def cut(a: jax.Array) -> jax.Array:  # into blocks, [n, B, block, ..], the last filled up with zeros
+        filled = jnp.pad(a, [(0, 0), (0, -T % block), *[(0, 0)] * (a.ndim - 2)])
+        return filled.reshape(len(a), -1, block, *a.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def attend_block(operands):
+        q, positions, segments = operands
+        seen = positions[:, :, None] >= jnp.arange(k_BSJK.shape[1])
+        if segments is not None:
+            seen = seen & (segments[:, :, None] == segments_BS[:, None, :])
+        return attend(q, k_BSJK, v_BSJK, seen)
+
+    segments = None if segments_BT is None else cut(segments_BT)
+    y = jax.lax.map(attend_block, (cut(q_BTHK), cut(positions_T[None]), segments))
+    return y.swapaxes(0, 1).reshape(B, -1, *y.shape[3:])[:, :T]
 
 
 def _by_rows(q_BTHK, k_BTJK, v_BTJK, segments_BT) -> jax.Array:

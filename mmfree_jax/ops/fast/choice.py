@@ -31,6 +31,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 STEPS: Names = ("batch", "time", "channels")  # logical names of [B, T, D]
+QUERIES_AT_ONCE = 256  # whose scores are made at once where no kernel keeps them on the chip
 LOGITS_PER_CHUNK = {"cpu": 2**19, "gpu": 2**26, "tpu": 2**26}  # 2 MiB stay in a core's cache; 256 MiB of memory
 HOPPER = ("hopper",)
 MOST_ROWS = 2**31 // (128 * 127)  # whose products of int8 codes an int32 can sum
@@ -255,22 +256,39 @@ def recurrence_form(x_BTD: Any, dtype: Any, gated: bool) -> Literal["kernel", "w
     return "kernel" if verification.serves(use) else other
 
 
-def attention_form(q_BTHK: Any, k_BTJK: Any, segments_BT: Any) -> Literal["full", "rows", "cudnn", "splash"]:
+def attention_form(
+    q_BTHK: Any, k_BTJK: Any, segments_BT: Any
+) -> Literal["full", "blocks", "rows", "cudnn", "channels", "splash"]:
     """The form of attention.
 
-    "full" makes all scores at once; "rows" one row of the batch and one block of queries at a time, up to four times
-    faster on a CPU, where scores then stay in cache; "cudnn" is NVIDIA's fused kernel, which takes half precision, no
-    documents and heads up to a width; "splash" is that for TPUs. Where a mesh cuts time, queries see more keys than
-    there are queries, which only "full" and "splash" know.
+    "full" makes all scores at once, "blocks" those of a block of queries; "rows" those of one row of the batch and one
+    block of queries, up to four times faster on a CPU, where scores then stay in cache; "cudnn" is NVIDIA's fused
+    kernel, which takes half precision, no documents and heads up to a width; "channels" is the same kernel, with more
+    channels that keep documents apart; "splash" is that for TPUs. Where a mesh cuts time, queries see more keys than
+    there are queries, which only "blocks" and "splash" know.
     """
+    unfused: Literal["full", "blocks"] = "full" if q_BTHK.shape[1] <= QUERIES_AT_ONCE else "blocks"
     if architecture() == "tpu":
-        return "splash" if _splash(q_BTHK, k_BTJK, segments_BT) else "full"
+        return "splash" if _splash(q_BTHK, k_BTJK, segments_BT) else unfused
     if sharding_axis("time", q_BTHK.shape[1]) is not None:
-        return "full"
+        return unfused
     if backend() == "cpu":
         return "rows"
-    fused = q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and segments_BT is None
-    return "cudnn" if fused and q_BTHK.shape[-1] <= widest_fused_head() else "full"
+    if segments_BT is not None:
+        return "channels" if _channels(q_BTHK, k_BTJK) else unfused
+    fused = q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and q_BTHK.shape[-1] <= widest_fused_head()
+    return "cudnn" if fused else unfused
+
+
+def _channels(q_BTHK: Any, k_BTJK: Any) -> bool:
+    (B, T, H, K), J, dtype = q_BTHK.shape, k_BTJK.shape[2], q_BTHK.dtype
+    cut = shard_count("heads", H) if shard_count("heads", J) == shard_count("heads", H) else 1
+    if not available(HOPPER) or not has_libraries() or dtype != jnp.bfloat16 or T == 1:
+        return False
+    if not kernel_module("attention").supports(T, K):
+        return False
+    sizes = B // shard_count("batch", B), T, H // cut, J // cut, K
+    return verification.serves(Use("attention", sizes, (str(dtype), True, 1)))
 
 
 def _splash(q_BTHK: Any, k_BTJK: Any, segments_BT: Any) -> bool:

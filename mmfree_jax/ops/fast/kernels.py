@@ -5,14 +5,14 @@ from typing import Any, Literal
 
 from mmfree_jax.devices import backend
 
-OF_TPUS = ("normed_codes", "recurrence", "attention")  # `hopper` has all but the last, which cuDNN has for GPUs
+OF_TPUS = ("normed_codes", "recurrence", "attention")  # `hopper` has all of `checks`
 
 
 def kernels() -> tuple[str, ...]:
     """Return the names of the kernels that there are for the platform that is used, or traced for."""
     from mmfree_jax.ops.fast.checks import CHECKS
 
-    return OF_TPUS if architecture() == "tpu" else tuple(name for name in CHECKS if name != "attention")
+    return OF_TPUS if architecture() == "tpu" else tuple(CHECKS)
 
 
 def architecture() -> Literal["hopper", "tpu"]:

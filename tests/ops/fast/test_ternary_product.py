@@ -1,19 +1,18 @@
 """Products of packed weights on a CPU: every variant of the C++ code gives the integers of int64 arithmetic."""
 
-import ctypes
 import os
 import shutil
 import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
 from mmfree_jax.ops import packed
+from mmfree_jax.ops.fast.cpu import library
 from mmfree_jax.ops.fast.cpu import ternary_product as cpu
 
-COMPILED = pytest.mark.skipif(cpu.find_compiler() is None, reason="needs a C++ compiler")
+COMPILED = pytest.mark.skipif(library.find_compiler() is None, reason="needs a C++ compiler")
 # Vectors, outputs, width: below a tile and beyond it, below a vector of 16, 32 or 64 bytes and beyond, odd, empty.
 SIZES = [
     (1, 1, 1),
@@ -74,28 +73,6 @@ def test_many_products_at_once_do_not_wait_for_each_other():
         np.testing.assert_array_equal(y, expected)
 
 
-def test_without_a_compiler_xla_multiplies(tmp_path):
-    code = (
-        "import numpy as np, sys; sys.path.insert(0, '.')\n"
-        "from mmfree_jax.ops.fast.cpu import ternary_product as cpu\n"
-        "assert cpu.library() is None and list(cpu.variants()) == []\n"
-        "weights, q = np.array([[2 | 1 << 2 | 1 << 4]], np.uint8), np.array([[3, 5, 7]], np.int8)\n"
-        "print(np.asarray(cpu.ternary_product(weights, q)))"
-    )
-    environment = {"PATH": "", "MMFREE_JAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[[3]]"
-
-
-@COMPILED
-def test_what_the_compiler_says_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "wrong.cc")
-    cpu.SOURCE.write_text("not C++")
-    with pytest.raises(RuntimeError, match=r"not.*C"):
-        cpu.compile_library(cpu.find_compiler(), tmp_path / "wrong.so")
-    assert [path.name for path in tmp_path.iterdir()] == ["wrong.cc"]
-
-
 NEON = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 HARNESS = """
 #include "{source}"
@@ -122,9 +99,9 @@ def test_arm_variants_equal_int64_in_an_emulator(tmp_path):
     if compiler is None or emulator is None:
         assert "REQUIRE_ARM" not in os.environ, "g++-aarch64-linux-gnu or qemu-user is missing, and REQUIRE_ARM is set"
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
-    (tmp_path / "main.cc").write_text(HARNESS.format(source=cpu.SOURCE))
+    (tmp_path / "main.cc").write_text(HARNESS.format(source=library.SOURCES[0]))
     program = tmp_path / "main"
-    flags = [flag for flag in cpu.FLAGS if flag not in ("-shared", "-fPIC")]
+    flags = [flag for flag in library.FLAGS if flag not in ("-shared", "-fPIC")]
     command = [compiler, *flags, "-static", f"-I{jax.ffi.include_dir()}", str(tmp_path / "main.cc"), "-o", str(program)]
     subprocess.run(command, check=True)
     for size in [(1, 5, 28), (3, 33, 256), (5, 18, 1028)]:
@@ -137,17 +114,3 @@ def test_arm_variants_equal_int64_in_an_emulator(tmp_path):
             assert done.stderr.decode().split() == names
             for y in np.split(np.frombuffer(done.stdout, np.int32), len(names)):
                 np.testing.assert_array_equal(y.reshape(expected.shape), expected)
-
-
-@COMPILED
-def test_read_rate_reads_every_word():
-    data = np.ones(1 << 20, np.uint64)
-    assert cpu.read_rate(data, 1) > 1e8
-    assert isinstance(cpu.library(), ctypes.CDLL)
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_the_rate_of_memory_is_measured_without_a_compiler_too(compiled, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(cpu, "library", lambda: None)
-    assert 1e8 < cpu.memory_rate() < 1e13

@@ -1,5 +1,7 @@
-"""The library of C++ kernels for CPUs: compiled at its first use, against the headers of the jaxlib that is installed, and
-kept in the cache folder."""
+"""The library of C++ kernels for CPUs.
+
+It is compiled at its first use, against the headers of the jaxlib that is installed, and kept in the cache folder.
+"""
 
 import ctypes
 import functools

@@ -11,10 +11,10 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <memory>
 #include <thread>
 #include <vector>
 
+#include "blocks.h"
 #include "xla/ffi/api/ffi.h"
 
 #if defined(__x86_64__)
@@ -234,36 +234,6 @@ struct Product {
   }
 };
 
-// Shares blocks out among the caller and the threads of a pool. Whoever is free takes the next block, so the caller never
-// waits for a thread that has not begun: a pool whose threads are all busy cannot block it.
-template <typename Schedule, typename Work>
-void share(int64_t blocks, int64_t helpers, const Schedule& schedule, const Work& work) {
-  struct Shared {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto shared = std::make_shared<Shared>();
-  auto take = [shared, blocks, work] {
-    for (int64_t block; (block = shared->next.fetch_add(1)) < blocks; shared->done.fetch_add(1)) work(block);
-  };
-  for (int64_t i = 0; i < helpers && i < blocks - 1; i++) schedule(take);
-  take();
-  for (int spins = 0; shared->done.load() < blocks; spins++)
-    if (spins > 1000) std::this_thread::yield();
-}
-
-constexpr int64_t kBlockBytes = 32 << 10;  // weights of a block: some microseconds of work
-
-template <typename Schedule>
-void multiply(const Product& product, int64_t helpers, const Schedule& schedule) {
-  const int64_t bytes = product.K / 4 > 0 ? product.K / 4 : 1;
-  const int64_t rows = (kBlockBytes + bytes - 1) / bytes / kRows * kRows + kRows;
-  const int64_t blocks = (product.N + rows - 1) / rows;
-  share(blocks, helpers, schedule, [product, rows](int64_t block) {
-    const int64_t begin = block * rows, end = begin + rows;
-    product.rows(begin, end < product.N ? end : product.N);
-  });
-}
-
 namespace ffi = xla::ffi;
 
 ffi::Error handle(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> w, ffi::Buffer<ffi::S8> q,
@@ -271,7 +241,8 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> w, ffi::Buffer<ffi:
   const int64_t N = w.dimensions()[0], K = 4 * w.dimensions()[1], M = q.dimensions()[0];
   if (q.dimensions()[1] != K) return ffi::Error::InvalidArgument("activations and weights differ in width");
   const Product product{kVariants[fastest()], w.typed_data(), q.typed_data(), y->typed_data(), M, N, K};
-  multiply(product, pool.num_threads() - 1, [&pool](auto task) { pool.Schedule(std::move(task)); });
+  in_blocks(N, K / 4, kRows, pool.num_threads() - 1, [&pool](auto task) { pool.Schedule(std::move(task)); },
+            [product](int64_t begin, int64_t end) { product.rows(begin, end); });
   return ffi::Error::Success();
 }
 

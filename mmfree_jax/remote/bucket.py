@@ -1,0 +1,76 @@
+"""A bucket as files: the objects under a URL of any store that fsspec knows, such as s3:// and gs://."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mmfree_jax.config import ConfigError
+from mmfree_jax.errors import need, sentence
+
+
+class RemoteError(RuntimeError):
+    """A bucket that cannot be read or written, or that another process writes. The message names the URL."""
+
+
+class Bucket:
+    """The objects under a URL, by the names of files in a folder. Whatever fails is a RemoteError."""
+
+    def __init__(self, url: str):
+        self.url = url
+        fsspec: Any = need("fsspec", url, "'mmfree-jax[remote]'")
+        try:
+            self.fs, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(
+                f"{url}: {sentence(error)} (pip install 'mmfree-jax[remote]' has s3:// and gs://)"
+            ) from None
+        self.root = root.rstrip("/")
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of many kinds: of fsspec, of a store's client, of its HTTP library
+            raise RemoteError(f"{self.url}: {sentence(error)}") from error
+
+    def names(self) -> dict[str, str]:
+        """The name of every object, with its state, which changes when it is written again."""
+        with self._naming():
+            self.fs.invalidate_cache()
+            found = self.fs.find(self.root, detail=True)
+        names = {path[len(self.root) + 1 :]: repr(sorted(info.items(), key=str)) for path, info in found.items()}
+        for name in names:
+            if {".", ".."} & set(name.split("/")):
+                raise RemoteError(f"{self.url}: {name!r} would lead out of a folder: remove it")
+        return {name: state for name, state in names.items() if name and not name.endswith("/")}  # no folders
+
+    def read(self, name: str) -> bytes | None:
+        """The content of an object; None if there is none."""
+        with self._naming(), contextlib.suppress(FileNotFoundError):
+            return self.fs.cat_file(f"{self.root}/{name}")
+        return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write an object."""
+        with self._naming():
+            self.fs.pipe_file(f"{self.root}/{name}", content)
+
+    def upload(self, folder: Path, names: list[str]) -> None:
+        """Write files of a folder, several at a time."""
+        with self._naming():
+            self.fs.put([str(folder / name) for name in names], [f"{self.root}/{name}" for name in names])
+
+    def download(self, folder: Path, places: dict[str, str]) -> None:
+        """Write objects into files of a folder. `places`: name of the object -> name of the file."""
+        for place in places.values():
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        with self._naming():
+            if places:
+                self.fs.get([f"{self.root}/{name}" for name in places], [str(folder / p) for p in places.values()])
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects, in order."""
+        with self._naming():
+            for name in names:
+                self.fs.rm_file(f"{self.root}/{name}")

@@ -1,0 +1,170 @@
+"""Where a run at a URL works: in a local folder, of which a thread keeps a copy in the bucket.
+
+Locks, renames and appended logs need a file system, and object stores are none, so nothing works in the bucket itself.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+
+from mmfree_jax.checksums import first_damage
+from mmfree_jax.config import require
+from mmfree_jax.distributed import first_does, is_alone, is_first, sum_integers
+from mmfree_jax.files import LockedError, cache_folder, locked, url_of, write_atomically
+from mmfree_jax.remote.bucket import Bucket, RemoteError
+from mmfree_jax.remote.copy import Copy
+from mmfree_jax.remote.layout import PART, Unit, complete, is_list, place
+from mmfree_jax.remote.lease import BEAT_SECONDS, LEASE, Lease
+
+ENDED = "ended"  # a file: the copy of a run of several processes has ended
+LOOK_SECONDS = 0.2
+
+
+class NotCopied(RemoteError):
+    """A run has ended, but not everything is in its bucket: the same command goes on."""
+
+
+@contextlib.contextmanager
+def working_folder(out: Path) -> Iterator[Path]:
+    """Yield the folder that a run at `out` works in: `out` itself or, for a URL, a folder of the cache.
+
+    What the bucket has and the folder lacks is brought first. At the end, waits until everything is in the bucket.
+    Raises RemoteError (no such bucket, another process works there), NotCopied; ConfigError if a package is missing or
+    the processes of the run do not share the folder. All processes must use it.
+    """
+    if not (url := url_of(out)):
+        yield out
+        return
+    home = home_of(url)
+    folder = home / "run" / out.name
+    with contextlib.ExitStack() as stack:
+        begin = lambda: stack.enter_context(_copied(url, home, folder))
+        if is_alone():  # as the driver of a sweep, which must leave the devices to its workers
+            begin()
+            yield folder
+            return
+        first_does(begin)
+        shared = sum_integers([int((home / "id").exists())])[0] == jax.process_count()
+        require(
+            shared,
+            f"{url}: not all processes of this run have the folder {home}: let MMFREE_JAX_CACHE name one that they "
+            "share, or mount the bucket",
+        )
+        yield folder
+        try:
+            stack.close()  # in the first process
+        finally:
+            if is_first():
+                (home / ENDED).touch()
+        while not (home / ENDED).exists():  # JAX gives the first process little time to follow the others to their end
+            time.sleep(LOOK_SECONDS)
+
+
+def home_of(url: str) -> Path:
+    """Return the folder of the cache for what belongs to a URL."""
+    return cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _copied(url: str, home: Path, folder: Path) -> Iterator[None]:
+    """Hold the lease of a URL, bring what is there, and keep it equal to the folder while the context is open."""
+    bucket, ended = Bucket(url), threading.Event()
+    lease = Lease(bucket)
+    with _alone_here(url, home):
+        (home / ENDED).unlink(missing_ok=True)
+        lease.take()
+        threading.Thread(target=_beat, args=(lease, ended), name="lease", daemon=True).start()
+        try:
+            _check_same(url, home, lease.run)
+            _bring(bucket, folder, home / "stage")
+            copy, failure = Copy(bucket, folder, home / "stage"), None
+            copying = threading.Thread(target=copy.repeat, args=(ended,), name="copy", daemon=True)
+            copying.start()
+            try:
+                yield
+            except Exception as error:  # what was stopped or has failed is copied too
+                failure = error
+            ended.set()
+            copying.join()
+            why = "" if lease.successor else copy.finish()
+            if lease.successor:
+                raise RemoteError(f"{url}: {lease.successor} has taken over, having heard nothing from this process")
+            if failure is not None:
+                raise failure
+            if why:
+                raise NotCopied(f"{why}: not everything is there, and the same command goes on")
+        finally:
+            ended.set()
+            lease.release()
+
+
+@contextlib.contextmanager
+def _alone_here(url: str, home: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(home))
+        except LockedError as error:
+            raise RemoteError(f"{url}: {error}") from None
+        yield
+
+
+def _beat(lease: Lease, ended: threading.Event) -> None:
+    """In a thread, because an upload may take longer than the time between two heartbeats."""
+    while not ended.wait(BEAT_SECONDS):
+        with contextlib.suppress(RemoteError):  # copying fails then too, and says so
+            lease.beat()
+        if lease.successor:
+            ended.set()  # nothing is copied any more
+            os.kill(os.getpid(), signal.SIGTERM)  # the run saves what it has, here, and ends
+
+
+def _check_same(url: str, home: Path, run: str) -> None:
+    """Raise RemoteError if this machine holds another run of this URL than the bucket, which may be empty by now."""
+    note = home / "id"
+    if note.exists() and note.read_text(encoding="utf-8") != run and any((home / "run").glob("*/*")):
+        raise RemoteError(
+            f"{url} is not what {home} is a copy of: put that back into the bucket, or remove this folder"
+        )
+    write_atomically(note, run)
+
+
+def _bring(bucket: Bucket, folder: Path, stage: Path) -> None:
+    """Bring the runs of which the bucket has a newer checkpoint, and files that the folder lacks."""
+    names = bucket.names()
+    there, behind = complete(names), {}
+    shutil.rmtree(stage, ignore_errors=True)
+    for run in {run for run, _ in there}:
+        steps = sorted(step for other, step in there if other == run)
+        here = [int(path.name) for path in (folder / run / "checkpoints").glob("*") if path.name.isdigit()]
+        if steps[-1] > max(here, default=-1):
+            behind[run] = [step for step in steps if step not in here and _intact(bucket, stage, (run, step), names)]
+    for name in names:
+        wanted = name.startswith(tuple(behind)) or not (folder / name).exists()
+        if wanted and name != LEASE and not PART.fullmatch(name):
+            bucket.download(folder, {name: name})
+    for run, steps in behind.items():
+        if steps and f"{run}result.json" not in names:
+            logs = place((run, steps[-1]), "logs")
+            bucket.download(folder, {name: run + name.removeprefix(logs) for name in names if name.startswith(logs)})
+        for step in steps:  # the newest comes last: as long as it is not here, all of this is done again
+            (folder / run / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (stage / place((run, step))).rename(folder / place((run, step)))
+
+
+def _intact(bucket: Bucket, stage: Path, unit: Unit, names: Iterable[str]) -> bool:
+    """Bring a checkpoint into the stage. Returns whether it is what was written; if not, it is not used any more."""
+    own = [name for name in names if name.startswith(place(unit))]
+    bucket.download(stage, {name: name for name in own})
+    if damage := first_damage(stage / place(unit)):
+        print(f"{bucket.url}/{place(unit)} is damaged ({damage}) and not used", file=sys.stderr, flush=True)
+        bucket.delete(name for name in own if is_list(name))
+    return not damage

@@ -1,0 +1,524 @@
+"""A folder of runs and its copy in a bucket: wherever an upload ends, what is there can be gone on with."""
+
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from mmfree_jax.checksums import first_damage, write_checksums
+from mmfree_jax.config import ConfigError
+from mmfree_jax.files import url_of
+from mmfree_jax.remote import working
+from mmfree_jax.remote.bucket import Bucket, RemoteError
+from mmfree_jax.remote.copy import Copy
+from mmfree_jax.remote.lease import LEASE, Lease
+from mmfree_jax.remote.reading import fetched
+from mmfree_jax.remote.working import NotCopied, working_folder
+
+URL = "memory://bucket/run"
+
+
+@pytest.fixture(autouse=True)
+def empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMFREE_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mmfree_jax.remote.lease.SETTLE_SECONDS", 0.0)
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    yield
+    store.store.clear()
+
+
+class Run:
+    """A folder like that of a run, whose state is the number of its steps."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+
+    def step(self, number: int) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(f"row {number}\n")
+
+    def save(self, number: int, keep: int = 1) -> None:
+        """A checkpoint that names the length of the log, like `_meta`; removes all before the last `keep`."""
+        place = self.folder / "checkpoints" / str(number)
+        (place / "state").mkdir(parents=True)
+        (place / "state" / "array").write_text(f"state {number}" * 50)
+        (place / "marks").write_text(str((self.folder / "metrics.jsonl").stat().st_size))
+        write_checksums(place)
+        for old in self.steps()[:-keep]:
+            shutil.rmtree(self.folder / "checkpoints" / str(old))
+        (self.folder / "checkpoints.json").write_text(json.dumps({"newest": number}))
+
+    def steps(self) -> list[int]:
+        return sorted(int(path.name) for path in (self.folder / "checkpoints").glob("*") if path.name.isdigit())
+
+    def resumed(self) -> list[str]:
+        """The rows of the log as a run that goes on cuts it; checks the checkpoint."""
+        newest = self.folder / "checkpoints" / str(self.steps()[-1])
+        assert first_damage(newest) == ""
+        assert (newest / "state" / "array").exists()
+        log, mark = (self.folder / "metrics.jsonl").read_bytes(), int((newest / "marks").read_text())
+        assert len(log) >= mark
+        return log[:mark].decode().splitlines()
+
+
+def rows(last: int) -> list[str]:
+    return [f"row {number}" for number in range(1, last + 1)]
+
+
+def copy_of(run: Run) -> Copy:
+    return Copy(Bucket(URL), run.folder, run.folder.with_name("stage"))
+
+
+def brought(folder) -> Run:
+    """What another machine finds."""
+    working._bring(Bucket(URL), folder, folder.with_name(f"{folder.name}-stage"))
+    return Run(folder)
+
+
+def content(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def trained(folder, steps: int, every: int = 5) -> Run:
+    run = Run(folder)
+    for number in range(1, steps + 1):
+        run.step(number)
+        if number % every == 0:
+            run.save(number)
+    return run
+
+
+def test_another_machine_finds_what_the_first_has_written(tmp_path):
+    run = trained(tmp_path / "run", 12)
+    (run.folder / "tb").mkdir()
+    (run.folder / "tb" / "events.out").write_text("points")
+    (run.folder / ".lock").write_text("")
+    (run.folder / "heartbeat.json").write_text("{}")
+    unfinished = run.folder / "checkpoints" / "12.orbax-checkpoint-tmp" / "x"
+    unfinished.parent.mkdir()
+    unfinished.write_text("")
+    assert copy_of(run).attempt() == ""
+    other = brought(tmp_path / "other")
+    assert other.resumed() == rows(10)
+    (run.folder / ".lock").unlink()
+    (run.folder / "heartbeat.json").unlink()
+    unfinished.unlink()
+    mark = int((run.folder / "checkpoints" / "10" / "marks").read_text())
+    expected = content(run.folder)
+    assert {**content(other.folder), "metrics.jsonl": expected["metrics.jsonl"]} == expected
+    assert mark == len("row 1\n") * 9 + len("row 10\n")
+
+
+def ending(real, left: list[int]):
+    """A method of the store that fails after so many calls of all such methods."""
+
+    def call(self, *arguments, **more):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("power is off")
+        return real(self, *arguments, **more)
+
+    return call
+
+
+def test_wherever_an_upload_ends_there_is_a_checkpoint_with_its_logs(tmp_path, monkeypatch, capsys):
+    """And the next process on the same folder completes it, after which the old checkpoint is gone."""
+    outcomes = set()
+    for operations in range(40):
+        fsspec.filesystem("memory").store.clear()
+        run = trained(tmp_path / f"run-{operations}", 7)
+        copy = copy_of(run)
+        assert copy.attempt() == ""
+        for number in range(8, 13):
+            run.step(number)
+            if number == 10:
+                run.save(10)
+        left = [operations]
+        with monkeypatch.context() as patch:
+            store = type(copy.bucket.fs)
+            for name in ("pipe_file", "put_file", "rm_file"):
+                patch.setattr(store, name, ending(getattr(store, name), left))
+            failed = copy.attempt()
+        other = brought(tmp_path / f"other-{operations}")
+        assert other.resumed() in (rows(5), rows(10))
+        assert json.loads((other.folder / "checkpoints.json").read_text())["newest"] <= other.steps()[-1]
+        outcomes.add((bool(failed), other.steps()[-1]))
+        if not failed:
+            break
+        assert copy_of(run).attempt() == ""
+        assert brought(tmp_path / f"again-{operations}").resumed() == rows(10)
+    assert outcomes == {(True, 5), (True, 10), (False, 10)}
+    assert "is damaged" not in capsys.readouterr().err  # what is not complete is absent
+    assert not [name for name in Bucket(URL).names() if name.startswith(("checkpoints/5/", "logs/5/"))]
+
+
+def test_a_checkpoint_that_is_removed_during_its_upload_arrives(tmp_path, monkeypatch):
+    """Otherwise a run that saves faster than its bucket takes would never have any there."""
+    run = trained(tmp_path / "run", 5)
+    copy, real = copy_of(run), Bucket.upload
+
+    def slow(self, *arguments):
+        if run.steps() == [5]:
+            run.step(6)
+            run.save(6)
+        real(self, *arguments)
+
+    monkeypatch.setattr(Bucket, "upload", slow)
+    assert copy.attempt() == ""
+    assert run.steps() == [6]
+    assert brought(tmp_path / "other").resumed() == rows(5)
+    assert copy.attempt() == ""
+    assert brought(tmp_path / "another").steps() == [6]
+
+
+def test_after_a_rewind_no_checkpoint_is_ahead_of_the_logs(tmp_path, monkeypatch):
+    """The run goes back to step 5 while step 10 is in the bucket, and comes to another step 10."""
+    run = trained(tmp_path / "run", 5)
+    copy = copy_of(run)
+    assert copy.attempt() == ""
+    for number in range(6, 11):
+        run.step(number)
+    run.save(10, keep=2)
+    assert copy.attempt() == ""
+    shutil.rmtree(run.folder / "checkpoints" / "10")
+    (run.folder / "metrics.jsonl").write_text("".join(f"row {n}\n" for n in range(1, 6)))
+    real, ahead = Bucket.write, []
+
+    def looked(self, name, data):
+        real(self, name, data)
+        ahead.append(brought(tmp_path / f"other-{len(ahead)}").resumed())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "write", looked)
+        assert copy.attempt() == ""
+    assert ahead[0] == rows(10)  # that of before, with its own logs
+    assert brought(tmp_path / "back").resumed() == rows(5)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write("other row\n")
+    run.save(10, keep=2)
+    assert copy.attempt() == ""
+    assert brought(tmp_path / "new").resumed() == [*rows(5), "other row"]
+
+
+def test_the_last_checkpoint_of_a_run_stays_until_the_next_is_there(tmp_path):
+    """Between the end of a save, which removes the one before it, and its checksums."""
+    run = trained(tmp_path / "run", 5)
+    copy = copy_of(run)
+    assert copy.attempt() == ""
+    run.save(6)
+    lists = run.folder / "checkpoints" / "6" / "checksums-0-of-1.json"
+    sums = lists.read_bytes()
+    lists.unlink()
+    assert copy.attempt() == ""
+    assert brought(tmp_path / "other").steps() == [5]
+    lists.write_bytes(sums)
+    assert copy.attempt() == ""
+    assert brought(tmp_path / "another").steps() == [6]
+
+
+def test_another_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_path):
+    run = trained(tmp_path / "run", 5)
+    (run.folder / "checkpoints" / "5" / "state" / "old").write_text("")
+    copy = copy_of(run)
+    assert copy.attempt() == ""
+    shutil.rmtree(run.folder / "checkpoints" / "5")
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write("more\n")
+    run.save(5)
+    assert copy.attempt() == ""
+    assert brought(tmp_path / "other").resumed() == [*rows(5), "more"]
+    assert "checkpoints/5/state/old" not in Bucket(URL).names()
+
+
+def test_what_this_process_has_not_seen_is_not_removed(tmp_path):
+    """Milestones of a machine that is gone."""
+    assert copy_of(trained(tmp_path / "run", 5)).attempt() == ""
+    assert copy_of(trained(tmp_path / "new" / "run", 10, every=10)).attempt() == ""
+    assert brought(tmp_path / "other").steps() == [5, 10]
+
+
+def test_a_damaged_checkpoint_in_the_bucket_is_named_and_the_one_before_it_is_used(tmp_path, capsys):
+    run = trained(tmp_path / "run", 5)
+    copy = copy_of(run)
+    copy.attempt()
+    for number in range(6, 11):
+        run.step(number)
+    run.save(10, keep=2)
+    copy.attempt()
+    name = "/bucket/run/checkpoints/10/state/array"
+    damaged = bytearray(fsspec.filesystem("memory").cat_file(name))
+    damaged[7] ^= 4
+    fsspec.filesystem("memory").pipe_file(name, bytes(damaged))
+    other = brought(tmp_path / "other")
+    assert other.resumed() == rows(5)
+    assert "memory://bucket/run/checkpoints/10/ is damaged (state/array has other bytes" in capsys.readouterr().err
+    for number in range(6, 11):
+        other.step(number)
+    shutil.copytree(run.folder / "checkpoints" / "10", other.folder / "checkpoints" / "10")
+    assert copy_of(other).attempt() == ""  # the good one takes its place, though the bucket has one of this step
+    assert brought(tmp_path / "third").steps() == [5, 10]
+
+
+def test_a_file_that_is_removed_here_is_removed_there(tmp_path):
+    """Also one that was brought: a run that goes on removes curves that its checkpoint does not know."""
+    run = trained(tmp_path / "run", 5)
+    (run.folder / "tb").mkdir()
+    for name in ("tb/events.1", "error.txt"):
+        (run.folder / name).write_text(name)
+    copy_of(run).attempt()
+    other = brought(tmp_path / "other")
+    copy = copy_of(other)
+    (other.folder / "tb" / "events.1").unlink()
+    assert copy.attempt() == ""
+    (other.folder / "error.txt").unlink()
+    assert copy.attempt() == ""
+    assert {"metrics.jsonl", "config.json"} < set(Bucket(URL).names())
+    assert not {"tb/events.1", "error.txt"} & set(Bucket(URL).names())
+
+
+def test_a_newer_folder_is_left_as_it_is(tmp_path):
+    run = trained(tmp_path / "run", 5)
+    copy_of(run).attempt()
+    for number in range(6, 11):
+        run.step(number)
+    run.save(10)
+    before = content(run.folder)
+    working._bring(Bucket(URL), run.folder, tmp_path / "stage")
+    assert content(run.folder) == before
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path):
+    Bucket(URL).write("good", b"x")
+    store = fsspec.filesystem("memory").store
+    store["/bucket/run/../../evil"] = store["/bucket/run/good"]
+    with pytest.raises(RemoteError, match="would lead out of a folder"):
+        Bucket(URL).names()
+
+
+# ---- the lease ----
+
+
+def test_a_holder_that_lives_is_named_and_one_that_was_killed_gives_way(monkeypatch):
+    monkeypatch.setattr("mmfree_jax.remote.lease.STALE_SECONDS", 1.0)
+    first, second = Lease(Bucket(URL)), Lease(Bucket(URL))
+    first.host = "far-away"
+    first.take()
+    beating = threading.Timer(0.3, first.beat)
+    beating.start()
+    with pytest.raises(RemoteError, match=rf"^memory://bucket/run: process {os.getpid()} on far-away is working here"):
+        second.take()
+    beating.join()
+    second.release()  # gives nothing away: it is not the holder
+    began = time.monotonic()
+    second.take()  # nobody beats
+    assert 0.9 < time.monotonic() - began < 5
+    assert second.run == first.run
+    first.beat()
+    assert first.successor == f"process {os.getpid()} on {os.uname().nodename}"
+    first.release()  # nor does this
+    second.beat()
+    assert not second.successor
+    second.release()
+    began = time.monotonic()
+    Lease(Bucket(URL)).take()
+    assert time.monotonic() - began < 0.5
+
+
+def test_a_process_of_this_machine_that_is_gone_is_not_waited_for():
+    gone = {"run": "r", "token": "t", "beats": 3, "host": os.uname().nodename, "pid": 2**22 + 1}
+    Bucket(URL).write(LEASE, json.dumps(gone).encode())
+    began = time.monotonic()
+    Lease(Bucket(URL)).take()
+    assert time.monotonic() - began < 0.5
+
+
+def test_of_two_that_come_at_once_one_goes(monkeypatch):
+    first, second = Lease(Bucket(URL)), Lease(Bucket(URL))
+    monkeypatch.setattr("mmfree_jax.remote.lease.SETTLE_SECONDS", 0.3)
+    failures = []
+
+    def take(lease):
+        try:
+            lease.take()
+        except RemoteError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=take, args=(lease,)) for lease in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(failures) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"pid": "x"}', b"\xff", b"[" * 100_000])
+def test_a_lease_that_is_none_is_named(content):
+    Bucket(URL).write(LEASE, content)
+    with pytest.raises(RemoteError, match=r"\.lease\.json does not name a process: remove it"):
+        Lease(Bucket(URL)).take()
+
+
+# ---- the folder to work in ----
+
+
+def test_a_folder_is_itself_and_a_url_is_a_folder_whose_content_outlives_it(tmp_path):
+    with working_folder(tmp_path / "here") as folder:
+        assert folder == tmp_path / "here"
+    with working_folder(Path(URL)) as folder:
+        trained(folder, 12)
+    shutil.rmtree(tmp_path / "cache")
+    with working_folder(Path(URL)) as folder:
+        assert Run(folder).resumed() == rows(10)
+        (folder / "result.json").write_text("{}")
+    assert (fetched(Path(URL)) / "result.json").read_text() == "{}"
+
+
+def test_a_second_process_of_this_machine_is_refused_at_once():
+    says = rf"^memory://bucket/run: .* another process is working here \(process {os.getpid()} on "
+    with working_folder(Path(URL)) as folder:
+        trained(folder, 5)
+        with pytest.raises(RemoteError, match=says):
+            working_folder(Path(URL)).__enter__()
+    assert "checkpoints/5/state/array" in Bucket(URL).names()
+
+
+@pytest.mark.parametrize(
+    ("path", "url"),
+    [
+        (Path("s3://b/run"), "s3://b/run"),
+        ("s3://b/run", "s3://b/run"),
+        (Path("gs://b/a/b[lr=3e-3]"), "gs://b/a/b[lr=3e-3]"),
+        (Path("runs/a:b/c"), ""),
+        (Path("/s3:/b"), ""),
+        (Path("C:/runs"), ""),
+        ("hf:some/name", ""),
+        (Path("s3:"), ""),
+    ],
+)
+def test_what_is_a_url(path, url):
+    assert url_of(path) == url
+
+
+def test_what_failed_is_copied_and_the_failure_stays(tmp_path):
+    def failing():
+        with working_folder(Path(URL)) as folder:
+            trained(folder, 5)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    assert brought(tmp_path / "other").steps() == [5]
+
+
+def test_a_run_does_not_end_well_before_everything_is_there(monkeypatch, capsys):
+    monkeypatch.setattr("mmfree_jax.remote.copy.PATIENCE_SECONDS", 2.5)
+
+    calls = []
+
+    def refused(*_, **__):
+        calls.append(time.monotonic())
+        raise OSError("out of order")
+
+    def failing(patch):
+        with working_folder(Path(URL)) as folder:
+            trained(folder, 5)
+            patch.setattr(type(fsspec.filesystem("memory")), "put_file", refused)
+
+    says = "^memory://bucket/run: OSError: out of order: not everything is there"
+    with monkeypatch.context() as patch, pytest.raises(NotCopied, match=says):
+        failing(patch)
+    assert calls[-1] - calls[0] > 0.9  # tried again, after a second
+    assert capsys.readouterr().err.count("out of order: the run goes on") == 1
+    with working_folder(Path(URL)):
+        pass
+    assert "checkpoints/5/state/array" in Bucket(URL).names()
+
+
+def test_what_somebody_removed_from_the_bucket_is_there_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmfree_jax.remote.copy.PERIOD_SECONDS", 0.05)
+    gone = ("metrics.jsonl", "checkpoints/5/state/array", "checkpoints/5/checksums-0-of-1.json")
+    with working_folder(Path(URL)) as folder:
+        trained(folder, 5)
+        deadline = time.monotonic() + 20
+        while "checkpoints.json" not in Bucket(URL).names():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for name in gone:
+            fsspec.filesystem("memory").rm_file(f"/bucket/run/{name}")
+    assert brought(tmp_path / "other").resumed() == rows(5)
+    assert {*gone} <= Bucket(URL).names().keys()
+
+
+def test_who_is_taken_over_stops_and_copies_nothing_more(monkeypatch, capsys):
+    monkeypatch.setattr("mmfree_jax.remote.working.BEAT_SECONDS", 0.1)
+    signals = []
+    monkeypatch.setattr("os.kill", lambda *sent: signals.append(sent))
+
+    def taken_over():
+        with working_folder(Path(URL)) as folder:
+            held = json.loads(Bucket(URL).read(LEASE))
+            Bucket(URL).write(LEASE, json.dumps({**held, "token": "x", "pid": 7, "host": "elsewhere"}).encode())
+            deadline = time.monotonic() + 10
+            while not signals:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            trained(folder, 5)
+
+    with pytest.raises(RemoteError, match="process 7 on elsewhere has taken over"):
+        taken_over()
+    assert signals == [(os.getpid(), 15)]
+    assert set(Bucket(URL).names()) == {LEASE}
+    assert json.loads(Bucket(URL).read(LEASE))["token"] == "x"
+
+
+def test_a_folder_of_another_run_at_the_url_is_not_put_there():
+    with working_folder(Path(URL)) as folder:
+        trained(folder, 5)
+    fsspec.filesystem("memory").store.clear()
+    for _ in range(2):
+        with pytest.raises(RemoteError, match=r"^memory://bucket/run is not what .* is a copy of"):
+            working_folder(Path(URL)).__enter__()
+    assert set(Bucket(URL).names()) == {LEASE}
+    shutil.rmtree(folder)
+    with working_folder(Path(URL)) as again:
+        assert not again.exists()
+
+
+# ---- to read ----
+
+
+def test_what_is_read_is_what_is_there_now(tmp_path):
+    with working_folder(Path(URL)) as folder:
+        trained(folder, 10)
+        run = Run(folder)
+        for number in (11, 12):
+            run.step(number)
+            run.save(number, keep=2)
+        (folder / "error.txt").write_text("it")
+    here = fetched(Path(URL))
+    assert Run(here).steps() == [12]
+    assert not (here / "logs").exists()
+    assert Run(fetched(Path(URL), every=True)).steps() == [11, 12]
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/bucket/run/config.json", b"[]")  # of the same size
+    store.rm_file("/bucket/run/error.txt")
+    for name in Bucket(URL).names():
+        if name.startswith("checkpoints/12/"):
+            store.rm_file(f"/bucket/run/{name}")
+    fetched(Path(URL))
+    assert (here / "config.json").read_text() == "[]"
+    assert Run(here).steps() == [11]
+    assert not (here / "error.txt").exists()
+
+
+def test_nothing_to_read_is_said():
+    with pytest.raises(ConfigError, match=r"^memory://bucket/run holds nothing"):
+        fetched(Path(URL))
