@@ -244,8 +244,8 @@ def _scattered(part: jax.Array, mesh_axes: tuple[str, ...], axis: int) -> jax.Ar
     if stacked and (axis < part.ndim - 1 or size % LANES == 0):
         return jax.lax.psum_scatter(part, mesh_axes, scatter_dimension=axis, tiled=True)
     # Where pieces are not whole tiles the compiler for TPUs sums the whole array on every device, which is twice the
-    # bytes, or sends the ends of pieces after them. A piece with an index of its own is cut there. In the middle of a
-    # stack that would have another layout, and a copy of all gradients.
+    # bytes, or sends the ends of pieces after them. A piece with an index of its own is cut there; in a stack, where
+    # that takes a copy, only a last axis of broken lanes has one.
     apart = part.reshape(*part.shape[:axis], -1, size, *part.shape[axis + 1 :])
     return jax.lax.psum_scatter(apart, mesh_axes, scatter_dimension=axis)
 
