@@ -241,11 +241,13 @@ def _all_reduced(names: Names, part: jax.Array, rows: tuple[str, ...], pieces: t
 
 def _scattered(part: jax.Array, mesh_axes: tuple[str, ...], axis: int) -> jax.Array:
     """Sum parts over mesh axes, and keep only this device's piece along an axis of the array."""
-    size = part.shape[axis] // jax.lax.axis_size(mesh_axes)
-    if backend() != "tpu" or (axis == part.ndim - 1 and size % LANES == 0):
+    size, stacked = part.shape[axis] // jax.lax.axis_size(mesh_axes), math.prod(part.shape[:axis]) > 1
+    whole = stacked and (axis < part.ndim - 1 or size % LANES == 0)
+    if backend() != "tpu" or whole:
         return jax.lax.psum_scatter(part, mesh_axes, scatter_dimension=axis, tiled=True)
     # Where pieces are not whole tiles the compiler for TPUs sums the whole array on every device, which is twice the
-    # bytes, or sends the ends of pieces after them. A piece with an index of its own is cut there.
+    # bytes, or sends the ends of pieces after them. A piece with an index of its own is cut there; in a stack, where
+    # that takes a copy, only a last axis of broken lanes has one.
     apart = part.reshape(*part.shape[:axis], -1, size, *part.shape[axis + 1 :])
     return jax.lax.psum_scatter(apart, mesh_axes, scatter_dimension=axis)
 
