@@ -81,6 +81,7 @@ CPU = (
     DecodeCase("matmul-free-370m", 1, 256),
     DecodeCase("matmul-free-370m", 1, 256, kernels="off"),
     DecodeCase("bitnet-370m", 1, 256),
+    DecodeCase("transformer++-370m", 1, 256),
     DecodeCase("matmul-free-1.3b", 1, 256),
 )
 
