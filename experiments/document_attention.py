@@ -3,8 +3,8 @@
     python -m experiments.document_attention          # on a Hopper GPU; three minutes
 
 Prints, for attention and its gradients in bfloat16 at the shapes of transformer++-1.3b, milliseconds, temporaries, and
-the largest error of a result or gradient in float32's terms: |error| over the largest value. The table is
-`experiments/results/document_attention.csv`. "packed" is cuDNN's layout of runs of tokens, which JAX does not export.
+the largest error of a result or gradient in float32's terms: |error| over the largest value. "packed" is cuDNN's layout
+of runs of tokens, which JAX does not export.
 """
 
 import csv

@@ -6,7 +6,7 @@
 Prints the wall time of the same sweep each way, from starting the workers to the last result, and its largest
 difference of a loss to the first way. Programs are compiled before, by a sweep of few steps whose time is the row
 `compiling`; so a row is what a sweep takes whose programs are known, and what sharing a device is worth without sharing
-compilers. Results: `experiments/results/shared_device.csv`.
+compilers.
 """
 
 import contextlib
