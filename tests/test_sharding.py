@@ -194,3 +194,32 @@ def test_a_mesh_axis_that_would_cut_no_parameter_is_refused():
 def test_a_gather_that_would_do_nothing_is_refused():
     with pytest.raises(ConfigError, match="gather='packed' would do nothing"):
         RunConfig("r", gather="packed")
+
+
+SCATTERING = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from mmfree_jax.config import MeshConfig
+from mmfree_jax.devices import traced_for
+from mmfree_jax.sharding import _scattered, make_mesh
+mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+for shape, axis in [((16, 6), 0), ((1, 8, 24), 2), ((3, 8, 6), 1), ((2, 5, 24), 2), ((2, 3, 1024), 2), ((8,), 0)]:
+    parts = np.random.default_rng(0).standard_normal((4, *shape), np.float32)
+    out = P(*("fsdp" if i == axis else None for i in range(len(shape))))
+    names = {}
+    for platform in ("cuda", "tpu"):
+        with traced_for(platform), jax.set_mesh(mesh):
+            scatter = jax.shard_map(lambda a: _scattered(a[0], ("fsdp",), axis), in_specs=P("fsdp"), out_specs=out)
+            names[platform] = str(jax.jit(scatter).trace(parts).jaxpr)
+            found = jax.jit(scatter)(parts)
+        np.testing.assert_allclose(found, parts.sum(0), rtol=1e-5, atol=1e-6)
+    print("tiled=True" in names["cuda"], "tiled=True" in names["tpu"])
+"""
+
+
+@pytest.mark.slow
+def test_a_scattered_sum_has_its_pieces_in_order_however_it_is_cut():
+    said = run("-c", SCATTERING)[0].splitlines()
+    assert all(line.startswith("True") for line in said)  # GPUs keep the program that was measured
+    # TPUs: single matrices and broken lanes by pieces; stacks along another axis and whole lanes as they are.
+    assert [line.split()[1] for line in said] == ["False", "False", "True", "False", "True", "False"]
