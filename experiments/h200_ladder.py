@@ -8,7 +8,7 @@ The cells differ in the token mixer and in the linear layers, and in nothing els
 sublayer and before its last projection, one rule of shapes, one ternary recipe, the same data in the same order. (The
 presets `bitnet` and `matmul-free` differ in heads and norms, which would be taken for the mixer's effect.) Six sizes,
 0.6M to 36M parameters in blocks; each is a trunk with a decay for every budget from 5 tokens a parameter to 80, or to
-four epochs of the corpus where that is less. 1.6e18 FLOP in all; the largest run costs 1.7e17.
+four epochs of the corpus where that is less. 1.3e18 FLOP in all; the largest run costs 1.1e17.
 
 Two cells of the grid are there with three seeds, of weights and of the order of data, for the noise of a run. Learning
 rates are those that h200_rates.py found at two widths, and between and beyond them a power law of the width.
@@ -32,7 +32,7 @@ SHAPES = ((128, 3), (192, 4), (256, 5), (384, 5), (512, 5), (640, 7))  # width a
 HEAD, GLU_MULTIPLE = 64, 128  # kernels take whole 128 channels
 RATIOS = (5, 10, 20, 40, 80)  # tokens a parameter
 EPOCHS = 4
-CORPUS_TOKENS = 170_000_000  # of the training split of tier l with a vocabulary of 4,096, rounded down
+CORPUS_TOKENS = 129_000_000  # of the training split of tier l with a vocabulary of 4,096, rounded down
 DATA = DataConfig(corpus="l", vocab=4096, sequence=1024)
 REPEATED = ((192, 20), (384, 20))  # width and ratio of the runs with all seeds
 SEEDS = (0, 1, 2)
