@@ -145,7 +145,7 @@ OTHER = {  # another value of fields that hold no number; None: of one that has 
     "corpus": None, "contents": None, "vocab": None, "mixture": None, "weights": None, "milestones": None,
     "branch": None, "tokenizer_vocab": None, "base_depth": None, "base_width": None, "base_head": None,
     "heads": None, "kv_heads": None, "rope_theta": None, "activation_bits": 4, "gradient_bits": 8, "momentum": None,
-    "activation": "relu2", "on_spike": None,
+    "activation": "relu2", "on_spike": None, "moments": "bfloat16",
 }  # fmt: skip
 RUN = RunConfig("r", tiny_model("matmul-free"))
 
