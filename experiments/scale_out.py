@@ -219,7 +219,8 @@ def device_count() -> int:
 def in_a_process(number: int, case: Case, small: bool) -> dict[str, Any] | None:
     """Measure a case in a process that sees as many devices as it needs; None, after saying why, if it fails."""
     command = [sys.executable, "-m", "experiments.scale_out", "--out", os.devnull, "--case", str(number)]
-    visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(case.devices)))} if not small else {}
+    selected = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(case.devices)))).split(",")
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(selected[: case.devices])} if not small else {}
     done = subprocess.run(
         [*command, *["--small"] * small], env={**os.environ, **visible}, capture_output=True, text=True, check=False
     )

@@ -12,6 +12,7 @@ from mmfree_jax.config import MeshConfig, RunConfig, require, with_changes
 from mmfree_jax.data import TokenSet, resolve_data
 from mmfree_jax.devices import check_platform, check_settings
 from mmfree_jax.evaluation.loss import Scores, scores
+from mmfree_jax.files import url_of
 from mmfree_jax.inference.model import Place
 from mmfree_jax.inference.packed import save_packed
 from mmfree_jax.inference.text import TextModel, find_ends, find_tokenizer, load_text_model, text_files
@@ -117,6 +118,7 @@ def export(
     Raises ConfigError for an architecture that the format cannot express, or a GGUF file of a model whose tokenizer is
     not known; FileExistsError if something is there.
     """
+    require(not url_of(out), f"out={out} is a URL: give a path of this machine")
     path, out = fetched(Path(path)), Path(out)
     if format == "huggingface":
         save_huggingface(load_model(path), out, dtype or "float32", origin=origin(path))

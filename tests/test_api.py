@@ -68,3 +68,10 @@ def test_another_run_in_the_folder_is_refused(token_set, tmp_path):
     other = tiny_run("matmul-free", token_set.path, steps=7, evaluate=False)
     with pytest.raises(ConfigError, match="holds another run"):
         mmfree_jax.train(other, tmp_path / "run")
+
+
+def test_a_model_is_exported_to_a_path_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is a URL: give a path"):
+        mmfree_jax.export(tmp_path, "s3:/bucket/model")
+    assert not list(tmp_path.iterdir())

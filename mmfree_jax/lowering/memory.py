@@ -19,6 +19,7 @@ from mmfree_jax.lowering.program import Report
 # stack.
 
 BLOCK = 128  # steps that attention's kernel for TPUs takes at once
+WIDEST = 256  # channels of a head with those that keep documents apart (ops/fast/hopper/attention.py)
 QUERIES_AT_ONCE = 256  # whose scores are made at once without a kernel (ops/fast/choice.py, which loads JAX)
 LOGITS = 2**26  # of a chunk of tokens in the loss (ops/cross_entropy.py)
 
@@ -206,8 +207,11 @@ def whole_scores(run: RunConfig, device: Device) -> bool:
     if device.platform == "tpu":
         whole_blocks = run.mesh.sequence == 1 or run.data.sequence % (run.mesh.sequence * BLOCK) == 0
         return not (device.kernels and run.kernels == "auto" and whole_blocks)
-    # Documents are kept apart by a checked kernel; without them the library serves everywhere.
-    apart = not run.data.separate_documents or (device.kernels and run.kernels == "auto")
+    # Documents are kept apart by a checked kernel, in channels beside those of the heads; without them the library
+    # serves everywhere.
+    channels = run.model.width // run.model.heads + (run.data.sequence - 1).bit_length()
+    serves = device.kernels and run.kernels == "auto" and channels <= WIDEST
+    apart = not run.data.separate_documents or serves
     fused = device.platform == "cuda" and run.mesh.sequence == 1 and apart
     return not (fused and run.precision != "float32")
 
@@ -215,13 +219,15 @@ def whole_scores(run: RunConfig, device: Device) -> bool:
 def _scores(run: RunConfig, device: Device) -> tuple[float, float]:
     """One layer's scores in float32 and their softmax that are kept, and those that are there at once.
 
-    Long windows make them a block of queries at a time, and again in the backward pass.
+    Long windows, and windows that a mesh cuts, make them a block of queries at a time, and again in the backward pass.
     """
     if not whole_scores(run, device):
         return 0.0, 0.0
     queries = run.data.sequence / run.mesh.sequence
     whole = _item(run) * run.model.heads / run.mesh.tensor * run.data.sequence * 6
-    return (0.0, whole * QUERIES_AT_ONCE / queries) if queries > QUERIES_AT_ONCE else (whole, whole)
+    if run.mesh.sequence == 1 and queries <= QUERIES_AT_ONCE:
+        return whole, whole
+    return 0.0, whole * min(1.0, QUERIES_AT_ONCE / queries)
 
 
 def _item(run: RunConfig) -> float:

@@ -176,7 +176,9 @@ def bytes_read(config: ModelConfig, options: ServingArguments) -> tuple[float, f
     tensors = abstract_tensors(config, options.stored, options.layout)
     item = jnp.dtype(options.dtype).itemsize
     lookup = 0 if config.tie_embeddings else next(one.size for one in tensors if one.name == "embedding")
-    copied = 0.0 if half_product.supports(options.batch) else _converted(config, options)
+    copied = _converted(config, options)
+    if copied and half_product.supports(options.batch):
+        copied = 0.0
     weights = sum(one.size for one in tensors) - lookup + copied
     state = flops.decode_state_bytes(config, options.context, item) * (1 if config.mixer == "attention" else 2)
     return weights, options.batch * (state + 4 * 4 * config.vocab + config.width * item)

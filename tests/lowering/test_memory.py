@@ -11,7 +11,7 @@ from experiments import tpu_steps
 from mmfree_jax import flops
 from mmfree_jax.config import FAMILIES, MeshConfig, RunConfig
 from mmfree_jax.devices import DEVICES
-from mmfree_jax.lowering.memory import memory, policies
+from mmfree_jax.lowering.memory import _item, _scores, memory, policies, whole_scores
 from mmfree_jax.lowering.program import Report
 from mmfree_jax.lowering.roofline import step_time
 from mmfree_jax.presets import run_preset
@@ -122,3 +122,17 @@ def test_more_devices_and_more_remat_need_less_memory(family):
     for axis in ("data", "fsdp", "tensor", *(() if attention else ("sequence",))):
         split = dataclasses.replace(run, mesh=MeshConfig(**{axis: 4}))
         assert memory(split, state_of(split), DEVICES["a100"]).total < by_policy[0]
+
+
+def test_scores_are_counted_where_no_kernel_keeps_them_on_the_chip():
+    """By the forms that `choice.attention_form` takes: 24 bytes a score of a block of 256 queries at most."""
+    run = run_preset("transformer++-370m")
+    apart = dataclasses.replace(run.data, separate_documents=True, sequence=2048)
+    h200 = DEVICES["h200"]
+    wide = dataclasses.replace(run.model, heads=run.model.width // 256)
+    assert not whole_scores(dataclasses.replace(run, data=apart), h200)
+    assert whole_scores(dataclasses.replace(run, data=apart, model=wide), h200)  # no room for further channels
+    cut = dataclasses.replace(run, mesh=MeshConfig(sequence=2), data=dataclasses.replace(run.data, sequence=512))
+    kept, at_once = _scores(cut, h200)
+    assert kept == 0  # blocks are made again
+    assert at_once == _item(cut) * run.model.heads * 512 * 6

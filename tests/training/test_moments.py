@@ -134,7 +134,7 @@ def test_moments_are_sharded_as_parameters_are(on_meshes):
         wanted = {"bfloat16": 1, "int8": 2 * (1 + 4 / BLOCK) / 4}[name.split()[1]]
         assert share == pytest.approx(wanted, rel=0.02), name
         assert of_a_device == pytest.approx(wanted, rel=0.1), name  # vectors are whole on each
-        assert apart < 3e-3, name  # what three steps of this rate move: bits at a code's edge fall either way
+        assert apart < 5e-7, name  # on average; other random bits would be 2e-6 and 5e-5 apart
 
 
 def test_a_run_goes_on_on_another_mesh(on_meshes):

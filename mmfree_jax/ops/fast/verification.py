@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import warnings
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mmfree_jax.devices import backend
 from mmfree_jax.files import read_json, sha256, write_json
 from mmfree_jax.ops.fast import checks
 from mmfree_jax.ops.fast.checks import Outcome, Use
@@ -30,7 +32,7 @@ from mmfree_jax.tracing import during
 
 THREADS = 8  # checks at the same time: XLA and ptxas compile in parallel, lowering holds Python's lock
 # Whose change makes outcomes void, with those of the kernels themselves.
-CHECKED_SOURCES = ("ternary.py", "fused_recurrence.py", "checks/*.py")
+CHECKED_SOURCES = ("ternary.py", "fused_recurrence.py", "attention.py", "checks/*.py")
 LONGEST_REASON = 300  # characters of an exception's message
 
 _assumed: ContextVar[bool] = ContextVar("kernels_assumed", default=False)
@@ -191,7 +193,12 @@ def environment() -> list[str]:
     import jaxlib
 
     device = jax.local_devices()[0]
-    return [jax.__version__, jaxlib.__version__, device.device_kind, device.client.platform_version]
+    libraries = sorted(
+        f"{one.name} {one.version}"
+        for one in (importlib.metadata.distributions() if backend() == "gpu" else ())
+        if str(one.name).startswith("nvidia-cudnn")
+    )
+    return [jax.__version__, jaxlib.__version__, device.device_kind, device.client.platform_version, *libraries]
 
 
 @functools.cache

@@ -69,6 +69,14 @@ def test_a_served_layer_reads_bfloat16_as_it_lies_in_memory(rows):
 
 
 @COMPILED
+@pytest.mark.parametrize("shape", [(0, 1, 70), (1, 0, 70), (2, 3, 70)])
+def test_a_batch_may_be_empty(shape):
+    served = choice.forward_only()(lambda x, w: row_product(x, w))
+    y = jax.jit(served)(jnp.ones(shape), jnp.ones((5, 70), jnp.bfloat16))
+    np.testing.assert_array_equal(y, np.full((*shape[:2], 5), 70))
+
+
+@COMPILED
 @pytest.mark.parametrize(
     ("x", "w", "context"),
     [

@@ -6,6 +6,7 @@ It is compiled at its first use, against the headers of the jaxlib that is insta
 import ctypes
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -80,7 +81,7 @@ def _version() -> str:
     """Names what the library depends on: its sources, and the jaxlib whose headers it is compiled with."""
     import jaxlib
 
-    return f"{jaxlib.__version__}-{sha256([*SOURCES, *HEADERS])[:16]}"
+    return f"{platform.machine()}-{jaxlib.__version__}-{sha256([*SOURCES, *HEADERS])[:16]}"
 
 
 def variant_names(prefix: str = "") -> Iterator[tuple[int, str]]:
