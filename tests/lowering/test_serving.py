@@ -14,7 +14,8 @@ from mmfree_jax.devices import DEVICES
 from mmfree_jax.inference.engine import Engine
 from mmfree_jax.inference.model import load_packed
 from mmfree_jax.inference.packed import abstract_tensors, map_tensors, save_packed
-from mmfree_jax.lowering.serving import ServingArguments, find_config, serving_memory, token_time
+from mmfree_jax.lowering.serving import ServingArguments, bytes_read, find_config, serving_memory, token_time
+from mmfree_jax.ops.fast.cpu.library import find_compiler
 from tests.inference.small import made
 
 H200 = DEVICES["h200"]
@@ -88,3 +89,13 @@ def test_what_is_stored_and_computed_in_changes_what_is_needed():
     }
     embedding = config.vocab * config.width
     assert sizes["float32"] - sizes["bfloat16"] == 2 * embedding
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+def test_a_cpu_reads_bfloat16_as_it_lies_where_few_rows_decode():
+    """More rows are multiplied by XLA, which makes a float32 copy first: two bytes are read, four written and read."""
+    config = find_config("transformer++-370m")
+    held = sum(one.size for one in abstract_tensors(config, "bfloat16", "planes") if one.name != "embedding")
+    few, many = (bytes_read(config, ServingArguments("transformer++-370m", 256, b, device="cpu"))[0] for b in (1, 16))
+    assert few == held
+    assert many > 1.9 * held

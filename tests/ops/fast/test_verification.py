@@ -2,7 +2,9 @@
 process without a GPU goes through every step of the verification."""
 
 import json
+import re
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -212,3 +214,13 @@ def test_scaled_transposed_codes_have_a_rounding_for_each_place(gpu, monkeypatch
     monkeypatch.setattr(transposed_codes, "transpose", rows)
     assert not checks.check(use).passed
     assert column_scale(jnp.float32(127)) == 1
+
+
+def test_an_outcome_is_void_when_checks_or_what_they_are_made_of_change():
+    fast = Path(verification.__file__).parent
+    names = {path.relative_to(fast).as_posix() for name in verification.CHECKED_SOURCES for path in fast.glob(name)}
+    assert names >= {path.relative_to(fast).as_posix() for path in (fast / "checks").glob("*.py")}
+    own = re.compile(r"from mmfree_jax\.ops\.fast(?:\.(\w+) import| import (\w+))")
+    used = {a or b for name in names if name.startswith("checks/") for a, b in own.findall((fast / name).read_text())}
+    assert used - {"checks", "kernels", "hopper"} <= {Path(name).stem for name in names}
+    assert "attention.py" in names  # the kernel for documents is made of the library's call in it
