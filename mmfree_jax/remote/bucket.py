@@ -13,6 +13,10 @@ class RemoteError(RuntimeError):
     """A bucket that cannot be read or written, or that another process writes. The message names the URL."""
 
 
+class Closed(RemoteError):
+    """This process may not change the bucket any more."""
+
+
 class Bucket:
     """The objects under a URL, by the names of files in a folder. Whatever fails is a RemoteError."""
 
@@ -26,6 +30,7 @@ class Bucket:
                 f"{url}: {sentence(error)} (pip install 'mmfree-jax[remote]' has s3:// and gs://)"
             ) from None
         self.root = root.rstrip("/")
+        self.closed = ""  # why nothing may be changed here any more
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:
@@ -33,6 +38,13 @@ class Bucket:
             yield
         except Exception as error:  # of many kinds: of fsspec, of a store's client, of its HTTP library
             raise RemoteError(f"{self.url}: {sentence(error)}") from error
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        if self.closed:
+            raise Closed(f"{self.url}: {self.closed}")
+        with self._naming():
+            yield
 
     def names(self) -> dict[str, str]:
         """The name of every object, with its state, which changes when it is written again."""
@@ -53,12 +65,12 @@ class Bucket:
 
     def write(self, name: str, content: bytes) -> None:
         """Write an object."""
-        with self._naming():
+        with self._changing():
             self.fs.pipe_file(f"{self.root}/{name}", content)
 
     def upload(self, folder: Path, names: list[str]) -> None:
         """Write files of a folder, several at a time."""
-        with self._naming():
+        with self._changing():
             self.fs.put([str(folder / name) for name in names], [f"{self.root}/{name}" for name in names])
 
     def download(self, folder: Path, places: dict[str, str]) -> None:
@@ -71,6 +83,6 @@ class Bucket:
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, in order."""
-        with self._naming():
-            for name in names:
+        for name in names:
+            with self._changing():
                 self.fs.rm_file(f"{self.root}/{name}")

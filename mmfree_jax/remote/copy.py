@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmfree_jax.checksums import first_damage
 from mmfree_jax.errors import sentence
-from mmfree_jax.remote.bucket import Bucket, RemoteError
+from mmfree_jax.remote.bucket import Bucket, Closed, RemoteError
 from mmfree_jax.remote.layout import LAST, LOGS, Unit, complete, is_list, lists, others, place, places
 
 PERIOD_SECONDS = 20.0  # between two looks at the folder
@@ -33,11 +33,12 @@ class Copy:
 
     def repeat(self, ended: threading.Event) -> None:
         """Make a pass every few seconds, after failures with ever longer pauses. For a thread."""
-        while not ended.wait(self.pause or PERIOD_SECONDS):
-            self.attempt()
+        with contextlib.suppress(Closed):
+            while not ended.wait(self.pause or PERIOD_SECONDS):
+                self.attempt()
 
     def finish(self) -> str:
-        """Make passes until one is complete, when nothing changes any more. Returns why there was none."""
+        """Make passes until one is complete, when nothing changes any more. Returns why there was none. Raises Closed."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while why := self.attempt(look=True):
             if time.monotonic() + self.pause > deadline:
@@ -48,7 +49,7 @@ class Copy:
     def attempt(self, look: bool = False) -> str:
         """Make a pass. Returns why it failed; the first failure in a row is also reported on stderr.
 
-        look: first see what is there, which somebody may have removed.
+        look: first see what is there, which somebody may have removed. Raises Closed.
         """
         try:
             if look:
@@ -56,6 +57,8 @@ class Copy:
                 self.sent = {name: state for name, state in self.sent.items() if name in names}
                 self.there = {unit: self.there[unit] for unit in complete(names) & self.there.keys()}
             self._update()
+        except Closed:
+            raise
         except (RemoteError, OSError) as error:
             why = sentence(error)
             if not self.pause:

@@ -46,15 +46,15 @@ class Lease:
     def beat(self) -> None:
         """Show that this process lives, or see who has taken over from it."""
         held = self._read()
-        if held and held["token"] != self.token:
+        if held and held["token"] not in ("", self.token):
             self.successor = _holder(held)
         else:
             self._write(self.token)
 
     def release(self) -> None:
         """Let others in at once. If this fails, they wait until the heartbeat is stale."""
-        if self.beats and not self.successor:
-            with contextlib.suppress(RemoteError):
+        with contextlib.suppress(RemoteError):
+            if (held := self._read()) and held["token"] == self.token:
                 self._write("")
 
     def _read(self) -> dict[str, Any] | None:

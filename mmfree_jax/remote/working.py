@@ -20,10 +20,11 @@ from mmfree_jax.checksums import first_damage
 from mmfree_jax.config import require
 from mmfree_jax.distributed import first_does, is_alone, is_first, sum_integers
 from mmfree_jax.files import LockedError, cache_folder, locked, url_of, write_atomically
-from mmfree_jax.remote.bucket import Bucket, RemoteError
+from mmfree_jax.remote.bucket import Bucket, Closed, RemoteError
 from mmfree_jax.remote.copy import Copy
 from mmfree_jax.remote.layout import PART, Unit, complete, is_list, place
 from mmfree_jax.remote.lease import BEAT_SECONDS, LEASE, Lease
+from mmfree_jax.sweep.heartbeat import repeated
 
 ENDED = "ended"  # a file: the copy of a run of several processes has ended
 LOOK_SECONDS = 0.2
@@ -77,34 +78,46 @@ def home_of(url: str) -> Path:
 @contextlib.contextmanager
 def _copied(url: str, home: Path, folder: Path) -> Iterator[None]:
     """Hold the lease of a URL, bring what is there, and keep it equal to the folder while the context is open."""
-    bucket, ended = Bucket(url), threading.Event()
-    lease = Lease(bucket)
+    bucket, lease, ended = Bucket(url), Lease(Bucket(url)), threading.Event()
     with _alone_here(url, home):
         (home / ENDED).unlink(missing_ok=True)
-        lease.take()
-        threading.Thread(target=_beat, args=(lease, ended), name="lease", daemon=True).start()
         try:
-            _check_same(url, home, lease.run)
-            _bring(bucket, folder, home / "stage")
-            copy, failure = Copy(bucket, folder, home / "stage"), None
-            copying = threading.Thread(target=copy.repeat, args=(ended,), name="copy", daemon=True)
-            copying.start()
-            try:
-                yield
-            except Exception as error:  # what was stopped or has failed is copied too
-                failure = error
-            ended.set()
-            copying.join()
-            why = "" if lease.successor else copy.finish()
-            if lease.successor:
-                raise RemoteError(f"{url}: {lease.successor} has taken over, having heard nothing from this process")
+            lease.take()
+            with repeated(lambda: _beat(lease, bucket, ended), BEAT_SECONDS):  # until the last upload has ended
+                _check_same(url, home, lease.run)
+                _bring(bucket, folder, home / "stage")
+                copy, failure = Copy(bucket, folder, home / "stage"), None
+                with _repeating(copy, ended):
+                    try:
+                        yield
+                    except Exception as error:  # what was stopped or has failed is copied too
+                        failure = error
+                why = copy.finish()
+            _beat(lease, bucket, ended)  # a last look
+            if bucket.closed:
+                raise Closed(f"{url}: {bucket.closed}")
             if failure is not None:
                 raise failure
             if why:
                 raise NotCopied(f"{why}: not everything is there, and the same command goes on")
         finally:
-            ended.set()
             lease.release()
+
+
+@contextlib.contextmanager
+def _repeating(copy: Copy, ended: threading.Event) -> Iterator[None]:
+    """Copy in a thread while the context is open. Where it is left in haste, as by a second Ctrl-C, no object follows
+    the present one."""
+    thread = threading.Thread(target=copy.repeat, args=(ended,), name="copy", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        copy.bucket.closed = copy.bucket.closed or "this process was interrupted"
+        raise
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextlib.contextmanager
@@ -117,13 +130,13 @@ def _alone_here(url: str, home: Path) -> Iterator[None]:
         yield
 
 
-def _beat(lease: Lease, ended: threading.Event) -> None:
+def _beat(lease: Lease, bucket: Bucket, ended: threading.Event) -> None:
     """In a thread, because an upload may take longer than the time between two heartbeats."""
-    while not ended.wait(BEAT_SECONDS):
-        with contextlib.suppress(RemoteError):  # copying fails then too, and says so
-            lease.beat()
-        if lease.successor:
-            ended.set()  # nothing is copied any more
+    with contextlib.suppress(RemoteError):  # copying fails then too, and says so
+        lease.beat()
+    if lease.successor and not bucket.closed:
+        bucket.closed = f"{lease.successor} has taken over, having heard nothing from this process"
+        if not ended.is_set():
             os.kill(os.getpid(), signal.SIGTERM)  # the run saves what it has, here, and ends
 
 

@@ -14,7 +14,7 @@ from mmfree_jax.checksums import first_damage, write_checksums
 from mmfree_jax.config import ConfigError
 from mmfree_jax.files import url_of
 from mmfree_jax.remote import working
-from mmfree_jax.remote.bucket import Bucket, RemoteError
+from mmfree_jax.remote.bucket import Bucket, Closed, RemoteError
 from mmfree_jax.remote.copy import Copy
 from mmfree_jax.remote.lease import LEASE, Lease
 from mmfree_jax.remote.reading import fetched
@@ -477,6 +477,115 @@ def test_who_is_taken_over_stops_and_copies_nothing_more(monkeypatch, capsys):
     assert signals == [(os.getpid(), 15)]
     assert set(Bucket(URL).names()) == {LEASE}
     assert json.loads(Bucket(URL).read(LEASE))["token"] == "x"
+
+
+def slowed(monkeypatch, name: str, seconds: float, seen: list) -> None:
+    """Writing an object of this name takes time; `seen` gets what the lease says afterwards."""
+    real = Bucket.write
+
+    def write(self, one, data):
+        if one == name:
+            time.sleep(seconds)
+        real(self, one, data)
+        if one == name:
+            seen.append(json.loads(self.read(LEASE)))
+
+    monkeypatch.setattr(Bucket, "write", write)
+
+
+def test_the_last_upload_has_a_heartbeat(monkeypatch):
+    """Or another machine would take over a process that lives."""
+    monkeypatch.setattr("mmfree_jax.remote.working.BEAT_SECONDS", 0.05)
+    seen: list[dict] = []
+    slowed(monkeypatch, "result.json", 0.5, seen)
+    with working_folder(Path(URL)) as folder:
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text("{}")
+        before = int(json.loads(Bucket(URL).read(LEASE))["beats"])
+    assert seen[0]["beats"] > before + 3
+    assert json.loads(Bucket(URL).read(LEASE))["token"] == ""
+
+
+def test_who_is_taken_over_during_the_last_upload_says_so_and_leaves_the_lease(monkeypatch):
+    monkeypatch.setattr("mmfree_jax.remote.working.BEAT_SECONDS", 30.0)  # no heartbeat sees it
+    signals, real = [], Bucket.write
+
+    def write(self, name, data):
+        real(self, name, data)
+        if name == "result.json":
+            held = json.loads(self.read(LEASE))
+            real(self, LEASE, json.dumps({**held, "token": "x", "pid": 7, "host": "elsewhere"}).encode())
+
+    monkeypatch.setattr(Bucket, "write", write)
+    monkeypatch.setattr("os.kill", lambda *sent: signals.append(sent))
+    with pytest.raises(RemoteError, match="process 7 on elsewhere has taken over"), working_folder(Path(URL)) as folder:
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text("{}")
+    assert not signals  # nobody is there any more who would save on a signal
+    assert json.loads(Bucket(URL).read(LEASE))["token"] == "x"
+
+
+def test_a_lease_that_was_given_back_is_taken_again_and_that_of_another_is_not_given_back():
+    first = Lease(Bucket(URL))
+    first.take()
+    held = json.loads(Bucket(URL).read(LEASE))
+    Bucket(URL).write(LEASE, json.dumps({**held, "token": "x"}).encode())
+    first.release()  # before a heartbeat has seen the successor
+    assert json.loads(Bucket(URL).read(LEASE))["token"] == "x"
+    Bucket(URL).write(LEASE, json.dumps({**held, "token": ""}).encode())
+    first.beat()
+    assert not first.successor
+    assert json.loads(Bucket(URL).read(LEASE))["token"] == first.token
+
+
+def test_who_is_taken_over_in_the_middle_of_a_pass_ends_the_pass(tmp_path, monkeypatch):
+    run = trained(tmp_path / "run", 12)
+    copy, real = copy_of(run), Bucket.upload
+
+    def upload(self, *arguments):
+        real(self, *arguments)
+        self.closed = "process 7 on elsewhere has taken over"
+
+    monkeypatch.setattr(Bucket, "upload", upload)
+    with pytest.raises(Closed, match="^memory://bucket/run: process 7 on elsewhere has taken over"):
+        copy.attempt()
+    names = set(Bucket(URL).names())
+    assert "checkpoints/10/state/array" in names
+    assert not {"checkpoints/10/checksums-0-of-1.json", "checkpoints.json"} & names
+    with pytest.raises(Closed):
+        copy.bucket.delete(["metrics.jsonl"])
+    with pytest.raises(Closed):
+        copy.finish()  # and does not wait
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_nothing_is_written_after_the_lease_was_given_back(kind, monkeypatch):
+    """Where a run is left in haste."""
+    monkeypatch.setattr("mmfree_jax.remote.copy.PERIOD_SECONDS", 0.01)
+    seen, begun, real = [], threading.Event(), Bucket.write
+
+    def write(self, name, data):
+        if name != LEASE:
+            begun.set()
+            time.sleep(0.2)
+            seen.append(json.loads(self.read(LEASE))["token"])
+        real(self, name, data)
+
+    monkeypatch.setattr(Bucket, "write", write)
+
+    def left():
+        with working_folder(Path(URL)) as folder:
+            trained(folder, 3)
+            assert begun.wait(10)
+            raise kind
+
+    with pytest.raises(kind):
+        left()
+    count = len(seen)
+    time.sleep(0.3)
+    assert seen and all(seen)
+    assert len(seen) == count == 1  # of two files
+    assert json.loads(Bucket(URL).read(LEASE))["token"] == ""
 
 
 def test_a_folder_of_another_run_at_the_url_is_not_put_there():
