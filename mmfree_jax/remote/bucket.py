@@ -52,10 +52,11 @@ class Bucket:
             self.fs.invalidate_cache()
             found = self.fs.find(self.root, detail=True)
         names = {path[len(self.root) + 1 :]: repr(sorted(info.items(), key=str)) for path, info in found.items()}
+        names.pop("", None)  # the folder itself
         for name in names:
-            if {".", ".."} & set(name.split("/")):
+            if {"", ".", ".."} & set(name.removesuffix("/").split("/")):  # a//b: b would be a path of its own
                 raise RemoteError(f"{self.url}: {name!r} would lead out of a folder: remove it")
-        return {name: state for name, state in names.items() if name and not name.endswith("/")}  # no folders
+        return {name: state for name, state in names.items() if not name.endswith("/")}  # no folders
 
     def read(self, name: str) -> bytes | None:
         """The content of an object; None if there is none."""

@@ -51,7 +51,8 @@ def copy(url: str, target: Path) -> None:
         fs.get_file(root, str(target))
         return
     paths = {path: path[len(root.rstrip("/")) + 1 :] for path in fs.find(root)}
-    wanted = {path: name for path, name in paths.items() if READ.search(name) and ".." not in name.split("/")}
+    inside = lambda name: not {"", ".", ".."} & set(name.split("/"))  # of //a and a//b the end is a path of its own
+    wanted = {path: name for path, name in paths.items() if READ.search(name) and inside(name)}
     if not wanted:
         raise ScalingError(f"{url} holds no table and no folder of runs")
     for path, name in wanted.items():

@@ -19,6 +19,7 @@ from mmfree_jax.remote.copy import Copy
 from mmfree_jax.remote.lease import LEASE, Lease
 from mmfree_jax.remote.reading import fetched
 from mmfree_jax.remote.working import NotCopied, working_folder
+from scaling.tables.remote import local
 
 URL = "memory://bucket/run"
 
@@ -295,12 +296,32 @@ def test_a_newer_folder_is_left_as_it_is(tmp_path):
     assert content(run.folder) == before
 
 
-def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["../../evil", "{out}", "/{out}", "a/{out}", "a//b", "a/./b", "/"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(name, tmp_path):
+    """An absolute path too, which an empty part of a name leaves."""
     Bucket(URL).write("good", b"x")
     store = fsspec.filesystem("memory").store
-    store["/bucket/run/../../evil"] = store["/bucket/run/good"]
-    with pytest.raises(RemoteError, match="would lead out of a folder"):
-        Bucket(URL).names()
+    store[f"/bucket/run/{name.format(out=tmp_path / 'evil.csv')}"] = store["/bucket/run/good"]
+    for read in (fetched, lambda url: working_folder(url).__enter__()):
+        with pytest.raises(RemoteError, match="would lead out of a folder"):
+            read(Path(URL))
+    assert not (tmp_path / "evil.csv").exists()
+
+
+def test_the_object_of_a_folder_is_no_file():
+    Bucket(URL).write("good", b"x")
+    store = fsspec.filesystem("memory").store
+    store["/bucket/run/"] = store["/bucket/run/a/"] = store["/bucket/run/good"]
+    assert set(Bucket(URL).names()) == {"good"}
+
+
+def test_a_table_whose_name_leads_out_of_the_folder_is_not_read(tmp_path):
+    Bucket(URL).write("runs.csv", b"run_id\n")
+    store = fsspec.filesystem("memory").store
+    for name in (tmp_path / "evil.csv", f"a/{tmp_path}/evil.csv", f"../../{tmp_path}/evil.csv"):
+        store[f"/bucket/run/{name}"] = store["/bucket/run/runs.csv"]
+    assert [path.name for path in local(URL).rglob("*")] == ["runs.csv"]
+    assert not (tmp_path / "evil.csv").exists()
 
 
 # ---- the lease ----
@@ -518,9 +539,14 @@ def test_who_is_taken_over_during_the_last_upload_says_so_and_leaves_the_lease(m
 
     monkeypatch.setattr(Bucket, "write", write)
     monkeypatch.setattr("os.kill", lambda *sent: signals.append(sent))
-    with pytest.raises(RemoteError, match="process 7 on elsewhere has taken over"), working_folder(Path(URL)) as folder:
-        folder.mkdir(parents=True)
-        (folder / "result.json").write_text("{}")
+
+    def finished():
+        with working_folder(Path(URL)) as folder:
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text("{}")
+
+    with pytest.raises(RemoteError, match="process 7 on elsewhere has taken over"):
+        finished()
     assert not signals  # nobody is there any more who would save on a signal
     assert json.loads(Bucket(URL).read(LEASE))["token"] == "x"
 
@@ -547,7 +573,7 @@ def test_who_is_taken_over_in_the_middle_of_a_pass_ends_the_pass(tmp_path, monke
         self.closed = "process 7 on elsewhere has taken over"
 
     monkeypatch.setattr(Bucket, "upload", upload)
-    with pytest.raises(Closed, match="^memory://bucket/run: process 7 on elsewhere has taken over"):
+    with pytest.raises(Closed, match=r"^memory://bucket/run: process 7 on elsewhere has taken over"):
         copy.attempt()
     names = set(Bucket(URL).names())
     assert "checkpoints/10/state/array" in names
@@ -583,8 +609,8 @@ def test_nothing_is_written_after_the_lease_was_given_back(kind, monkeypatch):
         left()
     count = len(seen)
     time.sleep(0.3)
-    assert seen and all(seen)
     assert len(seen) == count == 1  # of two files
+    assert all(seen)
     assert json.loads(Bucket(URL).read(LEASE))["token"] == ""
 
 
