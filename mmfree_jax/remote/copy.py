@@ -38,7 +38,7 @@ class Copy:
                 self.attempt()
 
     def finish(self) -> str:
-        """Make passes until one is complete, when nothing changes any more. Returns why there was none; raises Closed."""
+        """Make passes until one is complete, when nothing changes any more. Returns why none was; raises Closed."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while why := self.attempt(look=True):
             if time.monotonic() + self.pause > deadline:

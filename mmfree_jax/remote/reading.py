@@ -9,7 +9,7 @@ from mmfree_jax.distributed import first_does, is_alone
 from mmfree_jax.files import locked, read_object, url_of, write_json
 from mmfree_jax.remote.bucket import Bucket
 from mmfree_jax.remote.layout import PART, complete, others, place
-from mmfree_jax.remote.working import home_of
+from mmfree_jax.remote.working import check_shared, home_of
 
 UNREAD = re.compile(r"(^|/)(\.|(tb|profile|anomalies)/)")  # what nobody reads who wants a model
 WAIT_SECONDS = 600.0  # for another process that brings the same
@@ -19,13 +19,17 @@ def fetched(path: Path, every: bool = False) -> Path:
     """Return the folder of a model on disk: `path` itself or, for a URL, a copy of what is there now.
 
     Of a run only the newest checkpoint is copied, unless `every`. Raises RemoteError if nothing can be read there, and
-    ConfigError if a package is missing. All processes must call it.
+    ConfigError if a package is missing or the processes of a run do not share the folder. All processes must call it.
     """
     if not (url := url_of(path)):
         return path
     folder = home_of(url) / "read" / path.name
     refresh = lambda: _refresh(Bucket(url), folder, every)
-    refresh() if is_alone() else first_does(refresh)
+    if is_alone():
+        refresh()
+    else:
+        first_does(refresh)
+        check_shared(url, folder.parent)
     return folder
 
 

@@ -5,7 +5,9 @@ Locks, renames and appended logs need a file system, and object stores are none,
 
 import contextlib
 import hashlib
+import math
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -18,7 +20,7 @@ import jax
 
 from mmfree_jax.checksums import first_damage
 from mmfree_jax.config import require
-from mmfree_jax.distributed import first_does, is_alone, is_first, sum_integers
+from mmfree_jax.distributed import PeerLost, first_does, is_alone, is_first, sum_integers
 from mmfree_jax.files import LockedError, cache_folder, locked, url_of, write_atomically
 from mmfree_jax.remote.bucket import Bucket, Closed, RemoteError
 from mmfree_jax.remote.copy import Copy
@@ -26,7 +28,9 @@ from mmfree_jax.remote.layout import PART, Unit, complete, is_list, place
 from mmfree_jax.remote.lease import BEAT_SECONDS, LEASE, Lease
 from mmfree_jax.sweep.heartbeat import repeated
 
-ENDED = "ended"  # a file: the copy of a run of several processes has ended
+# Files of a run of several processes: in the first one it ends; the copy has ended too.
+ENDING, ENDED = "ending", "ended"
+FOLLOW_SECONDS = 60.0  # in which the first process fails where another one has; network file systems show it late
 LOOK_SECONDS = 0.2
 
 
@@ -54,20 +58,61 @@ def working_folder(out: Path) -> Iterator[Path]:
             yield folder
             return
         first_does(begin)
-        shared = sum_integers([int((home / "id").exists())])[0] == jax.process_count()
-        require(
-            shared,
-            f"{url}: not all processes of this run have the folder {home}: let MMFREE_JAX_CACHE name one that they "
-            "share, or mount the bucket",
-        )
-        yield folder
-        try:
-            stack.close()  # in the first process
-        finally:
-            if is_first():
-                (home / ENDED).touch()
-        while not (home / ENDED).exists():  # JAX gives the first process little time to follow the others to their end
-            time.sleep(LOOK_SECONDS)
+        check_shared(url, home)
+        with _first_ending(home, stack) if is_first() else _waiting_for_first(home):
+            yield folder
+
+
+@contextlib.contextmanager
+def _first_ending(home: Path, stack: contextlib.ExitStack) -> Iterator[None]:
+    """In the first process: say when the run's end begins, close the copy, and say that it has ended."""
+    try:
+        with stack:
+            try:
+                yield
+            finally:
+                (home / ENDING).touch()
+    finally:
+        (home / ENDED).touch()
+
+
+@contextlib.contextmanager
+def _waiting_for_first(home: Path) -> Iterator[None]:
+    """In the others: end after the first process, to which JAX gives little time to follow them to their end."""
+    try:
+        yield
+    except PeerLost:  # perhaps it is gone
+        raise
+    except BaseException:  # if it has not failed too, it waits for this process
+        _wait_for(home / ENDING, FOLLOW_SECONDS)
+        if (home / ENDING).exists():
+            _wait_for(home / ENDED)
+        raise
+    _wait_for(home / ENDED)
+
+
+def _wait_for(file: Path, seconds: float = math.inf) -> None:
+    deadline = time.monotonic() + seconds
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+
+
+def check_shared(url: str, home: Path) -> None:
+    """Raise ConfigError if not all processes of this run see what the first one writes into `home`. All must call it.
+
+    The name of the file is new, because a network file system may show for a while that an old one is (not) there.
+    """
+    number = sum_integers([secrets.randbits(63) if is_first() else 0])[0]
+    mark = home / f".seen-{number:x}"
+    first_does(mark.touch)
+    seen = sum_integers([int(mark.exists())])[0]
+    if is_first():
+        mark.unlink()
+    require(
+        seen == jax.process_count(),
+        f"{url}: not all processes of this run share the folder {home}: let MMFREE_JAX_CACHE name one that they "
+        "share, or mount the bucket",
+    )
 
 
 def home_of(url: str) -> Path:
@@ -80,7 +125,8 @@ def _copied(url: str, home: Path, folder: Path) -> Iterator[None]:
     """Hold the lease of a URL, bring what is there, and keep it equal to the folder while the context is open."""
     bucket, lease, ended = Bucket(url), Lease(Bucket(url)), threading.Event()
     with _alone_here(url, home):
-        (home / ENDED).unlink(missing_ok=True)
+        for name in (ENDING, ENDED):
+            (home / name).unlink(missing_ok=True)
         try:
             lease.take()
             with repeated(lambda: _beat(lease, bucket, ended), BEAT_SECONDS):  # until the last upload has ended

@@ -12,8 +12,9 @@ import pytest
 
 from mmfree_jax.checksums import first_damage, write_checksums
 from mmfree_jax.config import ConfigError
+from mmfree_jax.distributed import PeerLost
 from mmfree_jax.files import url_of
-from mmfree_jax.remote import working
+from mmfree_jax.remote import reading, working
 from mmfree_jax.remote.bucket import Bucket, Closed, RemoteError
 from mmfree_jax.remote.copy import Copy
 from mmfree_jax.remote.lease import LEASE, Lease
@@ -625,6 +626,112 @@ def test_a_folder_of_another_run_at_the_url_is_not_put_there():
     shutil.rmtree(folder)
     with working_folder(Path(URL)) as again:
         assert not again.exists()
+
+
+# ---- several processes ----
+
+
+class Second:
+    """What the second of two processes is told by the first: a number, and whether that sees its own file."""
+
+    def __init__(self, monkeypatch):
+        self.told = iter([5, 1])
+        for module in (working, reading):
+            monkeypatch.setattr(module, "is_alone", lambda: False)
+            monkeypatch.setattr(module, "first_does", lambda _: None)
+        monkeypatch.setattr(working, "is_first", lambda: False)
+        monkeypatch.setattr(working, "sum_integers", lambda own: [next(self.told) + own[0]])
+        monkeypatch.setattr("jax.process_count", lambda: 2)
+
+    def share(self) -> Path:
+        """The folder of the first process, where it has written."""
+        home = working.home_of(URL)
+        for folder in (home, home / "read"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".seen-5").touch()
+        return home
+
+
+def test_a_process_that_does_not_share_the_folder_is_named_though_it_knows_the_url(monkeypatch):
+    with working_folder(Path(URL)) as folder:
+        trained(folder, 5)
+    fetched(Path(URL))
+    for use in (lambda url: working_folder(url).__enter__(), fetched):
+        with monkeypatch.context() as patch:
+            Second(patch)
+            with pytest.raises(ConfigError, match=r"^memory://bucket/run: not all processes of this run share the fol"):
+                use(Path(URL))
+    Second(monkeypatch).share()
+    assert fetched(Path(URL)).exists()
+
+
+def ended_in_a_thread(kind: type[BaseException] | None) -> tuple[threading.Thread, list]:
+    """A run that ends with this exception, and with what it ended."""
+    outcome = []
+
+    def run():
+        try:
+            with working_folder(Path(URL)):
+                if kind is not None:
+                    raise kind
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(type(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, outcome
+
+
+@pytest.mark.parametrize("kind", [None, ZeroDivisionError, KeyboardInterrupt])
+def test_however_a_run_ends_the_others_wait_for_the_last_upload_of_the_first(kind, monkeypatch):
+    monkeypatch.setattr(working, "LOOK_SECONDS", 0.01)
+    home = Second(monkeypatch).share()
+    thread, outcome = ended_in_a_thread(kind)
+    (home / "ending").touch()
+    thread.join(0.2)
+    assert thread.is_alive()
+    (home / "ended").touch()
+    thread.join(10)
+    assert outcome == [kind]
+
+
+@pytest.mark.parametrize(("kind", "seconds"), [(ZeroDivisionError, 0.1), (PeerLost, 60.0)])
+def test_nobody_waits_for_a_first_process_that_does_not_end(kind, seconds, monkeypatch):
+    """It may wait for this one, or be gone."""
+    monkeypatch.setattr(working, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(working, "FOLLOW_SECONDS", seconds)
+    Second(monkeypatch).share()
+    thread, outcome = ended_in_a_thread(kind)
+    thread.join(5)
+    assert outcome == [kind]
+
+
+def test_the_first_process_says_when_everything_is_there(monkeypatch):
+    """Also where the run has failed; what it said the last time is forgotten."""
+    monkeypatch.setattr(working, "is_alone", lambda: False)
+    home, said, real = working.home_of(URL), [], Bucket.write
+    says = lambda: [(home / name).exists() for name in ("ending", "ended")]
+
+    def write(self, name, data):
+        if name == "error.txt":
+            said.append(says())
+        real(self, name, data)
+
+    def failing():
+        with working_folder(Path(URL)) as folder:
+            said.append(says())
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "error.txt").write_text("Diverged")
+            os.utime(folder / "error.txt", (time.time() + len(said),) * 2)
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(Bucket, "write", write)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            failing()
+        assert says() == [True, True]
+    assert said == [[False, False], [True, False]] * 2
 
 
 # ---- to read ----
