@@ -1,12 +1,15 @@
 """A bucket as files: the objects under a URL of any store that fsspec knows, such as s3:// and gs://."""
 
 import contextlib
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mmfree_jax.config import ConfigError
 from mmfree_jax.errors import need, sentence
+
+INCOMING = ".incoming"  # a folder: objects that are being downloaded
 
 
 class RemoteError(RuntimeError):
@@ -75,15 +78,28 @@ class Bucket:
             self.fs.put([str(folder / name) for name in names], [f"{self.root}/{name}" for name in names])
 
     def download(self, folder: Path, places: dict[str, str]) -> None:
-        """Write objects into files of a folder. `places`: name of the object -> name of the file."""
-        for place in places.values():
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        with self._naming():
-            if places:
-                self.fs.get([f"{self.root}/{name}" for name in places], [str(folder / p) for p in places.values()])
+        """Write objects into files of a folder, each of which appears complete. A file that was there is replaced:
+        who has it open goes on with the old one. `places`: name of the object -> name of the file.
+
+        Nobody else may download into the folder.
+        """
+        if not places:
+            return
+        incoming = folder / INCOMING
+        shutil.rmtree(incoming, ignore_errors=True)  # what a process that was killed has left
+        incoming.mkdir(parents=True)
+        try:
+            partial = [incoming / str(number) for number in range(len(places))]
+            with self._naming():
+                self.fs.get([f"{self.root}/{name}" for name in places], [str(path) for path in partial])
+            for path, place in zip(partial, places.values(), strict=True):
+                (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                path.replace(folder / place)
+        finally:
+            shutil.rmtree(incoming, ignore_errors=True)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, in order."""
         for name in names:
-            with self._changing():
+            with self._changing(), contextlib.suppress(FileNotFoundError):  # somebody else has
                 self.fs.rm_file(f"{self.root}/{name}")

@@ -71,6 +71,7 @@ class Copy:
         return ""
 
     def _update(self) -> None:
+        shutil.rmtree(self.stage, ignore_errors=True)  # what could not be sent; it may be gone here
         # A file of `LAST` is looked for before the checkpoint that it tells of, and sent after it.
         files, here = list(others(self.folder)), self._here()
         new = [unit for unit in sorted(here, key=lambda unit: -unit[1]) if here[unit] != self.there.get(unit)]

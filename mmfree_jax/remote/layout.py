@@ -5,6 +5,7 @@ last, so one that is being uploaded counts as absent. logs/STEP holds the logs a
 step was complete, because a run that goes on cuts its logs back to a length, and must find as much.
 """
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -46,13 +47,18 @@ def is_list(name: str) -> bool:
 
 
 def lists(folder: Path) -> Iterator[str]:
-    """Yield the lists of checksums in a folder of runs."""
-    return (path.relative_to(folder).as_posix() for path in folder.rglob("checkpoints/*/checksums-*.json"))
+    """Return the lists of checksums in a folder of runs."""
+    return filter(is_list, _files(folder))
 
 
 def others(folder: Path) -> Iterator[str]:
-    """Yield the files of a folder of runs that are complete and belong to no checkpoint."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not LEFT_OUT.search(name) and path.is_file():
-            yield name
+    """Return the files of a folder of runs that are complete and belong to no checkpoint."""
+    return (name for name in _files(folder) if not LEFT_OUT.search(name) and (folder / name).is_file())
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Yield the names of all files, in order. What is removed meanwhile is left out or not."""
+    for root, folders, files in os.walk(folder):
+        folders.sort()
+        inside = Path(root).relative_to(folder)
+        yield from ((inside / file).as_posix() for file in sorted(files))

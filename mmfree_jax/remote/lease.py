@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 from mmfree_jax.remote.bucket import Bucket, RemoteError
@@ -63,14 +64,30 @@ class Lease:
             return None
         try:
             found = json.loads(content)
-            return {"pid": int(found["pid"]), **{name: str(found[name]) for name in ("run", "token", "beats", "host")}}
-        except (ValueError, TypeError, KeyError, RecursionError):
+            if not 0 < (pid := int(found["pid"])) < 2**31:
+                raise ValueError(pid)
+            about = {name: str(found[name]) for name in ("run", "token", "beats", "host")}
+            return {"pid": pid, **about, **{name: str(found.get(name, "")) for name in ("boot", "space")}}
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise RemoteError(f"{self.bucket.url}/{LEASE} does not name a process: remove it") from None
 
     def _write(self, token: str) -> None:
         self.beats += 1
-        about = {"run": self.run, "token": token, "beats": self.beats, "host": self.host, "pid": os.getpid()}
-        self.bucket.write(LEASE, json.dumps(about).encode())
+        about = {"run": self.run, "token": token, "beats": self.beats, "pid": os.getpid()}
+        self.bucket.write(LEASE, json.dumps({**about, **here(), "host": self.host}).encode())
+
+
+def here() -> dict[str, str]:
+    """Return what a process identifier belongs to: host, start of the system, and namespace of a container.
+
+    Machines may have the same name. Empty where the system does not say.
+    """
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    said = {"host": socket.gethostname(), "boot": "", "space": ""}
+    with contextlib.suppress(OSError):
+        said["boot"] = boot.read_text(encoding="ascii").strip()
+        said["space"] = os.readlink(space)
+    return said
 
 
 def _holder(held: dict[str, Any]) -> str:
@@ -79,7 +96,7 @@ def _holder(held: dict[str, Any]) -> str:
 
 def _has_died_here(held: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that has ended."""
-    if held["host"] != socket.gethostname():
+    if any(held[name] != value for name, value in here().items()):
         return False
     try:
         os.kill(held["pid"], 0)

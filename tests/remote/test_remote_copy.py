@@ -14,10 +14,10 @@ from mmfree_jax.checksums import first_damage, write_checksums
 from mmfree_jax.config import ConfigError
 from mmfree_jax.distributed import PeerLost
 from mmfree_jax.files import url_of
-from mmfree_jax.remote import reading, working
+from mmfree_jax.remote import layout, reading, working
 from mmfree_jax.remote.bucket import Bucket, Closed, RemoteError
 from mmfree_jax.remote.copy import Copy
-from mmfree_jax.remote.lease import LEASE, Lease
+from mmfree_jax.remote.lease import LEASE, Lease, here
 from mmfree_jax.remote.reading import fetched
 from mmfree_jax.remote.working import NotCopied, working_folder
 from scaling.tables.remote import local
@@ -325,6 +325,96 @@ def test_a_table_whose_name_leads_out_of_the_folder_is_not_read(tmp_path):
     assert not (tmp_path / "evil.csv").exists()
 
 
+# ---- broken connections ----
+
+
+def test_what_a_broken_download_leaves_does_not_count(tmp_path, monkeypatch):
+    """Neither in a folder to work in nor in one to read."""
+    run = trained(tmp_path / "run", 5)
+    whole = (run.folder / "metrics.jsonl").read_bytes()
+    assert copy_of(run).attempt() == ""
+    store = type(fsspec.filesystem("memory"))
+    real = store.get_file
+
+    def broken(self, source, target, **more):
+        real(self, source, target, **more)
+        if "checkpoints/" not in source:
+            os.truncate(target, 3)
+            raise OSError("connection lost")
+
+    for use in (lambda: brought(tmp_path / "other").folder, lambda: fetched(Path(URL))):
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "get_file", broken)
+            with pytest.raises(RemoteError, match="connection lost"):
+                use()
+        folder = use()
+        assert (folder / "metrics.jsonl").read_bytes() == whole
+        assert (folder / "config.json").read_text() == "{}"
+        assert not list(folder.glob(".*"))
+
+
+def test_what_a_killed_download_leaves_is_removed(tmp_path):
+    (tmp_path / "other" / ".incoming").mkdir(parents=True)
+    (tmp_path / "other" / ".incoming" / "0").write_text("half")
+    assert copy_of(trained(tmp_path / "run", 5)).attempt() == ""
+    assert not (brought(tmp_path / "other").folder / ".incoming").exists()
+
+
+def test_a_file_that_is_read_stays_as_it_is_when_another_is_fetched():
+    """A server has it mapped: what is truncated under it would kill it."""
+    Bucket(URL).write("model.safetensors", b"1" * 5000)
+    with (fetched(Path(URL)) / "model.safetensors").open("rb") as served:
+        Bucket(URL).write("model.safetensors", b"2")
+        assert (fetched(Path(URL)) / "model.safetensors").read_bytes() == b"2"
+        assert served.read() == b"1" * 5000
+
+
+def test_a_checkpoint_that_could_not_be_sent_takes_no_room_once_another_follows(tmp_path, monkeypatch):
+    run = trained(tmp_path / "run", 5)
+    copy = copy_of(run)
+    staged = lambda: {path.name for kind in ("checkpoints", "logs") for path in copy.stage.glob(f"{kind}/*")}
+
+    def refused(*_):
+        raise RemoteError("out of order")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "upload", refused)
+        for number in (6, 7, 8):
+            run.step(number)
+            run.save(number)
+            assert copy.attempt() == "out of order"
+            assert staged() == {str(number)}
+    assert copy.attempt() == ""
+    assert not staged()
+    assert brought(tmp_path / "other").resumed() == rows(8)
+
+
+def test_what_somebody_else_has_removed_there_need_not_be_removed(tmp_path):
+    run = trained(tmp_path / "run", 5)
+    copy = copy_of(run)
+    assert copy.attempt() == ""
+    (run.folder / "config.json").unlink()
+    fsspec.filesystem("memory").rm_file("/bucket/run/config.json")
+    assert copy.attempt() == ""
+
+
+@pytest.mark.parametrize("list_of", [layout.others, layout.lists])
+def test_a_folder_that_goes_while_it_is_listed_is_no_failure(list_of, tmp_path, monkeypatch):
+    """As a checkpoint that another thread removes, and a profile."""
+    run, real = trained(tmp_path / "run", 5), os.scandir
+    (run.folder / "profile" / "a").mkdir(parents=True)
+
+    def gone(path):
+        if str(path).endswith(("profile", "checkpoints/5")):
+            Path(path).rename(tmp_path / Path(path).name)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    found = [name for name in list_of(run.folder) if not name.startswith("checkpoints/")]
+    assert found == (["checkpoints.json", "config.json", "metrics.jsonl"] if list_of is layout.others else [])
+    assert not (run.folder / "profile").exists()
+
+
 # ---- the lease ----
 
 
@@ -355,11 +445,24 @@ def test_a_holder_that_lives_is_named_and_one_that_was_killed_gives_way(monkeypa
 
 
 def test_a_process_of_this_machine_that_is_gone_is_not_waited_for():
-    gone = {"run": "r", "token": "t", "beats": 3, "host": os.uname().nodename, "pid": 2**22 + 1}
+    gone = {"run": "r", "token": "t", "beats": 3, **here(), "pid": 2**22 + 1}
     Bucket(URL).write(LEASE, json.dumps(gone).encode())
     began = time.monotonic()
     Lease(Bucket(URL)).take()
     assert time.monotonic() - began < 0.5
+
+
+@pytest.mark.parametrize("other", ["host", "boot", "space"])
+def test_a_process_of_another_machine_or_container_may_live_whatever_its_number_is_here(other, monkeypatch):
+    """Containers often have the same host name, and no number of one means anything in another."""
+    monkeypatch.setattr("mmfree_jax.remote.lease.STALE_SECONDS", 0.5)
+    if not here()[other]:
+        pytest.skip("this system does not say")
+    held = {"run": "r", "token": "t", "beats": 3, **here(), "pid": 2**22 + 1, other: "elsewhere"}
+    Bucket(URL).write(LEASE, json.dumps(held).encode())
+    began = time.monotonic()
+    Lease(Bucket(URL)).take()
+    assert time.monotonic() - began > 0.4
 
 
 def test_of_two_that_come_at_once_one_goes(monkeypatch):
@@ -381,7 +484,14 @@ def test_of_two_that_come_at_once_one_goes(monkeypatch):
     assert len(failures) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"pid": "x"}', b"\xff", b"[" * 100_000])
+def lease_of(pid: str) -> bytes:
+    return b'{"run": "r", "token": "t", "beats": 1, "host": "h", "pid": %s}' % pid.encode()
+
+
+NONE = [b"", b"[]", b'{"pid": "x"}', b"\xff", b"[" * 100_000, *map(lease_of, ("-1", "0", "1" + "0" * 30, "1e999"))]
+
+
+@pytest.mark.parametrize("content", NONE)
 def test_a_lease_that_is_none_is_named(content):
     Bucket(URL).write(LEASE, content)
     with pytest.raises(RemoteError, match=r"\.lease\.json does not name a process: remove it"):
@@ -764,3 +874,26 @@ def test_what_is_read_is_what_is_there_now(tmp_path):
 def test_nothing_to_read_is_said():
     with pytest.raises(ConfigError, match=r"^memory://bucket/run holds nothing"):
         fetched(Path(URL))
+
+
+@pytest.mark.parametrize("replaced", [2, 3])
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_looked_for_again(replaced, tmp_path, monkeypatch):
+    run = trained(tmp_path / "run", 5)
+    copy, real, steps = copy_of(run), Bucket.download, []
+    assert copy.attempt() == ""
+
+    def download(self, *arguments):
+        steps.append(6 + len(steps))
+        if len(steps) <= replaced:
+            run.step(steps[-1])
+            run.save(steps[-1])
+            assert copy.attempt() == ""
+        real(self, *arguments)
+
+    monkeypatch.setattr(Bucket, "download", download)
+    if replaced < 3:
+        assert Run(fetched(Path(URL))).resumed() == rows(7)
+    else:
+        with pytest.raises(RemoteError, match="FileNotFoundError"):
+            fetched(Path(URL))
+    assert len(steps) == 3
