@@ -11,12 +11,18 @@ from pathlib import Path
 
 from mmfree_jax.checksums import first_damage
 from mmfree_jax.errors import sentence
+from mmfree_jax.files import write_json
 from mmfree_jax.remote.bucket import Bucket, Closed, RemoteError
 from mmfree_jax.remote.layout import LAST, LOGS, Unit, complete, is_list, lists, others, place, places
 
 PERIOD_SECONDS = 20.0  # between two looks at the folder
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts
 PATIENCE_SECONDS = 600.0  # how long a run waits at its end until everything is in the bucket
+
+
+def note_of(stage: Path) -> Path:
+    """Return the file that names what was in the bucket after the last pass, besides checkpoints."""
+    return stage.with_name("sent.json")
 
 
 class Copy:
@@ -29,6 +35,7 @@ class Copy:
         self.there = self._equal(complete(names))
         # Time of change and size of each other file that is there; not known of those that were there before.
         self.sent = {name: (0, 0) for name in others(folder) if name in names}
+        self.noted: set[str] = set()  # the names in the note of what is there
         self.pause = 0.0  # before the next attempt, if the last one has failed
 
     def repeat(self, ended: threading.Event) -> None:
@@ -57,6 +64,9 @@ class Copy:
                 self.sent = {name: state for name, state in self.sent.items() if name in names}
                 self.there = {unit: self.there[unit] for unit in complete(names) & self.there.keys()}
             self._update()
+            if self.noted != self.sent.keys():
+                write_json(note_of(self.stage), sorted(self.sent))
+                self.noted = set(self.sent)
         except Closed:
             raise
         except (RemoteError, OSError) as error:

@@ -27,6 +27,7 @@ class Lease:
         self.bucket, self.beats, self.token = bucket, 0, uuid.uuid4().hex
         self.host = socket.gethostname()
         self.run = ""  # names what is at this URL since it was first used
+        self.place = ""  # names the folder that is as new as what is there: that of whoever wrote last
         self.successor = ""  # who has taken over from this process
 
     def take(self) -> None:
@@ -37,7 +38,7 @@ class Lease:
             before, held = held, self._read()
             if held and held["token"] and held != before:
                 raise RemoteError(f"{self.bucket.url}: {_holder(held)} is working here")
-        self.run = held["run"] if held else uuid.uuid4().hex
+        self.run, self.place = (held["run"], held["place"]) if held else (uuid.uuid4().hex, "")
         self._write(self.token)
         time.sleep(SETTLE_SECONDS)
         self.beat()
@@ -67,13 +68,13 @@ class Lease:
             if not 0 < (pid := int(found["pid"])) < 2**31:
                 raise ValueError(pid)
             about = {name: str(found[name]) for name in ("run", "token", "beats", "host")}
-            return {"pid": pid, **about, **{name: str(found.get(name, "")) for name in ("boot", "space")}}
+            return {"pid": pid, **about, **{name: str(found.get(name, "")) for name in ("boot", "space", "place")}}
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise RemoteError(f"{self.bucket.url}/{LEASE} does not name a process: remove it") from None
 
     def _write(self, token: str) -> None:
         self.beats += 1
-        about = {"run": self.run, "token": token, "beats": self.beats, "pid": os.getpid()}
+        about = {"run": self.run, "place": self.place, "token": token, "beats": self.beats, "pid": os.getpid()}
         self.bucket.write(LEASE, json.dumps({**about, **here(), "host": self.host}).encode())
 
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,10 +22,10 @@ import jax
 from mmfree_jax.checksums import first_damage
 from mmfree_jax.config import require
 from mmfree_jax.distributed import PeerLost, first_does, is_alone, is_first, sum_integers
-from mmfree_jax.files import LockedError, cache_folder, locked, url_of, write_atomically
+from mmfree_jax.files import LockedError, cache_folder, locked, read_json, url_of, write_atomically
 from mmfree_jax.remote.bucket import Bucket, Closed, RemoteError
-from mmfree_jax.remote.copy import Copy
-from mmfree_jax.remote.layout import PART, Unit, complete, is_list, place
+from mmfree_jax.remote.copy import Copy, note_of
+from mmfree_jax.remote.layout import PART, Unit, begun, complete, files, is_list, place, reached
 from mmfree_jax.remote.lease import BEAT_SECONDS, LEASE, Lease
 from mmfree_jax.sweep.heartbeat import repeated
 
@@ -131,7 +132,10 @@ def _copied(url: str, home: Path, folder: Path) -> Iterator[None]:
             lease.take()
             with repeated(lambda: _beat(lease, bucket, ended), BEAT_SECONDS):  # until the last upload has ended
                 _check_same(url, home, lease.run)
-                _bring(bucket, folder, home / "stage")
+                own = _name_of(home)
+                _bring(bucket, folder, home / "stage", is_old=lease.place != own)
+                lease.place = own
+                _beat(lease, bucket, ended)  # from now on what is here is as new as what is there
                 copy, failure = Copy(bucket, folder, home / "stage"), None
                 with _repeating(copy, ended):
                     try:
@@ -186,6 +190,14 @@ def _beat(lease: Lease, bucket: Bucket, ended: threading.Event) -> None:
             os.kill(os.getpid(), signal.SIGTERM)  # the run saves what it has, here, and ends
 
 
+def _name_of(home: Path) -> str:
+    """A name of this folder that no other machine's has."""
+    note = home / "name"
+    if not note.exists():
+        write_atomically(note, uuid.uuid4().hex)
+    return note.read_text(encoding="utf-8")
+
+
 def _check_same(url: str, home: Path, run: str) -> None:
     """Raise RemoteError if this machine holds another run of this URL than the bucket, which may be empty by now."""
     note = home / "id"
@@ -196,20 +208,29 @@ def _check_same(url: str, home: Path, run: str) -> None:
     write_atomically(note, run)
 
 
-def _bring(bucket: Bucket, folder: Path, stage: Path) -> None:
-    """Bring the runs of which the bucket has a newer checkpoint, and files that the folder lacks."""
-    names = bucket.names()
-    there, behind = complete(names), {}
+def _bring(bucket: Bucket, folder: Path, stage: Path, is_old: bool = False) -> None:
+    """Bring the runs of which the bucket has a newer checkpoint, and files that the folder lacks.
+
+    is_old: another machine has written there since this one has. What it wrote and removed counts, except of runs that
+    have come further here.
+    """
+    names, local = bucket.names(), list(files(folder))
+    there, here = complete(names), begun(local)
+    far, near = reached(names, there), reached(local, here)
+    ahead = tuple(run for run in near if near[run] > far.get(run, (-1, False)))
+    is_replaced = lambda name: is_old and not name.startswith(ahead)
     shutil.rmtree(stage, ignore_errors=True)
-    for run in {run for run, _ in there}:
-        steps = sorted(step for other, step in there if other == run)
-        here = [int(path.name) for path in (folder / run / "checkpoints").glob("*") if path.name.isdigit()]
-        if steps[-1] > max(here, default=-1):
-            behind[run] = [step for step in steps if step not in here and _intact(bucket, stage, (run, step), names)]
-    for name in names:
-        wanted = name.startswith(tuple(behind)) or not (folder / name).exists()
-        if wanted and name != LEASE and not PART.fullmatch(name):
-            bucket.download(folder, {name: name})
+    behind = {}
+    for run, (newest, _) in far.items():
+        if newest > near.get(run, (-1, False))[0]:
+            steps = sorted(step for other, step in there - here if other == run)
+            behind[run] = [step for step in steps if _intact(bucket, stage, (run, step), names)]
+    wanted = lambda name: name.startswith(tuple(behind)) or is_replaced(name) or not (folder / name).exists()
+    own = (name for name in names if name != LEASE and not PART.fullmatch(name))
+    bucket.download(folder, {name: name for name in own if wanted(name)})
+    for name in set(read_json(note_of(stage)) if note_of(stage).exists() else ()) - names.keys():
+        if is_replaced(name):
+            (folder / name).unlink(missing_ok=True)
     for run, steps in behind.items():
         if steps and f"{run}result.json" not in names:
             logs = place((run, steps[-1]), "logs")

@@ -738,6 +738,94 @@ def test_a_folder_of_another_run_at_the_url_is_not_put_there():
         assert not again.exists()
 
 
+# ---- a machine that comes back ----
+
+
+@pytest.fixture
+def on(tmp_path, monkeypatch):
+    """Lets what follows happen on a machine."""
+    return lambda machine: monkeypatch.setenv("MMFREE_JAX_CACHE", str(tmp_path / machine))
+
+
+def write(folder, **content) -> None:
+    for stem, text in content.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{stem}.txt").write_text(text)
+
+
+def texts(folder) -> dict[str, str]:
+    return {path.stem: path.read_text() for path in folder.glob("*.txt")}
+
+
+def test_what_another_machine_has_written_since_is_brought_and_what_it_removed_is_removed(on):
+    """With the same last checkpoint, as of a run that was stopped before its held-out loss."""
+    on("a")
+    with working_folder(Path(URL)) as folder:
+        trained(folder, 5)
+        write(folder, log="a", error="a")
+    on("b")
+    with working_folder(Path(URL)) as folder:
+        assert texts(folder) == {"log": "a", "error": "a"}
+        write(folder, log="b", more="b")
+        (folder / "error.txt").unlink()
+    on("a")
+    for _ in range(2):
+        with working_folder(Path(URL)) as folder:
+            assert texts(folder) == {"log": "b", "more": "b"}
+    assert Bucket(URL).read("log.txt") == b"b"
+    assert Bucket(URL).read("error.txt") is None
+
+
+def test_what_was_not_sent_stays_if_no_other_machine_has_written_since(on):
+    """As after SIGKILL."""
+    on("a")
+    with working_folder(Path(URL)) as folder:
+        write(folder, log="a", error="a")
+    write(folder, log="longer")
+    (folder / "error.txt").unlink()
+    with working_folder(Path(URL)) as folder:
+        assert texts(folder)["log"] == "longer"
+    assert Bucket(URL).read("log.txt") == b"longer"
+
+
+@pytest.mark.parametrize("further", ["checkpoint", "result"])
+def test_a_run_that_has_come_further_here_stays_as_it_is(further, on):
+    on("a")
+    with working_folder(Path(URL)) as folder:
+        trained(folder / "runs" / "a", 5)
+        write(folder / "runs" / "a", log="a")
+        write(folder, table="a")
+    write(folder / "runs" / "a", log="further")
+    if further == "checkpoint":
+        Run(folder / "runs" / "a").save(6)
+    else:
+        (folder / "runs" / "a" / "result.json").write_text("{}")
+    on("b")
+    with working_folder(Path(URL)) as folder:
+        write(folder / "runs" / "a", log="b")
+        write(folder, table="b")
+    on("a")
+    with working_folder(Path(URL)) as folder:
+        assert texts(folder / "runs" / "a") == {"log": "further"}
+        assert texts(folder) == {"table": "b"}
+
+
+def test_a_machine_that_was_killed_while_it_brought_things_brings_them_the_next_time(on, monkeypatch):
+    on("a")
+    with working_folder(Path(URL)) as folder:
+        write(folder, log="a")
+    on("b")
+    with working_folder(Path(URL)) as folder:
+        write(folder, log="b")
+    on("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "download", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            working_folder(Path(URL)).__enter__()
+    with working_folder(Path(URL)) as folder:
+        assert texts(folder) == {"log": "b"}
+
+
 # ---- several processes ----
 
 
