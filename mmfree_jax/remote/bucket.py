@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmfree_jax.config import ConfigError
+from mmfree_jax.config import ConfigError, require
 from mmfree_jax.errors import need, sentence
 
 INCOMING = ".incoming"  # a folder: objects that are being downloaded
@@ -24,6 +24,8 @@ class Bucket:
     """The objects under a URL, by the names of files in a folder. Whatever fails is a RemoteError."""
 
     def __init__(self, url: str):
+        scheme, _, path = url.partition("://")
+        require(scheme not in ("file", "local"), f"{url} is of this machine: give the path, /{path}")
         self.url = url
         fsspec: Any = need("fsspec", url, "'mmfree-jax[remote]'")
         try:

@@ -29,6 +29,8 @@ def local(place: str | Path) -> Path:
     if not is_url(place):
         return Path(place)
     url = URL.sub(r"\1://\2", str(place))
+    if url.startswith(("file://", "local://")):
+        raise ScalingError(f"{url} is of this machine: give the path, /{url.partition('://')[2]}")
     folder = Path(tempfile.mkdtemp(prefix="scaling-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:

@@ -20,6 +20,7 @@ from mmfree_jax.remote.copy import Copy
 from mmfree_jax.remote.lease import LEASE, Lease, here
 from mmfree_jax.remote.reading import fetched
 from mmfree_jax.remote.working import NotCopied, working_folder
+from scaling.tables.readers import ScalingError
 from scaling.tables.remote import local
 
 URL = "memory://bucket/run"
@@ -323,6 +324,21 @@ def test_a_table_whose_name_leads_out_of_the_folder_is_not_read(tmp_path):
         store[f"/bucket/run/{name}"] = store["/bucket/run/runs.csv"]
     assert [path.name for path in local(URL).rglob("*")] == ["runs.csv"]
     assert not (tmp_path / "evil.csv").exists()
+
+
+@pytest.mark.parametrize("scheme", ["file", "local"])
+def test_a_url_of_this_machine_is_refused(scheme, tmp_path, monkeypatch):
+    """It would be a relative path, because `Path` makes one slash of three."""
+    monkeypatch.chdir(tmp_path)
+    url = Path(f"{scheme}://{tmp_path}/run")
+    for error, use in (
+        (ConfigError, lambda: working_folder(url).__enter__()),
+        (ConfigError, lambda: fetched(url)),
+        (ScalingError, lambda: local(url)),
+    ):
+        with pytest.raises(error, match=rf"is of this machine: give the path, {tmp_path}/run$"):
+            use()
+    assert not list(tmp_path.iterdir())
 
 
 # ---- broken connections ----
