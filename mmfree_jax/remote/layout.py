@@ -73,7 +73,7 @@ def others(folder: Path) -> Iterator[str]:
 
 def files(folder: Path) -> Iterator[str]:
     """Yield the names of all files, in order. What is removed meanwhile is left out or not."""
-    for root, folders, files in os.walk(folder):
+    for root, folders, own in os.walk(folder):
         folders.sort()
         inside = Path(root).relative_to(folder)
-        yield from ((inside / file).as_posix() for file in sorted(files))
+        yield from ((inside / file).as_posix() for file in sorted(own))

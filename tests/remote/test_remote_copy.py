@@ -892,7 +892,7 @@ def ended_in_a_thread(kind: type[BaseException] | None) -> tuple[threading.Threa
         except BaseException as error:
             outcome.append(type(error))
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread, outcome
 
