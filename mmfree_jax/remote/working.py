@@ -27,7 +27,7 @@ from mmfree_jax.remote.bucket import Bucket, Closed, RemoteError
 from mmfree_jax.remote.copy import Copy, note_of
 from mmfree_jax.remote.layout import PART, Unit, begun, complete, files, is_list, place, reached
 from mmfree_jax.remote.lease import BEAT_SECONDS, LEASE, Lease
-from mmfree_jax.sweep.heartbeat import repeated
+from mmfree_jax.threads import repeated
 
 # Files of a run of several processes: in the first one it ends; the copy has ended too.
 ENDING, ENDED = "ending", "ended"
