@@ -11,12 +11,18 @@ from pathlib import Path
 
 from mmfree_jax.checksums import first_damage
 from mmfree_jax.errors import sentence
-from mmfree_jax.remote.bucket import Bucket, RemoteError
+from mmfree_jax.files import write_json
+from mmfree_jax.remote.bucket import Bucket, Closed, RemoteError
 from mmfree_jax.remote.layout import LAST, LOGS, Unit, complete, is_list, lists, others, place, places
 
 PERIOD_SECONDS = 20.0  # between two looks at the folder
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts
 PATIENCE_SECONDS = 600.0  # how long a run waits at its end until everything is in the bucket
+
+
+def note_of(stage: Path) -> Path:
+    """Return the file that names what was in the bucket after the last pass, besides checkpoints."""
+    return stage.with_name("sent.json")
 
 
 class Copy:
@@ -29,15 +35,17 @@ class Copy:
         self.there = self._equal(complete(names))
         # Time of change and size of each other file that is there; not known of those that were there before.
         self.sent = {name: (0, 0) for name in others(folder) if name in names}
+        self.noted: set[str] = set()  # the names in the note of what is there
         self.pause = 0.0  # before the next attempt, if the last one has failed
 
     def repeat(self, ended: threading.Event) -> None:
         """Make a pass every few seconds, after failures with ever longer pauses. For a thread."""
-        while not ended.wait(self.pause or PERIOD_SECONDS):
-            self.attempt()
+        with contextlib.suppress(Closed):
+            while not ended.wait(self.pause or PERIOD_SECONDS):
+                self.attempt()
 
     def finish(self) -> str:
-        """Make passes until one is complete, when nothing changes any more. Returns why there was none."""
+        """Make passes until one is complete, when nothing changes any more. Returns why none was; raises Closed."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while why := self.attempt(look=True):
             if time.monotonic() + self.pause > deadline:
@@ -48,7 +56,7 @@ class Copy:
     def attempt(self, look: bool = False) -> str:
         """Make a pass. Returns why it failed; the first failure in a row is also reported on stderr.
 
-        look: first see what is there, which somebody may have removed.
+        look: first see what is there, which somebody may have removed. Raises Closed.
         """
         try:
             if look:
@@ -56,6 +64,11 @@ class Copy:
                 self.sent = {name: state for name, state in self.sent.items() if name in names}
                 self.there = {unit: self.there[unit] for unit in complete(names) & self.there.keys()}
             self._update()
+            if self.noted != self.sent.keys():
+                write_json(note_of(self.stage), sorted(self.sent))
+                self.noted = set(self.sent)
+        except Closed:
+            raise
         except (RemoteError, OSError) as error:
             why = sentence(error)
             if not self.pause:
@@ -68,6 +81,7 @@ class Copy:
         return ""
 
     def _update(self) -> None:
+        shutil.rmtree(self.stage, ignore_errors=True)  # what could not be sent; it may be gone here
         # A file of `LAST` is looked for before the checkpoint that it tells of, and sent after it.
         files, here = list(others(self.folder)), self._here()
         new = [unit for unit in sorted(here, key=lambda unit: -unit[1]) if here[unit] != self.there.get(unit)]

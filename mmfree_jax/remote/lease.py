@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 from mmfree_jax.remote.bucket import Bucket, RemoteError
@@ -26,6 +27,7 @@ class Lease:
         self.bucket, self.beats, self.token = bucket, 0, uuid.uuid4().hex
         self.host = socket.gethostname()
         self.run = ""  # names what is at this URL since it was first used
+        self.place = ""  # names the folder that is as new as what is there: that of whoever wrote last
         self.successor = ""  # who has taken over from this process
 
     def take(self) -> None:
@@ -36,7 +38,7 @@ class Lease:
             before, held = held, self._read()
             if held and held["token"] and held != before:
                 raise RemoteError(f"{self.bucket.url}: {_holder(held)} is working here")
-        self.run = held["run"] if held else uuid.uuid4().hex
+        self.run, self.place = (held["run"], held["place"]) if held else (uuid.uuid4().hex, "")
         self._write(self.token)
         time.sleep(SETTLE_SECONDS)
         self.beat()
@@ -46,15 +48,15 @@ class Lease:
     def beat(self) -> None:
         """Show that this process lives, or see who has taken over from it."""
         held = self._read()
-        if held and held["token"] != self.token:
+        if held and held["token"] not in ("", self.token):
             self.successor = _holder(held)
         else:
             self._write(self.token)
 
     def release(self) -> None:
         """Let others in at once. If this fails, they wait until the heartbeat is stale."""
-        if self.beats and not self.successor:
-            with contextlib.suppress(RemoteError):
+        with contextlib.suppress(RemoteError):
+            if (held := self._read()) and held["token"] == self.token:
                 self._write("")
 
     def _read(self) -> dict[str, Any] | None:
@@ -63,14 +65,30 @@ class Lease:
             return None
         try:
             found = json.loads(content)
-            return {"pid": int(found["pid"]), **{name: str(found[name]) for name in ("run", "token", "beats", "host")}}
-        except (ValueError, TypeError, KeyError, RecursionError):
+            if not 0 < (pid := int(found["pid"])) < 2**31:
+                raise ValueError(pid)
+            about = {name: str(found[name]) for name in ("run", "token", "beats", "host")}
+            return {"pid": pid, **about, **{name: str(found.get(name, "")) for name in ("boot", "space", "place")}}
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise RemoteError(f"{self.bucket.url}/{LEASE} does not name a process: remove it") from None
 
     def _write(self, token: str) -> None:
         self.beats += 1
-        about = {"run": self.run, "token": token, "beats": self.beats, "host": self.host, "pid": os.getpid()}
-        self.bucket.write(LEASE, json.dumps(about).encode())
+        about = {"run": self.run, "place": self.place, "token": token, "beats": self.beats, "pid": os.getpid()}
+        self.bucket.write(LEASE, json.dumps({**about, **here(), "host": self.host}).encode())
+
+
+def here() -> dict[str, str]:
+    """Return what a process identifier belongs to: host, start of the system, and namespace of a container.
+
+    Machines may have the same name. Empty where the system does not say.
+    """
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    said = {"host": socket.gethostname(), "boot": "", "space": ""}
+    with contextlib.suppress(OSError):
+        said["boot"] = boot.read_text(encoding="ascii").strip()
+        said["space"] = os.readlink(space)
+    return said
 
 
 def _holder(held: dict[str, Any]) -> str:
@@ -79,7 +97,7 @@ def _holder(held: dict[str, Any]) -> str:
 
 def _has_died_here(held: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that has ended."""
-    if held["host"] != socket.gethostname():
+    if any(held[name] != value for name, value in here().items()):
         return False
     try:
         os.kill(held["pid"], 0)

@@ -7,12 +7,12 @@ import fcntl
 import os
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmfree_jax.files import LockedError, read_object, write_json
+from mmfree_jax.threads import repeated
 
 # A shared file system may not share locks, and clocks differ. So nothing here compares the clocks of two machines: the
 # age of a file is the difference of two time stamps that the file system itself gave.
@@ -35,24 +35,6 @@ class Beat:
 
     def __str__(self) -> str:
         return f"job {self.job} on {self.host}" if self.job else f"process {self.pid} on {self.host}"
-
-
-@contextlib.contextmanager
-def repeated(action: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Call `action` every so many seconds, from a thread, while the context is open."""
-    ended = threading.Event()
-
-    def repeat() -> None:
-        while not ended.wait(seconds):
-            action()
-
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from rich.text import Text
 from mmfree_jax.config import RunConfig
 from mmfree_jax.output import line_printer
 from mmfree_jax.sweep.experiment import run_flops
-from mmfree_jax.sweep.heartbeat import repeated
 from mmfree_jax.sweep.status import RunStatus, status
+from mmfree_jax.threads import repeated
 
 REFRESH_SECONDS = 1.0
 PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal to redraw

@@ -29,6 +29,8 @@ def local(place: str | Path) -> Path:
     if not is_url(place):
         return Path(place)
     url = URL.sub(r"\1://\2", str(place))
+    if url.startswith(("file://", "local://")):
+        raise ScalingError(f"{url} is of this machine: give the path, /{url.partition('://')[2]}")
     folder = Path(tempfile.mkdtemp(prefix="scaling-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
@@ -51,7 +53,8 @@ def copy(url: str, target: Path) -> None:
         fs.get_file(root, str(target))
         return
     paths = {path: path[len(root.rstrip("/")) + 1 :] for path in fs.find(root)}
-    wanted = {path: name for path, name in paths.items() if READ.search(name) and ".." not in name.split("/")}
+    inside = lambda name: not {"", ".", ".."} & set(name.split("/"))  # of //a and a//b the end is a path of its own
+    wanted = {path: name for path, name in paths.items() if READ.search(name) and inside(name)}
     if not wanted:
         raise ScalingError(f"{url} holds no table and no folder of runs")
     for path, name in wanted.items():
