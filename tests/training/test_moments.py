@@ -134,7 +134,8 @@ def test_moments_are_sharded_as_parameters_are(on_meshes):
         wanted = {"bfloat16": 1, "int8": 2 * (1 + 4 / BLOCK) / 4}[name.split()[1]]
         assert share == pytest.approx(wanted, rel=0.02), name
         assert of_a_device == pytest.approx(wanted, rel=0.1), name  # vectors are whole on each
-        assert apart < 5e-7, name  # on average; other random bits would be 2e-6 and 5e-5 apart
+        # On average. Other random bits would be 2e-6 and 5e-5 apart.
+        assert apart < {"bfloat16": 1e-6, "int8": 1e-5}[name.split()[1]], name
 
 
 def test_a_run_goes_on_on_another_mesh(on_meshes):
@@ -142,4 +143,5 @@ def test_a_run_goes_on_on_another_mesh(on_meshes):
     assert "resume matmul-free-tiny at step 5" in said
     assert len(whole) == len(other) == 12
     assert other[:5] == whole[:5]
-    np.testing.assert_allclose(other, whole, atol=1e-4)
+    np.testing.assert_allclose(other[:9], whole[:9], atol=5e-5)
+    np.testing.assert_allclose(other, whole, atol=2e-3)  # by then a ternary code may have fallen to the other side
