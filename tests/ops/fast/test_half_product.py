@@ -1,8 +1,5 @@
 """Products of bfloat16 matrices with few vectors on a CPU, by every variant of the C++ code, against float64."""
 
-import os
-import subprocess
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +9,8 @@ from mmfree_jax.ops.fast import choice
 from mmfree_jax.ops.fast.cpu import half_product as cpu
 from mmfree_jax.ops.fast.cpu import library
 from mmfree_jax.ops.served_linear import RowWeights, row_product
-from tests.ops.fast.test_ternary_product import COMPILED, NEON, SIZES
+from tests.ops.fast.emulated import arm_program
+from tests.ops.fast.test_ternary_product import COMPILED, SIZES
 
 HARNESS = """
 #include "{source}"
@@ -92,21 +90,10 @@ def test_xla_multiplies_what_the_kernel_does_not_take(x, w, context):
 
 
 def test_arm_variants_are_float64_to_rounding_in_an_emulator(tmp_path):
-    compiler, emulator = NEON
-    if compiler is None or emulator is None:
-        assert "REQUIRE_ARM" not in os.environ, "g++-aarch64-linux-gnu or qemu-user is missing, and REQUIRE_ARM is set"
-        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
-    (tmp_path / "main.cc").write_text(HARNESS.format(source=library.SOURCES[1]))
-    program = tmp_path / "main"
-    flags = [flag for flag in library.FLAGS if flag not in ("-shared", "-fPIC")]
-    command = [compiler, *flags, "-static", f"-I{jax.ffi.include_dir()}", str(tmp_path / "main.cc"), "-o", str(program)]
-    subprocess.run(command, check=True)
+    run = arm_program(tmp_path, HARNESS.format(source=library.SOURCES[1]))
     for size in [(1, 5, 28), (3, 33, 257), (5, 18, 1028)]:
         w_NK, x_MK, expected, off = drawn(*size)
-        given = b"".join([np.int64(size).tobytes(), w_NK.tobytes(), x_MK.tobytes()])
-        done = subprocess.run(
-            [emulator, "-cpu", "cortex-a53", str(program)], input=given, capture_output=True, check=True
-        )
-        assert done.stderr.decode().split() == ["neon", "scalar"]
-        for y in np.split(np.frombuffer(done.stdout, np.float32), 2):
+        ran, written = run("cortex-a53", np.int64(size), w_NK, x_MK)
+        assert ran == ["neon", "scalar"]
+        for y in np.split(np.frombuffer(written, np.float32), 2):
             assert (np.abs(y.reshape(expected.shape) - expected) <= off).all()

@@ -1,9 +1,5 @@
 """Products of packed weights on a CPU: every variant of the C++ code gives the integers of int64 arithmetic."""
 
-import os
-import shutil
-import subprocess
-
 import jax
 import numpy as np
 import pytest
@@ -11,6 +7,7 @@ import pytest
 from mmfree_jax.ops import packed
 from mmfree_jax.ops.fast.cpu import library
 from mmfree_jax.ops.fast.cpu import ternary_product as cpu
+from tests.ops.fast.emulated import arm_program
 
 COMPILED = pytest.mark.skipif(library.find_compiler() is None, reason="needs a C++ compiler")
 # Vectors, outputs, width: below a tile and beyond it, below a vector of 16, 32 or 64 bytes and beyond, odd, empty.
@@ -73,7 +70,6 @@ def test_many_products_at_once_do_not_wait_for_each_other():
         np.testing.assert_array_equal(y, expected)
 
 
-NEON = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 HARNESS = """
 #include "{source}"
 #include <cstdio>
@@ -95,22 +91,11 @@ int main() {{  // reads M N K, weights and activations; writes the products of e
 
 
 def test_arm_variants_equal_int64_in_an_emulator(tmp_path):
-    compiler, emulator = NEON
-    if compiler is None or emulator is None:
-        assert "REQUIRE_ARM" not in os.environ, "g++-aarch64-linux-gnu or qemu-user is missing, and REQUIRE_ARM is set"
-        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
-    (tmp_path / "main.cc").write_text(HARNESS.format(source=library.SOURCES[0]))
-    program = tmp_path / "main"
-    flags = [flag for flag in library.FLAGS if flag not in ("-shared", "-fPIC")]
-    command = [compiler, *flags, "-static", f"-I{jax.ffi.include_dir()}", str(tmp_path / "main.cc"), "-o", str(program)]
-    subprocess.run(command, check=True)
+    run = arm_program(tmp_path, HARNESS.format(source=library.SOURCES[0]))
     for size in [(1, 5, 28), (3, 33, 256), (5, 18, 1028)]:
         bytes_NI, q_MK, expected = drawn(*size)
-        given = b"".join([np.int64(size).tobytes(), bytes_NI.tobytes(), q_MK.tobytes()])
         for cpu_model, names in (("max", ["dotprod", "neon", "scalar"]), ("cortex-a53", ["neon", "scalar"])):
-            done = subprocess.run(
-                [emulator, "-cpu", cpu_model, str(program)], input=given, capture_output=True, check=True
-            )
-            assert done.stderr.decode().split() == names
-            for y in np.split(np.frombuffer(done.stdout, np.int32), len(names)):
+            ran, written = run(cpu_model, np.int64(size), bytes_NI, q_MK)
+            assert ran == names
+            for y in np.split(np.frombuffer(written, np.int32), len(names)):
                 np.testing.assert_array_equal(y.reshape(expected.shape), expected)

@@ -17,9 +17,6 @@
 
 namespace {
 
-// A tile multiplies R rows of weights with M vectors of activations: dots[r * M + m].
-using HalfTile = void (*)(const uint16_t* w, const float* x, int64_t K, float* dots);
-
 inline float widened(uint16_t half) {
   const uint32_t bits = uint32_t(half) << 16;
   float value;
@@ -102,68 +99,33 @@ void half_neon(const uint16_t* w, const float* x, int64_t K, float* dots) {
 
 #endif
 
-constexpr int kHalfRows = 4, kHalfVectors = 4;  // of the largest tile: 16 sums in registers
-
-struct HalfVariant {
-  const char* name;
-  bool (*runs_here)();
-  HalfTile tiles[kHalfVectors], row[kHalfVectors];  // by the number of vectors: for kHalfRows rows, and for one
-};
-
-#define HALF_TILES(tile)                                                                          \
-  {tile<kHalfRows, 1>, tile<kHalfRows, 2>, tile<kHalfRows, 3>, tile<kHalfRows, 4>},               \
-      {tile<1, 1>, tile<1, 2>, tile<1, 3>, tile<1, 4>}
+using HalfProduct = Product<uint16_t, float, float>;
+using HalfVariant = Variant<uint16_t, float, float>;
 
 // The fastest first; the last one runs everywhere.
 const HalfVariant kHalfVariants[] = {
 #if defined(__x86_64__)
-    {"avx512", [] { return bool(__builtin_cpu_supports("avx512f")); }, HALF_TILES(half_avx512)},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, HALF_TILES(half_avx2)},
+    {"avx512", [] { return bool(__builtin_cpu_supports("avx512f")); }, TILES(half_avx512)},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, TILES(half_avx2)},
 #elif defined(__aarch64__)
-    {"neon", [] { return true; }, HALF_TILES(half_neon)},
+    {"neon", [] { return true; }, TILES(half_neon)},
 #endif
-    {"scalar", [] { return true; }, HALF_TILES(half_scalar)},
+    {"scalar", [] { return true; }, TILES(half_scalar)},
 };
 constexpr int kHalfVariantCount = sizeof(kHalfVariants) / sizeof(HalfVariant);
 
-struct HalfProduct {
-  const HalfVariant& variant;
-  const uint16_t* w;
-  const float* x;
-  float* y;
-  int64_t M, N, K;
-
-  // Rows [begin, end) of the weights, with all vectors.
-  void rows(int64_t begin, int64_t end) const {
-    for (int64_t m = 0; m < M; m += kHalfVectors) {
-      const int vectors = int(M - m < kHalfVectors ? M - m : kHalfVectors);
-      for (int64_t n = begin; n < end;) {
-        const int count = end - n >= kHalfRows ? kHalfRows : 1;
-        float dots[kHalfRows * kHalfVectors];
-        (count == kHalfRows ? variant.tiles : variant.row)[vectors - 1](w + n * K, x + m * K, K, dots);
-        for (int r = 0; r < count; r++)
-          for (int v = 0; v < vectors; v++) y[(m + v) * N + n + r] = dots[r * vectors + v];
-        n += count;
-      }
-    }
-  }
-};
+float nothing(const float*, int64_t) { return 0; }
 
 namespace ffi = xla::ffi;
 
 ffi::Error handle_half(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> w, ffi::Buffer<ffi::F32> x,
                        ffi::ResultBuffer<ffi::F32> y) {
-  static const HalfVariant& fastest = [&]() -> const HalfVariant& {
-    int i = 0;
-    while (!kHalfVariants[i].runs_here()) i++;
-    return kHalfVariants[i];
-  }();
   const int64_t N = w.dimensions()[0], K = w.dimensions()[1], M = x.dimensions()[0];
   if (x.dimensions()[1] != K) return ffi::Error::InvalidArgument("activations and weights differ in width");
+  static const HalfVariant& fastest = first_that_runs(kHalfVariants);
   const auto* bits = static_cast<const uint16_t*>(w.untyped_data());
-  const HalfProduct product{fastest, bits, x.typed_data(), y->typed_data(), M, N, K};
-  in_blocks(N, 2 * K, kHalfRows, pool.num_threads() - 1, [&pool](auto task) { pool.Schedule(std::move(task)); },
-            [product](int64_t begin, int64_t end) { product.rows(begin, end); });
+  const HalfProduct product{fastest, bits, x.typed_data(), y->typed_data(), M, N, K, K, nothing};
+  multiply(product, pool.num_threads() - 1, [&pool](auto task) { pool.Schedule(std::move(task)); });
   return ffi::Error::Success();
 }
 
@@ -180,5 +142,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(half_product, handle_half,
 extern "C" const char* half_variant_name(int i) { return i < kHalfVariantCount ? kHalfVariants[i].name : nullptr; }
 extern "C" int half_variant_runs_here(int i) { return kHalfVariants[i].runs_here(); }
 extern "C" void half_variant_product(int i, const uint16_t* w, const float* x, float* y, int64_t M, int64_t N, int64_t K) {
-  HalfProduct{kHalfVariants[i], w, x, y, M, N, K}.rows(0, N);
+  HalfProduct{kHalfVariants[i], w, x, y, M, N, K, K, nothing}.rows(0, N);
 }

@@ -1,13 +1,12 @@
 """Products of matrices in bfloat16 with a few vectors in float32 on a CPU: JAX's side of `half_product.cc`."""
 
-import ctypes
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.ops.fast.cpu.library import BY_XLA, library, registered, target, variant_names
+from mmfree_jax.ops.fast.cpu.library import BY_XLA, registered, run_variant, target, variant_names
 
 
 def supports(rows: int) -> bool:
@@ -28,9 +27,7 @@ def variants() -> Iterator[str]:
 
 def product_by_variant(variant: str, w_NK: np.ndarray, x_MK: np.ndarray) -> np.ndarray:
     """Multiply by one variant in one thread, without XLA: for tests. Raises KeyError if this CPU does not run it."""
-    number = {name: number for number, name in variant_names("half_")}[variant]
     (M, K), N = x_MK.shape, w_NK.shape[0]
     y_MN = np.empty((M, N), np.float32)
-    arrays = [a.ctypes.data_as(ctypes.c_void_p) for a in (np.ascontiguousarray(w_NK), np.ascontiguousarray(x_MK), y_MN)]
-    library().half_variant_product(number, *arrays, *map(ctypes.c_int64, (M, N, K)))  # type: ignore[union-attr]
+    run_variant("half_", variant, (M, N, K), w_NK, x_MK, y_MN)
     return y_MN

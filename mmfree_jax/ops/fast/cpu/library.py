@@ -94,6 +94,16 @@ def variant_names(prefix: str = "") -> Iterator[tuple[int, str]]:
         index += 1
 
 
+def run_variant(prefix: str, variant: str, sizes: tuple[int, int, int], *arrays: np.ndarray) -> None:
+    """Multiply by one variant in one thread, without XLA, into the last array: for tests.
+
+    sizes: M, N, K. Raises KeyError if this CPU does not run the variant.
+    """
+    number = {name: number for number, name in variant_names(prefix)}[variant]
+    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in map(np.ascontiguousarray, arrays)]
+    getattr(library(), f"{prefix}variant_product")(number, *pointers, *map(ctypes.c_int64, sizes))
+
+
 def read_rate(array: np.ndarray, threads: int) -> float:
     """Read an array of 8-byte words once and return bytes a second: the rate that no product can exceed."""
     found = library()

@@ -29,9 +29,6 @@
 
 namespace {
 
-// A tile multiplies R rows of weights with M vectors of activations: dots[r * M + m], without the correction.
-using Tile = void (*)(const uint8_t* w, const int8_t* q, int64_t quarter, int32_t* dots);
-
 // The part [begin, quarter) of each plane: all of a row, or what is left behind whole vectors.
 template <int R, int M>
 void add_scalar(const uint8_t* w, const int8_t* q, int64_t begin, int64_t quarter, int32_t* dots) {
@@ -170,18 +167,11 @@ __attribute__((target("arch=armv8.2-a+dotprod"))) void tile_dotprod(const uint8_
 
 #endif
 
-constexpr int kRows = 4, kVectors = 4;  // of the largest tile: 16 sums in registers
-
-struct Variant {
-  const char* name;
-  bool (*runs_here)();
-  Tile tiles[kVectors], row[kVectors];  // by the number of vectors: for kRows rows, and for one
-};
-
-#define TILES(tile) {tile<kRows, 1>, tile<kRows, 2>, tile<kRows, 3>, tile<kRows, 4>}, {tile<1, 1>, tile<1, 2>, tile<1, 3>, tile<1, 4>}
+using TernaryProduct = Product<uint8_t, int8_t, int32_t>;
+using TernaryVariant = Variant<uint8_t, int8_t, int32_t>;
 
 // The fastest first; the last one runs everywhere.
-const Variant kVariants[] = {
+const TernaryVariant kVariants[] = {
 #if defined(__x86_64__)
     {"avx512vnni", [] { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"); },
      TILES(tile_avx512vnni)},
@@ -196,43 +186,14 @@ const Variant kVariants[] = {
 #endif
     {"scalar", [] { return true; }, TILES(tile_scalar)},
 };
-constexpr int kVariantCount = sizeof(kVariants) / sizeof(Variant);
+constexpr int kVariantCount = sizeof(kVariants) / sizeof(TernaryVariant);
 
-int fastest() {
-  static const int found = [] {
-    int i = 0;
-    while (!kVariants[i].runs_here()) i++;
-    return i;
-  }();
-  return found;
+// Tiles compute sum (code + 1) q: the sum of q too much.
+int32_t sum_of(const int8_t* q, int64_t K) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < K; k++) sum += q[k];
+  return sum;
 }
-
-struct Product {
-  const Variant& variant;
-  const uint8_t* w;
-  const int8_t* q;
-  int32_t* y;
-  int64_t M, N, K;
-
-  // Rows [begin, end) of the weights, with all vectors.
-  void rows(int64_t begin, int64_t end) const {
-    for (int64_t m = 0; m < M; m += kVectors) {
-      const int vectors = int(M - m < kVectors ? M - m : kVectors);
-      const int8_t* q_m = q + m * K;
-      int32_t sums[kVectors] = {};
-      for (int v = 0; v < vectors; v++)
-        for (int64_t k = 0; k < K; k++) sums[v] += q_m[v * K + k];
-      for (int64_t n = begin; n < end;) {
-        const int count = end - n >= kRows ? kRows : 1;
-        int32_t dots[kRows * kVectors];
-        (count == kRows ? variant.tiles : variant.row)[vectors - 1](w + n * (K / 4), q_m, K / 4, dots);
-        for (int r = 0; r < count; r++)
-          for (int v = 0; v < vectors; v++) y[(m + v) * N + n + r] = dots[r * vectors + v] - sums[v];
-        n += count;
-      }
-    }
-  }
-};
 
 namespace ffi = xla::ffi;
 
@@ -240,9 +201,9 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> w, ffi::Buffer<ffi:
                   ffi::ResultBuffer<ffi::S32> y) {
   const int64_t N = w.dimensions()[0], K = 4 * w.dimensions()[1], M = q.dimensions()[0];
   if (q.dimensions()[1] != K) return ffi::Error::InvalidArgument("activations and weights differ in width");
-  const Product product{kVariants[fastest()], w.typed_data(), q.typed_data(), y->typed_data(), M, N, K};
-  in_blocks(N, K / 4, kRows, pool.num_threads() - 1, [&pool](auto task) { pool.Schedule(std::move(task)); },
-            [product](int64_t begin, int64_t end) { product.rows(begin, end); });
+  static const TernaryVariant& fastest = first_that_runs(kVariants);
+  const TernaryProduct product{fastest, w.typed_data(), q.typed_data(), y->typed_data(), M, N, K, K / 4, sum_of};
+  multiply(product, pool.num_threads() - 1, [&pool](auto task) { pool.Schedule(std::move(task)); });
   return ffi::Error::Success();
 }
 
@@ -259,7 +220,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ternary_product, handle,
 extern "C" const char* variant_name(int i) { return i < kVariantCount ? kVariants[i].name : nullptr; }
 extern "C" int variant_runs_here(int i) { return kVariants[i].runs_here(); }
 extern "C" void variant_product(int i, const uint8_t* w, const int8_t* q, int32_t* y, int64_t M, int64_t N, int64_t K) {
-  Product{kVariants[i], w, q, y, M, N, K}.rows(0, N);
+  TernaryProduct{kVariants[i], w, q, y, M, N, K, K / 4, sum_of}.rows(0, N);
 }
 
 // Reads `bytes` of memory in as many threads, and returns the bytes a second: what a product cannot exceed.

@@ -3,14 +3,13 @@
 Without a C++ compiler XLA multiplies (`product_by_xla`), with the same integers as a result.
 """
 
-import ctypes
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmfree_jax.ops.fast.cpu.library import BY_XLA, library, registered, target, variant_names
+from mmfree_jax.ops.fast.cpu.library import BY_XLA, registered, run_variant, target, variant_names
 from mmfree_jax.ops.packed import PLANES, unpack_planes
 
 
@@ -39,10 +38,7 @@ def variants() -> Iterator[str]:
 
 def product_by_variant(variant: str, bytes_NI: np.ndarray, q_MK: np.ndarray) -> np.ndarray:
     """Multiply by one variant in one thread, without XLA: for tests. Raises KeyError if this CPU does not run it."""
-    number = {name: number for number, name in variant_names()}[variant]
     M, N, K = q_MK.shape[0], bytes_NI.shape[0], PLANES * bytes_NI.shape[1]
-    q_MK = np.ascontiguousarray(np.pad(q_MK, [(0, 0), (0, K - q_MK.shape[1])]))
-    y_MN = np.empty((M, N), np.int32)
-    arrays = [a.ctypes.data_as(ctypes.c_void_p) for a in (np.ascontiguousarray(bytes_NI), q_MK, y_MN)]
-    library().variant_product(number, *arrays, *map(ctypes.c_int64, (M, N, K)))  # type: ignore[union-attr]
+    q_MK, y_MN = np.pad(q_MK, [(0, 0), (0, K - q_MK.shape[1])]), np.empty((M, N), np.int32)
+    run_variant("", variant, (M, N, K), bytes_NI, q_MK, y_MN)
     return y_MN
