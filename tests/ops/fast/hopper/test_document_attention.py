@@ -1,5 +1,6 @@
 """Documents kept apart by channels, in NVIDIA's fused kernel or what stands in for it on a CPU, against float64."""
 
+import dataclasses
 import zlib
 
 import jax
@@ -7,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmfree_jax.devices import DEVICES
+from mmfree_jax.lowering.memory import whole_scores
 from mmfree_jax.ops.attention import causal_attention as definition
 from mmfree_jax.ops.fast.checks import Use, check
 from mmfree_jax.ops.fast.hopper import attention
+from mmfree_jax.presets import run_preset
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +108,13 @@ def test_channels_are_as_many_as_the_bits_of_the_last_number():
     assert [attention.channels(T) for T in (2, 3, 2048, 2049, 8192)] == [1, 2, 11, 12, 13]
     assert attention.supports(2048, 245)
     assert not attention.supports(2048, 246)
+
+
+@pytest.mark.parametrize("width", [64, 128, 244, 245, 246, 256])
+@pytest.mark.parametrize("time", [256, 2048, 2049])
+def test_lower_knows_which_heads_have_room_for_documents(time, width):
+    run = run_preset("transformer++-370m")
+    model = dataclasses.replace(run.model, width=4 * width, heads=4)
+    data = dataclasses.replace(run.data, sequence=time, separate_documents=True)
+    counted = whole_scores(dataclasses.replace(run, model=model, data=data), DEVICES["h200"])
+    assert counted != attention.supports(time, width)
