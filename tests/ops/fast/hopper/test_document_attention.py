@@ -110,7 +110,7 @@ def test_channels_are_as_many_as_the_bits_of_the_last_number():
     assert not attention.supports(2048, 246)
 
 
-@pytest.mark.parametrize("width", [64, 128, 244, 245, 246, 256])
+@pytest.mark.parametrize("width", [64, 128, 244, 246, 248, 256])
 @pytest.mark.parametrize("time", [256, 2048, 2049])
 def test_lower_knows_which_heads_have_room_for_documents(time, width):
     run = run_preset("transformer++-370m")
